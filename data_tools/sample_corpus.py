@@ -1,0 +1,348 @@
+"""Write a small corpus of drawn scenes, in the shard format of img2dataset, for trying the whole system at home.
+
+    python -m data_tools.sample_corpus --out runs/quickstart/corpus
+
+    OUT/pairs/train   OUT/images/train   OUT/texts/train      what the stages train on
+    OUT/pairs/heldout OUT/images/heldout OUT/texts/heldout    only scenes with held-out (colour, shape) combinations
+
+Each directory holds 00000.tar (KEY.jpg, KEY.txt, KEY.json; pictures without text, texts without picture), 00000.parquet
+and 00000_stats.json, which is written last: a shard without it is not finished. Everything follows from --seed, for
+any number of workers. A second call with the same arguments does what is missing, or nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import logging
+import math
+import multiprocessing
+import os
+import random
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data_tools.drawn_captions import Claim, describe, is_true, write_document
+from data_tools.drawn_scenes import Scene, draw_scene, encode_jpeg, random_scene
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # another drawing or another wording is another corpus
+STAMP = "sample_corpus.json"
+KINDS = ("pairs", "images", "texts")
+SPLITS = ("train", "heldout")
+TRIES_PER_PAIR = 50
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All that decides the corpus's bytes."""
+
+    pairs: int = 12_000
+    images: int = 6_000
+    texts: int = 12_000
+    held_out: int = 512
+    size: int = 64
+    seed: int = 0
+    shard_size: int = 1_000
+
+    def __post_init__(self) -> None:
+        for name, value, least in [
+            *((name, getattr(self, name), 0) for name in (*KINDS, "held_out", "seed")),
+            ("size", self.size, 32),
+            ("shard_size", self.shard_size, 1),
+        ]:
+            if value < least:
+                raise ValueError(f"{name}={value} is too small; use {least} or more")
+        if self.size > 1024:
+            raise ValueError(f"size={self.size} is wrong because scenes are drawn at up to 1024 pixels; use 64 to 1024")
+
+    def count(self, kind: str, split: str) -> int:
+        return self.held_out if split == "heldout" else getattr(self, kind)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to write: the samples of these numbers, in this order."""
+
+    corpus: Corpus
+    kind: str
+    split: str
+    shard: int
+    numbers: tuple[int, ...]
+    directory: Path
+
+
+@dataclass(frozen=True)
+class Sample:
+    picture: bytes | None
+    text: str | None
+    scenes: tuple[Scene, ...]
+
+
+def write_corpus(out: Path, corpus: Corpus, *, workers: int = 2, overwrite: bool = False) -> bool:
+    """Write what is missing of the corpus under `out`; False if nothing was. Raises ValueError if `out` holds another
+    corpus (and not `overwrite`) or other files, or if no `held_out` distinguishable pairs can be drawn."""
+    if workers < 1:
+        raise ValueError(f"workers={workers} is wrong because somebody has to draw; use 1 or more")
+    _claim(out, corpus, overwrite=overwrite)
+    jobs = missing(out, corpus)
+    with tqdm(total=sum(len(job.numbers) for job in jobs), desc="drawing scenes", unit=" samples", disable=None) as bar:
+        for samples in _write_all(jobs, workers):
+            bar.update(samples)
+    changed = {job.directory for job in jobs}
+    for directory in (out / kind / split for kind, split in product(KINDS, SPLITS) if corpus.count(kind, split)):
+        if directory in changed or not (directory / "manifest.json").exists():
+            _index(directory)
+    return bool(jobs)
+
+
+def missing(out: Path, corpus: Corpus) -> list[Job]:
+    """The shards that are not finished yet."""
+    jobs = []
+    for kind, split in product(KINDS, SPLITS):
+        directory, count = out / kind / split, corpus.count(kind, split)
+        starts = [
+            (shard, first)
+            for shard, first in enumerate(range(0, count, corpus.shard_size))
+            if not _stats_path(directory, shard).exists()
+        ]
+        chosen = (kind, split) == ("pairs", "heldout") and starts
+        numbers = distinguishable(corpus.seed, count) if chosen else range(count)
+        jobs += [
+            Job(corpus, kind, split, shard, tuple(numbers[first : first + corpus.shard_size]), directory)
+            for shard, first in starts
+        ]
+    return jobs
+
+
+def _write_all(jobs: list[Job], workers: int) -> Iterator[int]:
+    if min(workers, len(jobs)) <= 1:
+        yield from map(write_shard, jobs)
+        return
+    with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
+        yield from pool.imap_unordered(write_shard, jobs)
+
+
+def pair(seed: int, split: str, number: int) -> tuple[Scene, str, Claim, random.Random]:
+    """Pair `number`: its scene, its caption, what the caption claims, and the generator that goes on to draw it."""
+    rng = _rng(seed, "pairs", split, number)
+    scene = random_scene(rng, held_out=split == "heldout")
+    caption, claim = describe(scene, rng)
+    return scene, caption, claim, rng
+
+
+def distinguishable(seed: int, count: int) -> list[int]:
+    """Numbers of `count` held-out pairs of which no caption is true of another's picture, so that R@1 is well defined.
+    Raises ValueError when the drawn world has no room for so many."""
+    chosen: list[int] = []
+    seen: dict[str, list[tuple[Scene, Claim]]] = {}
+    for number in range(TRIES_PER_PAIR * count):
+        if len(chosen) == count:
+            break
+        scene, _, claim, _ = pair(seed, "heldout", number)
+        others = seen.setdefault(scene.background, [])  # another background never fits
+        if any(is_true(claim, other) or is_true(their, scene) for other, their in others):
+            continue
+        others.append((scene, claim))
+        chosen.append(number)
+    if len(chosen) < count:
+        raise ValueError(
+            f"held_out={count} is too large because only {len(chosen)} drawn scenes can be told apart by their "
+            "captions; use fewer"
+        )
+    return chosen
+
+
+def make_sample(corpus: Corpus, kind: str, split: str, number: int) -> Sample:
+    if kind == "pairs":
+        scene, caption, _, rng = pair(corpus.seed, split, number)
+        return Sample(encode_jpeg(draw_scene(scene, corpus.size, rng)), caption, (scene,))
+    rng = _rng(corpus.seed, kind, split, number)
+    held_out = split == "heldout"
+    if kind == "images":
+        scene = random_scene(rng, held_out=held_out)
+        return Sample(encode_jpeg(draw_scene(scene, corpus.size, rng)), None, (scene,))
+    scenes = tuple(random_scene(rng, held_out=held_out) for _ in range(rng.choice((1, 1, 2))))
+    return Sample(None, write_document(scenes, rng), scenes)
+
+
+def write_shard(job: Job) -> int:
+    """Write one shard: the tar, its parquet, and last of all its statistics. Returns the number of samples."""
+    started = time.time()
+    job.directory.mkdir(parents=True, exist_ok=True)
+    digits = math.ceil(math.log10(max(2, job.corpus.shard_size)))  # as img2dataset makes its keys
+    rows = []
+    tar_path = job.directory / f"{job.shard:05d}.tar"
+    with _replacing(tar_path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for position, number in enumerate(job.numbers):
+            key = f"{job.shard:05d}{position:0{digits}d}"
+            sample = make_sample(job.corpus, job.kind, job.split, number)
+            row = _row(job, key, number, sample)
+            rows.append(row)
+            facts = row | {"held_out": job.split == "heldout", "scenes": [scene.facts() for scene in sample.scenes]}
+            for extension, data in [
+                ("jpg", sample.picture),
+                ("txt", None if sample.text is None else sample.text.encode()),
+                ("json", json.dumps(facts, indent=4).encode()),
+            ]:
+                if data is not None:
+                    member = tarfile.TarInfo(f"{key}.{extension}")
+                    member.size, member.mode = len(data), 0o444
+                    tar.addfile(member, io.BytesIO(data))
+    _write_parquet(tar_path.with_suffix(".parquet"), rows)
+    ended = time.time()
+    stats = {
+        "count": len(rows),
+        "successes": len(rows),
+        "failed_to_download": 0,
+        "failed_to_resize": 0,
+        "duration": ended - started,
+        "start_time": started,
+        "end_time": ended,
+        "status_dict": {"success": len(rows)},
+    }
+    with _replacing(_stats_path(job.directory, job.shard)) as temporary:
+        temporary.write_text(json.dumps(stats, indent=4))
+    return len(rows)
+
+
+def _row(job: Job, key: str, number: int, sample: Sample) -> dict:
+    """The columns of img2dataset for one sample. The address says where it comes from: nobody can download it."""
+    size = job.corpus.size if sample.picture else None
+    return {
+        "url": f"drawn:{job.kind}/{job.split}/{job.corpus.seed}/{number}",
+        "caption": sample.text,
+        "key": key,
+        "status": "success",
+        "error_message": None,
+        "width": size,
+        "height": size,
+        "original_width": size,
+        "original_height": size,
+        "exif": "{}" if sample.picture else None,
+        "sha256": hashlib.sha256(sample.picture).hexdigest() if sample.picture else None,
+    }
+
+
+def _write_parquet(path: Path, rows: list[dict]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    numbers = ("width", "height", "original_width", "original_height")
+    schema = pyarrow.schema([(name, pyarrow.int32() if name in numbers else pyarrow.string()) for name in rows[0]])
+    with _replacing(path) as temporary:
+        parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), temporary)
+
+
+def _rng(seed: int, *names: str | int) -> random.Random:
+    """A generator of one sample's own: who draws it, and when, changes nothing."""
+    return random.Random("/".join(map(str, (seed, *names))))
+
+
+def _stats_path(directory: Path, shard: int) -> Path:
+    return directory / f"{shard:05d}_stats.json"
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path to write to that takes the place of `path` when the block ends well: no half-written file is seen."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _claim(out: Path, corpus: Corpus, *, overwrite: bool) -> None:
+    """Make `out` the home of this corpus, or raise ValueError if it is another's."""
+    stamp, mine = out / STAMP, {"version": VERSION, **asdict(corpus)}
+    if stamp.exists():
+        try:
+            theirs = json.loads(stamp.read_text())
+        except ValueError:
+            theirs = {}
+        if theirs == mine:
+            return
+        if not overwrite:
+            differs = ", ".join(
+                f"{name}={theirs.get(name) if theirs else '?'}" for name in mine if theirs.get(name) != mine[name]
+            )
+            raise ValueError(
+                f"out={out} is wrong because it holds a corpus made with other arguments ({differs}); choose another "
+                "directory, or --overwrite"
+            )
+        _remove_shards(out)
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"out={out} is wrong because files of somebody else are there; choose an empty directory")
+    out.mkdir(parents=True, exist_ok=True)
+    with _replacing(stamp) as temporary:
+        temporary.write_text(json.dumps(mine, indent=2) + "\n")
+
+
+def _remove_shards(out: Path) -> None:
+    """Remove what this tool and the indexer wrote, and nothing else."""
+    for kind, split in product(KINDS, SPLITS):
+        for pattern in ("?????_stats.json", "?????.tar", "?????.parquet", "?????.idx", "manifest.json"):
+            for path in (out / kind / split).glob(pattern):
+                path.unlink()
+    (out / STAMP).unlink()
+
+
+def _index(directory: Path) -> None:
+    """Write the manifest that the loader reads."""
+    from data_tools.index import index_directory
+
+    index_directory(directory)
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.sample_corpus",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default = Corpus()
+    parser.add_argument("--out", type=Path, required=True, help="directory to write to")
+    parser.add_argument(
+        "--pairs", type=int, default=default.pairs, help="pictures with captions to train on (%(default)s)"
+    )
+    parser.add_argument("--images", type=int, default=default.images, help="pictures alone to train on (%(default)s)")
+    parser.add_argument("--texts", type=int, default=default.texts, help="documents to train on (%(default)s)")
+    parser.add_argument(
+        "--held-out", type=int, default=default.held_out, help="held-out samples of each kind (%(default)s)"
+    )
+    parser.add_argument("--size", type=int, default=default.size, help="pixels of a picture's side (%(default)s)")
+    parser.add_argument("--seed", type=int, default=default.seed, help="another seed, another corpus (%(default)s)")
+    parser.add_argument("--shard-size", type=int, default=default.shard_size, help="samples of a shard (%(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that draw (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a corpus made with other arguments")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    args = parse_args(arguments)
+    try:
+        corpus = Corpus(args.pairs, args.images, args.texts, args.held_out, args.size, args.seed, args.shard_size)
+        new = write_corpus(args.out, corpus, workers=args.workers, overwrite=args.overwrite)
+    except (ValueError, OSError) as error:
+        log.error("error: %s", error)
+        return 2
+    log.info("%s: %s", args.out, "written" if new else "complete already")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

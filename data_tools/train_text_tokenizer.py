@@ -1,0 +1,141 @@
+"""Trains the text tokenizer, a SentencePiece unigram model, on the captions and documents of shards.
+
+The settings are those of XLM-R's model (unigram, nmt_nfkc, no byte fallback, character coverage 0.9995), so that
+BEiT-3's id layout holds. Equal shards and options give an equal file, on any machine.
+
+Example:
+    python -m data_tools.train_text_tokenizer data/pairs data/texts --vocab-size 64000 --out data/text.model
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_tools.index import write_atomically
+from pretrain.data.shards import BadSample, Manifest, ShardReader, load_manifest
+from pretrain.data.sources import TEXT, text_of
+from pretrain.data.text_tokenizer import OFFSET
+
+# The trainer drops sentences above 4192 bytes; documents are cut before that, at a space where there is one.
+MAX_CHARACTERS = 1000
+# EM sums in an order that depends on the number of threads, so it is fixed and not the machine's number of cores.
+THREADS = 8
+REPORT_SECONDS = 5.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        train(args.shards, args.out, args.vocab_size, args.max_texts, verbose=args.verbose)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.train_text_tokenizer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "shards", nargs="+", help="indexed shards: directories or patterns such as 'cc12m/{00000..00009}.tar'"
+    )
+    parser.add_argument("--vocab-size", type=int, default=64000, help="pieces with <unk>, <s>, </s> (default: 64000)")
+    parser.add_argument("--out", type=Path, required=True, help="the file to write, such as data/text.model")
+    parser.add_argument("--max-texts", type=int, default=None, help="read so many texts, spread evenly (default: all)")
+    parser.add_argument("--verbose", action="store_true", help="show SentencePiece's own log, one line per EM step")
+    return parser.parse_args(argv)
+
+
+def train(
+    shards: list[str], out: Path, vocab_size: int, max_texts: int | None = None, *, verbose: bool = False
+) -> None:
+    """Writes `out` at once or not at all. ValueError if the texts cannot give that vocabulary; ShardError, OSError."""
+    from sentencepiece import SentencePieceTrainer
+
+    if vocab_size < 8:
+        raise ValueError(f"--vocab-size={vocab_size} is wrong because it leaves no room for pieces; use 64000")
+    if max_texts is not None and max_texts < 1:
+        raise ValueError(f"--max-texts={max_texts} is wrong because it leaves no text; use 10000000, or leave it out")
+    manifest = load_manifest(tuple(shards))
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.Train(
+            sentence_iterator=sentences(manifest, max_texts),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            character_coverage=0.9995,
+            normalization_rule_name="nmt_nfkc",
+            byte_fallback=False,
+            num_threads=THREADS,
+            minloglevel=0 if verbose else 2,
+        )
+    except RuntimeError as error:
+        raise _explained(error, vocab_size, shards) from None
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, model.getvalue())
+    print(f"{out}: {vocab_size} pieces, {vocab_size + OFFSET + 1} ids with <pad> and <mask>")
+
+
+def sentences(manifest: Manifest, max_texts: int | None) -> Iterator[str]:
+    """The shards' texts in pieces of at most MAX_CHARACTERS; bad samples are counted and left out."""
+    reader, bad, texts, last = ShardReader(manifest), 0, 0, time.monotonic()
+    every = max(1, -(-manifest.samples // max_texts)) if max_texts else 1
+    number = -1
+    for shard, entry in enumerate(manifest.shards):
+        for sample in range(entry.samples):
+            number += 1
+            if number % every:
+                continue
+            try:
+                members = reader.read(shard, sample, (TEXT,))
+                if TEXT not in members:  # a picture alone
+                    continue
+                text = text_of(members)
+            except BadSample:
+                bad += 1
+                continue
+            texts += 1
+            yield from split_text(text)
+        if time.monotonic() - last > REPORT_SECONDS:
+            last = time.monotonic()
+            print(f"read {shard + 1} of {len(manifest.shards)} shards, {texts} texts", file=sys.stderr, flush=True)
+    left_out = f", {bad} bad samples left out" if bad else ""
+    print(f"read {texts} texts of {len(manifest.shards)} shards{left_out}; training", file=sys.stderr, flush=True)
+
+
+def split_text(text: str) -> Iterator[str]:
+    """Lines, and long lines in parts."""
+    for line in text.splitlines():
+        while len(line) > MAX_CHARACTERS:
+            space = line.rfind(" ", MAX_CHARACTERS // 2, MAX_CHARACTERS)
+            cut = space if space > 0 else MAX_CHARACTERS
+            yield line[:cut]
+            line = line[cut:].lstrip()
+        if line.strip():
+            yield line
+
+
+def _explained(error: RuntimeError, vocab_size: int, shards: list[str]) -> Exception:
+    """SentencePiece's message as one sentence with the way out."""
+    text = str(error)
+    if found := re.search(r"set it to a value <= (\d+)", text):
+        return ValueError(f"--vocab-size={vocab_size} is more than these texts can give; use {found[1]} or less")
+    if found := re.search(r"required_chars\. \d+ vs (\d+)", text):
+        return ValueError(f"--vocab-size={vocab_size} is less than the texts' characters need; use {found[1]} or more")
+    if "sentences_.empty()" in text:
+        return ValueError(f"{' '.join(shards)}: no text in these shards; give shards with txt members")
+    return ValueError(f"SentencePiece could not be trained on {' '.join(shards)}: {text.splitlines()[0]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""Checks shards: that they fit their manifest, and that each sample can be used. Names what is wrong, a line each.
+
+    python -m data_tools.verify data/cc12m --decode --workers 8
+
+Without --decode a picture's header is read (format, size, decompression bombs), with it every pixel. Nothing is
+changed. Exit code 0: clean, 1: something is wrong, 2: there is nothing to check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from tqdm import tqdm
+
+from data_tools.index import complete_shards, map_in_order, stats_path
+from pretrain.data.manifest import MANIFEST, Shard, read_manifest
+from pretrain.data.shards import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, ShardError
+from pretrain.data.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, index_shard, split_name, tar_members
+from pretrain.data.transforms import decode_image, read_header
+
+KINDS = ("auto", "images", "pairs", "texts")
+# Shards whose members tell what a source is meant to hold.
+_LOOK_AT = 16
+
+
+@dataclass(frozen=True)
+class Finding:
+    shard: str
+    key: str  # "": the whole shard
+    what: str
+
+    def __str__(self) -> str:
+        return "\t".join(part for part in (self.shard, self.key, self.what) if part)
+
+
+class Job(NamedTuple):
+    path: Path
+    listed: Shard | None  # what the manifest says of it
+    decode: bool
+    kind: str
+
+
+class Checked(NamedTuple):
+    findings: list[Finding]
+    samples: int
+
+
+@dataclass(frozen=True)
+class Report:
+    findings: list[Finding]
+    shards: int
+    samples: int
+
+
+def verify_directory(directory: Path, *, kind: str = "auto", decode: bool = False, workers: int = 1) -> Report:
+    """Checks every complete shard of a directory. ValueError if it has none."""
+    complete, _ = complete_shards(directory)
+    listed, findings = _listed(directory)
+    missing = sorted(set(listed) - {path.name for path in complete})
+    findings += [Finding(name, "", f"is in {MANIFEST}, but missing or partial") for name in missing]
+    if kind == "auto":
+        kind = _kind(complete)
+    jobs = [Job(path, listed.get(path.name), decode, kind) for path in complete]
+    samples = 0
+    with map_in_order(check_shard, jobs, workers) as results:
+        for checked in tqdm(results, total=len(jobs), desc=f"verifying {directory}", unit=" shards", disable=None):
+            findings += checked.findings
+            samples += checked.samples
+    if listed:
+        findings += [Finding(j.path.name, "", f"is not in {MANIFEST}; index again") for j in jobs if j.listed is None]
+    return Report(findings, len(jobs), samples)
+
+
+def _listed(directory: Path) -> tuple[dict[str, Shard], list[Finding]]:
+    try:
+        manifest = read_manifest((directory / MANIFEST).read_bytes(), os.path.join(directory, ""))
+    except FileNotFoundError:
+        return {}, [Finding(MANIFEST, "", f"is missing; run: python -m data_tools.index {directory}")]
+    except ValueError as error:
+        return {}, [Finding(MANIFEST, "", str(error))]
+    return {shard.name: shard for shard in manifest.shards}, []
+
+
+def _kind(tars: list[Path]) -> str:
+    """What the shards are meant to hold: a source where some samples have a picture and some a text holds pairs."""
+    found = set()
+    for path in tars[:_LOOK_AT]:
+        try:
+            for member in tar_members(path):
+                found.add(split_name(member.name)[1])
+                if "txt" in found and found.intersection(IMAGE_EXTENSIONS):
+                    return "pairs"
+        except ShardError:
+            continue  # named when it is checked
+    return "texts" if "txt" in found else "images"
+
+
+def check_shard(job: Job) -> Checked:
+    """What is wrong with one shard. A tar that is cut off is checked as far as it goes."""
+    name, findings = job.path.name, []
+    size = job.path.stat().st_size
+    if job.listed is not None and job.listed.bytes != size:
+        what = f"has {size} bytes, {MANIFEST} says {job.listed.bytes}; run python -m data_tools.index again"
+        findings.append(Finding(name, "", what))
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    whole = True
+    try:
+        for member in tar_members(job.path):
+            key, extension = split_name(member.name)
+            if not key or extension not in EXTENSIONS or not member.isreg() or member.issparse():
+                continue
+            if extension in samples.setdefault(key, {}):
+                again = Finding(name, _fit(key), f".{extension} is there more than once; the last one is used")
+                findings += [] if again in findings[-len(EXTENSIONS) :] else [again]
+            samples[key][extension] = member.offset_data, member.size
+    except ShardError as error:
+        findings.append(Finding(name, "", str(error).removeprefix(f"{job.path} ")))
+        whole = False
+        if samples:
+            samples.popitem()  # its other members may be what was lost
+    if whole:
+        findings += _index_findings(job, len(samples))
+    with open(job.path, "rb") as file:
+        for key, members in samples.items():
+            findings += [Finding(name, _fit(key), what) for what in _sample_findings(file, members, job)]
+    return Checked(findings, len(samples))
+
+
+def _index_findings(job: Job, samples: int) -> Iterator[Finding]:
+    name = job.path.name
+    if samples == 0:
+        yield Finding(name, "", "holds no sample")
+    if job.listed is not None:
+        if job.listed.samples != samples:
+            yield Finding(name, "", f"holds {samples} samples, {MANIFEST} says {job.listed.samples}; index again")
+        index = job.path.with_suffix(".idx")
+        if not index.exists():
+            yield Finding(name, "", f"has no {index.name}; run python -m data_tools.index again")
+        elif index.read_bytes() != index_shard(job.path).data:
+            yield Finding(name, "", f"{index.name} does not fit it; run python -m data_tools.index again")
+    if stats_path(job.path).exists():
+        try:
+            successes = json.loads(stats_path(job.path).read_bytes())["successes"]
+        except (ValueError, KeyError, TypeError):
+            yield Finding(name, "", f"{stats_path(job.path).name} is damaged")
+            return
+        if successes != samples:
+            yield Finding(name, "", f"holds {samples} samples, {stats_path(job.path).name} says {successes}")
+
+
+def _sample_findings(file: BinaryIO, members: dict[str, tuple[int, int]], job: Job) -> Iterator[str]:
+    pictures = [extension for extension in members if extension in IMAGE_EXTENSIONS]
+    if job.kind in ("images", "pairs") and not pictures:
+        yield "has no picture"
+    if job.kind in ("pairs", "texts") and "txt" not in members:
+        yield "has no caption (.txt)"
+    if len(pictures) > 1:
+        yield f"has {len(pictures)} pictures (.{', .'.join(pictures)})"
+    for extension, (offset, size) in members.items():
+        limit = MAX_IMAGE_BYTES if extension in IMAGE_EXTENSIONS else MAX_TEXT_BYTES
+        if size == 0:
+            yield f".{extension} has 0 bytes"
+        elif size > limit:
+            yield f".{extension} has {size} bytes; at most {limit} are read"
+        elif extension != "json":
+            file.seek(offset)
+            yield from _content_findings(extension, file.read(size), job.decode)
+
+
+def _content_findings(extension: str, data: bytes, decode: bool) -> Iterator[str]:
+    if extension == "txt":
+        try:
+            if not data.decode().strip():
+                yield ".txt is blank"
+        except UnicodeDecodeError as error:
+            yield f".txt is not UTF-8 (byte {error.start} of {len(data)})"
+        return
+    try:
+        if decode:
+            decode_image(data)
+        else:
+            read_header(data)
+    except BadSample as error:
+        yield f".{extension}: {error}"
+
+
+def _fit(key: str) -> str:
+    """A key fit to print on one line."""
+    text = key.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return text if text.isprintable() else repr(text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.verify",
+        description="Checks shards against their manifest and content; a line per finding: shard, key, what is wrong.",
+        epilog="example: python -m data_tools.verify data/cc12m --decode --json findings.json",
+    )
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="holds 00000.tar, 00001.tar, ...")
+    parser.add_argument("--kind", choices=KINDS, default="auto", help="what each sample must hold (%(default)s)")
+    parser.add_argument("--decode", action="store_true", help="decode every picture, not only its header")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings here")
+    args = parser.parse_args(arguments)
+    try:
+        return _run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    findings: list[dict[str, str]] = []
+    shards = samples = 0
+    for directory in args.directories:
+        report = verify_directory(directory, kind=args.kind, decode=args.decode, workers=args.workers)
+        for path in complete_shards(directory)[1]:
+            print(f"note: {directory / path.name} is partial (no {stats_path(path).name}) and not checked")
+        for finding in report.findings:
+            print(f"{directory}{os.sep}{finding}")
+            findings.append({"directory": str(directory), **asdict(finding)})
+        shards, samples = shards + report.shards, samples + report.samples
+    if args.json is not None:
+        content = {"shards": shards, "samples": samples, "findings": findings}
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
+    print(
+        f"{samples:,} samples in {shards:,} shards: {len(findings):,} findings"
+        if findings
+        else f"{samples:,} samples in {shards:,} shards: clean"
+    )
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

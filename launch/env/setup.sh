@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Make the environment, once: .venv in the checkout (or $IMGLISH_ENV), pinned by constraints.txt. Sourced by
+# quickstart.sh and tests/run.sh; leaves its interpreter in $PYTHON. Set IMGLISH_PYTHON to use one of your own.
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+
+find_python() {
+    local name
+    for name in python3.11 python3.12 python3.13 python3; do
+        if "$name" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$name"
+            return
+        fi
+    done
+    echo "setup: no Python of 3.11 or newer is on the PATH; install one, or set IMGLISH_PYTHON" >&2
+    return 2
+}
+
+install_torch() { # the CPU build saves several GB where there is no GPU
+    if ! nvidia-smi >/dev/null 2>&1; then
+        "$PYTHON" -m pip install -q 'torch==2.13.0+cpu' 2>/dev/null && return
+        "$PYTHON" -m pip install -q 'torch==2.13.0+cpu' --index-url https://download.pytorch.org/whl/cpu --retries 0 --timeout 15 2>/dev/null && return
+    fi
+    "$PYTHON" -m pip install -q 'torch==2.13.0'
+}
+
+make_environment() {
+    local env=${IMGLISH_ENV:-$root/.venv} stamp python
+    PYTHON=$env/bin/python
+    stamp=$(cat "$root/launch/env/constraints.txt" "$root/launch/env/setup.sh" "$root/pyproject.toml" | sha256sum)
+    [ "$(cat "$env/.imglish-stamp" 2>/dev/null)" = "$stamp" ] && return
+    python=$(find_python) || return
+    echo "setup: making the environment in $env (about a minute, once)" >&2
+    [ -x "$PYTHON" ] || "$python" -m venv "$env" || return
+    "$PYTHON" -m pip install -q --upgrade pip setuptools wheel || return
+    install_torch || return
+    "$PYTHON" -m pip install -q -c "$root/launch/env/constraints.txt" -e "$root[test,clip]" || return
+    # The reference implementation of the released BEiT-3; its own requirements are not needed (tests stub them).
+    "$PYTHON" -m pip install -q --no-deps torchscale==0.3.0 || return
+    echo "$stamp" >"$env/.imglish-stamp"
+}
+
+if [ -n "${IMGLISH_PYTHON:-}" ]; then
+    PYTHON=$IMGLISH_PYTHON
+else
+    make_environment || exit
+fi
+export PYTHON NO_ALBUMENTATIONS_UPDATE=1 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Everything once, small: environment, drawn corpus, tokenizers, stages under DeepSpeed, evaluation, report page.
+# A second call resumes what was interrupted, or finishes at once. Other places: QUICKSTART_DIR=/data/q bash launch/quickstart.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/env/setup.sh
+
+run=${QUICKSTART_DIR:-runs/quickstart}
+export DATA=$run/corpus
+SECONDS=0
+say() { printf '\n== %s (%d:%02d)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
+
+gpus=$(nvidia-smi -L 2>/dev/null | wc -l) || gpus=0
+if [ "$gpus" -gt 0 ]; then
+    ds=ds_configs/zero1_bf16.json
+    start=("$PYTHON" -m torch.distributed.run --nproc-per-node "$gpus" --rdzv-backend c10d --rdzv-endpoint localhost:0)
+else
+    ds=ds_configs/zero1.json
+    start=("$PYTHON")
+fi
+
+say "corpus"
+"$PYTHON" -m data_tools.sample_corpus --out "$DATA"
+say "text tokenizer"
+"$PYTHON" -m data_tools.train_text_tokenizer "$DATA/pairs/train" "$DATA/texts/train" --vocab-size 400 --out "$DATA/text.model"
+
+for stage in tokenizer vision language fusion retrieval scratch; do
+    say "$stage"
+    "${start[@]}" -m pretrain.train --recipe tiny --stage "$stage" --ds "$ds" --run-dir "$run"
+    "$PYTHON" -m pretrain.evaluate --run-dir "$run" --stage "$stage"
+done
+
+say "report"
+"$PYTHON" -m pretrain.report --run-dir "$run"
+say "done: open $run/report.html"

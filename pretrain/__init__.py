@@ -1,0 +1,1 @@
+"""Imglish: pretraining of BEiT-3- and VLMo-class vision-language encoders."""

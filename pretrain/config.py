@@ -1,0 +1,180 @@
+"""Recipes: frozen dataclasses, composed from the small configs of the rooms below. Numbers live in recipes/."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import json
+import pkgutil
+import traceback
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.data.loader import Loading
+from pretrain.data.sources import ImageShards, PairShards, TextShards
+from pretrain.data.transforms import ImageTransform
+from pretrain.models.multiway import MultiwayConfig
+from pretrain.models.vqkd import VQKDConfig
+from pretrain.optim import Optim
+from pretrain.settings import nearest, set_value
+
+Source = ImageShards | PairShards | TextShards
+KINDS = ("images", "pairs", "texts", "dual")
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """Sequences of each kind in one optimizer step, over all ranks; `accumulation` micro-steps share them."""
+
+    images: int = 0
+    pairs: int = 0
+    texts: int = 0
+    dual: int = 0  # pairs seen as an image and a text apart
+    accumulation: int = 1
+
+    def counts(self) -> dict[str, int]:
+        return {kind: count for kind in KINDS if (count := getattr(self, kind))}
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts().values())
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run: its data, what it builds and trains, and where its weights come from."""
+
+    mix: dict[str, Source]
+    batch: BatchSize
+    optim: Optim
+    steps: int
+    objectives: tuple[Any, ...] = ()
+    experts: tuple[str, ...] = ("vision", "language", "fusion")
+    trainable: tuple[str, ...] = ("*",)  # shell patterns over parameter names
+    init_from: str | None = None  # a stage of this run directory, or a weights.safetensors
+    tokenizer: VQKDConfig | None = None  # given: the stage trains this visual tokenizer and no encoder
+    teacher: str = "pixels"  # of the tokenizer: pixels, a Hugging Face CLIP directory, or weights of ours
+    visual_tokenizer: str | None = None  # makes the image targets: a stage of this run directory, or weights
+    transform: ImageTransform = field(default_factory=ImageTransform)
+    drop_path: float = 0.0
+    activation_checkpointing: bool = False
+    evals: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        for kind in self.mix:
+            if kind not in KINDS:
+                raise ValueError(f"mix.{kind} is not a kind of data; use {', '.join(KINDS)}")
+        asked, given = set(self.batch.counts()), set(self.mix)
+        if asked != given:
+            raise ValueError(
+                f"batch asks for {sorted(asked)} but mix gives {sorted(given)}; "
+                "every kind of the mix needs its batch size and the other way round"
+            )
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1")
+        names = [objective.name for objective in self.objectives]
+        if not self.tokenizer and not names:
+            raise ValueError("the stage has no objectives; give at least one, or a tokenizer to train")
+        if "contrastive" in names and (given != {"dual"} or self.batch.accumulation != 1):
+            raise ValueError(
+                f"contrastive needs a mix of dual alone and batch.accumulation=1 (mix={sorted(given)}, "
+                f"accumulation={self.batch.accumulation}): its negatives are the whole step's batch"
+            )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A model and the stages that pretrain it. The docstring of a recipe's module says where its numbers come from."""
+
+    name: str
+    model: MultiwayConfig
+    stages: dict[str, Stage]
+    text_tokenizer: str | None = None  # a SentencePiece model file; $VARIABLES are expanded
+    seed: int = 0
+    loading: Loading = field(default_factory=Loading)
+    log_every: int = 10
+    save_every: int = 1000
+    keep: int = 2  # complete checkpoints to keep; the one before is used if the newest is damaged
+    trace_samples: bool = False
+
+
+# What may change between two starts of one run without changing its numbers.
+OPERATIONAL = ("log_every", "save_every", "keep", "trace_samples")
+LOADING_ORDER = ("streams", "block_shards", "skip_bad_shards")
+
+
+def load_recipe(name: str, stage: str, settings: list[str] | None = None) -> tuple[Recipe, Stage]:
+    """The recipe `name` (a module of pretrain.recipes, or a .py file with RECIPE = Recipe(...)) and its stage, after
+    `settings` such as optim.lr=1e-3. A key is looked up in the stage first, then in the recipe.
+
+    Raises ValueError that names the unknown recipe, stage or key and the nearest known one.
+    """
+    recipe = find_recipe(name)
+    if stage not in recipe.stages:
+        raise ValueError(f"--stage {stage} is not in recipe {recipe.name}{nearest(stage, list(recipe.stages))}")
+    for setting in settings or []:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting} has no '='; write --set KEY=VALUE, such as --set optim.lr=1e-3")
+        head = key.split(".")[0]
+        if head in {f.name for f in fields(Stage)}:
+            key = f"stages.{stage}.{key}"
+        elif head not in {f.name for f in fields(Recipe)}:
+            known = [f.name for f in (*fields(Stage), *fields(Recipe))]
+            raise ValueError(f"--set {key}: neither the stage nor the recipe has {head!r}{nearest(head, known)}")
+        recipe = set_value(recipe, key, value)
+    return recipe, recipe.stages[stage]
+
+
+def find_recipe(name: str) -> Recipe:
+    if name.endswith(".py") or "/" in name:
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(f"--recipe {name}: there is no such file")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except ValueError:  # a config that says itself what is wrong with it
+            raise
+        except Exception as error:
+            line = error.lineno if isinstance(error, SyntaxError) else _line(error, path)
+            raise ValueError(f"--recipe {name}, line {line}: {type(error).__name__}: {error}") from error
+    else:
+        room = importlib.import_module("pretrain.recipes")  # by name: it stands one floor higher
+        known = [m.name for m in pkgutil.iter_modules(room.__path__) if not m.name.startswith("_")]
+        if name not in known:
+            raise ValueError(f"--recipe {name} is neither a recipe nor a .py file{nearest(name, known)}")
+        module = importlib.import_module(f"pretrain.recipes.{name}")
+    recipe = getattr(module, "RECIPE", None)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"--recipe {name} defines no RECIPE = Recipe(...)")
+    return recipe
+
+
+def _line(error: BaseException, path: Path) -> int | None:
+    """The line of the file at `path` from which the error came."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), None)
+
+
+def to_json(config: Any) -> Any:
+    """A config as plain JSON values, each dataclass with its class name, so that a reader can tell what it was."""
+    if is_dataclass(config) and not isinstance(config, type):
+        return {"class": type(config).__name__} | {f.name: to_json(getattr(config, f.name)) for f in fields(config)}
+    if isinstance(config, dict):
+        return {key: to_json(value) for key, value in config.items()}
+    if isinstance(config, tuple | list):
+        return [to_json(value) for value in config]
+    return config
+
+
+def stage_hash(recipe: Recipe, stage: Stage) -> str:
+    """Names what a checkpoint of this stage depends on; a run whose hash changed is another run."""
+    content = {key: value for key, value in to_json(recipe).items() if key not in (*OPERATIONAL, "stages", "name")}
+    content["loading"] = {key: content["loading"][key] for key in LOADING_ORDER}
+    stage_content = {key: value for key, value in to_json(stage).items() if key != "evals"}
+    return hashlib.sha256(json.dumps([content, stage_content], sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,148 @@
+"""What a recipe's mix is made of: shards of pictures, of pairs, of texts; and how their raw members are read.
+
+Only jpg, jpeg, png, webp and txt members are looked at, and only by our own decoders: shards come from strangers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.random import Generator
+
+from pretrain.batch import BOS, EOS, PAD
+from pretrain.data.shards import IMAGE_EXTENSIONS, BadSample
+from pretrain.data.text_tokenizer import TextTokenizer
+
+TEXT = "txt"
+# Of a long document only a stretch around the window is tokenised: four times what English needs (4 letters an id).
+WINDOW_CHARACTERS_PER_ID = 16
+
+# Encoded picture and the sample's generator -> uint8 [3, size, size]: a transforms.ImageTransform.
+Transform = Callable[[bytes, Generator], np.ndarray]
+
+
+class Raw(NamedTuple):
+    """One decoded sample, not yet masked."""
+
+    image: np.ndarray | None  # uint8 [3, size, size]
+    ids: np.ndarray | None  # int64 [text_len], PAD behind EOS
+
+
+@dataclass(frozen=True)
+class ImageShards:
+    """Pictures alone; captions beside them are not read."""
+
+    shards: str | tuple[str, ...]
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The endings of the members that are read."""
+        return IMAGE_EXTENSIONS
+
+    def decode(self, members: Mapping, transform: Transform | None, tokenizer, rng: Generator) -> Raw:
+        assert transform is not None
+        return Raw(transform(picture(members), rng), None)
+
+
+@dataclass(frozen=True)
+class PairShards:
+    """Pictures with captions. A caption longer than `text_len` ids (BOS and EOS counted) loses its end."""
+
+    shards: str | tuple[str, ...]
+    text_len: int = 64
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return (*IMAGE_EXTENSIONS, TEXT)
+
+    def __post_init__(self) -> None:
+        _check_length("pairs", self.text_len)
+
+    def decode(
+        self, members: Mapping, transform: Transform | None, tokenizer: TextTokenizer | None, rng: Generator
+    ) -> Raw:
+        assert transform is not None and tokenizer is not None
+        ids = caption_ids(text_of(members), tokenizer, self.text_len)  # cheaper than the picture: a bad one ends here
+        return Raw(transform(picture(members), rng), ids)
+
+
+@dataclass(frozen=True)
+class TextShards:
+    """Documents. Of one longer than `text_len` ids each epoch takes another stretch."""
+
+    shards: str | tuple[str, ...]
+    text_len: int = 196
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return (TEXT,)
+
+    def __post_init__(self) -> None:
+        _check_length("texts", self.text_len)
+
+    def decode(self, members: Mapping, transform, tokenizer: TextTokenizer | None, rng: Generator) -> Raw:
+        assert tokenizer is not None
+        return Raw(None, window_ids(text_of(members), tokenizer, self.text_len, rng))
+
+
+Source = ImageShards | PairShards | TextShards
+
+
+def picture(members: Mapping) -> bytes:
+    """The sample's picture, still encoded. BadSample if it has none."""
+    for extension in IMAGE_EXTENSIONS:
+        if extension in members:
+            return members[extension]
+    raise BadSample(f"no picture ({', '.join(IMAGE_EXTENSIONS)}) among its members: {_names(members)}")
+
+
+def text_of(members: Mapping) -> str:
+    """The sample's caption or document. BadSample if it is missing, blank or not UTF-8."""
+    if TEXT not in members:
+        raise BadSample(f"no text (txt) among its members: {_names(members)}")
+    try:
+        text = members[TEXT].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadSample(f"its text is not UTF-8 (byte {error.start} of {len(members[TEXT])})") from None
+    if not text.strip():
+        raise BadSample("its text is empty")
+    return text
+
+
+def caption_ids(text: str, tokenizer: TextTokenizer, length: int) -> np.ndarray:
+    """int64 [length]: BOS, the beginning of the text, EOS, PAD. BadSample if nothing of the text is left."""
+    return _padded(tokenizer.encode(text, max_len=length), length)
+
+
+def window_ids(text: str, tokenizer: TextTokenizer, length: int, rng: Generator) -> np.ndarray:
+    """int64 [length]: BOS, the text or a random stretch of it, EOS, PAD. BadSample if nothing of the text is left."""
+    where, within = rng.random(2).tolist()
+    stretch = length * WINDOW_CHARACTERS_PER_ID
+    if len(text) > stretch:
+        start = int(where * (len(text) - stretch + 1))
+        # Begin with a whole word where one begins soon.
+        space = text.find(" ", start, start + WINDOW_CHARACTERS_PER_ID) if start else -1
+        text = text[max(space, start) : start + stretch]
+    pieces, room = tokenizer.pieces(text), length - 2
+    first = int(within * (len(pieces) - room + 1)) if len(pieces) > room else 0
+    return _padded([BOS, *pieces[first : first + room], EOS], length)
+
+
+def _padded(ids: list[int], length: int) -> np.ndarray:
+    if len(ids) < 3:
+        raise BadSample("its text has nothing that the tokenizer keeps")
+    padded = np.full(length, PAD, dtype=np.int64)
+    padded[: len(ids)] = ids
+    return padded
+
+
+def _names(members: Mapping) -> str:
+    return ", ".join(sorted(str(name) for name in members if not str(name).startswith("__"))) or "none"
+
+
+def _check_length(kind: str, length: int) -> None:
+    if length < 3:
+        raise ValueError(f"{kind}.text_len={length} is wrong because BOS, one word and EOS need 3; use 64")

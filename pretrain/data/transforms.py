@@ -1,0 +1,279 @@
+"""Bytes of a picture -> uint8 [3, size, size], from a random generator that belongs to the sample.
+
+Decoding is what a loader spends its time on. JPEGs go through OpenCV, at half, a quarter or an eighth of their size
+where the crop still has enough pixels; everything unusual goes through Pillow. Pictures come from strangers: the
+header is judged before a pixel is decoded, and only JPEG, PNG and WebP are opened at all.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.random import Generator, Philox
+from PIL import Image
+
+from pretrain.data.shards import BadSample
+
+# One process per core is the rule here: OpenCV's own threads would only fight over them.
+cv2.setNumThreads(0)
+
+# A picture of 64 Mpx needs 192 MiB as RGB; beyond lie decompression bombs and files no crop of 224 needs.
+MAX_PIXELS = 64 * 2**20
+FORMATS = ("JPEG", "PNG", "WEBP")
+REDUCED = {1: 0, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+EXIF_ORIENTATION = 0x0112
+# Where Pillow keeps what Image.getexif() reads; without any of these the picture stands upright.
+EXIF_HOLDERS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+
+
+def sample_rng(seed: int, epoch: int, sample: int, stream: int = 0) -> Generator:
+    """The only source of randomness of one sample in one epoch. `stream` tells sources with equal numbers apart.
+
+    Philox counts up its lowest counter word, so that generators with other high words never overlap.
+    """
+    key = np.array([seed % 2**64, stream % 2**64], dtype=np.uint64)
+    return Generator(Philox(key=key, counter=np.array([0, 0, epoch, sample], dtype=np.uint64)))
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a picture says of itself before it is decoded; `width` and `height` after its EXIF turn."""
+
+    image: Image.Image  # opened, not decoded
+    width: int
+    height: int
+    orientation: int  # EXIF's 1..8
+
+    @property
+    def is_plain_jpeg(self) -> bool:
+        return self.image.format in ("JPEG", "MPO") and self.image.mode in ("RGB", "L")
+
+
+def read_header(data: bytes) -> Header:
+    """Format, size and orientation without decoding. Raises BadSample for what is no JPEG, PNG or WebP, for empty
+    data, and for more than MAX_PIXELS."""
+    if not data:
+        raise BadSample("the picture has 0 bytes")
+    try:
+        with _without_warnings():
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except MemoryError:
+        raise
+    except Exception as error:  # a parser of hostile bytes may raise anything
+        raise BadSample(f"not a readable JPEG, PNG or WebP header ({_reason(error)})") from None
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadSample(f"{width} x {height} pixels are more than the {MAX_PIXELS} that are decoded")
+    orientation = _orientation(image)
+    if orientation >= 5:
+        width, height = height, width
+    return Header(image, width, height, orientation)
+
+
+def decode_image(data: bytes, min_side: int | None = None) -> np.ndarray:
+    """The picture as uint8 [H, W, 3] RGB, turned as its EXIF says. Raises BadSample.
+
+    A JPEG may come at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps `min_side` pixels; None: full
+    size. Transparent pixels lie on white; 16 bits are scaled to 8.
+    """
+    return _decode(data, read_header(data), min_side)
+
+
+def _decode(data: bytes, header: Header, min_side: int | None) -> np.ndarray:
+    pixels = None
+    # Without its end marker a JPEG may be cut off. Many releases of OpenCV (not 4.14) fill up with grey and say
+    # nothing; Pillow raises, and decodes what lacks the marker alone.
+    if header.is_plain_jpeg and data.rstrip(b"\0").endswith(b"\xff\xd9"):
+        pixels = _decode_jpeg(data, _reduction(min(header.width, header.height), min_side))
+    if pixels is None:
+        pixels = _decode_any(header.image)
+    return np.ascontiguousarray(_upright(pixels, header.orientation))
+
+
+def _decode_jpeg(data: bytes, reduction: int) -> np.ndarray | None:
+    flags = (REDUCED[reduction] or cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    except cv2.error:
+        return None
+    return None if pixels is None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+
+
+def _decode_any(image: Image.Image) -> np.ndarray:
+    try:
+        with _without_warnings():
+            image.load()
+        if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips
+            grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+            return np.repeat(((grey + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("RGB"))
+    except MemoryError:
+        raise
+    except Exception as error:  # a decoder of hostile bytes may raise anything
+        raise BadSample(f"the picture cannot be decoded ({_reason(error)})") from None
+
+
+def _reduction(side: int, min_side: int | None) -> int:
+    if min_side is None:
+        return 1
+    return next(k for k in (8, 4, 2, 1) if k == 1 or side // k >= min_side)
+
+
+def _orientation(image: Image.Image) -> int:
+    if not any(name in image.info for name in EXIF_HOLDERS):
+        return 1
+    try:
+        with _without_warnings():
+            value = image.getexif().get(EXIF_ORIENTATION, 1)
+    except Exception:  # broken EXIF is no reason to lose a good picture
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undoes the camera's turn; both decoders leave it in."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Pillow warns about sloppy files, which webs are full of, and about bombs, which are an error here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _reason(error: Exception) -> str:
+    """Pillow's words without the memory address that makes every message differ."""
+    text = str(error).split(" <_io", 1)[0].strip()
+    return text[:200] or type(error).__name__
+
+
+@dataclass(frozen=True)
+class Box:
+    """A crop, in pixels of the upright picture at full size."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """Random resized crop, flip and colour jitter in training; otherwise the centre square, resized.
+
+    The defaults are BEiT-3's (paper, Table 11: RandomResizedCrop, flip, jitter 0.4), but for the crop's scale, which
+    was not published. Turn `flip` off where captions say left and right.
+    """
+
+    size: int = 224
+    scale: tuple[float, float] = (0.5, 1.0)  # of the picture's area
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height of the crop
+    flip: bool = True
+    jitter: float = 0.4  # brightness, contrast and saturation are each scaled by a factor in [1 - jitter, 1 + jitter]
+    train: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(
+                f"transform.scale={self.scale} is wrong because it is not 0 < low <= high <= 1; use (0.5, 1)"
+            )
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(
+                f"transform.ratio={self.ratio} is wrong because it is not 0 < low <= high; use (0.75, 1.33)"
+            )
+        if not 0 <= self.jitter < 1:
+            raise ValueError(
+                f"transform.jitter={self.jitter} is wrong because it lies outside [0, 1); use 0.4, or 0 for none"
+            )
+        if self.size < 1:
+            raise ValueError(f"transform.size={self.size} is wrong because it counts pixels; use 224")
+
+    def __call__(self, data: bytes, rng: Generator | None = None) -> np.ndarray:
+        """Encoded picture -> uint8 [3, size, size]. `rng` is needed in training only. Raises BadSample."""
+        header = read_header(data)
+        box = self.crop(header.height, header.width, rng)
+        # The crop's shorter side must keep `size` pixels: then no reduced decode loses detail that the result shows.
+        side = min(header.height, header.width)
+        pixels = _decode(data, header, math.ceil(self.size * side / min(box.height, box.width)))
+        return self.finish(_cut(pixels, box, header), rng)
+
+    def crop(self, height: int, width: int, rng: Generator | None) -> Box:
+        """The part of a picture of this size that is used, by `scale` and `ratio`; in evaluation its central square."""
+        if not self.train:
+            side = min(height, width)
+            return Box((height - side) // 2, (width - side) // 2, side, side)
+        assert rng is not None, "a training transform needs the sample's generator"
+        # Ten draws at once, used or not: what comes later in the sample never depends on how many were refused.
+        areas = height * width * rng.uniform(*self.scale, size=10)
+        ratios = np.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1]), size=10))
+        place = rng.random(2)
+        widths, heights = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
+        fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
+        if fits.any():
+            h, w = (int(sides[fits.argmax()]) for sides in (heights, widths))
+        else:  # too long or too wide a picture: the largest crop with an allowed ratio
+            w = min(width, max(1, round(height * self.ratio[1])))
+            h = min(height, max(1, round(width / self.ratio[0])))
+        return Box(int(place[0] * (height - h + 1)), int(place[1] * (width - w + 1)), h, w)
+
+    def finish(self, crop: np.ndarray, rng: Generator | None) -> np.ndarray:
+        """A crop uint8 [h, w, 3] -> uint8 [3, size, size]: resized, and in training flipped and jittered."""
+        shape = self.size, self.size
+        pixels = cv2.resize(np.ascontiguousarray(crop), shape, interpolation=_interpolation(crop, self.size))
+        if self.train:
+            assert rng is not None, "a training transform needs the sample's generator"
+            if self.flip and rng.random() < 0.5:
+                pixels = cv2.flip(pixels, 1)
+            if self.jitter:
+                pixels = _jitter(pixels, self.jitter, rng)
+        return np.stack(cv2.split(pixels))  # twice as fast as a transposed copy
+
+
+def _cut(pixels: np.ndarray, box: Box, header: Header) -> np.ndarray:
+    """The box's pixels, where `pixels` may be a reduced copy of the picture."""
+    y, x = pixels.shape[0] / header.height, pixels.shape[1] / header.width
+    top, left = round(box.top * y), round(box.left * x)
+    bottom, right = round((box.top + box.height) * y), round((box.left + box.width) * x)
+    return pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
+
+
+def _interpolation(crop: np.ndarray, size: int) -> int:
+    """Without aliases, and fast: area averaging at any factor costs ten times what the others do (640 us), and below
+    one half the linear filter averages all pixels too."""
+    if crop.shape[0] * crop.shape[1] > 4 * size * size:
+        return cv2.INTER_AREA
+    return cv2.INTER_LINEAR if crop.shape[0] * crop.shape[1] > size * size else cv2.INTER_CUBIC
+
+
+def _jitter(pixels: np.ndarray, strength: float, rng: Generator) -> np.ndarray:
+    """Brightness, contrast and saturation, each blended by its own factor, in random order."""
+    factors = rng.uniform(1 - strength, 1 + strength, size=3).tolist()
+    for step in rng.permutation(3).tolist():
+        f = factors[step]
+        if step == 0:
+            pixels = cv2.convertScaleAbs(pixels, alpha=f)
+            continue
+        grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+        if step == 1:
+            pixels = cv2.addWeighted(pixels, f, pixels, 0, cv2.mean(grey)[0] * (1 - f))
+        else:
+            pixels = cv2.addWeighted(pixels, f, cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB), 1 - f, 0)
+    return pixels

@@ -1,0 +1,75 @@
+"""Rank, world and the few collectives that are used, the same with and without an initialised process group."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def device() -> torch.device:
+    """This rank's GPU where there is one, otherwise the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def reduce_mean(values: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> dict[str, float]:
+    """The mean over the ranks of each named scalar, in one collective. Every rank passes the same names."""
+    names = sorted(values)
+    packed = torch.stack([values[name].detach().double().reshape(()) for name in names])
+    if dist.is_initialized():
+        dist.all_reduce(packed, group=group)
+        packed /= dist.get_world_size(group)
+    return dict(zip(names, packed.tolist(), strict=True))
+
+
+def any_rank(flag: bool, on: torch.device) -> bool:
+    """True on every rank when it is true on one: all ranks must take the same branch."""
+    if not dist.is_initialized():
+        return flag
+    seen = torch.tensor(int(flag), device=on)
+    dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+    return bool(seen.item())
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, group) -> Tensor:
+        ctx.group, ctx.count = group, rows.shape[0]
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, rows.contiguous(), group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
+        # Every rank's loss reads these rows: their gradients add up.
+        grad = grads[0].contiguous()
+        dist.all_reduce(grad, group=ctx.group)
+        first = dist.get_rank(ctx.group) * ctx.count
+        return grad[first : first + ctx.count], None
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """All ranks' `rows` [n, ...] stacked in rank order [world * n, ...]. The gradient comes back to the rank that
+    owns a row, summed over all ranks that read it. Every rank passes the same shape."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return rows
+    return _GatherRows.apply(rows, group)

@@ -1,0 +1,52 @@
+"""A trained stage as the evaluations see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from pretrain.batch import Batch
+
+
+@dataclass(frozen=True)
+class Trained:
+    """`loader(mix, counts, masking)` gives evaluation batches (centre crops, one rank, a fixed seed); `with_codes` adds
+    the visual tokenizer's codes; pictures go to `directory`/samples."""
+
+    task: nn.Module
+    device: torch.device
+    directory: Path
+    loader: Callable[..., Any]
+    with_codes: Callable[[Batch], Batch]
+    draw_codes: Callable[[Tensor], Tensor] | None  # codes [N, P] -> uint8 [N, 3, H, W]; None: no picture can be made
+    samples_of: Callable[[Any], int]  # samples of a source
+    masking: Any  # the masked objective, or None
+    text: Any  # the text tokenizer, or None
+
+    def batches(self, mix: dict, size: int, samples: int, masking: Any = None) -> Iterator[Batch]:
+        """Batches of `size` of each kind that cover the first `samples` of every source; the last one may be filled
+        up from the start of the source."""
+        loader = self.loader(mix, dict.fromkeys(mix, size), masking)
+        for (batch,) in loader.batches(0, -(-samples // size)):
+            yield self.with_codes(batch.to(self.device))
+
+    def save_picture(self, image: Tensor, name: str) -> str:
+        """Write uint8 [3, H, W] as a PNG; returns the path as samples.json names it."""
+        path = self.directory / "samples" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())).save(path)
+        return f"samples/{path.name}"
+
+
+def uint8_pictures(images: Tensor) -> Tensor:
+    """The pictures of a batch as uint8 [N, 3, H, W], whatever form the encoder reads."""
+    if images.dtype == torch.uint8:
+        return images
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,145 @@
+"""A trained stage -> its evaluations: eval.json and, for the report, samples.json with pictures.
+
+python -m pretrain.evaluate --run-dir runs/quickstart --stage retrieval
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.assembly import (
+    build_task,
+    evaluation_loader,
+    image_targets,
+    load_visual_tokenizer,
+    masking_of,
+    text_tokenizer,
+)
+from pretrain.config import Recipe, Stage, load_recipe
+from pretrain.data.shards import load_manifest
+from pretrain.distributed import device
+from pretrain.evals.trained import Trained
+from pretrain.models.teachers import PixelTeacher
+from pretrain.weights import load_handover, weights_digest, write_json
+
+log = logging.getLogger("pretrain")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """-> 0, or 2 for a user's mistake (one sentence on stderr)."""
+    args = parse_args(argv)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+    log.setLevel(logging.INFO)
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        log.error("error: %s", error)
+        return 2
+    return 0
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.evaluate",
+        description="Run a stage's evaluations on its weights; writes eval.json and samples for the report.",
+        epilog="example: python -m pretrain.evaluate --recipe tiny --run-dir runs/quickstart --stage retrieval",
+    )
+    parser.add_argument(
+        "--recipe", required=True, help="the recipe that the stage was trained with: a name or a .py file"
+    )
+    parser.add_argument("--run-dir", required=True, type=Path)
+    parser.add_argument("--stage", required=True)
+    parser.add_argument("--weights", type=Path, help="instead of the stage's own: a weights.safetensors")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in training")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    directory = args.run_dir / args.stage
+    name, settings = _trained_with(directory, args)
+    recipe, stage = load_recipe(name, args.stage, settings)
+    weights = args.weights or directory / "weights.safetensors"
+    digest = weights_digest(weights)
+    done = _read(directory / "eval.json")
+    if done.get("weights") == digest and not args.weights:
+        log.info("%s: evaluated before; nothing to do", args.stage)
+        return done
+    task = build_task(recipe, stage, args.run_dir)
+    found = load_handover(task, weights)
+    if found.missing:
+        raise ValueError(f"{weights} lacks {found.missing[0]}; it is not this stage's: give the stage that wrote it")
+    task.to(device()).eval()
+    trained = trained_stage(recipe, stage, args.run_dir, directory, task)
+    metrics: dict[str, Any] = {"step": stage.steps, "weights": digest}
+    samples: dict[str, list] = {}
+    for evaluation in stage.evals:
+        found_metrics, found_samples = evaluation.run(trained)
+        metrics |= found_metrics
+        samples |= found_samples
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            log.info("%s: %-40s %.2f", args.stage, name, value)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "samples.json", samples)
+    write_json(directory / "eval.json", metrics)
+    return metrics
+
+
+def trained_stage(recipe: Recipe, stage: Stage, run_dir: Path, directory: Path, task: nn.Module) -> Trained:
+    """The task with everything that evaluations ask for."""
+    return Trained(
+        task=task,
+        device=device(),
+        directory=directory,
+        loader=lambda mix, counts, masking: evaluation_loader(recipe, stage, mix, counts, masking),
+        with_codes=image_targets(recipe, stage, run_dir, device()),
+        draw_codes=_painter(recipe, stage, run_dir),
+        samples_of=lambda source: sum(load_manifest(source.shards).counts),
+        masking=masking_of(stage),
+        text=text_tokenizer(recipe, stage),
+    )
+
+
+def _painter(recipe: Recipe, stage: Stage, run_dir: Path):
+    """Codes -> pictures, where the visual tokenizer learned pixels; None where it learned features."""
+    if stage.visual_tokenizer is None:
+        return None
+    tokenizer = load_visual_tokenizer(recipe, stage, run_dir).to(device())
+    if tokenizer.cfg.distill != "mse":
+        return None
+    teacher = PixelTeacher(tokenizer.cfg.patch_size)
+
+    @torch.no_grad()
+    def draw(codes: Tensor) -> Tensor:
+        picture = teacher.picture(tokenizer.decode_codes(codes))
+        return nn.functional.interpolate(picture.float(), size=tokenizer.cfg.image_size, mode="nearest").byte()
+
+    return draw
+
+
+def _trained_with(directory: Path, args: argparse.Namespace) -> tuple[str, list[str]]:
+    """The recipe's name and settings: as given, else as pretrain.train noted them."""
+    noted = _read(directory / "recipe.json").get("command", {})
+    name = args.recipe or noted.get("recipe")
+    if name is None:
+        raise ValueError(f"{directory} holds no recipe.json of a training run; train the stage first, or give --recipe")
+    return name, [*noted.get("set", []), *args.set]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

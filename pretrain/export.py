@@ -1,0 +1,293 @@
+"""Weights in and out: our own directory (weights.safetensors + config.json) and the released BEiT-3's naming.
+
+    python -m pretrain.export from-released beit3_base_patch16_224.pth runs/beit3_base
+    python -m pretrain.export to-released runs/mine/fusion beit3_mine.pth
+    python -m pretrain.export resize runs/beit3_base runs/beit3_base_384 --image-size 384
+
+The released naming is torchscale's (A: vision, B: language) under `beit3.`, with the heads beside it as unilm's beit3
+code calls them: `mlm_head`, `mim_head` (pretraining), `language_head`, `vision_head`, `logit_scale` (retrieval).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pretrain.models.multiway import MultiwayConfig
+
+log = logging.getLogger(__name__)
+State = dict[str, Tensor]
+
+WEIGHTS, CONFIG = "weights.safetensors", "config.json"
+# Every released size has heads of this width (unilm beit3/modeling_utils.py: 768 / 12, 1024 / 16).
+RELEASED_HEAD_DIM = 64
+# torchscale's position tables begin with two rows that nothing reads (fairseq's padding offset).
+UNUSED_POSITIONS = 2
+MODALITIES = {"A": "vision", "B": "language"}
+# Inside a block: ours -> torchscale's, for layers that exist once per modality; {m} is a modality.
+BLOCK = {
+    "norm.{m}": "self_attn_layer_norm.{M}",
+    "attention.q.{m}": "self_attn.q_proj.{M}",
+    "attention.k.{m}": "self_attn.k_proj.{M}",
+    "attention.v.{m}": "self_attn.v_proj.{M}",
+    "attention.inner_norm.{m}": "self_attn.inner_attn_ln.{M}",
+    "attention.out.{m}": "self_attn.out_proj.{M}",
+    "experts.{m}.norm": "final_layer_norm.{M}",
+    "experts.{m}.up": "ffn.{M}.fc1",
+    "experts.{m}.inner_norm": "ffn.{M}.ffn_layernorm",
+    "experts.{m}.down": "ffn.{M}.fc2",
+}
+HEADS = {
+    "objectives.masked.text.weight": "mlm_head.weight",
+    "objectives.masked.text.bias": "mlm_head.bias",
+    "objectives.masked.image.weight": "mim_head.weight",
+    "objectives.masked.image.bias": "mim_head.bias",
+    "objectives.contrastive.language.weight": "language_head.weight",
+    "objectives.contrastive.vision.weight": "vision_head.weight",
+    "objectives.contrastive.logit_scale": "logit_scale",
+}
+
+
+def names(depth: int) -> dict[str, str]:
+    """Our name -> the released name of every tensor of a released model with `depth` blocks, without its heads."""
+    found = {
+        "vision_embed.proj.weight": "vision_embed.proj.weight",
+        "vision_embed.proj.bias": "vision_embed.proj.bias",
+        "vision_embed.cls_token": "vision_embed.cls_token",
+        "vision_embed.mask_token": "vision_embed.mask_token",
+        "vision_embed.positions": "encoder.embed_positions.A.weight",
+        "text_embed.tokens.weight": "text_embed.weight",
+        "text_embed.positions": "encoder.embed_positions.B.weight",
+    }
+    for big, small in MODALITIES.items():
+        layers = {f"norm.{small}": f"encoder.layer_norm.{big}"}
+        for i in range(depth):
+            for ours, theirs in BLOCK.items():
+                layers[f"blocks.{i}.{ours.format(m=small)}"] = f"encoder.layers.{i}.{theirs.format(M=big)}"
+        found |= {f"{a}.{part}": f"{b}.{part}" for a, b in layers.items() for part in ("weight", "bias")}
+    return {f"encoder.{ours}": f"beit3.{theirs}" for ours, theirs in found.items()}
+
+
+def to_released(state: State, cfg: MultiwayConfig) -> State:
+    """Our tensors (names of `PretrainTask`) under the released names. A shared attention is written twice, which is the
+    same function. Raises ValueError for a model that the released architecture cannot express."""
+    _check_expressible(state, cfg)
+    released = {}
+    for ours, theirs in names(cfg.depth).items():
+        shared = re.sub(r"\.(norm|q|k|v|inner_norm|out)\.(vision|language)\.", r".\1.shared.", ours)
+        source = ours if ours in state else shared
+        if source not in state:
+            raise ValueError(f"the weights have no {ours}; the released format needs a model with vision and language")
+        released[theirs] = state[source].clone()
+    _patch_weights(released, "beit3.vision_embed.proj.weight", (cfg.dim, 3, cfg.patch_size, cfg.patch_size))
+    for key in ("A", "B"):
+        table = released[f"beit3.encoder.embed_positions.{key}.weight"]
+        released[f"beit3.encoder.embed_positions.{key}.weight"] = F.pad(table, (0, 0, UNUSED_POSITIONS, 0))
+    released |= {theirs: state[ours].clone() for ours, theirs in HEADS.items() if ours in state}
+    if "logit_scale" in released:
+        released["logit_scale"] = released["logit_scale"].reshape(())
+    return released
+
+
+def from_released(state: State, heads: int | None = None) -> tuple[State, MultiwayConfig]:
+    """Released tensors -> (ours, the configuration read off their shapes). `heads` is not in the shapes: None takes the
+    released models' 64 per head. Tensors of fine-tuning heads are left out with a log line."""
+    if missing := [key for key in ("beit3.text_embed.weight", "beit3.vision_embed.proj.weight") if key not in state]:
+        raise ValueError(f"there is no {missing[0]} in these weights; a BEiT-3 checkpoint of unilm's is wanted")
+    cfg = _guess_config(state, heads)
+    ours = {}
+    for mine, theirs in names(cfg.depth).items():
+        if theirs not in state:
+            hint = " (image classification and VQA checkpoints have no final norm)" if "layer_norm" in theirs else ""
+            raise ValueError(
+                f"there is no {theirs} in these weights{hint}; take the pretrained or retrieval checkpoint"
+            )
+        ours[mine] = state[theirs].clone()
+    _patch_weights(ours, "encoder.vision_embed.proj.weight", (cfg.dim, 3 * cfg.patch_size**2))
+    for mine in ("encoder.vision_embed.positions", "encoder.text_embed.positions"):
+        ours[mine] = ours[mine][UNUSED_POSITIONS:].clone()
+    ours |= {mine: state[theirs].clone() for mine, theirs in HEADS.items() if theirs in state}
+    if "objectives.contrastive.logit_scale" in ours:
+        ours["objectives.contrastive.logit_scale"] = ours["objectives.contrastive.logit_scale"].reshape(1)
+    known = {*names(cfg.depth).values(), *HEADS.values()}
+    if left := sorted(set(state) - known):
+        log.info("left out %d tensors that have no place here: %s ...", len(left), ", ".join(left[:5]))
+    return ours, cfg
+
+
+def resize_positions(state: State, cfg: MultiwayConfig, image_size: int) -> tuple[State, MultiwayConfig]:
+    """The same model for another picture size: the grid of positions is interpolated (bicubic), its class row stays, as
+    unilm's beit3/utils.py does."""
+    new = dataclasses.replace(cfg, image_size=image_size)
+    if cfg.relative_position:
+        raise ValueError("model.relative_position=True has no position grid to resize; train at the new size instead")
+    key = "encoder.vision_embed.positions"
+    if key not in state or new.grid == cfg.grid:
+        return dict(state), new
+    first, grid = state[key].float().split([1, cfg.grid**2])
+    square = grid.T.reshape(1, -1, cfg.grid, cfg.grid)
+    square = F.interpolate(square, size=(new.grid, new.grid), mode="bicubic", align_corners=False)
+    table = torch.cat([first, square.flatten(2)[0].T]).to(state[key].dtype)
+    return state | {key: table.contiguous()}, new
+
+
+def _check_expressible(state: State, cfg: MultiwayConfig) -> None:
+    if any(".experts.fusion." in key for key in state):
+        raise ValueError(
+            "the released BEiT-3 has no fusion experts (model.fusion_layers); it cannot hold these weights"
+        )
+    for name, wanted in (("sub_norm", True), ("relative_position", False), ("layer_scale", None), ("text_norm", False)):
+        if getattr(cfg, name) != wanted:
+            raise ValueError(f"model.{name}={getattr(cfg, name)} cannot be written as BEiT-3; it needs {wanted}")
+    if not cfg.key_bias:
+        raise ValueError("model.key_bias=False cannot be written as BEiT-3; it needs True")
+
+
+def _patch_weights(state: State, key: str, shape: tuple[int, ...]) -> None:
+    state[key] = state[key].reshape(shape)
+
+
+def _guess_config(state: State, heads: int | None) -> MultiwayConfig:
+    dim, _, patch, _ = state["beit3.vision_embed.proj.weight"].shape
+    layers = [int(m[1]) for key in state if (m := re.match(r"beit3\.encoder\.layers\.(\d+)\.", key))]
+    up = state.get("beit3.encoder.layers.0.ffn.A.fc1.weight")
+    tables = [state.get(f"beit3.encoder.embed_positions.{key}.weight") for key in ("A", "B")]
+    if up is None or tables[0] is None or tables[1] is None:
+        raise ValueError("these weights have no layers or no position tables; a whole BEiT-3 checkpoint is wanted")
+    grid = round((len(tables[0]) - UNUSED_POSITIONS - 1) ** 0.5)
+    codes = state.get("mim_head.weight")
+    return MultiwayConfig(
+        dim=dim,
+        depth=max(layers) + 1,
+        heads=heads or max(dim // RELEASED_HEAD_DIM, 1),
+        ffn_dim=len(up),
+        image_size=grid * patch,
+        patch_size=patch,
+        vocab_size=len(state["beit3.text_embed.weight"]),
+        image_codes=8192 if codes is None else len(codes),
+        max_text_len=len(tables[1]) - UNUSED_POSITIONS,
+        attention="per_modality",
+        sub_norm="beit3.encoder.layers.0.ffn.A.ffn_layernorm.weight" in state,
+        init="sub_norm",
+    )
+
+
+def read_tensors(path: Path) -> State:
+    """The tensors of a .safetensors or torch file. Nothing in a torch file is executed: only tensors and plain values
+    are read, everything else is a ValueError."""
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no whole safetensors file ({error}); fetch or write it again") from None
+    try:
+        # unilm's fine-tuning checkpoints carry their command line: a Namespace holds plain values only.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged or holds more than tensors, so it is not read ({first})") from None
+    for key in ("model", "module"):  # unilm's own, DeepSpeed's
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds no dictionary of tensors, neither itself nor under 'model' or 'module'")
+    return content
+
+
+def read_model(directory: Path) -> tuple[State, MultiwayConfig, dict]:
+    """A stage's weights, model configuration, and the whole config.json."""
+    for name in (CONFIG, WEIGHTS):
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory} holds no {name}; give the directory of a stage that has ended")
+    config = json.loads((directory / CONFIG).read_text())
+    known = {f.name for f in dataclasses.fields(MultiwayConfig)}
+    model = config.get("model", config)
+    if unknown := sorted(set(model) - known):
+        raise ValueError(
+            f"{directory / CONFIG} has {unknown[0]!r}, which no MultiwayConfig knows; is it a tokenizer's?"
+        )
+    return read_tensors(directory / WEIGHTS), MultiwayConfig(**model), config
+
+
+def write_model(directory: Path, state: State, config: dict) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory / WEIGHTS, state)
+    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def write_tensors(path: Path, state: State) -> None:
+    """A whole file or none: written beside, then renamed. `.safetensors`, or a torch file as unilm's code reads it."""
+    beside = path.with_name(path.name + ".part")
+    state = {key: value.contiguous() for key, value in state.items()}
+    if path.suffix == ".safetensors":
+        save_file(state, beside)
+    else:
+        torch.save({"model": state}, beside)
+    os.replace(beside, path)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    doc = (__doc__ or "").split("\n\n")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m pretrain.export", description=doc[0], epilog=doc[1], formatter_class=formatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    reading = commands.add_parser("from-released", help="a released BEiT-3 file -> a directory of ours")
+    reading.add_argument("file", type=Path, help=".pth or .safetensors with the released names")
+    reading.add_argument("out", type=Path, help="directory for weights.safetensors and config.json")
+    reading.add_argument("--heads", type=int, help="attention heads; default: width / 64, as all released sizes")
+    writing = commands.add_parser("to-released", help="a directory of ours -> a file with the released names")
+    writing.add_argument("directory", type=Path, help="holds weights.safetensors and config.json (a stage's directory)")
+    writing.add_argument("out", type=Path, help=".pth (as unilm's code loads it) or .safetensors")
+    resizing = commands.add_parser("resize", help="interpolate the positions for another picture size")
+    resizing.add_argument("directory", type=Path)
+    resizing.add_argument("out", type=Path)
+    resizing.add_argument("--image-size", type=int, required=True, help="pixels")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.command == "from-released":
+        state, cfg = from_released(read_tensors(args.file), args.heads)
+        write_model(args.out, state, {"model": dataclasses.asdict(cfg)})
+    elif args.command == "to-released":
+        state, cfg, _ = read_model(args.directory)
+        write_tensors(args.out, to_released(state, cfg))
+    else:
+        state, cfg, config = read_model(args.directory)
+        state, cfg = resize_positions(state, cfg, args.image_size)
+        write_model(args.out, state, (config if "model" in config else {}) | {"model": dataclasses.asdict(cfg)})
+    log.info("wrote %s", args.out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        run(parse_args(argv))
+    except (ValueError, OSError) as error:
+        sys.exit(_complain(error))
+
+
+def _complain(error: Exception) -> int:
+    log.error("error: %s", error)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

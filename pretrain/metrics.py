@@ -1,0 +1,244 @@
+"""What a run measures and writes down: FLOPs, samples/s, MFU, data wait, memory; metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.batch import Layout
+from pretrain.distributed import rank
+
+log = logging.getLogger(__name__)
+
+FILE = "metrics.jsonl"
+# Measured by the clock or the allocator: two runs that are equal bit for bit still differ in these.
+MEASURED = ("samples_per_s", "tokens_per_s", "mfu", "data_wait", "memory_gib")
+
+# Dense tensor-core peak in FLOP/s, bf16 with fp32 accumulation (V100 and T4: fp16, they know no bf16). The first name
+# that is a word of the device's name counts. Source: NVIDIA's data sheet of each.
+PEAKS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A40": 150e12,
+    "RTX A6000": 155e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "V100": 125e12,
+    "T4": 65e12,
+}
+
+
+def flops_per_sequence(length: int, *, dim: int, depth: int, ffn_dim: int) -> int:
+    """FLOPs of one sequence of `length` rows through the encoder, forward and backward (3 x forward: the backward pass
+    has two products for each one). A multiply-add counts as two. Norms, biases and softmax are left out, causal
+    attention counts as full, and activation recomputation gets no credit: the "model FLOPs" of MFU (PaLM, arXiv
+    2204.02311, appendix B)."""
+    projections = 2 * length * (4 * dim * dim + 2 * dim * ffn_dim)
+    attention = 2 * 2 * length * length * dim  # scores, and the sum of the values
+    return 3 * depth * (projections + attention)
+
+
+def flops_per_batch(
+    layout: Layout,
+    *,
+    dim: int,
+    depth: int,
+    ffn_dim: int,
+    patch_inputs: int = 0,
+    heads: Iterable[tuple[int, int]] = (),
+) -> int:
+    """FLOPs of one micro-batch, forward and backward, as flops_per_sequence counts them. `patch_inputs`: numbers in a
+    patch, 3 * patch_size**2; `heads`: (rows, outputs) of each product on the encoder's rows, such as
+    (masked patches, 8192). A row that a frozen module reads counts like any other."""
+    kinds = (
+        (layout.images, layout.patches),
+        (layout.pairs, layout.patches + layout.pair_len),
+        (layout.texts, layout.text_len),
+    )
+    encoder = sum(n * flops_per_sequence(length, dim=dim, depth=depth, ffn_dim=ffn_dim) for n, length in kinds)
+    patches = (layout.images + layout.pairs) * max(layout.patches - 1, 0)
+    embedding = 3 * 2 * patches * patch_inputs * dim
+    return encoder + embedding + sum(3 * 2 * rows * dim * outputs for rows, outputs in heads)
+
+
+def peak_flops(device: torch.device | str) -> float | None:
+    """The device's dense bf16 peak in FLOP/s; None for a CPU and for a GPU that is not in PEAKS."""
+    device = torch.device(device)
+    return _peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def _peak_of(name: str) -> float | None:
+    for known, peak in PEAKS.items():
+        if all(re.search(rf"\b{word}\b", name) for word in known.split()):
+            return peak
+    return None
+
+
+class Throughput:
+    """A meter of the steps since it was last read. `data_ranks`: ranks that work on different data."""
+
+    def __init__(self, device: torch.device | str, data_ranks: int = 1):
+        self.device, self.data_ranks = torch.device(device), data_ranks
+        self.peak = peak_flops(self.device)
+        self._mark = time.perf_counter()
+        self._seconds = self._waited = self._flops = 0.0
+        self._samples = self._tokens = 0
+
+    def wait(self, seconds: float) -> None:
+        """So long did the step wait for its data."""
+        self._waited += seconds
+
+    def tick(self, *, samples: int, tokens: int, flops: float) -> None:
+        """A step is done. `samples`: of the global batch; `tokens` (rows) and `flops`: of this rank."""
+        self._add_time()
+        self._samples, self._tokens, self._flops = self._samples + samples, self._tokens + tokens, self._flops + flops
+
+    def skip(self) -> None:
+        """Forget the time since the last call: it went into something else, such as saving."""
+        self._mark = time.perf_counter()
+
+    def read(self) -> dict[str, float | None]:
+        """Means since the last reading: samples_per_s and tokens_per_s of the whole run, mfu (None where the peak is
+        unknown), data_wait (fraction of the time), memory_gib (peak: allocated on the GPU, else of the process)."""
+        self._add_time()
+        seconds = max(self._seconds, 1e-9)
+        values = {
+            "samples_per_s": self._samples / seconds,
+            "tokens_per_s": self._tokens * self.data_ranks / seconds,
+            "mfu": self._flops / seconds / self.peak if self.peak else None,
+            "data_wait": min(self._waited / seconds, 1.0),
+            "memory_gib": _memory_gib(self.device),
+        }
+        self._clear()
+        return values
+
+    def _add_time(self) -> None:
+        now = time.perf_counter()
+        self._seconds, self._mark = self._seconds + now - self._mark, now
+
+    def _clear(self) -> None:
+        self._seconds = self._waited = self._flops = 0.0
+        self._samples = self._tokens = 0
+
+
+def _memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class MetricsLog:
+    """Writes `run_dir`/metrics.jsonl and `run_dir`/tensorboard, on rank 0 only. What an earlier run wrote beyond
+    `resume_step` is cut off, so that a step has one line however often a run was killed."""
+
+    def __init__(self, run_dir: Path, resume_step: int = 0):
+        self._file: Any = None
+        self._board: Any = None
+        if rank() != 0:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _cut(run_dir / FILE, resume_step)
+        # Unbuffered and append-only: each line is one write, and a reader never sees half of one in the middle.
+        self._file = open(run_dir / FILE, "ab", buffering=0)  # noqa: SIM115
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
+
+    def write(self, step: int, values: dict[str, float | int | None]) -> None:
+        """One line. Floats are written so that they read back to the same bits; NaN and infinity become null."""
+        if self._file is None:
+            return
+        line: dict[str, float | int | None] = {"step": step}
+        for name, value in values.items():
+            finite = value is None or math.isfinite(value)
+            if not finite:
+                log.warning("step %d: %s is %s; %s says null", step, name, value, FILE)
+            line[name] = value if finite else None
+        self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+        for name, value in line.items():
+            if value is not None and name != "step":
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+            self._file = None
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl. A torn last line is left out: the run was killed, or is writing right now. Raises
+    ValueError for any other line that is not a JSON object with a step."""
+    lines = []
+    for number, raw in enumerate(_whole_lines(Path(path).read_bytes()), start=1):
+        line = _parse(raw)
+        if line is None:
+            raise ValueError(f"{path} line {number} is not a JSON object with a step; is this file of another program?")
+        lines.append(line)
+    return lines
+
+
+def _whole_lines(data: bytes) -> list[bytes]:
+    return data[: data.rfind(b"\n") + 1].splitlines()
+
+
+def _parse(raw: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(raw)
+    except ValueError:
+        return None
+    good = isinstance(line, dict) and isinstance(line.get("step"), int)
+    return line if good else None
+
+
+def _cut(path: Path, resume_step: int) -> None:
+    """Drop the lines beyond `resume_step` and what is damaged; all or nothing, also when killed in the middle."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    kept = []
+    for raw in _whole_lines(data):
+        line = _parse(raw)
+        if line is not None and line["step"] <= resume_step:
+            kept.append(raw + b"\n")
+    new = b"".join(kept)
+    if new == data:
+        return
+    log.info(
+        "%s: kept %d lines up to step %d, dropped %d bytes behind", path, len(kept), resume_step, len(data) - len(new)
+    )
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as file:
+        file.write(new)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,114 @@
+"""Masked data modeling: one cross-entropy objective on images, texts and pairs (BEiT-3, arXiv 2208.10442, 2.2-2.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.batch import Batch, Layout
+from pretrain.data.masking import Masking
+from pretrain.models.multiway import MultiwayConfig
+
+
+@dataclass(frozen=True)
+class MaskedData(Masking):
+    """Predict the visual tokenizer's codes of hidden patches and the ids of hidden words. The ratios are `Masking`'s:
+    the loader hides, this scores. The weights of the terms are not published; here every sequence counts the same."""
+
+    name = "masked"
+
+    def build(self, model: MultiwayConfig, experts: tuple[str, ...]) -> MaskedDataHeads:
+        return MaskedDataHeads(model, image="vision" in experts, text="language" in experts)
+
+    def head_rows(self, layout: Layout, model: MultiwayConfig) -> list[tuple[int, int]]:
+        """(rows, outputs) of each head's product, about: for the count of FLOPs."""
+        patches = max(layout.patches - 1, 0)
+        image = (layout.images * self.image_ratio + layout.pairs * self.pair_image_ratio) * patches
+        text = layout.text_rows * self.text_ratio + layout.pair_text_rows * self.pair_text_ratio
+        return [(round(image), model.image_codes), (round(text), model.vocab_size)]
+
+
+class MaskedDataHeads(nn.Module):
+    """One linear head per vocabulary, untied as in the released BEiT-3 (REFERENCE: its parameter count), run on masked
+    rows only. A head that a stage has no use for is not built: AdamW would move it all the same."""
+
+    def __init__(self, model: MultiwayConfig, *, image: bool, text: bool):
+        super().__init__()
+        self.image = _head(model.dim, model.image_codes) if image else None
+        self.text = _head(model.dim, model.vocab_size) if text else None
+
+    def forward(self, rows_TD: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Rows [layout.rows, dim] -> `loss` (mean over sequences of the mean over a sequence's targets), `loss/PART`
+        and `accuracy/PART`, where a part is image, pair_image, text or pair_text."""
+        scores: dict[str, tuple[Tensor, Tensor, int]] = {}
+        for head, parts in self._parts(rows_TD, batch):
+            scores |= _score(head, parts)
+        return _combine(scores)
+
+    def guesses(self, rows_TD: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """{part: (guesses, targets)}, each [masked positions], in row order; for evaluation."""
+        return {
+            name: (head(rows.reshape(-1, head.in_features)[masked.flatten()]).argmax(-1), targets[masked])
+            for head, parts in self._parts(rows_TD, batch)
+            for name, (rows, masked, targets) in parts.items()
+            if len(masked)
+        }
+
+    def _parts(self, rows_TD: Tensor, batch: Batch) -> list[tuple[nn.Linear, dict]]:
+        """Per head that is built: {part: (rows, masked [n, L], targets [n, L])}."""
+        layout, found = batch.layout, []
+        if self.image is not None:
+            rows = rows_TD[: layout.vision_rows].unflatten(0, (-1, max(layout.patches, 1)))[:, 1:]
+            codes = batch.image_codes
+            if codes is None:
+                assert not batch.image_masks.any(), "masked images need image_codes: run the visual tokenizer first"
+                codes = torch.zeros_like(batch.image_masks, dtype=torch.long)
+            split = [layout.images, layout.pairs]
+            parts = zip(rows.split(split), batch.image_masks.split(split), codes.split(split), strict=True)
+            found.append((self.image, dict(zip(("image", "pair_image"), parts, strict=True))))
+        if self.text is not None:
+            pair_rows, text_rows = rows_TD[layout.vision_rows :].split([layout.pair_text_rows, layout.text_rows])
+            pairs = (pair_rows, batch.pair_masked, batch.pair_tokens)
+            texts = (text_rows, batch.text_masked, batch.text_tokens)
+            found.append((self.text, {"pair_text": pairs, "text": texts}))
+        return found
+
+
+def _head(dim: int, classes: int) -> nn.Linear:
+    head = nn.Linear(dim, classes)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def _score(head: nn.Linear, parts: dict) -> dict[str, tuple[Tensor, Tensor, int]]:
+    """{part: (rows, masked [n, L], targets [n, L])} -> {part: (loss, accuracy, sequences)}; one matrix product for all
+    parts, on zero rows if nothing is masked (a head must run on every micro-step, or ZeRO mixes up gradients)."""
+    rows = torch.cat([rows.reshape(-1, head.in_features)[masked.flatten()] for rows, masked, _ in parts.values()])
+    logits = head(rows)
+    targets = torch.cat([targets[masked] for _, masked, targets in parts.values()])
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    right = (logits.detach().argmax(-1) == targets).float()
+    found, start = {}, 0
+    for name, (_, masked, _) in parts.items():
+        per_sequence = masked.sum(-1)
+        # A sequence's targets share its weight of one, so long and short sequences count the same.
+        weight = (1 / per_sequence.clamp(min=1)).unsqueeze(-1).expand_as(masked)[masked]
+        part = slice(start, start + len(weight))
+        start += len(weight)
+        count = max(masked.shape[0], 1)
+        accuracy = right[part].sum() / max(len(weight), 1)
+        found[name] = ((losses[part] * weight).sum() / count, accuracy, masked.shape[0])
+    return found
+
+
+def _combine(scores: dict[str, tuple[Tensor, Tensor, int]]) -> dict[str, Tensor]:
+    total = max(sum(count for *_, count in scores.values()), 1)
+    report = {"loss": torch.stack([loss * count for loss, _, count in scores.values()]).sum() / total}
+    for name, (loss, accuracy, count) in scores.items():
+        if count:
+            report |= {f"loss/{name}": loss.detach(), f"accuracy/{name}": accuracy}
+    return report

@@ -1,0 +1,186 @@
+"""The DeepSpeed JSON: read, checked, and completed with what the recipe owns. Imports no deepspeed."""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Keys that the JSON owns, and (for its sections) what may stand in them. ds_configs/README.md explains them.
+OFFLOAD = {"device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory", "pipeline_read"} | {
+    "pipeline_write",
+    "fast_init",
+    "ratio",
+}
+ZERO = {
+    *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"),
+    *("allgather_partitions", "allgather_bucket_size", "overlap_comm", "load_from_fp32_weights", "offload_param"),
+    *("offload_optimizer", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+    *("stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
+    *("stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params", "round_robin_gradients"),
+    *("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients", "memory_efficient_linear"),
+    *("log_trace_cache_warnings", "ignore_unused_parameters", "leaf_module"),
+}
+SECTIONS: dict[str, set[str] | None] = {
+    "zero_optimization": ZERO,
+    "bf16": {"enabled", "immediate_grad_update", "check_grad_overflow"},
+    "data_types": {"grad_accum_dtype", "buffer_dtype"},
+    "communication_data_type": None,
+    "prescale_gradients": None,
+    "gradient_predivide_factor": None,
+    "comms_logger": None,
+    "flops_profiler": None,
+    "wall_clock_breakdown": None,
+    "memory_breakdown": None,
+    "aio": None,
+    "checkpoint": {"parallel_write"},
+    "compile": None,
+    "pipeline": None,
+    "timers": None,
+}
+# Keys of DeepSpeed's that belong to the recipe, or to nobody here, and where to turn instead.
+OWNED_ELSEWHERE = {
+    "train_batch_size": "the recipe's batch (images, pairs, texts, dual) owns it",
+    "train_micro_batch_size_per_gpu": "the recipe's batch and batch.accumulation own it",
+    "gradient_accumulation_steps": "the recipe's batch.accumulation owns it",
+    "gradient_clipping": "the recipe's optim.clip owns it",
+    "optimizer": "the recipe's optim owns it",
+    "scheduler": "the recipe's optim.schedule, optim.warmup_steps and optim.min_lr own it",
+    "steps_per_print": "the recipe's log_every owns it",
+    "activation_checkpointing": "the recipe's activation_checkpointing owns it",
+    "zero_allow_untested_optimizer": "it is derived",
+    "zero_force_ds_cpu_optimizer": "it is derived",
+    "seed": "the recipe's seed owns it",
+    "tensorboard": "every run writes tensorboard/ beside its metrics.jsonl",
+    "csv_monitor": "every run writes metrics.jsonl",
+    "wandb": "every run writes metrics.jsonl",
+    "tensor_parallel": "the recipe's parallel sizes own it",
+    "sequence_parallel_size": "the recipe's parallel sizes own it",
+    "curriculum_learning": "the recipe's stages own it",
+    "data_efficiency": "the recipe's mix owns it",
+    "elasticity": "the recipe's batch owns it, and it is the same on any number of ranks",
+    "amp": 'use {"bf16": {"enabled": true}}',
+    "torch_autocast": 'use {"bf16": {"enabled": true}}',
+}
+
+
+def load_ds_config(
+    path: str | Path, *, micro: int, accumulation: int, world: int, clip: float, **derived: Any
+) -> dict[str, Any]:
+    """The JSON at `path` with the batch (`micro` sequences of a rank's micro-step, `accumulation` of them, `world` data
+    ranks), `clip` and whatever else is derived, as deepspeed.initialize takes it.
+
+    Raises ValueError that names the file, the key and the way out for: a missing or broken file, an unknown key, a key
+    that the recipe owns, fp16, bf16 without ZeRO, and offload that its ZeRO stage does not have.
+    """
+    config = _read(Path(path))
+    for key in config:
+        if key in OWNED_ELSEWHERE:
+            raise ValueError(f"{path}: {key} must not stand here: {OWNED_ELSEWHERE[key]}; remove it from the JSON")
+        if key != "fp16":
+            _known(path, key, list(SECTIONS))
+        if (inside := SECTIONS.get(key)) is not None:
+            _section(path, key, config[key], inside)
+    _check_precision(path, config)
+    _check_zero(path, config)
+    config.pop("fp16", None)
+    return (
+        config
+        | {
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": accumulation,
+            "train_batch_size": micro * accumulation * world,
+            # ZeRO-0 measures the norm only when it clips, and metrics.jsonl wants it: a bound that nothing reaches.
+            "gradient_clipping": clip if clip > 0 else 1e30,
+            "steps_per_print": None,
+            "zero_allow_untested_optimizer": True,
+            # Our torch AdamW is right under offload too; engine.build_engine swaps in DeepSpeed's where that is faster.
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        | derived
+    )
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def precision(config: dict[str, Any]) -> torch.dtype:
+    """The parameters' dtype while training; the optimizer keeps fp32 masters."""
+    return torch.bfloat16 if config.get("bf16", {}).get("enabled", False) else torch.float32
+
+
+def offloads(config: dict[str, Any]) -> bool:
+    """Whether the optimizer runs on the host."""
+    return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if twice := sorted({key for key in keys if keys.count(key) > 1}):
+            raise ValueError(f"{path}: {twice[0]} stands there twice; keep one")
+        return dict(pairs)
+
+    if not path.is_file():
+        beside = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        raise ValueError(f"--ds {path}: there is no such file; use one of {', '.join(beside) or 'ds_configs/*.json'}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{path}: not JSON at {where} ({error.msg}); correct it there") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not UTF-8 text; give a DeepSpeed JSON such as ds_configs/zero1.json") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: holds a {type(config).__name__}; a DeepSpeed config is one {{...}} object")
+    return config
+
+
+def _known(path: str | Path, key: str, known: list[str], inside: str = "") -> None:
+    if key in known:
+        return
+    close = get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
+    raise ValueError(f"{path}: unknown key {inside}{key}; {hint}")
+
+
+def _section(path: str | Path, name: str, section: Any, known: set[str]) -> None:
+    if not isinstance(section, dict):
+        raise ValueError(f"{path}: {name}={json.dumps(section)} must be an object {{...}}")
+    for key, value in section.items():
+        _known(path, key, sorted(known), f"{name}.")
+        if key in ("offload_optimizer", "offload_param"):
+            _section(path, f"{name}.{key}", value, OFFLOAD)
+
+
+def _check_precision(path: str | Path, config: dict[str, Any]) -> None:
+    if config.get("fp16", {"enabled": False}) != {"enabled": False}:
+        # open_clip's larger runs diverged in fp16 half-way, and bf16 cured them (LAION's large-openclip report).
+        raise ValueError(f"{path}: fp16 is not supported, it diverges on large models; use bf16 or leave fp32")
+    enabled = config.get("bf16", {}).get("enabled", False)
+    if not isinstance(enabled, bool):
+        raise ValueError(f"{path}: bf16.enabled={json.dumps(enabled)} must be true or false")
+    if enabled and zero_stage(config) == 0:
+        raise ValueError(
+            f"{path}: bf16 with zero_optimization.stage=0 keeps no fp32 master weights and loses small updates; "
+            "set the stage to 1, 2 or 3, or bf16.enabled to false"
+        )
+
+
+def _check_zero(path: str | Path, config: dict[str, Any]) -> None:
+    zero = config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ValueError(f"{path}: zero_optimization.stage={json.dumps(stage)} is wrong; use 0, 1, 2 or 3")
+    for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+        device = zero.get(key, {}).get("device", "none")
+        if device not in ("none", "cpu", "nvme"):
+            raise ValueError(f"{path}: zero_optimization.{key}.device={json.dumps(device)}; use none, cpu or nvme")
+        if device != "none" and stage < lowest:
+            raise ValueError(f"{path}: zero_optimization.{key} needs stage {lowest} or above, not {stage}")
+        if device == "nvme" and stage < 3:
+            raise ValueError(f"{path}: zero_optimization.{key}.device=nvme needs stage 3, not {stage}; use cpu")

@@ -1,0 +1,161 @@
+"""The door to DeepSpeed: process group, engine, and the whole model back out of its shards."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pretrain.distributed import device, rank, world_size
+from pretrain.parallel.ds_config import offloads, zero_stage
+
+log = logging.getLogger(__name__)
+
+
+def init_distributed(timeout_s: float = 1800.0) -> None:
+    """Joins the process group that torchrun, deepspeed or srun describes (NCCL on GPUs, gloo elsewhere); alone, makes a
+    group of one that opens no port. Raises TimeoutError when the other ranks do not come within `timeout_s`."""
+    adopt_slurm()
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(device())
+    if not dist.is_initialized():
+        timeout = timedelta(seconds=timeout_s)
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        try:
+            if alone:
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            else:
+                bind = {"device_id": device()} if backend == "nccl" else {}
+                dist.init_process_group(backend, timeout=timeout, **bind)
+        except (dist.DistError, ValueError) as error:
+            raise TimeoutError(
+                f"rank {rank()} of {world_size()}: the process group did not form within {timeout_s:.0f} s "
+                f"({str(error).splitlines()[0]}); see that all ranks started and reach "
+                f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+            ) from error
+    os.environ.setdefault("LOCAL_RANK", "0")
+    _deepspeed().init_distributed(backend, verbose=False)
+
+
+def build_engine(
+    task: nn.Module, optimizer: torch.optim.Optimizer, factor: Callable[[int], float], config: dict[str, Any], mpu=None
+):
+    """DeepSpeed's engine around `task`, on this rank's device.
+
+    `factor(steps done)` times each group's lr is the rate of the coming step; `config` is load_ds_config's. Weights are
+    loaded into `task` before this call. Every `engine.backward(loss)` is followed by `engine.step()`; the optimizer
+    moves after `gradient_accumulation_steps` of them, and losses are averaged over those and over the ranks.
+    """
+    scalars = [name for name, value in task.named_parameters() if value.ndim == 0]
+    assert not scalars, f"DeepSpeed cannot broadcast 0-d parameters; give {scalars} the shape (1,)"
+    init_distributed()
+    if offloads(config) and torch.cuda.is_available():
+        optimizer = _host_adam(optimizer)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    engine, _, _, _ = _deepspeed().initialize(
+        model=task, optimizer=optimizer, lr_scheduler=schedule, config=config, mpu=mpu, dist_init_required=False
+    )
+    if zero_stage(config) == 0:
+        engine.clip_fp32_gradients = lambda: _clip(engine)
+    return engine
+
+
+def gradient_norm(engine) -> float:
+    """The global norm before clipping, of the last optimizer step; nan before the first."""
+    norm = engine.get_global_grad_norm()
+    return float("nan") if norm is None else float(norm)
+
+
+def stream_state(engine) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole tensor of each parameter and persistent buffer, in state_dict order: fp32 on the CPU on rank 0
+    (integers stay integers), an empty tensor elsewhere. A collective of every rank; holds one tensor at a time."""
+    _deepspeed()
+    fragment = importlib.import_module("deepspeed.utils.tensor_fragment")
+    zero = importlib.import_module("deepspeed.runtime.zero")
+    seen: dict[int, str] = {}
+    for name, value in engine.module.state_dict(keep_vars=True).items():
+        if id(value) in seen:  # tied: the same weights under a second name
+            log.debug("%s is tied to %s", name, seen[id(value)])
+        seen[id(value)] = name
+        with torch.no_grad():
+            whole = None
+            if isinstance(value, nn.Parameter) and value.requires_grad:
+                whole = fragment.safe_get_full_fp32_param(value)  # the optimizer's master, where there is one
+            if whole is not None:
+                yield name, _on_rank_0(whole)
+            elif hasattr(value, "ds_id"):
+                with zero.GatheredParameters([value]):
+                    whole = _on_rank_0(value.detach())
+                yield name, whole
+            else:
+                yield name, _on_rank_0(value.detach())
+
+
+def full_state(engine) -> dict[str, Tensor]:
+    """The whole model by name on rank 0, {} on the others; see `stream_state`. Every rank must call it."""
+    state = {}
+    for name, value in stream_state(engine):
+        if rank() == 0:
+            state[name] = value
+    return state
+
+
+def _on_rank_0(value: Tensor) -> Tensor:
+    if rank() != 0:
+        return torch.empty(0)
+    # A copy in every case: masters and gathered parameters are views of buffers that the next step overwrites.
+    return value.to("cpu", torch.float32 if value.is_floating_point() else value.dtype, copy=True).contiguous()
+
+
+def adopt_slurm() -> None:
+    """`srun python -m ...` tells each task its place by SLURM_*; torch wants RANK and its kin."""
+    if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) == 1:
+        return
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ValueError(f"{missing[0]} is not set under srun; export MASTER_ADDR and MASTER_PORT before srun")
+    for name, source in (("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID")):
+        os.environ[name] = os.environ[f"SLURM_{source}"]
+
+
+def _deepspeed():
+    """The package, imported quietly and without a compiler run."""
+    if not torch.cuda.is_available():
+        # Said here, DeepSpeed neither guesses nor warns that it found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    deepspeed = importlib.import_module("deepspeed")
+    # By its module name: `deepspeed.comm.torch` as an attribute is torch itself.
+    comm: Any = importlib.import_module("deepspeed.comm.torch")
+    # A C++ shared-memory all-reduce that only inference calls; building it takes 20 to 50 s of the first start, and a
+    # killed rank leaves 69 MB of it in /dev/shm.
+    comm.build_shm_op = lambda: None
+    logger = logging.getLogger("DeepSpeed")
+    if logger.handlers:  # it writes to stdout by a handler of its own; let the run's logging have it
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+def _clip(engine) -> None:
+    """DeepSpeed's own step, keeping the norm that it throws away without ZeRO."""
+    clip = importlib.import_module("deepspeed.runtime.utils").clip_grad_norm_
+    engine._global_grad_norm = clip(engine.module.parameters(), engine.gradient_clipping(), mpu=engine.mpu)
+
+
+def _host_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """DeepSpeed's vectorised AdamW for parameters that live on the host; it is compiled at first use."""
+    adam = importlib.import_module("deepspeed.ops.adam")
+    names = ("params", "lr", "weight_decay")
+    groups = [{name: group[name] for name in names} for group in optimizer.param_groups]
+    first = optimizer.param_groups[0]
+    return adam.DeepSpeedCPUAdam(groups, lr=first["lr"], betas=first["betas"], eps=first["eps"], adamw_mode=True)

@@ -1,0 +1,156 @@
+"""The stages of BEiT-3, with the source of every number. [B3] arXiv 2208.10442; [B2] BEiT v2, arXiv 2208.06366, and
+microsoft/unilm beit2 (TOKENIZER.md, run_beitv2_pretraining.py); [VLMo] arXiv 2111.02358 and microsoft/unilm vlmo.
+
+The paper trained from scratch on all three kinds of data at once (an author, microsoft/unilm issue 1034): the stage
+`pretrain`. Stagewise pretraining is VLMo's: `vision`, `language` and `fusion` do that with BEiT-3's objective, and
+`fusion` has the settings of `pretrain` but for where it starts. Either way `retrieval` follows.
+
+Data, under $DATA as `data_tools` leaves it: images (ImageNet-21k, 14M [B3 table 1]), pairs (CC12M, CC3M, SBU, COCO, VG:
+21M pairs of 15M images), texts (160 GB: Wikipedia, BookCorpus, OpenWebText, CC-News, Stories), text.model (a
+SentencePiece model of 64k pieces). $CLIP is a Hugging Face directory of CLIP ViT-B/16, the teacher of [B2].
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pretrain.config import BatchSize, Recipe, Stage
+from pretrain.data.sources import ImageShards, PairShards, TextShards
+from pretrain.data.transforms import ImageTransform
+from pretrain.models.multiway import MultiwayConfig
+from pretrain.models.vqkd import VQKDConfig
+from pretrain.objectives.contrastive import Contrastive
+from pretrain.objectives.masked import MaskedData
+from pretrain.optim import Optim
+
+IMAGES = ImageShards("$DATA/images")
+# The length of texts in pretraining was not published. 64: the released fine-tuning code's default.
+PAIRS = PairShards("$DATA/pairs", text_len=64)
+# Not published either. 196: VLMo's for text alone [VLMo run.py, max_text_len_of_initckpt].
+TEXTS = TextShards("$DATA/texts", text_len=196)
+
+# RandomResizedCrop, flip, colour jitter 0.4 at 224 pixels [B3 table 11]. The crop's smallest share is not published;
+# 0.2 keeps most of a caption's picture in sight, and BEiT's flip is on although some captions say left and right.
+LOOK = ImageTransform(size=224, scale=(0.2, 1.0), flip=True, jitter=0.4)
+
+# [B3 table 11]: AdamW, peak 1e-3, cosine, 10k steps of warmup, betas, eps, weight decay, clip 3.0, drop path 0.1.
+OPTIM = Optim(lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, warmup_steps=10_000, clip=3.0)
+STEPS, DROP_PATH = 1_000_000, 0.1
+# 6144 = 2048 images + 2048 texts + 2048 pairs [B3 table 11]. Accumulation is ours: what 8 GPUs of 80 GB hold.
+BATCH = BatchSize(images=2048, pairs=2048, texts=2048, accumulation=4)
+# 40 % of an image block-wise, 15 % of a text alone, 50 % of a text in a pair [B3 2.2]. Not published: whether a pair's
+# image and text are masked at once (here: yes), the weights of the terms (here: each sequence counts the same), and
+# 80/10/10 (here: BERT's).
+OBJECTIVE = MaskedData(image_ratio=0.4, text_ratio=0.15, pair_text_ratio=0.5, pair_image_ratio=0.4)
+
+# 100 epochs of ImageNet-1k (1,281,167 pictures) at 64 x 8 = 512; 10 epochs of warmup [B2 TOKENIZER.md].
+TOKENIZER_STEPS, TOKENIZER_WARMUP = 100 * 1_281_167 // 512, 10 * 1_281_167 // 512
+
+
+def recipe(name: str, model: MultiwayConfig) -> Recipe:
+    """All stages for one size."""
+    pretrain = Stage(
+        mix={"images": IMAGES, "pairs": PAIRS, "texts": TEXTS},
+        batch=BATCH,
+        objectives=(OBJECTIVE,),
+        visual_tokenizer="tokenizer",
+        transform=LOOK,
+        optim=OPTIM,
+        steps=STEPS,
+        drop_path=DROP_PATH,
+    )
+    stages = {
+        "tokenizer": _tokenizer(model),
+        "vision": _vision(pretrain),
+        "language": _language(pretrain),
+        # Not published: how long the stage with all three kinds should be after two others. As `pretrain`.
+        "fusion": replace(pretrain, init_from="language"),
+        "pretrain": pretrain,
+        "retrieval": _retrieval("fusion"),
+    }
+    return Recipe(name=name, model=model, text_tokenizer="$DATA/text.model", stages=stages, save_every=2000)
+
+
+def _tokenizer(model: MultiwayConfig) -> Stage:
+    """VQ-KD of [B2] on $DATA/images; its paper takes ImageNet-1k. For patches of 14 pixels no tokenizer was published;
+    it is trained here with the same settings at that patch size."""
+    return Stage(
+        mix={"images": IMAGES},
+        batch=BatchSize(images=512),
+        tokenizer=VQKDConfig(image_size=model.image_size, patch_size=model.patch_size),
+        teacher="clip:$CLIP",
+        transform=replace(LOOK, scale=(0.08, 1.0)),  # [B2 run_vqkd_training.py: min_crop_scale]
+        # lr is the training script's default; min_lr, betas and weight decay: [B2 TOKENIZER.md].
+        optim=Optim(
+            lr=5e-5,
+            min_lr=1e-5,
+            betas=(0.9, 0.99),
+            eps=1e-8,
+            weight_decay=1e-4,
+            warmup_steps=TOKENIZER_WARMUP,
+            clip=0.0,
+        ),
+        steps=TOKENIZER_STEPS,
+    )
+
+
+def _vision(pretrain: Stage) -> Stage:
+    """Masked images alone: [B2]'s settings (batch 2048, peak 1.5e-3, clipping at 3.0, betas of its 300-epoch runs).
+    500k steps: VLMo publishes the lengths of its other stages only, so this one is a choice."""
+    return replace(
+        pretrain,
+        mix={"images": IMAGES},
+        batch=BatchSize(images=2048),
+        experts=("vision",),
+        objectives=(replace(OBJECTIVE, text_ratio=0.0, pair_text_ratio=0.0, pair_image_ratio=0.0),),
+        optim=replace(OPTIM, lr=1.5e-3),
+        steps=500_000,
+    )
+
+
+def _language(pretrain: Stage) -> Stage:
+    """Masked texts with attention and the vision expert frozen, as VLMo's second stage: batch 1024, 200k steps, peak
+    2e-4, weight decay 0.01 [VLMo config.py, task_textmlm_base]. What is open is what vlmo/run.py opens."""
+    return replace(
+        pretrain,
+        mix={"texts": TEXTS},
+        batch=BatchSize(texts=1024),
+        experts=("language",),
+        init_from="vision",
+        trainable=LANGUAGE_TRAINS,
+        objectives=(replace(OBJECTIVE, image_ratio=0.0, pair_text_ratio=0.0, pair_image_ratio=0.0),),
+        visual_tokenizer=None,
+        optim=replace(OPTIM, lr=2e-4, weight_decay=0.01, warmup_steps=2500),
+        steps=200_000,
+    )
+
+
+# vlmo/run.py: text_embeddings, mlp_text, norm2_text, mlm_score, transformer.norm (our experts own their norm).
+# With attention per modality the language rows have projections of their own, which nobody has trained yet: open too.
+LANGUAGE_TRAINS = (
+    "encoder.text_embed.*",
+    "encoder.blocks.*.experts.language.*",
+    "encoder.blocks.*.language.*",
+    "encoder.norm.*",
+    "objectives.*",
+)
+
+
+def _retrieval(init_from: str) -> Stage:
+    """Intermediate fine-tuning by contrast on the pretraining pairs [B3 appendix A]: 5 epochs of 21M pairs at 16k, one
+    of them warmup, peak 3e-5, weight decay 0.05, drop path 0.3, layer decay 0.95, betas (0.9, 0.999)."""
+    epoch = 21_000_000 // 16_384
+    return Stage(
+        mix={"dual": PAIRS},
+        batch=BatchSize(dual=16_384),
+        experts=("vision", "language"),
+        init_from=init_from,
+        objectives=(Contrastive(),),
+        transform=replace(LOOK, flip=False, jitter=0.0),
+        optim=Optim(
+            lr=3e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.05, warmup_steps=epoch, layer_decay=0.95, clip=3.0
+        ),
+        steps=5 * epoch,
+        drop_path=0.3,
+        activation_checkpointing=True,
+    )

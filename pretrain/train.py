@@ -1,0 +1,240 @@
+"""One stage of pretraining, top to bottom. Also the same line under torchrun, `deepspeed --module` and srun.
+
+python -m pretrain.train --recipe tiny --stage vision --ds ds_configs/zero1.json --run-dir runs/tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from pretrain.assembly import build_loader, build_task, image_targets, load_init, weights_config
+from pretrain.batch import Batch, Layout
+from pretrain.checkpoint import restore, save
+from pretrain.config import Recipe, Stage, load_recipe, stage_hash, to_json
+from pretrain.data.loader import Loader
+from pretrain.distributed import any_rank, barrier, device, rank, reduce_mean, world_size
+from pretrain.metrics import MetricsLog, Throughput, flops_per_batch
+from pretrain.optim import build_optimizer, learning_rate, schedule
+from pretrain.parallel.ds_config import load_ds_config
+from pretrain.parallel.engine import adopt_slurm, build_engine, full_state, gradient_norm, init_distributed
+from pretrain.weights import carry_over, write_json, write_weights
+
+log = logging.getLogger("pretrain")
+
+WEIGHTS = "weights.safetensors"
+# EX_TEMPFAIL of sysexits.h: stopped by a signal with everything saved; a launcher may start the same line again.
+STOPPED = 75
+
+
+def main(argv: list[str] | None = None) -> int:
+    """-> 0 finished, 2 a user's mistake (one sentence on stderr), 75 stopped by a signal after saving."""
+    args = parse_args(argv)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+    log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
+    try:
+        adopt_slurm()  # before anyone asks for the rank
+        return run(args)
+    except (ValueError, OSError) as error:
+        if rank() == 0 or world_size() == 1:
+            log.error("error: %s", error)
+        else:
+            log.error("error on rank %d: %s", rank(), error)
+        return 2
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.train",
+        description="Run one stage of a recipe; a second call resumes it, or finishes at once.",
+        epilog="example: python -m pretrain.train --recipe tiny --stage vision --ds ds_configs/zero1.json "
+        "--run-dir runs/tiny --set optim.lr=1e-3 --set steps=100",
+    )
+    parser.add_argument("--recipe", required=True, help="a name in pretrain/recipes, or a .py file with RECIPE = ...")
+    parser.add_argument("--stage", required=True, help="a stage of the recipe, such as vision")
+    parser.add_argument("--ds", required=True, help="a DeepSpeed JSON: ZeRO stage, offload, precision, communication")
+    parser.add_argument("--run-dir", required=True, type=Path, help="everything is written to RUN_DIR/STAGE")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the recipe")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    recipe, stage = load_recipe(args.recipe, args.stage, args.set)
+    ds_config = load_ds_config(
+        args.ds,
+        micro=max(stage.batch.total // (world_size() * stage.batch.accumulation), 1),
+        accumulation=stage.batch.accumulation,
+        world=world_size(),
+        clip=stage.optim.clip,
+    )
+    directory = args.run_dir / args.stage
+    loader = build_loader(recipe, stage, directory, rank=rank(), world=world_size())
+    task = build_task(recipe, stage, args.run_dir)
+    init_file = load_init(task, stage, args.run_dir)
+    add_targets = image_targets(recipe, stage, args.run_dir, device())
+    # From here on the ranks talk: what a user can get wrong has been said.
+    init_distributed()
+    if rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        command = {"recipe": _findable(args.recipe), "set": args.set, "ds": ds_config, "world": world_size()}
+        write_json(directory / "recipe.json", to_json(recipe) | {"stage": args.stage, "command": command})
+    barrier()
+    optimizer = build_optimizer(task, stage.optim, layer_of=None if stage.tokenizer else layer_of(recipe.model.depth))
+    engine = build_engine(task, optimizer, schedule(stage.optim, stage.steps), ds_config)
+    identity: dict[str, Any] = {
+        "recipe_hash": stage_hash(recipe, stage),
+        "data_digest": " ".join(loader.digests.values()),
+    }
+    restored = restore(engine, directory / "checkpoints", **identity)
+    start = restored.step if restored else 0
+    if start == stage.steps and (directory / WEIGHTS).is_file():
+        log.info("%s: finished before, at step %d; nothing to do", args.stage, start)
+        return 0
+    done = train(engine, loader, add_targets, recipe, stage, directory, start, identity)
+    if done < stage.steps:
+        log.info("%s: stopped by a signal and saved at step %d; start the same line again", args.stage, done)
+        return STOPPED
+    state = full_state(engine)
+    if rank() == 0:
+        write_weights(carry_over(state, init_file), directory / WEIGHTS, weights_config(recipe, stage, args.stage))
+        log.info("%s: finished at step %d; wrote %s", args.stage, done, directory / WEIGHTS)
+    barrier()
+    return 0
+
+
+def train(
+    engine,
+    loader: Loader,
+    add_targets: Callable[[Batch], Batch],
+    recipe: Recipe,
+    stage: Stage,
+    directory: Path,
+    start: int,
+    identity: dict[str, Any],
+) -> int:
+    """Steps start + 1 to stage.steps; returns the last one done, an earlier one only after SIGTERM or SIGUSR1."""
+    stop = StopSignals()
+    metrics = MetricsLog(directory, resume_step=start)
+    meter = Throughput(device(), world_size())
+    batches = loader.batches(start, stage.steps)
+    bar = tqdm(total=stage.steps, initial=start, desc=directory.name, unit="step", disable=not shows_bar())
+    step = start
+    for step in range(start + 1, stage.steps + 1):
+        waited = time.perf_counter()
+        micro_batches = next(batches)
+        meter.wait(time.perf_counter() - waited)
+        report = train_step(engine, [batch.to(device()) for batch in micro_batches], add_targets, first=step == 1)
+        layouts = [batch.layout for batch in micro_batches]
+        meter.tick(
+            samples=stage.batch.total,
+            tokens=sum(layout.rows for layout in layouts),
+            flops=sum(layout_flops(recipe, stage, layout) for layout in layouts),
+        )
+        if step % recipe.log_every == 0 or step == stage.steps:
+            line: dict = dict(reduce_mean(report))
+            line |= {"lr": learning_rate(stage.optim, step, stage.steps), "grad_norm": gradient_norm(engine)}
+            line |= meter.read() | {"samples_seen": step * stage.batch.total}
+            metrics.write(step, line)
+            show(bar, step, stage.steps, line)
+        bar.update()
+        stopping = any_rank(stop.asked, device())
+        if step % recipe.save_every == 0 or step == stage.steps or stopping:
+            save(engine, directory / "checkpoints", step, keep=recipe.keep, **identity)
+            meter.skip()
+        if stopping:
+            break
+    bar.close()
+    metrics.close()
+    return step
+
+
+def train_step(
+    engine, micro_batches: list[Batch], add_targets: Callable[[Batch], Batch], *, first: bool = False
+) -> dict[str, Tensor]:
+    """One optimizer step; returns this rank's mean of what the task reported. A benchmark calls this very function."""
+    if first:
+        engine.module.before_training(micro_batches)
+    total: dict[str, Tensor] = {}
+    for batch in micro_batches:
+        report = engine(add_targets(batch))
+        engine.backward(report["loss"])
+        engine.step()  # moves the weights after the last micro-step
+        for name, value in report.items():
+            total[name] = total.get(name, 0) + value.detach() / len(micro_batches)
+    engine.module.after_step()
+    return total
+
+
+class StopSignals:
+    """SIGTERM (preemption) and SIGUSR1 (SLURM's --signal) ask for a stop at the next step boundary."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True
+
+
+def layer_of(depth: int) -> Callable[[str], int]:
+    """For layer decay: 0 the embeddings, 1 .. depth the blocks, depth + 1 the final norm and the heads."""
+
+    def of(name: str) -> int:
+        if block := re.match(r"encoder\.blocks\.(\d+)\.", name):
+            return int(block[1]) + 1
+        return 0 if name.startswith(("encoder.vision_embed.", "encoder.text_embed.")) else depth + 1
+
+    return of
+
+
+def layout_flops(recipe: Recipe, stage: Stage, layout: Layout) -> float:
+    """Model FLOPs of one micro-batch on this rank; for the tokenizer those of its encoder and decoder."""
+    if stage.tokenizer is not None:
+        size = stage.tokenizer
+        depth, inputs = size.depth + size.decoder_depth, 3 * size.patch_size**2
+        return flops_per_batch(layout, dim=size.dim, depth=depth, ffn_dim=4 * size.dim, patch_inputs=inputs)
+    model = recipe.model
+    heads = [rows for objective in stage.objectives for rows in objective.head_rows(layout, model)]
+    return flops_per_batch(
+        layout,
+        dim=model.dim,
+        depth=model.depth,
+        ffn_dim=model.ffn_dim,
+        patch_inputs=3 * model.patch_size**2,
+        heads=heads,
+    )
+
+
+def _findable(recipe: str) -> str:
+    """A recipe's file by its full path, so that an evaluation finds it from anywhere; a name as it is."""
+    return str(Path(recipe).resolve()) if Path(recipe).is_file() else recipe
+
+
+def shows_bar() -> bool:
+    return rank() == 0 and sys.stderr.isatty()
+
+
+def show(bar: tqdm, step: int, steps: int, line: dict) -> None:
+    """The numbers one watches: on the bar where there is a terminal, as a plain line elsewhere."""
+    accuracy = " ".join(f"{k.removeprefix('accuracy/')} {v:.1%}" for k, v in line.items() if k.startswith("accuracy/"))
+    text = f"loss {line['loss']:.4f} {accuracy} {line['samples_per_s']:.0f}/s wait {line['data_wait']:.0%}"
+    if bar.disable:
+        log.info("step %d/%d %s", step, steps, text)
+    else:
+        bar.set_postfix_str(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""The hand-over between stages: one weights.safetensors that carries its own config and hash, config.json beside it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+HEADER = "imglish"  # the one metadata key of our safetensors: several would be written in no fixed order
+
+
+class SaveError(OSError):
+    """A checkpoint or weights file could not be written; what was there before is untouched."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)  # one sentence, without "[Errno 28]"
+
+
+@dataclass(frozen=True)
+class Handover:
+    """What `load_handover` did with each name: filled, not in the file, or in the file but not built here."""
+
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    digest: str
+
+
+def write_weights(state: dict[str, Tensor], path: Path, config: dict[str, Any]) -> str:
+    """Write `state` and what is needed to build it to `path` (weights.safetensors) in one step, config.json beside it;
+    returns the content's sha256. For one rank. Raises SaveError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    state = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        _hash_tensor(digest, name, value)
+    header = {"config": config, "sha256": digest.hexdigest()}
+    beside = path.with_name(f".{path.name}.saving")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(state, beside, metadata={HEADER: json.dumps(header, sort_keys=True)})
+        sync(beside)
+        os.replace(beside, path)
+        write_json(path.with_name("config.json"), config | {"weights_sha256": digest.hexdigest()})
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        number = getattr(error, "errno", None) or errno.EIO
+        raise SaveError(
+            number, f"{path} could not be written: {error}; free space or choose another run-dir"
+        ) from error
+    return digest.hexdigest()
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All tensors of a weights.safetensors (or of the directory that holds it) and its config. Raises ValueError when
+    it is missing, not safetensors, or not what was written."""
+    state = {}
+    with _opened(path) as (file, header):
+        digest = hashlib.sha256()
+        for name in sorted(file.keys()):
+            state[name] = file.get_tensor(name)
+            _hash_tensor(digest, name, state[name])
+        _check_digest(path, header, digest)
+    return state, header.get("config", {})
+
+
+def weights_digest(path: Path) -> str:
+    """The sha256 that a weights.safetensors says of itself; '' for a file of other origin."""
+    with _opened(path) as (_, header):
+        return header.get("sha256", "")
+
+
+def load_handover(module: nn.Module, path: Path) -> Handover:
+    """Fill `module`'s parameters and buffers from a weights.safetensors, by name. Raises ValueError when a tensor has
+    another shape than the module wants (with its name and both shapes) or the file is damaged."""
+    wanted = module.state_dict(keep_vars=True)
+    with _opened(path) as (file, header), torch.no_grad():
+        held = sorted(file.keys())
+        for name in held:
+            shape = tuple(file.get_slice(name).get_shape())
+            if name in wanted and shape != tuple(wanted[name].shape):
+                raise ValueError(
+                    f"{path}: {name} has the shape {shape} but this stage builds it as {tuple(wanted[name].shape)}; "
+                    "use the model settings those weights were trained with, or another init_from"
+                )
+        digest = hashlib.sha256()
+        for name in held:
+            value = file.get_tensor(name)
+            _hash_tensor(digest, name, value)
+            if name in wanted:
+                wanted[name].copy_(value)
+        _check_digest(path, header, digest)
+    loaded = [name for name in held if name in wanted]
+    if not loaded:
+        raise ValueError(f"{path}: none of its {len(held)} names is one of this stage's, such as {next(iter(wanted))}")
+    missing = [name for name in wanted if name not in set(held)]
+    return Handover(loaded, missing, [name for name in held if name not in wanted], digest.hexdigest())
+
+
+def carry_over(state: dict[str, Tensor], path: Path | None) -> dict[str, Tensor]:
+    """`state` and whatever `path`, the file the stage began from, holds besides: experts and heads that the stage did
+    not build reach the next stage untouched."""
+    return state if path is None else read_weights(path)[0] | state
+
+
+class HashedFile:
+    """Hashes what is written to it and keeps its first error for later: torch's zip writer ends the process when it
+    meets one in its destructor, and a rank that leaves DeepSpeed's save half-way would leave the others waiting."""
+
+    def __init__(self, path: Path):
+        self.bytes, self.digest = 0, hashlib.sha256()
+        self.file: BinaryIO | None = None
+        self.error: OSError | None = None
+        with self._kept():
+            self.file = open(path, "wb")  # noqa: SIM115  closed in close(), where its errors are kept
+
+    def write(self, data) -> int:
+        size = memoryview(data).nbytes
+        with self._kept():
+            if self.file is not None and self.error is None:
+                self.file.write(data)
+                self.digest.update(data)
+                self.bytes += size
+        return size
+
+    def flush(self) -> None:
+        """torch.save calls it; close() does the work."""
+
+    def close(self) -> None:
+        if self.file is None:
+            return
+        with self._kept():
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        with self._kept():
+            self.file.close()
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = self.error or error
+
+
+def sync(path: Path) -> None:
+    """Makes a written file, or a directory's entries, survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """In one step: a reader sees the old file or the new one."""
+    beside = path.with_name(f".{path.name}.saving")
+    beside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    sync(beside)
+    os.replace(beside, path)
+    sync(path.parent)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The safetensors file and what our header says: {} in files of other origin."""
+    from safetensors import SafetensorError, safe_open
+
+    path = path / "weights.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; run the stage that writes it to its end first")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+            yield file, header
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged or not safetensors ({error}); write it again") from error
+
+
+def _hash_tensor(digest, name: str, value: Tensor) -> None:
+    digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+    digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _check_digest(path: Path, header: dict[str, Any], digest) -> None:
+    if header.get("sha256", digest.hexdigest()) != digest.hexdigest():
+        raise ValueError(f"{path} is damaged: its tensors are not what was written; write it again")

@@ -1,0 +1,73 @@
+"""What the loader's tests share: a tokenizer, a small source of each kind, and a Loader over them."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import sentencepiece
+
+from pretrain.data.loader import Loader, Loading
+from pretrain.data.masking import Masking
+from pretrain.data.sources import ImageShards, PairShards, TextShards
+from pretrain.data.text_tokenizer import TextTokenizer
+from pretrain.data.transforms import ImageTransform
+from tests.data.shard_files import COUNTS, PATCH, SIZE, image_sample, pair_sample, text_sample, write_source
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    data = io.BytesIO()
+    words = (f"picture number {n} long document of many words" for n in range(400))
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=words, model_writer=data, vocab_size=60, hard_vocab_limit=False, minloglevel=2
+    )
+    path = tmp_path_factory.mktemp("spm") / "text.model"
+    path.write_bytes(data.getvalue())
+    return TextTokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Shards of unequal length, one of them empty."""
+    root = tmp_path_factory.mktemp("shards")
+    numbers = iter(range(10_000))
+    lengths = {"images": [7, 0, 12, 5], "pairs": [9, 4, 10], "texts": [11, 6, 13, 1]}
+    for kind, counts in lengths.items():
+        shards = []
+        for count in counts:
+            make = {
+                "images": lambda n: image_sample(f"{n:05d}", n),
+                "pairs": lambda n: pair_sample(f"{n:05d}", n),
+                "texts": lambda n: text_sample(f"{n:05d}", f"document {n} of many words " * (n % 9 + 1)),
+            }[kind]
+            shards.append([make(next(numbers)) for _ in range(count)])
+        write_source(root / kind, shards)
+    return {
+        "images": ImageShards(str(root / "images")),
+        "pairs": PairShards(str(root / "pairs"), text_len=24),
+        "texts": TextShards(str(root / "texts"), text_len=16),
+    }
+
+
+@pytest.fixture
+def build(mix: dict, tokenizer: TextTokenizer):
+    def build(**options) -> Loader:
+        loading = options.pop("loading", {})
+        defaults = {
+            "mix": mix,
+            "counts": COUNTS,
+            "accumulation": 1,
+            "rank": 0,
+            "world": 1,
+            "seed": 5,
+            "tokenizer": tokenizer,
+            "transform": ImageTransform(size=SIZE),
+            "masking": Masking(),
+            "patch_size": PATCH,
+        }
+        loading = Loading(**({"workers": 0, "streams": 4, "block_shards": 2} | loading))
+        options = defaults | options
+        return Loader(options.pop("mix"), loading=loading, **options)
+
+    return build

@@ -1,0 +1,262 @@
+"""Pictures: every kind that shards hold, hostile ones, and the transform as a function of its generator."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+
+from pretrain.data import transforms
+from pretrain.data.shards import BadSample
+from pretrain.data.transforms import ImageTransform, decode_image, read_header, sample_rng
+from tests.data.shard_files import encoded, picture, png_bomb
+
+SMALL = ImageTransform(size=32)
+
+
+def close(a: np.ndarray, b: np.ndarray, mean: float = 3.0) -> bool:
+    return a.shape == b.shape and float(abs(a.astype(int) - b.astype(int)).mean()) < mean
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_plain_pictures_decode_as_they_were(kind: str) -> None:
+    pixels = picture(1)
+    assert close(decode_image(encoded(pixels, kind)), pixels, 6)
+
+
+def test_rgba_lies_on_white() -> None:
+    pixels = np.dstack([picture(2), np.full((40, 48), 255, np.uint8)])
+    pixels[:20, :, 3] = 0
+    for kind in ("PNG", "WEBP"):
+        out = decode_image(encoded(pixels, kind, lossless=True))
+        assert (out[:20] == 255).all() and (out[20:] == pixels[20:, :, :3]).all()
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
+    ramp = np.linspace(0, 65535, 256 * 8).astype(np.uint16).reshape(8, 256)
+    out = decode_image(encoded(Image.fromarray(ramp), "PNG"))
+    assert out.dtype == np.uint8 and (out[..., 0] == out[..., 2]).all()
+    assert abs(out[..., 0].astype(int) - (ramp // 257).astype(int)).max() <= 1 and out.max() == 255
+    ok, data = cv2.imencode(".png", np.repeat(ramp[:, :, None], 3, 2))  # Pillow writes no 16-bit RGB
+    assert ok and abs(decode_image(data.tobytes())[..., 1].astype(int) - ramp // 257).max() <= 1
+
+
+def test_palette_grey_bilevel_and_cmyk() -> None:
+    pixels = picture(3)
+    image = Image.fromarray(pixels)
+    assert close(decode_image(encoded(image.convert("P", palette=Image.Palette.ADAPTIVE), "PNG")), pixels, 12)
+    assert close(decode_image(encoded(image.convert("L"), "JPEG"))[..., 0], np.asarray(image.convert("L")))
+    assert close(decode_image(encoded(image.convert("LA"), "PNG"))[..., 1], np.asarray(image.convert("L")))
+    assert set(np.unique(decode_image(encoded(image.convert("1"), "PNG")))) <= {0, 255}
+    assert close(decode_image(encoded(image.convert("CMYK"), "JPEG")), pixels, 8)
+    transparent = image.convert("P", palette=Image.Palette.ADAPTIVE, colors=4)
+    out = decode_image(encoded(transparent, "PNG", transparency=0))
+    assert (out[np.asarray(transparent) == 0] == 255).all()
+
+
+def test_the_smallest_picture_fills_a_crop() -> None:
+    for kind in ("JPEG", "PNG", "WEBP"):
+        data = encoded(np.full((1, 1, 3), 90, np.uint8), kind)
+        assert decode_image(data).shape == (1, 1, 3)
+        assert abs(ImageTransform(size=8, train=False)(data).astype(int) - 90).max() <= 3
+        assert SMALL(data, sample_rng(0, 0, 0)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("orientation", range(1, 10))
+def test_exif_orientation_is_undone_alike_on_both_paths(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[transforms.EXIF_ORIENTATION] = orientation
+    pixels = picture(4, 64, 80)
+    for kind, mode in (("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("WEBP", "RGB")):
+        data = encoded(Image.fromarray(pixels).convert(mode), kind, exif=exif)
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+        assert close(decode_image(data), expected)
+        header = read_header(data)
+        assert (header.height, header.width) == expected.shape[:2]
+        half = decode_image(data, min_side=32)
+        assert close(cv2.resize(half, expected.shape[1::-1]), expected, 5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_broken_exif_costs_nothing() -> None:
+    data = encoded(picture(5), exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff garbage")
+    assert close(decode_image(data), picture(5))
+
+
+@pytest.mark.parametrize(
+    ("min_side", "side"), [(None, 256), (129, 256), (128, 128), (64, 64), (33, 64), (32, 32), (1, 32)]
+)
+def test_a_jpeg_is_reduced_only_as_far_as_the_crop_allows(min_side: int | None, side: int) -> None:
+    data = encoded(picture(6, 256, 300))
+    assert min(decode_image(data, min_side).shape[:2]) == side
+    assert decode_image(encoded(picture(6, 256, 300), "PNG"), min_side).shape == (256, 300, 3)
+
+
+def test_a_crop_is_never_enlarged_when_the_picture_has_the_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    finish = ImageTransform.finish
+    monkeypatch.setattr(
+        ImageTransform, "finish", lambda self, crop, rng: seen.append(crop.shape) or finish(self, crop, rng)
+    )
+    transform = ImageTransform(size=32, scale=(0.2, 1.0))
+    data = encoded(picture(7, 400, 500))
+    reduced = 0
+    for sample in range(40):
+        box = transform.crop(400, 500, sample_rng(0, 0, sample))
+        transform(data, sample_rng(0, 0, sample))
+        assert min(seen[-1][:2]) >= 32
+        reduced += seen[-1][0] < box.height
+    assert reduced > 20
+
+
+def test_the_reduced_path_shows_the_same_as_the_full_one() -> None:
+    pixels = picture(8, 512, 640)
+    transform = ImageTransform(size=64, jitter=0)
+    for sample in range(10):
+        reduced = transform(encoded(pixels, quality=95), sample_rng(0, 0, sample))
+        assert close(reduced, transform(encoded(pixels, "PNG"), sample_rng(0, 0, sample)), 3)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_truncated_jpegs_are_refused_at_every_length(progressive: bool) -> None:
+    data = encoded(picture(9, 100, 100), progressive=progressive, quality=90)
+    for length in range(0, len(data) - 40, max(1, len(data) // 60)):
+        with pytest.raises(BadSample):
+            decode_image(data[:length])
+
+
+def test_no_opencv_can_fill_a_truncated_jpeg_with_grey(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(picture(9, 100, 100))
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: np.full((100, 100, 3), 128, np.uint8))
+    assert (decode_image(data) == 128).all()
+    with pytest.raises(BadSample):
+        decode_image(data[: len(data) // 2])
+
+
+def test_bytes_after_the_end_of_a_jpeg_do_no_harm() -> None:
+    data = encoded(picture(9))
+    assert (decode_image(data + b"\0" * 100) == decode_image(data)).all()
+    assert close(decode_image(data + b"more"), decode_image(data), 1)  # Pillow's decoder, other rounding
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_truncated_pngs_and_webps_are_refused(kind: str) -> None:
+    data = encoded(picture(10, 100, 100), kind)
+    for part in (0.1, 0.5, 0.9):
+        with pytest.raises(BadSample):
+            decode_image(data[: int(len(data) * part)])
+
+
+def test_random_damage_raises_bad_sample_or_nothing() -> None:
+    rng = np.random.default_rng(0)
+    files = [encoded(picture(11), kind) for kind in ("JPEG", "PNG", "WEBP")]
+    for turn in range(300):
+        data = bytearray(files[turn % 3])
+        for place in rng.integers(0, len(data), 4):
+            data[place] = rng.integers(256)
+        with contextlib.suppress(BadSample):
+            assert SMALL(bytes(data), sample_rng(0, 0, turn)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\0" * 100,
+        b"<html>not found</html>",
+        b"\xff\xd8\xff",
+        encoded(picture(), "GIF"),
+        encoded(picture(), "TIFF"),
+        encoded(picture(), "BMP"),
+    ],
+)
+def test_what_is_no_jpeg_png_or_webp_is_refused(data: bytes) -> None:
+    with pytest.raises(BadSample):
+        decode_image(data)
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transforms, "_decode", lambda *_: pytest.fail("decoded"))
+    for width, height in ((30_000, 30_000), (9_000, 9_000), (100_000, 1_000)):
+        with pytest.raises(BadSample, match="pixels"):
+            SMALL(png_bomb(width, height), sample_rng(0, 0, 0))
+
+
+def test_the_result_depends_on_seed_epoch_sample_and_stream_alone() -> None:
+    data = encoded(picture(12, 100, 120))
+    one = SMALL(data, sample_rng(1, 2, 3))
+    assert one.dtype == np.uint8 and one.shape == (3, 32, 32)
+    assert (SMALL(data, sample_rng(1, 2, 3)) == one).all()
+    others = [sample_rng(2, 2, 3), sample_rng(1, 3, 3), sample_rng(1, 2, 4), sample_rng(1, 2, 3, stream=1)]
+    assert all((SMALL(data, other) != one).any() for other in others)
+    sample_rng(2**70, 0, 0), sample_rng(-1, 0, 2**40)  # any int is a seed
+
+
+def test_generators_of_neighbours_do_not_overlap() -> None:
+    rows = [sample_rng(0, epoch, sample).integers(0, 2**63, 1000) for epoch in range(4) for sample in range(4)]
+    assert len(np.unique(np.concatenate(rows))) == 16_000
+
+
+def test_crops_keep_scale_and_ratio() -> None:
+    transform = ImageTransform(scale=(0.3, 0.6))
+    boxes = [transform.crop(300, 400, sample_rng(0, 0, i)) for i in range(500)]
+    areas = np.array([b.height * b.width for b in boxes]) / 120_000
+    ratios = np.array([b.width / b.height for b in boxes])
+    assert 0.295 < areas.min() < 0.32 and 0.58 < areas.max() < 0.605 and abs(areas.mean() - 0.45) < 0.02
+    assert 0.74 < ratios.min() < 0.78 and 1.28 < ratios.max() < 1.35
+    assert all(0 <= b.top <= 300 - b.height and 0 <= b.left <= 400 - b.width for b in boxes)
+    assert {b.top == 0 for b in boxes} == {True, False}
+    long = ImageTransform().crop(10, 1000, sample_rng(0, 0, 0))
+    assert (long.height, long.width) == (10, 13)
+
+
+def test_evaluation_takes_the_middle_square() -> None:
+    pixels = np.zeros((40, 80, 3), np.uint8)
+    pixels[:, 20:60] = 200
+    out = ImageTransform(size=20, train=False)(encoded(pixels, "PNG"))
+    assert (out == 200).all()
+
+
+def test_a_flip_is_half_of_the_time_and_can_be_turned_off() -> None:
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:, :16] = 255
+    data = encoded(pixels, "PNG")
+    for flip, share in ((True, 0.5), (False, 0.0)):
+        transform = ImageTransform(size=32, scale=(1, 1), ratio=(1, 1), flip=flip, jitter=0)
+        turned = [transform(data, sample_rng(0, 0, i))[0, 0, 0] == 0 for i in range(200)]
+        assert abs(np.mean(turned) - share) < 0.12
+
+
+class Fixed:
+    """A generator that gives these three factors, in this order of operations."""
+
+    def __init__(self, factors: list[float], order: list[int]):
+        self.factors, self.order = np.array(factors), np.array(order)
+
+    def uniform(self, low, high, size):
+        assert (low, high, size) == (0.6, 1.4, 3)
+        return self.factors
+
+    def permutation(self, n):
+        return self.order
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2]])
+def test_jitter_is_brightness_contrast_and_saturation_as_pillow_does_them(order: list[int]) -> None:
+    pixels, factors = picture(13), [1.3, 0.7, 1.35]
+    expected = Image.fromarray(pixels)
+    for step in order:
+        tool = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[step]
+        expected = tool(expected).enhance(factors[step])
+    out = transforms._jitter(pixels, 0.4, Fixed(factors, order))
+    assert abs(out.astype(int) - np.asarray(expected).astype(int)).max() <= 4
+
+
+@pytest.mark.parametrize("wrong", [{"scale": (0.9, 0.5)}, {"ratio": (0, 1)}, {"jitter": 1.0}, {"size": 0}])
+def test_settings_that_mean_nothing_are_named(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=rf"transform\.{next(iter(wrong))}="):
+        ImageTransform(**wrong)

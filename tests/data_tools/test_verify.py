@@ -1,0 +1,196 @@
+"""data_tools.verify: each kind of fault is named with its shard and key, and a clean source is clean."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools.index import index_directory
+from data_tools.verify import Finding, main, verify_directory
+
+
+def picture(mode: str = "RGB", size: tuple[int, int] = (20, 16), kind: str = "JPEG") -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    image = (
+        Image.fromarray(pixels).convert("L").convert(mode) if mode == "I;16" else Image.fromarray(pixels).convert(mode)
+    )
+    data = io.BytesIO()
+    image.save(data, kind)
+    return data.getvalue()
+
+
+def bomb(side: int) -> bytes:
+    """The head of a PNG that says it has side x side pixels; they are not even there."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + chunk
+        + struct.pack(">I", zlib.crc32(chunk))
+        + struct.pack(">I", 9)
+        + b"IDAT"
+        + bytes(9)
+    )
+
+
+def write_shard(directory: Path, number: int, members: list[tuple[str, bytes]]) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{number:05d}.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def pair(key: str, image: bytes | None = None, text: bytes | None = b"a red circle") -> list[tuple[str, bytes]]:
+    members = [(f"{key}.jpg", picture() if image is None else image), (f"{key}.json", b"{}")]
+    return members if text is None else [*members, (f"{key}.txt", text)]
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    for number in range(2):
+        write_shard(tmp_path / "source", number, pair(f"{number}a") + pair(f"{number}b"))
+    index_directory(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def test_a_clean_source_is_clean(source, capsys, tmp_path):
+    assert main([str(source), "--decode", "--json", str(tmp_path / "report.json")]) == 0
+    assert "4 samples in 2 shards: clean" in capsys.readouterr().out
+    assert json.loads((tmp_path / "report.json").read_text()) == {"shards": 2, "samples": 4, "findings": []}
+
+
+def test_unusual_but_usable_pictures_are_no_fault(source):
+    members = pair("gray", picture("L")) + pair("cmyk", picture("CMYK")) + pair("tiny", picture(size=(1, 1)))
+    members += [("rgba.png", picture("RGBA", kind="PNG")), ("rgba.txt", b"x")]
+    members += [("deep.png", picture("I;16", kind="PNG")), ("deep.txt", "bjørn".encode())]
+    members += [("web.webp", picture(kind="WEBP")), ("web.txt", b"x")]
+    write_shard(source, 2, members)
+    index_directory(source)
+    assert verify_directory(source, decode=True).findings == []
+
+
+def test_every_bad_sample_is_named(source, capsys):
+    half = picture(size=(200, 200))
+    members = [
+        *pair("good"),
+        *pair("no_caption", text=None),
+        *pair("latin", text="caf\xe9".encode("latin-1")),
+        *pair("blank", text=b" \n"),
+        *pair("zero", image=b""),
+        *pair("html", image=b"<html>404 not found</html>"),
+        *pair("half", image=half[: len(half) // 2]),
+        ("bomb.png", bomb(10_000)),
+        ("bomb.txt", b"boom"),
+        ("huge.png", bomb(50_000)),
+        ("huge.txt", b"boom"),
+        ("no_picture.txt", b"text"),
+        ("two.jpg", picture()),
+        ("two.png", picture(kind="PNG")),
+        ("two.txt", b"x"),
+        *pair("twice"),
+        *pair("twice"),
+    ]
+    write_shard(source, 1, members)
+    index_directory(source)
+    found = verify_directory(source, workers=2).findings
+    assert {finding.shard for finding in found} == {"00001.tar"}
+    by_key: dict[str, list[str]] = {}
+    for finding in found:
+        by_key.setdefault(finding.key, []).append(finding.what)
+    assert by_key["no_caption"] == ["has no caption (.txt)"]
+    assert by_key["latin"] == [".txt is not UTF-8 (byte 3 of 4)"]
+    assert by_key["blank"] == [".txt is blank"]
+    assert by_key["zero"] == [".jpg has 0 bytes"]
+    assert "not a readable JPEG, PNG or WebP" in by_key["html"][0]
+    assert "10000 x 10000 pixels" in by_key["bomb"][0]
+    assert "2500000000 pixels" in by_key["huge"][0] or "50000 x 50000 pixels" in by_key["huge"][0]
+    assert by_key["no_picture"] == ["has no picture"]
+    assert by_key["two"] == ["has 2 pictures (.jpg, .png)"]
+    assert len(by_key["twice"]) == 3 and "is there more than once" in by_key["twice"][0]
+    assert set(by_key) == {"no_caption", "latin", "blank", "zero", "html", "bomb", "huge", "no_picture", "two", "twice"}
+    # Its header is whole: only decoding shows that the pixels are not.
+    decoded = verify_directory(source, decode=True).findings
+    assert [finding.key for finding in decoded if finding not in found] == ["half"]
+    assert main([str(source)]) == 1
+    assert f"{source}/00001.tar\tlatin\t.txt is not UTF-8 (byte 3 of 4)\n" in capsys.readouterr().out
+
+
+def test_every_bad_shard_is_named(source, capsys, tmp_path):
+    write_shard(source, 2, pair("2a"))
+    write_shard(source, 3, pair("3a"))
+    index_directory(source)
+    os.truncate(source / "00000.tar", 3000)
+    (source / "00001.tar").unlink()
+    (source / "00002.idx").unlink()
+    write_shard(source, 3, pair("3a") + pair("3b") + pair("3c") * 9)
+    write_shard(source, 4, pair("4a"))
+    assert main([str(source), "--json", str(tmp_path / "report.json")]) == 1
+    findings = json.loads((tmp_path / "report.json").read_text())["findings"]
+    assert {finding["directory"] for finding in findings} == {str(source)}
+    what: dict[str, str] = {}
+    for finding in findings:
+        what[finding["shard"]] = what.get(finding["shard"], "") + finding["what"] + "\n"
+    assert "manifest.json says" in what["00000.tar"] and "is cut off at byte 3000" in what["00000.tar"]
+    assert "missing" in what["00001.tar"]
+    assert "has no 00002.idx" in what["00002.tar"]
+    assert "holds 3 samples, manifest.json says 1" in what["00003.tar"]
+    assert "is not in manifest.json" in what["00004.tar"]
+
+
+def test_an_index_that_does_not_fit_and_a_count_that_differs_are_found(source):
+    (source / "00000.idx").write_bytes((source / "00001.idx").read_bytes())
+    for number in range(2):
+        (source / f"{number:05d}_stats.json").write_text(json.dumps({"successes": 2 + number}))
+    assert verify_directory(source).findings == [
+        Finding("00000.tar", "", "00000.idx does not fit it; run python -m data_tools.index again"),
+        Finding("00001.tar", "", "holds 2 samples, 00001_stats.json says 3"),
+    ]
+
+
+def test_a_source_that_was_not_indexed_is_checked_all_the_same(tmp_path):
+    write_shard(tmp_path, 0, pair("a") + pair("b", text=b"\xff"))
+    findings = verify_directory(tmp_path).findings
+    assert [(finding.shard, finding.key) for finding in findings] == [("manifest.json", ""), ("00000.tar", "b")]
+
+
+def test_the_kind_of_a_source_decides_what_may_be_missing(tmp_path):
+    images, texts = tmp_path / "images", tmp_path / "texts"
+    write_shard(images, 0, pair("a", text=None))
+    write_shard(texts, 0, [("a.txt", b"some text")])
+    for directory in (images, texts):
+        index_directory(directory)
+        assert verify_directory(directory).findings == []
+        assert len(verify_directory(directory, kind="pairs").findings) == 1
+
+
+def test_partial_shards_are_noted_and_not_checked(source, capsys):
+    for number in range(2):
+        (source / f"{number:05d}_stats.json").write_text(json.dumps({"successes": 2}))
+    (source / "00005.tar").write_bytes(b"partial")
+    assert main([str(source)]) == 0
+    assert "00005.tar is partial" in capsys.readouterr().out
+
+
+def test_a_key_that_would_break_the_line_is_quoted(source):
+    write_shard(source, 0, pair("a\tb\nc", text=None) + pair("ok"))
+    index_directory(source)
+    (finding,) = verify_directory(source).findings
+    assert finding.key == r"'a\tb\nc'"
+
+
+def test_nothing_to_check_is_exit_code_2(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert "holds no .tar file" in capsys.readouterr().err

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from pretrain.config import BatchSize, Stage, find_recipe, load_recipe, stage_hash, to_json
+from pretrain.data.sources import ImageShards, PairShards
+from pretrain.objectives.contrastive import Contrastive
+from pretrain.objectives.masked import MaskedData
+from pretrain.optim import Optim
+from pretrain.settings import set_value
+
+RECIPES = ("tiny", "beit3_base", "beit3_large", "beit3_giant", "beit3_base_released", "beit3_large_released",
+           "vlmo_base", "vlmo_large")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_loads_and_its_stages_hang_together(name):
+    recipe = find_recipe(name)
+    assert recipe.name == name
+    for stage in recipe.stages.values():
+        for other in (stage.init_from, stage.visual_tokenizer):
+            assert other is None or other in recipe.stages
+
+
+def test_beit3_pretrains_with_the_published_numbers():
+    stage = find_recipe("beit3_giant").stages["pretrain"]
+    assert (stage.batch.images, stage.batch.pairs, stage.batch.texts) == (2048, 2048, 2048)
+    assert stage.steps == 1_000_000 and stage.drop_path == 0.1
+    optim = stage.optim
+    assert (optim.lr, optim.betas, optim.eps, optim.weight_decay) == (1e-3, (0.9, 0.98), 1e-6, 0.05)
+    assert (optim.warmup_steps, optim.clip, optim.schedule) == (10_000, 3.0, "cosine")
+    (masked,) = stage.objectives
+    assert (masked.image_ratio, masked.text_ratio, masked.pair_text_ratio) == (0.4, 0.15, 0.5)
+
+
+def test_settings_are_typed_and_reach_every_depth():
+    recipe, stage = load_recipe(
+        "tiny",
+        "fusion",
+        ["optim.lr=3e-4", "steps=1e2", "optim.betas=0.8,0.9", "objectives.0.image_ratio=0.5", "seed=7"]
+        + ["model.dim=64", "mix.pairs.text_len=16", "init_from=null", "loading.cache_dir=/tmp/x", "model.heads=2"],
+    )
+    assert stage.optim == dataclasses.replace(stage.optim, lr=3e-4, betas=(0.8, 0.9))
+    assert stage.steps == 100 and isinstance(stage.steps, int)
+    assert stage.objectives[0].image_ratio == 0.5
+    assert stage.init_from is None
+    assert (recipe.seed, recipe.model.dim, recipe.loading.cache_dir) == (7, 64, "/tmp/x")
+    assert stage.mix["pairs"].text_len == 16
+    assert load_recipe("tiny", "fusion")[1].optim.lr != 3e-4
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optim.learning_rate=1", "there is no 'learning_rate' here; known: .*lr"),
+        ("optmi.lr=1", "did you mean optim"),
+        ("optim.warmup=1", "did you mean warmup_steps"),
+        ("optim.lr=fast", "wanted float"),
+        ("steps=1.5", "wanted int"),
+        ("trace_samples=3", "wanted bool"),
+        ("optim.betas=0.9", "wanted tuple"),
+        ("optim.lr", "has no '='"),
+        ("optim.lr=-1", "must be above 0"),
+        ("steps.more=1", "has no parts"),
+        ("mix.videos.shards=x", "there is no 'videos'"),
+    ],
+)
+def test_a_wrong_setting_is_one_sentence_with_the_way_out(setting, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_recipe("tiny", "fusion", [setting])
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_recipes_and_stages_name_the_nearest():
+    with pytest.raises(ValueError, match="did you mean beit3_base"):
+        load_recipe("beit3_bas", "vision")
+    with pytest.raises(ValueError, match="did you mean vision"):
+        load_recipe("tiny", "visoin")
+    with pytest.raises(ValueError, match="no such file"):
+        load_recipe("somewhere/else.py", "vision")
+
+
+def test_a_recipe_may_lie_outside_the_repository(tmp_path: Path):
+    path = tmp_path / "mine.py"
+    path.write_text("from dataclasses import replace\nfrom pretrain.recipes.tiny import RECIPE as TINY\n"
+                    "RECIPE = replace(TINY, name='mine')\n")  # fmt: skip
+    assert load_recipe(str(path), "vision")[0].name == "mine"
+    path.write_text("x = 1\n")
+    with pytest.raises(ValueError, match="defines no RECIPE"):
+        load_recipe(str(path), "vision")
+    path.write_text("RECIPE = (\n")
+    with pytest.raises(ValueError, match="line"):
+        load_recipe(str(path), "vision")
+
+
+def test_a_stage_checks_itself():
+    images, pairs = ImageShards("a"), PairShards("b")
+    with pytest.raises(ValueError, match="batch asks for"):
+        Stage(mix={"images": images}, batch=BatchSize(pairs=4), optim=Optim(), steps=1, objectives=(MaskedData(),))
+    with pytest.raises(ValueError, match="no objectives"):
+        Stage(mix={"images": images}, batch=BatchSize(images=4), optim=Optim(), steps=1)
+    with pytest.raises(ValueError, match="accumulation=1"):
+        Stage(
+            mix={"dual": pairs},
+            batch=BatchSize(dual=4, accumulation=2),
+            optim=Optim(),
+            steps=1,
+            objectives=(Contrastive(),),
+        )
+
+
+def test_the_hash_sees_what_changes_numbers_and_nothing_else():
+    recipe, stage = load_recipe("tiny", "vision")
+    same = load_recipe("tiny", "vision", ["loading.workers=7", "log_every=3"])
+    assert stage_hash(recipe, stage) == stage_hash(*same)
+    for setting in ("optim.lr=1e-5", "seed=3", "model.dim=64", "steps=7", "loading.streams=3"):
+        assert stage_hash(recipe, stage) != stage_hash(*load_recipe("tiny", "vision", [setting])), setting
+
+
+def test_json_says_which_class_each_part_was():
+    text = to_json(find_recipe("tiny"))
+    assert text["stages"]["retrieval"]["objectives"][0]["class"] == "Contrastive"
+
+
+def test_set_value_leaves_the_original_alone():
+    old = Optim()
+    assert set_value(old, "lr", "1e-4").lr == 1e-4 and old.lr == 1e-3

@@ -1,0 +1,230 @@
+"""Weights in and out: released naming both ways, files that are refused, resized positions, the command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pickle
+
+import pytest
+import torch
+
+from pretrain.batch import Layout, make_batch
+from pretrain.export import (
+    from_released,
+    main,
+    read_model,
+    read_tensors,
+    resize_positions,
+    to_released,
+    write_model,
+    write_tensors,
+)
+from pretrain.models.multiway import MultiwayConfig, MultiwayEncoder
+from tests.models.test_reference_beit3 import build_reference
+
+CONFIG = MultiwayConfig(
+    dim=48,
+    depth=2,
+    heads=4,
+    ffn_dim=96,
+    image_size=32,
+    patch_size=8,
+    vocab_size=60,
+    image_codes=30,
+    max_text_len=20,
+    attention="per_modality",
+    sub_norm=True,
+    init="sub_norm",
+)
+
+
+def weights(cfg: MultiwayConfig = CONFIG, experts=("vision", "language")) -> dict[str, torch.Tensor]:
+    """A task's tensors: the encoder, both masked heads and the contrastive head."""
+    torch.manual_seed(0)
+    state = {f"encoder.{key}": value for key, value in MultiwayEncoder(cfg, experts).state_dict().items()}
+    for name, size in (("text", cfg.vocab_size), ("image", cfg.image_codes)):
+        state[f"objectives.masked.{name}.weight"] = torch.randn(size, cfg.dim)
+        state[f"objectives.masked.{name}.bias"] = torch.randn(size)
+    for name in ("vision", "language"):
+        state[f"objectives.contrastive.{name}.weight"] = torch.randn(cfg.dim, cfg.dim)
+    return state | {"objectives.contrastive.logit_scale": torch.tensor([2.6])}
+
+
+def encode(state: dict[str, torch.Tensor], cfg: MultiwayConfig) -> torch.Tensor:
+    model = MultiwayEncoder(cfg, ("vision", "language"))
+    encoder = {key.removeprefix("encoder."): v for key, v in state.items() if key.startswith("encoder.")}
+    model.load_state_dict(encoder, strict=True)
+    torch.manual_seed(1)
+    images = torch.randint(0, 256, (2, 3, cfg.image_size, cfg.image_size), dtype=torch.uint8)
+    layout = Layout(pairs=2, patches=cfg.patches, pair_len=6)
+    return model(make_batch(layout, images=images, pair_tokens=torch.randint(4, 60, (2, 6))))
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_a_round_trip_changes_nothing(tmp_path, name):
+    state = weights()
+    write_tensors(tmp_path / name, to_released(state, CONFIG))
+    back, cfg = from_released(read_tensors(tmp_path / name), heads=4)
+    assert cfg == CONFIG
+    assert same(back, state)
+    assert sorted(os.listdir(tmp_path)) == [name]
+
+
+def test_torchscale_loads_our_export_strictly_and_computes_the_same():
+    state = weights()
+    released = to_released(state, CONFIG)
+    reference = build_reference(CONFIG)
+    encoder = {key.removeprefix("beit3."): v for key, v in released.items() if key.startswith("beit3.")}
+    reference.load_state_dict(encoder, strict=True)
+    assert {key for key in released if not key.startswith("beit3.")} == {
+        *("mlm_head.weight", "mlm_head.bias", "mim_head.weight", "mim_head.bias"),
+        *("language_head.weight", "vision_head.weight", "logit_scale"),
+    }
+    assert released["logit_scale"].shape == ()
+
+
+def test_torchscales_weights_become_ours():
+    torch.manual_seed(5)
+    reference = build_reference(CONFIG)
+    released = {f"beit3.{key}": value for key, value in reference.state_dict().items()}
+    state, cfg = from_released(released, heads=4)
+    assert dataclasses.replace(cfg, image_codes=CONFIG.image_codes) == CONFIG
+    ids = torch.randint(4, 60, (2, 6))
+    layout = Layout(texts=2, text_len=6)
+    model = MultiwayEncoder(cfg, ("vision", "language"))
+    model.load_state_dict({key.removeprefix("encoder."): value for key, value in state.items()}, strict=True)
+    expected = reference(textual_tokens=ids)["encoder_out"].reshape(-1, cfg.dim)
+    torch.testing.assert_close(model(make_batch(layout, text_tokens=ids)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_shared_attention_is_written_twice():
+    shared = dataclasses.replace(CONFIG, attention="shared")
+    state = weights(shared)
+    back, cfg = from_released(to_released(state, shared), heads=4)
+    torch.testing.assert_close(encode(back, cfg), encode(state, shared), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"attention": "shared", "fusion_layers": 1}, "fusion experts"),
+        ({"sub_norm": False}, "sub_norm=False"),
+        ({"layer_scale": 0.1}, "layer_scale=0.1"),
+        ({"relative_position": True}, "relative_position=True"),
+        ({"text_norm": True}, "text_norm=True"),
+        ({"key_bias": False}, "key_bias=False"),
+    ],
+)
+def test_what_the_release_cannot_express_is_refused(change, says):
+    cfg = dataclasses.replace(CONFIG, **change)
+    with pytest.raises(ValueError, match=says):
+        to_released(weights(cfg, ("vision", "language", "fusion")), cfg)
+
+
+def test_a_stage_without_language_is_refused():
+    with pytest.raises(ValueError, match="needs a model with vision and language"):
+        to_released(weights(experts=("vision",)), CONFIG)
+
+
+def test_incomplete_released_weights_are_refused_by_name():
+    released = to_released(weights(), CONFIG)
+    for key, says in (
+        ("beit3.text_embed.weight", "text_embed"),
+        ("beit3.encoder.layer_norm.A.weight", "classification"),
+        ("beit3.encoder.layers.1.ffn.B.fc1.bias", "layers.1.ffn.B.fc1.bias"),
+        ("beit3.encoder.layers.0.ffn.A.fc1.weight", "no layers"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            from_released({k: v for k, v in released.items() if k != key})
+
+
+def test_fine_tuning_heads_are_left_out():
+    released = to_released(weights(), CONFIG) | {"head.weight": torch.zeros(3, 48)}
+    assert same(from_released(released, heads=4)[0], weights())
+
+
+def test_resized_positions_keep_the_class_row_and_the_shape_of_a_slope():
+    state = weights()
+    key = "encoder.vision_embed.positions"
+    slope = torch.arange(4.0).repeat(4, 1).reshape(16, 1).expand(16, 48)  # grows to the right
+    state[key] = torch.cat([torch.full((1, 48), 9.0), slope])
+    resized, cfg = resize_positions(state, CONFIG, 64)
+    assert cfg.grid == 8 and resized[key].shape == (65, 48)
+    assert (resized[key][0] == 9).all()
+    grid = resized[key][1:, 0].view(8, 8)
+    assert (grid.diff(dim=1) > 0).all() and torch.allclose(grid, grid[:1].expand(8, 8), atol=1e-5)
+    assert encode(resized, cfg).isfinite().all()
+    assert same(resize_positions(state, CONFIG, 32)[0], state)
+    with pytest.raises(ValueError, match="image_size=33"):
+        resize_positions(state, CONFIG, 33)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch payload_ran",)
+
+
+def test_a_pickle_from_outside_is_not_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": {"a": torch.zeros(1)}, "x": Payload()}, tmp_path / "bad.pth")
+    with pytest.raises(ValueError, match=r"bad\.pth.*more than tensors"):
+        read_tensors(tmp_path / "bad.pth")
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(ValueError, match=r"raw\.pth"):
+        read_tensors(tmp_path / "raw.pth")
+    assert not (tmp_path / "payload_ran").exists()
+
+
+def test_a_fine_tuning_checkpoint_with_its_command_line_is_read(tmp_path):
+    torch.save(
+        {"model": to_released(weights(), CONFIG), "epoch": 3, "args": argparse.Namespace(lr=1)}, tmp_path / "a.pth"
+    )
+    assert len(read_tensors(tmp_path / "a.pth")) == len(weights())
+
+
+@pytest.mark.parametrize("name", ["cut.pth", "cut.safetensors"])
+def test_a_cut_file_is_refused(tmp_path, name):
+    write_tensors(tmp_path / name, weights())
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=name):
+        read_tensors(tmp_path / name)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=name):
+        read_tensors(tmp_path / name)
+
+
+def test_the_command_converts_both_ways(tmp_path):
+    write_tensors(tmp_path / "theirs.pth", to_released(weights(), CONFIG))
+    main(["from-released", str(tmp_path / "theirs.pth"), str(tmp_path / "ours"), "--heads", "4"])
+    state, cfg, config = read_model(tmp_path / "ours")
+    assert cfg == CONFIG and same(state, weights()) and config["model"]["dim"] == 48
+    main(["resize", str(tmp_path / "ours"), str(tmp_path / "larger"), "--image-size", "48"])
+    assert read_model(tmp_path / "larger")[1].image_size == 48
+    main(["to-released", str(tmp_path / "ours"), str(tmp_path / "again.safetensors")])
+    assert same(read_tensors(tmp_path / "again.safetensors"), read_tensors(tmp_path / "theirs.pth"))
+
+
+@pytest.mark.parametrize("case", ["missing", "not ours", "broken json", "wrong size"])
+def test_the_command_ends_with_a_sentence_and_2(tmp_path, caplog, case):
+    write_model(tmp_path / "ours", weights(), {"model": dataclasses.asdict(CONFIG)})
+    argv = ["to-released", str(tmp_path / "ours"), str(tmp_path / "out.pth")]
+    if case == "missing":
+        argv[1] = str(tmp_path / "nowhere")
+    elif case == "not ours":
+        (tmp_path / "ours" / "config.json").write_text(json.dumps({"codebook": 8192}))
+    elif case == "broken json":
+        (tmp_path / "ours" / "config.json").write_text("{")
+    else:
+        argv = ["resize", str(tmp_path / "ours"), str(tmp_path / "out"), "--image-size", "33"]
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    assert "error: " in caplog.text and "Traceback" not in caplog.text

@@ -1,0 +1,117 @@
+"""Learning rates, parameter groups and the settings' own checks."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from pretrain.optim import Optim, build_optimizer, decays, learning_rate, parameter_groups, schedule
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.class_token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.mask_token = nn.Parameter(torch.zeros(1, 4))
+        self.positions = nn.Embedding(5, 4)
+        self.words = nn.Embedding(6, 4)
+        self.patches = nn.Conv2d(3, 4, 2)
+        self.blocks = nn.ModuleList(nn.ModuleDict({"norm": nn.LayerNorm(4), "fc": nn.Linear(4, 4)}) for _ in range(3))
+        self.relative_position_table = nn.Parameter(torch.zeros(9, 2))
+        self.head = nn.Linear(4, 2)
+        self.logit_scale = nn.Parameter(torch.ones(1))
+
+
+def layer_of(name: str) -> int:
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return 4 if name.startswith(("head", "logit_scale")) else 0
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+def test_warmup_is_linear_and_the_end_is_reached(kind):
+    optim = Optim(lr=0.1, min_lr=0.01, warmup_steps=4, schedule=kind)
+    rates = [learning_rate(optim, step, 20) for step in range(1, 21)]
+    assert rates[:4] == pytest.approx([0.025, 0.05, 0.075, 0.1])
+    assert rates[-1] == pytest.approx(0.1 if kind == "constant" else 0.01)
+    assert all(a >= b for a, b in itertools.pairwise(rates[3:])), "never up again after warmup"
+    middle = learning_rate(optim, 12, 20)
+    assert middle == pytest.approx(0.1 if kind == "constant" else 0.055)  # half-way, both decays are at their middle
+
+
+def test_learning_rate_at_the_edges():
+    assert learning_rate(Optim(lr=1.0, warmup_steps=0), 1, 1) == 0.0  # one step is also the last
+    assert learning_rate(Optim(lr=1.0, warmup_steps=100), 10, 10) == 1.0  # a warmup longer than the run is cut to it
+    assert learning_rate(Optim(lr=1.0, min_lr=0.5, warmup_steps=0), 30, 20) == 0.5  # beyond the end it stays
+
+
+def test_the_factor_gives_the_coming_steps_rate_to_each_group():
+    optim = Optim(lr=0.1, warmup_steps=2, layer_decay=0.5)
+    optimizer = build_optimizer(Named(), optim, layer_of=layer_of)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(optim, 10))
+    for step in range(1, 11):
+        rates = {group["lr"] for group in optimizer.param_groups}
+        expected = {learning_rate(optim, step, 10) * 0.5**down for down in range(5)}
+        assert sorted(rates) == pytest.approx(sorted(expected)), step
+        optimizer.step()
+        scheduler.step()
+
+
+def test_what_is_decayed():
+    decayed = {name for name, parameter in Named().named_parameters() if decays(name, parameter)}
+    blocks = {f"blocks.{i}.fc.weight" for i in range(3)}
+    assert decayed == {"words.weight", "patches.weight", "head.weight", *blocks}
+
+
+def test_groups_are_few_and_hold_each_trainable_parameter_once():
+    module = Named()
+    module.words.requires_grad_(False)
+    groups = parameter_groups(module, Optim(lr=0.1, weight_decay=0.2))
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.0]
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in module.parameters() if p.requires_grad)
+
+
+def test_layer_decay_slows_the_lower_layers():
+    module = Named()
+    groups = parameter_groups(module, Optim(lr=1.0, layer_decay=0.5), layer_of=layer_of)
+    rate = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    named = dict(module.named_parameters())
+    assert rate[id(named["head.weight"])] == 1.0
+    assert rate[id(named["blocks.2.fc.weight"])] == 0.5
+    assert rate[id(named["blocks.0.norm.bias"])] == 0.125
+    assert rate[id(named["class_token"])] == rate[id(named["words.weight"])] == 0.0625
+    # A frozen head still is the top: what a stage trains does not change a layer's rate.
+    module.head.requires_grad_(False)
+    module.logit_scale.requires_grad_(False)
+    groups = parameter_groups(module, Optim(lr=1.0, layer_decay=0.5), layer_of=layer_of)
+    assert max(group["lr"] for group in groups) == 0.5
+
+
+def test_nothing_to_train_and_layer_decay_without_layers_are_refused():
+    with pytest.raises(ValueError, match="trainable"):
+        parameter_groups(Named().requires_grad_(False), Optim())
+    with pytest.raises(ValueError, match=r"optim.layer_decay=0.5"):
+        parameter_groups(Named(), Optim(layer_decay=0.5))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "knob"),
+    [
+        ({"lr": 0.0}, "optim.lr=0.0"),
+        ({"lr": float("nan")}, "optim.lr=nan"),
+        ({"lr": 1e-3, "min_lr": 1e-2}, "optim.min_lr=0.01"),
+        ({"schedule": "step"}, "optim.schedule='step'"),
+        ({"betas": (0.9, 1.0)}, "optim.betas"),
+        ({"layer_decay": 0.0}, "optim.layer_decay=0.0"),
+        ({"clip": -1.0}, "optim.clip=-1.0"),
+        ({"warmup_steps": -1}, "optim.warmup_steps=-1"),
+    ],
+)
+def test_wrong_settings_name_the_knob(wrong, knob):
+    with pytest.raises(ValueError) as error:
+        Optim(**wrong)
+    assert knob in str(error.value)
