@@ -20,7 +20,6 @@ import logging
 import math
 import multiprocessing
 import os
-import random
 import sys
 import tarfile
 import time
@@ -32,7 +31,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_tools.drawn_captions import Claim, describe, is_true, write_document
+from data_tools.drawn_captions import write_document
+from data_tools.drawn_pairs import distinguishable, pair, sample_rng
 from data_tools.drawn_scenes import Scene, draw_scene, encode_jpeg, random_scene
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,6 @@ VERSION = 1  # another drawing or another wording is another corpus
 STAMP = "sample_corpus.json"
 KINDS = ("pairs", "images", "texts")
 SPLITS = ("train", "heldout")
-TRIES_PER_PAIR = 50
 
 
 @dataclass(frozen=True)
@@ -134,41 +133,11 @@ def _write_all(jobs: list[Job], workers: int) -> Iterator[int]:
         yield from pool.imap_unordered(write_shard, jobs)
 
 
-def pair(seed: int, split: str, number: int) -> tuple[Scene, str, Claim, random.Random]:
-    """Pair `number`: its scene, its caption, what the caption claims, and the generator that goes on to draw it."""
-    rng = _rng(seed, "pairs", split, number)
-    scene = random_scene(rng, held_out=split == "heldout")
-    caption, claim = describe(scene, rng)
-    return scene, caption, claim, rng
-
-
-def distinguishable(seed: int, count: int) -> list[int]:
-    """Numbers of `count` held-out pairs of which no caption is true of another's picture, so that R@1 is well defined.
-    Raises ValueError when the drawn world has no room for so many."""
-    chosen: list[int] = []
-    seen: dict[str, list[tuple[Scene, Claim]]] = {}
-    for number in range(TRIES_PER_PAIR * count):
-        if len(chosen) == count:
-            break
-        scene, _, claim, _ = pair(seed, "heldout", number)
-        others = seen.setdefault(scene.background, [])  # another background never fits
-        if any(is_true(claim, other) or is_true(their, scene) for other, their in others):
-            continue
-        others.append((scene, claim))
-        chosen.append(number)
-    if len(chosen) < count:
-        raise ValueError(
-            f"held_out={count} is too large because only {len(chosen)} drawn scenes can be told apart by their "
-            "captions; use fewer"
-        )
-    return chosen
-
-
 def make_sample(corpus: Corpus, kind: str, split: str, number: int) -> Sample:
     if kind == "pairs":
         scene, caption, _, rng = pair(corpus.seed, split, number)
         return Sample(encode_jpeg(draw_scene(scene, corpus.size, rng)), caption, (scene,))
-    rng = _rng(corpus.seed, kind, split, number)
+    rng = sample_rng(corpus.seed, kind, split, number)
     held_out = split == "heldout"
     if kind == "images":
         scene = random_scene(rng, held_out=held_out)
@@ -245,11 +214,6 @@ def _write_parquet(path: Path, rows: list[dict]) -> None:
         parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), temporary)
 
 
-def _rng(seed: int, *names: str | int) -> random.Random:
-    """A generator of one sample's own: who draws it, and when, changes nothing."""
-    return random.Random("/".join(map(str, (seed, *names))))
-
-
 def _stats_path(directory: Path, shard: int) -> Path:
     return directory / f"{shard:05d}_stats.json"
 
@@ -313,19 +277,18 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    default = Corpus()
     parser.add_argument("--out", type=Path, required=True, help="directory to write to")
-    parser.add_argument(
-        "--pairs", type=int, default=default.pairs, help="pictures with captions to train on (%(default)s)"
-    )
-    parser.add_argument("--images", type=int, default=default.images, help="pictures alone to train on (%(default)s)")
-    parser.add_argument("--texts", type=int, default=default.texts, help="documents to train on (%(default)s)")
-    parser.add_argument(
-        "--held-out", type=int, default=default.held_out, help="held-out samples of each kind (%(default)s)"
-    )
-    parser.add_argument("--size", type=int, default=default.size, help="pixels of a picture's side (%(default)s)")
-    parser.add_argument("--seed", type=int, default=default.seed, help="another seed, another corpus (%(default)s)")
-    parser.add_argument("--shard-size", type=int, default=default.shard_size, help="samples of a shard (%(default)s)")
+    for name, text in (
+        ("pairs", "pictures with captions to train on"),
+        ("images", "pictures alone to train on"),
+        ("texts", "documents to train on"),
+        ("held_out", "held-out samples of each kind"),
+        ("size", "pixels of a picture's side"),
+        ("seed", "another seed, another corpus"),
+        ("shard_size", "samples of a shard"),
+    ):
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=int, default=getattr(Corpus, name), help=f"{text} (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes that draw (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus made with other arguments")
     return parser.parse_args(arguments)

@@ -32,7 +32,7 @@ REPORT_SECONDS = 5.0
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        train(args.shards, args.out, args.vocab_size, args.max_texts, verbose=args.verbose)
+        train(args.shards, args.out, args.vocab_size, args.max_texts, model_type=args.model_type, verbose=args.verbose)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -50,13 +50,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--vocab-size", type=int, default=64000, help="pieces with <unk>, <s>, </s> (default: 64000)")
     parser.add_argument("--out", type=Path, required=True, help="the file to write, such as data/text.model")
+    parser.add_argument(
+        "--model-type",
+        choices=("unigram", "bpe"),
+        default="unigram",
+        help="unigram as XLM-R and BEiT-3; bpe keeps whole words where they are few, as in the quickstart",
+    )
     parser.add_argument("--max-texts", type=int, default=None, help="read so many texts, spread evenly (default: all)")
     parser.add_argument("--verbose", action="store_true", help="show SentencePiece's own log, one line per EM step")
     return parser.parse_args(argv)
 
 
 def train(
-    shards: list[str], out: Path, vocab_size: int, max_texts: int | None = None, *, verbose: bool = False
+    shards: list[str],
+    out: Path,
+    vocab_size: int,
+    max_texts: int | None = None,
+    *,
+    model_type: str = "unigram",
+    verbose: bool = False,
 ) -> None:
     """Writes `out` at once or not at all. ValueError if the texts cannot give that vocabulary; ShardError, OSError."""
     from sentencepiece import SentencePieceTrainer
@@ -71,7 +83,7 @@ def train(
         SentencePieceTrainer.Train(
             sentence_iterator=sentences(manifest, max_texts),
             model_writer=model,
-            model_type="unigram",
+            model_type=model_type,
             vocab_size=vocab_size,
             character_coverage=0.9995,
             normalization_rule_name="nmt_nfkc",

@@ -15,14 +15,16 @@ if [ "$gpus" -gt 0 ]; then
     ds=ds_configs/zero1_bf16.json
     start=("$PYTHON" -m torch.distributed.run --nproc-per-node "$gpus" --rdzv-backend c10d --rdzv-endpoint localhost:0)
 else
-    ds=ds_configs/zero1.json
+    ds=ds_configs/zero0.json # one process: nothing to partition
     start=("$PYTHON")
 fi
 
 say "corpus"
 "$PYTHON" -m data_tools.sample_corpus --out "$DATA"
 say "text tokenizer"
-"$PYTHON" -m data_tools.train_text_tokenizer "$DATA/pairs/train" "$DATA/texts/train" --vocab-size 400 --out "$DATA/text.model"
+[ -f "$DATA/text.model" ] || # few words: BPE keeps them whole
+    "$PYTHON" -m data_tools.train_text_tokenizer "$DATA/pairs/train" "$DATA/texts/train" \
+        --vocab-size 256 --model-type bpe --out "$DATA/text.model"
 
 for stage in tokenizer vision language fusion retrieval scratch; do
     say "$stage"

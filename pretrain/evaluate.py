@@ -50,13 +50,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m pretrain.evaluate",
         description="Run a stage's evaluations on its weights; writes eval.json and samples for the report.",
-        epilog="example: python -m pretrain.evaluate --recipe tiny --run-dir runs/quickstart --stage retrieval",
-    )
-    parser.add_argument(
-        "--recipe", required=True, help="the recipe that the stage was trained with: a name or a .py file"
+        epilog="example: python -m pretrain.evaluate --run-dir runs/quickstart --stage retrieval",
     )
     parser.add_argument("--run-dir", required=True, type=Path)
     parser.add_argument("--stage", required=True)
+    parser.add_argument("--recipe", help="a name or a .py file (default: what the stage was trained with)")
     parser.add_argument("--weights", type=Path, help="instead of the stage's own: a weights.safetensors")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in training")
     return parser.parse_args(argv)

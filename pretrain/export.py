@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain.models.multiway import MultiwayConfig
+from pretrain.weights import read_weights, write_weights
 
 log = logging.getLogger(__name__)
 State = dict[str, Tensor]
@@ -210,24 +211,18 @@ def read_tensors(path: Path) -> State:
 
 
 def read_model(directory: Path) -> tuple[State, MultiwayConfig, dict]:
-    """A stage's weights, model configuration, and the whole config.json."""
-    for name in (CONFIG, WEIGHTS):
-        if not (directory / name).is_file():
-            raise ValueError(f"{directory} holds no {name}; give the directory of a stage that has ended")
-    config = json.loads((directory / CONFIG).read_text())
+    """A stage's weights, its model's configuration, and all that the weights say of themselves."""
+    state, config = read_weights(directory)
+    if not config:  # weights of other origin: their config.json stands beside them
+        if not (directory / CONFIG).is_file():
+            raise ValueError(f"{directory} holds no {CONFIG}; give the directory of a stage that has ended")
+        config = json.loads((directory / CONFIG).read_text())
+    # "class" is the name of the class, for readers
+    model = {key: value for key, value in config.get("model", {}).items() if key != "class"}
     known = {f.name for f in dataclasses.fields(MultiwayConfig)}
-    model = config.get("model", config)
-    if unknown := sorted(set(model) - known):
-        raise ValueError(
-            f"{directory / CONFIG} has {unknown[0]!r}, which no MultiwayConfig knows; is it a tokenizer's?"
-        )
-    return read_tensors(directory / WEIGHTS), MultiwayConfig(**model), config
-
-
-def write_model(directory: Path, state: State, config: dict) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory / WEIGHTS, state)
-    (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    if not model or not set(model) <= known:
+        raise ValueError(f"{directory} holds no encoder ({CONFIG} has no 'model' of the encoder's); is it a tokenizer?")
+    return state, MultiwayConfig(**model), config
 
 
 def write_tensors(path: Path, state: State) -> None:
@@ -265,14 +260,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     if args.command == "from-released":
         state, cfg = from_released(read_tensors(args.file), args.heads)
-        write_model(args.out, state, {"model": dataclasses.asdict(cfg)})
+        write_weights(state, args.out / WEIGHTS, {"model": dataclasses.asdict(cfg)})
     elif args.command == "to-released":
         state, cfg, _ = read_model(args.directory)
         write_tensors(args.out, to_released(state, cfg))
     else:
         state, cfg, config = read_model(args.directory)
         state, cfg = resize_positions(state, cfg, args.image_size)
-        write_model(args.out, state, (config if "model" in config else {}) | {"model": dataclasses.asdict(cfg)})
+        write_weights(state, args.out / WEIGHTS, config | {"model": dataclasses.asdict(cfg)})
     log.info("wrote %s", args.out)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +25,19 @@ class PretrainTask(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """-> `loss` (the sum of the objectives'), and what each objective reports, all scalars."""
-        rows_TD = self.encoder(batch)  # one packed pass
+        # One packed pass; in the last block only the rows that a head reads are carried to the end.
+        rows_TD = self.encoder(batch, needed=self.needed_rows(batch))
         reports = {name: objective(rows_TD, batch) for name, objective in self.objectives.items()}
         losses = [report.pop("loss") for report in reports.values()]
         named = {f"loss/{name}": loss.detach() for name, loss in zip(reports, losses, strict=True)}
         if len(named) == 1:
             named = {}  # the one objective's loss is the loss
         return {"loss": torch.stack(losses).sum(), **named, **{k: v for r in reports.values() for k, v in r.items()}}
+
+    def needed_rows(self, batch: Batch) -> Tensor:
+        """bool [layout.rows]: what any of the objectives reads."""
+        needed = [cast(Any, objective).needed_rows(batch) for objective in self.objectives.values()]
+        return torch.stack(needed).any(0)
 
     def before_training(self, batches: list[Batch]) -> None:
         """Nothing to prepare; see TokenizerTask."""

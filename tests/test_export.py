@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import pickle
 
@@ -19,10 +18,10 @@ from pretrain.export import (
     read_tensors,
     resize_positions,
     to_released,
-    write_model,
     write_tensors,
 )
 from pretrain.models.multiway import MultiwayConfig, MultiwayEncoder
+from pretrain.weights import load_handover, write_weights
 from tests.models.test_reference_beit3 import build_reference
 
 CONFIG = MultiwayConfig(
@@ -212,17 +211,39 @@ def test_the_command_converts_both_ways(tmp_path):
     assert same(read_tensors(tmp_path / "again.safetensors"), read_tensors(tmp_path / "theirs.pth"))
 
 
-@pytest.mark.parametrize("case", ["missing", "not ours", "broken json", "wrong size"])
+def test_a_stages_own_config_is_read(tmp_path):
+    config = {"recipe": "tiny", "stage": "fusion", "model": {"class": "MultiwayConfig", **dataclasses.asdict(CONFIG)}}
+    write_weights(weights(), tmp_path / "fusion" / "weights.safetensors", config)
+    main(["resize", str(tmp_path / "fusion"), str(tmp_path / "larger"), "--image-size", "48"])
+    _, cfg, back = read_model(tmp_path / "larger")
+    assert cfg == dataclasses.replace(CONFIG, image_size=48) and back["stage"] == "fusion"
+
+
+def test_released_weights_start_a_stage(tmp_path):
+    """A stage's `init_from` reads what from-released wrote."""
+    write_tensors(tmp_path / "theirs.pth", to_released(weights(), CONFIG))
+    main(["from-released", str(tmp_path / "theirs.pth"), str(tmp_path / "ours"), "--heads", "4"])
+    stage = torch.nn.Module()
+    stage.encoder = MultiwayEncoder(CONFIG, ("vision", "language"))
+    handover = load_handover(stage, tmp_path / "ours")
+    assert handover.missing == []
+    assert all(name.startswith("objectives.") for name in handover.unexpected)
+    assert torch.equal(stage.encoder.text_embed.tokens.weight, weights()["encoder.text_embed.tokens.weight"])
+
+
+@pytest.mark.parametrize("case", ["missing", "a tokenizer", "broken json", "wrong size"])
 def test_the_command_ends_with_a_sentence_and_2(tmp_path, caplog, case):
-    write_model(tmp_path / "ours", weights(), {"model": dataclasses.asdict(CONFIG)})
+    config = (
+        {"vqkd": {}} if case == "a tokenizer" else {"model": {"class": "MultiwayConfig", **dataclasses.asdict(CONFIG)}}
+    )
+    write_weights(weights(), tmp_path / "ours" / "weights.safetensors", config)
     argv = ["to-released", str(tmp_path / "ours"), str(tmp_path / "out.pth")]
     if case == "missing":
         argv[1] = str(tmp_path / "nowhere")
-    elif case == "not ours":
-        (tmp_path / "ours" / "config.json").write_text(json.dumps({"codebook": 8192}))
     elif case == "broken json":
+        write_tensors(tmp_path / "ours" / "weights.safetensors", weights())  # without a header
         (tmp_path / "ours" / "config.json").write_text("{")
-    else:
+    elif case == "wrong size":
         argv = ["resize", str(tmp_path / "ours"), str(tmp_path / "out"), "--image-size", "33"]
     with pytest.raises(SystemExit) as stopped:
         main(argv)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.batch import Batch
+from pretrain.batch import BOS, EOS, PAD, Batch
 from pretrain.evals.trained import Trained, uint8_pictures
 
 SHOWN = 8
+SPECIALS = (BOS, PAD, EOS)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class MaskedAccuracy:
         for i in range(min(SHOWN, len(tokens))):
             words = {
                 "caption": trained.text.decode(tokens[i].tolist()),
-                "masked_caption": trained.text.show(tokens[i].tolist(), masked[i].tolist()),
+                "masked_caption": with_gaps(trained.text, tokens[i].tolist(), masked[i].tolist()),
                 "predicted_caption": trained.text.decode(filled[i].tolist()),
             }
             if kind == "pair" and i < len(shown):
@@ -88,6 +89,12 @@ class MaskedAccuracy:
             if part in guesses:
                 code[mask] = guesses[part][0]  # a view: fills `codes`
         return trained.draw_codes(codes)
+
+
+def with_gaps(text: Any, ids: list[int], masked: list[bool]) -> str:
+    """A caption with a gap for each hidden piece."""
+    pieces = [" ___" if hidden else text.token(i) for i, hidden in zip(ids, masked, strict=True) if i not in SPECIALS]
+    return "".join(pieces).replace("\u2581", " ").strip()
 
 
 def _hide(picture: Tensor, mask: Tensor, patches: int) -> Tensor:

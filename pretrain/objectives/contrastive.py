@@ -44,6 +44,14 @@ class ContrastiveHead(nn.Module):
         # One element and not a scalar: ZeRO-3 partitions by rows.
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
 
+    def needed_rows(self, batch: Batch) -> Tensor:
+        """bool [layout.rows]: the class row of each image and the first row of each text."""
+        layout = batch.layout
+        needed = torch.zeros(layout.rows, dtype=torch.bool, device=batch.images.device)
+        needed[: layout.image_rows : max(layout.patches, 1)] = True
+        needed[layout.image_rows :: max(layout.text_len, 1)] = True
+        return needed
+
     def embed(self, rows_TD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Rows of a dual-encoder batch -> unit vectors (images [N, E], texts [N, E])."""
         layout = batch.layout

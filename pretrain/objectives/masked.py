@@ -48,6 +48,11 @@ class MaskedDataHeads(nn.Module):
             scores |= _score(head, parts)
         return _combine(scores)
 
+    def needed_rows(self, batch: Batch) -> Tensor:
+        """bool [layout.rows]: the hidden patches and words."""
+        patches = F.pad(batch.image_masks, (1, 0)).flatten()[: batch.layout.vision_rows]
+        return torch.cat([patches, batch.pair_masked.flatten(), batch.text_masked.flatten()])
+
     def guesses(self, rows_TD: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """{part: (guesses, targets)}, each [masked positions], in row order; for evaluation."""
         return {

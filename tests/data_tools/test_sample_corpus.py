@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from data_tools import sample_corpus
+from data_tools import drawn_pairs, sample_corpus
 from data_tools.drawn_captions import describe, is_true
+from data_tools.drawn_pairs import distinguishable, pair
 from data_tools.drawn_scenes import COLOURS, HELD_OUT, SHAPES, draw_scene, random_scene
-from data_tools.sample_corpus import Corpus, distinguishable, main, pair, write_corpus
+from data_tools.sample_corpus import Corpus, main, write_corpus
 
 SMALL = Corpus(pairs=250, images=60, texts=150, held_out=48, shard_size=100)
 
@@ -202,6 +203,6 @@ def test_user_errors_are_one_sentence_and_code_2(tmp_path, caplog):
 
 
 def test_too_many_held_out_pairs_are_refused(monkeypatch):
-    monkeypatch.setattr(sample_corpus, "TRIES_PER_PAIR", 1)
+    monkeypatch.setattr(drawn_pairs, "REFUSED_AT_MOST", 1)
     with pytest.raises(ValueError, match="held_out=400 is too large"):
         distinguishable(0, 400)
