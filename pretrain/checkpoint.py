@@ -24,11 +24,11 @@ import torch
 import torch.distributed as dist
 
 from pretrain.distributed import rank, world_size
-from pretrain.weights import HashedFile, SaveError, sync, write_json
+from pretrain.weights import HashedFile, SaveError, sync, write_json, write_weights
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "MANIFEST.json"
+MANIFEST, WEIGHTS = "MANIFEST.json", "weights.safetensors"
 SAVING, DELETING = ".saving_", ".deleting_"
 T = TypeVar("T")
 
@@ -49,17 +49,21 @@ def save(
     recipe_hash: str = "",
     data_digest: str = "",
     extra: dict[str, Any] | None = None,
+    weights: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None,
 ) -> Path:
     """Write step_STEP into `directory` (seen by all nodes) and then remove all but the newest `keep` up to it.
 
-    Every rank must call it. `extra` is JSON and comes back from `restore`. Raises SaveError on every rank when one
-    cannot write, with the checkpoints before it left as they were.
+    Every rank must call it. `extra` is JSON and comes back from `restore`; `weights`, (state, config) on rank 0, go to
+    weights.safetensors beside the engine's files, for evaluations of a run that is not over. Raises SaveError on every
+    rank when one cannot write, with the checkpoints before it left as they were.
     """
     final = directory / f"step_{step:08d}"
     beside = directory / (SAVING + final.name)
     try:
         _together(lambda: _prepare(directory, beside) if rank() == 0 else None)
         written = _together(lambda: _write_share(engine, beside))
+        if weights is not None:
+            _together(lambda: write_weights(weights[0], beside / WEIGHTS, weights[1]) if rank() == 0 else None)
         body = {
             "version": 1,
             "step": step,
@@ -115,6 +119,14 @@ def restore(engine, directory: Path, *, recipe_hash: str = "", data_digest: str 
         log.info("resumed from %s", path)
         return Restored(manifest["step"], path, manifest["extra"])
     log.info("no checkpoint to resume from in %s", directory)
+    return None
+
+
+def newest_weights(directory: Path) -> tuple[int, Path] | None:
+    """Step and weights.safetensors of the newest complete checkpoint in `directory` that has one."""
+    for name, manifest in _complete(directory):
+        if (path := directory / name / WEIGHTS).is_file():
+            return manifest["step"], path
     return None
 
 

@@ -23,6 +23,7 @@ from pretrain.assembly import (
     masking_of,
     text_tokenizer,
 )
+from pretrain.checkpoint import newest_weights
 from pretrain.config import Recipe, Stage, load_recipe
 from pretrain.data.shards import load_manifest
 from pretrain.distributed import device
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     directory = args.run_dir / args.stage
     name, settings = _trained_with(directory, args)
     recipe, stage = load_recipe(name, args.stage, settings)
-    weights = args.weights or directory / "weights.safetensors"
+    step, weights = _weights(directory, stage, args.weights)
     digest = weights_digest(weights)
     done = _read(directory / "eval.json")
     if done.get("weights") == digest and not args.weights:
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{weights} lacks {found.missing[0]}; it is not this stage's: give the stage that wrote it")
     task.to(device()).eval()
     trained = trained_stage(recipe, stage, args.run_dir, directory, task)
-    metrics: dict[str, Any] = {"step": stage.steps, "weights": digest}
+    metrics: dict[str, Any] = {"step": step, "weights": digest}
     samples: dict[str, list] = {}
     for evaluation in stage.evals:
         found_metrics, found_samples = evaluation.run(trained)
@@ -89,6 +90,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     write_json(directory / "samples.json", samples)
     write_json(directory / "eval.json", metrics)
     return metrics
+
+
+def _weights(directory: Path, stage: Stage, given: Path | None) -> tuple[int | None, Path]:
+    """What to evaluate, and its step where that is known: what was asked for, else the finished stage, else the newest
+    complete checkpoint."""
+    if given is not None:
+        return None, given
+    if (finished := directory / "weights.safetensors").is_file():
+        return stage.steps, finished
+    if (newest := newest_weights(directory / "checkpoints")) is not None:
+        log.info("the stage is not finished; evaluating its checkpoint of step %d", newest[0])
+        return newest
+    raise ValueError(f"{directory} has neither weights nor a complete checkpoint; train the stage, or give --weights")
 
 
 def trained_stage(recipe: Recipe, stage: Stage, run_dir: Path, directory: Path, task: nn.Module) -> Trained:

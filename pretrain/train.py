@@ -150,7 +150,8 @@ def train(
         bar.update()
         stopping = any_rank(stop.asked, device())
         if step % recipe.save_every == 0 or step == stage.steps or stopping:
-            save(engine, directory / "checkpoints", step, keep=recipe.keep, **identity)
+            weights = full_state(engine), weights_config(recipe, stage, directory.name)
+            save(engine, directory / "checkpoints", step, keep=recipe.keep, weights=weights, **identity)
             meter.skip()
         if stopping:
             break

@@ -1,0 +1,185 @@
+"""Training speed through the real loader, visual tokenizer, engine and train_step, on synthetic shards.
+
+    python -m benchmarks.throughput --recipe beit3_base --stage pretrain --ds ds_configs/zero3_bf16.json \\
+        --set batch.images=64 --set batch.pairs=64 --set batch.texts=64 --set batch.accumulation=1
+    torchrun --nproc-per-node 8 -m benchmarks.throughput ...      the same on a whole node
+
+Pictures are smooth noise of 256 pixels, texts random words, the visual tokenizer has random weights: what is timed does
+the work of a real step, what comes out means nothing. Reported are medians over the steps after the warmup.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import os
+import platform
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data_tools.index import index_directory
+from data_tools.train_text_tokenizer import train as train_text_tokenizer
+from pretrain.assembly import build_loader, build_task, image_targets
+from pretrain.config import Recipe, Stage, load_recipe, to_json
+from pretrain.distributed import barrier, device, rank, world_size
+from pretrain.metrics import Throughput
+from pretrain.models.vqkd import VQKD, VQKDConfig
+from pretrain.optim import build_optimizer, schedule
+from pretrain.parallel.ds_config import load_ds_config
+from pretrain.parallel.engine import adopt_slurm, build_engine, init_distributed
+from pretrain.train import layout_flops, train_step
+from pretrain.weights import write_weights
+
+SHARDS, SAMPLES, SIDE = 8, 256, 256
+WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "tu", "re", "so") for b in ("n", "ra", "vik", "del", "po", "shi", "mar")]
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        adopt_slurm()
+        result = measure(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if rank() == 0:
+        text = json.dumps(result, indent=1)
+        print(text)
+        if args.out:
+            args.out.write_text(text + "\n")
+    return 0
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.throughput", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--recipe", default="beit3_base")
+    parser.add_argument("--stage", default="pretrain")
+    parser.add_argument("--ds", default="ds_configs/zero3_bf16.json")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--steps", type=int, default=50, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before the clock starts")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    return parser.parse_args(argv)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    recipe, stage = load_recipe(args.recipe, args.stage, args.set)
+    with tempfile.TemporaryDirectory(prefix="throughput") as name:
+        # Every rank writes its own copy: no shared disk is asked for, and the order is the same everywhere.
+        place = Path(name)
+        os.environ["DATA"] = str(place)
+        write_shards(place, stage)
+        write_visual_tokenizer(recipe, place)
+        return run(args, recipe, replace(stage, init_from=None), place)
+
+
+def run(args: argparse.Namespace, recipe: Recipe, stage: Stage, place: Path) -> dict:
+    config = load_ds_config(
+        args.ds,
+        micro=max(stage.batch.total // (world_size() * stage.batch.accumulation), 1),
+        accumulation=stage.batch.accumulation,
+        world=world_size(),
+        clip=stage.optim.clip,
+    )
+    loader = build_loader(recipe, stage, None, rank=rank(), world=world_size())
+    task = build_task(recipe, stage, place)
+    parameters = sum(p.numel() for p in task.parameters())
+    add_targets = image_targets(recipe, stage, place, device())
+    init_distributed()
+    engine = build_engine(task, build_optimizer(task, stage.optim), schedule(stage.optim, stage.steps), config)
+    meter, seconds, waits = Throughput(device(), world_size()), [], []
+    batches = loader.batches(0, args.warmup + args.steps)
+    for step in range(1, args.warmup + args.steps + 1):
+        begin = time.perf_counter()
+        micro_batches = next(batches)
+        waited = time.perf_counter() - begin
+        train_step(engine, [batch.to(device()) for batch in micro_batches], add_targets, first=step == 1)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if step > args.warmup:
+            seconds.append(time.perf_counter() - begin)
+            waits.append(waited)
+    barrier()
+    layouts = [batch.layout for batch in micro_batches]
+    flops = sum(layout_flops(recipe, stage, layout) for layout in layouts)
+    middle = statistics.median(seconds)
+    return {
+        "command": "python -m benchmarks.throughput " + " ".join(sys.argv[1:]),
+        "date": date.today().isoformat(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
+        "torch": torch.__version__,
+        "ranks": world_size(),
+        "parameters": parameters,
+        "batch": stage.batch.counts(),
+        "steps": args.steps,
+        "ms_per_step": {"median": 1e3 * middle, "min": 1e3 * min(seconds), "max": 1e3 * max(seconds)},
+        "samples_per_s": stage.batch.total / middle,
+        "tokens_per_s": world_size() * sum(layout.rows for layout in layouts) / middle,
+        "tflops_per_rank": flops / middle / 1e12,
+        "mfu": flops / middle / meter.peak if meter.peak else None,
+        "memory_gib": meter.read()["memory_gib"],
+        "data_wait": sum(waits) / sum(seconds),
+        "model": to_json(recipe.model),
+    }
+
+
+def write_shards(place: Path, stage: Stage) -> None:
+    """What the stage's mix reads: $DATA/images, $DATA/pairs, $DATA/texts and $DATA/text.model."""
+    for kind in ("images", "pairs", "texts"):
+        directory = place / kind
+        directory.mkdir()
+        for shard in range(SHARDS):
+            with tarfile.open(directory / f"{shard:05d}.tar", "w") as tar:
+                for name, data in _members(kind, shard):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+        index_directory(directory)
+    sys.stdout.flush()
+    train_text_tokenizer([str(place / "texts")], place / "text.model", 64, model_type="bpe")
+
+
+def _members(kind: str, shard: int) -> Iterator[tuple[str, bytes]]:
+    dice = np.random.default_rng([shard, len(kind)])
+    for sample in range(SAMPLES):
+        key = f"{shard:05d}{sample:04d}"
+        if kind != "texts":
+            coarse = Image.fromarray(dice.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+            data = io.BytesIO()
+            coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(data, "JPEG", quality=90)
+            yield f"{key}.jpg", data.getvalue()
+        if kind != "images":
+            count = 20 if kind == "pairs" else 300
+            yield f"{key}.txt", " ".join(WORDS[i] for i in dice.integers(0, len(WORDS), count)).encode()
+
+
+def write_visual_tokenizer(recipe: Recipe, place: Path) -> None:
+    """A BEiT v2 base tokenizer with random weights, where the stage looks for the stage `tokenizer`."""
+    config = VQKDConfig(
+        image_size=recipe.model.image_size,
+        patch_size=recipe.model.patch_size,
+        codes=min(8192, recipe.model.image_codes),
+    )
+    (place / "tokenizer").mkdir()
+    state = {f"tokenizer.{name}": value for name, value in VQKD(config).state_dict().items()}
+    write_weights(state, place / "tokenizer" / "weights.safetensors", {"tokenizer": to_json(config)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Submit the stages of a recipe one after another, each when the one before has ended well; prints the job ids:
+#   bash launch/chain.sh "tokenizer vision language fusion retrieval" \
+#       --recipe beit3_base --ds ds_configs/zero2_bf16.json --run-dir runs/base
+# SBATCH_OPTIONS goes to sbatch: SBATCH_OPTIONS="--nodes=4 --partition=a100" bash launch/chain.sh ...
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ $# -lt 2 ]; then
+    sed -n '2,6s/^# \?//p' launch/chain.sh >&2
+    exit 2
+fi
+
+stages=$1
+shift
+before=
+for stage in $stages; do
+    # shellcheck disable=SC2086  # several options in one variable
+    before=$(sbatch --parsable ${SBATCH_OPTIONS:-} ${before:+--dependency=afterok:$before} \
+        --job-name="imglish-$stage" launch/stage.sbatch --stage "$stage" "$@")
+    before=${before%%;*}
+    echo "$stage: job $before"
+done

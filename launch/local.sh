@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# One stage on this machine, one process per GPU (or one on the CPU); what follows goes to pretrain.train:
+#   bash launch/local.sh --recipe beit3_base --stage vision --ds ds_configs/zero2_bf16.json --run-dir runs/base
+# The same with DeepSpeed's launcher: deepspeed --module pretrain.train --recipe ... (see README.md).
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env/setup.sh"
+
+gpus=$(nvidia-smi -L 2>/dev/null | wc -l) || gpus=0
+if [ "$gpus" -le 1 ]; then
+    exec "$PYTHON" -m pretrain.train "$@"
+fi
+exec "$PYTHON" -m torch.distributed.run --nproc-per-node "$gpus" --rdzv-backend c10d --rdzv-endpoint localhost:0 \
+    -m pretrain.train "$@"

@@ -1,0 +1,137 @@
+"""All stages as a user runs them, one process each; and what a user gets wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from tests.small_run import ROOT, environment, train_stage, write_data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("stages")
+    write_data(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(data) -> Path:
+    """A run directory with every stage finished and evaluated."""
+    for stage in ("tokenizer", "vision", "language", "fusion", "retrieval"):
+        init = ("init_from=language",) if stage == "fusion" else ()
+        done = train_stage(data, data / "run", stage, *init)
+        assert done.returncode == 0, done.stderr
+        assert evaluate(data, stage).returncode == 0
+    return data / "run"
+
+
+def evaluate(data: Path, stage: str) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "pretrain.evaluate", "--run-dir", str(data / "run"), "--stage", stage]
+    return subprocess.run(line, env=environment(data), capture_output=True, text=True, cwd=ROOT)
+
+
+def names(run: Path, stage: str) -> set[str]:
+    with safe_open(run / stage / "weights.safetensors", framework="pt") as file:
+        return set(file.keys())
+
+
+@pytest.mark.slow
+def test_every_stage_leaves_the_files_of_the_contract(run):
+    for stage in ("tokenizer", "vision", "language", "fusion", "retrieval"):
+        for name in ("recipe.json", "metrics.jsonl", "eval.json", "samples.json", "weights.safetensors", "config.json"):
+            assert (run / stage / name).is_file(), (stage, name)
+        assert list((run / stage / "tensorboard").iterdir())
+    line = json.loads((run / "fusion" / "metrics.jsonl").read_text().splitlines()[-1])
+    for key in ("step", "loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "mfu", "data_wait", "memory_gib"):
+        assert key in line
+    assert line["samples_seen"] == 12 * 12
+    for part in ("image", "pair_image", "pair_text", "text"):
+        assert f"loss/{part}" in line and f"accuracy/{part}" in line
+    found = json.loads((run / "retrieval" / "eval.json").read_text())
+    assert found["retrieval/candidates"] == 30 and 0 <= found["retrieval/image_to_text/R@1"] <= 100
+    assert "masked/pair_text/baseline" in json.loads((run / "fusion" / "eval.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_language_stage_trains_only_its_own_and_hands_the_rest_on(run):
+    with (
+        safe_open(run / "vision" / "weights.safetensors", "pt") as before,
+        safe_open(run / "language" / "weights.safetensors", "pt") as after,
+    ):
+        vision = [name for name in before.keys() if "norm.shared" not in name or "blocks" in name]
+        assert any("experts.vision" in name for name in vision)
+        for name in vision:
+            assert (before.get_tensor(name) == after.get_tensor(name)).all(), f"{name} moved in the language stage"
+    assert any("experts.language" in name for name in names(run, "language") - names(run, "vision"))
+
+
+@pytest.mark.slow
+def test_each_stage_builds_only_what_it_needs_and_the_hand_over_holds_everything(run):
+    assert not any("language" in name or "text" in name for name in names(run, "vision"))
+    assert names(run, "vision") <= names(run, "language") <= names(run, "fusion") <= names(run, "retrieval")
+    assert any("experts.fusion" in name for name in names(run, "fusion"))
+
+
+@pytest.mark.slow
+def test_a_finished_stage_ends_at_once(data, run):
+    before = (run / "vision" / "metrics.jsonl").read_text()
+    again = train_stage(data, run, "vision")
+    assert again.returncode == 0 and "nothing to do" in again.stderr
+    assert (run / "vision" / "metrics.jsonl").read_text() == before
+    assert "nothing to do" in evaluate(data, "vision").stderr
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(data, run, tmp_path):
+    settings = ("steps=4", f"visual_tokenizer={run}/tokenizer")
+    assert train_stage(data, tmp_path, "vision", *settings).returncode == 0
+    want = (tmp_path / "vision" / "metrics.jsonl").read_text().splitlines()[-1]
+    newest = tmp_path / "vision" / "checkpoints" / "step_00000004"
+    victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    again = train_stage(data, tmp_path, "vision", *settings)
+    assert again.returncode == 0, again.stderr
+    assert f"checkpoint refused: {victim}" in again.stderr or victim.name in again.stderr
+    assert "resumed from" in again.stderr and "step_00000003" in again.stderr
+    got = (tmp_path / "vision" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(got)["loss"] == json.loads(want)["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "settings", "ds", "message"),
+    [
+        ("vision", ("optim.lrr=1",), None, "did you mean lr"),
+        ("vision", ("steps=many",), None, "wanted int"),
+        ("retrieval", (), None, "run the stage 'fusion' to its end first"),
+        ("vision", ("visual_tokenizer=null",), None, "visual_tokenizer is not set"),
+        ("vision", ("batch.images=0",), None, "batch asks for"),
+        ("vision", ("mix.images.shards=$NOWHERE/x",), None, r"\$NOWHERE"),
+        ("vision", ("mix.images.shards=/nowhere",), None, "nowhere"),
+        ("vision", ("trainable=nothing.*",), None, "matches no parameter"),
+        ("fusion", ("model.vocab_size=10",), None, "use model.vocab_size="),
+        ("vision", ("transform.size=17",), None, "use 16 or 20"),
+        ("vision", (), {"gradient_clipping": 1.0}, "optim.clip owns it"),
+        ("vision", (), {"bf16": {"enabled": True}}, "bf16"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_sentence_and_exit_code_2(data, tmp_path, stage, settings, ds, message):
+    import re
+
+    config = "zero0.json"
+    if ds is not None:
+        config = tmp_path / "mine.json"
+        config.write_text(json.dumps({"zero_optimization": {"stage": 0}} | ds))
+    done = train_stage(data, tmp_path / "run", stage, *settings, ds=config)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
