@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     """-> 0, or 2 for a user's mistake (one sentence on stderr)."""
     parser = argparse.ArgumentParser(
         prog="python -m pretrain.report",
-        description="Write one self-contained page with the curves, evaluation and sample pictures of a run.",
+        description="Write one self-contained page with the curves, evaluation and sample pictures of a run, and print "
+        "the evaluation as a table.",
         epilog="example: python -m pretrain.report --run-dir runs/quickstart",
     )
     parser.add_argument("--run-dir", required=True, type=Path, help="the --run-dir of pretrain.train")
@@ -79,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     try:
         path = write_report(args.run_dir)
+        sys.stdout.write(format_table(args.run_dir) + "\n")
     except (ValueError, OSError) as error:
         log.error("error: %s", error)
         return 2

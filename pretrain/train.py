@@ -35,6 +35,7 @@ log = logging.getLogger("pretrain")
 WEIGHTS = "weights.safetensors"
 # EX_TEMPFAIL of sysexits.h: stopped by a signal with everything saved; a launcher may start the same line again.
 STOPPED = 75
+PLAIN_SECONDS = 5.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -128,7 +129,7 @@ def train(
     metrics = MetricsLog(directory, resume_step=start)
     meter = Throughput(device(), world_size())
     batches = loader.batches(start, stage.steps)
-    bar = tqdm(total=stage.steps, initial=start, desc=directory.name, unit="step", disable=not shows_bar())
+    display = Display(directory.name, start, stage.steps)
     step = start
     for step in range(start + 1, stage.steps + 1):
         waited = time.perf_counter()
@@ -146,8 +147,8 @@ def train(
             line |= {"lr": learning_rate(stage.optim, step, stage.steps), "grad_norm": gradient_norm(engine)}
             line |= meter.read() | {"samples_seen": step * stage.batch.total}
             metrics.write(step, line)
-            show(bar, step, stage.steps, line)
-        bar.update()
+            display.show(step, line)
+        display.bar.update()
         stopping = any_rank(stop.asked, device())
         if step % recipe.save_every == 0 or step == stage.steps or stopping:
             weights = full_state(engine), weights_config(recipe, stage, directory.name)
@@ -155,7 +156,7 @@ def train(
             meter.skip()
         if stopping:
             break
-    bar.close()
+    display.bar.close()
     metrics.close()
     return step
 
@@ -223,18 +224,21 @@ def _findable(recipe: str) -> str:
     return str(Path(recipe).resolve()) if Path(recipe).is_file() else recipe
 
 
-def shows_bar() -> bool:
-    return rank() == 0 and sys.stderr.isatty()
+class Display:
+    """The numbers one watches: a bar where there is a terminal, elsewhere a plain line every few seconds."""
 
+    def __init__(self, name: str, start: int, steps: int):
+        self.steps, self.shown = steps, 0.0
+        quiet = rank() != 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=quiet)
 
-def show(bar: tqdm, step: int, steps: int, line: dict) -> None:
-    """The numbers one watches: on the bar where there is a terminal, as a plain line elsewhere."""
-    accuracy = " ".join(f"{k.removeprefix('accuracy/')} {v:.1%}" for k, v in line.items() if k.startswith("accuracy/"))
-    text = f"loss {line['loss']:.4f} {accuracy} {line['samples_per_s']:.0f}/s wait {line['data_wait']:.0%}"
-    if bar.disable:
-        log.info("step %d/%d %s", step, steps, text)
-    else:
-        bar.set_postfix_str(text)
+    def show(self, step: int, line: dict) -> None:
+        accuracy = " ".join(f"{k.removeprefix('accuracy/')} {v:.1%}" for k, v in line.items() if k[:9] == "accuracy/")
+        text = f"loss {line['loss']:.4f} {accuracy} {line['samples_per_s']:.0f}/s wait {line['data_wait']:.0%}"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable and (step == self.steps or time.monotonic() - self.shown > PLAIN_SECONDS):
+            log.info("step %d/%d %s", step, self.steps, text)
+            self.shown = time.monotonic()
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def sync(path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """In one step: a reader sees the old file or the new one."""
     beside = path.with_name(f".{path.name}.saving")
-    beside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     sync(beside)
     os.replace(beside, path)
     sync(path.parent)

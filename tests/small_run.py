@@ -60,7 +60,26 @@ def write_data(data: Path) -> None:
     """Three sources of a few shards, a text tokenizer, and recipe.py."""
     from data_tools.train_text_tokenizer import train
 
-    words = "a red blue green big small round square dog cat runs sits on the grass table near far".split()
+    words = [
+        "a",
+        "red",
+        "blue",
+        "green",
+        "big",
+        "small",
+        "round",
+        "square",
+        "dog",
+        "cat",
+        "runs",
+        "sits",
+        "on",
+        "the",
+        "grass",
+        "table",
+        "near",
+        "far",
+    ]
     captions = [" ".join(words[(i * k) % len(words)] for k in (1, 2, 3, 5, 7)) for i in range(1, 80)]
     numbers = iter(range(1000))
     write_source(data / "images", [[image_sample(f"i{s}{i}", next(numbers)) for i in range(10)] for s in range(3)])

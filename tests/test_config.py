@@ -40,8 +40,18 @@ def test_settings_are_typed_and_reach_every_depth():
     recipe, stage = load_recipe(
         "tiny",
         "fusion",
-        ["optim.lr=3e-4", "steps=1e2", "optim.betas=0.8,0.9", "objectives.0.image_ratio=0.5", "seed=7"]
-        + ["model.dim=64", "mix.pairs.text_len=16", "init_from=null", "loading.cache_dir=/tmp/x", "model.heads=2"],
+        [
+            "optim.lr=3e-4",
+            "steps=1e2",
+            "optim.betas=0.8,0.9",
+            "objectives.0.image_ratio=0.5",
+            "seed=7",
+            "model.dim=64",
+            "mix.pairs.text_len=16",
+            "init_from=null",
+            "loading.cache_dir=/tmp/x",
+            "model.heads=2",
+        ],
     )
     assert stage.optim == dataclasses.replace(stage.optim, lr=3e-4, betas=(0.8, 0.9))
     assert stage.steps == 100 and isinstance(stage.steps, int)

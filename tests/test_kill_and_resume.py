@@ -57,7 +57,7 @@ def test_a_killed_run_ends_bit_equal(data, tmp_path, ds):
         before = saves(killed)
         ranks = Ranks(command(data, killed, "fusion", *settings(data), ds=ds), data, 2, log)
         deadline = time.monotonic() + 60
-        # Not before it gets somewhere (its start takes seconds); then at any moment: a step and a save take about 50 ms.
+        # Not before it gets somewhere (its start takes seconds); then at any moment of a step or a save.
         newest = _newest(killed)
         while _newest(killed) == newest and saves(killed) == before and time.monotonic() < deadline:
             if ranks.wait(0.05) == [0, 0]:

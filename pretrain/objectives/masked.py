@@ -21,7 +21,13 @@ class MaskedData(Masking):
     name = "masked"
 
     def build(self, model: MultiwayConfig, experts: tuple[str, ...]) -> MaskedDataHeads:
-        return MaskedDataHeads(model, image="vision" in experts, text="language" in experts)
+        ratios = {
+            "image": self.image_ratio if "vision" in experts else 0,
+            "pair_image": self.pair_image_ratio if "vision" in experts else 0,
+            "pair_text": self.pair_text_ratio if "language" in experts else 0,
+            "text": self.text_ratio if "language" in experts else 0,
+        }
+        return MaskedDataHeads(model, parts=tuple(part for part, ratio in ratios.items() if ratio))
 
     def head_rows(self, layout: Layout, model: MultiwayConfig) -> list[tuple[int, int]]:
         """(rows, outputs) of each head's product, about: for the count of FLOPs."""
@@ -33,12 +39,14 @@ class MaskedData(Masking):
 
 class MaskedDataHeads(nn.Module):
     """One linear head per vocabulary, untied as in the released BEiT-3 (REFERENCE: its parameter count), run on masked
-    rows only. A head that a stage has no use for is not built: AdamW would move it all the same."""
+    rows only. `parts` are the kinds of rows that are hidden: image, pair_image, pair_text, text. A head without a part
+    is not built: AdamW would move it all the same."""
 
-    def __init__(self, model: MultiwayConfig, *, image: bool, text: bool):
+    def __init__(self, model: MultiwayConfig, *, parts: tuple[str, ...]):
         super().__init__()
-        self.image = _head(model.dim, model.image_codes) if image else None
-        self.text = _head(model.dim, model.vocab_size) if text else None
+        self.parts = parts
+        self.image = _head(model.dim, model.image_codes) if {"image", "pair_image"} & set(parts) else None
+        self.text = _head(model.dim, model.vocab_size) if {"text", "pair_text"} & set(parts) else None
 
     def forward(self, rows_TD: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Rows [layout.rows, dim] -> `loss` (mean over sequences of the mean over a sequence's targets), `loss/PART`
@@ -64,7 +72,8 @@ class MaskedDataHeads(nn.Module):
 
     def _parts(self, rows_TD: Tensor, batch: Batch) -> list[tuple[nn.Linear, dict]]:
         """Per head that is built: {part: (rows, masked [n, L], targets [n, L])}."""
-        layout, found = batch.layout, []
+        layout = batch.layout
+        found: list[tuple[nn.Linear, dict]] = []
         if self.image is not None:
             rows = rows_TD[: layout.vision_rows].unflatten(0, (-1, max(layout.patches, 1)))[:, 1:]
             codes = batch.image_codes
@@ -79,7 +88,7 @@ class MaskedDataHeads(nn.Module):
             pairs = (pair_rows, batch.pair_masked, batch.pair_tokens)
             texts = (text_rows, batch.text_masked, batch.text_tokens)
             found.append((self.text, {"pair_text": pairs, "text": texts}))
-        return found
+        return [(head, {name: part for name, part in own.items() if name in self.parts}) for head, own in found]
 
 
 def _head(dim: int, classes: int) -> nn.Linear:

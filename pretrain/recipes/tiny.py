@@ -104,7 +104,7 @@ FUSION = Stage(
     visual_tokenizer="tokenizer",
     transform=LOOK,
     optim=OPTIM,
-    steps=900,
+    steps=1200,
     evals=(MaskedAccuracy({"images": HELD_IMAGES, "pairs": HELD_PAIRS, "texts": HELD_TEXTS}),),
 )
 
@@ -116,7 +116,7 @@ RETRIEVAL = Stage(
     objectives=(Contrastive(),),
     transform=LOOK,
     optim=replace(OPTIM, lr=6e-4),
-    steps=400,
+    steps=300,
     evals=(Retrieval(HELD_PAIRS, samples=256),),
 )
 

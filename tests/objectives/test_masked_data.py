@@ -110,6 +110,16 @@ def test_heads_without_rows_still_get_zero_gradients():
 def test_a_stage_builds_only_the_heads_that_it_needs():
     assert MaskedData().build(MODEL, ("vision",)).text is None
     assert MaskedData().build(MODEL, ("language",)).image is None
+    assert MaskedData(text_ratio=0, pair_text_ratio=0).build(MODEL, ("vision", "language")).text is None
+
+
+def test_what_is_never_hidden_does_not_count():
+    heads = MaskedData(pair_image_ratio=0.0).build(MODEL, ("vision", "language"))
+    report = heads(torch.randn(LAYOUT.rows, 16), batch())
+    assert "loss/pair_image" not in report
+    parts = {"image": 2, "pair_text": 3, "text": 2}
+    mean = sum(report[f"loss/{name}"] * count for name, count in parts.items()) / 7
+    torch.testing.assert_close(report["loss"].detach(), mean)
 
 
 def test_masked_images_without_codes_are_a_programming_error():
