@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.distributed import device, rank, world_size
-from pretrain.parallel.ds_config import offloads, zero_stage
+from pretrain.parallel.ds_config import offloads, precision, zero_stage
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +61,48 @@ def build_engine(
     if offloads(config) and torch.cuda.is_available():
         optimizer = _host_adam(optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    exact = _exact_weights(task) if precision(config) != torch.float32 else {}
     engine, _, _, _ = _deepspeed().initialize(
         model=task, optimizer=optimizer, lr_scheduler=schedule, config=config, mpu=mpu, dist_init_required=False
     )
     if zero_stage(config) == 0:
         engine.clip_fp32_gradients = lambda: _clip(engine)
+    _restore_masters(engine, exact)
     return engine
+
+
+def _exact_weights(task: nn.Module) -> dict[str, Tensor]:
+    """Copies, on the host, of the trainable weights before DeepSpeed rounds them to bf16."""
+    return {
+        name: value.detach().to("cpu", torch.float32, copy=True)
+        for name, value in task.named_parameters()
+        if value.requires_grad and value.numel()
+    }
+
+
+def _restore_masters(engine, exact: dict[str, Tensor]) -> None:
+    """DeepSpeed makes its fp32 masters from weights that it has rounded to bf16 first: a stage would begin with less
+    than the stage before handed over."""
+    if not exact:
+        return
+    fragment = importlib.import_module("deepspeed.utils.tensor_fragment")
+    with torch.no_grad():
+        for name, value in engine.module.named_parameters():
+            if name in exact:
+                whole = exact.pop(name).to(device())
+                if hasattr(value, "ds_id"):
+                    fragment.safe_set_local_fp32_param(value, _own_part(whole, value))
+                else:
+                    fragment.safe_set_full_fp32_param(value, whole)
+
+
+def _own_part(whole: Tensor, parameter: Any) -> Tensor:
+    """This rank's share of a tensor as ZeRO-3 cuts it: equal parts of the flattened whole, zeros behind its end.
+    (DeepSpeed's own setter of whole tensors fails where the parts are not equal without those zeros.)"""
+    part = parameter.ds_tensor.ds_numel
+    start = dist.get_rank(parameter.ds_process_group) * part
+    flat = whole.flatten()[start : start + part]
+    return nn.functional.pad(flat, (0, part - flat.numel()))
 
 
 def gradient_norm(engine) -> float:

@@ -202,3 +202,26 @@ def die(rank_that_dies: int) -> None:
 def test_run_ranks_raises_the_failing_ranks_traceback():
     with pytest.raises(RankFailed, match=r"rank 1:(.|\n)*KeyError: 'boom'"):
         run_ranks(die, 2, 1)
+
+
+def masters_after_start() -> list[tuple[str, float]]:
+    from pretrain.parallel.ds_config import load_ds_config
+    from pretrain.parallel.engine import build_engine, full_state
+
+    found = []
+    for name in ("zero1_bf16.json", "zero2_bf16.json", "zero3_bf16.json"):
+        task = Toy()
+        want = {key: value.detach().clone() for key, value in task.named_parameters() if value.requires_grad}
+        config = load_ds_config(CONFIGS / name, micro=4, accumulation=1, world=RANKS, clip=0)
+        engine = build_engine(task, build_optimizer(task, OPTIM, layer_of=layer_of), schedule(OPTIM, STEPS), config)
+        state = full_state(engine)
+        assert next(engine.module.parameters()).dtype == torch.bfloat16
+        found.append(
+            (name, max(float((state[key] - value).abs().max()) for key, value in want.items()) if state else 0)
+        )
+    return found
+
+
+def test_bf16_masters_begin_with_the_bits_that_were_handed_over():
+    for name, error in run_ranks(masters_after_start, RANKS)[0]:
+        assert error == 0, name
