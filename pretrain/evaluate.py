@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pretrain.data.shards import load_manifest
 from pretrain.distributed import device
 from pretrain.evals.trained import Trained
 from pretrain.models.teachers import PixelTeacher
+from pretrain.task import TokenizerTask
 from pretrain.weights import load_handover, weights_digest, write_json
 
 log = logging.getLogger("pretrain")
@@ -113,18 +115,21 @@ def trained_stage(recipe: Recipe, stage: Stage, run_dir: Path, directory: Path, 
         directory=directory,
         loader=lambda mix, counts, masking: evaluation_loader(recipe, stage, mix, counts, masking),
         with_codes=image_targets(recipe, stage, run_dir, device()),
-        draw_codes=_painter(recipe, stage, run_dir),
+        draw_codes=_painter(recipe, stage, run_dir, task),
         samples_of=lambda source: sum(load_manifest(source.shards).counts),
         masking=masking_of(stage),
         text=text_tokenizer(recipe, stage),
     )
 
 
-def _painter(recipe: Recipe, stage: Stage, run_dir: Path):
+def _painter(recipe: Recipe, stage: Stage, run_dir: Path, task: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """Codes -> pictures, where the visual tokenizer learned pixels; None where it learned features."""
-    if stage.visual_tokenizer is None:
+    if isinstance(task, TokenizerTask):
+        tokenizer = task.tokenizer
+    elif stage.visual_tokenizer is not None:
+        tokenizer = load_visual_tokenizer(recipe, stage, run_dir).to(device())
+    else:
         return None
-    tokenizer = load_visual_tokenizer(recipe, stage, run_dir).to(device())
     if tokenizer.cfg.distill != "mse":
         return None
     teacher = PixelTeacher(tokenizer.cfg.patch_size)

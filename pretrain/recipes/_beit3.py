@@ -7,7 +7,8 @@ The paper trained from scratch on all three kinds of data at once (an author, mi
 
 Data, under $DATA as `data_tools` leaves it: images (ImageNet-21k, 14M [B3 table 1]), pairs (CC12M, CC3M, SBU, COCO, VG:
 21M pairs of 15M images), texts (160 GB: Wikipedia, BookCorpus, OpenWebText, CC-News, Stories), text.model (a
-SentencePiece model of 64k pieces). $CLIP is a Hugging Face directory of CLIP ViT-B/16, the teacher of [B2].
+SentencePiece model of 64k pieces); and heldout/images, heldout/pairs, heldout/texts for evaluations. $CLIP is a
+Hugging Face directory of CLIP ViT-B/16, the teacher of [B2].
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from dataclasses import replace
 from pretrain.config import BatchSize, Recipe, Stage
 from pretrain.data.sources import ImageShards, PairShards, TextShards
 from pretrain.data.transforms import ImageTransform
+from pretrain.evals.masked import MaskedAccuracy
+from pretrain.evals.reconstruction import Reconstruction
+from pretrain.evals.retrieval import Retrieval
 from pretrain.models.multiway import MultiwayConfig
 from pretrain.models.vqkd import VQKDConfig
 from pretrain.objectives.contrastive import Contrastive
@@ -28,6 +32,10 @@ IMAGES = ImageShards("$DATA/images")
 PAIRS = PairShards("$DATA/pairs", text_len=64)
 # Not published either. 196: VLMo's for text alone [VLMo run.py, max_text_len_of_initckpt].
 TEXTS = TextShards("$DATA/texts", text_len=196)
+
+HELD_IMAGES = replace(IMAGES, shards="$DATA/heldout/images")
+HELD_PAIRS = replace(PAIRS, shards="$DATA/heldout/pairs")
+HELD_TEXTS = replace(TEXTS, shards="$DATA/heldout/texts")
 
 # RandomResizedCrop, flip, colour jitter 0.4 at 224 pixels [B3 table 11]. The crop's smallest share is not published;
 # 0.2 keeps most of a caption's picture in sight, and BEiT's flip is on although some captions say left and right.
@@ -58,6 +66,7 @@ def recipe(name: str, model: MultiwayConfig) -> Recipe:
         optim=OPTIM,
         steps=STEPS,
         drop_path=DROP_PATH,
+        evals=(MaskedAccuracy({"images": HELD_IMAGES, "pairs": HELD_PAIRS, "texts": HELD_TEXTS}, samples=5000),),
     )
     stages = {
         "tokenizer": _tokenizer(model),
@@ -91,6 +100,7 @@ def _tokenizer(model: MultiwayConfig) -> Stage:
             clip=0.0,
         ),
         steps=TOKENIZER_STEPS,
+        evals=(Reconstruction(HELD_IMAGES, samples=5000),),
     )
 
 
@@ -105,6 +115,7 @@ def _vision(pretrain: Stage) -> Stage:
         objectives=(replace(OBJECTIVE, text_ratio=0.0, pair_text_ratio=0.0, pair_image_ratio=0.0),),
         optim=replace(OPTIM, lr=1.5e-3),
         steps=500_000,
+        evals=(MaskedAccuracy({"images": HELD_IMAGES}, samples=5000),),
     )
 
 
@@ -122,6 +133,7 @@ def _language(pretrain: Stage) -> Stage:
         visual_tokenizer=None,
         optim=replace(OPTIM, lr=2e-4, weight_decay=0.01, warmup_steps=2500),
         steps=200_000,
+        evals=(MaskedAccuracy({"texts": HELD_TEXTS}, samples=5000),),
     )
 
 
@@ -153,4 +165,6 @@ def _retrieval(init_from: str) -> Stage:
         steps=5 * epoch,
         drop_path=0.3,
         activation_checkpointing=True,
+        # As many pairs as COCO's test split has pictures [B3 table 6 reports on 5K].
+        evals=(Retrieval(HELD_PAIRS, samples=5000),),
     )

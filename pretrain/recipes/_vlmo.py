@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from pretrain.config import BatchSize, Recipe
 from pretrain.data.sources import PairShards
+from pretrain.evals.masked import MaskedAccuracy
 from pretrain.models.multiway import MultiwayConfig
 from pretrain.optim import Optim
 from pretrain.recipes import _beit3
@@ -22,7 +23,12 @@ def recipe(name: str, model: MultiwayConfig, *, lr: float) -> Recipe:
     optim = Optim(lr=lr, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.01, warmup_steps=2500, schedule="linear", clip=0.0)
     pairs = PairShards("$DATA/pairs", text_len=40)
     fusion = replace(
-        beit3.stages["fusion"], mix={"pairs": pairs}, batch=BatchSize(pairs=1024), optim=optim, steps=200_000
+        beit3.stages["fusion"],
+        mix={"pairs": pairs},
+        batch=BatchSize(pairs=1024),
+        optim=optim,
+        steps=200_000,
+        evals=(MaskedAccuracy({"pairs": replace(_beit3.HELD_PAIRS, text_len=40)}, samples=5000),),
     )
     # Stage 2 opens the relative position tables too [vlmo/run.py].
     language = beit3.stages["language"]

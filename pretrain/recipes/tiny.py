@@ -13,6 +13,7 @@ from pretrain.data.loader import Loading
 from pretrain.data.sources import ImageShards, PairShards, TextShards
 from pretrain.data.transforms import ImageTransform
 from pretrain.evals.masked import MaskedAccuracy
+from pretrain.evals.reconstruction import Reconstruction
 from pretrain.evals.retrieval import Retrieval
 from pretrain.models.multiway import MultiwayConfig
 from pretrain.models.vqkd import VQKDConfig
@@ -68,6 +69,7 @@ TOKENIZER = Stage(
     transform=LOOK,
     optim=Optim(lr=2e-3, betas=(0.9, 0.99), warmup_steps=20, weight_decay=1e-4),
     steps=600,
+    evals=(Reconstruction(HELD_IMAGES),),
 )
 
 VISION = Stage(

@@ -1,0 +1,52 @@
+"""What the visual tokenizer keeps of a picture: its loss on held-out data, how its codes are used, and drawings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pretrain.data.sources import ImageShards
+from pretrain.evals.trained import Trained, uint8_pictures
+
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The distillation loss, the percent of codes in use, and their perplexity (as many codes, used evenly, would say
+    as much)."""
+
+    images: ImageShards
+    samples: int = 512
+    batch: int = 128
+
+    @torch.no_grad()
+    def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
+        """-> numbers for eval.json, and what the report shows."""
+        tokenizer = trained.task.tokenizer
+        counts = torch.zeros(tokenizer.cfg.codes, dtype=torch.double)
+        losses: list[float] = []
+        shown: list[dict] = []
+        samples = min(self.samples, trained.samples_of(self.images))
+        for batch in trained.batches({"images": self.images}, min(self.batch, samples), samples):
+            losses.append(trained.task(batch)["loss/distill"].item())
+            codes = tokenizer.encode(batch.images)
+            counts += codes.cpu().flatten().bincount(minlength=len(counts))
+            if not shown and trained.draw_codes is not None:
+                pictures, drawn = uint8_pictures(batch.images), trained.draw_codes(codes)
+                shown = [
+                    {
+                        "input": trained.save_picture(pictures[i], f"input{i}"),
+                        "predicted": trained.save_picture(drawn[i], f"predicted{i}"),
+                    }
+                    for i in range(min(SHOWN, len(pictures)))
+                ]
+        share = counts / counts.sum()
+        entropy = -(share * share.clamp(min=1e-12).log()).sum()
+        metrics = {
+            "tokenizer/distill_loss": sum(losses) / len(losses),
+            "tokenizer/codes_used": 100 * (counts > 0).double().mean().item(),
+            "tokenizer/perplexity": entropy.exp().item(),
+        }
+        return metrics, {"masked": shown}
