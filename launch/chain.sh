@@ -14,8 +14,10 @@ stages=$1
 shift
 before=
 for stage in $stages; do
+    # --kill-on-invalid-dep: after a stage that failed the rest leaves the queue, where it would wait for ever.
     # shellcheck disable=SC2086  # several options in one variable
-    before=$(sbatch --parsable ${SBATCH_OPTIONS:-} ${before:+--dependency=afterok:$before} \
+    before=$(sbatch --parsable --kill-on-invalid-dep=yes ${SBATCH_OPTIONS:-} \
+        ${before:+--dependency=afterok:$before} \
         --job-name="imglish-$stage" launch/stage.sbatch --stage "$stage" "$@")
     before=${before%%;*}
     echo "$stage: job $before"

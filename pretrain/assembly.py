@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 
 from pretrain.batch import Batch
-from pretrain.config import Recipe, Stage, to_json
+from pretrain.config import Recipe, Stage, stage_hash, to_json
 from pretrain.data.loader import Loader
 from pretrain.data.masking import Masking
 from pretrain.data.text_tokenizer import TextTokenizer
@@ -61,6 +62,7 @@ def build_loader(recipe: Recipe, stage: Stage, stage_dir: Path | None, *, rank: 
         masking=masking_of(stage),
         patch_size=_patch_size(recipe, stage),
         loading=recipe.loading,
+        noise=2 * recipe.model.depth if stage.drop_path else 0,
         trace=stage_dir if recipe.trace_samples else None,
         quarantine=stage_dir / "quarantine.jsonl" if stage_dir else None,
     )
@@ -95,7 +97,7 @@ def text_tokenizer(recipe: Recipe, stage: Stage) -> TextTokenizer | None:
         return None
     if recipe.text_tokenizer is None:
         raise ValueError("text_tokenizer is not set but the stage reads texts; give the path of a SentencePiece model")
-    path = Path(os.path.expandvars(recipe.text_tokenizer))
+    path = Path(expand(recipe.text_tokenizer, "text_tokenizer"))
     if not path.is_file():
         raise ValueError(
             f"text_tokenizer={path} does not exist; train one: python -m data_tools.train_text_tokenizer --help"
@@ -114,7 +116,7 @@ def weights_path(name: str, run_dir: Path, knob: str) -> Path:
     path = run_dir / name / "weights.safetensors"
     if path.is_file():
         return path
-    plain = Path(os.path.expandvars(name))
+    plain = Path(expand(name, knob))
     if plain.is_dir():
         plain = plain / "weights.safetensors"
     if plain.is_file():
@@ -123,6 +125,14 @@ def weights_path(name: str, run_dir: Path, knob: str) -> Path:
         f"{knob}={name}: neither {path} nor {plain} exists; "
         f"run the stage {name!r} to its end first, or give the path of a weights.safetensors"
     )
+
+
+def expand(path: str, knob: str) -> str:
+    """`path` with its $VARIABLES filled in. Raises ValueError for one that is not set."""
+    full = os.path.expanduser(os.path.expandvars(path))
+    if unset := re.search(r"\$\{?(\w+)", full):
+        raise ValueError(f"{knob}={path} uses ${unset[1]}, which is not set; export {unset[1]}=... or write the path")
+    return full
 
 
 def load_init(task: torch.nn.Module, stage: Stage, run_dir: Path) -> Path | None:
@@ -148,7 +158,13 @@ def image_targets(recipe: Recipe, stage: Stage, run_dir: Path, device: torch.dev
     tokenizer = load_visual_tokenizer(recipe, stage, run_dir).to(device)
 
     def add_codes(batch: Batch) -> Batch:
-        return replace(batch, image_codes=tokenizer.encode(batch.images))
+        # Image-only pictures come first; where a kind is never hidden, nobody asks for its codes.
+        first = 0 if masking.image_ratio else batch.layout.images
+        last = None if masking.pair_image_ratio else batch.layout.images
+        codes = torch.zeros_like(batch.image_masks, dtype=torch.long)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            codes[first:last] = tokenizer.encode(batch.images[first:last])
+        return replace(batch, image_codes=codes)
 
     return add_codes
 
@@ -158,6 +174,8 @@ def load_visual_tokenizer(recipe: Recipe, stage: Stage, run_dir: Path) -> VQKD:
         raise ValueError("visual_tokenizer is not set but the stage predicts image codes; name a tokenizer stage")
     path = weights_path(stage.visual_tokenizer, run_dir, "visual_tokenizer")
     state, config = read_weights(path)
+    if "tokenizer" not in config:
+        raise ValueError(f"visual_tokenizer={stage.visual_tokenizer}: {path} holds no visual tokenizer; name one")
     tokenizer = VQKD(VQKDConfig(**_fields(config["tokenizer"])))
     if tokenizer.cfg.codes > recipe.model.image_codes or tokenizer.cfg.patch_size != recipe.model.patch_size:
         raise ValueError(
@@ -171,7 +189,7 @@ def load_visual_tokenizer(recipe: Recipe, stage: Stage, run_dir: Path) -> VQKD:
 def weights_config(recipe: Recipe, stage: Stage, name: str) -> dict:
     """What config.json beside weights.safetensors says: enough to build the model again without the recipe."""
     part = {"tokenizer": to_json(stage.tokenizer)} if stage.tokenizer else {"model": to_json(recipe.model)}
-    return {"recipe": recipe.name, "stage": name, **part}
+    return {"recipe": recipe.name, "stage": name, "recipe_hash": stage_hash(recipe, stage), **part}
 
 
 def _teacher(stage: Stage, run_dir: Path) -> PixelTeacher | ClipTeacher | EncoderTeacher:
@@ -179,8 +197,12 @@ def _teacher(stage: Stage, run_dir: Path) -> PixelTeacher | ClipTeacher | Encode
     if stage.teacher == "pixels":
         return PixelTeacher(stage.tokenizer.patch_size)
     if stage.teacher.startswith("clip:"):
-        return ClipTeacher(os.path.expandvars(stage.teacher.removeprefix("clip:")), stage.tokenizer.grid)
+        return ClipTeacher(expand(stage.teacher.removeprefix("clip:"), "teacher"), stage.tokenizer.grid)
     state, config = read_weights(weights_path(stage.teacher, run_dir, "teacher"))
+    if "model" not in config or "encoder.vision_embed.proj.weight" not in state:
+        raise ValueError(
+            f"teacher={stage.teacher} holds no encoder with vision; give a stage that has one, or clip:DIR"
+        )
     encoder = MultiwayEncoder(MultiwayConfig(**_fields(config["model"])), experts=("vision",))
     encoder.load_state_dict({name: state[f"encoder.{name}"] for name in encoder.state_dict()})
     return EncoderTeacher(encoder, stage.tokenizer.grid)

@@ -57,6 +57,10 @@ class Layout:
         return self.image_rows + self.pair_image_rows + self.pair_text_rows + self.text_rows
 
     @property
+    def sequences(self) -> int:
+        return self.images + self.pairs + self.texts
+
+    @property
     def vision_rows(self) -> int:
         return self.image_rows + self.pair_image_rows
 
@@ -90,6 +94,9 @@ class Batch:
     text_inputs: Tensor  # int64 [texts, text_len]
     text_masked: Tensor  # bool [texts, text_len]
     image_codes: Tensor | None = None  # int64 [N, P], the visual tokenizer's codes; made on the device
+    # float32 [images + pairs + texts, 2 * depth] in [0, 1), each sequence's dice for drop path: drawn by the sample's own
+    # generator, so that no number of ranks or micro-steps changes what is dropped. None: nothing is dropped, or anything.
+    noise: Tensor | None = None
     keys: tuple[str, ...] = ()  # "source/shard/key" of each sample: images, then pairs (or dual pairs), then texts
 
     def to(self, device: torch.device | str) -> Batch:

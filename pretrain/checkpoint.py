@@ -60,10 +60,12 @@ def save(
     final = directory / f"step_{step:08d}"
     beside = directory / (SAVING + final.name)
     try:
-        _together(lambda: _prepare(directory, beside) if rank() == 0 else None)
-        written = _together(lambda: _write_share(engine, beside))
+        together(lambda: _prepare(directory, beside) if rank() == 0 else None)
+        # By itself: DeepSpeed's save begins with a barrier, in which the others would wait for a rank that cannot.
+        together(lambda: _see(beside))
+        written = together(lambda: _write_share(engine, beside))
         if weights is not None:
-            _together(lambda: write_weights(weights[0], beside / WEIGHTS, weights[1]) if rank() == 0 else None)
+            together(lambda: write_weights(weights[0], beside / WEIGHTS, weights[1]) if rank() == 0 else None)
         body = {
             "version": 1,
             "step": step,
@@ -74,7 +76,7 @@ def save(
             "extra": extra or {},
             "files": {name: entry for share in written for name, entry in share.items()},
         }
-        _together(lambda: _publish(body, beside, final) if rank() == 0 else None)
+        together(lambda: _publish(body, beside, final) if rank() == 0 else None)
     except SaveError as error:
         if rank() == 0:
             shutil.rmtree(beside, ignore_errors=True)
@@ -172,9 +174,12 @@ class _Writer:
         return True
 
 
-def _write_share(engine, beside: Path) -> dict[str, dict]:
+def _see(beside: Path) -> None:
     if not beside.is_dir():
         raise OSError(errno.ENOENT, "rank 0 made this directory and this rank does not see it: not shared", str(beside))
+
+
+def _write_share(engine, beside: Path) -> dict[str, dict]:
     writer = _Writer(beside)
     kept, script = engine.checkpoint_engine, getattr(engine, "_copy_recovery_script", None)
     # zero_to_fp32.py would be copied into each checkpoint, outside the writer; weights.safetensors replaces it.
@@ -289,7 +294,8 @@ def _check_same_run(path: Path, manifest: dict, now: dict) -> None:
     ways_out = {
         "recipe_hash": "its model, trainable parameters, batch or optimizer settings differ; undo that change, or use "
         "another --run-dir with init_from",
-        "data_digest": "the data changed; put the same shards back, or use another --run-dir with init_from",
+        "data_digest": "the shards, text tokenizer or weights that it reads changed; put the same ones back, or use "
+        "another --run-dir with init_from",
         "world": f"start {before} ranks instead of {world}, or use another --run-dir with init_from",
         "zero_stage": "use the --ds JSON of that ZeRO stage",
         "precision": "use a --ds JSON of that precision",
@@ -326,7 +332,7 @@ def _gather(mine: T) -> list[T]:
     return everyone
 
 
-def _together(action: Callable[[], T]) -> list[T]:
+def together(action: Callable[[], T]) -> list[T]:
     """What `action` returned on each rank; SaveError on all ranks when it failed on one."""
     result, failure = None, None
     try:

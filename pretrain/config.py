@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import pkgutil
+import sys
 import traceback
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -131,11 +132,12 @@ def load_recipe(name: str, stage: str, settings: list[str] | None = None) -> tup
 def find_recipe(name: str) -> Recipe:
     if name.endswith(".py") or "/" in name:
         path = Path(name)
-        if not path.is_file():
-            raise ValueError(f"--recipe {name}: there is no such file")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if not path.is_file() or path.suffix != ".py":
+            raise ValueError(f"--recipe {name}: there is no such file that ends in .py")
+        spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
         assert spec and spec.loader
         module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their own module up there
         try:
             spec.loader.exec_module(module)
         except ValueError:  # a config that says itself what is wrong with it
@@ -172,9 +174,14 @@ def to_json(config: Any) -> Any:
     return config
 
 
+def identity_of(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """The settings that a run's numbers depend on, as plain JSON values, the stage's beside the recipe's."""
+    whole = to_json(recipe)
+    whole["loading"] = {key: whole["loading"][key] for key in LOADING_ORDER}
+    own = {key: value for key, value in whole.items() if key not in (*OPERATIONAL, "stages", "name")}
+    return own | {key: value for key, value in to_json(stage).items() if key != "evals"}
+
+
 def stage_hash(recipe: Recipe, stage: Stage) -> str:
     """Names what a checkpoint of this stage depends on; a run whose hash changed is another run."""
-    content = {key: value for key, value in to_json(recipe).items() if key not in (*OPERATIONAL, "stages", "name")}
-    content["loading"] = {key: content["loading"][key] for key in LOADING_ORDER}
-    stage_content = {key: value for key, value in to_json(stage).items() if key != "evals"}
-    return hashlib.sha256(json.dumps([content, stage_content], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(identity_of(recipe, stage), sort_keys=True).encode()).hexdigest()[:16]

@@ -23,7 +23,10 @@ def local_rank() -> int:
 
 def device() -> torch.device:
     """This rank's GPU where there is one, otherwise the CPU."""
-    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # A launcher may show each rank only its own GPU, as number 0.
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())
 
 
 def barrier() -> None:

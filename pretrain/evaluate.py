@@ -30,6 +30,7 @@ from pretrain.data.shards import load_manifest
 from pretrain.distributed import device
 from pretrain.evals.trained import Trained
 from pretrain.models.teachers import PixelTeacher
+from pretrain.run_directory import read_recipe
 from pretrain.task import TokenizerTask
 from pretrain.weights import load_handover, weights_digest, write_json
 
@@ -144,7 +145,7 @@ def _painter(recipe: Recipe, stage: Stage, run_dir: Path, task: nn.Module) -> Ca
 
 def _trained_with(directory: Path, args: argparse.Namespace) -> tuple[str, list[str]]:
     """The recipe's name and settings: as given, else as pretrain.train noted them."""
-    noted = _read(directory / "recipe.json").get("command", {})
+    noted = read_recipe(directory).get("command", {})
     name = args.recipe or noted.get("recipe")
     if name is None:
         raise ValueError(f"{directory} holds no recipe.json of a training run; train the stage first, or give --recipe")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from difflib import get_close_matches
@@ -79,13 +80,16 @@ def _as(value: Any, text: str, wanted: Any) -> Any:
         if isinstance(value, bool):
             return value
     elif origin is int:
-        if isinstance(value, int | float) and not isinstance(value, bool) and int(value) == value:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if number and int(value) == value:
             return int(value)  # 1e6 steps is a fine way to write an int
     elif origin is float:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
     elif origin is str:
-        if value is not None:
+        if isinstance(value, str):
+            return value  # "x" in JSON's quotes is x
+        if value is not None and not isinstance(value, list):
             return text
     elif origin is tuple:
         return _as_tuple(value, text, wanted)

@@ -7,32 +7,34 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
 
 from pretrain.assembly import build_loader, build_task, image_targets, load_init, weights_config
 from pretrain.batch import Batch, Layout
-from pretrain.checkpoint import restore, save
-from pretrain.config import Recipe, Stage, load_recipe, stage_hash, to_json
+from pretrain.checkpoint import restore, save, together
+from pretrain.config import Recipe, Stage, load_recipe, stage_hash
 from pretrain.data.loader import Loader
-from pretrain.distributed import any_rank, barrier, device, rank, reduce_mean, world_size
+from pretrain.distributed import any_rank, device, rank, reduce_mean, world_size
 from pretrain.metrics import MetricsLog, Throughput, flops_per_batch
 from pretrain.optim import build_optimizer, learning_rate, schedule
 from pretrain.parallel.ds_config import load_ds_config
 from pretrain.parallel.engine import adopt_slurm, build_engine, full_state, gradient_norm, init_distributed
-from pretrain.weights import carry_over, write_json, write_weights
+from pretrain.run_directory import WEIGHTS, check_same_settings, finished, inputs_digest, note_recipe
+from pretrain.weights import carry_over, write_weights
 
 log = logging.getLogger("pretrain")
 
-WEIGHTS = "weights.safetensors"
 # EX_TEMPFAIL of sysexits.h: stopped by a signal with everything saved; a launcher may start the same line again.
 STOPPED = 75
 PLAIN_SECONDS = 5.0
@@ -42,9 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     """-> 0 finished, 2 a user's mistake (one sentence on stderr), 75 stopped by a signal after saving."""
     args = parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
-    log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
     try:
         adopt_slurm()  # before anyone asks for the rank
+        log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
         return run(args)
     except (ValueError, OSError) as error:
         if rank() == 0 or world_size() == 1:
@@ -80,53 +82,66 @@ def run(args: argparse.Namespace) -> int:
         clip=stage.optim.clip,
     )
     directory = args.run_dir / args.stage
+    check_same_settings(directory, recipe, stage)
+    if finished(directory, recipe, stage):
+        log.info("%s: finished before; nothing to do", args.stage)
+        return 0
+    stop = StopSignals()
     loader = build_loader(recipe, stage, directory, rank=rank(), world=world_size())
     task = build_task(recipe, stage, args.run_dir)
     init_file = load_init(task, stage, args.run_dir)
     add_targets = image_targets(recipe, stage, args.run_dir, device())
-    # From here on the ranks talk: what a user can get wrong has been said.
-    init_distributed()
-    if rank() == 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        command = {"recipe": _findable(args.recipe), "set": args.set, "ds": ds_config, "world": world_size()}
-        write_json(directory / "recipe.json", to_json(recipe) | {"stage": args.stage, "command": command})
-    barrier()
-    optimizer = build_optimizer(task, stage.optim, layer_of=None if stage.tokenizer else layer_of(recipe.model.depth))
-    engine = build_engine(task, optimizer, schedule(stage.optim, stage.steps), ds_config)
     identity: dict[str, Any] = {
         "recipe_hash": stage_hash(recipe, stage),
-        "data_digest": " ".join(loader.digests.values()),
+        "data_digest": inputs_digest(recipe, stage, args.run_dir, loader.digests),
     }
+    # From here on the ranks talk: what a user can get wrong has been said.
+    init_distributed()
+    optimizer = build_optimizer(task, stage.optim, layer_of=None if stage.tokenizer else layer_of(recipe.model.depth))
+    engine = build_engine(task, optimizer, schedule(stage.optim, stage.steps), ds_config)
     restored = restore(engine, directory / "checkpoints", **identity)
     start = restored.step if restored else 0
-    if start == stage.steps and (directory / WEIGHTS).is_file():
-        log.info("%s: finished before, at step %d; nothing to do", args.stage, start)
-        return 0
-    done = train(engine, loader, add_targets, recipe, stage, directory, start, identity)
+    command = {"recipe": _findable(args.recipe), "set": args.set, "ds": ds_config, "world": world_size()}
+    together(lambda: note_recipe(directory, recipe, stage, command) if rank() == 0 else None)
+    done = train(engine, loader, add_targets, Run(recipe, stage, directory, identity), start, stop)
     if done < stage.steps:
         log.info("%s: stopped by a signal and saved at step %d; start the same line again", args.stage, done)
         return STOPPED
-    state = full_state(engine)
-    if rank() == 0:
-        write_weights(carry_over(state, init_file), directory / WEIGHTS, weights_config(recipe, stage, args.stage))
-        log.info("%s: finished at step %d; wrote %s", args.stage, done, directory / WEIGHTS)
-    barrier()
+    hand_over(engine, init_file, directory / WEIGHTS, weights_config(recipe, stage, args.stage))
+    log.info("%s: finished at step %d; wrote %s", args.stage, done, directory / WEIGHTS)
     return 0
 
 
+def hand_over(engine, init_file: Path | None, path: Path, config: dict[str, Any]) -> None:
+    """Write the whole model for the next stage: what was trained, and untouched what was frozen or not built."""
+    state = full_state(engine)
+    if init_file is not None:
+        # In bf16 the frozen weights in memory are rounded; those in the file are not.
+        frozen = {name for name, value in engine.module.named_parameters() if not value.requires_grad}
+        state = {name: value for name, value in state.items() if name not in frozen}
+    together(lambda: write_weights(carry_over(state, init_file), path, config) if rank() == 0 else None)
+
+
+class Run(NamedTuple):
+    """What a run is: `identity` names its settings and inputs, for checkpoints."""
+
+    recipe: Recipe
+    stage: Stage
+    directory: Path
+    identity: dict[str, Any]
+
+
 def train(
-    engine,
-    loader: Loader,
-    add_targets: Callable[[Batch], Batch],
-    recipe: Recipe,
-    stage: Stage,
-    directory: Path,
-    start: int,
-    identity: dict[str, Any],
+    engine, loader: Loader, add_targets: Callable[[Batch], Batch], run: Run, start: int, stop: StopSignals
 ) -> int:
-    """Steps start + 1 to stage.steps; returns the last one done, an earlier one only after SIGTERM or SIGUSR1."""
-    stop = StopSignals()
-    metrics = MetricsLog(directory, resume_step=start)
+    """Steps start + 1 to stage.steps; returns the last one done, an earlier one only after SIGTERM or SIGUSR1.
+
+    Raises ValueError when the loss is no number any more, before it could reach a checkpoint; OSError on every rank
+    when one of them cannot write.
+    """
+    recipe, stage, directory, identity = run
+    logs: list[MetricsLog] = []
+    together(lambda: logs.append(MetricsLog(directory, resume_step=start)))
     meter = Throughput(device(), world_size())
     batches = loader.batches(start, stage.steps)
     display = Display(directory.name, start, stage.steps)
@@ -142,23 +157,36 @@ def train(
             tokens=sum(layout.rows for layout in layouts),
             flops=sum(layout_flops(recipe, stage, layout) for layout in layouts),
         )
-        if step % recipe.log_every == 0 or step == stage.steps:
-            line: dict = dict(reduce_mean(report))
-            line |= {"lr": learning_rate(stage.optim, step, stage.steps), "grad_norm": gradient_norm(engine)}
-            line |= meter.read() | {"samples_seen": step * stage.batch.total}
-            metrics.write(step, line)
-            display.show(step, line)
-        display.bar.update()
         stopping = any_rank(stop.asked, device())
-        if step % recipe.save_every == 0 or step == stage.steps or stopping:
+        saving = step % recipe.save_every == 0 or step == stage.steps or stopping
+        if step % recipe.log_every == 0 or saving:
+            line: dict = reduce_mean(report) | {"lr": learning_rate(stage.optim, step, stage.steps)}
+            line |= {"grad_norm": gradient_norm(engine), "samples_seen": step * stage.batch.total}
+            check_finite(step, line, directory)
+            if step % recipe.log_every == 0 or step == stage.steps:
+                line |= meter.read()
+                together(partial(logs[0].write, step, line))
+                display.show(step, line)
+        display.bar.update()
+        if saving:
             weights = full_state(engine), weights_config(recipe, stage, directory.name)
             save(engine, directory / "checkpoints", step, keep=recipe.keep, weights=weights, **identity)
             meter.skip()
         if stopping:
             break
     display.bar.close()
-    metrics.close()
+    logs[0].close()
     return step
+
+
+def check_finite(step: int, line: dict[str, float], directory: Path) -> None:
+    """Every rank has the same numbers, so all of them end here together."""
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(line[name]):
+            raise ValueError(
+                f"step {step}: the {name} is {line[name]}, the run has diverged; its checkpoints in "
+                f"{directory / 'checkpoints'} are from before: use a lower optim.lr or a longer optim.warmup_steps"
+            )
 
 
 def train_step(

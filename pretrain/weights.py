@@ -75,10 +75,15 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, header.get("config", {})
 
 
+def weights_header(path: Path) -> dict[str, Any]:
+    """What a weights.safetensors says of itself: `config` and `sha256`; {} for a file of other origin."""
+    with _opened(path) as (_, header):
+        return header
+
+
 def weights_digest(path: Path) -> str:
     """The sha256 that a weights.safetensors says of itself; '' for a file of other origin."""
-    with _opened(path) as (_, header):
-        return header.get("sha256", "")
+    return weights_header(path).get("sha256", "")
 
 
 def load_handover(module: nn.Module, path: Path) -> Handover:
@@ -102,7 +107,8 @@ def load_handover(module: nn.Module, path: Path) -> Handover:
                 wanted[name].copy_(value)
         _check_digest(path, header, digest)
     loaded = [name for name in held if name in wanted]
-    if not loaded:
+    # With attention per modality vision and language share no name: such a stage passes the other's weights on.
+    if not loaded and "model" not in header.get("config", {}):
         raise ValueError(f"{path}: none of its {len(held)} names is one of this stage's, such as {next(iter(wanted))}")
     missing = [name for name in wanted if name not in set(held)]
     return Handover(loaded, missing, [name for name in held if name not in wanted], digest.hexdigest())

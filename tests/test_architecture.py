@@ -12,8 +12,8 @@ FLOORS = {
     **{"batch": 0, "distributed": 0, "settings": 0},
     **{"models": 1, "data": 1, "parallel": 1, "optim": 1, "metrics": 1, "weights": 1},
     **{"objectives": 2, "evals": 2, "task": 2, "checkpoint": 2},
-    **{"config": 3, "recipes": 4, "assembly": 4},
-    **{"train": 5, "evaluate": 5, "export": 5, "report": 5},
+    **{"config": 3, "recipes": 4, "assembly": 4, "run": 5},
+    **{"train": 6, "evaluate": 6, "export": 6, "report": 6},
 }
 # Each heavy dependency has its doors: nobody else imports it.
 DOORS = {

@@ -155,7 +155,7 @@ def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
     ("before", "now", "says"),
     [
         ({"recipe_hash": "a"}, {"recipe_hash": "b"}, "recipe_hash=a.*--run-dir"),
-        ({"data_digest": "a"}, {"data_digest": "b"}, "data_digest=a.*same shards"),
+        ({"data_digest": "a"}, {"data_digest": "b"}, "data_digest=a.*put the same ones back"),
     ],
 )
 def test_another_runs_checkpoint_is_refused_with_the_way_out(tmp_path, before, now, says):

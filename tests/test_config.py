@@ -59,6 +59,8 @@ def test_settings_are_typed_and_reach_every_depth():
     assert stage.init_from is None
     assert (recipe.seed, recipe.model.dim, recipe.loading.cache_dir) == (7, 64, "/tmp/x")
     assert stage.mix["pairs"].text_len == 16
+    several = load_recipe("tiny", "vision", ['mix.images.shards=["/a","/b"]', 'init_from="x"'])[1]
+    assert several.mix["images"].shards == ("/a", "/b") and several.init_from == "x"
     assert load_recipe("tiny", "fusion")[1].optim.lr != 3e-4
 
 
@@ -70,6 +72,7 @@ def test_settings_are_typed_and_reach_every_depth():
         ("optim.warmup=1", "did you mean warmup_steps"),
         ("optim.lr=fast", "wanted float"),
         ("steps=1.5", "wanted int"),
+        ("steps=1e999", "wanted int"),
         ("trace_samples=3", "wanted bool"),
         ("optim.betas=0.9", "wanted tuple"),
         ("optim.lr", "has no '='"),
@@ -89,7 +92,7 @@ def test_unknown_recipes_and_stages_name_the_nearest():
         load_recipe("beit3_bas", "vision")
     with pytest.raises(ValueError, match="did you mean vision"):
         load_recipe("tiny", "visoin")
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="no such file that ends in"):
         load_recipe("somewhere/else.py", "vision")
 
 
@@ -98,6 +101,12 @@ def test_a_recipe_may_lie_outside_the_repository(tmp_path: Path):
     path.write_text("from dataclasses import replace\nfrom pretrain.recipes.tiny import RECIPE as TINY\n"
                     "RECIPE = replace(TINY, name='mine')\n")  # fmt: skip
     assert load_recipe(str(path), "vision")[0].name == "mine"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass(frozen=True)\nclass Mine:\n    weight: float = 1.0\n"
+        "from pretrain.recipes.tiny import RECIPE\n"
+    )
+    assert load_recipe(str(path), "vision")[0].name == "tiny"
     path.write_text("x = 1\n")
     with pytest.raises(ValueError, match="defines no RECIPE"):
         load_recipe(str(path), "vision")

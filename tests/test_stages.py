@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,46 @@ def test_a_finished_stage_ends_at_once(data, run):
 
 
 @pytest.mark.slow
+def test_a_finished_stage_needs_no_checkpoints(data, run, tmp_path):
+    settings = (f"visual_tokenizer={run}/tokenizer",)
+    assert train_stage(data, tmp_path, "vision", *settings).returncode == 0
+    shutil.rmtree(tmp_path / "vision" / "checkpoints")
+    before = (tmp_path / "vision" / "metrics.jsonl").read_text()
+    again = train_stage(data, tmp_path, "vision", *settings)
+    assert again.returncode == 0 and "finished before" in again.stderr
+    assert (tmp_path / "vision" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.slow
+def test_a_start_with_other_settings_is_refused_by_name_and_changes_nothing(data, run):
+    before = {path: path.read_bytes() for path in (run / "vision").glob("*.json*")}
+    again = train_stage(data, run, "vision", "optim.lr=0.5", "model.dim=64")
+    assert again.returncode == 2
+    assert "model.dim=32 (now 64)" in again.stderr and "optim.lr=0.001 (now 0.5)" in again.stderr
+    assert {path: path.read_bytes() for path in (run / "vision").glob("*.json*")} == before
+    assert train_stage(data, run, "vision", "log_every=7", "loading.workers=1").returncode == 0
+
+
+@pytest.mark.slow
+def test_frozen_weights_pass_through_a_bf16_stage_untouched(data, run, tmp_path):
+    done = train_stage(data, tmp_path, "language", f"init_from={run}/vision", ds="zero3_bf16.json")
+    assert done.returncode == 0, done.stderr
+    before, after = (
+        load_file(run / "vision" / "weights.safetensors"),
+        load_file(tmp_path / "language/weights.safetensors"),
+    )
+    for name in (name for name in before if not name.startswith("encoder.norm.")):
+        assert (before[name] == after[name]).all(), name
+
+
+@pytest.mark.slow
+def test_a_diverged_run_ends_before_it_replaces_a_good_checkpoint(data, run, tmp_path):
+    done = train_stage(data, tmp_path, "vision", f"visual_tokenizer={run}/tokenizer", "optim.lr=1e30", "steps=20")
+    assert done.returncode == 2 and "diverged" in done.stderr, done.stderr
+    assert not (tmp_path / "vision" / "weights.safetensors").exists()
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(data, run, tmp_path):
     settings = ("steps=4", f"visual_tokenizer={run}/tokenizer")
     assert train_stage(data, tmp_path, "vision", *settings).returncode == 0
@@ -95,6 +136,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(data, run, t
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
+    (tmp_path / "vision" / "weights.safetensors").unlink()  # with it the stage would be finished
     again = train_stage(data, tmp_path, "vision", *settings)
     assert again.returncode == 0, again.stderr
     assert f"checkpoint refused: {victim}" in again.stderr or victim.name in again.stderr

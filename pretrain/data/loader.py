@@ -72,8 +72,9 @@ class Loader:
     """`counts` are the sequences of each kind in one global batch, over all ranks and micro-steps; `mix` has the same
     keys: "images", "pairs" and "texts" in any combination, or "dual" alone (pairs seen as an image and a text apart).
 
-    `trace`: a directory for samples.rankNNNNN.jsonl, the keys of each step that was handed out. `quarantine`: a file
-    that gets one JSON line for each sample that was replaced. Raises ValueError for what cannot be loaded as asked.
+    `noise`: so many random numbers for each sequence, see Batch.noise. `trace`: a directory for
+    samples.rankNNNNN.jsonl, the keys of each step that was handed out. `quarantine`: a file that gets one JSON line
+    for each sample that was replaced. Raises ValueError for what cannot be loaded as asked.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Loader:
         masking: Masking | None,
         patch_size: int,
         loading: Loading,
+        noise: int = 0,
         trace: str | os.PathLike[str] | None = None,
         quarantine: str | os.PathLike[str] | None = None,
     ):
@@ -112,6 +114,7 @@ class Loader:
             transform=transform,
             masking=masking,
             patch_size=patch_size,
+            noise=noise,
         )
 
     @property

@@ -40,6 +40,7 @@ class _Sample(NamedTuple):
     ids: np.ndarray | None  # int64 [L], clean
     inputs: np.ndarray | None  # int64 [L], what the encoder reads
     masked: np.ndarray | None  # bool [L]
+    noise: np.ndarray  # float32 [sequences of this sample, numbers]: for drop path
 
 
 class Failure(NamedTuple):
@@ -64,13 +65,16 @@ class Feed(NamedTuple):
 class MicroBatches(Dataset):
     """(step, micro-step) -> (Batch, what was replaced in it), or a Failure."""
 
-    def __init__(self, feeds, layout, *, slices, part, accumulation, seed, tokenizer, transform, masking, patch_size):
+    def __init__(
+        self, feeds, layout, *, slices, part, accumulation, seed, tokenizer, transform, masking, patch_size, noise=0
+    ):
         self.feeds: list[Feed] = feeds
         self.layout: Layout = layout
         self.slices, self.part, self.accumulation, self.seed = slices, part, accumulation, seed
         self.tokenizer: TextTokenizer | None = tokenizer
         self.transform: ImageTransform | None = transform
         self.masking: Masking | None = masking
+        self.noise = noise
         self.grid = transform.size // patch_size if transform else 0
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Batch, list[Replaced]] | Failure:
@@ -128,7 +132,9 @@ class MicroBatches(Dataset):
         if raw.ids is not None:
             assert self.tokenizer is not None
             inputs, masked = mask_text(raw.ids, text_ratio, mask_id=self.tokenizer.mask_id, rng=rng)
-        return _Sample(key, raw.image, image_mask, raw.ids, inputs, masked)
+        # A dual pair is two sequences. Drawn last: the numbers before do not depend on whether these are wanted.
+        noise = rng.random((2 if kind == "dual" else 1, self.noise), dtype=np.float32)
+        return _Sample(key, raw.image, image_mask, raw.ids, inputs, masked, noise)
 
     def _stack(self, samples: dict[str, list[_Sample]]) -> Batch:
         everything = [sample for kind in KINDS for sample in samples.get(kind, [])]
@@ -145,8 +151,17 @@ class MicroBatches(Dataset):
             text_tokens=_tensor([sample.ids for sample in texts], np.int64, layout.text_len),
             text_inputs=_tensor([sample.inputs for sample in texts], np.int64, layout.text_len),
             text_masked=_tensor([sample.masked for sample in texts], np.bool_, layout.text_len),
+            noise=self._noise(samples) if self.noise else None,
             keys=tuple(sample.key for sample in everything),
         )
+
+    def _noise(self, samples: dict[str, list[_Sample]]) -> Tensor:
+        """float32 [sequences, numbers], in the order of the layout: images, pairs, texts."""
+        dual = samples.get("dual", [])
+        images = [sample.noise[0] for sample in samples.get("images", []) + dual]
+        pairs = [sample.noise[0] for sample in samples.get("pairs", [])]
+        texts = [sample.noise[-1] for sample in dual + samples.get("texts", [])]
+        return _tensor(images + pairs + texts, np.float32, self.noise)
 
 
 def _ratios(masking: Masking | None, kind: str) -> tuple[float, float]:

@@ -76,7 +76,8 @@ def first_right(scores: Tensor, right: Tensor) -> Tensor:
     """For each row of scores [N, M], how many wrong columns score at least as high as its best right one: [N]. A tie
     counts against us, so a collapsed model scores nothing."""
     best = scores.masked_fill(~right, -torch.inf).max(-1, keepdim=True).values
-    return ((scores >= best) & ~right).sum(-1)
+    # Not `scores >= best`: no number compares with NaN, and a diverged model must not look perfect.
+    return (~(scores < best) & ~right).sum(-1)
 
 
 def recall(scores: Tensor, right: Tensor) -> dict[str, float]:

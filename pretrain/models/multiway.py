@@ -210,21 +210,30 @@ class MultiwayBlock(nn.Module):
         padding: Padding = NO_PADDING,
         bias: Bias = NO_BIAS,
         read: ReadRows | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
-        """-> [T, D]; with `read` (for the last block) only its rows, [R, D]."""
+        """-> [T, D]; with `read` (for the last block) only its rows, [R, D]. `noise` in [0, 1), [sequences, 2], throws
+        the dice of drop path for attention and expert; without it nothing is dropped."""
+        dice = (None, None) if noise is None else noise.unbind(1)
         seen = self.attention(self.norm(x_TD, layout), layout, padding, bias, read)
         x = x_TD if read is None else x_TD.index_select(0, read.places)
-        x = self._add(x, seen, self.attention_scale, layout, read)
-        return self._add(x, self.experts(x, read or layout), self.expert_scale, layout, read)
+        x = self._add(x, seen, self.attention_scale, layout, read, dice[0])
+        return self._add(x, self.experts(x, read or layout), self.expert_scale, layout, read, dice[1])
 
     def _add(
-        self, x: Tensor, branch: Tensor, scale: Tensor | None, layout: Layout, read: ReadRows | None = None
+        self,
+        x: Tensor,
+        branch: Tensor,
+        scale: Tensor | None,
+        layout: Layout,
+        read: ReadRows | None,
+        dice: Tensor | None,
     ) -> Tensor:
         if scale is not None:
             branch = branch * scale
-        if self.drop_path == 0 or not self.training:
+        if self.drop_path == 0 or dice is None:
             return x + branch
-        keep = keep_rows(layout, self.drop_path, x)
+        keep = keep_rows(layout, self.drop_path, dice).to(x.dtype)
         return torch.addcmul(x, branch, keep if read is None else keep.index_select(0, read.places))
 
 
@@ -235,10 +244,11 @@ def attention_names(cfg: MultiwayConfig, experts: Sequence[str]) -> tuple[str, .
     return tuple(name for name in ("vision", "language") if name in experts)
 
 
-def keep_rows(layout: Layout, rate: float, like: Tensor) -> Tensor:
-    """Stochastic depth: a factor [T, 1] that is 0 for all rows of a dropped sequence and 1 / (1 - rate) elsewhere."""
-    keep = torch.rand(layout.images + layout.pairs + layout.texts, 1, device=like.device) >= rate
-    images, pairs, texts = (keep.to(like.dtype) / (1 - rate)).split([layout.images, layout.pairs, layout.texts])
+def keep_rows(layout: Layout, rate: float, dice: Tensor) -> Tensor:
+    """Stochastic depth: a factor [T, 1] that is 0 for all rows of a sequence whose `dice` [sequences] in [0, 1) fell
+    below `rate`, and 1 / (1 - rate) elsewhere."""
+    keep = (dice >= rate).unsqueeze(1) / (1 - rate)
+    images, pairs, texts = keep.split([layout.images, layout.pairs, layout.texts])
     rows = ((images, layout.patches), (pairs, layout.patches), (pairs, layout.pair_len), (texts, layout.text_len))
     return torch.cat([part.expand(-1, length).reshape(-1, 1) for part, length in rows])
 
@@ -266,13 +276,22 @@ class MultiwayEncoder(nn.Module):
         biases = [NO_BIAS] * self.cfg.depth if self.relative_position is None else self.relative_position(layout)
         read = None if needed is None else ReadRows.of(needed, layout)
         reads = [*[None] * (self.cfg.depth - 1), read]
-        for block, bias, last in zip(self.blocks, biases, reads, strict=True):
+        for block, bias, last, dice in zip(self.blocks, biases, reads, self._dice(batch), strict=True):
             if self.cfg.activation_checkpointing and self.training:
-                x_TD = checkpoint(block, x_TD, layout, padding, bias, last, use_reentrant=False)
+                x_TD = checkpoint(block, x_TD, layout, padding, bias, last, dice, use_reentrant=False)
             else:
-                x_TD = block(x_TD, layout, padding, bias, last)
+                x_TD = block(x_TD, layout, padding, bias, last, dice)
         x_TD = self.norm(x_TD, read or layout)
         return x_TD if read is None else x_TD.new_zeros(layout.rows, self.cfg.dim).index_copy(0, read.places, x_TD)
+
+    def _dice(self, batch: Batch) -> Sequence[Tensor | None]:
+        """Each block's [sequences, 2] for drop path: the batch's own, else torch's."""
+        if not self.training or self.cfg.drop_path == 0:
+            return [None] * self.cfg.depth
+        noise = batch.noise
+        if noise is None:
+            noise = torch.rand(batch.layout.sequences, 2 * self.cfg.depth, device=batch.images.device)
+        return noise.split(2, dim=1)
 
     def embed(self, batch: Batch) -> Tensor:
         """The rows that go into the first block."""

@@ -65,7 +65,9 @@ class ContrastiveHead(nn.Module):
         assert batch.layout.images == batch.layout.texts and not batch.layout.pairs, batch.layout
         images, texts = self.embed(rows_TD, batch)
         all_images, all_texts = gather_rows(images), gather_rows(texts)
-        scale = self.logit_scale.float().clamp(max=math.log(MAX_SCALE)).exp()
+        # The value is clamped and the gradient is not: a scale that has grown too far must find its way back.
+        learned = self.logit_scale.float()
+        scale = (learned + (learned.clamp(max=math.log(MAX_SCALE)) - learned).detach()).exp()
         own = torch.arange(len(images), device=images.device)
         if len(all_images) > len(images):
             own = own + rank() * len(images)

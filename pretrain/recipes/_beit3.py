@@ -88,10 +88,12 @@ def _tokenizer(model: MultiwayConfig) -> Stage:
         batch=BatchSize(images=512),
         tokenizer=VQKDConfig(image_size=model.image_size, patch_size=model.patch_size),
         teacher="clip:$CLIP",
-        transform=replace(LOOK, scale=(0.08, 1.0)),  # [B2 run_vqkd_training.py: min_crop_scale]
-        # lr is the training script's default; min_lr, betas and weight decay: [B2 TOKENIZER.md].
+        # [B2 run_vqkd_training.py]: min_crop_scale 0.08, color_jitter 0.
+        transform=replace(LOOK, scale=(0.08, 1.0), jitter=0.0),
+        # The script's default 5e-5 is for a batch of 128 and is scaled by the batch: 2e-4 at 512; min_lr is not
+        # scaled. Betas and weight decay: [B2 TOKENIZER.md].
         optim=Optim(
-            lr=5e-5,
+            lr=2e-4,
             min_lr=1e-5,
             betas=(0.9, 0.99),
             eps=1e-8,

@@ -65,6 +65,7 @@ def build(mix: dict, tokenizer: TextTokenizer):
             "transform": ImageTransform(size=SIZE),
             "masking": Masking(),
             "patch_size": PATCH,
+            "noise": 4,
         }
         loading = Loading(**({"workers": 0, "streams": 4, "block_shards": 2} | loading))
         options = defaults | options

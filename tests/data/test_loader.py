@@ -50,6 +50,7 @@ def by_key(batches: list[Batch]) -> list[tuple]:
                 tensors += [getattr(batch, name)[i - layout.images] for name in PARTS["pair"]]
             else:
                 tensors = [getattr(batch, name)[i - layout.images - layout.pairs] for name in PARTS["text"]]
+            tensors.append(batch.noise[i])  # keys and sequences stand in one order
             kinds[kind].append((key, *[t.numpy().tobytes() for t in tensors]))
     return [sample for samples in kinds.values() for sample in samples]
 

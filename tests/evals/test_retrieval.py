@@ -29,3 +29,7 @@ def test_recall_equals_counting_by_hand():
     scores = torch.rand(40, 40, generator=made)
     hits = sum(int(scores[i].argsort(descending=True)[:5].tolist().count(i)) for i in range(40))
     assert recall(scores, torch.eye(40, dtype=torch.bool))["R@5"] == 100 * hits / 40
+
+
+def test_a_diverged_model_scores_nothing():
+    assert recall(torch.full((50, 50), float("nan")), torch.eye(50, dtype=torch.bool))["R@10"] == 0

@@ -208,7 +208,7 @@ def test_checkpointing_changes_nothing(name):
 def test_drop_path_drops_whole_sequences_and_keeps_the_mean():
     torch.manual_seed(0)
     layout = Layout(200, 200, 200, 5, 3, 4)
-    factor = keep_rows(layout, 0.25, torch.zeros(1))
+    factor = keep_rows(layout, 0.25, torch.rand(layout.sequences))
     assert factor.shape == (layout.rows, 1)
     assert factor.unique().tolist() == pytest.approx([0, 1 / 0.75])
     images, pair_images, pair_texts, some = factor.split(

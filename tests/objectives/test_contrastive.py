@@ -72,3 +72,5 @@ def test_the_scale_never_exceeds_a_hundred():
         head.logit_scale.fill_(math.log(1e6))
     report = score(head, images, texts)
     assert report["logit_scale"].item() == pytest.approx(100)
+    report["loss"].backward()
+    assert head.logit_scale.grad.abs().item() > 0, "it could never come back"
