@@ -94,8 +94,8 @@ class Batch:
     text_inputs: Tensor  # int64 [texts, text_len]
     text_masked: Tensor  # bool [texts, text_len]
     image_codes: Tensor | None = None  # int64 [N, P], the visual tokenizer's codes; made on the device
-    # float32 [images + pairs + texts, 2 * depth] in [0, 1), each sequence's dice for drop path: drawn by the sample's own
-    # generator, so that no number of ranks or micro-steps changes what is dropped. None: nothing is dropped, or anything.
+    # float32 [sequences, 2 * depth] in [0, 1), each sequence's dice for drop path: drawn by the sample's own
+    # generator, so that no number of ranks or micro-steps changes what is dropped. None: the encoder throws its own.
     noise: Tensor | None = None
     keys: tuple[str, ...] = ()  # "source/shard/key" of each sample: images, then pairs (or dual pairs), then texts
 

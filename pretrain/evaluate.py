@@ -6,6 +6,7 @@ python -m pretrain.evaluate --run-dir runs/quickstart --stage retrieval
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import sys
@@ -25,7 +26,7 @@ from pretrain.assembly import (
     text_tokenizer,
 )
 from pretrain.checkpoint import newest_weights
-from pretrain.config import Recipe, Stage, load_recipe
+from pretrain.config import Recipe, Stage, load_recipe, to_json
 from pretrain.data.shards import load_manifest
 from pretrain.distributed import device
 from pretrain.evals.trained import Trained
@@ -70,8 +71,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     recipe, stage = load_recipe(name, args.stage, settings)
     step, weights = _weights(directory, stage, args.weights)
     digest = weights_digest(weights)
-    done = _read(directory / "eval.json")
-    if done.get("weights") == digest and not args.weights:
+    # Beside the stage's own evaluation when the weights are others.
+    path = directory / (f"eval-{digest[:8]}.json" if args.weights else "eval.json")
+    asked = hashlib.sha256(json.dumps(to_json(stage.evals), sort_keys=True).encode()).hexdigest()[:16]
+    done = _read(path)
+    if done.get("weights") == digest and done.get("evals") == asked:
         log.info("%s: evaluated before; nothing to do", args.stage)
         return done
     task = build_task(recipe, stage, args.run_dir)
@@ -80,7 +84,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{weights} lacks {found.missing[0]}; it is not this stage's: give the stage that wrote it")
     task.to(device()).eval()
     trained = trained_stage(recipe, stage, args.run_dir, directory, task)
-    metrics: dict[str, Any] = {"step": step, "weights": digest}
+    metrics: dict[str, Any] = {"step": step, "weights": digest, "evals": asked}
+    if not stage.evals:
+        log.warning("%s: the recipe names no evals for this stage", args.stage)
     samples: dict[str, list] = {}
     for evaluation in stage.evals:
         found_metrics, found_samples = evaluation.run(trained)
@@ -90,8 +96,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if isinstance(value, float):
             log.info("%s: %-40s %.2f", args.stage, name, value)
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "samples.json", samples)
-    write_json(directory / "eval.json", metrics)
+    if not args.weights:
+        write_json(directory / "samples.json", samples)
+    write_json(path, metrics)
     return metrics
 
 

@@ -28,6 +28,7 @@ MODEL = MultiwayConfig(
     max_text_len=10,
     fusion_layers=1,
     init_std=0.1,
+    drop_path=0.3,
 )
 OPTIM = Optim(lr=2e-3, warmup_steps=2, weight_decay=0.05, clip=0.5)
 STEPS, RANKS = 6, 2
@@ -67,6 +68,7 @@ def micro_batch(step: int, part: int, parts: int) -> Batch:
     codes = torch.randint(20, (count, 16), generator=made)
     pair_ids, pair_masked = text(pairs, 8)
     text_ids, text_masked = text(texts, 10)
+    noise = torch.rand(images + pairs + texts, 2 * MODEL.depth, generator=made).split([images, pairs, texts])
     return make_batch(
         layout,
         images=cut(pixels),
@@ -78,6 +80,7 @@ def micro_batch(step: int, part: int, parts: int) -> Batch:
         text_tokens=share(text_ids),
         text_inputs=share(text_ids.masked_fill(text_masked, 59)),
         text_masked=share(text_masked),
+        noise=torch.cat([share(kind) for kind in noise]),
     )
 
 

@@ -32,6 +32,12 @@ def recipe(name: str, model: MultiwayConfig, *, lr: float) -> Recipe:
     )
     # Stage 2 opens the relative position tables too [vlmo/run.py].
     language = beit3.stages["language"]
-    language = replace(language, trainable=(*language.trainable, "encoder.*relative*"))
+    language = replace(
+        language,
+        trainable=(*language.trainable, "encoder.*relative*"),
+        optim=replace(optim, lr=2e-4),  # [vlmo/config.py, task_textmlm_base]; large has none there
+    )
+    # VLMo contrasts inside stage 3; this stage is BEiT-3's, at VLMo's caption length.
+    retrieval = replace(beit3.stages["retrieval"], mix={"dual": pairs})
     stages = {key: value for key, value in beit3.stages.items() if key != "pretrain"}
-    return replace(beit3, stages=stages | {"language": language, "fusion": fusion})
+    return replace(beit3, stages=stages | {"language": language, "fusion": fusion, "retrieval": retrieval})
