@@ -142,8 +142,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)  # a temporary file is its owner's alone
             os.replace(file.name, path)
-        except BaseException:
+        except BaseException as error:
             Path(file.name).unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                raise OSError(error.errno, f"could not be written: {error.strerror}", str(path)) from None
             raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import re
 import sys
 import time
@@ -36,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -77,6 +81,7 @@ def train(
         raise ValueError(f"--vocab-size={vocab_size} is wrong because it leaves no room for pieces; use 64000")
     if max_texts is not None and max_texts < 1:
         raise ValueError(f"--max-texts={max_texts} is wrong because it leaves no text; use 10000000, or leave it out")
+    _check_out(out)
     manifest = load_manifest(tuple(shards))
     model = io.BytesIO()
     try:
@@ -93,9 +98,17 @@ def train(
         )
     except RuntimeError as error:
         raise _explained(error, vocab_size, shards) from None
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, model.getvalue())
     print(f"{out}: {vocab_size} pieces, {vocab_size + OFFSET + 1} ids with <pad> and <mask>")
+
+
+def _check_out(out: Path) -> None:
+    """Said before hours of reading, not after them. ValueError, OSError."""
+    if out.is_dir():
+        raise ValueError(f"--out={out} is a directory; give the path of a file, such as {out / 'text.model'}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out={out}: nothing can be written to {out.parent}; choose another place")
 
 
 def sentences(manifest: Manifest, max_texts: int | None) -> Iterator[str]:

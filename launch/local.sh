@@ -5,7 +5,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env/setup.sh"
 
-gpus=$(nvidia-smi -L 2>/dev/null | wc -l) || gpus=0
+gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" -le 1 ]; then
     exec "$PYTHON" -m pretrain.train "$@"
 fi

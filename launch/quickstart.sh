@@ -10,7 +10,8 @@ export DATA=$run/corpus
 SECONDS=0
 say() { printf '\n== %s (%d:%02d)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
-gpus=$(nvidia-smi -L 2>/dev/null | wc -l) || gpus=0
+# A power of two divides its batches.
+gpus=$("$PYTHON" -c 'import torch; n = min(torch.cuda.device_count(), 16); print(1 << n.bit_length() - 1 if n else 0)')
 if [ "$gpus" -gt 0 ]; then
     ds=ds_configs/zero1_bf16.json
     start=("$PYTHON" -m torch.distributed.run --nproc-per-node "$gpus" --rdzv-backend c10d --rdzv-endpoint localhost:0)

@@ -30,6 +30,11 @@ def build_task(recipe: Recipe, stage: Stage, run_dir: Path) -> PretrainTask | To
     """The stage's task with fresh weights, on the CPU; only what the stage trains or needs is built."""
     torch.manual_seed(recipe.seed)
     if stage.tokenizer is not None:
+        if stage.transform.size != stage.tokenizer.image_size:
+            raise ValueError(
+                f"transform.size={stage.transform.size} but tokenizer.image_size={stage.tokenizer.image_size}; "
+                "use one size"
+            )
         teacher = _teacher(stage, run_dir)
         if teacher.dim != stage.tokenizer.target_dim or teacher.distill != stage.tokenizer.distill:
             raise ValueError(
@@ -38,6 +43,10 @@ def build_task(recipe: Recipe, stage: Stage, run_dir: Path) -> PretrainTask | To
                 "set them to the teacher's"
             )
         return TokenizerTask(stage.tokenizer, teacher)
+    if any(kind != "texts" for kind in stage.mix) and stage.transform.size != recipe.model.image_size:
+        raise ValueError(
+            f"transform.size={stage.transform.size} but model.image_size={recipe.model.image_size}; use one size"
+        )
     model = replace(recipe.model, drop_path=stage.drop_path, activation_checkpointing=stage.activation_checkpointing)
     task = PretrainTask(model, stage.experts, stage.objectives)
     for name, parameter in task.named_parameters():

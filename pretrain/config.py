@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data.loader import Loading
+from pretrain.data.masking import Masking
 from pretrain.data.sources import ImageShards, PairShards, TextShards
 from pretrain.data.transforms import ImageTransform
 from pretrain.models.multiway import MultiwayConfig
@@ -23,6 +24,14 @@ from pretrain.settings import nearest, set_value
 
 Source = ImageShards | PairShards | TextShards
 KINDS = ("images", "pairs", "texts", "dual")
+# Of a masked objective, what hides something of each kind.
+RATIOS = {
+    "images": ("image_ratio",),
+    "pairs": ("pair_image_ratio", "pair_text_ratio"),
+    "texts": ("text_ratio",),
+    "dual": ("image_ratio", "text_ratio"),
+}
+MAX_SEED = 2**48  # above that the kinds of a mix tell their random streams apart
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,11 @@ class BatchSize:
     texts: int = 0
     dual: int = 0  # pairs seen as an image and a text apart
     accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in {**dict.fromkeys(KINDS, 0), "accumulation": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"batch.{name}={getattr(self, name)} is below {least}; use {least} or more")
 
     def counts(self) -> dict[str, int]:
         return {kind: count for kind in KINDS if (count := getattr(self, kind))}
@@ -64,6 +78,9 @@ class Stage:
     evals: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
+        for name, wanted in (("batch", BatchSize), ("optim", Optim), ("transform", ImageTransform)):
+            if not isinstance(getattr(self, name), wanted):
+                raise ValueError(f"{name}={getattr(self, name)!r} is wrong; use {wanted.__name__}(...)")
         for kind in self.mix:
             if kind not in KINDS:
                 raise ValueError(f"mix.{kind} is not a kind of data; use {', '.join(KINDS)}")
@@ -83,6 +100,14 @@ class Stage:
                 f"contrastive needs a mix of dual alone and batch.accumulation=1 (mix={sorted(given)}, "
                 f"accumulation={self.batch.accumulation}): its negatives are the whole step's batch"
             )
+        for objective in self.objectives:
+            if isinstance(objective, Masking) and not any(
+                getattr(objective, r) for kind in given for r in RATIOS[kind]
+            ):
+                raise ValueError(
+                    f"objectives: {objective} hides nothing of the mix's {', '.join(sorted(given))}, so nothing could "
+                    "be learned; set the ratio of one of them above 0"
+                )
 
 
 @dataclass(frozen=True)
@@ -99,6 +124,13 @@ class Recipe:
     save_every: int = 1000
     keep: int = 2  # complete checkpoints to keep; the one before is used if the newest is damaged
     trace_samples: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("log_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is below 1; use 1 or more")
+        if not 0 <= self.seed < MAX_SEED:
+            raise ValueError(f"seed={self.seed} is wrong; use a whole number from 0 to {MAX_SEED - 1}")
 
 
 # What may change between two starts of one run without changing its numbers.
@@ -140,11 +172,11 @@ def find_recipe(name: str) -> Recipe:
         sys.modules[spec.name] = module  # dataclasses look their own module up there
         try:
             spec.loader.exec_module(module)
-        except ValueError:  # a config that says itself what is wrong with it
-            raise
         except Exception as error:
             line = error.lineno if isinstance(error, SyntaxError) else _line(error, path)
-            raise ValueError(f"--recipe {name}, line {line}: {type(error).__name__}: {error}") from error
+            # A config says itself what is wrong with it: a ValueError needs no name.
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            raise ValueError(f"--recipe {name}, line {line}: {kind}{error}") from error
     else:
         room = importlib.import_module("pretrain.recipes")  # by name: it stands one floor higher
         known = [m.name for m in pkgutil.iter_modules(room.__path__) if not m.name.startswith("_")]
@@ -160,7 +192,7 @@ def find_recipe(name: str) -> Recipe:
 def _line(error: BaseException, path: Path) -> int | None:
     """The line of the file at `path` from which the error came."""
     frames = traceback.extract_tb(error.__traceback__)
-    return next((frame.lineno for frame in reversed(frames) if frame.filename == str(path)), None)
+    return next((frame.lineno for frame in reversed(frames) if Path(frame.filename) == path.absolute()), None)
 
 
 def to_json(config: Any) -> Any:

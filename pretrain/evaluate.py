@@ -48,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         log.error("error: %s", error)
         return 2
+    except KeyboardInterrupt:
+        log.error("stopped; an evaluation before this one is kept")
+        return 130
     return 0
 
 
@@ -153,6 +156,8 @@ def _painter(recipe: Recipe, stage: Stage, run_dir: Path, task: nn.Module) -> Ca
 def _trained_with(directory: Path, args: argparse.Namespace) -> tuple[str, list[str]]:
     """The recipe's name and settings: as given, else as pretrain.train noted them."""
     noted = read_recipe(directory).get("command", {})
+    if not isinstance(noted, dict):
+        noted = {}
     name = args.recipe or noted.get("recipe")
     if name is None:
         raise ValueError(f"{directory} holds no recipe.json of a training run; train the stage first, or give --recipe")
@@ -161,9 +166,10 @@ def _trained_with(directory: Path, args: argparse.Namespace) -> tuple[str, list[
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 if __name__ == "__main__":

@@ -227,13 +227,20 @@ def read_model(directory: Path) -> tuple[State, MultiwayConfig, dict]:
 
 def write_tensors(path: Path, state: State) -> None:
     """A whole file or none: written beside, then renamed. `.safetensors`, or a torch file as unilm's code reads it."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: it is a directory, or lies in none; give a file's path")
     beside = path.with_name(path.name + ".part")
     state = {key: value.contiguous() for key, value in state.items()}
-    if path.suffix == ".safetensors":
-        save_file(state, beside)
-    else:
-        torch.save({"model": state}, beside)
-    os.replace(beside, path)
+    try:
+        if path.suffix == ".safetensors":
+            save_file(state, beside)
+        else:
+            torch.save({"model": state}, beside)
+        os.replace(beside, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError for a full disk
+        beside.unlink(missing_ok=True)
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"{path} could not be written ({reason}); free space, or give another path") from None
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -61,8 +61,12 @@ def write_report(run_dir: Path) -> Path:
     stages = load_run(run_dir)
     path = run_dir / "report.html"
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(page(run_dir, stages), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(page(run_dir, stages), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{error.strerror}; free space, or make it writable", str(path)) from None
     return path
 
 

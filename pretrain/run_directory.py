@@ -56,9 +56,10 @@ def note_recipe(directory: Path, recipe: Recipe, stage: Stage, command: dict[str
 def read_recipe(directory: Path) -> dict[str, Any]:
     """What `note_recipe` wrote; {} where there is nothing readable."""
     try:
-        return json.loads((directory / RECIPE).read_text(encoding="utf-8"))
+        content = json.loads((directory / RECIPE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def inputs_digest(recipe: Recipe, stage: Stage, run_dir: Path, shards: dict[str, str]) -> str:

@@ -10,6 +10,8 @@ import typing
 from difflib import get_close_matches
 from typing import Any
 
+LONGEST = 100  # characters of an old value that an error shows
+
 
 def set_value(config: Any, key: str, text: str) -> Any:
     """A copy of `config` in which the field at the dotted `key` (fields, dict keys, tuple positions) is `text`, read as
@@ -65,7 +67,7 @@ def _read(text: str, hint: Any, old: Any, key: str) -> Any:
         except TypeError:
             continue
     names = " or ".join(_name(choice) for choice in choices)
-    raise ValueError(f"--set {key}={text}: wanted {names}; it is {old!r} in the recipe")
+    raise ValueError(f"--set {key}={text}: wanted {names}; it is {_short(repr(old))} in the recipe")
 
 
 def _as(value: Any, text: str, wanted: Any) -> Any:
@@ -117,4 +119,10 @@ def _is_union(hint: Any) -> bool:
 
 
 def _name(wanted: Any) -> str:
+    if typing.get_origin(wanted) is typing.Literal:
+        return " or ".join(map(str, typing.get_args(wanted)))
     return "nothing (null)" if wanted is types.NoneType else getattr(wanted, "__name__", str(wanted))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -41,7 +41,7 @@ PLAIN_SECONDS = 5.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """-> 0 finished, 2 a user's mistake (one sentence on stderr), 75 stopped by a signal after saving."""
+    """-> 0 finished, 2 a user's mistake (one sentence on stderr), 75 stopped by a signal after saving, 130 Ctrl-C."""
     args = parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
     try:
@@ -54,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             log.error("error on rank %d: %s", rank(), error)
         return 2
+    except KeyboardInterrupt:
+        log.info("stopped; what was saved is kept, the same line goes on from there")
+        return 130
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,16 @@ def test_settings_are_typed_and_reach_every_depth():
         ("steps=1.5", "wanted int"),
         ("steps=1e999", "wanted int"),
         ("trace_samples=3", "wanted bool"),
+        ("log_every=0", "log_every=0 is below 1"),
+        ("save_every=0", "save_every=0 is below 1"),
+        ("keep=0", "keep=0 is below 1"),
+        ("seed=1e30", "seed=.*whole number"),
+        ("seed=-1", "seed=-1.*whole number"),
+        ("batch.accumulation=0", "batch.accumulation=0 is below 1"),
+        ("batch.pairs=-8", "batch.pairs=-8 is below 0"),
+        ("model.attention=both", "wanted shared or per_modality"),
+        ("stages=3", r"wanted dict; it is .{100}\.\.\. in the recipe"),
+        ("evals.0.samples=0", "samples=0 is below 1"),
         ("optim.betas=0.9", "wanted tuple"),
         ("optim.lr", "has no '='"),
         ("optim.lr=-1", "must be above 0"),
@@ -96,7 +107,7 @@ def test_unknown_recipes_and_stages_name_the_nearest():
         load_recipe("somewhere/else.py", "vision")
 
 
-def test_a_recipe_may_lie_outside_the_repository(tmp_path: Path):
+def test_a_recipe_may_lie_outside_the_repository(tmp_path: Path, monkeypatch):
     path = tmp_path / "mine.py"
     path.write_text("from dataclasses import replace\nfrom pretrain.recipes.tiny import RECIPE as TINY\n"
                     "RECIPE = replace(TINY, name='mine')\n")  # fmt: skip
@@ -110,9 +121,25 @@ def test_a_recipe_may_lie_outside_the_repository(tmp_path: Path):
     path.write_text("x = 1\n")
     with pytest.raises(ValueError, match="defines no RECIPE"):
         load_recipe(str(path), "vision")
+    monkeypatch.chdir(tmp_path)
+    path.write_text("x = 1\nint('x')\n")
+    with pytest.raises(ValueError, match=r"--recipe \./mine\.py, line 2: invalid literal"):
+        load_recipe("./mine.py", "vision")
+    path.write_text("from dataclasses import replace\nfrom pretrain.recipes.tiny import VISION\n"
+                    "replace(VISION, optim=None)\n")  # fmt: skip
+    with pytest.raises(ValueError, match=r"line 3: optim=None is wrong; use Optim"):
+        load_recipe("./mine.py", "vision")
     path.write_text("RECIPE = (\n")
     with pytest.raises(ValueError, match="line"):
         load_recipe(str(path), "vision")
+
+
+def test_a_masked_objective_that_hides_nothing_is_refused():
+    stages = find_recipe("tiny").stages
+    pictures = {"image_ratio": 0.0, "pair_image_ratio": 0.0}
+    assert replace(stages["fusion"], objectives=(MaskedData(**pictures),))
+    with pytest.raises(ValueError, match="hides nothing of the mix's images"):
+        replace(stages["vision"], objectives=(MaskedData(**pictures),))
 
 
 def test_a_stage_checks_itself():

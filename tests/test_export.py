@@ -231,8 +231,8 @@ def test_released_weights_start_a_stage(tmp_path):
     assert torch.equal(stage.encoder.text_embed.tokens.weight, weights()["encoder.text_embed.tokens.weight"])
 
 
-@pytest.mark.parametrize("case", ["missing", "a tokenizer", "broken json", "wrong size"])
-def test_the_command_ends_with_a_sentence_and_2(tmp_path, caplog, case):
+@pytest.mark.parametrize("case", ["missing", "a tokenizer", "broken json", "wrong size", "no directory", "full disk"])
+def test_the_command_ends_with_a_sentence_and_2(tmp_path, caplog, monkeypatch, case):
     config = (
         {"vqkd": {}} if case == "a tokenizer" else {"model": {"class": "MultiwayConfig", **dataclasses.asdict(CONFIG)}}
     )
@@ -245,7 +245,17 @@ def test_the_command_ends_with_a_sentence_and_2(tmp_path, caplog, case):
         (tmp_path / "ours" / "config.json").write_text("{")
     elif case == "wrong size":
         argv = ["resize", str(tmp_path / "ours"), str(tmp_path / "out"), "--image-size", "33"]
+    elif case == "no directory":
+        argv[2] = str(tmp_path / "nowhere" / "out.pth")
+    elif case == "full disk":
+
+        def full(_, path):
+            path.write_bytes(b"half of it")
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+        monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SystemExit) as stopped:
         main(argv)
     assert stopped.value.code == 2
     assert "error: " in caplog.text and "Traceback" not in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]

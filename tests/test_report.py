@@ -237,13 +237,15 @@ def test_user_errors_are_one_sentence_and_code_2(tmp_path, caplog):
     assert "holds no stage" in caplog.text and "Traceback" not in caplog.text
 
 
-def test_a_page_that_cannot_be_written_leaves_the_old_one(run, monkeypatch):
+def test_a_page_that_cannot_be_written_leaves_the_old_one(run, caplog, monkeypatch):
     assert main(["--run-dir", str(run)]) == 0
     before = (run / "report.html").read_bytes()
 
-    def full(*_, **__):
+    def full(path, *_, **__):
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", full)
     assert main(["--run-dir", str(run)]) == 2
+    assert "report.html" in caplog.text and not list(run.glob("*.part"))
     assert (run / "report.html").read_bytes() == before

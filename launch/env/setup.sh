@@ -15,10 +15,17 @@ find_python() {
     return 2
 }
 
+has_gpu() { nvidia-smi >/dev/null 2>&1; }
+
 install_torch() { # the CPU build saves several GB where there is no GPU
-    if ! nvidia-smi >/dev/null 2>&1; then
-        "$PYTHON" -m pip install -q 'torch==2.13.0+cpu' 2>/dev/null && return
-        "$PYTHON" -m pip install -q 'torch==2.13.0+cpu' --index-url https://download.pytorch.org/whl/cpu --retries 0 --timeout 15 2>/dev/null && return
+    if has_gpu; then
+        # 2.13.0 is satisfied by 2.13.0+cpu: one from before must go first.
+        "$PYTHON" -m pip uninstall -q -y torch 2>/dev/null
+    else
+        local cpu=(-q 'torch==2.13.0+cpu')
+        "$PYTHON" -m pip install "${cpu[@]}" 2>/dev/null && return
+        "$PYTHON" -m pip install "${cpu[@]}" --index-url https://download.pytorch.org/whl/cpu \
+            --retries 0 --timeout 15 2>/dev/null && return
     fi
     "$PYTHON" -m pip install -q 'torch==2.13.0'
 }
@@ -27,7 +34,11 @@ make_environment() {
     local env=${IMGLISH_ENV:-$root/.venv} stamp python
     PYTHON=$env/bin/python
     stamp=$(cat "$root/launch/env/constraints.txt" "$root/launch/env/setup.sh" "$root/pyproject.toml" | sha256sum)
-    [ "$(cat "$env/.imglish-stamp" 2>/dev/null)" = "$stamp" ] && return
+    if [ "$(head -n 1 "$env/.imglish-stamp" 2>/dev/null)" = "$stamp" ]; then
+        # One made on a login node without a GPU would train on the CPU of a GPU node, and not say so.
+        if ! has_gpu || grep -q '^cuda$' "$env/.imglish-stamp"; then return; fi
+        echo "setup: $env holds the CPU build of torch and there is a GPU here; installing the CUDA build" >&2
+    fi
     python=$(find_python) || return
     echo "setup: making the environment in $env (about a minute, once)" >&2
     [ -x "$PYTHON" ] || "$python" -m venv "$env" || return
@@ -36,7 +47,7 @@ make_environment() {
     "$PYTHON" -m pip install -q -c "$root/launch/env/constraints.txt" -e "$root[test,clip]" || return
     # The reference implementation of the released BEiT-3; its own requirements are not needed (tests stub them).
     "$PYTHON" -m pip install -q --no-deps torchscale==0.3.0 || return
-    echo "$stamp" >"$env/.imglish-stamp"
+    { echo "$stamp" && { has_gpu && echo cuda || echo cpu; }; } >"$env/.imglish-stamp"
 }
 
 if [ -n "${IMGLISH_PYTHON:-}" ]; then

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pretrain.evals.masked_samples import masked_samples
-from pretrain.evals.trained import Trained
+from pretrain.evals.trained import Trained, check_counts
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,13 @@ class MaskedAccuracy:
     samples: int = 512
     batch: int = 128
 
+    def __post_init__(self) -> None:
+        check_counts(samples=self.samples, batch=self.batch)
+
     @torch.no_grad()
     def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
         """-> percentages for eval.json, and what the report shows."""
-        heads = trained.task.objectives["masked"]
+        heads = trained.head("masked")
         guesses: dict[str, list[Tensor]] = {}
         shown: list[dict] = []
         samples = min(self.samples, *(trained.samples_of(source) for source in self.mix.values()))

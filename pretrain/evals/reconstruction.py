@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from pretrain.data.sources import ImageShards
-from pretrain.evals.trained import Trained, uint8_pictures
+from pretrain.evals.trained import Trained, check_counts, uint8_pictures
 
 SHOWN = 8
 
@@ -21,9 +21,16 @@ class Reconstruction:
     samples: int = 512
     batch: int = 128
 
+    def __post_init__(self) -> None:
+        check_counts(samples=self.samples, batch=self.batch)
+
     @torch.no_grad()
     def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
         """-> numbers for eval.json, and what the report shows."""
+        if not hasattr(trained.task, "tokenizer"):
+            raise ValueError(
+                "evals: Reconstruction needs a stage that trains a visual tokenizer; take it out of this one"
+            )
         tokenizer = trained.task.tokenizer
         counts = torch.zeros(tokenizer.cfg.codes, dtype=torch.double)
         losses: list[float] = []

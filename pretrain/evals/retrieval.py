@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pretrain.data.sources import PairShards
-from pretrain.evals.trained import Trained, uint8_pictures
+from pretrain.evals.trained import Trained, check_counts, uint8_pictures
 
 SHOWN, RESULTS = 4, 5  # hits and misses shown per direction, results shown per query
 
@@ -22,10 +22,13 @@ class Retrieval:
     samples: int = 1000
     batch: int = 128
 
+    def __post_init__(self) -> None:
+        check_counts(samples=self.samples, batch=self.batch)
+
     @torch.no_grad()
     def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
         """-> percentages for eval.json, and what the report shows."""
-        head = trained.task.objectives["contrastive"]
+        head = trained.head("contrastive")
         images, texts, tokens, pictures = [], [], [], []
         samples = min(self.samples, trained.samples_of(self.pairs))
         for batch in trained.batches({"dual": self.pairs}, self.batch, samples):

@@ -30,6 +30,16 @@ class Trained:
     masking: Any  # the masked objective, or None
     text: Any  # the text tokenizer, or None
 
+    def head(self, name: str) -> Any:
+        """The objective that an evaluation reads. ValueError if the stage has another."""
+        objectives = getattr(self.task, "objectives", {})
+        if name not in objectives:
+            raise ValueError(
+                f"evals: one of them needs the objective {name}, and this stage has {', '.join(objectives) or 'none'}; "
+                "take it out of the stage's evals"
+            )
+        return objectives[name]
+
     def batches(self, mix: dict, size: int, samples: int, masking: Any = None) -> Iterator[Batch]:
         """Batches of `size` of each kind that cover the first `samples` of every source; the last one may be filled
         up from the start of the source."""
@@ -43,6 +53,13 @@ class Trained:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())).save(path)
         return f"samples/{path.name}"
+
+
+def check_counts(**counts: int) -> None:
+    """Of an evaluation's config."""
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"evals: {name}={count} is below 1; use 1 or more")
 
 
 def uint8_pictures(images: Tensor) -> Tensor:

@@ -150,6 +150,13 @@ def test_an_impossible_vocabulary_is_one_sentence(shards: Path, tmp_path: Path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_read(shards: Path, tmp_path: Path, capfd) -> None:
+    assert train(shards, tmp_path, "--vocab-size", "48") == 2
+    assert train(shards, shards / "00000.tar" / "x.model", "--vocab-size", "48") == 2
+    errors = capfd.readouterr().err.splitlines()
+    assert len(errors) == 2 and "is a directory" in errors[0] and "00000.tar" in errors[1]
+
+
 def test_the_largest_possible_vocabulary_that_is_named_works(shards: Path, tmp_path: Path, capfd) -> None:
     assert train(shards, tmp_path / "x.model", "--vocab-size", "5000") == 2
     largest = capfd.readouterr().err.rsplit("use ", 1)[1].split()[0]
