@@ -140,19 +140,23 @@ def run(args: argparse.Namespace, recipe: Recipe, stage: Stage, place: Path) -> 
 
 
 def write_shards(place: Path, stage: Stage) -> None:
-    """What the stage's mix reads: $DATA/images, $DATA/pairs, $DATA/texts and $DATA/text.model."""
-    for kind in ("images", "pairs", "texts"):
-        directory = place / kind
-        directory.mkdir()
-        for shard in range(SHARDS):
-            with tarfile.open(directory / f"{shard:05d}.tar", "w") as tar:
-                for name, data in _members(kind, shard):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-        index_directory(directory)
-    sys.stdout.flush()
-    train_text_tokenizer([str(place / "texts")], place / "text.model", 64, model_type="bpe")
+    """What the stage's mix reads, with $DATA at `place`; and $DATA/text.model."""
+    texts = []
+    for kind, source in stage.mix.items():
+        members = "pairs" if kind == "dual" else kind
+        for pattern in (source.shards,) if isinstance(source.shards, str) else source.shards:
+            directory = Path(os.path.expandvars(pattern))
+            directory.mkdir(parents=True)
+            texts += [str(directory)] if kind != "images" else []
+            for shard in range(SHARDS):
+                with tarfile.open(directory / f"{shard:05d}.tar", "w") as tar:
+                    for name, data in _members(members, shard):
+                        info = tarfile.TarInfo(name)
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+            index_directory(directory)
+    if texts:
+        train_text_tokenizer(texts, place / "text.model", 64, model_type="bpe")
 
 
 def _members(kind: str, shard: int) -> Iterator[tuple[str, bytes]]:

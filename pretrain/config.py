@@ -20,7 +20,7 @@ from pretrain.data.transforms import ImageTransform
 from pretrain.models.multiway import MultiwayConfig
 from pretrain.models.vqkd import VQKDConfig
 from pretrain.optim import Optim
-from pretrain.settings import nearest, set_value
+from pretrain.settings import nearest, set_values
 
 Source = ImageShards | PairShards | TextShards
 KINDS = ("images", "pairs", "texts", "dual")
@@ -147,6 +147,7 @@ def load_recipe(name: str, stage: str, settings: list[str] | None = None) -> tup
     recipe = find_recipe(name)
     if stage not in recipe.stages:
         raise ValueError(f"--stage {stage} is not in recipe {recipe.name}{nearest(stage, list(recipe.stages))}")
+    changes = {}
     for setting in settings or []:
         key, equals, value = setting.partition("=")
         if not equals:
@@ -157,7 +158,11 @@ def load_recipe(name: str, stage: str, settings: list[str] | None = None) -> tup
         elif head not in {f.name for f in fields(Recipe)}:
             known = [f.name for f in (*fields(Stage), *fields(Recipe))]
             raise ValueError(f"--set {key}: neither the stage nor the recipe has {head!r}{nearest(head, known)}")
-        recipe = set_value(recipe, key, value)
+        changes[key] = value  # given twice, the last one counts
+    try:
+        recipe = set_values(recipe, changes) if changes else recipe
+    except ValueError as error:  # with the keys as they were given
+        raise ValueError(str(error).replace(f"stages.{stage}.", "")) from None
     return recipe, recipe.stages[stage]
 
 

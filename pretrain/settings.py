@@ -13,43 +13,64 @@ from typing import Any
 LONGEST = 100  # characters of an old value that an error shows
 
 
-def set_value(config: Any, key: str, text: str) -> Any:
-    """A copy of `config` in which the field at the dotted `key` (fields, dict keys, tuple positions) is `text`, read as
-    the field's type. Raises ValueError that names the key, and the nearest known one or the type wanted."""
-    return _set(config, key.split("."), key, text, None)
+def set_values(config: Any, settings: dict[str, str]) -> Any:
+    """A copy of `config` in which the field at each dotted key (fields, dict keys, tuple positions) is its text, read
+    as the field's type. All at once: two changes may be valid only together. Raises ValueError that names the key, and
+    the nearest known one or the type wanted."""
+    tree: dict = {}
+    for key, text in settings.items():
+        *path, last = key.split(".")
+        branch = tree
+        for part in path:
+            branch = branch.setdefault(part, {})
+            if not isinstance(branch, dict):
+                raise ValueError(f"--set {key}: {part!r} of it is set as a whole too; choose one")
+        if isinstance(branch.get(last), dict):
+            raise ValueError(f"--set {key}: parts of it are set too; choose one")
+        branch[last] = text
+    return _set(config, tree, "", None)
 
 
-def _set(config: Any, path: list[str], key: str, text: str, hint: Any) -> Any:
-    if not path:
-        return _read(text, hint, config, key)
-    head, rest = path[0], path[1:]
+def _set(config: Any, changes: dict | str, key: str, hint: Any) -> Any:
+    if isinstance(changes, str):
+        return _read(changes, hint, config, key)
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         hints = typing.get_type_hints(type(config))
-        _expect(head, [f.name for f in dataclasses.fields(config)], key)
-        value = _set(getattr(config, head), rest, key, text, hints[head])
+        names = [f.name for f in dataclasses.fields(config)]
+        parts = {n: _set(_part(config, n, names, key), c, _join(key, n), hints.get(n)) for n, c in changes.items()}
         try:
-            return dataclasses.replace(config, **{head: value})
+            return dataclasses.replace(config, **parts)
         except ValueError as error:
-            raise ValueError(f"--set {key}={text}: {error}") from None
+            raise ValueError(f"--set {', '.join(_join(key, name) for name in parts)}: {error}") from None
     if isinstance(config, dict):
-        _expect(head, list(config), key)
-        return config | {head: _set(config[head], rest, key, text, Any)}
+        return config | {
+            n: _set(_part(config, n, list(config), key), c, _join(key, n), Any) for n, c in changes.items()
+        }
     if isinstance(config, tuple):
-        _expect(head, [str(i) for i in range(len(config))], key)
-        place = int(head)
-        return (*config[:place], _set(config[place], rest, key, text, Any), *config[place + 1 :])
-    raise ValueError(f"--set {key}: {'.'.join(key.split('.')[: -len(path)])} has no parts; there is no {head!r} in it")
+        names = [str(place) for place in range(len(config))]
+        parts = {n: _set(_part(config, n, names, key), c, _join(key, n), Any) for n, c in changes.items()}
+        return tuple(parts.get(name, value) for name, value in zip(names, config, strict=True))
+    raise ValueError(
+        f"--set {_join(key, next(iter(changes)))}: {key} has no parts; there is no {next(iter(changes))!r} in it"
+    )
+
+
+def _part(config: Any, name: str, known: list[str], key: str) -> Any:
+    if name not in known:
+        raise ValueError(f"--set {_join(key, name)}: there is no {name!r} here{nearest(name, known)}")
+    if isinstance(config, tuple):
+        return config[int(name)]
+    return config[name] if isinstance(config, dict) else getattr(config, name)
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
 
 
 def nearest(name: str, known: list[str]) -> str:
     """'; did you mean X?' or '; known: ...', to end an error with the way out."""
     close = get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(set(known)))}"
-
-
-def _expect(head: str, known: list[str], key: str) -> None:
-    if head not in known:
-        raise ValueError(f"--set {key}: there is no {head!r} here{nearest(head, known)}")
 
 
 def _read(text: str, hint: Any, old: Any, key: str) -> Any:

@@ -201,4 +201,7 @@ def _hash_tensor(digest, name: str, value: Tensor) -> None:
 
 def _check_digest(path: Path, header: dict[str, Any], digest) -> None:
     if header.get("sha256", digest.hexdigest()) != digest.hexdigest():
-        raise ValueError(f"{path} is damaged: its tensors are not what was written; write it again")
+        raise ValueError(
+            f"{path} is damaged: its tensors are not what was written; remove it and run its stage again, which "
+            "writes it from the last checkpoint"
+        )

@@ -11,7 +11,7 @@ from pretrain.data.sources import ImageShards, PairShards
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim
-from pretrain.settings import set_value
+from pretrain.settings import set_values
 
 RECIPES = ("tiny", "beit3_base", "beit3_large", "beit3_giant", "beit3_base_released", "beit3_large_released",
            "vlmo_base", "vlmo_large")  # fmt: skip
@@ -171,6 +171,13 @@ def test_json_says_which_class_each_part_was():
     assert text["stages"]["retrieval"]["objectives"][0]["class"] == "Contrastive"
 
 
-def test_set_value_leaves_the_original_alone():
+def test_changes_leave_the_original_alone():
     old = Optim()
-    assert set_value(old, "lr", "1e-4").lr == 1e-4 and old.lr == 1e-3
+    assert set_values(old, {"lr": "1e-4"}).lr == 1e-4 and old.lr == 1e-3
+
+
+def test_changes_that_are_valid_only_together_are_made_together():
+    recipe, _ = load_recipe("tiny", "vision", ["model.dim=24", "model.heads=3", "model.dim=36"])
+    assert (recipe.model.dim, recipe.model.heads) == (36, 3)
+    with pytest.raises(ValueError, match="parts of it are set too"):
+        load_recipe("tiny", "vision", ["optim.lr=1", "optim=2"])

@@ -51,7 +51,17 @@ class MultiwayConfig:
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dim", "depth", "heads", "ffn_dim", "image_size", "patch_size", "vocab_size", "max_text_len"):
+        for name in (
+            "dim",
+            "depth",
+            "heads",
+            "ffn_dim",
+            "image_size",
+            "patch_size",
+            "vocab_size",
+            "image_codes",
+            "max_text_len",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} is wrong because it must be at least 1")
         if self.dim % self.heads:
@@ -67,6 +77,8 @@ class MultiwayConfig:
                 f"model.fusion_layers={self.fusion_layers} is wrong because the model has {self.depth} blocks; "
                 f"use 0 to {self.depth}"
             )
+        if not self.init_std > 0:
+            raise ValueError(f"model.init_std={self.init_std} must be above 0; the papers use 0.02")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path={self.drop_path} is not a rate; use at least 0 and less than 1")
         for name, choices in (("attention", ("shared", "per_modality")), ("init", ("scaled", "sub_norm"))):

@@ -24,6 +24,10 @@ class Contrastive:
     temperature: float = 0.07  # at the start; learned
     name = "contrastive"
 
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"objectives: temperature={self.temperature} must be above 0; CLIP begins with 0.07")
+
     def build(self, model: MultiwayConfig, experts: tuple[str, ...]) -> ContrastiveHead:
         return ContrastiveHead(model.dim, self.embed_dim or model.dim, self.temperature)
 
