@@ -174,12 +174,9 @@ def _members(kind: str, shard: int) -> Iterator[tuple[str, bytes]]:
 
 
 def write_visual_tokenizer(recipe: Recipe, place: Path) -> None:
-    """A BEiT v2 base tokenizer with random weights, where the stage looks for the stage `tokenizer`."""
-    config = VQKDConfig(
-        image_size=recipe.model.image_size,
-        patch_size=recipe.model.patch_size,
-        codes=min(8192, recipe.model.image_codes),
-    )
+    """The recipe's tokenizer with random weights, where a stage looks for the stage `tokenizer`."""
+    trained = recipe.stages["tokenizer"].tokenizer if "tokenizer" in recipe.stages else None
+    config = trained or VQKDConfig(image_size=recipe.model.image_size, patch_size=recipe.model.patch_size)
     (place / "tokenizer").mkdir()
     state = {f"tokenizer.{name}": value for name, value in VQKD(config).state_dict().items()}
     write_weights(state, place / "tokenizer" / "weights.safetensors", {"tokenizer": to_json(config)})

@@ -37,6 +37,11 @@ make_environment() {
     if [ "$(head -n 1 "$env/.imglish-stamp" 2>/dev/null)" = "$stamp" ]; then
         # One made on a login node without a GPU would train on the CPU of a GPU node, and not say so.
         if ! has_gpu || grep -q '^cuda$' "$env/.imglish-stamp"; then return; fi
+        if [ -n "${SLURM_JOB_ID:-}" ]; then # other jobs may be running on it
+            echo "setup: $env holds the CPU build of torch and there is a GPU here; remove it and call" \
+                "launch/env/setup.sh on a GPU node, or set IMGLISH_ENV to another place" >&2
+            return 2
+        fi
         echo "setup: $env holds the CPU build of torch and there is a GPU here; installing the CUDA build" >&2
     fi
     python=$(find_python) || return
