@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything once, small: environment, drawn corpus, tokenizers, stages under DeepSpeed, evaluation, report page.
 # A second call resumes what was interrupted, or finishes at once. Other places: QUICKSTART_DIR=/data/q bash launch/quickstart.sh
+# What follows goes to the training of every stage: bash launch/quickstart.sh --set seed=1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/env/setup.sh
@@ -29,7 +30,7 @@ say "text tokenizer"
 
 for stage in tokenizer vision language fusion retrieval scratch; do
     say "$stage"
-    "${start[@]}" -m pretrain.train --recipe tiny --stage "$stage" --ds "$ds" --run-dir "$run"
+    "${start[@]}" -m pretrain.train --recipe tiny --stage "$stage" --ds "$ds" --run-dir "$run" "$@"
     "$PYTHON" -m pretrain.evaluate --run-dir "$run" --stage "$stage"
 done
 
