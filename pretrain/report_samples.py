@@ -30,7 +30,9 @@ def samples_html(directory: Path, samples: dict[str, list]) -> tuple[str, list[s
         return f'<img src="{data}" alt="{escape(label, quote=True)}" loading="lazy">'
 
     masked = "".join(_masked(entry, picture) for entry in samples.get("masked", []))
-    html = _fold("Masked and predicted, on held-out data", "shows", masked)
+    hidden = any("masked" in entry or "masked_caption" in entry for entry in samples.get("masked", []))
+    title = "Masked and predicted, on held-out data" if hidden else "Pictures, and what their codes keep of them"
+    html = _fold(title, "shows", masked)
     for direction, title in (("text_to_image", "Text → image retrieval"), ("image_to_text", "Image → text retrieval")):
         entries = [entry for entry in samples.get("retrieval", []) if entry.get("direction") == direction]
         html += _fold(title, "queries", "".join(_query(entry, picture) for entry in entries))
