@@ -118,11 +118,8 @@ def run(args: argparse.Namespace) -> int:
 def hand_over(engine, init_file: Path | None, path: Path, config: dict[str, Any]) -> None:
     """Write the whole model for the next stage: what was trained, and untouched what was frozen or not built."""
     state = full_state(engine)
-    if init_file is not None:
-        # In bf16 the frozen weights in memory are rounded; those in the file are not.
-        frozen = {name for name, value in engine.module.named_parameters() if not value.requires_grad}
-        state = {name: value for name, value in state.items() if name not in frozen}
-    together(lambda: write_weights(carry_over(state, init_file), path, config) if rank() == 0 else None)
+    frozen = {name for name, value in engine.module.named_parameters() if not value.requires_grad}
+    together(lambda: write_weights(carry_over(state, init_file, frozen), path, config) if rank() == 0 else None)
 
 
 class Run(NamedTuple):

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,10 +114,14 @@ def load_handover(module: nn.Module, path: Path) -> Handover:
     return Handover(loaded, missing, [name for name in held if name not in wanted], digest.hexdigest())
 
 
-def carry_over(state: dict[str, Tensor], path: Path | None) -> dict[str, Tensor]:
+def carry_over(state: dict[str, Tensor], path: Path | None, frozen: Collection[str] = ()) -> dict[str, Tensor]:
     """`state` and whatever `path`, the file the stage began from, holds besides: experts and heads that the stage did
-    not build reach the next stage untouched."""
-    return state if path is None else read_weights(path)[0] | state
+    not build reach the next stage untouched. Of `frozen` names the file's value counts: in bf16 those in memory are
+    rounded."""
+    if path is None:
+        return state
+    held = read_weights(path)[0]
+    return held | {name: value for name, value in state.items() if name not in frozen or name not in held}
 
 
 class HashedFile:

@@ -98,6 +98,18 @@ def test_a_finished_stage_needs_no_checkpoints(data, run, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_stage_that_is_not_finished_is_evaluated_on_its_newest_checkpoint(data, run, tmp_path):
+    assert train_stage(data, tmp_path, "vision", f"visual_tokenizer={run}/tokenizer").returncode == 0
+    (tmp_path / "vision" / "weights.safetensors").unlink()
+    line = [sys.executable, "-m", "pretrain.evaluate", "--run-dir", str(tmp_path), "--stage", "vision"]
+    done = subprocess.run(line, env=environment(data), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "checkpoint of step 3" in done.stderr, done.stderr
+    got = json.loads((tmp_path / "vision" / "eval.json").read_text())
+    want = json.loads((run / "vision" / "eval.json").read_text())
+    assert got["masked/image/accuracy"] == want["masked/image/accuracy"] and got["step"] == 3
+
+
+@pytest.mark.slow
 def test_a_start_with_other_settings_is_refused_by_name_and_changes_nothing(data, run):
     before = {path: path.read_bytes() for path in (run / "vision").glob("*.json*")}
     again = train_stage(data, run, "vision", "optim.lr=0.5", "model.dim=64")

@@ -117,3 +117,12 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, state, monkeypatch):
         write_weights({"x": torch.ones(1)}, path, {"n": 2})
     assert read_weights(path)[1] == {"n": 1}
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_frozen_names_keep_the_bits_of_the_file_and_new_ones_their_own(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    write_weights({"frozen": torch.tensor([0.1]), "unbuilt": torch.ones(2)}, path, {})
+    state = {"frozen": torch.tensor([0.1]).bfloat16().float(), "new": torch.zeros(1), "moved": torch.ones(1)}
+    got = carry_over(state, path, {"frozen", "new"})
+    assert got.keys() == {"frozen", "unbuilt", "new", "moved"}
+    assert got["frozen"].item() == torch.tensor(0.1).item()
