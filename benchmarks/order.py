@@ -13,6 +13,7 @@ import random
 import resource
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,13 @@ def main(arguments: list[str] | None = None) -> int:
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name}={getattr(args, name)} is below 1; use 1 or more")
         setting = {name: int(value) for name, value in vars(args).items() if name != "out"}
-        machine = {"cpu_cores": os.cpu_count(), "python": platform.python_version(), "numpy": np.__version__}
+        machine = {
+            "command": "python -m benchmarks.order " + " ".join(sys.argv[1:]),
+            "date": date.today().isoformat(),
+            "cpu_cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        }
         text = json.dumps({**setting, **measure(**setting), **machine}, indent=1)
         print(text)
         if args.out is not None:

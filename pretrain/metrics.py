@@ -70,7 +70,8 @@ def flops_per_batch(
 ) -> int:
     """FLOPs of one micro-batch, forward and backward, as flops_per_sequence counts them. `patch_inputs`: numbers in a
     patch, 3 * patch_size**2; `heads`: (rows, outputs) of each product on the encoder's rows, such as
-    (masked patches, 8192). A row that a frozen module reads counts like any other."""
+    (masked patches, 8192). A row that a frozen module reads counts like any other, and so do the rows
+    that the last block leaves out because no head reads them."""
     kinds = (
         (layout.images, layout.patches),
         (layout.pairs, layout.patches + layout.pair_len),
