@@ -32,16 +32,15 @@ from PIL import Image
 
 from data_tools.index import index_directory
 from data_tools.train_text_tokenizer import train as train_text_tokenizer
-from pretrain.assembly import build_loader, build_task, image_targets
+from pretrain.assembly import build_loader, build_task, image_targets, stage_ds_config
 from pretrain.config import Recipe, Stage, load_recipe, to_json
 from pretrain.distributed import barrier, device, rank, world_size
 from pretrain.metrics import Throughput
 from pretrain.models.vqkd import VQKD, VQKDConfig
 from pretrain.optim import build_optimizer, schedule
-from pretrain.parallel.ds_config import load_ds_config
 from pretrain.parallel.engine import adopt_slurm, build_engine, init_distributed
 from pretrain.train import layout_flops, train_step
-from pretrain.weights import write_weights
+from pretrain.weights import WEIGHTS, write_weights
 
 SHARDS, SAMPLES, SIDE = 8, 256, 256
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "tu", "re", "so") for b in ("n", "ra", "vik", "del", "po", "shi", "mar")]
@@ -90,13 +89,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def run(args: argparse.Namespace, recipe: Recipe, stage: Stage, place: Path) -> dict:
-    config = load_ds_config(
-        args.ds,
-        micro=max(stage.batch.total // (world_size() * stage.batch.accumulation), 1),
-        accumulation=stage.batch.accumulation,
-        world=world_size(),
-        clip=stage.optim.clip,
-    )
+    config = stage_ds_config(args.ds, stage)
     loader = build_loader(recipe, stage, None, rank=rank(), world=world_size())
     task = build_task(recipe, stage, place)
     parameters = sum(p.numel() for p in task.parameters())
@@ -179,7 +172,7 @@ def write_visual_tokenizer(recipe: Recipe, place: Path) -> None:
     config = trained or VQKDConfig(image_size=recipe.model.image_size, patch_size=recipe.model.patch_size)
     (place / "tokenizer").mkdir()
     state = {f"tokenizer.{name}": value for name, value in VQKD(config).state_dict().items()}
-    write_weights(state, place / "tokenizer" / "weights.safetensors", {"tokenizer": to_json(config)})
+    write_weights(state, place / "tokenizer" / WEIGHTS, {"tokenizer": to_json(config)})
 
 
 if __name__ == "__main__":

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import logging
-import os
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pretrain.batch import Batch
 from pretrain.config import Recipe, Stage, stage_hash, to_json
 from pretrain.data.loader import Loader
+from pretrain.data.manifest import fill_variables
 from pretrain.data.masking import Masking
 from pretrain.data.text_tokenizer import TextTokenizer
+from pretrain.distributed import world_size
 from pretrain.models.multiway import MultiwayConfig, MultiwayEncoder
 from pretrain.models.teachers import ClipTeacher, EncoderTeacher, PixelTeacher
 from pretrain.models.vqkd import VQKD, VQKDConfig
+from pretrain.parallel.ds_config import load_ds_config
 from pretrain.task import PretrainTask, TokenizerTask
-from pretrain.weights import load_handover, read_weights
+from pretrain.weights import WEIGHTS, load_handover, read_weights
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,18 @@ def build_task(recipe: Recipe, stage: Stage, run_dir: Path) -> PretrainTask | To
         if not any(fnmatch(name, pattern) for name, _ in task.named_parameters()):
             raise ValueError(f"trainable={pattern!r} matches no parameter of the stage; names look like {name!r}")
     return task
+
+
+def stage_ds_config(path: str, stage: Stage) -> dict[str, Any]:
+    """The DeepSpeed JSON with what the stage and the number of ranks derive."""
+    parts = world_size() * stage.batch.accumulation
+    return load_ds_config(
+        path,
+        micro=max(stage.batch.total // parts, 1),
+        accumulation=stage.batch.accumulation,
+        world=world_size(),
+        clip=stage.optim.clip,
+    )
 
 
 def build_loader(recipe: Recipe, stage: Stage, stage_dir: Path | None, *, rank: int, world: int) -> Loader:
@@ -106,7 +120,7 @@ def text_tokenizer(recipe: Recipe, stage: Stage) -> TextTokenizer | None:
         return None
     if recipe.text_tokenizer is None:
         raise ValueError("text_tokenizer is not set but the stage reads texts; give the path of a SentencePiece model")
-    path = Path(expand(recipe.text_tokenizer, "text_tokenizer"))
+    path = Path(fill_variables(recipe.text_tokenizer, "text_tokenizer")).expanduser()
     if not path.is_file():
         raise ValueError(
             f"text_tokenizer={path} does not exist; train one: python -m data_tools.train_text_tokenizer --help"
@@ -122,26 +136,18 @@ def text_tokenizer(recipe: Recipe, stage: Stage) -> TextTokenizer | None:
 
 def weights_path(name: str, run_dir: Path, knob: str) -> Path:
     """The weights that a stage's name or a file's path stands for. Raises ValueError if they are not there."""
-    path = run_dir / name / "weights.safetensors"
+    path = run_dir / name / WEIGHTS
     if path.is_file():
         return path
-    plain = Path(expand(name, knob))
+    plain = Path(fill_variables(name, knob)).expanduser()
     if plain.is_dir():
-        plain = plain / "weights.safetensors"
+        plain = plain / WEIGHTS
     if plain.is_file():
         return plain
     raise ValueError(
         f"{knob}={name}: neither {path} nor {plain} exists; "
         f"run the stage {name!r} to its end first, or give the path of a weights.safetensors"
     )
-
-
-def expand(path: str, knob: str) -> str:
-    """`path` with its $VARIABLES filled in. Raises ValueError for one that is not set."""
-    full = os.path.expanduser(os.path.expandvars(path))
-    if unset := re.search(r"\$\{?(\w+)", full):
-        raise ValueError(f"{knob}={path} uses ${unset[1]}, which is not set; export {unset[1]}=... or write the path")
-    return full
 
 
 def load_init(task: torch.nn.Module, stage: Stage, run_dir: Path) -> Path | None:
@@ -206,7 +212,9 @@ def _teacher(stage: Stage, run_dir: Path) -> PixelTeacher | ClipTeacher | Encode
     if stage.teacher == "pixels":
         return PixelTeacher(stage.tokenizer.patch_size)
     if stage.teacher.startswith("clip:"):
-        return ClipTeacher(expand(stage.teacher.removeprefix("clip:"), "teacher"), stage.tokenizer.grid)
+        return ClipTeacher(
+            Path(fill_variables(stage.teacher.removeprefix("clip:"), "teacher")).expanduser(), stage.tokenizer.grid
+        )
     state, config = read_weights(weights_path(stage.teacher, run_dir, "teacher"))
     if "model" not in config or "encoder.vision_embed.proj.weight" not in state:
         raise ValueError(

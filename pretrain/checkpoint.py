@@ -24,11 +24,11 @@ import torch
 import torch.distributed as dist
 
 from pretrain.distributed import rank, world_size
-from pretrain.weights import HashedFile, SaveError, sync, write_json, write_weights
+from pretrain.weights import WEIGHTS, HashedFile, SaveError, sync, write_json, write_weights
 
 log = logging.getLogger(__name__)
 
-MANIFEST, WEIGHTS = "MANIFEST.json", "weights.safetensors"
+MANIFEST = "MANIFEST.json"
 SAVING, DELETING = ".saving_", ".deleting_"
 T = TypeVar("T")
 

@@ -24,13 +24,6 @@ from pretrain.settings import nearest, set_values
 
 Source = ImageShards | PairShards | TextShards
 KINDS = ("images", "pairs", "texts", "dual")
-# Of a masked objective, what hides something of each kind.
-RATIOS = {
-    "images": ("image_ratio",),
-    "pairs": ("pair_image_ratio", "pair_text_ratio"),
-    "texts": ("text_ratio",),
-    "dual": ("image_ratio", "text_ratio"),
-}
 MAX_SEED = 2**48  # above that the kinds of a mix tell their random streams apart
 
 
@@ -101,9 +94,7 @@ class Stage:
                 f"accumulation={self.batch.accumulation}): its negatives are the whole step's batch"
             )
         for objective in self.objectives:
-            if isinstance(objective, Masking) and not any(
-                getattr(objective, r) for kind in given for r in RATIOS[kind]
-            ):
+            if isinstance(objective, Masking) and not any(any(objective.ratios(kind)) for kind in given):
                 raise ValueError(
                     f"objectives: {objective} hides nothing of the mix's {', '.join(sorted(given))}, so nothing could "
                     "be learned; set the ratio of one of them above 0"

@@ -31,9 +31,9 @@ from pretrain.data.shards import load_manifest
 from pretrain.distributed import device
 from pretrain.evals.trained import Trained
 from pretrain.models.teachers import PixelTeacher
-from pretrain.run_directory import read_recipe
+from pretrain.run_directory import read_json, read_recipe
 from pretrain.task import TokenizerTask
-from pretrain.weights import load_handover, weights_digest, write_json
+from pretrain.weights import WEIGHTS, load_handover, weights_digest, write_json
 
 log = logging.getLogger("pretrain")
 
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     # Beside the stage's own evaluation when the weights are others.
     path = directory / (f"eval-{digest[:8]}.json" if args.weights else "eval.json")
     asked = hashlib.sha256(json.dumps(to_json(stage.evals), sort_keys=True).encode()).hexdigest()[:16]
-    done = _read(path)
+    done = read_json(path)
     if done.get("weights") == digest and done.get("evals") == asked:
         log.info("%s: evaluated before; nothing to do", args.stage)
         return done
@@ -110,7 +110,7 @@ def _weights(directory: Path, stage: Stage, given: Path | None) -> tuple[int | N
     complete checkpoint."""
     if given is not None:
         return None, given
-    if (finished := directory / "weights.safetensors").is_file():
+    if (finished := directory / WEIGHTS).is_file():
         return stage.steps, finished
     if (newest := newest_weights(directory / "checkpoints")) is not None:
         log.info("the stage is not finished; evaluating its checkpoint of step %d", newest[0])
@@ -162,14 +162,6 @@ def _trained_with(directory: Path, args: argparse.Namespace) -> tuple[str, list[
     if name is None:
         raise ValueError(f"{directory} holds no recipe.json of a training run; train the stage first, or give --recipe")
     return name, [*noted.get("set", []), *args.set]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 if __name__ == "__main__":

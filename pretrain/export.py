@@ -27,12 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain.models.multiway import MultiwayConfig
-from pretrain.weights import read_weights, write_weights
+from pretrain.weights import WEIGHTS, read_weights, write_weights
 
 log = logging.getLogger(__name__)
 State = dict[str, Tensor]
 
-WEIGHTS, CONFIG = "weights.safetensors", "config.json"
+CONFIG = "config.json"
 # Every released size has heads of this width (unilm beit3/modeling_utils.py: 768 / 12, 1024 / 16).
 RELEASED_HEAD_DIM = 64
 # torchscale's position tables begin with two rows that nothing reads (fairseq's padding offset).

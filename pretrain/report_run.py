@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.metrics import FILE, read_metrics
+from pretrain.weights import WEIGHTS
 
 USUAL_ORDER = ("tokenizer", "vision", "language", "fusion", "retrieval", "scratch")
 PARTS = {
@@ -46,7 +47,7 @@ class StageRun:
 
     @property
     def finished(self) -> bool:
-        return (self.directory / "weights.safetensors").is_file()
+        return (self.directory / WEIGHTS).is_file()
 
     @property
     def seconds(self) -> float:

@@ -9,9 +9,9 @@ from typing import Any
 
 from pretrain.assembly import text_tokenizer, weights_path
 from pretrain.config import Recipe, Stage, identity_of, stage_hash, to_json
-from pretrain.weights import weights_digest, weights_header, write_json
+from pretrain.weights import WEIGHTS, weights_digest, weights_header, write_json
 
-RECIPE, WEIGHTS = "recipe.json", "weights.safetensors"
+RECIPE = "recipe.json"
 SHOWN = 4  # changed settings that an error names
 
 
@@ -55,8 +55,13 @@ def note_recipe(directory: Path, recipe: Recipe, stage: Stage, command: dict[str
 
 def read_recipe(directory: Path) -> dict[str, Any]:
     """What `note_recipe` wrote; {} where there is nothing readable."""
+    return read_json(directory / RECIPE)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where there is nothing readable."""
     try:
-        content = json.loads((directory / RECIPE).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

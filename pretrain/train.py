@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
-from pretrain.assembly import build_loader, build_task, image_targets, load_init, weights_config
+from pretrain.assembly import build_loader, build_task, image_targets, load_init, stage_ds_config, weights_config
 from pretrain.batch import Batch, Layout
 from pretrain.checkpoint import restore, save, together
 from pretrain.config import Recipe, Stage, load_recipe, stage_hash
@@ -28,10 +28,9 @@ from pretrain.data.loader import Loader
 from pretrain.distributed import any_rank, device, rank, reduce_mean, world_size
 from pretrain.metrics import MetricsLog, Throughput, flops_per_batch
 from pretrain.optim import build_optimizer, learning_rate, schedule
-from pretrain.parallel.ds_config import load_ds_config
 from pretrain.parallel.engine import adopt_slurm, build_engine, full_state, gradient_norm, init_distributed
-from pretrain.run_directory import WEIGHTS, check_same_settings, finished, inputs_digest, note_recipe
-from pretrain.weights import carry_over, write_weights
+from pretrain.run_directory import check_same_settings, finished, inputs_digest, note_recipe
+from pretrain.weights import WEIGHTS, carry_over, write_weights
 
 log = logging.getLogger("pretrain")
 
@@ -77,13 +76,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     recipe, stage = load_recipe(args.recipe, args.stage, args.set)
-    ds_config = load_ds_config(
-        args.ds,
-        micro=max(stage.batch.total // (world_size() * stage.batch.accumulation), 1),
-        accumulation=stage.batch.accumulation,
-        world=world_size(),
-        clip=stage.optim.clip,
-    )
+    ds_config = stage_ds_config(args.ds, stage)
     directory = args.run_dir / args.stage
     check_same_settings(directory, recipe, stage)
     if finished(directory, recipe, stage):

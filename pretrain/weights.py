@@ -18,6 +18,9 @@ from torch import Tensor, nn
 HEADER = "imglish"  # the one metadata key of our safetensors: several would be written in no fixed order
 
 
+WEIGHTS = "weights.safetensors"
+
+
 class SaveError(OSError):
     """A checkpoint or weights file could not be written; what was there before is untouched."""
 
@@ -187,7 +190,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The safetensors file and what our header says: {} in files of other origin."""
     from safetensors import SafetensorError, safe_open
 
-    path = path / "weights.safetensors" if path.is_dir() else path
+    path = path / WEIGHTS if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path} does not exist; run the stage that writes it to its end first")
     try:

@@ -123,14 +123,20 @@ def load_manifest(patterns: str | tuple[str, ...]) -> Manifest:
     return Manifest(tuple(shards))
 
 
-def _matches(pattern: str, known: dict[tuple[str, str], dict[str, Shard]]) -> Iterator[Shard]:
-    for name in re.findall(r"\$\{?([A-Za-z_]\w*)\}?", pattern):
+def fill_variables(path: str, knob: str) -> str:
+    """`path` with the environment's $VARIABLES in their places. Raises ValueError for one that is not set."""
+    for name in re.findall(r"\$\{?([A-Za-z_]\w*)\}?", path):
         if name not in os.environ:
-            raise ValueError(f"shards={pattern} uses ${name}, which is not set; export {name}=... or write the path")
+            raise ValueError(f"{knob}={path} uses ${name}, which is not set; export {name}=... or write the path")
+    return os.path.expandvars(path)
+
+
+def _matches(pattern: str, known: dict[tuple[str, str], dict[str, Shard]]) -> Iterator[Shard]:
     from braceexpand import braceexpand
 
+    filled = fill_variables(pattern, "shards")
     try:
-        urls = list(braceexpand(os.path.expandvars(pattern)))
+        urls = list(braceexpand(filled))
     except ValueError as error:
         raise ValueError(f"shards={pattern} has braces that do not expand ({error}); write {{00000..00099}}") from None
     for url in urls:

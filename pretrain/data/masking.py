@@ -40,6 +40,12 @@ class Masking:
                     f"masking.{name}={ratio} is wrong because a ratio lies in [0, 1]; use 0 to mask nothing"
                 )
 
+    def ratios(self, kind: str) -> tuple[float, float]:
+        """(of the picture, of the text) of one kind of a mix: images, pairs, texts or dual."""
+        if kind == "pairs":
+            return self.pair_image_ratio, self.pair_text_ratio
+        return (0.0 if kind == "texts" else self.image_ratio), (0.0 if kind == "images" else self.text_ratio)
+
 
 def mask_image(grid: int, ratio: float, rng: Generator) -> np.ndarray:
     """bool [grid * grid], row by row, True where hidden: rectangles until the share is reached, then single patches,

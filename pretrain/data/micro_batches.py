@@ -126,7 +126,7 @@ class MicroBatches(Dataset):
 
     def _mask(self, kind: str, key: str, raw: Raw, rng: np.random.Generator) -> _Sample:
         image_mask = inputs = masked = None
-        image_ratio, text_ratio = _ratios(self.masking, kind)
+        image_ratio, text_ratio = self.masking.ratios(kind) if self.masking else (0.0, 0.0)
         if raw.image is not None:
             image_mask = mask_image(self.grid, image_ratio, rng)
         if raw.ids is not None:
@@ -162,15 +162,6 @@ class MicroBatches(Dataset):
         pairs = [sample.noise[0] for sample in samples.get("pairs", [])]
         texts = [sample.noise[-1] for sample in dual + samples.get("texts", [])]
         return _tensor(images + pairs + texts, np.float32, self.noise)
-
-
-def _ratios(masking: Masking | None, kind: str) -> tuple[float, float]:
-    """(image, text) ratio of this kind."""
-    if masking is None:
-        return 0.0, 0.0
-    if kind == "pairs":
-        return masking.pair_image_ratio, masking.pair_text_ratio
-    return masking.image_ratio, masking.text_ratio
 
 
 def _tensor(rows: list, dtype, *shape: int) -> Tensor:

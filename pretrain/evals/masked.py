@@ -32,14 +32,14 @@ class MaskedAccuracy:
         shown: list[dict] = []
         samples = min(self.samples, *(trained.samples_of(source) for source in self.mix.values()))
         for batch in trained.batches(self.mix, min(self.batch, samples), samples, masking=trained.masking):
-            rows_TD = trained.task.encoder(batch)
-            for part, pairs in heads.guesses(rows_TD, batch).items():
+            found = heads.guesses(trained.task.encoder(batch), batch)
+            for part, pairs in found.items():
                 guesses.setdefault(part, []).append(torch.stack(pairs).cpu())
             if not shown:
-                shown = masked_samples(trained, batch, heads.guesses(rows_TD, batch))
+                shown = masked_samples(trained, batch, found)
         metrics: dict[str, float] = {}
-        for part, found in guesses.items():
-            guess, target = torch.cat(found, dim=1)
+        for part, batches in guesses.items():
+            guess, target = torch.cat(batches, dim=1)
             if len(target):
                 metrics[f"masked/{part}/accuracy"] = 100 * (guess == target).double().mean().item()
                 metrics[f"masked/{part}/baseline"] = 100 * target.bincount().max().item() / len(target)
