@@ -76,3 +76,9 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return rows
     return _GatherRows.apply(rows, group)
+
+
+def gather_own(rows: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, int]:
+    """`gather_rows`, and the place of this rank's first row among them."""
+    own = dist.get_rank(group) * len(rows) if dist.is_initialized() else 0
+    return gather_rows(rows, group), own

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.batch import PAD, Batch, Layout
+from pretrain.layers import PLAIN, Layers, Linear, draw
 from pretrain.models.attention import Bias
 
 if TYPE_CHECKING:
@@ -18,29 +18,7 @@ if TYPE_CHECKING:
 
 def normal(*shape: int, std: float) -> nn.Parameter:
     """A parameter drawn from a normal distribution cut off at one `std`, as BEiT draws all of its weights."""
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=std, a=-std, b=std))
-
-
-class Linear(nn.Linear):
-    """A linear layer that is born with its own scale: under zero.Init a parent can no longer touch its weights."""
-
-    def __init__(self, inputs: int, outputs: int, *, std: float = 0.02, bias: bool = True):
-        self.std = std
-        super().__init__(inputs, outputs, bias=bias)
-
-    def reset_parameters(self) -> None:
-        nn.init.trunc_normal_(self.weight, std=self.std, a=-self.std, b=self.std)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-
-class Vocabulary(nn.Embedding):
-    def __init__(self, size: int, dim: int, *, std: float = 0.02):
-        self.std = std
-        super().__init__(size, dim)
-
-    def reset_parameters(self) -> None:
-        nn.init.trunc_normal_(self.weight, std=self.std, a=-self.std, b=self.std)
+    return nn.Parameter(draw(torch.empty(*shape), std))
 
 
 class VisionEmbedding(nn.Module):
@@ -80,10 +58,10 @@ class VisionEmbedding(nn.Module):
 class TextEmbedding(nn.Module):
     """Token embeddings and their learned positions. Reference: torchscale 0.3.0, TextEmbedding."""
 
-    def __init__(self, cfg: MultiwayConfig, vocabulary: Callable[..., nn.Module]):
+    def __init__(self, cfg: MultiwayConfig, layers: Layers = PLAIN):
         super().__init__()
         self.max_text_len = cfg.max_text_len
-        self.tokens = vocabulary(cfg.vocab_size, cfg.dim, std=cfg.init_std)
+        self.tokens = layers.vocabulary(cfg.vocab_size, cfg.dim, std=cfg.init_std)
         self.positions = None if cfg.relative_position else normal(cfg.max_text_len, cfg.dim, std=cfg.init_std)
         self.norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps) if cfg.text_norm else None
 
@@ -118,28 +96,33 @@ class RelativePosition(nn.Module):
 
     so that its first rows can be taken from a BEiT checkpoint."""
 
-    def __init__(self, cfg: MultiwayConfig):
+    def __init__(self, cfg: MultiwayConfig, layers: Layers = PLAIN):
         super().__init__()
         self.grid, self.longest, self.depth = cfg.grid, cfg.max_text_len, cfg.depth
+        self.own_heads = layers.own_heads
         self.image_rows = (2 * cfg.grid - 1) ** 2 + 3
         self.table = nn.Parameter(torch.zeros(self.image_rows + 2 + 2 * cfg.max_text_len, cfg.depth * cfg.heads))
 
     def forward(self, layout: Layout) -> list[Bias]:
-        """The bias of every block for the kinds of sequences in `layout`."""
+        """The bias of every block, for this rank's heads and the kinds of sequences in `layout`."""
+        table = self.own_heads(self.table.unflatten(1, (self.depth, -1))).flatten(1)
         image, text = self._image_index(), self._text_index(layout.text_len)
-        pairs = self._look_up(self._pair_index(image, self._text_index(layout.pair_len))) if layout.pairs else None
-        texts = self._look_up(text) if layout.texts else None
+        pairs = texts = None
+        if layout.pairs:
+            pairs = self._look_up(table, self._pair_index(image, self._text_index(layout.pair_len)))
+        if layout.texts:
+            texts = self._look_up(table, text)
         images: tuple[Tensor, ...] | None
         if pairs is not None:
             images = tuple(bias[:, : layout.patches, : layout.patches] for bias in pairs)
         else:
-            images = self._look_up(image) if layout.images else None
+            images = self._look_up(table, image) if layout.images else None
         kinds = [kind or (None,) * self.depth for kind in (images, pairs, texts)]
         return [Bias(*each) for each in zip(*kinds, strict=True)]
 
-    def _look_up(self, index_LL: Tensor) -> tuple[Tensor, ...]:
+    def _look_up(self, table: Tensor, index_LL: Tensor) -> tuple[Tensor, ...]:
         """-> [heads, L, L] per layer."""
-        return F.embedding(index_LL, self.table).permute(2, 0, 1).contiguous().chunk(self.depth)
+        return F.embedding(index_LL, table).permute(2, 0, 1).contiguous().chunk(self.depth)
 
     def _image_index(self) -> Tensor:
         place = torch.arange(self.grid**2, device=self.table.device)

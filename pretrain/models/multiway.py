@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.batch import Batch, Layout
+from pretrain.layers import PLAIN, Layers
 from pretrain.models.attention import NO_BIAS, NO_PADDING, Bias, Padding, attend, can_pack, padding_of
-from pretrain.models.embeddings import Linear, RelativePosition, TextEmbedding, VisionEmbedding, Vocabulary
+from pretrain.models.embeddings import RelativePosition, TextEmbedding, VisionEmbedding
 
 EXPERTS = ("vision", "language", "fusion")
 
@@ -48,7 +49,7 @@ class MultiwayConfig:
     init: Literal["scaled", "sub_norm"] = "scaled"
     init_std: float = 0.02
     drop_path: float = 0.0  # of the last block; it rises linearly from 0
-    activation_checkpointing: bool = False
+    activation_checkpointing: int = 0  # 0: off; n: what is kept for the backward pass is every n-th block's input
 
     def __post_init__(self) -> None:
         for name in (
@@ -81,6 +82,11 @@ class MultiwayConfig:
             raise ValueError(f"model.init_std={self.init_std} must be above 0; the papers use 0.02")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"model.drop_path={self.drop_path} is not a rate; use at least 0 and less than 1")
+        if self.activation_checkpointing < 0:
+            raise ValueError(
+                f"model.activation_checkpointing={self.activation_checkpointing} is wrong; use 0 (off), 1 (every "
+                "block) or a number of blocks"
+            )
         for name, choices in (("attention", ("shared", "per_modality")), ("init", ("scaled", "sub_norm"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"model.{name}={getattr(self, name)!r} is unknown; use {' or '.join(choices)}")
@@ -93,18 +99,6 @@ class MultiwayConfig:
     def patches(self) -> int:
         """Rows of one image: the class row and the patches."""
         return self.grid**2 + 1
-
-
-class Layers(NamedTuple):
-    """The layers that tensor parallelism replaces; see pretrain/parallel/tensor.py."""
-
-    column: Callable[..., nn.Module] = Linear  # (inputs, outputs, *, std, bias): splits its outputs
-    row: Callable[..., nn.Module] = Linear  # (inputs, outputs, *, std, bias): splits its inputs, sums its outputs
-    inner_norm: Callable[..., nn.Module] = nn.LayerNorm  # (dim, eps=): normalises a split dimension
-    vocabulary: Callable[..., nn.Module] = Vocabulary  # (size, dim, *, std): splits its rows
-
-
-PLAIN = Layers()
 
 
 class ReadRows(NamedTuple):
@@ -274,8 +268,8 @@ class MultiwayEncoder(nn.Module):
         check_experts(experts)
         self.cfg, self.expert_names = cfg, tuple(experts)
         self.vision_embed = VisionEmbedding(cfg) if "vision" in experts else None
-        self.text_embed = TextEmbedding(cfg, layers.vocabulary) if "language" in experts else None
-        self.relative_position = RelativePosition(cfg) if cfg.relative_position else None
+        self.text_embed = TextEmbedding(cfg, layers) if "language" in experts else None
+        self.relative_position = RelativePosition(cfg, layers) if cfg.relative_position else None
         self.blocks = nn.ModuleList(MultiwayBlock(cfg, experts, layer, layers) for layer in range(1, cfg.depth + 1))
         self.norm = Multiway(attention_names(cfg, experts), lambda: nn.LayerNorm(cfg.dim, eps=cfg.norm_eps))
 
@@ -288,11 +282,13 @@ class MultiwayEncoder(nn.Module):
         biases = [NO_BIAS] * self.cfg.depth if self.relative_position is None else self.relative_position(layout)
         read = None if needed is None else ReadRows.of(needed, layout)
         reads = [*[None] * (self.cfg.depth - 1), read]
-        for block, bias, last, dice in zip(self.blocks, biases, reads, self._dice(batch), strict=True):
-            if self.cfg.activation_checkpointing and self.training:
-                x_TD = checkpoint(block, x_TD, layout, padding, bias, last, dice, use_reentrant=False)
-            else:
-                x_TD = block(x_TD, layout, padding, bias, last, dice)
+        steps = list(zip(self.blocks, biases, reads, self._dice(batch), strict=True))
+        if every := self.cfg.activation_checkpointing if self.training else 0:
+            for first in range(0, len(steps), every):
+                some = steps[first : first + every]
+                x_TD = checkpoint(_run, some, x_TD, layout, padding, use_reentrant=False)
+        else:
+            x_TD = _run(steps, x_TD, layout, padding)
         x_TD = self.norm(x_TD, read or layout)
         return x_TD if read is None else x_TD.new_zeros(layout.rows, self.cfg.dim).index_copy(0, read.places, x_TD)
 
@@ -315,6 +311,13 @@ class MultiwayEncoder(nn.Module):
         if self.text_embed is not None:
             parts += [x.flatten(0, 1) for x in self.text_embed(batch)]
         return torch.cat(parts)
+
+
+def _run(steps: list[tuple], x_TD: Tensor, layout: Layout, padding: Padding) -> Tensor:
+    """Blocks, each with its bias, read rows and dice, one after another."""
+    for block, bias, read, dice in steps:
+        x_TD = block(x_TD, layout, padding, bias, read, dice)
+    return x_TD
 
 
 def check_experts(experts: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.batch import Batch, Layout
-from pretrain.distributed import gather_rows, rank
+from pretrain.layers import PLAIN, Head, Layers
 from pretrain.models.multiway import MultiwayConfig
 
 MAX_SCALE = 100.0  # CLIP (arXiv 2103.00020, 2.5): "clipped to prevent scaling the logits by more than 100"
@@ -28,8 +28,14 @@ class Contrastive:
         if not self.temperature > 0:
             raise ValueError(f"objectives: temperature={self.temperature} must be above 0; CLIP begins with 0.07")
 
-    def build(self, model: MultiwayConfig, experts: tuple[str, ...]) -> ContrastiveHead:
-        return ContrastiveHead(model.dim, self.embed_dim or model.dim, self.temperature)
+    def build(
+        self,
+        model: MultiwayConfig,
+        experts: tuple[str, ...],
+        layers: Layers = PLAIN,
+        tokens: nn.Parameter | None = None,
+    ) -> ContrastiveHead:
+        return ContrastiveHead(model.dim, self.embed_dim or model.dim, self.temperature, layers)
 
     def head_rows(self, layout: Layout, model: MultiwayConfig) -> list[tuple[int, int]]:
         """(rows, outputs) of the projections, for the count of FLOPs."""
@@ -39,12 +45,11 @@ class Contrastive:
 class ContrastiveHead(nn.Module):
     """Linear projections without bias and a learned logit scale, as unilm's beit3 BEiT3ForRetrieval."""
 
-    def __init__(self, dim: int, embed_dim: int, temperature: float):
+    def __init__(self, dim: int, embed_dim: int, temperature: float, layers: Layers = PLAIN):
         super().__init__()
-        self.vision = nn.Linear(dim, embed_dim, bias=False)
-        self.language = nn.Linear(dim, embed_dim, bias=False)
-        for head in (self.vision, self.language):
-            nn.init.trunc_normal_(head.weight, std=0.02)
+        self.vision = Head(dim, embed_dim, bias=False)
+        self.language = Head(dim, embed_dim, bias=False)
+        self.gather = layers.gather
         # One element and not a scalar: ZeRO-3 partitions by rows.
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
 
@@ -68,13 +73,11 @@ class ContrastiveHead(nn.Module):
         against all ranks' rows."""
         assert batch.layout.images == batch.layout.texts and not batch.layout.pairs, batch.layout
         images, texts = self.embed(rows_TD, batch)
-        all_images, all_texts = gather_rows(images), gather_rows(texts)
+        (all_images, first), (all_texts, _) = self.gather(images), self.gather(texts)
         # The value is clamped and the gradient is not: a scale that has grown too far must find its way back.
         learned = self.logit_scale.float()
         scale = (learned + (learned.clamp(max=math.log(MAX_SCALE)) - learned).detach()).exp()
-        own = torch.arange(len(images), device=images.device)
-        if len(all_images) > len(images):
-            own = own + rank() * len(images)
+        own = torch.arange(first, first + len(images), device=images.device)
         to_text, to_image = scale * images @ all_texts.T, scale * texts @ all_images.T
         loss = (F.cross_entropy(to_text, own) + F.cross_entropy(to_image, own)) / 2
         return {

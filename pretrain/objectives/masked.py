@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from pretrain.batch import Batch, Layout
 from pretrain.data.masking import Masking
+from pretrain.layers import PLAIN, Layers
 from pretrain.models.multiway import MultiwayConfig
 
 
@@ -18,16 +20,28 @@ class MaskedData(Masking):
     """Predict the visual tokenizer's codes of hidden patches and the ids of hidden words. The ratios are `Masking`'s:
     the loader hides, this scores. The weights of the terms are not published; here every sequence counts the same."""
 
+    tied_text_head: bool = False  # its matrix is the text embedding's, as BERT's; the released BEiT-3 has its own
     name = "masked"
 
-    def build(self, model: MultiwayConfig, experts: tuple[str, ...]) -> MaskedDataHeads:
+    def build(
+        self,
+        model: MultiwayConfig,
+        experts: tuple[str, ...],
+        layers: Layers = PLAIN,
+        tokens: nn.Parameter | None = None,
+    ) -> MaskedDataHeads:
+        """`tokens` is the text embedding's table, for a tied text head."""
         ratios = {
             "image": self.image_ratio if "vision" in experts else 0,
             "pair_image": self.pair_image_ratio if "vision" in experts else 0,
             "pair_text": self.pair_text_ratio if "language" in experts else 0,
             "text": self.text_ratio if "language" in experts else 0,
         }
-        return MaskedDataHeads(model, parts=tuple(part for part, ratio in ratios.items() if ratio))
+        parts = tuple(part for part, ratio in ratios.items() if ratio)
+        heads = MaskedDataHeads(model, layers, parts=parts, tied_text_head=self.tied_text_head)
+        if self.tied_text_head and heads.text is not None and tokens is not None:
+            heads.text.weight = tokens
+        return heads
 
     def head_rows(self, layout: Layout, model: MultiwayConfig) -> list[tuple[int, int]]:
         """(rows, outputs) of each head's product, about: for the count of FLOPs."""
@@ -38,15 +52,18 @@ class MaskedData(Masking):
 
 
 class MaskedDataHeads(nn.Module):
-    """One linear head per vocabulary, untied as in the released BEiT-3 (REFERENCE: its parameter count), run on masked
-    rows only. `parts` are the kinds of rows that are hidden: image, pair_image, pair_text, text. A head without a part
-    is not built: AdamW would move it all the same."""
+    """One linear head per vocabulary, run on masked rows only. `parts` are the kinds of rows that are hidden: image,
+    pair_image, pair_text, text. A head without a part is not built: AdamW would move it all the same. A tied text head
+    waits for its `weight`."""
 
-    def __init__(self, model: MultiwayConfig, *, parts: tuple[str, ...]):
+    def __init__(
+        self, model: MultiwayConfig, layers: Layers = PLAIN, *, parts: tuple[str, ...], tied_text_head: bool = False
+    ):
         super().__init__()
         self.parts = parts
-        self.image = _head(model.dim, model.image_codes) if {"image", "pair_image"} & set(parts) else None
-        self.text = _head(model.dim, model.vocab_size) if {"text", "pair_text"} & set(parts) else None
+        image, text = {"image", "pair_image"} & set(parts), {"text", "pair_text"} & set(parts)
+        self.image = layers.classifier(model.dim, model.image_codes) if image else None
+        self.text = layers.classifier(model.dim, model.vocab_size, tied=tied_text_head) if text else None
 
     def forward(self, rows_TD: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Rows [layout.rows, dim] -> `loss` (mean over sequences of the mean over a sequence's targets), `loss/PART`
@@ -64,16 +81,16 @@ class MaskedDataHeads(nn.Module):
     def guesses(self, rows_TD: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """{part: (guesses, targets)}, each [masked positions], in row order; for evaluation."""
         return {
-            name: (head(rows.reshape(-1, head.in_features)[masked.flatten()]).argmax(-1), targets[masked])
+            name: (head.guesses(rows.reshape(-1, rows.shape[-1])[masked.flatten()]), targets[masked])
             for head, parts in self._parts(rows_TD, batch)
             for name, (rows, masked, targets) in parts.items()
             if len(masked)
         }
 
-    def _parts(self, rows_TD: Tensor, batch: Batch) -> list[tuple[nn.Linear, dict]]:
+    def _parts(self, rows_TD: Tensor, batch: Batch) -> list[tuple[Any, dict]]:
         """Per head that is built: {part: (rows, masked [n, L], targets [n, L])}."""
         layout = batch.layout
-        found: list[tuple[nn.Linear, dict]] = []
+        found: list[tuple[Any, dict]] = []
         if self.image is not None:
             rows = rows_TD[: layout.vision_rows].unflatten(0, (-1, max(layout.patches, 1)))[:, 1:]
             codes = batch.image_codes
@@ -91,21 +108,12 @@ class MaskedDataHeads(nn.Module):
         return [(head, {name: part for name, part in own.items() if name in self.parts}) for head, own in found]
 
 
-def _head(dim: int, classes: int) -> nn.Linear:
-    head = nn.Linear(dim, classes)
-    nn.init.trunc_normal_(head.weight, std=0.02)
-    nn.init.zeros_(head.bias)
-    return head
-
-
-def _score(head: nn.Linear, parts: dict) -> dict[str, tuple[Tensor, Tensor, int]]:
+def _score(head: nn.Module, parts: dict) -> dict[str, tuple[Tensor, Tensor, int]]:
     """{part: (rows, masked [n, L], targets [n, L])} -> {part: (loss, accuracy, sequences)}; one matrix product for all
     parts, on zero rows if nothing is masked (a head must run on every micro-step, or ZeRO mixes up gradients)."""
-    rows = torch.cat([rows.reshape(-1, head.in_features)[masked.flatten()] for rows, masked, _ in parts.values()])
-    logits = head(rows)
+    rows = torch.cat([rows.reshape(-1, rows.shape[-1])[masked.flatten()] for rows, masked, _ in parts.values()])
     targets = torch.cat([targets[masked] for _, masked, targets in parts.values()])
-    losses = F.cross_entropy(logits.float(), targets, reduction="none")
-    right = (logits.detach().argmax(-1) == targets).float()
+    losses, right = head(rows, targets)
     found, start = {}, 0
     for name, (_, masked, _) in parts.items():
         per_sequence = masked.sum(-1)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from pretrain.batch import Layout, make_batch
 from pretrain.models.multiway import MultiwayConfig
 from pretrain.objectives.masked import MaskedData
+from pretrain.task import PretrainTask
 
 MODEL = MultiwayConfig(
     dim=16, depth=1, heads=2, ffn_dim=32, image_size=16, patch_size=8, vocab_size=50, image_codes=12, max_text_len=8
@@ -36,7 +37,7 @@ def by_hand(head, rows, masked, targets) -> list[torch.Tensor]:
     """Each sequence's mean loss over its targets, one at a time."""
     losses = []
     for row, mask, target in zip(rows, masked, targets, strict=True):
-        hits = [F.cross_entropy(head(row[i]), target[i]) for i in range(len(mask)) if mask[i]]
+        hits = [F.cross_entropy(head.logits(row[i]), target[i]) for i in range(len(mask)) if mask[i]]
         losses.append(torch.stack(hits).mean() if hits else torch.zeros(()))
     return losses
 
@@ -67,7 +68,9 @@ def test_accuracy_and_guesses_agree_with_an_oracle():
         assert len(guess) == len(target) > 0
         torch.testing.assert_close(report[f"accuracy/{part}"], (guess == target).float().mean())
     torch.testing.assert_close(guesses["pair_text"][1], b.pair_tokens[b.pair_masked])
-    assert (guesses["image"][0] == heads.image(rows[:10].view(2, 5, 16)[:, 1:])[b.image_masks[:2]].argmax(-1)).all()
+    assert (
+        guesses["image"][0] == heads.image.logits(rows[:10].view(2, 5, 16)[:, 1:])[b.image_masks[:2]].argmax(-1)
+    ).all()
 
 
 def test_splitting_the_batch_does_not_change_the_loss():
@@ -131,3 +134,30 @@ def test_masked_images_without_codes_are_a_programming_error():
     )
     with pytest.raises(AssertionError, match="visual tokenizer"):
         heads(torch.randn(5, 16), b)
+
+
+def test_a_tied_text_head_has_the_text_embeddings_matrix_and_adds_to_its_gradient():
+    torch.manual_seed(0)
+    task = PretrainTask(MODEL, ("vision", "language"), (MaskedData(tied_text_head=True),))
+    table, head = task.encoder.text_embed.tokens.weight, task.objectives["masked"].text
+    assert head.weight is table
+    names = [name for name, _ in task.named_parameters()]
+    assert "objectives.masked.text.weight" not in names and "objectives.masked.text.bias" in names
+    task(batch())["loss"].backward()
+    used = set(batch().pair_tokens.unique().tolist()) | set(batch().text_tokens.unique().tolist())
+    unused = [row for row in range(MODEL.vocab_size) if row not in used]
+    assert table.grad[unused].abs().sum() > 0, "the softmax reaches words that are in no text"
+
+
+def test_heads_are_the_same_in_whatever_type_they_are_born():
+    """zero.Init makes them in bf16."""
+    heads = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        torch.set_default_dtype(dtype)
+        try:
+            heads.append(MaskedData().build(MODEL, ("vision", "language")))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert torch.equal(heads[0].image.weight.bfloat16(), heads[1].image.weight)
+    assert torch.equal(heads[0].text.weight.bfloat16(), heads[1].text.weight)

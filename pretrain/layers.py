@@ -1,0 +1,110 @@
+"""The layers that a model names by their role, for one device. Tensor parallelism supplies others behind the same calls
+(pretrain/parallel/tensor.py), with the same names and the same initial numbers.
+
+Each draws its own weights: under zero.Init a parent can no longer touch them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.distributed import gather_own
+
+HEAD_STD = 0.02  # of a head's weights, as all of BEiT's heads
+
+
+class Linear(nn.Linear):
+    """A linear layer that is born with its own scale."""
+
+    def __init__(self, inputs: int, outputs: int, *, std: float = 0.02, bias: bool = True):
+        self.std = std
+        super().__init__(inputs, outputs, bias=bias)
+
+    def reset_parameters(self) -> None:
+        draw(self.weight, self.std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Vocabulary(nn.Embedding):
+    def __init__(self, size: int, dim: int, *, std: float = 0.02):
+        self.std = std
+        super().__init__(size, dim)
+
+    def reset_parameters(self) -> None:
+        draw(self.weight, self.std)
+
+
+class Head(nn.Linear):
+    """A linear layer without an activation behind it; every rank of a tensor group has all of it."""
+
+    def reset_parameters(self) -> None:
+        draw_head(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Classifier(nn.Module):
+    """A linear head over a vocabulary, and its cross-entropy. `tied`: without a weight of its own; who builds it sets
+    `weight` to the embedding table whose rows it shares."""
+
+    weight: nn.Parameter | None
+
+    def __init__(self, inputs: int, classes: int, *, tied: bool = False):
+        super().__init__()
+        self.register_parameter("weight", None if tied else nn.Parameter(draw_head(torch.empty(classes, inputs))))
+        self.bias = nn.Parameter(torch.zeros(classes))
+
+    def forward(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """rows [R, inputs], targets int64 [R] -> losses [R] in fp32, and [R] 1.0 where the best class is the target."""
+        logits = self.logits(rows)
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        return losses, (logits.detach().argmax(-1) == targets).float()
+
+    def guesses(self, rows: Tensor) -> Tensor:
+        """[R, inputs] -> int64 [R]: the best class of each."""
+        return self.logits(rows).argmax(-1)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        return F.linear(rows, self.weight, self.bias)
+
+
+class Layers(NamedTuple):
+    """What parallelism replaces in a model on one device."""
+
+    column: Callable[..., nn.Module] = Linear  # (inputs, outputs, *, std, bias): splits its outputs
+    row: Callable[..., nn.Module] = Linear  # (inputs, outputs, *, std, bias): splits its inputs, sums its outputs
+    inner_norm: Callable[..., nn.Module] = nn.LayerNorm  # (dim, eps=): normalises a split dimension
+    vocabulary: Callable[..., nn.Module] = Vocabulary  # (size, dim, *, std): splits its rows
+    classifier: Callable[..., nn.Module] = Classifier  # (inputs, classes, *, tied): splits its classes
+    # (values [..., heads] that every rank has) -> those of this rank's heads
+    own_heads: Callable[[Tensor], Tensor] = lambda values: values
+    # (rows [n, ...]) -> (all data ranks' rows, the place of the first own row among them)
+    gather: Callable[[Tensor], tuple[Tensor, int]] = gather_own
+
+
+PLAIN = Layers()
+
+
+def draw(weight: Tensor, std: float) -> Tensor:
+    """From a normal distribution cut off at one `std`, as BEiT draws all of its weights but the heads'."""
+    return _draw(weight, std, cut=std)
+
+
+def draw_head(weight: Tensor) -> Tensor:
+    return _draw(weight, HEAD_STD, cut=2.0)
+
+
+@torch.no_grad()
+def _draw(weight: Tensor, std: float, cut: float) -> Tensor:
+    """In fp32 on the host, wherever and in what type zero.Init puts the weight: one seed, one model."""
+    if weight.is_meta:
+        return weight
+    # Not torch.empty: zero.Init replaces it.
+    drawn = torch.empty_like(weight, dtype=torch.float32, device="cpu")
+    return weight.copy_(nn.init.trunc_normal_(drawn, std=std, a=-cut, b=cut))

@@ -1,0 +1,131 @@
+"""Megatron's split layers with the calls, parameter names and initial numbers of pretrain/layers.py.
+
+Each draws the whole matrix, as the layer on one device does, and keeps its slice. Where Megatron's modules return a
+pair, write an `_extra_state` into the state_dict and ask to be given one, these do not.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from pretrain.layers import draw, draw_head
+from pretrain.parallel.mesh import Axis
+from pretrain.parallel.tensor import best_class
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of optimizers that we do not use, and their missing Apex
+    from megatron.core import ModelParallelConfig
+    from megatron.core.tensor_parallel import (
+        ColumnParallelLinear,
+        RowParallelLinear,
+        VocabParallelEmbedding,
+        vocab_parallel_cross_entropy,
+    )
+    from megatron.core.tensor_parallel.layers import (
+        linear_with_frozen_weight,
+        linear_with_grad_accumulation_and_async_allreduce,
+    )
+
+# It asks for CUDA_DEVICE_MAX_CONNECTIONS=1, which orders kernels for Megatron's own overlap, and against ZeRO's.
+linear_with_grad_accumulation_and_async_allreduce.warned = True
+
+
+def layer_config(tensor_size: int) -> Any:
+    # "cpu": weights are drawn where torch.empty puts them (zero.Init: on the GPU), by torch's generator.
+    return ModelParallelConfig(
+        tensor_model_parallel_size=tensor_size, use_cpu_initialization=True, gradient_accumulation_fusion=False
+    )
+
+
+class _Plain:
+    """In Megatron's linear layers: no extra state, and the gradient of a bias whose weight is frozen. No nn.Module
+    itself: zero.Init would give it a constructor that hides Megatron's."""
+
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        bias = kwargs["bias"]
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            return linear_with_grad_accumulation_and_async_allreduce(input, weight, *args, **kwargs)
+        return linear_with_frozen_weight(input, weight, *args, **kwargs)
+
+
+class Column(_Plain, ColumnParallelLinear):
+    """Splits its outputs."""
+
+    def __init__(self, inputs: int, outputs: int, *, std: float = 0.02, bias: bool = True, tensor: Axis, config: Any):
+        super().__init__(
+            inputs,
+            outputs,
+            config=config,
+            init_method=partial(draw, std=std),
+            bias=bias,
+            gather_output=False,
+            tp_group=tensor.group,
+        )
+        self._load_state_dict_pre_hooks.clear()  # they add `_extra_state`
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
+
+
+class Row(_Plain, RowParallelLinear):
+    """Splits its inputs, and sums its outputs."""
+
+    def __init__(self, inputs: int, outputs: int, *, std: float = 0.02, bias: bool = True, tensor: Axis, config: Any):
+        super().__init__(
+            inputs,
+            outputs,
+            config=config,
+            init_method=partial(draw, std=std),
+            bias=bias,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=tensor.group,
+        )
+        self._load_state_dict_pre_hooks.clear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[0]
+
+
+class Vocabulary(VocabParallelEmbedding):
+    """Splits its rows."""
+
+    def __init__(self, size: int, dim: int, *, std: float = 0.02, tensor: Axis, config: Any):
+        super().__init__(size, dim, init_method=partial(draw, std=std), config=config, tp_group=tensor.group)
+
+
+class Classifier(_Plain, ColumnParallelLinear):
+    """Splits its classes. See pretrain.layers.Classifier."""
+
+    def __init__(self, inputs: int, classes: int, *, tied: bool = False, tensor: Axis, config: Any):
+        super().__init__(
+            inputs,
+            classes,
+            config=config,
+            init_method=draw_head,
+            gather_output=False,
+            skip_weight_param_allocation=tied,
+            tp_group=tensor.group,
+        )
+        self._load_state_dict_pre_hooks.clear()
+        self.tensor = tensor
+
+    def forward(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.logits(rows)
+        # Before the loss: it computes the softmax in the place of the logits.
+        right = (best_class(logits.detach(), self.tensor) == targets).float()
+        return vocab_parallel_cross_entropy(logits, targets), right
+
+    def guesses(self, rows: Tensor) -> Tensor:
+        return best_class(self.logits(rows), self.tensor)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """[R, inputs] -> [R, classes of this rank]."""
+        return super().forward(rows)[0]

@@ -1,0 +1,130 @@
+"""Tensor parallelism (Megatron-LM, arXiv 1909.08053, section 3): each matrix in parts, one per rank of the group.
+
+The linear layers, the embedding and the cross-entropy are Megatron's (megatron_layers.py); here is what it has not: the
+norm over a dimension that is split, the best class of a split vocabulary, and a split of values by heads. Between the
+split layers every rank of the group holds the same rows, so what it computes there, and the gradients of what is not
+split, are the same numbers on all of them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pretrain.distributed import gather_own
+from pretrain.layers import Layers
+from pretrain.parallel.mesh import Axis, Mesh
+
+
+def parallel_layers(mesh: Mesh) -> Layers:
+    """The layers of a model on `mesh`: split over its tensor ranks, with contrast over its data ranks. Every split
+    parameter says so by Megatron's attributes `tensor_model_parallel` and `partition_dim`."""
+    gather = partial(gather_own, group=mesh.data.group) if mesh.data.size > 1 else _alone
+    if mesh.tensor.size == 1:
+        return Layers(gather=gather)
+    from pretrain.parallel import megatron_layers as split  # an optional dependency
+
+    tensor, config = mesh.tensor, split.layer_config(mesh.tensor.size)
+    return Layers(
+        column=partial(split.Column, tensor=tensor, config=config),
+        row=partial(split.Row, tensor=tensor, config=config),
+        inner_norm=partial(SplitNorm, tensor=tensor),
+        vocabulary=partial(split.Vocabulary, tensor=tensor, config=config),
+        classifier=partial(split.Classifier, tensor=tensor, config=config),
+        own_heads=partial(own_heads, tensor=tensor),
+        gather=gather,
+    )
+
+
+class SplitNorm(nn.Module):
+    """`nn.LayerNorm` over a last dimension of which this rank holds a slice."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-5, tensor: Axis):
+        super().__init__()
+        assert dim % tensor.size == 0, (dim, tensor.size)
+        self.dim, self.eps, self.tensor = dim, eps, tensor
+        self.weight = mark_split(nn.Parameter(torch.ones(dim // tensor.size)), 0)
+        self.bias = mark_split(nn.Parameter(torch.zeros(dim // tensor.size)), 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _SplitNorm.apply(x, self.weight, self.bias, self.eps, self.tensor)
+
+
+class _SplitNorm(torch.autograd.Function):
+    """One collective each way. Slices' means and squared deviations are put together as Chan et al. do (1983, equation
+    1.5), which is as exact as two passes over the whole row; sums of squares are not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, tensor: Axis) -> Tensor:
+        own = x.float().mean(-1)
+        variance = (x.float() - own.unsqueeze(-1)).square_().mean(-1)
+        means, variances = torch.stack(all_gather(torch.stack([own, variance]), tensor)).unbind(1)  # [ranks, ...]
+        mean = means.mean(0)
+        scale = (variances + (means - mean).square()).mean(0).add_(eps).rsqrt_().unsqueeze(-1)
+        mean = mean.unsqueeze(-1)
+        ctx.save_for_backward(x, weight, mean, scale)
+        ctx.tensor = tensor
+        normal = (x.float() - mean).mul_(scale)
+        return normal.mul_(weight.float()).add_(bias.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale = ctx.saved_tensors
+        grad, normal = grads[0].float(), (x.float() - mean).mul_(scale)
+        rows = tuple(range(grad.dim() - 1))
+        weight_grad, bias_grad = (grad * normal).sum(rows), grad.sum(rows)
+        grad = grad * weight.float()
+        # The means over the whole row of the gradient and of its product with the normalised row.
+        means = torch.stack([grad.mean(-1), (grad * normal).mean(-1)]) / ctx.tensor.size
+        dist.all_reduce(means, group=ctx.tensor.group)
+        grad_mean, product_mean = means.unsqueeze(-1).unbind(0)
+        x_grad = grad.sub_(grad_mean).sub_(normal.mul_(product_mean)).mul_(scale).to(x.dtype)
+        return x_grad, weight_grad.to(weight.dtype), bias_grad.to(weight.dtype), None, None
+
+
+def own_heads(values: Tensor, *, tensor: Axis) -> Tensor:
+    """[..., heads], the same on every rank -> [..., heads of this rank]; the gradient of the whole is made whole."""
+    return _OwnHeads.apply(values, tensor)
+
+
+class _OwnHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, tensor: Axis) -> Tensor:
+        ctx.tensor = tensor
+        return values.chunk(tensor.size, -1)[tensor.rank].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return torch.cat(all_gather(grads[0], ctx.tensor), -1), None
+
+
+def best_class(logits: Tensor, tensor: Axis) -> Tensor:
+    """[R, classes of this rank] -> int64 [R], the best of all classes; of equals the first, as argmax on one device."""
+    value, place = logits.float().max(-1)
+    # As fp32 in one collective: exact up to 16 million classes.
+    own = torch.stack([value, (place + tensor.rank * logits.shape[-1]).float()])
+    values, places = torch.stack(all_gather(own, tensor)).unbind(1)
+    return places.gather(0, values.argmax(0, keepdim=True)).squeeze(0).long()
+
+
+def all_gather(own: Tensor, tensor: Axis) -> list[Tensor]:
+    """Every rank's tensor, in rank order."""
+    own = own.contiguous()
+    parts = [torch.empty_like(own) for _ in range(tensor.size)]
+    dist.all_gather(parts, own, group=tensor.group)
+    return parts
+
+
+def mark_split(parameter: nn.Parameter, dim: int) -> nn.Parameter:
+    """With Megatron's attributes: DeepSpeed counts it in the gradient norm of every tensor rank."""
+    marked: Any = parameter
+    marked.tensor_model_parallel, marked.partition_dim, marked.partition_stride = True, dim, 1
+    return parameter
+
+
+def _alone(rows: Tensor) -> tuple[Tensor, int]:
+    return rows, 0

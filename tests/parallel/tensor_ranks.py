@@ -1,0 +1,74 @@
+"""What the tests of tensor parallelism run on each rank: a task on one device beside the same task on a mesh."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pretrain.layers import Layers
+from pretrain.parallel.mesh import Mesh, create_mesh
+from pretrain.parallel.sizes import Parallel
+from pretrain.parallel.tensor import parallel_layers
+from pretrain.task import PretrainTask
+
+EXPERTS = ("vision", "language", "fusion")
+ONE_DEVICE = Layers(gather=lambda rows: (rows, 0))  # the default would gather from the ranks of the test
+
+
+def two_tasks(model, objectives, parallel: Parallel, experts=EXPERTS) -> tuple[PretrainTask, PretrainTask, Mesh]:
+    """The task on one device and on the mesh, from one seed. Asserts that they begin with the same numbers; then moves
+    both away from where biases are zero and norms one."""
+    mesh = create_mesh(parallel)
+    torch.manual_seed(3)
+    dense = PretrainTask(model, experts, objectives, ONE_DEVICE)
+    torch.manual_seed(3)
+    split = PretrainTask(model, experts, objectives, parallel_layers(mesh))
+    assert set(split.state_dict()) == set(dense.state_dict()), set(split.state_dict()) ^ set(dense.state_dict())
+    assert torch.equal(torch.rand(1), _next_number(dense, model, experts, objectives)), "another number of draws"
+    torch.manual_seed(4)
+    wholes = dict(dense.named_parameters())
+    for name, parameter in split.named_parameters():
+        assert torch.equal(own_part(parameter, wholes[name], mesh), parameter), f"{name} begins elsewhere"
+        with torch.no_grad():
+            wholes[name].add_(0.1 * torch.randn_like(wholes[name]))
+            parameter.copy_(own_part(parameter, wholes[name], mesh))
+    return dense, split, mesh
+
+
+def _next_number(dense, model, experts, objectives) -> Tensor:
+    torch.manual_seed(3)
+    PretrainTask(model, experts, objectives)
+    return torch.rand(1)
+
+
+def own_part(parameter: nn.Parameter, whole: Tensor, mesh: Mesh) -> Tensor:
+    """Of a whole tensor, what this rank holds of it."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        assert parameter.shape == whole.shape, (parameter.shape, whole.shape)
+        return whole
+    return whole.chunk(mesh.tensor.size, parameter.partition_dim)[mesh.tensor.rank]
+
+
+def check_gradients(dense: nn.Module, split: nn.Module, mesh: Mesh, atol: float = 1e-6) -> int:
+    """Asserts that each gradient is its part of the one on one device, and what is not split has the very same bits on
+    all tensor ranks. Returns the number of gradients that are not zero."""
+    wholes, moved = {name: p.grad for name, p in dense.named_parameters()}, 0
+    for name, parameter in split.named_parameters():
+        whole, grad = wholes[name], parameter.grad
+        assert whole is not None and grad is not None, name
+        torch.testing.assert_close(
+            grad, own_part(parameter, whole, mesh), atol=atol, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+        if not getattr(parameter, "tensor_model_parallel", False):
+            first = grad.clone()
+            dist.broadcast(first, dist.get_global_rank(mesh.tensor.group, 0), group=mesh.tensor.group)
+            assert torch.equal(first, grad), f"{name}: other bits than on the first tensor rank"
+        moved += int(grad.abs().max() > 1e-5)
+    return moved
+
+
+def check_reports(found: dict[str, Tensor], wanted: dict[str, Tensor], atol: float = 1e-6) -> None:
+    assert list(found) == list(wanted)
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], atol=atol, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
