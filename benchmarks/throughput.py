@@ -14,6 +14,7 @@ import argparse
 import io
 import json
 import logging
+import math
 import os
 import platform
 import statistics
@@ -32,13 +33,17 @@ from PIL import Image
 
 from data_tools.index import index_directory
 from data_tools.train_text_tokenizer import train as train_text_tokenizer
-from pretrain.assembly import build_loader, build_task, image_targets, stage_ds_config
+from pretrain.assembly import build_loader, build_task, stage_ds_config
+from pretrain.assembly_targets import image_targets
 from pretrain.config import Recipe, Stage, load_recipe, to_json
 from pretrain.distributed import barrier, device, rank, world_size
 from pretrain.metrics import Throughput
 from pretrain.models.vqkd import VQKD, VQKDConfig
 from pretrain.optim import build_optimizer, schedule
-from pretrain.parallel.engine import adopt_slurm, build_engine, init_distributed
+from pretrain.parallel.engine import adopt_slurm, build_engine, init_distributed, partitioned_init
+from pretrain.parallel.mesh import create_mesh, mpu_of, place_of
+from pretrain.parallel.state import dense_shape
+from pretrain.parallel.tensor import parallel_layers
 from pretrain.train import layout_flops, train_step
 from pretrain.weights import WEIGHTS, write_weights
 
@@ -89,14 +94,17 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def run(args: argparse.Namespace, recipe: Recipe, stage: Stage, place: Path) -> dict:
-    config = stage_ds_config(args.ds, stage)
-    loader = build_loader(recipe, stage, None, rank=rank(), world=world_size())
-    task = build_task(recipe, stage, place)
-    parameters = sum(p.numel() for p in task.parameters())
+    where = place_of(stage.parallel, rank(), world_size())
+    config = stage_ds_config(args.ds, recipe, stage)
+    loader = build_loader(recipe, stage, None, where)
     add_targets = image_targets(recipe, stage, place, device())
     init_distributed()
-    engine = build_engine(task, build_optimizer(task, stage.optim), schedule(stage.optim, stage.steps), config)
-    meter, seconds, waits = Throughput(device(), world_size()), [], []
+    mesh = create_mesh(stage.parallel)
+    task = build_task(recipe, stage, place, parallel_layers(mesh), partitioned_init(config, mpu_of(mesh)))
+    parameters = sum(math.prod(dense_shape(p, mesh)) for p in task.parameters())
+    optimizer = build_optimizer(task, stage.optim)
+    engine = build_engine(task, optimizer, schedule(stage.optim, stage.steps), config, mpu_of(mesh))
+    meter, seconds, waits = Throughput(device(), mesh.data.size), [], []
     batches = loader.batches(0, args.warmup + args.steps)
     for step in range(1, args.warmup + args.steps + 1):
         begin = time.perf_counter()
@@ -110,7 +118,7 @@ def run(args: argparse.Namespace, recipe: Recipe, stage: Stage, place: Path) -> 
             waits.append(waited)
     barrier()
     layouts = [batch.layout for batch in micro_batches]
-    flops = sum(layout_flops(recipe, stage, layout) for layout in layouts)
+    flops = sum(layout_flops(recipe, stage, layout) for layout in layouts) / stage.parallel.model
     middle = statistics.median(seconds)
     return {
         "command": "python -m benchmarks.throughput " + " ".join(sys.argv[1:]),

@@ -3,82 +3,163 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from pretrain.batch import Batch
+from pretrain.assembly_targets import masking_of, teacher_of, weights_path
+from pretrain.batch import Layout
+from pretrain.checkpoint import Found
 from pretrain.config import Recipe, Stage, stage_hash, to_json
 from pretrain.data.loader import Loader
 from pretrain.data.manifest import fill_variables
 from pretrain.data.masking import Masking
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.distributed import world_size
-from pretrain.models.multiway import MultiwayConfig, MultiwayEncoder
-from pretrain.models.teachers import ClipTeacher, EncoderTeacher, PixelTeacher
-from pretrain.models.vqkd import VQKD, VQKDConfig
+from pretrain.layers import PLAIN, Layers
+from pretrain.models.multiway import MultiwayConfig
 from pretrain.parallel.ds_config import load_ds_config
+from pretrain.parallel.legal import ModelSizes, check_legal
+from pretrain.parallel.mesh import Mesh, Place
+from pretrain.parallel.state import dense_shape, fill, named_state
 from pretrain.task import PretrainTask, TokenizerTask
-from pretrain.weights import WEIGHTS, load_handover, read_weights
+from pretrain.task_pipeline import PipelineTask, pipeline_bounds
+from pretrain.weights import load_handover
 
 log = logging.getLogger(__name__)
 
 
-def build_task(recipe: Recipe, stage: Stage, run_dir: Path) -> PretrainTask | TokenizerTask:
-    """The stage's task with fresh weights, on the CPU; only what the stage trains or needs is built."""
-    torch.manual_seed(recipe.seed)
+def check_task(recipe: Recipe, stage: Stage) -> None:
+    """Raises ValueError for what a user can get wrong about the model, without building it."""
     if stage.tokenizer is not None:
         if stage.transform.size != stage.tokenizer.image_size:
             raise ValueError(
                 f"transform.size={stage.transform.size} but tokenizer.image_size={stage.tokenizer.image_size}; "
                 "use one size"
             )
-        teacher = _teacher(stage, run_dir)
+        return
+    if any(kind != "texts" for kind in stage.mix) and stage.transform.size != recipe.model.image_size:
+        raise ValueError(
+            f"transform.size={stage.transform.size} but model.image_size={recipe.model.image_size}; use one size"
+        )
+    names = parameter_names(recipe, stage)
+    for pattern in stage.trainable:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise ValueError(f"trainable={pattern!r} matches no parameter of the stage; names look like {names[-1]!r}")
+
+
+def parameter_names(recipe: Recipe, stage: Stage) -> list[str]:
+    """Of the whole task, whatever part of it a rank holds; nothing is allocated."""
+    with torch.device("meta"):
+        return [name for name, _ in _pretrain_task(recipe, stage, PLAIN).named_parameters()]
+
+
+def frozen_names(recipe: Recipe, stage: Stage) -> set[str]:
+    """The parameters that the stage leaves as they are; a tokenizer stage trains all of its own."""
+    names = parameter_names(recipe, stage) if stage.tokenizer is None else []
+    return {name for name in names if not any(fnmatch(name, pattern) for pattern in stage.trainable)}
+
+
+def build_task(
+    recipe: Recipe,
+    stage: Stage,
+    run_dir: Path,
+    layers: Layers = PLAIN,
+    born: AbstractContextManager[None] | None = None,
+) -> PretrainTask | TokenizerTask:
+    """The stage's task with fresh weights, on the CPU; only what the stage trains or needs is built, inside the context
+    `born` (engine.partitioned_init, which splits each parameter at once)."""
+    torch.manual_seed(recipe.seed)
+    check_task(recipe, stage)
+    if stage.tokenizer is not None:
+        teacher = teacher_of(stage, run_dir)
         if teacher.dim != stage.tokenizer.target_dim or teacher.distill != stage.tokenizer.distill:
             raise ValueError(
                 f"teacher={stage.teacher} gives {teacher.dim} numbers a patch, to be learned by {teacher.distill}, but "
                 f"tokenizer.target_dim={stage.tokenizer.target_dim} and tokenizer.distill={stage.tokenizer.distill}; "
                 "set them to the teacher's"
             )
-        return TokenizerTask(stage.tokenizer, teacher)
-    if any(kind != "texts" for kind in stage.mix) and stage.transform.size != recipe.model.image_size:
-        raise ValueError(
-            f"transform.size={stage.transform.size} but model.image_size={recipe.model.image_size}; use one size"
-        )
-    model = replace(recipe.model, drop_path=stage.drop_path, activation_checkpointing=stage.activation_checkpointing)
-    task = PretrainTask(model, stage.experts, stage.objectives)
+        with born or nullcontext():
+            return TokenizerTask(stage.tokenizer, teacher)
+    with born or nullcontext():
+        task = _pretrain_task(recipe, stage, layers)
+    return _freeze(task, stage)
+
+
+def build_part(recipe: Recipe, stage: Stage, mesh: Mesh, layers: Layers, layout: Layout) -> PretrainTask:
+    """The part of the stage's task that this rank's pipeline stage holds; every micro-batch has `layout`."""
+    torch.manual_seed(recipe.seed)
+    model, place = _model(recipe, stage), mesh.pipe.rank
+    bounds = pipeline_bounds(model, stage.objectives, layout, mesh.pipe.size)
+    part = PipelineTask(model, stage.experts, stage.objectives, layers, layout=layout, bounds=bounds, stage=place)
+    return _freeze(part, stage)
+
+
+def _pretrain_task(recipe: Recipe, stage: Stage, layers: Layers) -> PretrainTask:
+    return PretrainTask(_model(recipe, stage), stage.experts, stage.objectives, layers)
+
+
+def _model(recipe: Recipe, stage: Stage) -> MultiwayConfig:
+    return replace(recipe.model, drop_path=stage.drop_path, activation_checkpointing=stage.activation_checkpointing)
+
+
+def _freeze(task: PretrainTask, stage: Stage) -> PretrainTask:
     for name, parameter in task.named_parameters():
         parameter.requires_grad_(any(fnmatch(name, pattern) for pattern in stage.trainable))
-    for pattern in stage.trainable:
-        if not any(fnmatch(name, pattern) for name, _ in task.named_parameters()):
-            raise ValueError(f"trainable={pattern!r} matches no parameter of the stage; names look like {name!r}")
     return task
 
 
-def stage_ds_config(path: str, stage: Stage) -> dict[str, Any]:
-    """The DeepSpeed JSON with what the stage and the number of ranks derive."""
-    parts = world_size() * stage.batch.accumulation
-    return load_ds_config(
+def stage_ds_config(path: str, recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """The DeepSpeed JSON with what the stage and the number of ranks derive. Raises ValueError with every reason why
+    recipe, JSON and ranks do not go together."""
+    model = recipe.model
+    sizes = ModelSizes(
+        model.dim,
+        model.depth,
+        model.heads,
+        model.ffn_dim,
+        model.vocab_size if "language" in stage.experts else 0,
+        model.image_codes if masking_of(stage) is not None and "vision" in stage.experts else 0,
+        model.relative_position,
+    )
+    accumulation = stage.batch.accumulation
+    # The ranks over which DeepSpeed splits a step: sequence ranks count as data ranks to it.
+    copies = max(world_size() // (stage.parallel.tensor * stage.parallel.pipe), 1)
+    config = load_ds_config(
         path,
-        micro=max(stage.batch.total // parts, 1),
-        accumulation=stage.batch.accumulation,
-        world=world_size(),
+        micro=max(stage.batch.total // (copies * accumulation), 1),
+        accumulation=accumulation,
+        world=copies,
         clip=stage.optim.clip,
     )
+    check_legal(
+        stage.parallel,
+        world=world_size(),
+        config=config,
+        counts=stage.batch.counts(),
+        accumulation=accumulation,
+        model=None if stage.tokenizer else sizes,
+        objectives=[objective.name for objective in stage.objectives],
+    )
+    return config
 
 
-def build_loader(recipe: Recipe, stage: Stage, stage_dir: Path | None, *, rank: int, world: int) -> Loader:
-    """The stage's training batches for this rank; writes its traces into `stage_dir`."""
+def build_loader(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Place) -> Loader:
+    """The stage's training batches for the rank at `place`. The first of the ranks that see the same batch writes the
+    traces into `stage_dir`."""
+    if place.tensor or place.sequence or place.pipe:
+        stage_dir = None
     return Loader(
         stage.mix,
         counts=stage.batch.counts(),
         accumulation=stage.batch.accumulation,
-        rank=rank,
-        world=world,
+        rank=place.data,
+        world=place.data_size,
         seed=recipe.seed,
         tokenizer=text_tokenizer(recipe, stage),
         transform=stage.transform,
@@ -110,11 +191,6 @@ def evaluation_loader(
     )
 
 
-def masking_of(stage: Stage) -> Masking | None:
-    """What the loader hides: as the stage's masked objective says."""
-    return next((objective for objective in stage.objectives if isinstance(objective, Masking)), None)
-
-
 def text_tokenizer(recipe: Recipe, stage: Stage) -> TextTokenizer | None:
     if not any(kind != "images" for kind in stage.mix):
         return None
@@ -134,100 +210,35 @@ def text_tokenizer(recipe: Recipe, stage: Stage) -> TextTokenizer | None:
     return tokenizer
 
 
-def weights_path(name: str, run_dir: Path, knob: str) -> Path:
-    """The weights that a stage's name or a file's path stands for. Raises ValueError if they are not there."""
-    path = run_dir / name / WEIGHTS
-    if path.is_file():
-        return path
-    plain = Path(fill_variables(name, knob)).expanduser()
-    if plain.is_dir():
-        plain = plain / WEIGHTS
-    if plain.is_file():
-        return plain
-    raise ValueError(
-        f"{knob}={name}: neither {path} nor {plain} exists; "
-        f"run the stage {name!r} to its end first, or give the path of a weights.safetensors"
-    )
+class Start(NamedTuple):
+    """Where a run's weights came from."""
+
+    weights: Path | None  # the file that filled the task: a checkpoint's, or that of init_from
+    init: Path | None  # init_from's file, for what it holds besides
 
 
-def load_init(task: torch.nn.Module, stage: Stage, run_dir: Path) -> Path | None:
-    """Fill the task from `stage.init_from`; each choice is one log line. -> the file, for what it holds besides."""
-    if stage.init_from is None:
+def load_start(task: torch.nn.Module, stage: Stage, run_dir: Path, found: Found | None, mesh: Mesh) -> Start:
+    """Fill the task from the checkpoint `found`, else from `stage.init_from`; each choice is one log line."""
+    init = weights_path(stage.init_from, run_dir, "init_from") if stage.init_from is not None else None
+    path = found.weights if found is not None else init
+    if path is None:
         log.info("weights: from scratch")
-        return None
-    path = weights_path(stage.init_from, run_dir, "init_from")
-    found = load_handover(task, path)
-    log.info("weights: %d tensors from %s", len(found.loaded), path)
-    if found.missing:
-        log.info("weights from scratch (not in that file): %s", _shorten(found.missing))
-    if found.unexpected:
-        log.info("weights passed on untouched (this stage does not build them): %s", _shorten(found.unexpected))
-    return path
-
-
-def image_targets(recipe: Recipe, stage: Stage, run_dir: Path, device: torch.device) -> Callable[[Batch], Batch]:
-    """A function that adds the frozen visual tokenizer's codes to a batch, on the device."""
-    masking = masking_of(stage)
-    if masking is None or not (masking.image_ratio or masking.pair_image_ratio) or "vision" not in stage.experts:
-        return lambda batch: batch
-    tokenizer = load_visual_tokenizer(recipe, stage, run_dir).to(device)
-
-    def add_codes(batch: Batch) -> Batch:
-        # Image-only pictures come first; where a kind is never hidden, nobody asks for its codes.
-        first = 0 if masking.image_ratio else batch.layout.images
-        last = None if masking.pair_image_ratio else batch.layout.images
-        codes = torch.zeros_like(batch.image_masks, dtype=torch.long)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            codes[first:last] = tokenizer.encode(batch.images[first:last])
-        return replace(batch, image_codes=codes)
-
-    return add_codes
-
-
-def load_visual_tokenizer(recipe: Recipe, stage: Stage, run_dir: Path) -> VQKD:
-    if stage.visual_tokenizer is None:
-        raise ValueError("visual_tokenizer is not set but the stage predicts image codes; name a tokenizer stage")
-    path = weights_path(stage.visual_tokenizer, run_dir, "visual_tokenizer")
-    state, config = read_weights(path)
-    if "tokenizer" not in config:
-        raise ValueError(f"visual_tokenizer={stage.visual_tokenizer}: {path} holds no visual tokenizer; name one")
-    tokenizer = VQKD(VQKDConfig(**_fields(config["tokenizer"])))
-    if tokenizer.cfg.codes > recipe.model.image_codes or tokenizer.cfg.patch_size != recipe.model.patch_size:
-        raise ValueError(
-            f"visual_tokenizer={path} has {tokenizer.cfg.codes} codes of {tokenizer.cfg.patch_size}-pixel patches, but "
-            f"model.image_codes={recipe.model.image_codes} and model.patch_size={recipe.model.patch_size}; use one size"
-        )
-    tokenizer.load_state_dict({key.removeprefix("tokenizer."): value for key, value in state.items()})
-    return tokenizer.eval().requires_grad_(False)
+        return Start(None, None)
+    held = load_handover(
+        named_state(task), path, shape_of=partial(dense_shape, mesh=mesh), fill=partial(fill, mesh=mesh)
+    )
+    log.info("weights: %d tensors from %s", len(held.loaded), path)
+    if held.missing:
+        log.info("weights from scratch (not in that file): %s", _shorten(held.missing))
+    if held.unexpected and mesh.pipe.size == 1:
+        log.info("weights passed on untouched (this stage does not build them): %s", _shorten(held.unexpected))
+    return Start(path, init)
 
 
 def weights_config(recipe: Recipe, stage: Stage, name: str) -> dict:
     """What config.json beside weights.safetensors says: enough to build the model again without the recipe."""
     part = {"tokenizer": to_json(stage.tokenizer)} if stage.tokenizer else {"model": to_json(recipe.model)}
     return {"recipe": recipe.name, "stage": name, "recipe_hash": stage_hash(recipe, stage), **part}
-
-
-def _teacher(stage: Stage, run_dir: Path) -> PixelTeacher | ClipTeacher | EncoderTeacher:
-    assert stage.tokenizer is not None
-    if stage.teacher == "pixels":
-        return PixelTeacher(stage.tokenizer.patch_size)
-    if stage.teacher.startswith("clip:"):
-        return ClipTeacher(
-            Path(fill_variables(stage.teacher.removeprefix("clip:"), "teacher")).expanduser(), stage.tokenizer.grid
-        )
-    state, config = read_weights(weights_path(stage.teacher, run_dir, "teacher"))
-    if "model" not in config or "encoder.vision_embed.proj.weight" not in state:
-        raise ValueError(
-            f"teacher={stage.teacher} holds no encoder with vision; give a stage that has one, or clip:DIR"
-        )
-    encoder = MultiwayEncoder(MultiwayConfig(**_fields(config["model"])), experts=("vision",))
-    encoder.load_state_dict({name: state[f"encoder.{name}"] for name in encoder.state_dict()})
-    return EncoderTeacher(encoder, stage.tokenizer.grid)
-
-
-def _fields(config: dict) -> dict:
-    """The fields of a config.json's section, without the name of its class."""
-    return {key: value for key, value in config.items() if key != "class"}
 
 
 def _patch_size(recipe: Recipe, stage: Stage) -> int:

@@ -20,6 +20,7 @@ from pretrain.data.transforms import ImageTransform
 from pretrain.models.multiway import MultiwayConfig
 from pretrain.models.vqkd import VQKDConfig
 from pretrain.optim import Optim
+from pretrain.parallel.sizes import Parallel
 from pretrain.settings import nearest, set_values
 
 Source = ImageShards | PairShards | TextShards
@@ -67,11 +68,13 @@ class Stage:
     visual_tokenizer: str | None = None  # makes the image targets: a stage of this run directory, or weights
     transform: ImageTransform = field(default_factory=ImageTransform)
     drop_path: float = 0.0
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | int = 0  # see MultiwayConfig; True is 1
+    parallel: Parallel = field(default_factory=Parallel)  # ranks that share one copy of the model
     evals: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, wanted in (("batch", BatchSize), ("optim", Optim), ("transform", ImageTransform)):
+        wants = {"batch": BatchSize, "optim": Optim, "transform": ImageTransform, "parallel": Parallel}
+        for name, wanted in wants.items():
             if not isinstance(getattr(self, name), wanted):
                 raise ValueError(f"{name}={getattr(self, name)!r} is wrong; use {wanted.__name__}(...)")
         for kind in self.mix:
@@ -126,6 +129,7 @@ class Recipe:
 
 # What may change between two starts of one run without changing its numbers.
 OPERATIONAL = ("log_every", "save_every", "keep", "trace_samples")
+OPERATIONAL_OF_STAGE = ("evals", "parallel", "activation_checkpointing")
 LOADING_ORDER = ("streams", "block_shards", "skip_bad_shards")
 
 
@@ -207,7 +211,7 @@ def identity_of(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     whole = to_json(recipe)
     whole["loading"] = {key: whole["loading"][key] for key in LOADING_ORDER}
     own = {key: value for key, value in whole.items() if key not in (*OPERATIONAL, "stages", "name")}
-    return own | {key: value for key, value in to_json(stage).items() if key != "evals"}
+    return own | {key: value for key, value in to_json(stage).items() if key not in OPERATIONAL_OF_STAGE}
 
 
 def stage_hash(recipe: Recipe, stage: Stage) -> str:

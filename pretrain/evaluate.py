@@ -17,14 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.assembly import (
-    build_task,
-    evaluation_loader,
-    image_targets,
-    load_visual_tokenizer,
-    masking_of,
-    text_tokenizer,
-)
+from pretrain.assembly import build_task, evaluation_loader, text_tokenizer
+from pretrain.assembly_targets import image_targets, load_visual_tokenizer, masking_of
 from pretrain.checkpoint import newest_weights
 from pretrain.config import Recipe, Stage, load_recipe, to_json
 from pretrain.data.shards import load_manifest

@@ -67,15 +67,19 @@ def schedule(optim: Optim, total_steps: int) -> Callable[[int], float]:
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay moves this parameter: matrices and kernels, not biases, norms, scales, tokens, positions."""
-    return parameter.ndim >= 2 and not any(part in name for part in NOT_DECAYED)
+    # Under zero.Init a parameter is empty, and ds_shape says what it is.
+    dims = len(getattr(parameter, "ds_shape", parameter.shape))
+    return dims >= 2 and not any(part in name for part in NOT_DECAYED)
 
 
-def parameter_groups(module: nn.Module, optim: Optim, *, layer_of: Callable[[str], int] | None = None) -> list[dict]:
+def parameter_groups(
+    module: nn.Module, optim: Optim, *, layer_of: Callable[[str], int] | None = None, top: int | None = None
+) -> list[dict]:
     """The trainable parameters in as few groups as their decay and rate need (ZeRO flattens and pads each group).
 
     With `optim.layer_decay` < 1, `layer_of(name)` is 0 for embeddings, 1, 2, ... for blocks, one more than the last
-    block for heads and the final norm; the rate is lr * layer_decay ** (top - layer), where top is the highest layer
-    that the module has, frozen or not: BEiT's LayerDecayValueAssigner.
+    block for heads and the final norm; the rate is lr * layer_decay ** (top - layer), where `top` is the highest layer
+    that the module has, frozen or not (BEiT's LayerDecayValueAssigner), unless a stage of a pipeline is told it.
     Raises ValueError when nothing is trainable, or when layer decay is asked for and the model has no layers.
     """
     layers: dict[str, int] = {}
@@ -83,7 +87,8 @@ def parameter_groups(module: nn.Module, optim: Optim, *, layer_of: Callable[[str
         if layer_of is None:
             raise ValueError(f"optim.layer_decay={optim.layer_decay} needs a model with layers; use 1.0 in this stage")
         layers = {name: layer_of(name) for name, _ in module.named_parameters()}
-    top = max(layers.values(), default=0)
+    if top is None:
+        top = max(layers.values(), default=0)
     groups: dict[tuple[bool, float], dict] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
@@ -99,8 +104,8 @@ def parameter_groups(module: nn.Module, optim: Optim, *, layer_of: Callable[[str
 
 
 def build_optimizer(
-    module: nn.Module, optim: Optim, *, layer_of: Callable[[str], int] | None = None
+    module: nn.Module, optim: Optim, *, layer_of: Callable[[str], int] | None = None, top: int | None = None
 ) -> torch.optim.AdamW:
     """torch's AdamW over `parameter_groups`, fused: one kernel on CUDA, and 40 times the plain loop's speed on CPU."""
-    groups = parameter_groups(module, optim, layer_of=layer_of)
+    groups = parameter_groups(module, optim, layer_of=layer_of, top=top)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)

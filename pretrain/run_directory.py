@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pretrain.assembly import text_tokenizer, weights_path
+from pretrain.assembly import text_tokenizer
+from pretrain.assembly_targets import weights_path
 from pretrain.config import Recipe, Stage, identity_of, stage_hash, to_json
 from pretrain.weights import WEIGHTS, weights_digest, weights_header, write_json
 

@@ -9,19 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.batch import Batch
-from pretrain.models.multiway import Layers, MultiwayConfig, MultiwayEncoder
+from pretrain.layers import PLAIN, Layers
+from pretrain.models.multiway import MultiwayConfig, MultiwayEncoder
 from pretrain.models.vqkd import VQKD, VQKDConfig
 
 
 class PretrainTask(nn.Module):
-    """The encoder and a stage's objectives. `objectives` are configs with `.name` and `.build(model, experts)`."""
+    """The encoder and a stage's objectives. `objectives` are configs with `.name` and `.build(model, experts, layers,
+    tokens)`, where `tokens` is the text embedding's table or None."""
 
     def __init__(
         self, model: MultiwayConfig, experts: tuple[str, ...], objectives: tuple[Any, ...], layers: Layers | None = None
     ):
         super().__init__()
-        self.encoder = MultiwayEncoder(model, experts, layers or Layers())
-        self.objectives = nn.ModuleDict({objective.name: objective.build(model, experts) for objective in objectives})
+        layers = layers or PLAIN
+        self.encoder = MultiwayEncoder(model, experts, layers)
+        text = self.encoder.text_embed
+        tokens = None if text is None else cast(nn.Parameter, text.tokens.weight)
+        self.objectives = nn.ModuleDict(
+            {objective.name: objective.build(model, experts, layers, tokens) for objective in objectives}
+        )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """-> `loss` (the sum of the objectives'), and what each objective reports, all scalars."""

@@ -6,6 +6,7 @@ python -m pretrain.train --recipe tiny --stage vision --ds ds_configs/zero1.json
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import math
 import re
@@ -20,15 +21,30 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
-from pretrain.assembly import build_loader, build_task, image_targets, load_init, stage_ds_config, weights_config
+from pretrain.assembly import (
+    build_loader,
+    build_part,
+    build_task,
+    check_task,
+    frozen_names,
+    load_start,
+    stage_ds_config,
+    weights_config,
+)
+from pretrain.assembly_targets import image_targets
 from pretrain.batch import Batch, Layout
-from pretrain.checkpoint import restore, save, together
+from pretrain.checkpoint import newest, resume, save, together
 from pretrain.config import Recipe, Stage, load_recipe, stage_hash
 from pretrain.data.loader import Loader
 from pretrain.distributed import any_rank, device, rank, reduce_mean, world_size
 from pretrain.metrics import MetricsLog, Throughput, flops_per_batch
 from pretrain.optim import build_optimizer, learning_rate, schedule
-from pretrain.parallel.engine import adopt_slurm, build_engine, full_state, gradient_norm, init_distributed
+from pretrain.parallel.ds_config import precision_name
+from pretrain.parallel.engine import adopt_slurm, build_engine, gradient_norm, init_distributed, partitioned_init
+from pretrain.parallel.mesh import Mesh, create_mesh, mpu_of, place_of
+from pretrain.parallel.pipeline import build_pipeline_engine, pipeline_step
+from pretrain.parallel.state import full_state
+from pretrain.parallel.tensor import parallel_layers
 from pretrain.run_directory import check_same_settings, finished, inputs_digest, note_recipe
 from pretrain.weights import WEIGHTS, carry_over, write_weights
 
@@ -76,42 +92,60 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> int:
     recipe, stage = load_recipe(args.recipe, args.stage, args.set)
-    ds_config = stage_ds_config(args.ds, stage)
+    place = place_of(stage.parallel, rank(), world_size())
+    ds_config = stage_ds_config(args.ds, recipe, stage)
     directory = args.run_dir / args.stage
     check_same_settings(directory, recipe, stage)
     if finished(directory, recipe, stage):
         log.info("%s: finished before; nothing to do", args.stage)
         return 0
     stop = StopSignals()
-    loader = build_loader(recipe, stage, directory, rank=rank(), world=world_size())
-    task = build_task(recipe, stage, args.run_dir)
-    init_file = load_init(task, stage, args.run_dir)
-    add_targets = image_targets(recipe, stage, args.run_dir, device())
+    loader = build_loader(recipe, stage, directory, place)
+    check_task(recipe, stage)
     identity: dict[str, Any] = {
         "recipe_hash": stage_hash(recipe, stage),
         "data_digest": inputs_digest(recipe, stage, args.run_dir, loader.digests),
     }
+    add_targets = image_targets(recipe, stage, args.run_dir, device())
     # From here on the ranks talk: what a user can get wrong has been said.
     init_distributed()
-    optimizer = build_optimizer(task, stage.optim, layer_of=None if stage.tokenizer else layer_of(recipe.model.depth))
-    engine = build_engine(task, optimizer, schedule(stage.optim, stage.steps), ds_config)
-    restored = restore(engine, directory / "checkpoints", **identity)
-    start = restored.step if restored else 0
+    mesh = create_mesh(stage.parallel)
+    found = newest(directory / "checkpoints", precision=precision_name(ds_config), **identity)
+    layers = parallel_layers(mesh)
+    task: Any = (
+        build_part(recipe, stage, mesh, layers, loader.layout)
+        if mesh.pipe.size > 1
+        else build_task(recipe, stage, args.run_dir, layers, partitioned_init(ds_config, mpu_of(mesh)))
+    )
+    begun = load_start(task, stage, args.run_dir, found, mesh)
+    make_optimizer = partial(build_optimizer, optim=stage.optim)
+    if stage.tokenizer is None:
+        depth = recipe.model.depth
+        make_optimizer = partial(make_optimizer, layer_of=layer_of(depth), top=depth + 1)
+    factor = schedule(stage.optim, stage.steps)
+    engine = (
+        build_pipeline_engine(task, stage.parallel, make_optimizer, factor, ds_config)
+        if mesh.pipe.size > 1
+        else build_engine(task, make_optimizer(task), factor, ds_config, mpu_of(mesh))
+    )
+    if found:
+        resume(engine, found, mesh)
     command = {"recipe": _findable(args.recipe), "set": args.set, "ds": ds_config, "world": world_size()}
     together(lambda: note_recipe(directory, recipe, stage, command) if rank() == 0 else None)
-    done = train(engine, loader, add_targets, Run(recipe, stage, directory, identity), start, stop)
+    start = found.step if found else 0
+    done = train(engine, loader, add_targets, Run(recipe, stage, directory, identity, mesh), start, stop)
     if done < stage.steps:
         log.info("%s: stopped by a signal and saved at step %d; start the same line again", args.stage, done)
         return STOPPED
-    hand_over(engine, init_file, directory / WEIGHTS, weights_config(recipe, stage, args.stage))
+    hand_over(engine, mesh, begun.init, directory / WEIGHTS, recipe, stage)
     log.info("%s: finished at step %d; wrote %s", args.stage, done, directory / WEIGHTS)
     return 0
 
 
-def hand_over(engine, init_file: Path | None, path: Path, config: dict[str, Any]) -> None:
+def hand_over(engine, mesh: Mesh, init_file: Path | None, path: Path, recipe: Recipe, stage: Stage) -> None:
     """Write the whole model for the next stage: what was trained, and untouched what was frozen or not built."""
-    state = full_state(engine)
-    frozen = {name for name, value in engine.module.named_parameters() if not value.requires_grad}
+    state, config = full_state(engine, mesh), weights_config(recipe, stage, path.parent.name)
+    frozen = frozen_names(recipe, stage)
     together(lambda: write_weights(carry_over(state, init_file, frozen), path, config) if rank() == 0 else None)
 
 
@@ -122,6 +156,12 @@ class Run(NamedTuple):
     stage: Stage
     directory: Path
     identity: dict[str, Any]
+    mesh: Mesh
+
+    @property
+    def reads(self) -> bool:
+        """Whether this rank needs its micro-batches: a pipeline's middle stages do not."""
+        return self.mesh.pipe.rank in (0, self.mesh.pipe.size - 1)
 
 
 def train(
@@ -132,23 +172,25 @@ def train(
     Raises ValueError when the loss is no number any more, before it could reach a checkpoint; OSError on every rank
     when one of them cannot write.
     """
-    recipe, stage, directory, identity = run
+    recipe, stage, directory, identity, mesh = run
     logs: list[MetricsLog] = []
     together(lambda: logs.append(MetricsLog(directory, resume_step=start)))
-    meter = Throughput(device(), world_size())
-    batches = loader.batches(start, stage.steps)
+    meter = Throughput(device(), mesh.data.size)
+    batches = loader.batches(start, stage.steps) if run.reads else itertools.repeat([])
     display = Display(directory.name, start, stage.steps)
     step = start
     for step in range(start + 1, stage.steps + 1):
         waited = time.perf_counter()
-        micro_batches = next(batches)
+        micro_batches = [batch.to(device()) for batch in next(batches)]
         meter.wait(time.perf_counter() - waited)
-        report = train_step(engine, [batch.to(device()) for batch in micro_batches], add_targets, first=step == 1)
-        layouts = [batch.layout for batch in micro_batches]
+        if mesh.pipe.size > 1:
+            report = pipeline_step(engine, micro_batches, add_targets)
+        else:
+            report = train_step(engine, micro_batches, add_targets, first=step == 1)
         meter.tick(
             samples=stage.batch.total,
-            tokens=sum(layout.rows for layout in layouts),
-            flops=sum(layout_flops(recipe, stage, layout) for layout in layouts),
+            tokens=loader.layout.rows * stage.batch.accumulation,
+            flops=layout_flops(recipe, stage, loader.layout) * stage.batch.accumulation / stage.parallel.model,
         )
         stopping = any_rank(stop.asked, device())
         saving = step % recipe.save_every == 0 or step == stage.steps or stopping
@@ -162,8 +204,8 @@ def train(
                 display.show(step, line)
         display.bar.update()
         if saving:
-            weights = full_state(engine), weights_config(recipe, stage, directory.name)
-            save(engine, directory / "checkpoints", step, keep=recipe.keep, weights=weights, **identity)
+            weights = full_state(engine, mesh), weights_config(recipe, stage, directory.name)
+            save(engine, directory / "checkpoints", step, weights=weights, mesh=mesh, keep=recipe.keep, **identity)
             meter.skip()
         if stopping:
             break

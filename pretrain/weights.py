@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,17 +89,24 @@ def weights_digest(path: Path) -> str:
     return weights_header(path).get("sha256", "")
 
 
-def load_handover(module: nn.Module, path: Path) -> Handover:
-    """Fill `module`'s parameters and buffers from a weights.safetensors, by name. Raises ValueError when a tensor has
-    another shape than the module wants (with its name and both shapes) or the file is damaged."""
-    wanted = module.state_dict(keep_vars=True)
+def load_handover(
+    wanted: nn.Module | dict[str, Tensor],
+    path: Path,
+    *,
+    shape_of: Callable[[Tensor], tuple[int, ...]] = lambda value: tuple(value.shape),
+    fill: Callable[[Tensor, Tensor], Any] = Tensor.copy_,
+) -> Handover:
+    """Fill a module's parameters and buffers, or the tensors given by name, from a weights.safetensors. Where a rank
+    holds only parts, `shape_of(tensor)` is the whole's shape and `fill(tensor, whole)` takes the part. Raises
+    ValueError when a tensor has another shape than is wanted (with its name and both shapes) or the file is damaged."""
+    wanted = wanted.state_dict(keep_vars=True) if isinstance(wanted, nn.Module) else wanted
     with _opened(path) as (file, header), torch.no_grad():
         held = sorted(file.keys())
         for name in held:
             shape = tuple(file.get_slice(name).get_shape())
-            if name in wanted and shape != tuple(wanted[name].shape):
+            if name in wanted and shape != shape_of(wanted[name]):
                 raise ValueError(
-                    f"{path}: {name} has the shape {shape} but this stage builds it as {tuple(wanted[name].shape)}; "
+                    f"{path}: {name} has the shape {shape} but this stage builds it as {shape_of(wanted[name])}; "
                     "use the model settings those weights were trained with, or another init_from"
                 )
         digest = hashlib.sha256()
@@ -107,7 +114,7 @@ def load_handover(module: nn.Module, path: Path) -> Handover:
             value = file.get_tensor(name)
             _hash_tensor(digest, name, value)
             if name in wanted:
-                wanted[name].copy_(value)
+                fill(wanted[name], value)
         _check_digest(path, header, digest)
     loaded = [name for name in held if name in wanted]
     # With attention per modality vision and language share no name: such a stage passes the other's weights on.

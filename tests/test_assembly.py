@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from pretrain.assembly import build_task, load_init, weights_config
+from pretrain.assembly import build_task, load_start, weights_config
 from pretrain.config import Recipe, find_recipe
+from pretrain.parallel.mesh import create_mesh
+from pretrain.parallel.sizes import Parallel
 from pretrain.weights import carry_over, read_weights, write_weights
 
 SIZE = {"dim": 16, "depth": 4, "heads": 2, "ffn_dim": 32, "image_size": 32, "patch_size": 16, "vocab_size": 64}
@@ -25,7 +27,7 @@ def test_each_stage_starts_from_the_one_before(tmp_path, name):
     for key in ("vision", "language", "fusion", "retrieval"):
         stage = recipe.stages[key]
         task = build_task(recipe, stage, tmp_path)
-        before = load_init(task, stage, tmp_path)
+        before = load_start(task, stage, tmp_path, None, create_mesh(Parallel())).init
         state = carry_over(task.state_dict(), before)
         write_weights(state, tmp_path / key / "weights.safetensors", weights_config(recipe, stage, key))
         if before is not None:  # nothing of the stages before is lost on the way

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import random
@@ -14,30 +15,46 @@ import pytest
 import torch
 
 from pretrain import checkpoint
-from pretrain.checkpoint import SaveError, restore, save
+from pretrain.checkpoint import SaveError, newest, resume
+from pretrain.checkpoint_directory import shutil
+from pretrain.weights import load_handover, read_weights
 from tests.distributed import run_ranks
 from tests.parallel.test_engine import CONFIGS, OPTIM, Toy, layer_of, micro_batches
 
 
 class StandIn:
-    """Saves and loads one tensor as DeepSpeed's engine does its state: by way of its checkpoint engine."""
+    """What `save` asks an engine; its moments are one number (see `moments_of_stand_ins`)."""
 
-    def __init__(self, value: float = 0.0, stage: int = 1, bf16: bool = False):
-        self.value, self.stage, self.bf16 = torch.full((1000,), value), stage, bf16
-        self.checkpoint_engine = None
-
-    def save_checkpoint(self, directory: str, tag: str, save_latest: bool) -> None:
-        self.checkpoint_engine.makedirs(f"{directory}/{tag}", exist_ok=True)
-        self.checkpoint_engine.save({"value": self.value}, f"{directory}/{tag}/state.pt")
-
-    def load_checkpoint(self, directory: str, tag: str) -> None:
-        self.value = torch.load(f"{directory}/{tag}/state.pt", weights_only=True)["value"]
+    def __init__(self, value: float = 0.0, stage: int = 1):
+        self.value, self.stage = torch.full((1000,), value), stage
 
     def zero_optimization_stage(self) -> int:
         return self.stage
 
     def bfloat16_enabled(self) -> bool:
-        return self.bf16
+        return False
+
+
+@pytest.fixture
+def moments_of_stand_ins(monkeypatch):
+    def read(engine, mesh, files):
+        engine.value = torch.load(io.BytesIO(files[0].read_bytes()), weights_only=True)["value"]
+
+    def write(engine, mesh, file):
+        torch.save({"value": engine.value}, file)
+
+    monkeypatch.setattr(checkpoint, "write_moments", write)
+    monkeypatch.setattr(checkpoint, "read_moments", read)
+    monkeypatch.setattr(checkpoint, "set_progress", lambda engine, step: None)
+
+
+pytestmark = pytest.mark.usefixtures("moments_of_stand_ins")
+PRECISION = {"precision": "fp32"}
+FILES = ("moments_rank00000.safetensors", "random_rank00000.pt", "weights.safetensors")
+
+
+def save(engine, directory: Path, step: int, **rest) -> None:
+    checkpoint.save(engine, directory, step, weights=({"weight": torch.full((3,), float(step))}, {}), **rest)
 
 
 def names(directory: Path) -> list[str]:
@@ -45,9 +62,13 @@ def names(directory: Path) -> list[str]:
 
 
 def restored_value(directory: Path, **identity) -> tuple[int, float] | None:
+    found = newest(directory, **PRECISION | identity)
+    if found is None:
+        return None
     engine = StandIn()
-    found = restore(engine, directory, **identity)
-    return found and (found.step, float(engine.value[0]))
+    resume(engine, found)
+    assert read_weights(found.weights)[0]["weight"][0] == found.step
+    return found.step, float(engine.value[0])
 
 
 def test_the_newest_comes_back_with_its_extra_and_old_ones_go(tmp_path):
@@ -55,10 +76,10 @@ def test_the_newest_comes_back_with_its_extra_and_old_ones_go(tmp_path):
         save(StandIn(step), tmp_path, step, keep=2, extra={"stage": "vision"})
     assert names(tmp_path) == ["step_00000010", "step_00000100"]
     assert restored_value(tmp_path) == (100, 100.0)
-    assert restore(StandIn(), tmp_path).extra == {"stage": "vision"}
+    assert newest(tmp_path, **PRECISION).extra == {"stage": "vision"}
     manifest = json.loads((tmp_path / "step_00000100" / "MANIFEST.json").read_text())
     assert {"step", "world", "recipe_hash", "data_digest", "files", "sha256"} <= set(manifest)
-    assert set(manifest["files"]) == {"engine/state.pt", "random_rank00000.pt"}
+    assert set(manifest["files"]) == set(FILES)
 
 
 def test_nothing_to_restore(tmp_path):
@@ -75,11 +96,13 @@ def test_a_directory_moves_and_still_restores(tmp_path):
 def test_every_generator_comes_back(tmp_path):
     save(StandIn(), tmp_path, 1)
     drawn = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), random.gauss(0, 1)
-    restore(StandIn(), tmp_path)
+    restored_value(tmp_path)
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), random.gauss(0, 1)) == drawn
 
 
-@pytest.mark.parametrize("name", ["engine/state.pt", "random_rank00000.pt", "MANIFEST.json"])
+@pytest.mark.parametrize(
+    "name", ["moments_rank00000.safetensors", "random_rank00000.pt", "weights.safetensors", "MANIFEST.json"]
+)
 @pytest.mark.parametrize("fault", ["flip", "cut", "remove"])
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(tmp_path, caplog, name, fault):
     save(StandIn(1), tmp_path, 1)
@@ -132,7 +155,7 @@ def test_killed_at_any_moment_of_a_save(tmp_path, monkeypatch, call):
         if ended:
             break
         if found == (2, 2.0):  # died after the new one was complete: begin again from 1
-            checkpoint.shutil.rmtree(tmp_path / "step_00000002")
+            shutil.rmtree(tmp_path / "step_00000002")
             save(StandIn(1), tmp_path, 1)
     assert ended and moments > 0
 
@@ -142,7 +165,7 @@ def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
-        with pytest.raises(SaveError, match=r"step 2 .*state\.pt.*untouched") as error:
+        with pytest.raises(SaveError, match=r"step 2 .*moments_rank00000.*untouched") as error:
             save(StandIn(2), tmp_path, 2, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -161,18 +184,18 @@ def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
 def test_another_runs_checkpoint_is_refused_with_the_way_out(tmp_path, before, now, says):
     save(StandIn(1), tmp_path, 1, **before)
     with pytest.raises(ValueError, match=says):
-        restore(StandIn(), tmp_path, **now)
+        newest(tmp_path, **PRECISION | now)
 
 
-def test_another_stage_precision_or_world_is_refused(tmp_path, monkeypatch):
+def test_another_precision_is_refused_and_another_layout_is_not(tmp_path, monkeypatch, caplog):
     save(StandIn(1), tmp_path, 1)
-    with pytest.raises(ValueError, match=r"zero_stage=1 .* has 3"):
-        restore(StandIn(stage=3), tmp_path)
     with pytest.raises(ValueError, match=r"precision=fp32 .* has bf16"):
-        restore(StandIn(bf16=True), tmp_path)
+        newest(tmp_path, precision="bf16")
     monkeypatch.setattr(checkpoint, "world_size", lambda: 4)
-    with pytest.raises(ValueError, match="start 1 ranks instead of 4"):
-        restore(StandIn(), tmp_path)
+    found = newest(tmp_path, **PRECISION)
+    with caplog.at_level("INFO"):
+        resume(StandIn(stage=3), found)
+    assert "saved on 1 ranks (zero 1), on 4 ranks (zero 3)" in caplog.text
 
 
 # ---- DeepSpeed on two ranks
@@ -180,7 +203,7 @@ def test_another_stage_precision_or_world_is_refused(tmp_path, monkeypatch):
 STEPS, HALF = 6, 3
 
 
-def make_engine(name: str, seed: int):
+def make_engine(name: str, seed: int, found=None):
     from pretrain.optim import build_optimizer, schedule
     from pretrain.parallel.ds_config import load_ds_config
     from pretrain.parallel.engine import build_engine
@@ -190,7 +213,18 @@ def make_engine(name: str, seed: int):
     with torch.no_grad():
         for value in (*task.parameters(), task.mean):
             value += seed  # nothing may be right by itself after a restore
-    return build_engine(task, build_optimizer(task, OPTIM, layer_of=layer_of), schedule(OPTIM, STEPS), config)
+    if found is not None:
+        load_handover(task, found.weights)
+    engine = build_engine(task, build_optimizer(task, OPTIM, layer_of=layer_of), schedule(OPTIM, STEPS), config)
+    if found is not None:
+        resume(engine, found)
+    return engine
+
+
+def whole_save(engine, directory: Path, step: int, **rest) -> None:
+    from pretrain.parallel.state import full_state
+
+    checkpoint.save(engine, directory, step, weights=(full_state(engine), {}), **rest)
 
 
 def run_steps(engine, first: int, last: int) -> list[float]:
@@ -208,7 +242,7 @@ def run_steps(engine, first: int, last: int) -> list[float]:
 
 def interrupted_and_not(configs: list[str], root: str) -> dict:
     from pretrain.distributed import rank
-    from pretrain.parallel.engine import full_state
+    from pretrain.parallel.state import full_state
 
     results = {}
     for name in configs:
@@ -216,13 +250,13 @@ def interrupted_and_not(configs: list[str], root: str) -> dict:
         torch.manual_seed(10 + rank())
         engine = make_engine(name, 0)
         losses = run_steps(engine, 1, HALF)
-        save(engine, directory, HALF, recipe_hash="r")
+        whole_save(engine, directory, HALF, recipe_hash="r")
         losses += run_steps(engine, HALF + 1, STEPS)
         whole = full_state(engine), losses
 
         torch.manual_seed(77)
-        engine = make_engine(name, 1)
-        found = restore(engine, directory, recipe_hash="r")
+        found = newest(directory, precision="bf16" if "bf16" in name else "fp32", recipe_hash="r")
+        engine = make_engine(name, 1, found)
         halves = losses[: 2 * HALF] + run_steps(engine, HALF + 1, STEPS)
         results[name] = whole, (full_state(engine), halves), found.step
     return results
@@ -247,28 +281,28 @@ def disk_full_on_rank_1(config: str, root: str) -> tuple[str, list[str], int, in
 
     engine = make_engine(config, 0)
     run_steps(engine, 1, 1)
-    save(engine, Path(root), 1)
+    whole_save(engine, Path(root), 1)
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     run_steps(engine, 2, 2)
     try:
-        save(engine, Path(root), 2)
+        whole_save(engine, Path(root), 2)
     except SaveError as error:
         message = str(error)
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     run_steps(engine, 3, 3)  # the engine is whole: training could go on
-    save(engine, Path(root), 3)
-    left, step = names(Path(root)), restore(make_engine(config, 1), Path(root)).step
+    whole_save(engine, Path(root), 3)
+    left, step = names(Path(root)), newest(Path(root), **PRECISION).step
     barrier()
     if rank() == 0:  # one file is hurt, one rank sees it, both refuse
-        next(Path(root).glob("step_00000003/engine/*optim_states.pt")).write_bytes(b"")
+        next(Path(root).glob("step_00000003/moments_rank00001*")).write_bytes(b"")
     barrier()
-    return message, left, step, restore(make_engine(config, 1), Path(root)).step
+    return message, left, step, newest(Path(root), **PRECISION).step
 
 
 def test_a_disk_full_on_one_rank_is_learnt_by_all(tmp_path):
     for message, left, step, before in run_ranks(disk_full_on_rank_1, 2, "zero3.json", str(tmp_path), timeout=60):
-        assert "step 2" in message and "rank 1" in message and "_states.pt" in message
+        assert "step 2" in message and "rank 1" in message and "moments_rank00001" in message
         assert left == ["step_00000001", "step_00000003"]
         assert (step, before) == (3, 1)

@@ -103,7 +103,8 @@ def plain() -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
 
 def under_deepspeed(config_name: str, accumulation: int):
     from pretrain.parallel.ds_config import load_ds_config
-    from pretrain.parallel.engine import build_engine, full_state, gradient_norm
+    from pretrain.parallel.engine import build_engine, gradient_norm
+    from pretrain.parallel.state import full_state
     from pretrain.train import train_step
 
     module = task()

@@ -20,9 +20,9 @@ ZERO = {
     *("allgather_partitions", "allgather_bucket_size", "overlap_comm", "load_from_fp32_weights", "offload_param"),
     *("offload_optimizer", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
     *("stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
-    *("stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params", "round_robin_gradients"),
+    *("stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params"),
     *("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients", "memory_efficient_linear"),
-    *("log_trace_cache_warnings", "ignore_unused_parameters", "leaf_module"),
+    *("round_robin_gradients", "log_trace_cache_warnings", "ignore_unused_parameters", "leaf_module"),
 }
 SECTIONS: dict[str, set[str] | None] = {
     "zero_optimization": ZERO,
@@ -87,6 +87,9 @@ def load_ds_config(
     _check_precision(path, config)
     _check_zero(path, config)
     config.pop("fp16", None)
+    if zero_stage(config) == 3:
+        # Else DeepSpeed replaces torch's linear in the whole process by one of its own.
+        config["zero_optimization"].setdefault("memory_efficient_linear", False)
     return (
         config
         | {
@@ -111,6 +114,10 @@ def zero_stage(config: dict[str, Any]) -> int:
 def precision(config: dict[str, Any]) -> torch.dtype:
     """The parameters' dtype while training; the optimizer keeps fp32 masters."""
     return torch.bfloat16 if config.get("bf16", {}).get("enabled", False) else torch.float32
+
+
+def precision_name(config: dict[str, Any]) -> str:
+    return "fp32" if precision(config) == torch.float32 else "bf16"
 
 
 def offloads(config: dict[str, Any]) -> bool:
@@ -176,6 +183,9 @@ def _check_zero(path: str | Path, config: dict[str, Any]) -> None:
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage={json.dumps(stage)} is wrong; use 0, 1, 2 or 3")
+    if zero.get("round_robin_gradients"):
+        # DeepSpeed's access to a parameter's master and moments counts on the other order of the gradients.
+        raise ValueError(f"{path}: zero_optimization.round_robin_gradients=true mixes up checkpoints; remove it")
     for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         device = zero.get(key, {}).get("device", "none")
         if device not in ("none", "cpu", "nvme"):

@@ -1,4 +1,4 @@
-"""The door to DeepSpeed: process group, engine, and the whole model back out of its shards."""
+"""The door to DeepSpeed: process group, parameters that are born in parts, and the engine."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from pretrain.distributed import device, rank, world_size
 from pretrain.parallel.ds_config import offloads, precision, zero_stage
+from pretrain.parallel.state import zero3_part
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +74,16 @@ def build_engine(
 
 
 def _exact_weights(task: nn.Module) -> dict[str, Tensor]:
-    """Copies, on the host, of the trainable weights before DeepSpeed rounds them to bf16."""
-    return {
-        name: value.detach().to("cpu", torch.float32, copy=True)
-        for name, value in task.named_parameters()
-        if value.requires_grad and value.numel()
-    }
+    """Copies, on the host, of the trainable weights before they are rounded to bf16; of a parameter that was born in
+    parts this rank's part, which is rounded here: DeepSpeed takes parts as they are."""
+    exact = {}
+    for name, value in task.named_parameters():
+        held: Any = getattr(value, "ds_tensor", value)
+        if value.requires_grad and held.numel():
+            exact[name] = held.detach().to("cpu", torch.float32, copy=True)
+        if hasattr(value, "ds_tensor"):
+            held.data, value.data = held.data.bfloat16(), value.data.bfloat16()
+    return exact
 
 
 def _restore_masters(engine, exact: dict[str, Tensor]) -> None:
@@ -88,21 +94,14 @@ def _restore_masters(engine, exact: dict[str, Tensor]) -> None:
     fragment = importlib.import_module("deepspeed.utils.tensor_fragment")
     with torch.no_grad():
         for name, value in engine.module.named_parameters():
-            if name in exact:
-                whole = exact.pop(name).to(device())
-                if hasattr(value, "ds_id"):
-                    fragment.safe_set_local_fp32_param(value, _own_part(whole, value))
-                else:
-                    fragment.safe_set_full_fp32_param(value, whole)
-
-
-def _own_part(whole: Tensor, parameter: Any) -> Tensor:
-    """This rank's share of a tensor as ZeRO-3 cuts it: equal parts of the flattened whole, zeros behind its end.
-    (DeepSpeed's own setter of whole tensors fails where the parts are not equal without those zeros.)"""
-    part = parameter.ds_tensor.ds_numel
-    start = dist.get_rank(parameter.ds_process_group) * part
-    flat = whole.flatten()[start : start + part]
-    return nn.functional.pad(flat, (0, part - flat.numel()))
+            if name not in exact:
+                continue
+            kept = exact.pop(name).to(device())
+            if not hasattr(value, "ds_id"):
+                fragment.safe_set_full_fp32_param(value, kept)
+                continue
+            born_whole = kept.shape == value.ds_shape  # the engine has cut it
+            fragment.safe_set_local_fp32_param(value, zero3_part(value, kept) if born_whole else kept)
 
 
 def gradient_norm(engine) -> float:
@@ -111,45 +110,31 @@ def gradient_norm(engine) -> float:
     return float("nan") if norm is None else float(norm)
 
 
-def stream_state(engine) -> Iterator[tuple[str, Tensor]]:
-    """Name and whole tensor of each parameter and persistent buffer, in state_dict order: fp32 on the CPU on rank 0
-    (integers stay integers), an empty tensor elsewhere. A collective of every rank; holds one tensor at a time."""
-    _deepspeed()
-    fragment = importlib.import_module("deepspeed.utils.tensor_fragment")
-    zero = importlib.import_module("deepspeed.runtime.zero")
-    seen: dict[int, str] = {}
-    for name, value in engine.module.state_dict(keep_vars=True).items():
-        if id(value) in seen:  # tied: the same weights under a second name
-            log.debug("%s is tied to %s", name, seen[id(value)])
-        seen[id(value)] = name
-        with torch.no_grad():
-            whole = None
-            if isinstance(value, nn.Parameter) and value.requires_grad:
-                whole = fragment.safe_get_full_fp32_param(value)  # the optimizer's master, where there is one
-            if whole is not None:
-                yield name, _on_rank_0(whole)
-            elif hasattr(value, "ds_id"):
-                with zero.GatheredParameters([value]):
-                    whole = _on_rank_0(value.detach())
-                yield name, whole
-            else:
-                yield name, _on_rank_0(value.detach())
+def set_progress(engine, step: int) -> None:
+    """Counters and learning rates as they are after `step` optimizer steps."""
+    engine.global_steps = step
+    engine.global_samples = step * engine.train_batch_size()
+    engine.micro_steps = step * engine.gradient_accumulation_steps()
+    engine.lr_scheduler.last_epoch = step - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no optimizer step came before
+        engine.lr_scheduler.step()
 
 
-def full_state(engine) -> dict[str, Tensor]:
-    """The whole model by name on rank 0, {} on the others; see `stream_state`. Every rank must call it."""
-    state = {}
-    for name, value in stream_state(engine):
-        if rank() == 0:
-            state[name] = value
-    return state
-
-
-def _on_rank_0(value: Tensor) -> Tensor:
-    if rank() != 0:
-        return torch.empty(0)
-    # A copy in every case: masters and gathered parameters are views of buffers that the next step overwrites.
-    return value.to("cpu", torch.float32 if value.is_floating_point() else value.dtype, copy=True).contiguous()
+@contextmanager
+def partitioned_init(config: dict[str, Any], mpu=None) -> Iterator[None]:
+    """Under ZeRO-3 each parameter that is made inside is split over the ranks at once, so that no rank ever holds the
+    whole model; otherwise nothing. In fp32, and with the numbers that one process would draw."""
+    if zero_stage(config) < 3:
+        yield
+        return
+    init_distributed()
+    # By its overrides DeepSpeed would draw in bf16, or on the GPU: other numbers.
+    options: dict[str, Any] = {"tensor_overrides": []}
+    if mpu is not None:  # by itself it would split over the whole world
+        options |= {"mpu": mpu, "data_parallel_group": mpu.get_data_parallel_group()}
+    with _deepspeed().zero.Init(config_dict_or_path=config, **options):
+        yield
 
 
 def adopt_slurm() -> None:

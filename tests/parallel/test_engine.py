@@ -77,7 +77,8 @@ def engine_runs(names: list[str]) -> dict[str, tuple]:
     """Of each config on this rank: final weights (rank 0), mean losses, norms, rates."""
     from pretrain.distributed import rank, reduce_mean
     from pretrain.parallel.ds_config import load_ds_config
-    from pretrain.parallel.engine import build_engine, full_state, gradient_norm
+    from pretrain.parallel.engine import build_engine, gradient_norm
+    from pretrain.parallel.state import full_state
 
     runs = {}
     for name in names:
@@ -206,7 +207,8 @@ def test_run_ranks_raises_the_failing_ranks_traceback():
 
 def masters_after_start() -> list[tuple[str, float]]:
     from pretrain.parallel.ds_config import load_ds_config
-    from pretrain.parallel.engine import build_engine, full_state
+    from pretrain.parallel.engine import build_engine
+    from pretrain.parallel.state import full_state
 
     found = []
     for name in ("zero1_bf16.json", "zero2_bf16.json", "zero3_bf16.json"):

@@ -1,0 +1,183 @@
+"""The optimizer's state in a checkpoint: each rank writes what it holds, anyone puts together what it needs.
+
+The moments stay in the pieces in which ZeRO, tensor and pipeline parallelism cut them, each with its name and place. So
+saving needs no communication, and a run goes on under the same layout or another.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pretrain.parallel.state import dense_shape, named_state, split_dim
+
+if TYPE_CHECKING:
+    from pretrain.parallel.mesh import Mesh
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, the optimizer of every recipe
+HEADER = "imglish"
+
+
+class _Share(NamedTuple):
+    """What this rank's optimizer holds of one parameter: a run of its flattened (tensor-parallel) part."""
+
+    parameter: Any
+    start: int
+    length: int
+    state: dict[str, Any]  # of the flat tensor in which the run lies, from `offset` on
+    offset: int
+
+    def moment(self, name: str) -> Tensor:
+        return self.state[name].view(-1).narrow(0, self.offset, self.length)
+
+
+def write_moments(engine, mesh: Mesh | None, file: Any) -> None:
+    """This rank's share as safetensors into `file` (anything with `write`): fp32 runs "exp_avg/NAME" of flattened
+    parameters, and in the header where each belongs."""
+    tensors: dict[str, Tensor] = {}
+    places, steps = {}, 0
+    for name, share in _shares(engine, create=False):
+        steps = int(share.state["step"])
+        if _writes(share.parameter, engine, mesh):
+            places[name] = {"start": share.start, "split": split_dim(share.parameter)}
+            tensors |= {f"{key}/{name}": share.moment(key) for key in MOMENTS}
+    rank, size = (mesh.tensor.rank, mesh.tensor.size) if mesh is not None else (0, 1)
+    _write(file, tensors, {"tensor_rank": rank, "tensor_size": size, "steps": steps, "places": places})
+
+
+def read_moments(engine, mesh: Mesh | None, files: list[Path]) -> None:
+    """Fills this rank's share from the files of all ranks of a run that may have had another layout. Raises ValueError
+    when a part of a parameter is in none of them."""
+    rank, size = (mesh.tensor.rank, mesh.tensor.size) if mesh is not None else (0, 1)
+    with ExitStack() as opened:
+        saved = _Saved(files, opened)
+        for name, share in _shares(engine, create=True):
+            step = share.state["step"]
+            share.state["step"] = torch.full_like(step, saved.steps) if isinstance(step, Tensor) else saved.steps
+            split, end = split_dim(share.parameter), share.start + share.length
+            if split is None:  # whole on this rank, but perhaps not on theirs
+                split = saved.splits.get(name)
+            for key in MOMENTS:
+                if split is None or saved.tensor_size == size:
+                    value = saved.run(key, name, 0 if split is None else rank, share.start, end)
+                else:
+                    whole = saved.whole(key, name, split, dense_shape(share.parameter, mesh))
+                    value = whole.chunk(size, split)[rank].flatten()[share.start : end]
+                share.moment(key).copy_(value)
+
+
+def _shares(engine, *, create: bool) -> Iterator[tuple[str, _Share]]:
+    """Name and share of each trainable parameter of which this rank's optimizer holds something."""
+    stage, seen = engine.zero_optimization_stage(), set()
+    for name, value in named_state(engine.module).items():
+        if not isinstance(value, nn.Parameter) or not value.requires_grad or id(value) in seen:
+            continue  # a second name of tied weights adds nothing
+        seen.add(id(value))
+        start, length, flat, offset = _place(engine, value, stage)
+        if length:
+            inner = engine.optimizer if stage == 0 else engine.optimizer.optimizer
+            yield name, _Share(value, start, length, _state_of(inner, flat, create), offset)
+
+
+def _place(engine, value: Any, stage: int) -> tuple[int, int, Any, int]:
+    """(start, length) of this rank's run of a parameter, and the flat tensor and offset at which it lies."""
+    zero = engine.optimizer
+    if stage == 0:
+        return 0, value.numel(), value, 0
+    if stage == 3:
+        group, offset, part = zero.grad_position[zero.get_param_id(value)]
+        start = dist.get_rank(value.ds_process_group) * part
+        return start, max(min(part, value.ds_numel - start), 0), zero.fp32_partitioned_groups_flat[group], offset
+    mapping = value._hp_mapping
+    if mapping is None:
+        return 0, 0, None, 0
+    # The second is the name that the pipeline's bf16 optimizer gives them.
+    flats = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
+    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return here.start, here.numel, flats[mapping.param_group_index], there.start
+
+
+def _state_of(optimizer: torch.optim.Optimizer, flat: Tensor, create: bool) -> dict[str, Any]:
+    """AdamW's state of one tensor; before its first step there is none."""
+    state = optimizer.state[flat]
+    if create and "exp_avg" not in state:
+        step = torch.zeros((), dtype=torch.float32, device=flat.device)
+        state["step"] = step if isinstance(optimizer, torch.optim.AdamW) else 0  # DeepSpeed's Adam counts with an int
+        for key in MOMENTS:
+            state[key] = torch.zeros_like(flat.data)
+    return state
+
+
+def _writes(parameter: Any, engine, mesh: Mesh | None) -> bool:
+    """Of what several ranks hold alike, the first one writes."""
+    first_copy = dist.get_rank() == 0 if mesh is None else mesh.copies.rank == 0
+    if engine.zero_optimization_stage() == 0 and not first_copy:
+        return False
+    return mesh is None or split_dim(parameter) is not None or mesh.tensor.rank == 0
+
+
+def _write(file: Any, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """A safetensors file, one tensor in host memory at a time (the format: 8 bytes of length, a JSON of types, shapes
+    and offsets, then the numbers)."""
+    about: dict[str, Any] = {"__metadata__": {HEADER: json.dumps(header, sort_keys=True)}}
+    end = 0
+    for name, value in tensors.items():
+        assert value.dtype == torch.float32, (name, value.dtype)
+        about[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [end, end + 4 * value.numel()]}
+        end += 4 * value.numel()
+    text = json.dumps(about).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for value in tensors.values():
+        file.write(value.detach().to("cpu").contiguous().numpy().data)
+
+
+class _Saved:
+    """The moments of a checkpoint, whatever layout wrote them."""
+
+    def __init__(self, files: list[Path], opened: ExitStack):
+        from safetensors import safe_open
+
+        # (name, tensor rank) -> [(first number, one behind the last, file)]
+        self.pieces: dict[tuple[str, int], list[tuple[int, int, Any]]] = defaultdict(list)
+        self.splits: dict[str, int | None] = {}  # the dimension that was split over tensor ranks
+        self.steps, self.tensor_size = 0, 1
+        for path in files:
+            file = opened.enter_context(safe_open(path, framework="pt"))
+            header = json.loads(file.metadata()[HEADER])
+            for name, place in header["places"].items():
+                length = file.get_slice(f"{MOMENTS[0]}/{name}").get_shape()[0]
+                index = 0 if place["split"] is None else header["tensor_rank"]
+                self.splits[name] = place["split"]
+                self.pieces[name, index].append((place["start"], place["start"] + length, file))
+            self.steps, self.tensor_size = max(self.steps, header["steps"]), header["tensor_size"]
+        for run in self.pieces.values():
+            run.sort(key=lambda piece: piece[:2])
+
+    def run(self, key: str, name: str, index: int, start: int, end: int) -> Tensor:
+        """Numbers start .. end of a flattened parameter's part on tensor rank `index`."""
+        parts, at = [], start
+        for first, last, file in self.pieces[name, index]:
+            if first <= at < min(last, end):
+                parts.append(file.get_slice(f"{key}/{name}")[at - first : min(last, end) - first])
+                at = min(last, end)
+        if at < end:
+            raise ValueError(
+                f"the checkpoint holds {key} of {name} only in part; remove it, and the one before it is used"
+            )
+        return torch.cat(parts)
+
+    def whole(self, key: str, name: str, split: int, shape: tuple[int, ...]) -> Tensor:
+        """A parameter's moment from all tensor ranks."""
+        own = [size // self.tensor_size if dim == split else size for dim, size in enumerate(shape)]
+        parts = [self.run(key, name, index, 0, math.prod(own)).view(own) for index in range(self.tensor_size)]
+        return torch.cat(parts, split)

@@ -1,0 +1,138 @@
+"""Weights out of an engine's shards and into another's, over ZeRO, tensor and pipeline parts.
+
+They travel whole, by the names that they have in the model on one device."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pretrain.distributed import device
+
+if TYPE_CHECKING:
+    from pretrain.parallel.mesh import Mesh
+
+
+def named_state(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by the names that they have in the model on one device."""
+    return module.state_dict(keep_vars=True)
+
+
+def dense_shape(value: Tensor, mesh: Mesh | None) -> tuple[int, ...]:
+    """The shape on one device of a parameter of which this rank may hold a part."""
+    shape = list(getattr(value, "ds_shape", value.shape))
+    split = split_dim(value)
+    if split is not None and mesh is not None:
+        shape[split] *= mesh.tensor.size
+    return tuple(shape)
+
+
+def fill(value: Any, whole: Tensor, mesh: Mesh | None) -> None:
+    """Puts this rank's part of a tensor in its place, before the engine is built."""
+    split = split_dim(value)
+    if split is not None and mesh is not None:
+        whole = whole.chunk(mesh.tensor.size, split)[mesh.tensor.rank]
+    with torch.no_grad():
+        if hasattr(value, "ds_id"):  # born in parts
+            value.ds_tensor.copy_(zero3_part(value, whole))
+        else:
+            value.copy_(whole)
+
+
+def stream_state(engine, mesh: Mesh | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Name and whole tensor of each parameter and persistent buffer, in state_dict order (pipeline stages one after
+    another): fp32 on the CPU on rank 0 (integers stay integers), an empty tensor elsewhere. A collective of every rank;
+    holds one tensor at a time."""
+    mine = _whole(engine, mesh)
+    if mesh is None or mesh.pipe.rank == 0:
+        yield from ((name, _on_rank_0(value)) for name, value in mine)
+    if mesh is None or mesh.pipe.size == 1:
+        return
+    # Later stages pass theirs along the line of ranks that begins at rank 0; other lines hold the same, and are silent.
+    in_line = mesh.copies.rank == 0 and mesh.tensor.rank == 0
+    for stage in range(1, mesh.pipe.size):
+        if stage == mesh.pipe.rank:
+            for name, value in mine:
+                if in_line:
+                    _pass_on((name, value), stage, mesh)
+            if in_line:
+                _pass_on(None, stage, mesh)
+        elif in_line:
+            while (told := _pass_on(None, stage, mesh)) is not None:
+                yield told
+
+
+def full_state(engine, mesh: Mesh | None = None) -> dict[str, Tensor]:
+    """The whole model by name on rank 0, {} on the others; see `stream_state`. Every rank must call it."""
+    on_rank_0 = not dist.is_initialized() or dist.get_rank() == 0
+    return {name: value for name, value in stream_state(engine, mesh) if on_rank_0}
+
+
+def _whole(engine, mesh: Mesh | None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of this rank's pipeline stage, each whole on every rank of it."""
+    fragment = importlib.import_module("deepspeed.utils.tensor_fragment")
+    zero = importlib.import_module("deepspeed.runtime.zero")
+    for name, value in named_state(engine.module).items():
+        with torch.no_grad():
+            whole = None
+            if isinstance(value, nn.Parameter) and value.requires_grad:
+                whole = fragment.safe_get_full_fp32_param(value)  # the optimizer's master, where there is one
+            if whole is not None:
+                yield name, _join(value, whole, mesh)
+            elif hasattr(value, "ds_id"):
+                with zero.GatheredParameters([value]):
+                    whole = _join(value, value.detach().clone(), mesh)
+                yield name, whole
+            else:
+                yield name, _join(value, value.detach(), mesh)
+
+
+def _join(value: Tensor, part: Tensor, mesh: Mesh | None) -> Tensor:
+    """All tensor ranks' parts side by side."""
+    if split_dim(value) is None or mesh is None or mesh.tensor.size == 1:
+        return part
+    parts = [torch.empty_like(part) for _ in range(mesh.tensor.size)]
+    dist.all_gather(parts, part.contiguous(), group=mesh.tensor.group)
+    return torch.cat(parts, split_dim(value))
+
+
+def _on_rank_0(value: Tensor) -> Tensor:
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return torch.empty(0)
+    # A copy in every case: masters and gathered parameters are views of buffers that the next step overwrites.
+    return value.to("cpu", torch.float32 if value.is_floating_point() else value.dtype, copy=True).contiguous()
+
+
+def _pass_on(mine: tuple[str, Tensor] | None, stage: int, mesh: Mesh) -> tuple[str, Tensor] | None:
+    """One tensor of pipeline stage `stage`: its owner gives it, or None when there is no more; the others get that."""
+    source = dist.get_global_rank(mesh.pipe.group, stage)
+    about: list[Any] = [None if mine is None else (mine[0], tuple(mine[1].shape), mine[1].dtype)]
+    dist.broadcast_object_list(about, source, group=mesh.pipe.group, device=device())
+    if about[0] is None:
+        return None
+    name, shape, dtype = about[0]
+    there = torch.empty(shape, dtype=dtype, device=device()) if mine is None else mine[1].contiguous()
+    dist.broadcast(there, source, group=mesh.pipe.group)
+    return name, _on_rank_0(there)
+
+
+# ---- parts
+
+
+def split_dim(value: Any) -> int | None:
+    """The dimension that tensor parallelism splits; None for what every tensor rank holds whole."""
+    return value.partition_dim if getattr(value, "tensor_model_parallel", False) else None
+
+
+def zero3_part(value: Any, whole: Tensor) -> Tensor:
+    """This rank's share of a tensor as ZeRO-3 cuts it: equal parts of the flattened whole, zeros behind its end.
+    (DeepSpeed's own setter of whole tensors fails where the parts are not equal without those zeros.)"""
+    length = value.ds_tensor.ds_numel
+    start = dist.get_rank(value.ds_process_group) * length
+    flat = whole.flatten()[start : start + length]
+    return nn.functional.pad(flat, (0, length - flat.numel()))

@@ -1,0 +1,79 @@
+"""One run that changes its layout each time it is killed: the same samples, the same losses to rounding, one result."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.metrics import read_metrics
+from pretrain.weights import read_weights
+from tests.small_run import Ranks, command, train_stage, write_data
+
+# (ranks, DeepSpeed JSON, settings) of each leg; all but the last are killed after two more checkpoints.
+LEGS = [
+    (2, "zero3.json", ["parallel.tensor=2"]),
+    (2, "zero1.json", ["activation_checkpointing=1"]),
+    (4, "zero1.json", ["parallel.tensor=2", "parallel.pipe=2"]),
+    (1, "zero0.json", []),
+    (4, "zero2.json", ["parallel.tensor=2"]),
+    (2, "zero1.json", ["parallel.pipe=2"]),
+]
+SETTINGS = ["save_every=2", "steps=12", "keep=100"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("layouts")
+    write_data(path)
+    assert train_stage(path, path / "start", "tokenizer").returncode == 0
+    return path
+
+
+def settings(data: Path) -> list[str]:
+    return [*SETTINGS, f"visual_tokenizer={data / 'start' / 'tokenizer' / 'weights.safetensors'}"]
+
+
+def keys(run: Path) -> dict[int, list[str]]:
+    """What was consumed at each step, by all ranks."""
+    found: dict[int, list[str]] = {}
+    for path in run.glob("samples.rank*.jsonl"):
+        for line in map(json.loads, path.open()):
+            found.setdefault(line["step"], []).extend(line["keys"])
+    return {step: sorted(some) for step, some in found.items()}
+
+
+def wait_for_checkpoint(run: Path, step: int, ranks: Ranks) -> None:
+    deadline = time.monotonic() + 120
+    while not (run / "fusion" / "checkpoints" / f"step_{step:08d}").is_dir():
+        assert time.monotonic() < deadline and not any(ranks.wait(0.02)), f"step {step} did not come"
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_any_other_layout(data, tmp_path):
+    alone, changing, log = tmp_path / "alone", tmp_path / "changing", tmp_path / "log"
+    done = train_stage(data, alone, "fusion", *settings(data))
+    assert done.returncode == 0, done.stderr
+    for leg, (ranks, ds, more) in enumerate(LEGS):
+        started = Ranks(command(data, changing, "fusion", *settings(data), *more, ds=ds), data, ranks, log)
+        if leg < len(LEGS) - 1:
+            wait_for_checkpoint(changing, 2 * (leg + 1), started)
+            started.kill()
+        else:
+            assert started.wait(120) == [0] * ranks, log.read_text()
+    told = log.read_text()
+    assert "saved on 2 ranks (zero 3, tensor 2), on 2 ranks (zero 1): the same samples" in told
+    assert "on 4 ranks (zero 1, tensor 2, pipe 2)" in told and "on 1 ranks (zero 0)" in told
+    assert keys(changing / "fusion") == keys(alone / "fusion")
+    got, want = (read_metrics(run / "fusion" / "metrics.jsonl") for run in (changing, alone))
+    assert [line["step"] for line in got] == list(range(1, 13))
+    for a, b in zip(got, want, strict=True):
+        for name in ("loss", "loss/image", "loss/pair_text", "lr"):
+            assert a[name] == pytest.approx(b[name], abs=2e-6), (a["step"], name)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-5), a["step"]
+    got_state, want_state = (read_weights(run / "fusion" / "weights.safetensors")[0] for run in (changing, alone))
+    assert got_state.keys() == want_state.keys()
+    for name, value in want_state.items():
+        assert (got_state[name] - value).abs().max() <= 5e-6, name
