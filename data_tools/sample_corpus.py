@@ -14,26 +14,26 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import io
 import json
 import logging
 import math
 import multiprocessing
 import os
 import sys
-import tarfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
+import pyarrow as pa
 from tqdm import tqdm
 
 from data_tools.drawn_captions import write_document
 from data_tools.drawn_pairs import distinguishable, pair, sample_rng
 from data_tools.drawn_scenes import Scene, draw_scene, encode_jpeg, random_scene
+from data_tools.index import index_directory
+from data_tools.shard_writer import ShardWriter
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,11 @@ VERSION = 1  # another drawing or another wording is another corpus
 STAMP = "sample_corpus.json"
 KINDS = ("pairs", "images", "texts")
 SPLITS = ("train", "heldout")
+_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("url", "caption", "key", "status", "error_message")]
+    + [(name, pa.int32()) for name in ("width", "height", "original_width", "original_height")]
+    + [(name, pa.string()) for name in ("exif", "sha256")]
+)
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def write_corpus(out: Path, corpus: Corpus, *, workers: int = 2, overwrite: bool
     changed = {job.directory for job in jobs}
     for directory in (out / kind / split for kind, split in product(KINDS, SPLITS) if corpus.count(kind, split)):
         if directory in changed or not (directory / "manifest.json").exists():
-            _index(directory)
+            index_directory(directory)  # the manifest that the loader reads
     return bool(jobs)
 
 
@@ -147,43 +152,21 @@ def make_sample(corpus: Corpus, kind: str, split: str, number: int) -> Sample:
 
 
 def write_shard(job: Job) -> int:
-    """Write one shard: the tar, its parquet, and last of all its statistics. Returns the number of samples."""
-    started = time.time()
-    job.directory.mkdir(parents=True, exist_ok=True)
+    """Write one shard. Returns the number of samples."""
     digits = math.ceil(math.log10(max(2, job.corpus.shard_size)))  # as img2dataset makes its keys
-    rows = []
-    tar_path = job.directory / f"{job.shard:05d}.tar"
-    with _replacing(tar_path) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+    with ShardWriter(job.directory, samples_per_shard=len(job.numbers), first=job.shard, schema=_SCHEMA) as shard:
         for position, number in enumerate(job.numbers):
             key = f"{job.shard:05d}{position:0{digits}d}"
             sample = make_sample(job.corpus, job.kind, job.split, number)
             row = _row(job, key, number, sample)
-            rows.append(row)
             facts = row | {"held_out": job.split == "heldout", "scenes": [scene.facts() for scene in sample.scenes]}
-            for extension, data in [
-                ("jpg", sample.picture),
-                ("txt", None if sample.text is None else sample.text.encode()),
-                ("json", json.dumps(facts, indent=4).encode()),
-            ]:
-                if data is not None:
-                    member = tarfile.TarInfo(f"{key}.{extension}")
-                    member.size, member.mode = len(data), 0o444
-                    tar.addfile(member, io.BytesIO(data))
-    _write_parquet(tar_path.with_suffix(".parquet"), rows)
-    ended = time.time()
-    stats = {
-        "count": len(rows),
-        "successes": len(rows),
-        "failed_to_download": 0,
-        "failed_to_resize": 0,
-        "duration": ended - started,
-        "start_time": started,
-        "end_time": ended,
-        "status_dict": {"success": len(rows)},
-    }
-    with _replacing(_stats_path(job.directory, job.shard)) as temporary:
-        temporary.write_text(json.dumps(stats, indent=4))
-    return len(rows)
+            members = {
+                "jpg": sample.picture,
+                "txt": None if sample.text is None else sample.text.encode(),
+                "json": json.dumps(facts, indent=4).encode(),
+            }
+            shard.write(key, {extension: data for extension, data in members.items() if data is not None}, row)
+    return len(job.numbers)
 
 
 def _row(job: Job, key: str, number: int, sample: Sample) -> dict:
@@ -202,16 +185,6 @@ def _row(job: Job, key: str, number: int, sample: Sample) -> dict:
         "exif": "{}" if sample.picture else None,
         "sha256": hashlib.sha256(sample.picture).hexdigest() if sample.picture else None,
     }
-
-
-def _write_parquet(path: Path, rows: list[dict]) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    numbers = ("width", "height", "original_width", "original_height")
-    schema = pyarrow.schema([(name, pyarrow.int32() if name in numbers else pyarrow.string()) for name in rows[0]])
-    with _replacing(path) as temporary:
-        parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), temporary)
 
 
 def _stats_path(directory: Path, shard: int) -> Path:
@@ -262,13 +235,6 @@ def _remove_shards(out: Path) -> None:
             for path in (out / kind / split).glob(pattern):
                 path.unlink()
     (out / STAMP).unlink()
-
-
-def _index(directory: Path) -> None:
-    """Write the manifest that the loader reads."""
-    from data_tools.index import index_directory
-
-    index_directory(directory)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

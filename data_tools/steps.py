@@ -94,6 +94,8 @@ def read_drops(paths: Iterable[Path]) -> Iterator[Drop]:
     for path in paths:
         try:
             with pq.ParquetFile(path) as file:
+                if missing := set(_SCHEMA.names) - set(file.schema_arrow.names):
+                    raise pa.ArrowInvalid(f"it has no column {min(missing)}")
                 for batch in file.iter_batches(_BATCH, columns=_SCHEMA.names):
                     yield from (Drop(*row) for row in zip(*(column.to_pylist() for column in batch), strict=True))
         except (pa.ArrowInvalid, pa.ArrowKeyError, FileNotFoundError) as error:

@@ -20,11 +20,12 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from pretrain.batch import Batch, Layout
+from pretrain.data.codes import Coding, StoredCodes, check_coding, plain
 from pretrain.data.masking import Masking
 from pretrain.data.micro_batches import KINDS, Failure, Feed, MicroBatches, Replaced
 from pretrain.data.order import Order
 from pretrain.data.shards import ShardReader, load_manifest
-from pretrain.data.sources import Source
+from pretrain.data.sources import Source, TextShards
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform
 
@@ -103,6 +104,12 @@ class Loader:
         self.replaced = 0  # samples of this rank, so far
         self.feeds = [_feed(kind, mix[kind], counts[kind], seed, loading) for kind in KINDS if kind in mix]
         self.layout = _layout(mix, counts, world * accumulation, transform, patch_size)
+        if transform is not None and transform.train and masking is not None:
+            hidden = {feed.kind for feed in self.feeds if masking.ratios(feed.kind)[0]}
+            self.feeds = [
+                _with_codes(feed, transform, seed, self.layout.patches - 1) if feed.kind in hidden else feed
+                for feed in self.feeds
+            ]
         self._dataset = MicroBatches(
             self.feeds,
             self.layout,
@@ -207,6 +214,17 @@ def _feed(kind: str, source: Source, count: int, seed: int, loading: Loading) ->
         stream,
         loading.skip_bad_shards,
     )
+
+
+def _with_codes(feed: Feed, transform: ImageTransform, seed: int, patches: int) -> Feed:
+    """The feed and its stored codes, if its source has some. ValueError if they are not this run's."""
+    source = feed.source
+    if isinstance(source, TextShards) or source.codes is None:
+        return feed
+    codes = StoredCodes(feed.reader, source.codes)
+    # Whose codes they are is checked where the tokenizer is known: assembly.image_targets.
+    check_coding(feed.kind, codes.coding, Coding(codes.coding.tokenizer, plain(transform), seed, source.crops, patches))
+    return feed._replace(codes=codes)
 
 
 def shard_names(files: list[str]) -> tuple[str, ...]:

@@ -41,10 +41,14 @@ class Shard(NamedTuple):
 
     @property
     def index_url(self) -> str:
+        return self.beside(f"{self.name.removesuffix('.tar')}.idx")
+
+    def beside(self, name: str) -> str:
+        """The file `name` in the shard's directory."""
         remote = _REMOTE_SHARD.match(self.url) if is_remote(self.url) else None
         if remote is None:
-            return self.url.removesuffix(".tar") + ".idx"
-        return f"{remote['prefix']}{remote['name'].removesuffix('.tar')}.idx{remote['suffix']}"
+            return os.path.join(os.path.dirname(self.url), name)
+        return f"{remote['prefix']}{name}{remote['suffix']}"
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from pretrain.batch import Batch, Layout, make_batch
 from pretrain.data.cache import shown
+from pretrain.data.codes import StoredCodes, look_rng
 from pretrain.data.masking import Masking, mask_image, mask_text
 from pretrain.data.order import Order, SampleRef
 from pretrain.data.shards import BadSample, ShardError, ShardReader
@@ -37,6 +38,7 @@ class _Sample(NamedTuple):
     key: str
     image: np.ndarray | None
     image_mask: np.ndarray | None  # bool [P]
+    codes: np.ndarray | None  # int64 [P], where they are stored
     ids: np.ndarray | None  # int64 [L], clean
     inputs: np.ndarray | None  # int64 [L], what the encoder reads
     masked: np.ndarray | None  # bool [L]
@@ -60,6 +62,7 @@ class Feed(NamedTuple):
     names: tuple[str, ...]  # of the shards, as keys show them
     stream: int  # tells this kind's random numbers from the others'
     skip_bad_shards: bool
+    codes: StoredCodes | None = None  # of the pictures, instead of the visual tokenizer's work in training
 
 
 class MicroBatches(Dataset):
@@ -102,9 +105,15 @@ class MicroBatches(Dataset):
             rng = sample_rng(self.seed, ref.epoch, feed.order.number(ref), feed.stream)
             try:
                 members = feed.reader.read(stand_in.shard, stand_in.sample, feed.source.wanted)
-                raw = feed.source.decode(members, self.transform, self.tokenizer, rng)
+                look, view = rng, 0
+                if not isinstance(feed.source, TextShards) and feed.source.crops:
+                    # Of the sample that is read: its codes are those of its own looks.
+                    view = ref.epoch % feed.source.crops
+                    look = look_rng(self.seed, members["__key__"], view)
+                codes = feed.codes.read(stand_in.shard, stand_in.sample, view) if feed.codes else None
+                raw = feed.source.decode(members, self.transform, self.tokenizer, look)
                 key = f"{feed.kind}/{feed.names[stand_in.shard]}/{members['__key__'].decode('utf-8', 'replace')}"
-                return self._mask(feed.kind, key, raw, rng)
+                return self._mask(feed.kind, key, raw, codes, rng)
             except BadSample as error:
                 attempt, problem = attempt + 1, str(error)
             except ShardError as error:
@@ -124,7 +133,7 @@ class MicroBatches(Dataset):
             f"{problem}; run python -m data_tools.verify on its shards"
         )
 
-    def _mask(self, kind: str, key: str, raw: Raw, rng: np.random.Generator) -> _Sample:
+    def _mask(self, kind: str, key: str, raw: Raw, codes: np.ndarray | None, rng: np.random.Generator) -> _Sample:
         image_mask = inputs = masked = None
         image_ratio, text_ratio = self.masking.ratios(kind) if self.masking else (0.0, 0.0)
         if raw.image is not None:
@@ -134,7 +143,7 @@ class MicroBatches(Dataset):
             inputs, masked = mask_text(raw.ids, text_ratio, mask_id=self.tokenizer.mask_id, rng=rng)
         # A dual pair is two sequences. Drawn last: the numbers before do not depend on whether these are wanted.
         noise = rng.random((2 if kind == "dual" else 1, self.noise), dtype=np.float32)
-        return _Sample(key, raw.image, image_mask, raw.ids, inputs, masked, noise)
+        return _Sample(key, raw.image, image_mask, codes, raw.ids, inputs, masked, noise)
 
     def _stack(self, samples: dict[str, list[_Sample]]) -> Batch:
         everything = [sample for kind in KINDS for sample in samples.get(kind, [])]
@@ -152,8 +161,14 @@ class MicroBatches(Dataset):
             text_inputs=_tensor([sample.inputs for sample in texts], np.int64, layout.text_len),
             text_masked=_tensor([sample.masked for sample in texts], np.bool_, layout.text_len),
             noise=self._noise(samples) if self.noise else None,
+            image_codes=self._codes(pictures) if any(feed.codes for feed in self.feeds) else None,
             keys=tuple(sample.key for sample in everything),
         )
+
+    def _codes(self, pictures: list[_Sample]) -> Tensor:
+        """int64 [N, P]; zeros for a kind without stored codes."""
+        none = np.zeros(self.grid**2, np.int64)
+        return _tensor([none if p.codes is None else p.codes for p in pictures], np.int64, self.grid**2)
 
     def _noise(self, samples: dict[str, list[_Sample]]) -> Tensor:
         """float32 [sequences, numbers], in the order of the layout: images, pairs, texts."""

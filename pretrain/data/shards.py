@@ -43,12 +43,14 @@ class BadSample(ValueError):
 
 class _Open(NamedTuple):
     lines: ShardIndex
-    file: _Descriptor | None  # None: a remote shard, whose local copy may be evicted, so it is opened for each read
+    file: Descriptor | None  # None: a remote shard, whose local copy may be evicted, so it is opened for each read
 
 
-class _Descriptor:
-    def __init__(self, path: str):
-        self.fd = os.open(path, os.O_RDONLY)
+class Descriptor:
+    """An open file that closes itself."""
+
+    def __init__(self, file: str | int):
+        self.fd = os.open(file, os.O_RDONLY) if isinstance(file, str) else file
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):
@@ -104,6 +106,21 @@ class ShardReader:
         if self._opened(shard).file is None:
             os.close(self._fetched(shard))
 
+    def index(self, shard: int) -> ShardIndex:
+        return self._opened(shard).lines
+
+    def open_beside(self, shard: int, ending: str, stamp: str) -> int:
+        """A descriptor, which the caller closes, of the file NNNNN.ENDING beside NNNNN.tar. `stamp`: a remote file with
+        another one is another file."""
+        entry = self.manifest.shards[shard]
+        url = entry.beside(f"{entry.name.removesuffix('.tar')}.{ending}")
+        if is_remote(url):
+            return self._fetched(shard, url, None, f"{entry.bytes} {stamp}")
+        try:
+            return os.open(url, os.O_RDONLY)
+        except OSError as error:
+            raise ShardError(f"{url} cannot be read ({error.strerror}); restore it, or make it again") from None
+
     def close(self) -> None:
         self._open.clear()
 
@@ -125,7 +142,7 @@ class ShardReader:
 
     def _open_local(self, entry: Shard) -> _Open:
         try:
-            file = _Descriptor(entry.url)
+            file = Descriptor(entry.url)
             size, data = os.fstat(file.fd).st_size, Path(entry.index_url).read_bytes()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):  # no fault of the shard: give back ours and try once more

@@ -5,6 +5,7 @@ Only jpg, jpeg, png, webp and txt members are looked at, and only by our own dec
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -33,9 +34,19 @@ class Raw(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageShards:
-    """Pictures alone; captions beside them are not read."""
+    """Pictures alone; captions beside them are not read.
+
+    `crops`: each picture is seen in so many ways and in no other, one an epoch, so that their codes can be stored; 0:
+    every epoch sees another. `codes`: the ending of the stored codes' files (data_tools.encode_images --name), which
+    training then reads instead of running the visual tokenizer; see codes.py.
+    """
 
     shards: str | tuple[str, ...]
+    crops: int = 0
+    codes: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_codes("images", self.crops, self.codes)
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -49,10 +60,13 @@ class ImageShards:
 
 @dataclass(frozen=True)
 class PairShards:
-    """Pictures with captions. A caption longer than `text_len` ids (BOS and EOS counted) loses its end."""
+    """Pictures with captions. A caption longer than `text_len` ids (BOS and EOS counted) loses its end. `crops` and
+    `codes` as for ImageShards."""
 
     shards: str | tuple[str, ...]
     text_len: int = 64
+    crops: int = 0
+    codes: str | None = None
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -60,6 +74,7 @@ class PairShards:
 
     def __post_init__(self) -> None:
         _check_length("pairs", self.text_len)
+        _check_codes("pairs", self.crops, self.codes)
 
     def decode(
         self, members: Mapping, transform: Transform | None, tokenizer: TextTokenizer | None, rng: Generator
@@ -141,6 +156,15 @@ def _padded(ids: list[int], length: int) -> np.ndarray:
 
 def _names(members: Mapping) -> str:
     return ", ".join(sorted(str(name) for name in members if not str(name).startswith("__"))) or "none"
+
+
+def _check_codes(kind: str, crops: int, codes: str | None) -> None:
+    if crops < 0:
+        raise ValueError(f"{kind}.crops={crops} is negative; use 0 for another crop in every epoch")
+    if codes is not None and not re.fullmatch(r"codes[\w-]*", codes):
+        raise ValueError(f"{kind}.codes={codes!r} is no ending of stored codes; use the --name of encode_images")
+    if codes is not None and not crops:
+        raise ValueError(f"{kind}.codes={codes!r} but crops=0; set crops to what encode_images had as --crops")
 
 
 def _check_length(kind: str, length: int) -> None:

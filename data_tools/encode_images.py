@@ -1,0 +1,268 @@
+"""Stores the visual tokenizer's codes of every picture beside the shards, so that training need not run it.
+
+    python -m data_tools.encode_images data/cc12m --tokenizer runs/base/tokenizer --crops 4 --recipe beit3_base \\
+        --stage fusion
+
+A stage then sees each picture in CROPS ways, one an epoch, and reads their codes: set `crops` and `codes` of its
+sources. They are the codes that training would make itself: the same pixels, by the recipe's transform and seed,
+through the same function (in bf16 on a GPU, else in fp32). pretrain/data/codes.py says what the files hold.
+
+Finished shards are kept: the same command goes on after a kill. Many machines share the work with --part 0/8, 1/8, ...
+Encode after data_tools.rewrite: codes belong to the places of the samples and to the bytes of the pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data_tools.index import index_directory, write_atomically
+from pretrain.assembly_targets import load_visual_tokenizer, picture_codes, weights_path
+from pretrain.config import Recipe, Stage, load_recipe
+from pretrain.data.codes import DTYPE, NO_CODE, Coding, file_head, look_rng, plain, read_summary, summary
+from pretrain.data.manifest import load_manifest
+from pretrain.data.shards import IMAGE_EXTENSIONS, BadSample, ShardReader
+from pretrain.data.sources import ImageShards, picture
+from pretrain.data.transforms import ImageTransform
+from pretrain.distributed import device
+from pretrain.models.vqkd import VQKD
+from pretrain.weights import weights_digest
+
+
+class Encoder(NamedTuple):
+    """The tokenizer on its device, and what its codes are of."""
+
+    tokenizer: VQKD
+    transform: ImageTransform
+    coding: Coding
+    name: str  # ending of the files
+
+
+class Encoded(NamedTuple):
+    """What came of one directory. `left`: shards that other parts still have to encode."""
+
+    shards: int
+    pictures: int
+    bad: int
+    left: int
+
+
+class _Stretch(NamedTuple):
+    """Neighbours in a shard whose looks go through the tokenizer together."""
+
+    shard: int
+    first: int
+    samples: int
+
+
+class _Looks(Dataset):
+    """Stretch -> (uint8 [good * crops, 3, size, size], bool [count]: which pictures could be decoded)."""
+
+    def __init__(self, reader: ShardReader, stretches: list[_Stretch], transform: ImageTransform, coding: Coding):
+        self.reader, self.stretches, self.transform, self.coding = reader, stretches, transform, coding
+
+    def __len__(self) -> int:
+        return len(self.stretches)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor] | Exception:
+        shard, first, count = self.stretches[item]
+        looks, good = list[np.ndarray](), list[bool]()
+        for sample in range(first, first + count):
+            try:
+                looks += self._looks(shard, sample)
+                good.append(True)
+            except BadSample:
+                good.append(False)
+            except (ValueError, OSError) as error:  # torch would wrap it and its traceback into one long message
+                return error
+        size = self.transform.size
+        pixels = np.stack(looks) if looks else np.zeros((0, 3, size, size), np.uint8)
+        return torch.from_numpy(pixels), torch.tensor(good)
+
+    def _looks(self, shard: int, sample: int) -> list[np.ndarray]:
+        members = self.reader.read(shard, sample, IMAGE_EXTENSIONS)
+        data, key, seed = picture(members), members["__key__"], self.coding.seed
+        # Each look is decoded for itself: a JPEG comes at the size that the look needs, and pixels must be equal.
+        return [self.transform(data, look_rng(seed, key, look)) for look in range(self.coding.crops)]
+
+
+def encode_directory(
+    directory: Path, encoder: Encoder, *, part: int = 0, parts: int = 1, batch: int = 256, workers: int = 2
+) -> Encoded:
+    """Writes NNNNN.NAME beside the shards part, part + parts, ... and NAME.json when every shard has its codes.
+    `batch`: looks that the tokenizer sees at once. Raises ValueError if there are codes of another making under this
+    name, or if no picture can be decoded."""
+    index_directory(directory)
+    reader = ShardReader(load_manifest(str(directory)))
+    shards = reader.manifest.shards
+    paths = [Path(shard.beside(f"{shard.name.removesuffix('.tar')}.{encoder.name}")) for shard in shards]
+    heads = [file_head(encoder.coding, reader.index(number)) for number in range(len(shards))]
+    _refuse_others(directory, encoder)
+    todo = [k for k in range(part, len(shards), parts) if not _is_done(paths[k], heads[k], encoder, shards[k].samples)]
+    pictures = bad = 0
+    total = sum(shards[k].samples for k in todo)
+    with tqdm(total=total, desc=f"encoding {directory}", unit=" pictures", disable=None) as bar:
+        for shard, codes in _codes(reader, todo, encoder, batch, workers, bar):
+            write_atomically(paths[shard], heads[shard] + codes.tobytes())
+            pictures += len(codes)
+            bad += int((codes[:, 0, 0] == NO_CODE).sum())
+    if pictures and bad == pictures and len(todo) == len(shards):
+        for shard in todo:
+            paths[shard].unlink()
+        raise ValueError(f"none of the {bad} samples of {directory} has a picture that can be decoded; give pictures")
+    left = sum(not _is_done(paths[k], heads[k], encoder, shards[k].samples) for k in range(len(shards)))
+    if not left:
+        done = {shard.name: shard.samples for shard in shards}
+        write_atomically(directory / f"{encoder.name}.json", summary(encoder.coding, done))
+    return Encoded(len(todo), pictures, bad, left)
+
+
+def _codes(
+    reader: ShardReader, todo: list[int], encoder: Encoder, batch: int, workers: int, bar: tqdm
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(shard, uint16 [samples, crops, patches]) of each shard, empty ones included."""
+    coding, samples = encoder.coding, reader.manifest.counts
+    step = max(1, batch // coding.crops)
+    stretches = [
+        _Stretch(shard, first, min(step, samples[shard] - first))
+        for shard in todo
+        for first in range(0, samples[shard], step)
+    ]
+    dataset = _Looks(reader, stretches, encoder.transform, coding)
+    loader = DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available())
+    items = zip(stretches, loader, strict=True)
+    on = device()
+    for shard in todo:
+        codes = np.full((samples[shard], coding.crops, coding.patches), NO_CODE, DTYPE)
+        filled = 0
+        while filled < samples[shard]:
+            stretch, found = next(items)
+            if isinstance(found, Exception):
+                raise found
+            pixels, good = found
+            if len(pixels):
+                made = picture_codes(encoder.tokenizer, pixels.to(on, non_blocking=True)).cpu().numpy()
+                places = np.flatnonzero(good.numpy()) + stretch.first
+                codes[places] = made.reshape(len(places), coding.crops, coding.patches)
+            filled += stretch.samples
+            bar.update(stretch.samples)
+        yield shard, codes
+
+
+def _is_done(path: Path, head: bytes, encoder: Encoder, samples: int) -> bool:
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return file.read(len(head)) == head and size == len(head) + samples * encoder.coding.item_bytes
+    except FileNotFoundError:
+        return False
+
+
+def _refuse_others(directory: Path, encoder: Encoder) -> None:
+    path = directory / f"{encoder.name}.json"
+    if not path.exists():
+        return
+    there, _ = read_summary(path.read_bytes(), str(path))
+    if differs := there.against(encoder.coding, "this call"):
+        raise ValueError(
+            f"{path} says that there are other codes already: {differs}; choose another --name, or remove them "
+            f"(*.{encoder.name} and {path.name})"
+        )
+
+
+def load_encoder(recipe: Recipe, stage: Stage, tokenizer: str, crops: int, name: str) -> Encoder:
+    """What encodes pictures as the stage would. Raises ValueError for what does not fit together."""
+    if stage.tokenizer is not None:
+        raise ValueError("--stage names one that trains a tokenizer and predicts no codes; name one that predicts them")
+    if not stage.transform.train:
+        raise ValueError("transform.train=False, so the stage takes no crops; set transform.train=True")
+    if crops < 1:
+        raise ValueError(f"--crops {crops} is below 1; use as many as pictures should be seen in different ways")
+    ImageShards("", crops, name)  # raises for a name that recipes do not take
+    stage = replace(stage, visual_tokenizer=tokenizer)
+    model = load_visual_tokenizer(recipe, stage, Path())
+    if model.cfg.codes > NO_CODE:
+        raise ValueError(f"--tokenizer {tokenizer} has {model.cfg.codes} codes; at most {NO_CODE} can be stored")
+    if model.cfg.image_size != stage.transform.size:
+        raise ValueError(
+            f"--tokenizer {tokenizer} takes pictures of {model.cfg.image_size} pixels, but transform.size="
+            f"{stage.transform.size}; use one size"
+        )
+    digest = weights_digest(weights_path(tokenizer, Path(), "--tokenizer"))
+    coding = Coding(digest, plain(stage.transform), recipe.seed, crops, model.cfg.patches)
+    return Encoder(model.to(device()), stage.transform, coding, name)
+
+
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.encode_images",
+        description="Stores the visual tokenizer's codes of every picture beside the shards, for training to read.",
+        epilog="example: python -m data_tools.encode_images data/cc12m --tokenizer runs/base/tokenizer --crops 4 "
+        "--recipe beit3_base --stage fusion",
+    )
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="holds 00000.tar, 00001.tar, ...")
+    parser.add_argument("--tokenizer", required=True, help="a stage's directory, or its weights.safetensors")
+    parser.add_argument("--crops", required=True, type=int, help="ways in which training sees each picture")
+    parser.add_argument("--recipe", required=True, help="as in training: a name, or a .py file")
+    parser.add_argument("--stage", required=True, help="the stage that will read the codes: its transform counts")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in training")
+    parser.add_argument("--name", default="codes", help="ending of the files, codes... (%(default)s)")
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="encode every N-th shard from I on (%(default)s)")
+    parser.add_argument("--batch", type=int, default=256, help="crops that are encoded at once (%(default)s)")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (%(default)s)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_args(arguments)
+    try:
+        part = re.fullmatch(r"(\d+)/(\d+)", args.part)
+        if part is None or int(part[1]) >= int(part[2]):
+            raise ValueError(f"--part {args.part} is wrong; use 0/N to N-1/N, such as 0/8")
+        if args.batch < 1 or args.workers < 0:
+            raise ValueError(f"--batch {args.batch} or --workers {args.workers} is too small; use 256 and 2")
+        encoder = load_encoder(*load_recipe(args.recipe, args.stage, args.set), args.tokenizer, args.crops, args.name)
+        for directory in args.directories:
+            done = encode_directory(
+                directory,
+                encoder,
+                part=int(part[1]),
+                parts=int(part[2]),
+                batch=args.batch,
+                workers=args.workers,
+            )
+            print(
+                f"{directory}: {done.pictures:,} pictures in {done.shards} shards encoded"
+                + (f", {done.bad:,} of them cannot be decoded" if done.bad else "")
+                + (f"; {done.left} shards are left to other parts" if done.left else "")
+            )
+        if not done.left:
+            print(f"now set crops={args.crops}, codes={args.name!r} of the recipe's sources of these shards")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        print("error: a worker process died, most likely for want of memory; use fewer --workers", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; finished shards are kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

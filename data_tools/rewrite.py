@@ -1,0 +1,328 @@
+"""Writes shards anew: without what other tools dropped, in even sizes, in an order that can be repeated.
+
+    python -m data_tools.rewrite data/cc12m --drop data/cc12m/drops/*.parquet --out data/clean --max-side 256
+
+Samples stand in the order of their shards and keys, or with --shuffle-seed in a random one. The new tars are equal
+byte for byte for any number of --workers, and after any number of kills: finished shards are kept. A key that came
+before in the input gets a number behind it. Steps of the input are carried on into OUT/steps, so that the audit shows
+the whole way, and OUT/steps/rewrite.parquet lists what had to be left out here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from data_tools.index import complete_shards, index_directory, write_atomically
+from data_tools.recode import FORMATS, Recode
+from data_tools.rewrite_plan import Plan, make_plan
+from data_tools.rewrite_shard import NewShard, write_shard
+from data_tools.steps import STEPS, Step, read_drops, read_steps, write_drops, write_step
+
+VERSION = 1
+STAMP, WORK = "rewrite.json", ".rewrite"  # of OUT: what was asked for, and what is removed in the end
+LOCK_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the new shards, besides the old ones and the drops."""
+
+    samples_per_shard: int | None = 10_000
+    bytes_per_shard: int | None = None  # a little more or less
+    shuffle_seed: int | None = None
+    max_side: int | None = None
+    format: str = "keep"
+    quality: int = 95
+
+    def __post_init__(self) -> None:
+        for name in ("samples_per_shard", "bytes_per_shard"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value} is below 1; use 10000 samples, or 1e9 bytes")
+        if self.bytes_per_shard is not None and not self.recode.keeps_all:
+            raise ValueError(
+                "--bytes-per-shard is wrong with --max-side or --format, because sizes are known after encoding only; "
+                "use --samples-per-shard"
+            )
+        if self.shuffle_seed is not None and self.shuffle_seed < 0:
+            raise ValueError(f"--shuffle-seed {self.shuffle_seed} is negative; use 0 or more")
+
+    @property
+    def recode(self) -> Recode:
+        return Recode(self.max_side, self.format, self.quality)
+
+
+class Rewritten(NamedTuple):
+    step: Step
+    shards: int
+    notes: list[str]  # what a user should know
+    fresh: bool  # False: it was complete already
+
+
+def rewrite(inputs: list[Path], out: Path, settings: Settings, drops: list[Path], workers: int = 1) -> Rewritten:
+    """Writes what is missing in `out`. Raises ValueError if `out` holds anything else, if no sample is left, or for
+    drops that are not of these inputs; ShardError for a broken shard."""
+    if any(out.resolve() == directory.resolve() for directory in inputs):
+        raise ValueError(f"--out {out} is one of the inputs; choose a new directory")
+    manifests = [index_directory(directory, workers).manifest for directory in inputs]
+    asked = {
+        "version": VERSION,
+        "inputs": [manifest.digest for manifest in manifests],
+        "drops": [hashlib.sha256(path.read_bytes()).hexdigest() for path in drops],
+        **asdict(settings),
+    }
+    with _claimed(out, asked) as done:
+        if done is None:
+            tars = [[Path(shard.url) for shard in manifest.shards] for manifest in manifests]
+            plan = _plan(inputs, tars, out, settings, drops, workers)
+            _write_all([path for part in tars for path in part], plan, out, settings, workers)
+            done = _finish(inputs, drops, out, settings, plan)
+            write_atomically(out / STAMP, json.dumps(asked | {"done": done}, indent=1).encode())
+            fresh = True
+        else:
+            fresh = False
+        shutil.rmtree(out / WORK, ignore_errors=True)
+    step = read_steps(out)[done["step"]]
+    return Rewritten(step, len(complete_shards(out)[0]), done["notes"], fresh)
+
+
+@contextmanager
+def _claimed(out: Path, asked: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
+    """Makes `out` the home of this rewriting and of no other process; yields what was noted when it was finished."""
+    stamp = out / STAMP
+    if stamp.exists():
+        try:
+            there = json.loads(stamp.read_bytes())
+        except ValueError:
+            there = {}
+        done = there.get("done")
+        changed = [name for name in asked if there.get(name) != asked[name]]
+        if changed and any(out.glob("*.tar")):
+            names = ", ".join(changed)
+            raise ValueError(f"{out} holds shards of another rewriting (other {names}); choose another --out")
+        if changed:  # nothing was written: a mistake was found first
+            shutil.rmtree(out / WORK, ignore_errors=True)
+    else:
+        done, changed = None, ["everything"]
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} holds files of something else; choose an empty directory for --out")
+        out.mkdir(parents=True, exist_ok=True)
+    if changed:
+        done = None
+        write_atomically(stamp, json.dumps(asked, indent=1).encode())
+    if done is not None:
+        yield done
+        return
+    (out / WORK).mkdir(exist_ok=True)
+    with (out / WORK / "lock").open("w") as lock:
+        _lock(lock, out)
+        for left in (*out.glob(".*.writing"), *out.glob(".*.tmp")):  # by processes that were killed
+            left.unlink(missing_ok=True)
+        yield None
+
+
+def _lock(lock, out: Path) -> None:
+    """Workers of a killed process hold its lock until they notice."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ValueError(f"another process is writing to {out}; wait for it, or end it") from None
+            time.sleep(0.1)
+
+
+def _plan(
+    inputs: list[Path], tars: list[list[Path]], out: Path, settings: Settings, drops: list[Path], workers: int
+) -> Plan:
+    """The plan, and its places in a file that all workers map."""
+    plan = make_plan(
+        [path for part in tars for path in part],
+        [(files, tars[k]) for k, files in enumerate(_owned(drops, inputs))],
+        samples_per_shard=settings.samples_per_shard if settings.bytes_per_shard is None else None,
+        bytes_per_shard=settings.bytes_per_shard,
+        shuffle_seed=settings.shuffle_seed,
+        workers=workers,
+    )
+    np.save(out / WORK / "places.npy", plan.places, allow_pickle=False)
+    if plan.schema is not None:
+        pq.write_metadata(plan.schema, out / WORK / "rows.schema")
+    write_drops(out / WORK / "duplicates.parquet", plan.duplicates)
+    return plan
+
+
+def _owned(drops: list[Path], inputs: list[Path]) -> list[list[Path]]:
+    """The drops files of each input. Shards of several inputs have the same names, so that a file must lie in one."""
+    if len(inputs) == 1:
+        return [drops]
+    owned: list[list[Path]] = [[] for _ in inputs]
+    for path in drops:
+        homes = [k for k, directory in enumerate(inputs) if path.resolve().is_relative_to(directory.resolve())]
+        if len(homes) != 1:
+            raise ValueError(
+                f"--drop {path} lies in none of the directories, so that it is not clear whose samples it names; move "
+                "it to DIR/drops, or rewrite the directories one by one"
+            )
+        owned[homes[0]].append(path)
+    return owned
+
+
+def _write_all(tars: list[Path], plan: Plan, out: Path, settings: Settings, workers: int) -> None:
+    edges = list(zip(plan.edges[:-1], plan.edges[1:], strict=True))
+    jobs = [
+        NewShard(out, out / WORK, number, first, last, tuple(str(tar) for tar in tars), plan.dashes, settings.recode)
+        for number, (first, last) in enumerate(edges)
+    ]
+    todo = [job for job in jobs if not job.is_done]
+    with tqdm(total=len(plan.places), desc=f"writing {out}", unit=" samples", disable=None) as bar:
+        bar.update(len(plan.places) - sum(job.last - job.first for job in todo))
+        for job in _run(todo, workers):
+            bar.update(job.last - job.first)
+
+
+def _run(jobs: list[NewShard], workers: int) -> Iterator[NewShard]:
+    if min(workers, len(jobs)) <= 1:
+        yield from map(write_shard, jobs)
+        return
+    with ProcessPoolExecutor(min(workers, len(jobs)), initializer=_end_with_parent) as pool:
+        try:
+            for future in as_completed([pool.submit(write_shard, job) for job in jobs]):
+                yield future.result()
+        except BrokenProcessPool:
+            raise OSError("a worker process was killed, most likely for want of memory; use fewer --workers") from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _end_with_parent() -> None:
+    """A killed tool must leave no worker behind that writes beside its successor."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _finish(inputs: list[Path], drops: list[Path], out: Path, settings: Settings, plan: Plan) -> dict[str, Any]:
+    """Index, steps and the list of what was left out here. -> the name of the step and the notes, for the stamp."""
+    pieces = [out / WORK / "duplicates.parquet", *sorted((out / WORK).glob("?????*.left.parquet"))]
+    left_out = write_drops(out / STEPS / "rewrite.parquet", read_drops(pieces))
+    dropped = plan.dropped + left_out
+    dropped["duplicate_key"] -= len(plan.duplicates)  # they stand in both
+    kept = plan.rows - dropped.total()
+    if not kept:
+        raise ValueError(f"nothing is left: all {plan.rows} samples are dropped ({_counts(dropped)})")
+    index_directory(out)
+    for path in (out / STEPS).glob("*.json"):  # of a kill in this very place
+        path.unlink()
+    for directory in inputs:
+        for name, step in read_steps(directory).items():
+            write_step(out, _free_name(out, name), step)
+    name = _free_name(out, "rewrite")
+    facts = {"drops": [str(path) for path in drops], "renamed": plan.renamed, "unused_drops": plan.unused}
+    step = Step(
+        "rewrite",
+        plan.rows,
+        kept,
+        dict(+dropped),
+        asdict(settings) | facts | {"members_left_out": dict(plan.others)},
+        [str(directory) for directory in inputs],
+    )
+    write_step(out, name, step)
+    return {"step": name, "notes": _notes(plan)}
+
+
+def _free_name(out: Path, name: str) -> str:
+    names = [name, *(f"{name}-{number}" for number in range(2, 10_000))]
+    return next(free for free in names if not (out / STEPS / f"{free}.json").exists())
+
+
+def _notes(plan: Plan) -> list[str]:
+    notes = []
+    if plan.renamed:
+        notes.append(f"{plan.renamed:,} samples had the key of an earlier one; they are called KEY{plan.dashes}1, ...")
+    if plan.unused:
+        notes.append(f"{plan.unused:,} drops name no sample of these shards")
+    if plan.others:
+        notes.append(f"left out, because no reader knows their endings: {_counts(plan.others)}")
+    return notes
+
+
+def _counts(counts) -> str:
+    return ", ".join(f"{name or 'no ending'} {count:,}" for name, count in sorted(counts.items()) if count)
+
+
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.rewrite",
+        description="Writes shards anew: without dropped samples, in even sizes, in an order that can be repeated.",
+        epilog="example: python -m data_tools.rewrite data/cc12m --drop data/cc12m/drops/*.parquet --out data/clean "
+        "--max-side 256 --shuffle-seed 0 --workers 8",
+    )
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="holds 00000.tar, 00001.tar, ...")
+    parser.add_argument("--out", type=Path, required=True, help="a new directory")
+    parser.add_argument("--drop", nargs="*", type=Path, default=[], metavar="FILE", help="leave out what these name")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--samples-per-shard", type=int, default=10_000, help="at most (%(default)s)")
+    size.add_argument("--bytes-per-shard", type=float, help="about; such as 1e9")
+    parser.add_argument("--shuffle-seed", type=int, help="a random order of all samples (default: that of the input)")
+    parser.add_argument("--max-side", type=int, metavar="PIXELS", help="make larger pictures smaller")
+    parser.add_argument("--format", choices=FORMATS, default="keep", help="encode other pictures anew (%(default)s)")
+    parser.add_argument("--quality", type=int, default=95, help="of pictures that are encoded anew (%(default)s)")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (%(default)s)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_args(arguments)
+    try:
+        by_bytes = None if args.bytes_per_shard is None else int(args.bytes_per_shard)
+        settings = Settings(
+            None if by_bytes is not None else args.samples_per_shard,
+            by_bytes,
+            args.shuffle_seed,
+            args.max_side,
+            args.format,
+            args.quality,
+        )
+        done = rewrite(args.directories, args.out, settings, args.drop, args.workers)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; finished shards are kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    for note in done.notes:
+        print(f"note: {note}")
+    dropped = f"; dropped: {_counts(done.step.dropped)}" if done.step.dropped else ""
+    already = "" if done.fresh else " (complete already)"
+    print(f"{args.out}: {done.step.kept:,} of {done.step.rows:,} samples in {done.shards:,} shards{already}{dropped}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

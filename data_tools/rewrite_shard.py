@@ -1,0 +1,166 @@
+"""Writes one new shard of data_tools.rewrite from samples that lie anywhere in the old ones."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data_tools.index import stats_path
+from data_tools.recode import Recode, with_facts
+from data_tools.shard_writer import ShardWriter
+from data_tools.steps import Drop, write_drops
+from pretrain.data.shards import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, Descriptor, ShardError
+from pretrain.data.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, VERSION, Member, ShardIndex
+
+# Two per shard: its tar and its index. A shuffled order reads from all shards by turns.
+_OPEN_FILES = 256
+
+
+class NewShard(NamedTuple):
+    """One shard to write: the places `first` to `last` of WORK/places.npy."""
+
+    out: Path
+    work: Path
+    number: int
+    first: int
+    last: int
+    tars: tuple[str, ...]  # the old ones
+    dashes: str
+    recode: Recode
+
+    @property
+    def left_out(self) -> Path:
+        """What was dropped on the way; written before the shard is finished."""
+        return self.work / f"{self.number:05d}.left.parquet"
+
+    @property
+    def is_done(self) -> bool:
+        if not self.left_out.exists():
+            return False
+        whole = stats_path(self.out / f"{self.number:05d}.tar").exists()
+        return whole or pq.read_metadata(self.left_out).num_rows == self.last - self.first
+
+
+class _Sample(NamedTuple):
+    tar: int
+    key: str
+    copy: int
+    members: list[Member]
+
+
+def write_shard(job: NewShard) -> NewShard:
+    """Raises ShardError for a tar that is not what its index says, ValueError for a broken parquet."""
+    places = np.load(job.work / "places.npy", mmap_mode="r")[job.first : job.last]
+    files = _Files()
+    samples = [_sample(files, job, place) for place in places]
+    rows = _rows(job, samples)
+    left_out: list[Drop] = []
+    with ShardWriter(job.out, samples_per_shard=len(samples), first=job.number, schema=_schema(job)) as writer:
+        for sample in samples:
+            try:
+                members, facts = job.recode.members(_read(files, job, sample))
+            except BadSample as error:
+                path = Path(job.tars[sample.tar])
+                left_out.append(Drop(path.stem, sample.key, _reason(error), f"{path.parent}: {error}"))
+                continue
+            key = f"{sample.key}{job.dashes}{sample.copy}" if sample.copy else sample.key
+            if key != sample.key:
+                facts["key"] = key
+            if facts and "json" in members:
+                members["json"] = with_facts(members["json"], facts)
+            row = rows.get((sample.tar, sample.key))
+            writer.write(key, members, None if row is None else _updated(row, facts))
+        write_drops(job.left_out, left_out)
+    return job
+
+
+def _updated(row: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts take the place of values of their kind only: the columns keep their types."""
+    return {name: facts[name] if isinstance(facts.get(name), type(value)) else value for name, value in row.items()}
+
+
+class _TooLarge(BadSample):
+    pass
+
+
+def _reason(error: BadSample) -> str:
+    return "member_too_large" if isinstance(error, _TooLarge) else "undecodable"
+
+
+def _sample(files: _Files, job: NewShard, place: np.void) -> _Sample:
+    tar = int(place["tar"])
+    index = Path(job.tars[tar]).with_suffix(".idx")
+    line = files.read(str(index), int(place["line"]), int(place["length"]))
+    parsed = ShardIndex(VERSION + b" 1\n" + line + b"\n", str(index))
+    return _Sample(tar, parsed.key(0), int(place["copy"]), parsed.members(0))
+
+
+def _read(files: _Files, job: NewShard, sample: _Sample) -> dict[str, bytes]:
+    """The members in one order for all samples, whatever the order in their tar."""
+    members = {}
+    for member in sorted(sample.members, key=lambda member: EXTENSIONS.index(member.extension)):
+        limit = MAX_IMAGE_BYTES if member.extension in IMAGE_EXTENSIONS else MAX_TEXT_BYTES
+        if member.size > limit:
+            raise _TooLarge(f"its {member.extension} has {member.size} bytes; at most {limit} are read")
+        members[member.extension] = files.read(job.tars[sample.tar], member.offset, member.size)
+    return members
+
+
+class _Files:
+    """The open files of one job, the least recently used ones closed."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, Descriptor] = OrderedDict()
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        if path not in self._open:
+            while len(self._open) >= _OPEN_FILES:
+                self._open.popitem(last=False)
+            self._open[path] = Descriptor(path)
+        self._open.move_to_end(path)
+        data = os.pread(self._open[path].fd, size, offset)
+        if len(data) != size:
+            raise ShardError(f"{path} ends before byte {offset + size}; run python -m data_tools.index again")
+        return data
+
+
+def _rows(job: NewShard, samples: list[_Sample]) -> dict[tuple[int, str], dict[str, Any]]:
+    """(tar, key) -> the sample's row in the parquet of its old shard, where there is one."""
+    wanted: dict[int, list[str]] = {}
+    for sample in samples:
+        wanted.setdefault(sample.tar, []).append(sample.key)
+    return {
+        (tar, row["key"]): row
+        for tar, keys in wanted.items()
+        for row in _rows_of(Path(job.tars[tar]).with_suffix(".parquet"), keys)
+    }
+
+
+def _rows_of(path: Path, keys: list[str]) -> Iterator[dict[str, Any]]:
+    try:
+        table = pq.ParquetFile(path).read()
+    except FileNotFoundError:
+        return
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}); restore it, or remove it") from None
+    if "key" in table.column_names:
+        yield from table.filter(pc.is_in(table["key"].cast(pa.string()), value_set=pa.array(keys))).to_pylist()
+
+
+def _schema(job: NewShard) -> pa.Schema | None:
+    path = job.work / "rows.schema"
+    return _read_schema(str(path)) if path.exists() else None
+
+
+@lru_cache(maxsize=4)
+def _read_schema(path: str) -> pa.Schema:
+    return pq.read_schema(path)

@@ -1,0 +1,195 @@
+"""Codes of the visual tokenizer that data_tools.encode_images stored: training reads them and runs no tokenizer.
+
+A picture is then seen in `crops` ways only: epoch e takes look e mod crops, and a look follows from (seed, the
+sample's key, its number) alone. The key and not the sample's number: it stays the same when shards join a mix, leave
+it, or stand in another order, and images and pairs of one directory share their codes.
+
+Beside 00000.tar lies 00000.codes: a line of JSON that says what they are codes of, then uint16, little-endian,
+[samples, crops, patches] in the order of 00000.idx. Beside and not inside the tar: one `pread` at a known place finds
+a code, no tar is written again for another tokenizer or more crops, and a member in the tar would cost 1 KiB more a
+sample than its 392 bytes a crop. `codes.json`, written last, lists the shards that are done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.random import Generator
+
+from pretrain.data.cache import ShardError, fetch, is_remote, shown
+from pretrain.data.manifest import Manifest
+from pretrain.data.shards import BadSample, Descriptor, ShardReader
+from pretrain.data.tar_index import ShardIndex
+from pretrain.data.transforms import ImageTransform, sample_rng
+
+VERSION = 1
+DTYPE = np.dtype("<u2")
+NO_CODE = 0xFFFF  # the picture could not be decoded
+_MAX_HEAD, _MAX_SUMMARY = 2**16, 2**28
+_OPEN_FILES = 256
+# Apart from the streams of a mix's kinds, which are 0, 1, 2, ...
+_LOOKS = 2**32
+
+
+def look_rng(seed: int, key: bytes, look: int) -> Generator:
+    """All the randomness of one look at a picture; masks and noise have the sample's own generator."""
+    number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+    return sample_rng(seed, look, number, _LOOKS)
+
+
+@dataclass(frozen=True)
+class Coding:
+    """All that decides a picture's codes, besides the picture and its key."""
+
+    tokenizer: str  # sha256 of the visual tokenizer's weights
+    transform: dict[str, Any]  # see `plain`
+    seed: int
+    crops: int
+    patches: int
+
+    @property
+    def item_bytes(self) -> int:
+        return self.crops * self.patches * DTYPE.itemsize
+
+    def against(self, other: Coding, of: str) -> str:
+        """What differs, in words; "" if nothing does."""
+        mine, theirs = _flat(self), _flat(other)
+        changed = [key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]
+        return ", ".join(f"{key}={mine.get(key)} ({of} has {theirs.get(key)})" for key in changed)
+
+
+def plain(transform: ImageTransform) -> dict[str, Any]:
+    """A transform as JSON gives it back."""
+    return json.loads(json.dumps(asdict(transform)))
+
+
+def _flat(coding: Coding) -> dict[str, Any]:
+    fields = asdict(coding)
+    return {f"transform.{key}": value for key, value in fields.pop("transform").items()} | fields
+
+
+def file_head(coding: Coding, index: ShardIndex) -> bytes:
+    """The first line of a shard's file of codes: equal to this, or codes of something else."""
+    place = {"samples": index.samples, "index": hashlib.sha256(index.data).hexdigest()}
+    return json.dumps({"version": VERSION} | place | {"coding": asdict(coding)}, sort_keys=True).encode() + b"\n"
+
+
+def summary(coding: Coding, shards: dict[str, int]) -> bytes:
+    """The content of codes.json; `shards`: name of the tar -> its samples."""
+    return json.dumps({"version": VERSION, "coding": asdict(coding), "shards": shards}, indent=1).encode() + b"\n"
+
+
+def read_summary(data: bytes, where: str) -> tuple[Coding, dict[str, int]]:
+    """Raises ValueError, naming `where`, if it is damaged or of another version."""
+    try:
+        content = json.loads(data)
+        if content["version"] != VERSION:
+            raise ValueError(f"it is of version {content['version']}, not {VERSION}")
+        coding = Coding(**content["coding"])
+        return coding, {str(name): int(samples) for name, samples in content["shards"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} cannot be used ({error!r}); run python -m data_tools.encode_images again") from None
+
+
+def stored_coding(manifest: Manifest, ending: str) -> Coding:
+    """What the codes of a source are codes of. Raises ValueError if a shard has none, or its directories differ."""
+    found: dict[str, tuple[Coding, dict[str, int]]] = {}
+    for shard in manifest.shards:
+        if (url := shard.beside(f"{ending}.json")) not in found:
+            found[url] = read_summary(_small_file(url), shown(url))
+        if found[url][1].get(shard.name) != shard.samples:
+            raise ValueError(
+                f"{shown(url)} has no codes of {shard.name} as it is now; run python -m data_tools.encode_images again "
+                "on its directory"
+            )
+    (first, (coding, _)), *rest = found.items()
+    for url, (other, _) in rest:
+        if differs := other.against(coding, shown(first)):
+            raise ValueError(f"{shown(url)} holds other codes: {differs}; encode both with the same arguments")
+    return coding
+
+
+def _small_file(url: str) -> bytes:
+    if is_remote(url):
+        return fetch(url, _MAX_SUMMARY)
+    try:
+        return Path(url).read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"{url} cannot be read ({error.strerror}); run python -m data_tools.encode_images on its directory, or "
+            "leave the source's codes out"
+        ) from None
+
+
+class StoredCodes:
+    """Reads the codes of one picture by (shard, sample), beside what `reader` reads. It may be forked or pickled."""
+
+    def __init__(self, reader: ShardReader, ending: str):
+        self.coding, self.ending = stored_coding(reader.manifest, ending), ending
+        self._reader = reader
+        # Shard -> (descriptor, or None for a remote one whose copy may be evicted; bytes before the codes)
+        self._open: OrderedDict[int, tuple[Descriptor | None, int]] = OrderedDict()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": OrderedDict()}  # descriptors mean nothing in another process
+
+    def read(self, shard: int, sample: int, look: int) -> np.ndarray:
+        """int64 [patches]. BadSample if the picture had none, ShardError if the file is not this shard's."""
+        assert 0 <= look < self.coding.crops, (look, self.coding)
+        file, start = self._opened(shard)
+        handle = file or Descriptor(self._handle(shard))
+        size = self.coding.patches * DTYPE.itemsize
+        try:
+            data = os.pread(handle.fd, size, start + (sample * self.coding.crops + look) * size)
+        except OSError as error:
+            raise ShardError(f"{self._shown(shard)} cannot be read ({error.strerror})") from None
+        if len(data) != size:
+            raise self._damaged(shard, "it is cut off")
+        codes = np.frombuffer(data, DTYPE).astype(np.int64)
+        if codes[0] == NO_CODE:
+            raise BadSample("its picture could not be decoded when its codes were stored")
+        return codes
+
+    def _opened(self, shard: int) -> tuple[Descriptor | None, int]:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        head = file_head(self.coding, index := self._reader.index(shard))
+        file = Descriptor(self._handle(shard))
+        if os.pread(file.fd, len(head), 0) != head:
+            raise self._damaged(shard, "its first line is not what its codes.json and the shard's index say")
+        if os.fstat(file.fd).st_size != len(head) + index.samples * self.coding.item_bytes:
+            raise self._damaged(shard, "it has not the size that its first line says")
+        while len(self._open) >= _OPEN_FILES:
+            self._open.popitem(last=False)
+        remote = is_remote(self._reader.manifest.shards[shard].url)
+        self._open[shard] = (None if remote else file), len(head)
+        return self._open[shard]
+
+    def _handle(self, shard: int) -> int:
+        return self._reader.open_beside(shard, self.ending, stamp=str(self.coding))
+
+    def _shown(self, shard: int) -> str:
+        entry = self._reader.manifest.shards[shard]
+        return shown(entry.beside(f"{entry.name.removesuffix('.tar')}.{self.ending}"))
+
+    def _damaged(self, shard: int, reason: str) -> ShardError:
+        return ShardError(
+            f"{self._shown(shard)} cannot be used: {reason}; run python -m data_tools.encode_images again"
+        )
+
+
+def check_coding(kind: str, stored: Coding, wanted: Coding) -> None:
+    """Raises ValueError if the stored codes of a kind of the mix are not those that the run would make itself."""
+    if differs := stored.against(wanted, "this run"):
+        raise ValueError(
+            f"mix.{kind}.codes: the stored codes are of {differs}; run python -m data_tools.encode_images with this "
+            "recipe and another --name, or set the recipe to what they are of"
+        )

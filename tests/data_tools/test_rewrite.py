@@ -1,0 +1,251 @@
+"""Rewritten shards: what was dropped is gone and counted, the rest is there once, in an order that can be repeated."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data_tools.rewrite import Settings, main, rewrite
+from data_tools.steps import Drop, Step, read_drops, read_steps, write_drops, write_step
+from pretrain.data.shards import IMAGE_EXTENSIONS, ShardReader, load_manifest
+from tests.data.shard_files import encoded, image_sample, pair_sample, picture, write_source, write_tar
+from tests.small_run import ROOT
+
+
+def source(directory: Path, shards: int = 3, samples: int = 7, **size: int) -> Path:
+    """Shards with rows, in an order that is not that of the keys."""
+    keys = [[f"{shard:05d}{i:04d}" for i in range(samples)] for shard in range(shards)]
+    for number, row in enumerate(keys):
+        random.Random(number).shuffle(row)
+    write_source(directory, [[pair_sample(key, int(key), **size) for key in row] for row in keys])
+    for number, row in enumerate(keys):
+        rows = [{"key": key, "url": f"http://x/{key}", "width": 48, "height": 40, "status": "success"} for key in row]
+        rows.append({"key": "failed", "url": "http://x/404", "status": "failed_to_download"})
+        pq.write_table(pa.Table.from_pylist(rows), directory / f"{number:05d}.parquet")
+    return directory
+
+
+def contents(directory: Path) -> dict[str, dict[str, bytes]]:
+    reader = ShardReader(load_manifest(str(directory)))
+    places = [(shard, i) for shard, count in enumerate(reader.manifest.counts) for i in range(count)]
+    samples = [reader.read(*place) for place in places]
+    keys = [sample.pop("__key__").decode() for sample in samples]
+    assert len(set(keys)) == len(keys)
+    return dict(zip(keys, samples, strict=True))
+
+
+def digests(directory: Path) -> dict[str, str]:
+    names = [p for p in directory.iterdir() if p.suffix in (".tar", ".parquet", ".idx") or p.name == "manifest.json"]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
+
+
+def test_all_samples_stand_in_order_of_their_keys_in_even_shards(tmp_path):
+    old = source(tmp_path / "old")
+    done = rewrite([old], tmp_path / "new", Settings(samples_per_shard=8), [])
+    assert load_manifest(str(tmp_path / "new")).counts == [7, 7, 7]
+    new = contents(tmp_path / "new")
+    assert list(new) == sorted(contents(old)) and new == contents(old)
+    assert (done.step.rows, done.step.kept, done.step.dropped) == (21, 21, {})
+    rows = pq.read_table(tmp_path / "new" / "00001.parquet").to_pylist()
+    assert [row["url"] for row in rows] == [f"http://x/{key}" for key in list(new)[7:14]]
+    assert not (tmp_path / "new" / ".rewrite").exists()
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_bytes_are_equal_for_any_number_of_workers(tmp_path, seed):
+    old = source(tmp_path / "old")
+    settings = Settings(samples_per_shard=4, shuffle_seed=seed, max_side=32)
+    for workers in (1, 3):
+        rewrite([old], tmp_path / str(workers), settings, [], workers)
+    assert digests(tmp_path / "1") == digests(tmp_path / "3")
+
+
+def test_a_seed_shuffles_over_all_shards(tmp_path):
+    old = source(tmp_path / "old")
+    orders = []
+    for seed in (1, 2):
+        rewrite([old], tmp_path / str(seed), Settings(samples_per_shard=7, shuffle_seed=seed), [])
+        orders.append(list(contents(tmp_path / str(seed))))
+        assert contents(tmp_path / str(seed)) == contents(old)
+        assert len({key[:5] for key in orders[-1][:7]}) > 1
+    assert sorted(orders[0]) == sorted(orders[1]) != orders[0] != orders[1]
+
+
+def test_shards_by_bytes(tmp_path):
+    old = source(tmp_path / "old")
+    size = load_manifest(str(old)).shards[0].bytes
+    rewrite([old], tmp_path / "new", Settings(None, int(size * 1.2)), [])
+    shards = load_manifest(str(tmp_path / "new")).shards
+    assert len(shards) == 3 and sum(shard.samples for shard in shards) == 21
+    assert all(shard.bytes < size * 1.4 for shard in shards)
+
+
+def test_drops_are_left_out_and_counted(tmp_path):
+    old = source(tmp_path / "old")
+    first, second = old / "drops" / "a.parquet", old / "drops" / "b.parquet"
+    write_drops(first, [Drop("00000", "000000001", "blank"), Drop("00001", "000010002", "near_duplicate")])
+    write_drops(second, [Drop("00000", "000000001", "leak:coco"), Drop("00001", "000000003", "leak:coco")])
+    write_step(old, "download", Step("download", 30, 21, {"failed_to_download": 9}))
+    done = rewrite([old], tmp_path / "new", Settings(samples_per_shard=100), [first, second])
+    assert done.step.dropped == {"blank": 1, "near_duplicate": 1} and done.step.kept == 19
+    assert done.notes == ["1 drops name no sample of these shards"]  # 000000003 is not in shard 00001
+    assert contents(old).keys() - contents(tmp_path / "new").keys() == {"000000001", "000010002"}
+    assert list(read_steps(tmp_path / "new")) == ["download", "rewrite"]
+    # Once more: the record of the first rewriting is carried on too.
+    rewrite([tmp_path / "new"], tmp_path / "newer", Settings(), [])
+    assert list(read_steps(tmp_path / "newer")) == ["download", "rewrite", "rewrite-2"]
+
+
+def test_two_directories_with_equal_keys_lose_nothing(tmp_path):
+    one, two = source(tmp_path / "one", 2, 3), source(tmp_path / "two", 1, 3, height=50)
+    extra = write_source(tmp_path / "three", [[image_sample("000000001-1", 5), image_sample("000000001", 6)]])
+    drops = two / "drops" / "d.parquet"
+    write_drops(drops, [Drop("00000", "000000002", "blank")])
+    done = rewrite([one, two, extra], tmp_path / "new", Settings(samples_per_shard=4), [drops])
+    new = contents(tmp_path / "new")
+    assert done.step.rows == 11 and done.step.kept == len(new) == 10 and "called KEY--1" in done.notes[0]
+    assert new["000000000--1"]["jpg"] == contents(two)["000000000"]["jpg"] != new["000000000"]["jpg"]
+    assert new["000000001--2"]["jpg"] == contents(extra)["000000001"]["jpg"]
+    assert "000000002" in new and "000000002--1" not in new
+    rows = [row for path in sorted((tmp_path / "new").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    assert [row["key"] for row in rows] == list(new)
+    stray = tmp_path / "stray.parquet"
+    write_drops(stray, [Drop("00000", "000000002", "blank")])
+    with pytest.raises(ValueError, match="lies in none of the directories"):
+        rewrite([one, two], tmp_path / "other", Settings(), [stray])
+
+
+def test_hidden_duplicates_and_unknown_members_are_said(tmp_path):
+    samples = [pair_sample("a", 1), pair_sample("b", 2), pair_sample("a", 3), {"key": "b", "cls": b"7"}]
+    write_source(tmp_path / "old", [samples])
+    done = rewrite([tmp_path / "old"], tmp_path / "new", Settings(), [])
+    assert done.step.rows == 3 and done.step.kept == 2 and done.step.dropped == {"duplicate_key": 1}
+    assert done.notes == ["left out, because no reader knows their endings: cls 1"]
+    (drop,) = read_drops([tmp_path / "new" / "steps" / "rewrite.parquet"])
+    assert drop[:3] == ("00000", "a", "duplicate_key")
+    assert contents(tmp_path / "new")["a"]["jpg"] == pair_sample("a", 3)["jpg"]
+
+
+def test_pictures_are_made_smaller_and_encoded_anew(tmp_path):
+    facts = json.dumps({"key": "big", "width": 90, "height": 60, "url": "u"}).encode()
+    turned = Image.fromarray(picture(1, 60, 90)).getexif()
+    turned[0x0112] = 6
+    samples = [
+        pair_sample("big", 1, height=60, width=90) | {"json": facts},
+        pair_sample("small", 2, height=20, width=30),
+        {"key": "png", "png": encoded(picture(3, 20, 30), "PNG"), "txt": b"x"},
+        {"key": "turned", "jpeg": encoded(picture(4, 60, 90), exif=turned), "txt": b"x"},
+        {"key": "broken", "jpg": encoded(picture(5, 60, 90))[:-200], "txt": b"x"},
+    ]
+    old = write_source(tmp_path / "old", [samples])
+    done = rewrite([old], tmp_path / "keep", Settings(max_side=45), [])
+    new = contents(tmp_path / "keep")
+    sizes = {
+        key: Image.open(io.BytesIO(next(data for name, data in sample.items() if name in IMAGE_EXTENSIONS))).size
+        for key, sample in new.items()
+    }
+    assert sizes == {"big": (45, 30), "small": (30, 20), "png": (30, 20), "turned": (30, 45)}
+    assert new["small"] == contents(old)["small"] and new["png"] == contents(old)["png"]
+    assert json.loads(new["big"]["json"]) == {"key": "big", "width": 45, "height": 30, "url": "u"}
+    assert done.step.dropped == {"undecodable": 1}
+    (drop,) = read_drops([tmp_path / "keep" / "steps" / "rewrite.parquet"])
+    assert drop.key == "broken" and "decoded" in drop.detail
+    rewrite([old], tmp_path / "webp", Settings(format="webp", quality=80), [])
+    kinds = {Image.open(io.BytesIO(sample["webp"])).format for sample in contents(tmp_path / "webp").values()}
+    assert kinds == {"WEBP"}
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path):
+    old = source(tmp_path / "old", 4, 40, height=300, width=400)
+    line = [str(old), "--samples-per-shard", "8", "--max-side", "200", "--shuffle-seed", "1", "--workers", "2"]
+    assert main([*line, "--out", str(tmp_path / "whole")]) == 0
+    rng, out, killed = random.Random(7), tmp_path / "killed", 0
+    command = [sys.executable, "-m", "data_tools.rewrite", *line, "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for _ in range(10):
+        before = len(list(out.glob("*_stats.json"))) if out.exists() else 0
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 30  # wait for one more shard, so that each start gets somewhere
+        while process.poll() is None and time.monotonic() < deadline and len(list(out.glob("*_stats.json"))) <= before:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed >= 3
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert digests(out) == digests(tmp_path / "whole") and contents(out) == contents(tmp_path / "whole")
+    assert not list(out.glob(".*")) and read_steps(out)["rewrite"].kept == 160
+
+
+def test_a_second_call_does_nothing(tmp_path, capsys):
+    old = source(tmp_path / "old")
+    line = [str(old), "--out", str(tmp_path / "new"), "--samples-per-shard", "5", "--workers", "1"]
+    assert main(line) == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "new").rglob("*") if p.is_file()}
+    assert main(line) == 0 and "complete already" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "new").rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--samples-per-shard", "6"], "another rewriting (other samples_per_shard)"),
+        (["--shuffle-seed", "0"], "another rewriting (other shuffle_seed)"),
+        (["--drop", "{drops}"], "another rewriting (other drops)"),
+        (["--samples-per-shard", "0"], "--samples-per-shard 0 is below 1"),
+        (["--max-side", "0"], "--max-side 0 is below 1"),
+        (["--quality", "101"], "--quality 101 lies outside 1 to 100"),
+        (["--bytes-per-shard", "1e6", "--max-side", "9"], "use --samples-per-shard"),
+        (["--out", "{old}"], "is one of the inputs"),
+        (["--out", "{old}/drops"], "holds files of something else"),
+        (["--drop", "{old}/00000.tar"], "is no drops file"),
+        (["--drop", "nowhere.parquet"], "nowhere.parquet"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence(tmp_path, capsys, change, message):
+    old = source(tmp_path / "old", 1, 3)
+    drops = old / "drops" / "d.parquet"
+    write_drops(drops, [Drop("00000", "000000001", "blank")])
+    assert main([str(old), "--out", str(tmp_path / "new")]) == 0
+    if message.endswith("drops file") or "nowhere" in message or "is below" in message or "lies outside" in message:
+        change = [*change, "--out", str(tmp_path / "fresh")]
+    words = [word.format(old=old, drops=drops) for word in change]
+    assert main([str(old), "--out", str(tmp_path / "new"), *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_drops_of_nothing_and_of_everything_are_refused(tmp_path):
+    old = source(tmp_path / "old", 1, 2)
+    strange, everything = tmp_path / "s.parquet", tmp_path / "e.parquet"
+    write_drops(strange, [Drop("00009", "k", "blank")])
+    write_drops(everything, [Drop("00000", f"00000000{i}", "blank") for i in range(2)])
+    with pytest.raises(ValueError, match="none of the 1 drops names a sample"):
+        rewrite([old], tmp_path / "new", Settings(), [strange])
+    with pytest.raises(ValueError, match="nothing is left to write: 2 samples"):
+        rewrite([old], tmp_path / "new", Settings(), [everything])
+    assert rewrite([old], tmp_path / "new", Settings(), []).step.kept == 2  # the directory is not spoilt
+
+
+def test_a_cut_off_shard_is_named(tmp_path):
+    old = write_source(tmp_path / "old", [[pair_sample("a"), pair_sample("b")]])
+    tar = old / "00000.tar"
+    write_tar(tar, [pair_sample("a")])
+    tar.write_bytes(tar.read_bytes()[:1500])
+    with pytest.raises(ValueError, match=r"00000\.tar is cut off"):
+        rewrite([old], tmp_path / "new", Settings(), [])
