@@ -1,0 +1,220 @@
+"""What packing text costs: MB/s and documents/s of the whole command, memory, and how many planted duplicates it finds.
+
+python -m benchmarks.pack_text --megabytes 200 --workers 2 --out benchmarks/results/pack_text.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from data_tools.clean_text import TextRules, clean, why_dropped
+from data_tools.steps import read_drops, read_steps
+from data_tools.text_chunks import cut, limits_of
+from data_tools.text_duplicates import RUN, comparable, signature
+from pretrain.data.text_tokenizer import TextTokenizer
+
+SIMILARITIES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.5)  # of planted near duplicates: Jaccard of their runs of five words
+PLANTED_EVERY = 20  # documents: one exact or near duplicate
+NEAR = 0.8
+CHUNK_TOKENS = 196
+
+
+class Corpus:
+    """Documents of made-up words, as frequent as words are (Zipf), so that they are like prose and nothing repeats but
+    what is planted."""
+
+    def __init__(self, seed: int, words: int = 50_000):
+        rng = random.Random(seed)
+        syllables = [a + b for a in "bcdfghklmnprstvw" for b in ("a", "e", "i", "o", "u", "an", "er", "in", "or")]
+        made = ("".join(rng.choices(syllables, k=rng.choice((1, 2, 2, 3, 3, 4)))) for _ in range(words))
+        self._words = ["the", "of", "and", "to", "that", *dict.fromkeys(made)]
+        self._weights = list(accumulate(1 / (rank + 3) for rank in range(len(self._words))))
+        self._rng = rng
+
+    def words(self, count: int) -> list[str]:
+        return self._rng.choices(self._words, cum_weights=self._weights, k=count)
+
+    def document(self) -> list[str]:
+        return self.words(int(min(self._rng.lognormvariate(6, 0.8), 20_000)) + 100)
+
+    def near(self, words: list[str], similarity: float) -> list[str]:
+        """A copy with a stretch of other words, so long that the runs have this similarity: of n runs each, s shared,
+        it is s / (2n - s)."""
+        runs = len(words) - RUN + 1
+        lost = round(runs * (1 - similarity) / (1 + similarity))
+        stretch = max(1, lost - RUN + 1)
+        start = self._rng.randrange(RUN, len(words) - stretch - RUN)
+        return [*words[:start], *self.words(stretch), *words[start + stretch :]]
+
+
+def as_text(words: list[str]) -> str:
+    """Sentences of twelve words, paragraphs of six sentences."""
+    sentences = [" ".join(words[i : i + 12]).capitalize() + "." for i in range(0, len(words), 12)]
+    return "\n\n".join(" ".join(sentences[i : i + 6]) for i in range(0, len(sentences), 6))
+
+
+def write_corpus(path: Path, megabytes: float, seed: int) -> dict[int, float]:
+    """JSONL; -> the planted duplicates' numbers and their similarities (1 for an exact one)."""
+    corpus, planted, sources, size = Corpus(seed), dict[int, float](), list[list[str]](), 0
+    rng = random.Random(seed + 1)
+    with path.open("w") as file:
+        number = 0
+        while size < megabytes * 1e6 or not planted:
+            if number % PLANTED_EVERY == PLANTED_EVERY - 1:
+                planted[number] = rng.choice((1.0, *SIMILARITIES))
+                # Each original has one copy: which of several is the nearest would be a matter of chance.
+                words = sources.pop(rng.randrange(len(sources)))
+                if planted[number] < 1:
+                    words = corpus.near(words, planted[number])
+            else:
+                words = corpus.document()
+                sources.append(words)
+                if len(sources) > 1000:  # copies stand up to some thousands of documents behind their originals
+                    sources.pop(0)
+            size += file.write(json.dumps({"text": as_text(words)}) + "\n")
+            number += 1
+    return planted
+
+
+def train_tokenizer(path: Path, seed: int) -> None:
+    corpus, model = Corpus(seed), io.BytesIO()
+    lines = (" ".join(corpus.words(30)) for _ in range(20_000))
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=lines, model_writer=model, vocab_size=8000, hard_vocab_limit=False, minloglevel=2
+    )
+    path.write_bytes(model.getvalue())
+
+
+def packed_once(directory: Path, workers: int) -> float:
+    """Seconds of the whole command, its start included."""
+    out = Path(tempfile.mkdtemp(dir=directory)) / "texts"
+    line = [sys.executable, "-m", "data_tools.pack_text", str(directory / "corpus.jsonl"), "--out", str(out)]
+    line += ["--tokenizer", str(directory / "text.model"), "--workers", str(workers), "--near", str(NEAR)]
+    start = time.perf_counter()
+    subprocess.run([*line, "--chunk-tokens", str(CHUNK_TOKENS)], check=True, stdout=subprocess.DEVNULL)
+    seconds = time.perf_counter() - start
+    (directory / "last").unlink(missing_ok=True)
+    (directory / "last").symlink_to(out)
+    return seconds
+
+
+def recall(directory: Path, planted: dict[int, float]) -> dict[str, float]:
+    """The share of the planted ones that was dropped, for each similarity, and of all others."""
+    drops = read_drops([directory / "last" / "steps" / "pack_text_dropped.parquet"])
+    found = {int(drop.key) for drop in drops if drop.reason in ("duplicate", "near_duplicate")}
+    rows = read_steps(directory / "last")["pack_text"].rows
+    total, hits = Counter(planted.values()), Counter(planted[number] for number in found & planted.keys())
+    shares = {f"{similarity:g}": round(hits[similarity] / total[similarity], 4) for similarity in sorted(total)}
+    return shares | {"others": round(len(found - planted.keys()) / max(rows - len(planted), 1), 6)}
+
+
+def parts(directory: Path, repeats: int, megabytes: float = 2) -> dict[str, float]:
+    """MB/s of the single steps on one core, without reading and writing: the median."""
+    with (directory / "corpus.jsonl").open() as file:
+        texts = [json.loads(line)["text"] for line in file.readlines(int(megabytes * 1e6))]
+    tokenizer, limits, size = TextTokenizer(directory / "text.model"), limits_of(CHUNK_TOKENS), sum(map(len, texts))
+    steps: dict[str, Callable[[str], object]] = {
+        "clean": clean,
+        "judge": lambda text: why_dropped(text, TextRules(), english=True),
+        "cut": lambda text: cut(text, lambda part: len(tokenizer.pieces(part)), limits),
+        "tokenize_only": tokenizer.pieces,
+        "minhash": lambda text: signature(comparable(text)),
+    }
+    speeds = {}
+    for name, step in steps.items():
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            for text in texts:
+                step(text)
+            seconds.append(time.perf_counter() - start)
+        speeds[name] = round(size / 1e6 / statistics.median(seconds), 2)
+    return speeds
+
+
+def measure(megabytes: float, workers: int, repeats: int, seed: int) -> dict:
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        planted = write_corpus(directory / "corpus.jsonl", megabytes, seed)
+        train_tokenizer(directory / "text.model", seed)
+        size = (directory / "corpus.jsonl").stat().st_size / 1e6
+        seconds = [packed_once(directory, workers) for _ in range(repeats)]
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        steps = read_steps(directory / "last")
+        documents, chunks, median = steps["pack_text"], steps["pack_text_chunks"], statistics.median(seconds)
+        return {
+            "corpus_mb": round(size, 1),
+            "documents": documents.rows,
+            "kept": documents.kept,
+            "seconds": round(median, 2),
+            "seconds_of_all": [round(value, 2) for value in seconds],
+            "mb_per_s": round(size / median, 2),
+            "documents_per_s": round(documents.rows / median, 1),
+            "tokens_per_s": round(chunks.settings["tokens"] / median),
+            "largest_process_mib": round(peak, 1),
+            "fill": chunks.settings["fill"],
+            "near": NEAR,
+            "recall_by_similarity": recall(directory, planted),
+            "parts_mb_per_s": parts(directory, repeats),
+        }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.pack_text",
+        description="Times data_tools.pack_text on a corpus of made-up prose with planted duplicates. Medians.",
+        epilog="example: python -m benchmarks.pack_text --megabytes 200 --workers 2 --repeats 5",
+    )
+    parser.add_argument("--megabytes", type=float, default=100, help="of the corpus (%(default)g)")
+    parser.add_argument("--workers", type=int, default=1, help="of pack_text (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="of each measurement (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the corpus (%(default)s)")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args(arguments)
+    try:
+        for name in ("megabytes", "workers", "repeats"):
+            if getattr(args, name) <= 0:
+                raise ValueError(f"--{name}={getattr(args, name)} is not above 0; use 1 or more")
+        setting = {name: value for name, value in vars(args).items() if name != "out"}
+        machine = {
+            "command": "python -m benchmarks.pack_text " + " ".join(sys.argv[1:]),
+            "date": date.today().isoformat(),
+            "cpu_cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "sentencepiece": sentencepiece.__version__,
+            "rensa": version("rensa"),
+        }
+        text = json.dumps({**setting, **measure(**setting), **machine}, indent=1)
+        print(text)
+        if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(text + "\n")
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
