@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from pretrain.metrics import read_metrics
 from pretrain.weights import read_weights
-from tests.small_run import Ranks, command, train_stage, write_data
+from tests.small_run import Ranks, command, environment, train_stage, write_data
 
 # (ranks, DeepSpeed JSON, settings) of each leg; all but the last are killed after two more checkpoints.
 LEGS = [
@@ -77,3 +79,28 @@ def test_a_run_goes_on_under_any_other_layout(data, tmp_path):
     assert got_state.keys() == want_state.keys()
     for name, value in want_state.items():
         assert (got_state[name] - value).abs().max() <= 5e-6, name
+
+
+@pytest.mark.slow
+def test_weights_go_from_family_to_family_and_to_one_cpu(data, tmp_path):
+    plan = {
+        "vision": (4, "zero3.json", ["parallel.tensor=2"]),
+        "language": (4, "zero1.json", ["parallel.tensor=2", "parallel.pipe=2"]),
+    }
+    evaluated = {}
+    for name, legs in (("split", plan), ("single", dict.fromkeys(plan, (1, "zero0.json", [])))):
+        run, log = tmp_path / name, tmp_path / f"{name}.log"
+        for stage, (ranks, ds, more) in legs.items():
+            wanted = settings(data)[-1:] if stage == "vision" else []
+            started = Ranks(command(data, run, stage, *wanted, *more, "steps=6", ds=ds), data, ranks, log)
+            assert started.wait(120) == [0] * ranks, log.read_text()
+        line = [sys.executable, "-m", "pretrain.evaluate", "--run-dir", str(run), "--stage", "vision"]
+        done = subprocess.run(line, env=environment(data), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        evaluated[name] = json.loads((run / "vision" / "eval.json").read_text())
+    for stage in plan:
+        got, want = (read_weights(tmp_path / name / stage / "weights.safetensors")[0] for name in ("split", "single"))
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            assert (got[name] - value).abs().max() <= 5e-6, (stage, name)
+    assert evaluated["split"]["masked/image/accuracy"] == evaluated["single"]["masked/image/accuracy"]

@@ -1,0 +1,65 @@
+"""Shows what is in shards, and how it came there: one HTML page that needs no network.
+
+    python -m data_tools.audit data/cc12m data/laion --out audit.html
+
+Counts, sizes, aspect ratios, caption lengths, words, languages, failed downloads by reason and server, copies, the
+steps that led here with their reasons (DIR/steps), samples drawn at random, and examples of what was dropped
+(DIR/drops). Nothing in DIR is changed. Several directories make one page: slices of a list, or parts of a set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from data_tools.audit_facts import gather
+from data_tools.audit_page import page
+from data_tools.index import write_atomically
+from data_tools.languages import detector
+
+
+def audit(directories: list[Path], out: Path, *, seed: int = 0, samples: int = 60, workers: int = 1) -> int:
+    """Writes the page. -> its bytes. Raises ValueError for a directory without shards, a broken shard, a damaged record
+    of a step."""
+    if samples < 0:
+        raise ValueError(f"--samples={samples} is below 0; use 60, or 0 for none")
+    try:
+        detect = detector()
+    except ValueError:  # the page says that it is not installed
+        detect = None
+    facts = gather(directories, seed=seed, wall=samples, workers=workers, detect=detect)
+    html = page(directories, facts, seed).encode(errors="replace")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, html)
+    return len(html)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.audit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m data_tools.audit data/cc12m --out audit.html --workers 8",
+    )
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="holds 00000.tar, 00001.tar, ...")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page")
+    parser.add_argument("--samples", type=int, default=60, help="on the wall (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other samples (%(default)s)")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (%(default)s)")
+    args = parser.parse_args(arguments)
+    try:
+        size = audit(args.directories, args.out, seed=args.seed, samples=args.samples, workers=args.workers)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; no page was written", file=sys.stderr)
+        return 130
+    print(f"{args.out}: {size / 2**20:.1f} MiB, open it in any browser")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

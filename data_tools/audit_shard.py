@@ -1,0 +1,176 @@
+"""What an audit reads of one shard: its tar's headers and captions, and its parquet with the rows that failed."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_tools.audit_sketches import Drawn, lot
+from data_tools.fetch_reasons import SUCCESS, reason_of
+from data_tools.hashes import caption_hash
+from pretrain.data.shards import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample
+from pretrain.data.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, split_name, tar_members
+from pretrain.data.transforms import read_header
+
+CAPTION_CHARS = 300  # of a caption that is shown
+COUNTED_CHARS = 2000  # of a caption whose words are counted
+LANGUAGE_SAMPLES = 2000  # captions of one shard whose language may be told
+_WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
+_SERVER = re.compile(r"^https?://(?:[^/?#@\\]*@)?([^/?#:\\]+)", re.IGNORECASE)
+_COLUMNS = ("key", "status", "error_message", "url", "width", "height", "sha256")
+
+
+class Place(NamedTuple):
+    """Where a sample's picture lies, and what is written under it."""
+
+    tar: str
+    key: str
+    offset: int
+    size: int  # 0: the sample has no picture
+    caption: str
+
+
+class Job(NamedTuple):
+    tar: Path
+    seed: int
+    wall: int  # samples to draw
+    wanted: frozenset[str]  # keys whose places are asked for
+
+
+@dataclass
+class ShardFacts:
+    samples: int = 0
+    tar_bytes: int = 0
+    unreadable: int = 0  # pictures whose header says nothing
+    rows: int | None = None  # of the parquet, None without one
+    failures: Counter[str] = field(default_factory=Counter)  # reason -> rows
+    served: Counter[str] = field(default_factory=Counter)  # server -> rows that came
+    failed: Counter[str] = field(default_factory=Counter)  # server -> rows that did not
+    formats: Counter[str] = field(default_factory=Counter)
+    vocabulary: Counter[str] = field(default_factory=Counter)
+    captions: Counter[str] = field(default_factory=Counter)
+    sizes: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # [pictures, (width, height)]
+    picture_bytes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    words: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # of each caption
+    picture_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    caption_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
+    wall: Drawn = field(default_factory=lambda: Drawn(0))  # Places
+    texts: Drawn = field(default_factory=lambda: Drawn(LANGUAGE_SAMPLES))  # captions
+    found: dict[str, Place] = field(default_factory=dict)  # of the wanted
+
+
+def read_shard(job: Job) -> ShardFacts:
+    """Raises ShardError for a tar that is cut off, and ValueError for a parquet that is damaged, naming them."""
+    facts = ShardFacts(tar_bytes=job.tar.stat().st_size, wall=Drawn(job.wall))
+    known = _read_parquet(job.tar.with_suffix(".parquet"), facts)
+    sizes, lengths, words, pictures, captions = [], [], [], [], []
+    with open(job.tar, "rb") as file:
+        for key, members in _samples(job.tar):
+            facts.samples += 1
+            text = _text(file, *members["txt"]) if "txt" in members else None
+            picture = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
+            facts.formats.update(extension for extension in members if extension in IMAGE_EXTENSIONS)
+            shown = fit(key)
+            place = Place(str(job.tar), shown, *(picture or (0, 0)), (text or "")[:CAPTION_CHARS])
+            drawn = lot(job.seed, job.tar.stem, shown)
+            facts.wall.add(drawn, f"{job.tar}\0{shown}", place)
+            if shown in job.wanted:
+                facts.found[shown] = place
+            if text is not None:
+                digest, number = caption_hash(text)
+                words.append(number)
+                captions.append(digest)
+                facts.vocabulary.update(_WORD.findall(text[:COUNTED_CHARS].lower()))
+                facts.captions[" ".join(text.split())[:CAPTION_CHARS]] += 1
+                facts.texts.add(drawn, shown, text[:COUNTED_CHARS])
+            if picture is not None:
+                lengths.append(picture[1])
+                size, digest = _looked_up(known.get(shown, {}), file, *picture)
+                pictures.append(digest)
+                sizes += [size] if size else []
+                facts.unreadable += size is None
+    facts.sizes = np.array(sizes, np.int64).reshape(-1, 2)
+    facts.picture_bytes, facts.words = np.array(lengths, np.int64), np.array(words, np.int64)
+    facts.picture_hashes, facts.caption_hashes = np.array(pictures, np.uint64), np.array(captions, np.uint64)
+    return facts
+
+
+def fit(key: str) -> str:
+    """A key as drops files name it."""
+    return key.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def _samples(tar: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
+    """(key, extension -> offset and size), in the order of the keys."""
+    members: dict[str, dict[str, tuple[int, int]]] = {}
+    for member in tar_members(tar):
+        key, extension = split_name(member.name)
+        if key and extension in EXTENSIONS and member.isreg() and not member.issparse():
+            members.setdefault(key, {})[extension] = member.offset_data, member.size
+    yield from sorted(members.items())
+
+
+def _text(file: BinaryIO, offset: int, size: int) -> str:
+    file.seek(offset)
+    return file.read(min(size, MAX_TEXT_BYTES)).decode(errors="replace")
+
+
+def _looked_up(row: dict[str, Any], file: BinaryIO, offset: int, size: int) -> tuple[tuple[int, int] | None, int]:
+    """(width and height, None if nobody can tell; 64 bits of a hash): from the parquet, else from the picture."""
+    width, height, digest = row.get("width"), row.get("height"), row.get("sha256")
+    known = isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0
+    if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) and known:
+        return (width, height), int(digest[:16], 16)  # type: ignore[return-value]
+    if size > MAX_IMAGE_BYTES:
+        return None, offset
+    file.seek(offset)
+    data = file.read(size)
+    try:
+        header = read_header(data)
+        found = header.width, header.height
+    except BadSample:
+        found = None
+    return found, int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
+
+
+def _read_parquet(path: Path, facts: ShardFacts) -> dict[str, dict[str, Any]]:
+    """Counts the rows and their failures. -> what it says of the samples that came, by key."""
+    if not path.exists():
+        return {}
+    facts.rows, known = 0, {}
+    try:
+        with pq.ParquetFile(path) as file:
+            columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
+            for batch in file.iter_batches(columns=columns):
+                facts.rows += len(batch)
+                for row in batch.to_pylist():
+                    known.update(_counted(row, facts))
+    except (pa.ArrowException, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"{path} is damaged ({first}); download its shard again, or remove the file") from None
+    return known
+
+
+def _counted(row: dict[str, Any], facts: ShardFacts) -> dict[str, dict[str, Any]]:
+    server = server_of(row.get("url"))
+    if row.get("status", SUCCESS) == SUCCESS:
+        facts.served[server] += 1
+        return {str(row.get("key")): row}
+    facts.failed[server] += 1
+    facts.failures[reason_of(row.get("error_message") or str(row["status"]))] += 1
+    return {}
+
+
+def server_of(url: object) -> str:
+    """The server's name in lower case; "" for what is no URL."""
+    found = _SERVER.match(url) if isinstance(url, str) else None
+    return found[1].lower()[:120] if found else ""

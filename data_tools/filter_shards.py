@@ -1,0 +1,234 @@
+"""Filters downloaded shards by their pictures: broken, tiny, narrow, blank; and by captions that repeat.
+
+    python -m data_tools.filter_shards data/cc12m --min-side 64 --max-aspect 3 --max-caption-repeats 100
+
+Nothing is changed: DIR/drops/filter_shards.parquet names the samples to leave out (data_tools.rewrite does it), and
+DIR/steps/filter_shards.json says how many for which reason, with the thresholds. What was measured of a shard is kept
+in DIR/measures, so a killed run goes on, and other thresholds need no second look. A sample counts once, in this order:
+
+    undecodable too_small extreme_aspect blank low_entropy one_colour caption_repeats
+
+Of a caption that stands under more than --max-caption-repeats pictures, the first ones (by shard and key) are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from data_tools.hashes import caption_hash
+from data_tools.index import complete_shards, map_in_order, stats_path, write_atomically
+from data_tools.picture_filters import REASONS, REPEATED, Measures, PictureSettings, measure, reasons
+from data_tools.step_table import step_table
+from data_tools.steps import Drop, Step, write_drops, write_step
+from pretrain.data.shards import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
+from pretrain.data.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, split_name, tar_members
+
+STEP = "filter_shards"
+DROPS = "drops"  # the directory for drops files
+FOLDER, VERSION = "measures", 1
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("picture", pa.bool_()),  # has one; the measures of the others are null
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("contrast", pa.float32()),
+        ("entropy", pa.float32()),
+        ("one_colour", pa.float32()),
+        ("problem", pa.string()),
+        ("caption", pa.uint64()),  # hash of the words; null without any
+    ]
+)
+_NUMBERS = ("width", "height", "contrast", "entropy", "one_colour")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The files of measures, one for each shard, by name."""
+
+    files: tuple[Path, ...]
+    pictures: int  # that were decoded in this run; the others were up to date
+    seconds: float
+
+
+def filter_shards(directory: Path, settings: PictureSettings, workers: int = 1) -> tuple[Step, Measured]:
+    """Writes the drops and the record of the step. Raises ValueError where there is no shard, ShardError (a ValueError)
+    for a broken one, naming it."""
+    measured = measure_shards(directory, workers)
+    path = directory / DROPS / f"{STEP}.parquet"
+    total = Counter[str]()
+    dropped = write_drops(path, _drops(measured.files, settings, total))
+    order = {name: dropped[name] for name in (*REASONS, REPEATED) if dropped[name]}
+    step = Step(STEP, total["samples"], total["samples"] - dropped.total(), order, asdict(settings), [str(directory)])
+    write_step(directory, STEP, step)
+    return step, measured
+
+
+def measure_shards(directory: Path, workers: int = 1) -> Measured:
+    """Measures of all complete shards; those that are up to date in DIRECTORY/measures are not taken again."""
+    tars = complete_shards(directory)[0]
+    (directory / FOLDER).mkdir(exist_ok=True)
+    jobs = [(tar, directory / FOLDER / f"{tar.stem}.parquet") for tar in tars]
+    started, pictures = time.perf_counter(), 0
+    with map_in_order(_up_to_date, jobs, workers) as results:
+        for fresh in tqdm(results, total=len(jobs), desc=f"measuring {directory}", unit=" shards", disable=None):
+            pictures += fresh
+    return Measured(tuple(file for _, file in jobs), pictures, time.perf_counter() - started)
+
+
+def _drops(files: tuple[Path, ...], settings: PictureSettings, total: Counter[str]) -> Iterator[Drop]:
+    """What is dropped, in the order of shards and keys. `total` counts the samples on the way."""
+    frequent = _frequent(files, settings)
+    seen: Counter[int] = Counter()
+    for file in files:
+        table = pq.read_table(file)
+        total["samples"] += len(table)
+        found, captions = _judged(table, settings)
+        drops: dict[int, Drop] = {}
+        for row in np.flatnonzero(found >= 0).tolist():
+            sample = table.slice(row, 1).to_pylist()[0]
+            reason = REASONS[found[row]]
+            drops[row] = Drop(file.stem, sample["key"], reason, _detail(reason, sample))
+        for row in np.flatnonzero(np.isin(captions, list(frequent))).tolist() if frequent else ():
+            caption = int(captions[row])
+            seen[caption] += 1
+            if seen[caption] > settings.max_caption_repeats:
+                key = table["key"][row].as_py()
+                drops[row] = Drop(file.stem, key, REPEATED, f"under {frequent[caption]} pictures")
+        yield from (drops[row] for row in sorted(drops))
+
+
+def _judged(table: pa.Table, settings: PictureSettings) -> tuple[np.ndarray, np.ndarray]:
+    """(index in REASONS or -1; the caption's hash of pictures that pass, else 0), [samples] each."""
+    measures = {name: pc.fill_null(table[name], 0).to_numpy() for name in _NUMBERS}
+    measures["problem"] = table["problem"].is_valid().to_numpy()
+    pictures = table["picture"].to_numpy()
+    found = np.where(pictures, reasons(measures, settings), -1)  # texts alone are not judged
+    captions = pc.fill_null(table["caption"], 0).to_numpy()
+    return found, np.where(pictures & (found == -1), captions, 0).astype(np.uint64)
+
+
+def _frequent(files: tuple[Path, ...], settings: PictureSettings) -> dict[int, int]:
+    """The captions of more pictures than are allowed: hash -> how many. Takes 8 bytes for each sample."""
+    if not settings.max_caption_repeats:
+        return {}
+    captions = [captions[captions > 0] for _, captions in (_judged(pq.read_table(f), settings) for f in files)]
+    hashes, counts = np.unique(np.concatenate(captions), return_counts=True)
+    many = counts > settings.max_caption_repeats
+    return dict(zip(hashes[many].tolist(), counts[many].tolist(), strict=True))
+
+
+def _detail(reason: str, sample: dict) -> str:
+    if reason == "undecodable":
+        return sample["problem"]
+    if reason in ("too_small", "extreme_aspect"):
+        return f"{sample['width']} x {sample['height']}"
+    if reason == "one_colour":
+        return f"{100 * sample['one_colour']:.1f} % of the picture"
+    return f"contrast {sample['contrast']:.2g} levels" if reason == "blank" else f"entropy {sample['entropy']:.2g} bits"
+
+
+def _up_to_date(job: tuple[Path, Path]) -> int:
+    """Makes sure that the measures of one shard are there -> how many pictures were decoded for it."""
+    tar, file = job
+    state = os.stat(tar)
+    stamp = json.dumps({"version": VERSION, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns}).encode()
+    try:
+        if (pq.read_schema(file).metadata or {}).get(b"shard") == stamp:
+            return 0
+    except (OSError, pa.ArrowException):  # not there, or damaged: it is written again
+        pass
+    rows = list(_measured(tar))
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA).replace_schema_metadata({b"shard": stamp}), sink)
+    write_atomically(file, sink.getvalue().to_pybytes())
+    return sum(row["picture"] for row in rows)
+
+
+def _measured(tar: Path) -> Iterator[dict]:
+    """A row for each sample of a shard, in the order of the keys: that of a tar follows its download."""
+    members: dict[str, dict[str, tuple[int, int]]] = {}
+    for member in tar_members(tar):
+        key, extension = split_name(member.name)
+        if key and extension in EXTENSIONS and member.isreg() and not member.issparse():
+            members.setdefault(key, {})[extension] = member.offset_data, member.size
+    with open(tar, "rb") as file:
+        for key, sample in sorted(members.items()):
+            row: dict = {"key": key.encode(errors="surrogateescape").decode(errors="backslashreplace")}
+            pictures = [sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample]
+            row["picture"] = bool(pictures)
+            if pictures:
+                row |= _measure_member(file, *pictures[0])._asdict()
+            offset, size = sample.get("txt", (0, 0))
+            if 0 < size <= MAX_TEXT_BYTES:
+                file.seek(offset)
+                caption, words = caption_hash(file.read(size).decode(errors="replace"))
+                row["caption"] = caption if words else None
+            yield row
+
+
+def _measure_member(file: BinaryIO, offset: int, size: int) -> Measures:
+    if size > MAX_IMAGE_BYTES:
+        return Measures(problem=f"{size} bytes are more than the {MAX_IMAGE_BYTES} that are read")
+    file.seek(offset)
+    return measure(file.read(size))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.filter_shards",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m data_tools.filter_shards data/cc12m --min-side 200 --workers 8",
+    )
+    parser.add_argument("directory", type=Path, metavar="DIR", help="holds 00000.tar, 00001.tar, ...")
+    for name, kind, metavar, text in (
+        ("min_side", int, "PIXELS", "shorter side"),
+        ("max_aspect", float, "RATIO", "longer side to the shorter; inf: any"),
+        ("min_contrast", float, "LEVELS", "standard deviation of a channel, of 255; 0: any"),
+        ("min_entropy", float, "BITS", "of the brightness's histogram, of 8; 0: any"),
+        ("max_one_colour", float, "SHARE", "of the pixels in one colour; 1: any"),
+        ("max_caption_repeats", int, "N", "pictures under one caption; 0: any number"),
+    ):
+        flag = f"--{name.replace('_', '-')}"
+        default = getattr(PictureSettings, name)
+        parser.add_argument(flag, type=kind, metavar=metavar, default=default, help=f"{text} (%(default)s)")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (%(default)s)")
+    args = parser.parse_args(arguments)
+    try:
+        settings = PictureSettings(**{field.name: getattr(args, field.name) for field in fields(PictureSettings)})
+        step, measured = filter_shards(args.directory, settings, args.workers)
+        for path in complete_shards(args.directory)[1]:
+            print(f"note: {path.name} is partial (no {stats_path(path).name}) and not filtered")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; what was measured is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    print(step_table(step))
+    if measured.pictures:
+        rate = measured.pictures / measured.seconds
+        print(f"{measured.pictures:,} pictures measured in {measured.seconds:.1f} s, {rate:,.0f} pictures/s")
+    path = args.directory / DROPS / f"{STEP}.parquet"
+    print(f"{path} names {step.rows - step.kept:,} samples; leave them out with python -m data_tools.rewrite")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
