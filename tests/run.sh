@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/env/setup.sh
+source launch/env/download.sh
 
 if [ $# -eq 0 ]; then
     "$PYTHON" -m ruff check .

@@ -1,0 +1,183 @@
+"""What the guard costs: img2dataset alone and img2dataset guarded, in turns, on the same list and local server.
+
+    python -m benchmarks.download_guard --pictures 4000 --repeats 5 --out benchmarks/results/download_guard.json
+
+Both run as commands, as they are used. Time is from the start of the first shard to the end of the last, by
+img2dataset's own statistics; CPU time is of the whole command with its start (alone, that includes img2dataset's logger
+process, which data_tools.download does not start), and less at the mercy of other work on the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from tqdm import tqdm
+
+from data_tools.download import find_python
+from data_tools.download_attempt import ROOT
+
+_ALONE = """\
+import json, sys, img2dataset
+if __name__ == "__main__":
+    img2dataset.download(**json.loads(sys.argv[1]))
+"""
+_KINDS = 64  # pictures that the server holds
+
+
+@contextmanager
+def picture_server(side: int) -> Iterator[int]:
+    """The port of a server on this machine that answers every request with a JPEG. In one thread."""
+    answers = [_answer(number, side) for number in range(_KINDS)]
+    loop = asyncio.new_event_loop()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            request = await reader.readuntil(b"\r\n\r\n")
+            writer.write(answers[hash(request[:40]) % _KINDS])
+            await writer.drain()
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    server = loop.run_until_complete(asyncio.start_server(serve, "127.0.0.1", 0, backlog=1024))
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+
+
+def _answer(number: int, side: int) -> bytes:
+    rough = np.random.default_rng(number).integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(rough).resize((side, side), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: {file.tell()}\r\nConnection: close\r\n\r\n"
+    return head.encode() + file.getvalue()
+
+
+def measure(pictures: int, repeats: int, processes: int, threads: int, side: int) -> dict[str, object]:
+    """Medians of img/s and of CPU time for both, in alternating runs."""
+    python = find_python()
+    runs: dict[str, list[tuple[float, float]]] = {"alone": [], "guarded": []}
+    with picture_server(side) as port, tempfile.TemporaryDirectory() as home:
+        rows = _write_list(Path(home, "list.parquet"), port, pictures)
+        for repeat in tqdm(range(repeats), unit=" repeats", disable=None):
+            for name in sorted(runs, reverse=bool(repeat % 2)):  # neither is always the first
+                runs[name].append(_run(name, python, rows, Path(home), processes, threads))
+    found: dict[str, object] = {}
+    for what, place in (("img_per_s", 0), ("cpu_ms_per_img", 1)):
+        values = {name: [round(run[place], 3) for run in runs[name]] for name in runs}
+        alone, guarded = (statistics.median(values[name]) for name in ("alone", "guarded"))
+        cost = 1 - guarded / alone if what == "img_per_s" else guarded / alone - 1
+        found |= {
+            f"alone_{what}": alone,
+            f"guarded_{what}": guarded,
+            f"guard_costs_percent_of_{what}": round(100 * cost, 2),
+        }
+        found[f"runs_{what}"] = values
+    return found
+
+
+def _write_list(path: Path, port: int, count: int) -> Path:
+    urls = [f"http://127.0.0.1:{port}/{number}.jpg" for number in range(count)]
+    pq.write_table(pa.table({"url": urls, "caption": ["a picture of a test"] * count}), path)
+    return path
+
+
+def _run(name: str, python: str, rows: Path, home: Path, processes: int, threads: int) -> tuple[float, float]:
+    """(img/s, milliseconds of CPU per picture) of one download."""
+    with tempfile.TemporaryDirectory(dir=home) as out:
+        if name == "alone":
+            arguments: dict[str, object] = {
+                "url_list": str(rows),
+                "output_folder": out,
+                "input_format": "parquet",
+                "url_col": "url",
+            }
+            arguments |= {"caption_col": "caption", "output_format": "webdataset", "image_size": 256}
+            arguments |= {"resize_mode": "keep_ratio", "resize_only_if_bigger": True, "skip_reencode": True}
+            arguments |= {"processes_count": processes, "thread_count": threads, "number_sample_per_shard": 500}
+            arguments |= {"extract_exif": False, "min_image_size": 32, "max_aspect_ratio": 8}
+            script = home / "alone.py"
+            script.write_text(_ALONE)
+            line = [python, str(script), json.dumps(arguments)]
+        else:
+            line = [sys.executable, "-m", "data_tools.download", "--list", str(rows), "--preset", "canonical"]
+            line += ["--out", out, "--processes", str(processes), "--threads", str(threads)]
+            line += ["--samples-per-shard", "500", "--allow-address", "127.0.0.1/32"]
+        environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONPATH": str(ROOT)}
+        before = _cpu_seconds()
+        done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+        cpu = _cpu_seconds() - before
+        shards = [json.loads(path.read_bytes()) for path in Path(out).glob("*_stats.json")]
+    came, count = sum(shard["successes"] for shard in shards), pq.read_metadata(rows).num_rows
+    if done.returncode or came != count:
+        raise ValueError(f"{name}: {came} of {count} came, code {done.returncode}: {done.stderr.strip()[-300:]}")
+    seconds = max(shard["end_time"] for shard in shards) - min(shard["start_time"] for shard in shards)
+    return count / seconds, 1000 * cpu / count
+
+
+def _cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.download_guard",
+        description="Times img2dataset alone and guarded by data_tools.download, side by side on a local server.",
+        epilog="example: python -m benchmarks.download_guard --pictures 4000 --repeats 5",
+    )
+    parser.add_argument("--pictures", type=int, default=4000, help="of one measurement (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="of both, in turns (%(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="of img2dataset (%(default)s)")
+    parser.add_argument("--threads", type=int, default=32, help="per process (%(default)s)")
+    parser.add_argument("--side", type=int, default=384, help="pixels of the pictures (%(default)s)")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args(arguments)
+    try:
+        for name in ("pictures", "repeats", "processes", "threads", "side"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name}={getattr(args, name)} is below 1; use 1 or more")
+        setting = {name: value for name, value in vars(args).items() if name != "out"}
+        machine = {
+            "command": "python -m benchmarks.download_guard " + " ".join(sys.argv[1:]),
+            "date": date.today().isoformat(),
+            "cpu_cores": os.cpu_count(),
+            "python": platform.python_version(),
+        }
+        text = json.dumps({**setting, **measure(**setting), **machine}, indent=1)
+        print(text)
+        if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(text + "\n")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""Downloads the pictures of a list with img2dataset, guarded, into shards that training reads.
+
+    python -m data_tools.download --list laion/part-00000.parquet --preset laion --out data/laion
+
+Runs img2dataset in an environment of its own (bash launch/env/download.sh makes it). The same command goes on where a
+killed one stopped. With --slice I/N it makes the I-th (from 0) of N slices of the list into the same --out, on any
+machine; the slice that is done last writes the manifest. Servers are strangers: only http and https, only public
+addresses, a limit on bytes, time, redirects and pixels; X-Robots-Tag is heeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from data_tools.download_attempt import ROOT, Run, download_slice
+from data_tools.download_slice import WORK, Listed, Slice, agree, alone, published, write_list
+from data_tools.fetch_reasons import SUCCESS
+from data_tools.guarded_fetch import Limits
+from data_tools.index import index_directory, write_atomically
+from data_tools.lists import EXTRA, PRESETS, fingerprint, open_list
+from data_tools.steps import STEPS, Step, write_step
+
+# img2dataset writes its own width and height.
+_OF_LIST = ("list", "fingerprint", "preset", "url_col", "caption_col")
+_PASSED_ON = ("row", *(name for name in EXTRA if name not in ("width", "height")))
+
+
+def find_python() -> str:
+    """The interpreter that has img2dataset. Raises ValueError if there is none."""
+    if given := os.environ.get("IMGLISH_DOWNLOAD_PYTHON"):
+        if shutil.which(given) is None:
+            raise ValueError(f"IMGLISH_DOWNLOAD_PYTHON={given} is no program; unset it, or give a Python")
+        return given
+    home = Path(os.environ.get("IMGLISH_DOWNLOAD_ENV") or ROOT / ".venv-download")
+    if (home / "bin" / "python").exists():
+        return str(home / "bin" / "python")
+    if importlib.util.find_spec("img2dataset") is not None:
+        return sys.executable
+    raise ValueError(
+        f"img2dataset is installed neither in {home} nor here; run: bash launch/env/download.sh (a minute, once), or "
+        "set IMGLISH_DOWNLOAD_PYTHON to a Python that has it"
+    )
+
+
+def download(args: argparse.Namespace, part: Slice) -> None:
+    """Makes the slice `part`, and notes what became of each of its rows in its done.json."""
+    run = Run(find_python(), _arguments(args), _limits(args), args.max_pixels, args.stall_seconds)
+    rows = open_list(args.list, args.preset, args.url_col, args.caption_col)
+    agree(part.out, _plan(args, part))
+    with alone(part):
+        start = time.monotonic()
+        listed = write_list(rows, part)
+        passed_on = [name for name in rows.columns if name in _PASSED_ON]
+        run.img2dataset["save_additional_columns"] = passed_on
+        before = len(published(part, listed))
+        counts = download_slice(run, part, listed)
+        assert counts.total() == listed.kept, (counts, listed)
+        _write_done(part, listed, counts)
+        seconds = time.monotonic() - start
+    made = len(published(part, listed)) - before
+    speed = f", {made} of them now, {listed.kept / seconds:.0f} img/s" if made and not before else ""
+    print(f"{part.out}: slice {part.number}/{part.slices} is done, {len(published(part, listed))} shards{speed}")
+
+
+def _write_done(part: Slice, listed: Listed, counts: Counter[str]) -> None:
+    content = {
+        "list": {"rows": listed.rows, "kept": listed.kept, "dropped": listed.dropped},
+        "download": {"rows": listed.kept, "kept": counts[SUCCESS], "dropped": _without_success(counts)},
+    }
+    write_atomically(part.done, json.dumps(content, indent=1).encode())
+
+
+def _without_success(counts: Counter[str]) -> dict[str, int]:
+    return {reason: count for reason, count in sorted(counts.items()) if reason != SUCCESS}
+
+
+def merge(out: Path, workers: int = 1) -> list[int]:
+    """Writes the step records over all slices and the manifest, unless slices are not done: -> their numbers. Raises
+    ValueError where nothing was begun, or no picture came."""
+    try:
+        plan = json.loads((out / WORK / "plan.json").read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"--out={out} holds no download; give the --out of one that was begun") from None
+    parts = [Slice(out, number, plan["slices"], plan["samples_per_shard"]) for number in range(plan["slices"])]
+    if missing := [part.number for part in parts if not part.done.exists()]:
+        return missing
+    done = [json.loads(part.done.read_bytes()) for part in parts]
+    _write_step(out, "list", done, {name: plan[name] for name in _OF_LIST}, plan["list"])
+    rest = {name: value for name, value in plan.items() if name not in _OF_LIST}
+    result = _write_step(out, "download", done, rest, plan["list"])
+    if not result.kept:
+        raise ValueError(f"--out={out}: none of {result.rows:,} pictures came ({_shown(result.dropped)})")
+    indexed = index_directory(out, workers)
+    print(
+        f"{out}: {result.kept:,} of {result.rows:,} pictures ({100 * result.kept / result.rows:.1f} %) in "
+        f"{len(indexed.manifest.shards):,} shards; {_shown(result.dropped)}"
+    )
+    return []
+
+
+def _write_step(out: Path, name: str, done: list[dict], settings: dict[str, Any], inputs: list[str]) -> Step:
+    dropped: Counter[str] = sum((Counter(part[name]["dropped"]) for part in done), Counter())
+    rows, kept = (sum(part[name][what] for part in done) for what in ("rows", "kept"))
+    step = Step("data_tools.download", rows, kept, dict(sorted(dropped.items())), settings, inputs, "rows")
+    write_step(out, name, step)
+    return step
+
+
+def _shown(dropped: dict[str, int]) -> str:
+    reasons = [f"{reason} {count:,}" for reason, count in Counter(dropped).most_common()]
+    return "dropped: " + (", ".join(reasons) or "none")
+
+
+def carry_steps(lists: list[Path], out: Path) -> None:
+    """The records of what was done to the list before, such as filter_list's, come along."""
+    for home in dict.fromkeys(path if path.is_dir() else path.parent for path in lists):
+        for record in sorted((home / STEPS).glob("*.json")):
+            (out / STEPS).mkdir(parents=True, exist_ok=True)
+            write_atomically(out / STEPS / record.name, record.read_bytes())
+
+
+def _plan(args: argparse.Namespace, part: Slice) -> dict[str, Any]:
+    """What all slices, and every run that goes on, must agree on: it decides what is in the shards."""
+    names: tuple[str, ...] = (
+        "preset",
+        "url_col",
+        "caption_col",
+        "samples_per_shard",
+        "image_size",
+        "resize_mode",
+        "encode_format",
+    )
+    names += ("encode_quality", "reencode", "min_image_size", "max_aspect_ratio", "max_pixels", "max_bytes")
+    plan = {"list": [path.name for path in args.list], "fingerprint": fingerprint(args.list), "slices": part.slices}
+    return plan | {name: getattr(args, name) for name in names}
+
+
+def _arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Of img2dataset.download."""
+    return {
+        "input_format": "parquet",
+        "output_format": "webdataset",
+        "url_col": "url",
+        "caption_col": "caption",
+        "processes_count": args.processes,
+        "thread_count": args.threads,
+        "image_size": args.image_size,
+        "resize_mode": args.resize_mode,
+        "resize_only_if_bigger": True,
+        "skip_reencode": not args.reencode,
+        "encode_format": args.encode_format,
+        "encode_quality": args.encode_quality,
+        "min_image_size": args.min_image_size,
+        "max_aspect_ratio": args.max_aspect_ratio,
+        "timeout": args.timeout,
+        "retries": args.retries,
+        "user_agent_token": args.user_agent_token,
+        "extract_exif": False,
+        "enable_wandb": False,
+    }
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    return Limits(args.max_bytes, args.deadline, args.max_redirects, tuple(args.allow_address))
+
+
+def _slice(text: str) -> tuple[int, int]:
+    try:
+        number, slices = (int(word) for word in text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no I/N, such as 0/16") from None
+    if not 0 <= number < slices:
+        raise argparse.ArgumentTypeError(f"{text}: I counts from 0 to N-1")
+    return number, slices
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.download",
+        description="Downloads the pictures of a list with img2dataset, guarded, into shards that training reads.",
+        epilog="example: python -m data_tools.download --list cc12m.tsv --preset cc12m --out data/cc12m --processes 16",
+    )
+    add = parser.add_argument
+    add("--list", nargs="+", type=Path, metavar="FILE", help="the list: files, or directories of them")
+    add(
+        "--preset", choices=PRESETS, metavar="NAME", help="; ".join(f"{name} ({p.what})" for name, p in PRESETS.items())
+    )
+    add("--url-col", metavar="NAME", help="the column of the URLs, if the preset does not know it")
+    add("--caption-col", metavar="NAME", help="the column of the captions")
+    add("--out", type=Path, required=True, metavar="DIR", help="where 00000.tar, 00001.tar, ... go")
+    add(
+        "--slice", type=_slice, default=(0, 1), metavar="I/N", help="make only the I-th (from 0) of N parts of the list"
+    )
+    add("--merge", action="store_true", help="only write the manifest and the records over all slices of --out")
+    work = parser.add_argument_group("work")
+    add = work.add_argument
+    add("--processes", type=int, default=min(16, os.cpu_count() or 1), metavar="N", help="of img2dataset (%(default)s)")
+    add("--threads", type=int, default=64, metavar="N", help="requests at a time, per process (%(default)s)")
+    add("--samples-per-shard", type=int, default=10_000, metavar="N", help="rows of the list per shard (%(default)s)")
+    add(
+        "--stall-seconds",
+        type=float,
+        default=300,
+        metavar="S",
+        help="begin anew when nothing moved for so long (%(default)s)",
+    )
+    picture = parser.add_argument_group("pictures")
+    add = picture.add_argument
+    add(
+        "--image-size",
+        type=int,
+        default=256,
+        metavar="PIXELS",
+        help="of the shorter side; smaller ones stay (%(default)s)",
+    )
+    modes = ("no", "keep_ratio", "keep_ratio_largest", "center_crop", "border")
+    add("--resize-mode", choices=modes, default="keep_ratio", help="img2dataset's (%(default)s)")
+    add("--encode-format", choices=("jpg", "png", "webp"), default="jpg", help="(%(default)s)")
+    add("--encode-quality", type=int, default=95, metavar="Q", help="(%(default)s; png: 0 to 9)")
+    add("--reencode", action="store_true", help="also what has the format and needs no resizing")
+    add("--min-image-size", type=int, default=32, metavar="PIXELS", help="drop what is smaller (%(default)s)")
+    add("--max-aspect-ratio", type=float, default=8, metavar="R", help="drop what is longer (%(default)s)")
+    guard = parser.add_argument_group("guard")
+    add = guard.add_argument
+    add("--timeout", type=float, default=10, metavar="S", help="of connecting and of each read (%(default)s)")
+    add("--deadline", type=float, default=30, metavar="S", help="of a request with its redirects (%(default)s)")
+    add("--retries", type=int, default=0, metavar="N", help="of a request that failed (%(default)s)")
+    add("--max-bytes", type=int, default=20 * 2**20, metavar="N", help="of one picture (%(default)s)")
+    add(
+        "--max-pixels",
+        type=int,
+        default=2**26,
+        metavar="N",
+        help="by a picture's header, before decoding (%(default)s)",
+    )
+    add("--max-redirects", type=int, default=5, metavar="N", help="(%(default)s)")
+    add("--allow-address", action="append", default=[], metavar="NETWORK", help="reach this though it is not public")
+    add("--user-agent-token", metavar="WORD", help="what X-Robots-Tag and servers may call you by")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not args.list or not args.preset:
+        raise ValueError("--list and --preset say what to download; or --merge, for slices that are done")
+    if any(sign in str(args.out) for sign in "*?["):
+        raise ValueError(f"--out={args.out} holds one of * ? [, which img2dataset takes for a pattern; rename it")
+    least = {"processes": 1, "threads": 1, "samples_per_shard": 2, "stall_seconds": 1, "image_size": 1, "timeout": 0.01}
+    least |= {"min_image_size": 0, "max_aspect_ratio": 1, "retries": 0, "max_pixels": 1, "encode_quality": 0}
+    for name, value in least.items():
+        if not getattr(args, name) >= value:
+            raise ValueError(f"--{name.replace('_', '-')}={getattr(args, name)} is below {value}; use more")
+    best = 9 if args.encode_format == "png" else 100
+    if args.encode_quality > best:
+        raise ValueError(f"--encode-quality={args.encode_quality} is above {best}, the most for {args.encode_format}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    try:
+        args.out = args.out.absolute()
+        if not args.merge:
+            _check(args)
+            number, slices = args.slice
+            download(args, Slice(args.out, number, slices, args.samples_per_shard))
+            carry_steps(args.list, args.out)
+        if missing := merge(args.out, args.processes):
+            shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+            if args.merge:
+                raise ValueError(f"--out={args.out}: slices {shown} are not done; run them, then merge")
+            print(f"{args.out}: to be merged when the other slices are done ({shown})")
+        return 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the shards that are done are kept, the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that img2dataset ends, too
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""Runs img2dataset on a slice until every shard is there: watches it, shows what comes, begins again where it died.
+
+A worker that was killed, a run that stalls and a shard that lost rows lead to another attempt, which makes only the
+shards that are missing; after some attempts without a new shard it is an error that says why.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_tools.download_slice import Listed, Slice, account, publish, published
+from data_tools.fetch_reasons import SUCCESS
+from data_tools.guarded_fetch import Limits
+
+WORKER_DIED = 70  # exit code of data_tools.guarded_img2dataset
+ROOT = Path(__file__).parents[1]
+_POLL = 0.25  # seconds
+_PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
+_SHOWN = 4  # reasons
+_DISK_FULL = ("No space left on device", "Disk quota exceeded")
+_LEAST_FREE = 2**20  # bytes; with less, pictures no longer fit
+
+
+@dataclass(frozen=True)
+class Run:
+    """How img2dataset is to be run."""
+
+    python: str
+    img2dataset: dict[str, Any]  # arguments of img2dataset.download
+    limits: Limits
+    max_pixels: int
+    stall_seconds: float = 300.0
+    attempts: int = 3  # without a new shard
+
+
+class DiskFull(OSError):
+    def __init__(self, out: Path):
+        super().__init__(errno.ENOSPC, "is full; free some space and run the same command again, it goes on", str(out))
+
+
+def download_slice(run: Run, part: Slice, listed: Listed) -> Counter[str]:
+    """Makes the shards of a slice that are missing. -> what became of every row. Raises OSError when it cannot."""
+    for left in part.work.glob("attempt-*"):  # of a run that was killed
+        publish(left, part, listed)
+        shutil.rmtree(left, ignore_errors=True)
+    log = part.work / "log.txt"
+    numbers = listed.shards(part.samples_per_shard)
+    counts = _counted(part, listed)
+    fruitless = 0
+    with _bar(listed.kept, counts, part) as bar:
+        while missing := sorted({*numbers} - {*published(part, listed)}):
+            before = len(missing)
+            _clear(part, listed, missing)
+            why, hopeless = _attempt(run, part, listed, bar, log)
+            missing = sorted({*numbers} - {*published(part, listed)})
+            if not missing:
+                break
+            fruitless = fruitless + 1 if len(missing) == before else 0
+            if fruitless and (hopeless or fruitless == run.attempts):
+                raise OSError(
+                    f"{len(missing)} of {len(numbers)} shards are missing ({_some(missing)}): {why}; what is done is "
+                    f"kept, the same command goes on from there; img2dataset's own words are in {log}"
+                )
+            bar.note(f"{why}; going on with the {len(missing)} shards that are missing")
+    return _counted(part, listed)
+
+
+def _counted(part: Slice, listed: Listed) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for shard in published(part, listed):
+        counts += account(listed.path(part.out, shard, ".parquet"))
+    return counts
+
+
+def _clear(part: Slice, listed: Listed, shards: list[int]) -> None:
+    """Removes halves of shards: of a publication that was interrupted, or of a person who removed a file."""
+    for shard in shards:
+        for ending in ("_stats.json", ".parquet", ".tar", ".idx"):
+            listed.path(part.out, shard, ending).unlink(missing_ok=True)
+
+
+def _attempt(run: Run, part: Slice, listed: Listed, bar: _Progress, log: Path) -> tuple[str, bool]:
+    """One run of img2dataset in a directory of its own. -> why it ended, and whether another would end the same."""
+    attempt = Path(tempfile.mkdtemp(prefix="attempt-", dir=part.work))
+    (attempt / "live").mkdir()
+    start = log.stat().st_size if log.exists() else 0
+    arguments = {"url_list": str(part.list), "output_folder": str(attempt), "oom_shard_count": listed.digits}
+    settings = {
+        "img2dataset": run.img2dataset | arguments | {"number_sample_per_shard": part.samples_per_shard},
+        "limits": asdict(run.limits),
+        "max_pixels": run.max_pixels,
+        "first": listed.first,
+        "done": published(part, listed),
+    }
+    bar.begin()
+    try:
+        with _started(run, log) as process:
+            assert process.stdin is not None
+            try:
+                process.stdin.write(json.dumps(settings).encode() + b"\n")
+                process.stdin.flush()
+            except BrokenPipeError:  # it ended before it read; its log tells why
+                pass
+            why = _watch(run, process, attempt, part, listed, bar, log, start)
+        bar.moved(publish(attempt, part, listed))
+    finally:
+        shutil.rmtree(attempt, ignore_errors=True)
+    # It ended by itself, before the first picture: a broken environment.
+    hopeless = process.returncode not in (0, WORKER_DIED, -signal.SIGKILL) and not bar.came
+    bar.begin()
+    return why, hopeless
+
+
+@contextmanager
+def _started(run: Run, log: Path) -> Iterator[subprocess.Popen]:
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONWARNINGS": "ignore",
+        "NO_ALBUMENTATIONS_UPDATE": "1",
+        "WANDB_MODE": "disabled",
+        "OPENCV_IO_MAX_IMAGE_PIXELS": str(run.max_pixels),
+        # A name server that does not answer must not hold a thread for minutes.
+        "RES_OPTIONS": os.environ.get("RES_OPTIONS", "timeout:3 attempts:2"),
+    }
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [run.python, "-m", "data_tools.guarded_img2dataset"],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # its workers end with it, and Ctrl-C comes here first
+        )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
+
+
+def _watch(
+    run: Run,
+    process: subprocess.Popen,
+    attempt: Path,
+    part: Slice,
+    listed: Listed,
+    bar: _Progress,
+    log: Path,
+    start: int,
+) -> str:
+    """Until it ends or stalls. Raises DiskFull."""
+    seen, since = -1, time.monotonic()
+    while True:
+        code = process.poll()
+        bar.moved(publish(attempt, part, listed))
+        bar.show(_live(attempt))
+        words = _words(log, start)
+        if any(sign in words for sign in _DISK_FULL) or shutil.disk_usage(part.out).free < _LEAST_FREE:
+            raise DiskFull(part.out)
+        if code is not None:
+            return f"img2dataset ended with code {code}" + (f" ({_last(words)})" if code or words else "")
+        if bar.came != seen:
+            seen, since = bar.came, time.monotonic()
+        elif time.monotonic() - since > run.stall_seconds:
+            return f"no picture was tried for {run.stall_seconds:g} s (--stall-seconds)"
+        time.sleep(_POLL)
+
+
+def _live(attempt: Path) -> Counter[str]:
+    """What the workers have counted since the attempt began."""
+    counts: Counter[str] = Counter()
+    for path in (attempt / "live").glob("*"):
+        if path.suffix:  # it is being written
+            continue
+        try:
+            counts.update(json.loads(path.read_bytes()))
+        except (OSError, ValueError):
+            continue
+    return counts
+
+
+def _words(log: Path, start: int) -> str:
+    """The end of what this attempt has written."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(start, file.seek(0, os.SEEK_END) - 2**16))
+            return file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _last(words: str) -> str:
+    lines = [line.strip() for line in words.replace("\r", "\n").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "it wrote nothing"
+
+
+def _some(shards: list[int]) -> str:
+    return ", ".join(map(str, shards[:5])) + (", ..." if len(shards) > 5 else "")
+
+
+@contextmanager
+def _bar(rows: int, counts: Counter[str], part: Slice) -> Iterator[_Progress]:
+    description = f"downloading {part.out}" + (f" slice {part.number}/{part.slices}" if part.slices > 1 else "")
+    with tqdm(total=rows, initial=counts.total(), desc=description, unit=" img", disable=None) as bar:
+        yield _Progress(bar, counts, rows, description)
+
+
+class _Progress:
+    """Pictures tried, as a bar on a terminal, and as a line now and then elsewhere."""
+
+    def __init__(self, bar: tqdm, counts: Counter[str], rows: int, description: str):
+        self._bar, self._rows, self._description = bar, rows, description
+        self._counts = Counter(counts)  # of the shards that are done
+        self._moved: Counter[str] = Counter()  # of these, in this attempt
+        self._first, self._start = counts.total(), time.monotonic()
+        self._line = time.monotonic()
+        self.came = 0  # pictures tried in this attempt
+
+    def begin(self) -> None:
+        """Of an attempt, or its end: what was tried for shards that are not done does not count."""
+        self._moved.clear()
+        self.came = 0
+        self._set(self._counts)
+
+    def moved(self, counts: Counter[str]) -> None:
+        self._counts += counts
+        self._moved += counts
+
+    def show(self, live: Counter[str]) -> None:
+        """`live`: of this attempt, done or not."""
+        self.came = max(self.came, live.total(), self._moved.total())
+        # The files of the workers may be a moment behind the shards.
+        self._set(self._counts + (live - self._moved))
+
+    def _set(self, counts: Counter[str]) -> None:
+        text = _summary(counts)
+        if not self._bar.disable:
+            self._bar.n = min(counts.total(), self._rows)
+            self._bar.set_postfix_str(text)
+        elif time.monotonic() - self._line > _PLAIN_EVERY:
+            self._line = time.monotonic()
+            speed = (counts.total() - self._first) / (time.monotonic() - self._start)
+            self._say(f"{counts.total():,} of {self._rows:,} pictures tried, {speed:.0f} img/s, {text}")
+
+    def note(self, text: str) -> None:
+        self._bar.clear()
+        self._say(text)
+
+    def _say(self, text: str) -> None:
+        print(f"{self._description}: {text}", file=sys.stderr, flush=True)
+
+
+def _summary(counts: Counter[str]) -> str:
+    tried = counts.total()
+    if not tried:
+        return "nothing yet"
+    failed = Counter({reason: count for reason, count in counts.items() if reason != SUCCESS})
+    reasons = [f"{reason} {count:,}" for reason, count in failed.most_common(_SHOWN)]
+    return ", ".join([f"{100 * counts[SUCCESS] / tried:.1f} % came", *reasons])

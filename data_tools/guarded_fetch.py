@@ -1,0 +1,276 @@
+"""Fetching from strangers: what urllib opens inside img2dataset's workers, and where the connection goes.
+
+`install` replaces urllib's opener by one that knows http and https only, connects to the very address that it judged
+(so neither redirects nor DNS tricks pass), ignores proxies, and cuts a request off by time and by bytes. No thread and
+no second request per picture. Standard library only: it runs in the environment of img2dataset.
+"""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+_GLOBAL_V6 = ipaddress.ip_network("2000::/3")
+# Inside 2000::/3, but special (IANA's registry): protocol assignments with Teredo, documentation, 6to4.
+_SPECIAL_V6 = tuple(map(ipaddress.ip_network, ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")))
+# What is_global takes for public in some Pythons: protocol assignments, 6to4 relays.
+_SPECIAL_V4 = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24")))
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # how an IPv6-only network reaches IPv4
+# A progressive JPEG has about ten scans; each of thousands would cost a pass over all its pixels.
+MAX_SCANS = 100
+_JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"
+_READ = 2**16
+
+
+class Refused(OSError):
+    """A request that the guard ends. Its first word is the reason."""
+
+    def __init__(self, reason: str, detail: object = ""):
+        super().__init__(f"guard: {reason} {detail}".strip())
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may do."""
+
+    max_bytes: int = 20 * 2**20  # of a body
+    deadline: float = 30.0  # seconds, redirects and all
+    max_redirects: int = 5
+    allow: tuple[str, ...] = ()  # networks that are reached though they are not public
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_bytes", 1), ("deadline", 0.01), ("max_redirects", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} is below {least}; use more")
+        for network in self.allow:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise ValueError(f"--allow-address={network}: {error}; write 10.1.0.0/16 or ::1/128") from None
+
+
+@lru_cache(65_536)
+def may_connect(address: str, allow: tuple[str, ...] = ()) -> bool:
+    """Whether a numeric address is public, or in one of the networks `allow`."""
+    try:
+        ip: Address = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        ip = ip.ipv4_mapped or ip
+    return any(ip in network for network in map(ipaddress.ip_network, allow)) or _is_public(ip)
+
+
+def _is_public(ip: Address) -> bool:
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip in _NAT64:
+            return _is_public(ipaddress.IPv4Address(ip.packed[12:]))
+        return ip in _GLOBAL_V6 and not any(ip in network for network in _SPECIAL_V6)
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and not any(ip in net for net in _SPECIAL_V4)
+
+
+class _Deadline:
+    """When a request has to be over, and how often it was redirected; its redirects share it."""
+
+    __slots__ = ("at", "redirects", "step")
+
+    def __init__(self, seconds: float, step: float):
+        self.at, self.step, self.redirects = time.monotonic() + seconds, step, 0
+
+    def left(self) -> float:
+        """Seconds for the next operation. Raises Refused when there are none."""
+        left = self.at - time.monotonic()
+        if left <= 0:
+            raise Refused("deadline")
+        return left if left < self.step else self.step
+
+
+class _Timed:
+    """Each read and write gets what is left: a drip of bytes would renew a plain timeout for ever."""
+
+    deadline: _Deadline
+
+    def recv_into(self, *args: Any) -> int:
+        self.settimeout(self.deadline.left())  # type: ignore[attr-defined]
+        try:
+            return super().recv_into(*args)  # type: ignore[misc]
+        except TimeoutError:
+            self.deadline.left()  # raises, if it was the deadline that cut this read short
+            raise
+
+    def sendall(self, *args: Any) -> None:
+        self.settimeout(self.deadline.left())  # type: ignore[attr-defined]
+        super().sendall(*args)  # type: ignore[misc]
+
+
+class _Socket(_Timed, socket.socket):
+    pass
+
+
+class _TlsSocket(_Timed, ssl.SSLSocket):
+    pass
+
+
+def _connected(host: str, port: int, deadline: _Deadline, allow: tuple[str, ...]) -> _Socket:
+    """A connection to one of the host's addresses. The name is looked up once, and what was judged is what is used."""
+    failure: OSError | None = None
+    refused = ""
+    for family, kind, protocol, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        if not may_connect(str(place[0]), allow):
+            refused = refused or str(place[0])
+            continue
+        sock = _Socket(family, kind, protocol)
+        sock.deadline = deadline
+        try:
+            sock.settimeout(deadline.left())
+            sock.connect(place)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+            if isinstance(error, Refused):
+                break
+    raise failure or Refused("not_public_address", refused)
+
+
+class _Response(http.client.HTTPResponse):
+    """A body of at most `limit` bytes."""
+
+    limit: int
+
+    def read(self, amt: int | None = None) -> bytes:
+        if amt is not None:
+            return super().read(amt)
+        if self.length is not None and self.length > self.limit:
+            raise Refused("too_many_bytes", self.length)
+        parts: list[bytes] = []
+        size = 0
+        # In parts: asking for `limit` bytes at once would reserve them.
+        while part := super().read(self.length if self.length else min(_READ, self.limit + 1 - size)):
+            parts.append(part)
+            size += len(part)
+            if size > self.limit:
+                raise Refused("too_many_bytes", f"over {self.limit}")
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        if self.length:  # fewer than were promised: urllib says so, too
+            raise http.client.IncompleteRead(data, self.length)
+        if data.startswith(_JPEG) and data.count(_SCAN) > MAX_SCANS:
+            raise Refused("too_many_scans", data.count(_SCAN))
+        return data
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, host: str, *, deadline: _Deadline, limits: Limits, **kwargs: Any):
+        super().__init__(host, **kwargs)
+        self.deadline, self.limits = deadline, limits
+        self.response_class = partial(_response, limits.max_bytes)  # type: ignore[assignment]
+
+    def connect(self) -> None:
+        self.sock = _connected(self.host, self.port, self.deadline, self.limits.allow)
+
+
+class _TlsConnection(_Connection):
+    default_port = http.client.HTTPS_PORT
+
+    def connect(self) -> None:
+        super().connect()
+        plain = self.sock
+        try:
+            plain.settimeout(self.deadline.left())
+            # The handshake as a whole is bound by this timeout.
+            tls = _tls().wrap_socket(plain, server_hostname=self.host, do_handshake_on_connect=False)
+            tls.deadline = self.deadline  # type: ignore[attr-defined]
+            self.sock = tls
+            tls.do_handshake()
+        except BaseException:
+            self.sock.close()
+            plain.close()
+            raise
+
+
+def _response(limit: int, *args: Any, **kwargs: Any) -> _Response:
+    response = _Response(*args, **kwargs)
+    response.limit = limit
+    return response
+
+
+@lru_cache(1)
+def _tls() -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    context.sslsocket_class = _TlsSocket
+    return context
+
+
+class _Handler(urllib.request.AbstractHTTPHandler):
+    """http and https, guarded."""
+
+    def __init__(self, limits: Limits):
+        super().__init__()
+        self.limits = limits
+
+    def _open(self, connection: Callable[..., _Connection], request: urllib.request.Request):
+        if "@" in (request.host or ""):
+            raise Refused("credentials_in_url")
+        deadline = getattr(request, "deadline", None)
+        if deadline is None:
+            step = request.timeout if isinstance(request.timeout, int | float) else self.limits.deadline
+            deadline = request.deadline = _Deadline(self.limits.deadline, step)  # type: ignore[attr-defined]
+        return self.do_open(connection, request, deadline=deadline, limits=self.limits)
+
+    def http_open(self, request: urllib.request.Request):
+        return self._open(_Connection, request)
+
+    def https_open(self, request: urllib.request.Request):
+        return self._open(_TlsConnection, request)
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Redirects share the deadline of their first request; there may be so many of them."""
+
+    max_redirections = max_repeats = 1000  # urllib's own limits: ours come first
+
+    def __init__(self, most: int):
+        self.most = most
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        req.deadline.redirects += 1
+        if req.deadline.redirects > self.most:
+            raise Refused("too_many_redirects", f"over {self.most}")
+        new = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if new is not None:
+            new.deadline = req.deadline  # type: ignore[attr-defined]
+        return new
+
+
+def opener(limits: Limits) -> urllib.request.OpenerDirector:
+    """urllib's opener without proxies, files, ftp and data: URLs, its connections guarded by `limits`."""
+    director = urllib.request.OpenerDirector()
+    for handler in (
+        _Handler(limits),
+        _Redirects(limits.max_redirects),
+        urllib.request.HTTPErrorProcessor(),
+        urllib.request.HTTPDefaultErrorHandler(),
+        urllib.request.UnknownHandler(),
+    ):
+        director.add_handler(handler)
+    return director
+
+
+def install(limits: Limits) -> None:
+    """From now on urllib.request.urlopen of this process fetches as `limits` say."""
+    urllib.request.install_opener(opener(limits))

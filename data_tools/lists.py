@@ -1,0 +1,343 @@
+"""Lists of URLs and captions in the formats that the web serves them in -> canonical batches.
+
+Canonical columns: row (its number in the list, over all files), url, caption, and those of similarity, punsafe,
+pwatermark, width, height and language that the list has. A row that cannot be used is counted under its reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data_tools.json_lists import coco_captions, sbu_captions, visual_genome
+from data_tools.list_formats import (
+    BAD_ROW,
+    PROBLEM,
+    ParquetTable,
+    comma_separated,
+    json_array,
+    json_lines,
+    tab_separated,
+)
+
+# Servers refuse longer ones; what is longer is mostly a data: URL.
+MAX_URL_BYTES = 8192
+MAX_CAPTION_BYTES = 65_536
+REASONS = (BAD_ROW, "empty_url", "long_url", "long_caption", "not_utf8", "nul_byte", "empty_caption")
+NUMBERS = {"similarity": pa.float64(), "punsafe": pa.float64(), "pwatermark": pa.float64()}
+NUMBERS |= {"width": pa.int64(), "height": pa.int64()}
+EXTRA = {**NUMBERS, "language": pa.string()}
+# What each is called elsewhere, in lower case; the first that a list has counts.
+_NAMES = {
+    "similarity": ("similarity", "clip_similarity_vitl14", "clip_similarity_vitb32"),
+    "punsafe": ("punsafe", "nsfw_score_opennsfw2"),
+    "pwatermark": ("pwatermark", "watermark_score"),
+    "width": ("width", "original_width"),
+    "height": ("height", "original_height"),
+    "language": ("language", "lang"),
+}
+_LOOK_AT = 100
+
+
+class Preset(NamedTuple):
+    what: str
+    url: tuple[str, ...] = ("url",)  # names in lower case; the first that a list has counts
+    caption: tuple[str, ...] = ("caption",)
+    header: tuple[str, ...] | None = None  # of a .tsv that has none itself
+
+
+PRESETS = {
+    "laion": Preset("LAION-400M, -5B, -COCO, Re-LAION: parquet", caption=("text", "caption")),
+    # Order of the columns: google-research-datasets/conceptual-12m; its predecessor has them the other way round.
+    "cc12m": Preset("Conceptual 12M: .tsv, url<TAB>caption, no header", header=("url", "caption")),
+    "cc3m": Preset("Conceptual Captions: .tsv, caption<TAB>url, no header", header=("caption", "url")),
+    "coyo": Preset("COYO-700M: parquet", caption=("text",)),
+    "coco": Preset("COCO captions: captions_*.json, or parquet with url and text", caption=("text", "caption")),
+    "sbu": Preset(
+        "SBU captions: sbu-captions-all.json, or a table", ("image_urls", "url", "image_url"), ("captions", "caption")
+    ),
+    "visual_genome": Preset("Visual Genome regions: region_descriptions.json image_data.json"),
+    "canonical": Preset("what data_tools.filter_list writes: parquet with row, url, caption"),
+    "generic": Preset("any parquet, csv, tsv, jsonl or json, with --url-col and --caption-col", (), ()),
+}
+FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+
+
+class Table(Protocol):
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+    @property
+    def path(self) -> Path: ...
+    def rows(self) -> int: ...
+    def batches(self, columns: Sequence[str], size: int, first: int = 0) -> Iterator[pa.RecordBatch]: ...
+
+
+@dataclass
+class List:
+    """An opened list. Reading it fills `dropped`."""
+
+    preset: str
+    _tables: list[tuple[Table, Mapping[str, str]]]  # and its column for each canonical one
+    dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows, of all batches that were taken so far
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows as they stand in the files. Parquet knows; other files are read once for it."""
+        return sum(table.rows() for table, _ in self._tables)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of every batch: row, url, caption, then what all files have."""
+        extra = [name for name in EXTRA if all(name in names for _, names in self._tables)]
+        return ("row", "url", "caption", *extra)
+
+    def batches(self, size: int = 65_536, first: int = 0, stop: int | None = None) -> Iterator[pa.RecordBatch]:
+        """The rows from `first` to `stop` in batches of at most `size`, without those that are dropped."""
+        start = 0  # of this file
+        for number, (table, names) in enumerate(self._tables):
+            if stop is not None and start >= stop:
+                return
+            # Only a parquet file knows its rows without being read.
+            rows = table.rows() if isinstance(table, ParquetTable) or first > start else None
+            if rows is not None and start + rows <= first:
+                start += rows
+                continue
+            row = max(first, start)
+            source = dict.fromkeys(names.values())
+            for raw in table.batches(tuple(source), size, row - start):
+                if stop is not None and row + raw.num_rows > stop:
+                    raw = raw.slice(0, stop - row)
+                yield self._canonical(raw, names, row)
+                row += raw.num_rows
+                if stop is not None and row >= stop:
+                    return
+            assert rows is None or row == start + rows, f"file {number} changed while it was read"
+            start = row
+
+    def _canonical(self, raw: pa.RecordBatch, names: Mapping[str, str], row: int) -> pa.RecordBatch:
+        reasons, url, caption = _judged(raw, names)
+        for index, count in zip(*np.unique(reasons[reasons >= 0], return_counts=True), strict=True):
+            self.dropped[REASONS[index]] += int(count)
+        kept = pa.array(reasons < 0)
+        numbers = raw.column(names["row"]) if "row" in names else pa.array(np.arange(row, row + raw.num_rows))
+        columns = [numbers.cast(pa.int64()), url, caption]
+        for name in self.columns[3:]:
+            columns.append(_extra(raw.column(names[name]), EXTRA[name]))
+        return pa.RecordBatch.from_arrays([column.filter(kept) for column in columns], names=list(self.columns))
+
+
+def _judged(raw: pa.RecordBatch, names: Mapping[str, str]) -> tuple[np.ndarray, pa.Array, pa.Array]:
+    """(index of its reason for each row that is dropped, -1 for the others; urls; captions)."""
+    url, no_url, long_url = _text(raw.column(names["url"]), MAX_URL_BYTES)
+    if "caption" in names:
+        caption, no_caption, long_caption = _text(raw.column(names["caption"]), MAX_CAPTION_BYTES)
+    else:  # pictures alone
+        caption = pa.array([""] * raw.num_rows, pa.string())
+        no_caption = long_caption = np.zeros(raw.num_rows, bool)
+    url, url_broken, url_nul = _decoded(url)
+    caption, caption_broken, caption_nul = _decoded(caption)
+    url, caption = pc.utf8_trim_whitespace(url), pc.utf8_trim_whitespace(caption)
+    no_url |= _true(pc.equal(url, "")) & ~(url_broken | url_nul | long_url)
+    if "caption" in names:
+        no_caption |= _true(pc.equal(caption, "")) & ~(caption_broken | caption_nul | long_caption)
+    bad = np.zeros(raw.num_rows, bool)
+    if PROBLEM in raw.schema.names:
+        bad = _true(raw.column(PROBLEM).is_valid())
+    masks = (bad, no_url, long_url, long_caption, url_broken | caption_broken, url_nul | caption_nul, no_caption)
+    return np.select(masks, range(len(REASONS)), -1), url, caption
+
+
+def _text(column: pa.Array, limit: int) -> tuple[pa.Array, np.ndarray, np.ndarray]:
+    """(bytes without those that are too long, which are null, which are too long)."""
+    if isinstance(column.type, pa.DictionaryType):
+        column = column.dictionary_decode()
+    if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+        if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+            column = column.cast(pa.string())
+        column = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
+    long = _true(pc.greater(pc.binary_length(column), limit))
+    empty = _true(column.is_null())
+    if long.any():  # 10 MB captions go here, and not into what follows
+        column = pc.if_else(pa.array(long), pa.scalar(b"", column.type), column)
+    return column, empty, long
+
+
+def _decoded(column: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
+    """(strings, which are not UTF-8, which hold a NUL)."""
+    broken = np.zeros(len(column), bool)
+    if not pa.types.is_string(column.type):
+        try:
+            column = column.cast(pa.string())
+        except pa.ArrowInvalid:
+            values = [_utf8(value) for value in column.to_pylist()]
+            broken = np.array([value is None for value in values], bool) & _true(column.is_valid())
+            column = pa.array(values, pa.string())
+    return column.fill_null(""), broken, _true(pc.match_substring(column, "\0"))
+
+
+def _utf8(value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _extra(column: pa.Array, kind: pa.DataType) -> pa.Array:
+    """The column as `kind`; what does not fit is null."""
+    if pa.types.is_string(kind):
+        text, _, long = _text(column, 64)
+        text, broken, _ = _decoded(text)
+        return pc.if_else(pa.array(long | broken | _true(pc.equal(text, ""))), pa.scalar(None, kind), text)
+    if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
+        column = pa.array([_number(value) for value in column.to_pylist()], pa.float64())
+    column = column.cast(pa.float64(), safe=False)
+    column = pc.if_else(pc.is_finite(column), column, pa.scalar(None, pa.float64()))
+    if kind == pa.int64():
+        column = pc.if_else(pc.less(pc.abs(column), 2.0**53), column, pa.scalar(None, pa.float64()))
+    return column.cast(kind, safe=False)
+
+
+def _number(value: object) -> float | None:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+
+
+def _true(mask: pa.Array) -> np.ndarray:
+    return pc.fill_null(mask, False).to_numpy(zero_copy_only=False)
+
+
+def open_list(
+    paths: Sequence[str | Path], preset: str, url_col: str | None = None, caption_col: str | None = None
+) -> List:
+    """The list that stands in `paths` (files, or directories of them). Raises ValueError for an unknown preset, wrong
+    columns (it names those that it found), a header where there should be none and the other way round, no rows."""
+    if preset not in PRESETS:
+        raise ValueError(f"--preset={preset} is none of {', '.join(PRESETS)}")
+    chosen = PRESETS[preset]
+    if url_col is not None or caption_col is not None:
+        chosen = chosen._replace(
+            url=(url_col.lower(),) if url_col else chosen.url,
+            caption=(caption_col.lower(),) if caption_col else chosen.caption,
+        )
+    if not chosen.url:
+        raise ValueError("--preset=generic needs --url-col, and --caption-col where there are captions")
+    files = _files(paths)
+    tables = _special(files, preset) or [_open(path, chosen) for path in files]
+    found = List(preset, [(table, _columns(table, chosen, preset)) for table in tables])
+    if not any(_first(table) for table in tables):
+        raise ValueError(f"{_shown(files)} holds no row; check the file, and that it was downloaded whole")
+    for table, names in found._tables:
+        _check_urls(table, names, chosen, preset)
+    return found
+
+
+def fingerprint(paths: Sequence[str | Path]) -> str:
+    """Changes with the files of a list and with their sizes, not with where they lie."""
+    lines = (f"{path.name}\t{path.stat().st_size}\n" for path in _files(paths))
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _files(paths: Sequence[str | Path]) -> list[Path]:
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"--list={path} does not exist; check the path")
+        if path.is_dir():
+            inside = sorted(entry for entry in path.iterdir() if entry.is_file() and _format(entry) in FORMATS)
+            # A step's record, or the files of one, may lie beside parquet files.
+            inside = [entry for entry in inside if _format(entry) == ".parquet"] or inside
+            if not inside:
+                raise ValueError(f"--list={path} holds no file of {', '.join(FORMATS)}; give the files themselves")
+            files += inside
+        else:
+            files.append(path)
+    return files
+
+
+def _format(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+
+
+def _special(files: list[Path], preset: str) -> list[Table] | None:
+    if not all(_format(path) == ".json" for path in files):
+        return None
+    if preset == "coco":
+        return [coco_captions(path) for path in files]
+    if preset == "sbu":
+        return [sbu_captions(path) for path in files]
+    return [visual_genome(files)] if preset == "visual_genome" else None
+
+
+def _open(path: Path, preset: Preset) -> Table:
+    kind = _format(path)
+    if kind == ".parquet":
+        return ParquetTable(path)
+    if kind == ".tsv" or (preset.header and kind in (".txt", ".csv")):
+        return tab_separated(path, preset.header)
+    if kind == ".csv":
+        return comma_separated(path)
+    if kind in (".jsonl", ".ndjson"):
+        return json_lines(path)
+    if kind == ".json":
+        return json_array(path)
+    raise ValueError(f"--list={path} ends in {kind or 'nothing'}; lists end in {', '.join(FORMATS)}, or those with .gz")
+
+
+def _columns(table: Table, preset: Preset, name: str) -> dict[str, str]:
+    """Canonical name -> the table's name."""
+    lower = {column.lower(): column for column in reversed(table.columns)}
+    found = {"url": _pick(lower, preset.url), "caption": _pick(lower, preset.caption)}
+    if found["url"] is None or (found["caption"] is None and preset.caption):
+        missing = " or ".join(preset.url if found["url"] is None else preset.caption)
+        raise ValueError(
+            f"{table.path} has no column {missing}; it has {', '.join(map(repr, table.columns)) or 'none'}; "
+            "choose another --preset, or name them by --url-col and --caption-col"
+        )
+    found |= {canonical: _pick(lower, names) for canonical, names in _NAMES.items()}
+    if name == "canonical" and "row" in lower:
+        found["row"] = lower["row"]
+    return {canonical: column for canonical, column in found.items() if column is not None}
+
+
+def _pick(columns: Mapping[str, str], names: Sequence[str]) -> str | None:
+    return next((columns[name] for name in names if name in columns), None)
+
+
+def _first(table: Table) -> bool:
+    return any(batch.num_rows for batch in table.batches(table.columns[:1], 1))
+
+
+def _check_urls(table: Table, names: Mapping[str, str], preset: Preset, name: str) -> None:
+    """A list whose columns are taken for one another fails here and not after a million requests."""
+    batch = next(table.batches(tuple(dict.fromkeys(names.values())), _LOOK_AT), None)
+    if batch is None or batch.num_rows == 0:
+        return
+    _, urls, captions = _judged(batch, names)
+    if preset.header and urls[0].as_py().lower() in ("url", "image_url"):
+        raise ValueError(
+            f"{table.path} begins with a header ({urls[0]}, {captions[0]}), and --preset={name} is a file without; use "
+            f"--preset=generic --url-col={urls[0]} --caption-col={captions[0]}"
+        )
+    if any("://" in url for url in urls.to_pylist()):
+        return
+    swapped = sum("://" in caption for caption in captions.to_pylist())
+    hint = "its captions are URLs, so the columns are the other way round" if swapped else "check the columns"
+    raise ValueError(
+        f"{table.path} has no URL among the first {len(urls)} of {names['url']!r} (the first is "
+        f"{urls[0].as_py()!r:.60}); {hint}: choose another --preset, or --url-col and --caption-col"
+    )
+
+
+def _shown(files: Sequence[Path]) -> str:
+    return str(files[0]) if len(files) == 1 else f"--list ({files[0]} and {len(files) - 1} more)"

@@ -1,0 +1,180 @@
+"""data_tools.download without the network: its errors, its slices, and which shards count as whole."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_tools import download
+from data_tools.download_slice import Listed, Slice, account, alone, publish, published, write_list
+from data_tools.lists import open_list
+
+
+def a_list(path: Path, count: int) -> Path:
+    captions = [f"caption {number}" for number in range(count)]
+    pq.write_table(pa.table({"url": [f"http://a/{number}" for number in range(count)], "caption": captions}), path)
+    return path
+
+
+def finished(directory: Path, shard: int, rows: int, stats: str | None = None) -> None:
+    """A shard as img2dataset leaves it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    statuses = ["success", "failed_to_download"] * rows
+    errors = [None, "HTTP Error 404: Not Found"] * rows
+    table = pa.table({"status": statuses[:rows], "error_message": pa.array(errors[:rows], pa.string())})
+    pq.write_table(table, directory / f"{shard:05d}.parquet")
+    (directory / f"{shard:05d}.tar").write_bytes(b"a tar")
+    (directory / f"{shard:05d}_stats.json").write_text(json.dumps({"count": rows}) if stats is None else stats)
+
+
+@pytest.mark.parametrize(("rows", "per_shard", "slices"), [(45, 10, 2), (45, 10, 7), (1000, 10, 3), (5, 10, 1)])
+def test_slices_share_no_row_and_no_shard(tmp_path, rows, per_shard, slices):
+    path = a_list(tmp_path / "l.parquet", rows)
+    seen: list[int] = []
+    numbers: list[int] = []
+    for number in range(slices):
+        part = Slice(tmp_path / "out", number, slices, per_shard)
+        listed = write_list(open_list([path], "canonical"), part)
+        for file in sorted(part.list.glob("*.parquet")):
+            seen += pq.read_table(file).column("row").to_pylist()
+        numbers += listed.shards(per_shard)
+        assert write_list(open_list([path], "canonical"), part) == listed  # as it was written
+    assert seen == list(range(rows))
+    assert numbers == list(range(-(-rows // per_shard)))
+
+
+def test_files_of_a_list_hold_whole_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_tools.download_slice._PART_ROWS", 25)
+    part = Slice(tmp_path, 0, 1, 10)
+    listed = write_list(open_list([a_list(tmp_path / "l.parquet", 47)], "canonical"), part)
+    assert [pq.read_metadata(file).num_rows for file in sorted(part.list.glob("*.parquet"))] == [20, 20, 7]
+    assert [listed.rows_of(shard, 10) for shard in listed.shards(10)] == [10, 10, 10, 10, 7]
+
+
+def test_only_whole_shards_are_published(tmp_path):
+    part, attempt = Slice(tmp_path, 0, 1, 10), tmp_path / "attempt"
+    listed = Listed(rows=44, kept=44, dropped={}, first=0, digits=5)
+    finished(attempt, 0, 10)
+    finished(attempt, 1, 9)  # a row got lost, as on a full disk
+    finished(attempt, 2, 10, stats='{"count": 1')  # being written
+    finished(attempt, 3, 10)
+    (attempt / "00003_stats.json").unlink()
+    finished(attempt, 4, 4)  # the last, which is shorter
+    assert publish(attempt, part, listed) == {"success": 7, "http_404": 7}
+    assert published(part, listed) == [0, 4]
+    assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["00000.tar", "00004.tar"]
+
+
+@pytest.mark.parametrize("moved", [1, 2])
+def test_a_publication_that_was_cut_short_is_finished(tmp_path, moved):
+    part, attempt = Slice(tmp_path, 0, 1, 10), tmp_path / "attempt"
+    listed = Listed(rows=10, kept=10, dropped={}, first=0, digits=5)
+    finished(attempt, 0, 10)
+    for ending in (".tar", ".parquet")[:moved]:
+        (attempt / f"00000{ending}").rename(tmp_path / f"00000{ending}")
+    assert published(part, listed) == []
+    publish(attempt, part, listed)
+    assert published(part, listed) == [0]
+
+
+def test_a_damaged_table_is_told(tmp_path):
+    (tmp_path / "00000.parquet").write_text("no table")
+    with pytest.raises(ValueError, match=r"00000\.parquet cannot be read"):
+        account(tmp_path / "00000.parquet")
+
+
+def test_a_slice_has_one_master(tmp_path):
+    part = Slice(tmp_path, 0, 1, 10)
+    with alone(part), pytest.raises(ValueError, match=r"is being downloaded by process \d+ on "), alone(part):
+        pass
+    with alone(part):
+        pass
+
+
+def run(capsys, *arguments: str) -> str:
+    """The one sentence of a user's mistake."""
+    assert download.main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.fixture
+def python(monkeypatch):
+    monkeypatch.setenv("IMGLISH_DOWNLOAD_PYTHON", sys.executable)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--processes", "0"), "--processes=0 is below 1"),
+        (("--samples-per-shard", "1"), "--samples-per-shard=1 is below 2"),
+        (("--max-bytes", "0"), "--max-bytes=0 is below 1"),
+        (("--allow-address", "here"), "--allow-address=here"),
+        (("--encode-quality", "101"), "--encode-quality=101 is above 100"),
+        (("--max-aspect-ratio", "nan"), "--max-aspect-ratio=nan"),
+    ],
+)
+def test_wrong_options(tmp_path, capsys, python, more, words):
+    rows = a_list(tmp_path / "l.parquet", 3)
+    out = tmp_path / "out"
+    assert words in run(capsys, "--list", str(rows), "--preset", "canonical", "--out", str(out), *more)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("wrong", ["3/3", "1", "a/b", "-1/2", "0/0"])
+def test_wrong_slices(tmp_path, capsys, wrong):
+    with pytest.raises(SystemExit) as ended:
+        download.main(["--list", "l", "--preset", "laion", "--out", str(tmp_path), f"--slice={wrong}"])
+    assert ended.value.code == 2 and "--slice" in capsys.readouterr().err
+
+
+def test_nothing_to_do(tmp_path, capsys, python):
+    assert "--list and --preset" in run(capsys, "--out", str(tmp_path))
+    assert "holds no download" in run(capsys, "--merge", "--out", str(tmp_path))
+    rows = str(a_list(tmp_path / "l.parquet", 0))
+    assert "holds no row" in run(capsys, "--list", rows, "--preset", "canonical", "--out", str(tmp_path / "out"))
+    odd = str(tmp_path / "o[u]t")
+    assert "takes for a pattern" in run(capsys, "--list", rows, "--preset", "canonical", "--out", odd)
+
+
+def test_shards_of_something_else_are_left_alone(tmp_path, capsys, python):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "00000.tar").write_bytes(b"mine")
+    rows = str(a_list(tmp_path / "l.parquet", 3))
+    error = run(capsys, "--list", rows, "--preset", "canonical", "--out", str(tmp_path / "out"))
+    assert "holds shards that this tool did not download" in error
+
+
+def test_another_list_does_not_go_on_in_the_same_place(tmp_path, capsys, python):
+    """The environment is broken here (this Python has no img2dataset), and that is said, too."""
+    rows, out = str(a_list(tmp_path / "l.parquet", 3)), str(tmp_path / "out")
+    error = run(capsys, "--list", rows, "--preset", "canonical", "--out", out)
+    if "img2dataset ended with code 1" not in error:
+        pytest.skip("this environment has img2dataset")
+    assert "No module named 'img2dataset'" in error and "log.txt" in error
+    a_list(Path(rows), 300)
+    assert "was begun with fingerprint=" in run(capsys, "--list", rows, "--preset", "canonical", "--out", out)
+    a_list(Path(rows), 3)
+    assert "image_size=256, and now it is 384" in run(
+        capsys, "--list", rows, "--preset", "canonical", "--out", out, "--image-size", "384"
+    )
+
+
+def test_without_img2dataset_it_says_what_to_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("IMGLISH_DOWNLOAD_PYTHON", raising=False)
+    monkeypatch.setenv("IMGLISH_DOWNLOAD_ENV", str(tmp_path))
+    monkeypatch.setattr(download.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"bash launch/env/download\.sh"):
+        download.find_python()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    assert download.find_python() == str(tmp_path / "bin" / "python")
+    monkeypatch.setenv("IMGLISH_DOWNLOAD_PYTHON", "/no/such/python")
+    with pytest.raises(ValueError, match="IMGLISH_DOWNLOAD_PYTHON=/no/such/python"):
+        download.find_python()
