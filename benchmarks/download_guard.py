@@ -33,7 +33,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools.download import find_python
-from data_tools.download_attempt import ROOT
+from data_tools.fetch.attempt import ROOT
 
 _ALONE = """\
 import json, sys, img2dataset

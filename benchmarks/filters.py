@@ -23,11 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.filter_shards import filter_shards
-from data_tools.list_filters import ListSettings, chosen
-from data_tools.lists import open_list
-from data_tools.picture_filters import PictureSettings
+from data_tools.lists.filters import ListSettings, chosen
+from data_tools.lists.reading import open_list
+from data_tools.lists.url_set import UrlSet
+from data_tools.pictures.filters import PictureSettings
 from data_tools.sample_corpus import Corpus, write_corpus
-from data_tools.url_set import UrlSet
 
 GROUP = 262_144  # rows
 OPTIONS = (

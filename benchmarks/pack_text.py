@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from data_tools.clean_text import TextRules, clean, why_dropped
-from data_tools.steps import read_drops, read_steps
-from data_tools.text_chunks import cut, limits_of
-from data_tools.text_duplicates import RUN, comparable, signature
+from data_tools.shards.steps import read_drops, read_steps
+from data_tools.text.chunks import cut, limits_of
+from data_tools.text.clean import TextRules, clean, why_dropped
+from data_tools.text.duplicates import RUN, comparable, signature
 from pretrain.data.text_tokenizer import TextTokenizer
 
 SIMILARITIES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.5)  # of planted near duplicates: Jaccard of their runs of five words

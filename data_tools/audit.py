@@ -14,10 +14,10 @@ import os
 import sys
 from pathlib import Path
 
-from data_tools.audit_facts import gather
-from data_tools.audit_page import page
+from data_tools.audit_page.facts import gather
+from data_tools.audit_page.page import page
 from data_tools.index import write_atomically
-from data_tools.languages import detector
+from data_tools.lists.languages import detector
 
 
 def audit(directories: list[Path], out: Path, *, seed: int = 0, samples: int = 60, workers: int = 1) -> int:

@@ -22,13 +22,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data_tools.download_attempt import ROOT, Run, download_slice
-from data_tools.download_slice import WORK, Listed, Slice, agree, alone, published, write_list
-from data_tools.fetch_reasons import SUCCESS
-from data_tools.guarded_fetch import Limits
+from data_tools.fetch.attempt import ROOT, Run, download_slice
+from data_tools.fetch.guarded_fetch import Limits
+from data_tools.fetch.reasons import SUCCESS
+from data_tools.fetch.slices import WORK, Listed, Slice, agree, alone, published, write_list
 from data_tools.index import index_directory, write_atomically
-from data_tools.lists import EXTRA, PRESETS, fingerprint, open_list
-from data_tools.steps import STEPS, Step, write_step
+from data_tools.lists.reading import EXTRA, PRESETS, fingerprint, open_list
+from data_tools.shards.steps import STEPS, Step, write_step
 
 # img2dataset writes its own width and height.
 _OF_LIST = ("list", "fingerprint", "preset", "url_col", "caption_col")

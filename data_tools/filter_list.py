@@ -34,12 +34,12 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from data_tools.list_filters import Filter, ListSettings, chosen, shown
-from data_tools.list_parts import SCHEMA, Judged, Parts, dropped_path, home, work_path
-from data_tools.lists import EXTRA, PRESETS, REASONS, List, fingerprint, open_list
-from data_tools.step_table import step_table
-from data_tools.steps import Step, read_steps, write_step
-from data_tools.url_set import UrlSet
+from data_tools.lists.filters import Filter, ListSettings, chosen, shown
+from data_tools.lists.parts import SCHEMA, Judged, Parts, dropped_path, home, work_path
+from data_tools.lists.reading import EXTRA, PRESETS, REASONS, List, fingerprint, open_list
+from data_tools.lists.url_set import UrlSet
+from data_tools.shards.step_table import step_table
+from data_tools.shards.steps import Step, read_steps, write_step
 
 STEP = "filter_list"
 DUPLICATE = "duplicate_url"

@@ -30,11 +30,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_tools.hashes import caption_hash
 from data_tools.index import complete_shards, map_in_order, stats_path, write_atomically
-from data_tools.picture_filters import REASONS, REPEATED, Measures, PictureSettings, measure, reasons
-from data_tools.step_table import step_table
-from data_tools.steps import Drop, Step, write_drops, write_step
+from data_tools.pictures.filters import REASONS, REPEATED, Measures, PictureSettings, measure, reasons
+from data_tools.pictures.hashes import caption_hash
+from data_tools.shards.step_table import step_table
+from data_tools.shards.steps import Drop, Step, write_drops, write_step
 from pretrain.data.shards import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
 from pretrain.data.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, split_name, tar_members
 

@@ -25,8 +25,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from data_tools.clean_text import TextRules
-from data_tools.text_packing import Packed, Packing, pack, too_long_hint
+from data_tools.text.clean import TextRules
+from data_tools.text.packing import Packed, Packing, pack, too_long_hint
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _RULES = ", ".join(f"{name}={value:g}" for name, value in asdict(TextRules()).items())

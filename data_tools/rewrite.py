@@ -33,10 +33,10 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data_tools.index import complete_shards, index_directory, write_atomically
-from data_tools.recode import FORMATS, Recode
-from data_tools.rewrite_plan import Plan, make_plan
-from data_tools.rewrite_shard import NewShard, write_shard
-from data_tools.steps import STEPS, Step, read_drops, read_steps, write_drops, write_step
+from data_tools.pictures.recode import FORMATS, Recode
+from data_tools.shards.rewrite_plan import Plan, make_plan
+from data_tools.shards.rewrite_shard import NewShard, write_shard
+from data_tools.shards.steps import STEPS, Step, read_drops, read_steps, write_drops, write_step
 
 VERSION = 1
 STAMP, WORK = "rewrite.json", ".rewrite"  # of OUT: what was asked for, and what is removed in the end

@@ -29,11 +29,11 @@ from pathlib import Path
 import pyarrow as pa
 from tqdm import tqdm
 
-from data_tools.drawn_captions import write_document
-from data_tools.drawn_pairs import distinguishable, pair, sample_rng
-from data_tools.drawn_scenes import Scene, draw_scene, encode_jpeg, random_scene
+from data_tools.drawn.captions import write_document
+from data_tools.drawn.pairs import distinguishable, pair, sample_rng
+from data_tools.drawn.scenes import Scene, draw_scene, encode_jpeg, random_scene
 from data_tools.index import index_directory
-from data_tools.shard_writer import ShardWriter
+from data_tools.shards.writer import ShardWriter
 
 log = logging.getLogger(__name__)
 

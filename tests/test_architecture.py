@@ -21,7 +21,7 @@ DOORS = {
     "megatron": {"pretrain/parallel/mesh.py", "pretrain/parallel/megatron_layers.py"},
     "flash_attn": {"pretrain/models/attention.py"},
     "webdataset": {"pretrain/data/shards.py", "pretrain/data/cache.py"},
-    "img2dataset": {"data_tools/guarded_img2dataset.py"},
+    "img2dataset": {"data_tools/fetch/guarded_img2dataset.py"},
     "transformers": {"pretrain/models/teachers.py"},
 }
 FILES = sorted((ROOT / "pretrain").rglob("*.py"))

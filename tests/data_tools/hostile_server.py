@@ -3,7 +3,7 @@
     with HostileServer() as server:
         server.url("jpg", 7), server.url("slow_drip", 8)
 
-KINDS says what becomes of each: "success", or the reason that data_tools.fetch_reasons gives. The same kind and number
+KINDS says what becomes of each: "success", or the reason that data_tools.fetch.reasons gives. The same kind and number
 always give the same picture, and no two numbers look alike.
 """
 

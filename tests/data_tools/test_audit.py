@@ -16,13 +16,13 @@ import pytest
 from PIL import Image
 
 from data_tools.audit import main
-from data_tools.audit_charts import clean, funnel
-from data_tools.audit_facts import Facts, gather
-from data_tools.audit_page import page
-from data_tools.audit_samples import thumbnail
-from data_tools.audit_sketches import Drawn, Histogram, Repeats, TopCounter, lot
-from data_tools.shard_writer import ShardWriter
-from data_tools.steps import Drop, Step, write_drops, write_step
+from data_tools.audit_page.charts import clean, funnel
+from data_tools.audit_page.facts import Facts, gather
+from data_tools.audit_page.page import page
+from data_tools.audit_page.samples import thumbnail
+from data_tools.audit_page.sketches import Drawn, Histogram, Repeats, TopCounter, lot
+from data_tools.shards.steps import Drop, Step, write_drops, write_step
+from data_tools.shards.writer import ShardWriter
 
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)">\u202e\0</style>'
 

@@ -1,4 +1,4 @@
-"""data_tools.clean_text: what cleaning takes out, and that each rule drops what it is about and nothing else."""
+"""data_tools.text.clean: what cleaning takes out, and that each rule drops what it is about and nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_tools.clean_text import REPEATED_RUNS, TOP_RUN, TextRules, clean, normalise, repeated_runs, why_dropped
+from data_tools.text.clean import REPEATED_RUNS, TOP_RUN, TextRules, clean, normalise, repeated_runs, why_dropped
 
 WORDS = [
     first + last for first in ("ri", "sto", "gar", "let", "mor", "win", "kit", "is") for last in ("ver", "ne", "den")

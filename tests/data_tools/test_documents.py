@@ -1,4 +1,4 @@
-"""data_tools.documents: every format gives the same documents, and what cannot be used is counted and never fatal."""
+"""documents: every format gives the same documents, and what cannot be used is counted and never fatal."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import documents
-from data_tools.documents import MAX_BYTES, find_inputs, kind_of, read_blocks, text_of_document
+from data_tools.text import documents
+from data_tools.text.documents import MAX_BYTES, find_inputs, kind_of, read_blocks, text_of_document
 
 TEXTS = ["First document.\nIt has two lines.", "Second: caf\u00e9, \u4e2d\u6587.", "Third \u2028 one"]
 PACKERS = {"": lambda data: data, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}

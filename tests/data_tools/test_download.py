@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools import download
-from data_tools.download_attempt import ROOT, Run, download_slice
-from data_tools.download_slice import Slice, write_list
-from data_tools.fetch_reasons import reason_of
-from data_tools.guarded_fetch import Limits
-from data_tools.lists import open_list
-from data_tools.steps import Step, read_steps, write_step
+from data_tools.fetch.attempt import ROOT, Run, download_slice
+from data_tools.fetch.guarded_fetch import Limits
+from data_tools.fetch.reasons import reason_of
+from data_tools.fetch.slices import Slice, write_list
+from data_tools.lists.reading import open_list
+from data_tools.shards.steps import Step, read_steps, write_step
 from pretrain.data.shards import load_manifest
 from tests.data_tools.hostile_server import GOOD, KINDS, HostileServer, caption
 

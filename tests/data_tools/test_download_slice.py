@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools import download
-from data_tools.download_slice import Listed, Slice, account, alone, publish, published, write_list
-from data_tools.lists import open_list
+from data_tools.fetch.slices import Listed, Slice, account, alone, publish, published, write_list
+from data_tools.lists.reading import open_list
 
 
 def a_list(path: Path, count: int) -> Path:
@@ -49,7 +49,7 @@ def test_slices_share_no_row_and_no_shard(tmp_path, rows, per_shard, slices):
 
 
 def test_files_of_a_list_hold_whole_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_tools.download_slice._PART_ROWS", 25)
+    monkeypatch.setattr("data_tools.fetch.slices._PART_ROWS", 25)
     part = Slice(tmp_path, 0, 1, 10)
     listed = write_list(open_list([a_list(tmp_path / "l.parquet", 47)], "canonical"), part)
     assert [pq.read_metadata(file).num_rows for file in sorted(part.list.glob("*.parquet"))] == [20, 20, 7]

@@ -12,9 +12,9 @@ import pytest
 
 from data_tools import filter_list as tool
 from data_tools.filter_list import filter_list, main, read_domains
-from data_tools.list_filters import ListSettings
-from data_tools.lists import open_list
-from data_tools.steps import read_steps
+from data_tools.lists.filters import ListSettings
+from data_tools.lists.reading import open_list
+from data_tools.shards.steps import read_steps
 
 # caption, similarity, width -> the reason it counts under, or None
 ROWS = [

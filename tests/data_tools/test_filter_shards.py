@@ -11,10 +11,10 @@ from PIL import Image
 
 from data_tools import filter_shards as tool
 from data_tools.filter_shards import filter_shards, main
-from data_tools.picture_filters import PictureSettings
+from data_tools.pictures.filters import PictureSettings
 from data_tools.sample_corpus import Corpus, write_corpus
-from data_tools.shard_writer import ShardWriter
-from data_tools.steps import read_drops, read_steps
+from data_tools.shards.steps import read_drops, read_steps
+from data_tools.shards.writer import ShardWriter
 
 
 def picture(seed: int, height: int = 100, width: int = 120) -> bytes:

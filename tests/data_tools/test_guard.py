@@ -1,4 +1,4 @@
-"""data_tools.guarded_fetch against a real server: each attack is refused, what is good comes as it would without."""
+"""guarded_fetch against a real server: each attack is refused, what is good comes as it would without."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from data_tools import guarded_fetch
-from data_tools.fetch_reasons import OTHER, reason_of
-from data_tools.guarded_fetch import Limits, Refused, may_connect, opener
+from data_tools.fetch import guarded_fetch
+from data_tools.fetch.guarded_fetch import Limits, Refused, may_connect, opener
+from data_tools.fetch.reasons import OTHER, reason_of
 from tests.data_tools.hostile_server import ATTACKS, GOOD, KINDS, HostileServer, picture
 
 HERE = ("127.0.0.1/32",)

@@ -1,4 +1,4 @@
-"""data_tools.list_filters and caption_rules: each filter drops what it names and nothing beside it."""
+"""data_tools.lists.filters and caption_rules: each filter drops what it names and nothing beside it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_tools.caption_rules import JUNK
-from data_tools.languages import UNKNOWN, detector
-from data_tools.list_filters import (
+from data_tools.lists.caption_rules import JUNK
+from data_tools.lists.filters import (
     ListSettings,
     above,
     bad_url,
@@ -24,7 +23,8 @@ from data_tools.list_filters import (
     shown,
     too_small,
 )
-from data_tools.url_set import UrlSet
+from data_tools.lists.languages import UNKNOWN, detector
+from data_tools.lists.url_set import UrlSet
 
 GOOD = [
     "a red bicycle leaning on a wall",

@@ -1,4 +1,4 @@
-"""data_tools.lists: each preset reads its format, hostile rows are counted and cost nothing, wrong files say what they
+"""reading: each preset reads its format, hostile rows are counted and cost nothing, wrong files say what they
 are."""
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import list_formats
-from data_tools.list_formats import json_elements
-from data_tools.lists import List, fingerprint, open_list
+from data_tools.lists.formats import json_elements
+from data_tools.lists.reading import List, fingerprint, open_list
+from data_tools.lists import formats as list_formats
 
 
 def parquet(path: Path, **columns) -> Path:

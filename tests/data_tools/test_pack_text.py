@@ -18,10 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import text_blocks, text_packing
-from data_tools.documents import read_blocks
 from data_tools.pack_text import main
-from data_tools.steps import read_drops, read_steps
+from data_tools.shards.steps import read_drops, read_steps
+from data_tools.text import blocks as text_blocks
+from data_tools.text import packing as text_packing
+from data_tools.text.documents import read_blocks
 from pretrain.data.shards import ShardReader, load_manifest
 from pretrain.data.sources import TextShards
 from pretrain.data.text_tokenizer import TextTokenizer
@@ -191,7 +192,8 @@ def test_killed_at_any_moment_the_same_command_goes_on(corpus, tokenizer, tmp_pa
     out, worked, rng = tmp_path / "texts", [], random.Random(0)
     # Blocks of four documents, and a moment for each document that is written: kills hit every part of the work.
     code = (
-        "import functools, sys, time; from data_tools import pack_text, text_packing as t, documents as d; "
+        "import functools, sys, time; from data_tools import pack_text; "
+        "from data_tools.text import packing as t, documents as d; "
         "t.read_blocks = functools.partial(d.read_blocks, most_documents=4); w = t._write_document; "
         "t._write_document = lambda *a: (time.sleep(0.02), w(*a)); sys.exit(pack_text.main(sys.argv[1:]))"
     )

@@ -1,4 +1,4 @@
-"""data_tools.picture_filters: the measures of pictures whose answer is known, and what thresholds make of them."""
+"""data_tools.pictures.filters: the measures of pictures whose answer is known, and what thresholds make of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.picture_filters import (
+from data_tools.pictures.filters import (
     REASONS,
     Measures,
     PictureSettings,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.download_attempt import ROOT
+from data_tools.fetch.attempt import ROOT
 
 ARGUMENTS = ("--list", "a b.parquet", "--preset", "laion", "--out", "D")
 

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from data_tools import drawn_pairs, sample_corpus
-from data_tools.drawn_captions import describe, is_true
-from data_tools.drawn_pairs import distinguishable, pair
-from data_tools.drawn_scenes import COLOURS, HELD_OUT, SHAPES, draw_scene, random_scene
+from data_tools import sample_corpus
+from data_tools.drawn import pairs as drawn_pairs
+from data_tools.drawn.captions import describe, is_true
+from data_tools.drawn.pairs import distinguishable, pair
+from data_tools.drawn.scenes import COLOURS, HELD_OUT, SHAPES, draw_scene, random_scene
 from data_tools.sample_corpus import Corpus, main, write_corpus
 
 SMALL = Corpus(pairs=250, images=60, texts=150, held_out=48, shard_size=100)

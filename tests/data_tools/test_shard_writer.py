@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools.index import complete_shards, index_directory
-from data_tools.shard_writer import ShardWriter
+from data_tools.shards.writer import ShardWriter
 from pretrain.data.shards import ShardReader, load_manifest
 
 

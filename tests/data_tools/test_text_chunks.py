@@ -1,4 +1,4 @@
-"""data_tools.text_chunks: nothing is lost, every chunk is taken whole by training, and chunks are well filled."""
+"""data_tools.text.chunks: nothing is lost, every chunk is taken whole by training, and chunks are well filled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.text_chunks import Limits, cut, limits_of, sentences, words
+from data_tools.text.chunks import Limits, cut, limits_of, sentences, words
 from pretrain.data.sources import TextShards
 from pretrain.data.text_tokenizer import TextTokenizer
 

@@ -1,4 +1,4 @@
-"""data_tools.text_duplicates: what counts as the same text, who stays, and what near duplicates are found."""
+"""data_tools.text.duplicates: what counts as the same text, who stays, and what near duplicates are found."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from data_tools.text_duplicates import SeenTexts, bands, comparable, digest, runs, signature
+from data_tools.text.duplicates import SeenTexts, bands, comparable, digest, runs, signature
 
 
 def words(count: int, seed: int) -> list[str]:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from data_tools.audit_charts import CSS, clean, funnel, percent
-from data_tools.audit_facts import Facts
-from data_tools.audit_samples import dropped, wall
-from data_tools.audit_sections import captions, failures, heading, pictures
-from data_tools.steps import Step
+from data_tools.audit_page.charts import CSS, clean, funnel, percent
+from data_tools.audit_page.facts import Facts
+from data_tools.audit_page.samples import dropped, wall
+from data_tools.audit_page.sections import captions, failures, heading, pictures
+from data_tools.shards.steps import Step
 from pretrain.report_style import CSS as HOUSE_CSS
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import random
 
-from data_tools.drawn_captions import Claim, describe, is_true
-from data_tools.drawn_scenes import Scene, random_scene
+from data_tools.drawn.captions import Claim, describe, is_true
+from data_tools.drawn.scenes import Scene, random_scene
 
 REFUSED_AT_MOST = 200  # held-out pairs in a row, before the drawn world counts as full
 

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from html import escape
 
-from data_tools.audit_sketches import Histogram
-from data_tools.steps import Step
+from data_tools.audit_page.sketches import Histogram
+from data_tools.shards.steps import Step
 
 COLOURS = 5  # c1 to c5; c0 is the colour of what is kept
 _REASONS_SHOWN = 8

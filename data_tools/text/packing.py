@@ -26,15 +26,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_tools.clean_text import TextRules
-from data_tools.documents import MAX_BYTES, TEXT, Block, Input, find_inputs, read_blocks, total_bytes
 from data_tools.index import index_directory
-from data_tools.languages import language_code
-from data_tools.shard_writer import ShardWriter
-from data_tools.steps import Drop, Step, read_steps, write_drops, write_step
-from data_tools.text_blocks import BlockWork, cut_block, start_worker
-from data_tools.text_chunks import limits_of
-from data_tools.text_duplicates import SeenTexts
+from data_tools.lists.languages import language_code
+from data_tools.shards.steps import Drop, Step, read_steps, write_drops, write_step
+from data_tools.shards.writer import ShardWriter
+from data_tools.text.blocks import BlockWork, cut_block, start_worker
+from data_tools.text.chunks import limits_of
+from data_tools.text.clean import TextRules
+from data_tools.text.documents import MAX_BYTES, TEXT, Block, Input, find_inputs, read_blocks, total_bytes
+from data_tools.text.duplicates import SeenTexts
 from pretrain.data.text_tokenizer import TextTokenizer
 
 VERSION = 1  # other rules in the code make other shards

@@ -24,12 +24,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_tools.download_slice import Listed, Slice, account, publish, published
-from data_tools.fetch_reasons import SUCCESS
-from data_tools.guarded_fetch import Limits
+from data_tools.fetch.guarded_fetch import Limits
+from data_tools.fetch.reasons import SUCCESS
+from data_tools.fetch.slices import Listed, Slice, account, publish, published
 
-WORKER_DIED = 70  # exit code of data_tools.guarded_img2dataset
-ROOT = Path(__file__).parents[1]
+WORKER_DIED = 70  # exit code of data_tools.fetch.guarded_img2dataset
+ROOT = Path(__file__).parents[2]
 _POLL = 0.25  # seconds
 _PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
 _SHOWN = 4  # reasons
@@ -141,7 +141,7 @@ def _started(run: Run, log: Path) -> Iterator[subprocess.Popen]:
     }
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [run.python, "-m", "data_tools.guarded_img2dataset"],
+            [run.python, "-m", "data_tools.fetch.guarded_img2dataset"],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -22,8 +22,8 @@ from typing import Any
 import img2dataset.downloader
 import img2dataset.reader
 
-from data_tools.fetch_reasons import reason_of
-from data_tools.guarded_fetch import Limits, install
+from data_tools.fetch.guarded_fetch import Limits, install
+from data_tools.fetch.reasons import reason_of
 
 WORKER_DIED = 70  # exit code
 LIVE = "live"  # DIRECTORY/live/PID: what a worker has counted

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from data_tools.audit_charts import bars, clean, isolated, kinds, percent, table
-from data_tools.audit_facts import LANGUAGE_SAMPLES, Facts
-from data_tools.fetch_reasons import OTHER
-from data_tools.languages import HOW_TO_INSTALL, UNKNOWN
+from data_tools.audit_page.charts import bars, clean, isolated, kinds, percent, table
+from data_tools.audit_page.facts import LANGUAGE_SAMPLES, Facts
+from data_tools.fetch.reasons import OTHER
+from data_tools.lists.languages import HOW_TO_INSTALL, UNKNOWN
 
 ROWS = 12  # of a table
 WORDS_SHOWN = 60

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.audit_sketches import Drawn, lot
-from data_tools.fetch_reasons import SUCCESS, reason_of
-from data_tools.hashes import caption_hash
+from data_tools.audit_page.sketches import Drawn, lot
+from data_tools.fetch.reasons import SUCCESS, reason_of
+from data_tools.pictures.hashes import caption_hash
 from pretrain.data.shards import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample
 from pretrain.data.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, split_name, tar_members
 from pretrain.data.transforms import read_header

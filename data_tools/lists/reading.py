@@ -18,8 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_tools.json_lists import coco_captions, sbu_captions, visual_genome
-from data_tools.list_formats import (
+from data_tools.lists.formats import (
     BAD_ROW,
     PROBLEM,
     ParquetTable,
@@ -28,6 +27,7 @@ from data_tools.list_formats import (
     json_lines,
     tab_separated,
 )
+from data_tools.lists.json_formats import coco_captions, sbu_captions, visual_genome
 
 # Servers refuse longer ones; what is longer is mostly a data: URL.
 MAX_URL_BYTES = 8192

@@ -1,6 +1,6 @@
 """Filters of a list of URLs and captions: each a small pure function, pyarrow.RecordBatch -> bool [rows], True = drop.
 
-Batches are those of data_tools.lists (url, caption, and similarity, punsafe, pwatermark, width, height, language where
+Batches are those of lists.reading (url, caption, and similarity, punsafe, pwatermark, width, height, language where
 the list has them): their texts are UTF-8 without NUL. `chosen` puts the filters that were asked for in their order; a
 row counts under the first that drops it. A row whose number or language is missing cannot be judged and is dropped by
 the filter that asks for it.
@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data_tools.caption_rules import JUNK
-from data_tools.languages import UNKNOWN, detector, language_code
+from data_tools.lists.caption_rules import JUNK
+from data_tools.lists.languages import UNKNOWN, detector, language_code
 
 _MOST_WORDS = 500  # RE2, the engine below, takes up to 1000 repetitions
 _SHOWN = 200  # characters of a value that a drop tells

@@ -1,6 +1,6 @@
 """Files of URLs and captions as raw columns, a batch at a time: parquet, csv, tsv, jsonl, and JSON in one piece.
 
-Texts come as bytes as they stand in the file: data_tools.lists judges them. A table has `columns`, `rows()` and
+Texts come as bytes as they stand in the file: data_tools.lists.reading judges them. A table has `columns`, `rows()` and
 `batches(columns, size, first)`; a row that cannot be taken apart has its reason in the column PROBLEM.
 """
 

@@ -15,12 +15,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.clean_text import TextRules, clean, why_dropped
-from data_tools.documents import Block, Input, Raw, text_of_document
 from data_tools.index import write_atomically
-from data_tools.languages import detector, language_code
-from data_tools.text_chunks import cut, limits_of
-from data_tools.text_duplicates import comparable, digest, signature
+from data_tools.lists.languages import detector, language_code
+from data_tools.text.chunks import cut, limits_of
+from data_tools.text.clean import TextRules, clean, why_dropped
+from data_tools.text.documents import Block, Input, Raw, text_of_document
+from data_tools.text.duplicates import comparable, digest, signature
 from pretrain.data.text_tokenizer import TextTokenizer
 
 _SCHEMA = pa.schema(

@@ -7,7 +7,7 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from data_tools.list_formats import Row, TextTable, json_elements
+from data_tools.lists.formats import Row, TextTable, json_elements
 
 _COLUMNS = ("url", "caption", "width", "height")
 _LOOK_AT = 20

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from itertools import permutations
 
-from data_tools.drawn_scenes import PLACES, RELATIONS, Scene, Thing
+from data_tools.drawn.scenes import PLACES, RELATIONS, Scene, Thing
 
 WORDS_AT_MOST = (16, 16, 18)  # by the number of things
 

@@ -11,10 +11,10 @@ from collections import Counter
 import cv2
 import numpy as np
 
-from data_tools.audit_charts import clean, isolated
-from data_tools.audit_facts import DropExample, Facts
-from data_tools.audit_sections import heading
-from data_tools.audit_shard import Place
+from data_tools.audit_page.charts import clean, isolated
+from data_tools.audit_page.facts import DropExample, Facts
+from data_tools.audit_page.sections import heading
+from data_tools.audit_page.shard import Place
 from pretrain.data.shards import MAX_IMAGE_BYTES, BadSample
 from pretrain.data.transforms import decode_image, read_header
 

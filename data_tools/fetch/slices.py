@@ -23,9 +23,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.fetch_reasons import SUCCESS, reason_of
+from data_tools.fetch.reasons import SUCCESS, reason_of
 from data_tools.index import write_atomically
-from data_tools.lists import List
+from data_tools.lists.reading import List
 
 WORK = "download"
 _PART_ROWS = 200_000  # of one parquet file of the list; img2dataset holds one in memory

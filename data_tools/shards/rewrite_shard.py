@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_tools.index import stats_path
-from data_tools.recode import Recode, with_facts
-from data_tools.shard_writer import ShardWriter
-from data_tools.steps import Drop, write_drops
+from data_tools.pictures.recode import Recode, with_facts
+from data_tools.shards.steps import Drop, write_drops
+from data_tools.shards.writer import ShardWriter
 from pretrain.data.shards import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, Descriptor, ShardError
 from pretrain.data.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, VERSION, Member, ShardIndex
 
@@ -85,7 +85,10 @@ def write_shard(job: NewShard) -> NewShard:
 
 def _updated(row: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """Facts take the place of values of their kind only: the columns keep their types."""
-    return {name: facts[name] if isinstance(facts.get(name), type(value)) else value for name, value in row.items()}
+    return {
+        name: facts[name] if name in facts and isinstance(facts[name], type(value)) else value
+        for name, value in row.items()
+    }
 
 
 class _TooLarge(BadSample):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_tools.steps import Step
+from data_tools.shards.steps import Step
 
 
 def step_table(step: Step) -> str:

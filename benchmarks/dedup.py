@@ -1,0 +1,155 @@
+"""What finding near duplicates costs: time, memory and what is found among N hashes, and pictures hashed per second.
+
+python -m benchmarks.dedup --hashes 1e4 1e5 1e6 --out benchmarks/results/dedup.json
+
+The hashes are half random, as those of photos are; a fifth lies in heaps around few centres, within a few bits, as
+logos and blank pages do; a tenth shares 40 of its bits; the rest are planted copies of others, up to --distance bits
+away. All is shuffled. Each number of hashes runs in its own process, so that its peak of memory is its own. On the
+smallest every pair is also found by comparing all with all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import random
+import resource
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.drawn.scenes import draw_scene, encode_jpeg, random_scene
+from data_tools.pictures.hashes import look_at
+from data_tools.pictures.near import keep_first, near_pairs
+
+_BRUTE = 20_000  # hashes whose pairs are all compared, which takes seconds
+_HEAPS = 20
+
+
+def mixture(n: int, distance: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(uint64 [n], int64 [copies, 2]: place of an original and of its copy)."""
+    rng = np.random.default_rng(seed)
+    heap, corner, copies = n // 5, n // 10, n // 5
+    hashes = rng.integers(0, 2**64, n, dtype=np.uint64)
+    hashes[:heap] = _moved(rng, rng.choice(rng.integers(0, 2**64, _HEAPS, dtype=np.uint64), heap), 6)
+    hashes[heap : heap + corner] &= np.uint64(0xFFFFFF)
+    originals = rng.integers(heap + corner, n - copies, copies)
+    hashes[n - copies :] = _moved(rng, hashes[originals], distance)
+    place = rng.permutation(n)
+    shuffled = np.empty_like(hashes)
+    shuffled[place] = hashes
+    return shuffled, np.stack([place[originals], place[n - copies :]], axis=1)
+
+
+def _moved(rng: np.random.Generator, hashes: np.ndarray, most: int) -> np.ndarray:
+    """Each with 0 to `most` of its bits turned."""
+    moved = hashes.copy()
+    for turn in range(most):
+        chosen = rng.random(len(hashes)) < (most - turn) / (most + 1)
+        moved[chosen] ^= np.uint64(1) << rng.integers(0, 64, int(chosen.sum())).astype(np.uint64)
+    return moved
+
+
+def measure(n: int, distance: int) -> dict[str, float]:
+    """Seconds of processor time and MiB of one pass over n hashes; what became of the planted copies."""
+    hashes, planted = mixture(n, distance)
+    before = _peak_mib()
+    wall, start = time.perf_counter(), time.process_time()
+    kept = keep_first(hashes, distance)
+    result = {
+        "hashes": n,
+        "seconds": round(time.perf_counter() - wall, 3),
+        "cpu_seconds": round(time.process_time() - start, 3),
+        "memory_mib": round(_peak_mib() - before, 1),
+        "dropped": int((kept.by >= 0).sum()),
+        # Of an original and its copy at most one may stay, unless what one of them is near to keeps the other out.
+        "planted": len(planted),
+        "planted_of_which_one_is_dropped": int((kept.by[planted] >= 0).any(axis=1).sum()),
+    }
+    if n <= _BRUTE:
+        result |= _recall(hashes, distance)
+    return result
+
+
+def _recall(hashes: np.ndarray, distance: int) -> dict[str, float]:
+    start = time.process_time()
+    pairs = sum(int((np.bitwise_count(hashes[i] ^ hashes[i + 1 :]) <= distance).sum()) for i in range(len(hashes)))
+    seconds = time.process_time() - start
+    found = len(near_pairs(hashes, distance).first)
+    return {"pairs": pairs, "pairs_found": found, "all_with_all_cpu_seconds": round(seconds, 3)}
+
+
+def hashing(pictures: int, sizes: tuple[int, ...] = (256, 512)) -> dict[str, float]:
+    """Pictures hashed per second by one process, from JPEG bytes in memory, for each length of their side."""
+    rates = {}
+    for size in sizes:
+        rng = random.Random(size)
+        data = [encode_jpeg(draw_scene(random_scene(rng, held_out=False), size, rng)) for _ in range(pictures)]
+        start = time.process_time()
+        for jpeg in data:
+            look_at(jpeg)
+        rates[f"pictures_per_cpu_second_{size}px"] = round(pictures / (time.process_time() - start), 1)
+    return rates
+
+
+def _peak_mib() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.dedup",
+        description="Times the search for near duplicates among N hashes, and the hashing of pictures.",
+        epilog="example: python -m benchmarks.dedup --hashes 1e4 1e5 1e6 --distance 4",
+    )
+    parser.add_argument("--hashes", type=float, nargs="+", default=[1e4, 1e5, 1e6], help="numbers of them")
+    parser.add_argument("--distance", type=int, default=4, help="bits that may differ (%(default)s)")
+    parser.add_argument("--pictures", type=int, default=100, help="to hash, of each size; 0: none (%(default)s)")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args(arguments)
+    try:
+        if min(args.hashes) < 100:
+            raise ValueError(f"--hashes={min(args.hashes):g} is too few to time; use 100 or more")
+        rows = []
+        print(
+            f"{'hashes':>11} {'seconds':>9} {'MiB':>7} {'dropped':>9} {'planted':>9} {'one dropped':>11}  pairs found"
+        )
+        for n in map(int, args.hashes):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                row = pool.apply(measure, (n, args.distance))
+            rows.append(row)
+            pairs = f"{row['pairs_found']:,} of {row['pairs']:,}" if "pairs" in row else ""
+            print(
+                f"{n:11,} {row['seconds']:9.2f} {row['memory_mib']:7.0f} {row['dropped']:9,} {row['planted']:9,} "
+                f"{row['planted_of_which_one_is_dropped']:11,}  {pairs}"
+            )
+        rates = hashing(args.pictures) if args.pictures > 0 else {}
+        for name, rate in rates.items():
+            print(f"{name}: {rate:,}")
+        machine = {
+            "command": "python -m benchmarks.dedup " + " ".join(sys.argv[1:] if arguments is None else arguments),
+            "date": date.today().isoformat(),
+            "cpu_cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+        }
+        if args.out is not None:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(
+                json.dumps({"distance": args.distance, "rows": rows, **rates, **machine}, indent=1) + "\n"
+            )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

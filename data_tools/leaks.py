@@ -1,0 +1,212 @@
+"""Finds pictures and captions of evaluation sets in training shards, so that they can be left out.
+
+    python -m data_tools.leaks data/cc12m --against coco=coco/val2014 --captions coco=annotations/captions_val2014.json
+
+Changes nothing: DIR/drops/leaks.parquet names what to leave out, and `data_tools.rewrite` does it.
+
+A picture has leaked if its bytes equal those of an evaluation picture, or if at most --distance bits of the 64 of
+their perceptual hashes differ (hashes.py) and their thumbnails agree; evaluation pictures count in a mirror too. The
+distance is wider than dedup's, because a leak that is missed costs more than a sample that is lost. A caption has
+leaked if it equals an evaluation caption but for case, punctuation and blanks, and has at least --caption-words words:
+shorter ones are equal by chance. Not found: greyscale copies of coloured pictures, and crops of over some 2 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.dedup import check_directories, check_distance
+from data_tools.index import complete_shards
+from data_tools.pictures.evaluation_set import EvaluationSet, read_evaluation_set
+from data_tools.pictures.hashes import FOLDER, KILLED, Hashes, hash_shards, look_alike
+from data_tools.pictures.near import nearest
+from data_tools.shards.steps import Drop, Step, write_drops, write_step
+
+NAME = "leaks"
+DISTANCE, LEAST_WORDS = 6, 6
+_NAMED = 5  # damaged pictures that are named; the others are counted
+
+
+@dataclass
+class Leaks:
+    """What of one evaluation set is in one directory. [N] are the directory's samples."""
+
+    evaluation: EvaluationSet
+    picture: np.ndarray  # int64 [N]: index into the set's hashes, -1 none; where `equal`, nothing is said
+    distance: np.ndarray  # uint8 [N]
+    equal: np.ndarray  # bool [N]: the same bytes
+    caption: np.ndarray  # bool [N]
+    pictures_hit: set[int] = field(default_factory=set)
+
+    @property
+    def found(self) -> np.ndarray:
+        return self.equal | (self.picture >= 0)
+
+    def detail(self, row: int) -> str:
+        index, pictures = int(self.picture[row]), len(self.evaluation.names)
+        if self.equal[row]:  # a flat picture is found by its bytes alone
+            return f"{self.evaluation.names[index % pictures]} equal bytes" if index >= 0 else "equal bytes"
+        mirrored = " mirrored" if index >= pictures else ""
+        return f"{self.evaluation.names[index % pictures]} distance={self.distance[row]}{mirrored}"
+
+
+def find_leaks(hashes: Hashes, evaluation: EvaluationSet, distance: int, least_words: int) -> Leaks:
+    """`least_words` 0: captions are not compared."""
+    usable = np.flatnonzero(hashes.usable)
+
+    def alike(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return look_alike(hashes.thumbnails[usable[one]], evaluation.thumbnails[other])
+
+    near = nearest(hashes.phash[usable], evaluation.phash, distance, alike)
+    picture, bits = np.full(len(hashes), -1, np.int64), np.zeros(len(hashes), np.uint8)
+    picture[usable], bits[usable] = near.by, near.distance
+    halves = {bytes(row) for row in evaluation.sha256}
+    candidates = np.flatnonzero(hashes.pictures & np.isin(hashes.sha256[:, 0], evaluation.sha256[:, 0]))
+    equal = np.zeros(len(hashes), bool)
+    equal[candidates] = [bytes(row) in halves for row in hashes.sha256[candidates]]
+    caption = np.isin(hashes.caption, evaluation.captions) & (hashes.words >= max(least_words, 1))
+    hit = set((picture[picture >= 0] % max(len(evaluation.names), 1)).tolist())
+    return Leaks(evaluation, picture, bits, equal, caption & bool(least_words), hit)
+
+
+def _drops(hashes: Hashes, leaks: list[Leaks]) -> Iterator[Drop]:
+    """One line for each sample: the first set that holds its picture, else the first that holds its caption."""
+    found = np.any([leak.found | leak.caption for leak in leaks], axis=0)
+    for low, high in zip(hashes.starts[:-1], hashes.starts[1:], strict=True):
+        rows = np.arange(low, high)[found[low:high]]
+        for row, (shard, key, _, _) in zip(rows.tolist(), hashes.locate(rows), strict=True):
+            yield _drop(shard, key, row, leaks)
+
+
+def _drop(shard: str, key: str, row: int, leaks: list[Leaks]) -> Drop:
+    for leak in leaks:
+        if leak.found[row]:
+            return Drop(shard, key, f"leak:{leak.evaluation.name}:picture", leak.detail(row))
+    leak = next(leak for leak in leaks if leak.caption[row])
+    return Drop(shard, key, f"leak:{leak.evaluation.name}:caption", "")
+
+
+def write_result(hashes: Hashes, leaks: list[Leaks], settings: dict) -> Step:
+    """DIR/drops/leaks.parquet and DIR/steps/leaks.json."""
+    counts = write_drops(hashes.directory / "drops" / f"{NAME}.parquet", _drops(hashes, leaks))
+    step = Step(
+        tool="data_tools.leaks",
+        rows=len(hashes),
+        kept=len(hashes) - counts.total(),
+        dropped=dict(counts),
+        settings=settings,
+        inputs=[str(hashes.directory)],
+    )
+    write_step(hashes.directory, NAME, step)
+    return step
+
+
+def _named(values: list[str], option: str) -> dict[str, Path]:
+    """NAME=PATH of the command line."""
+    named: dict[str, Path] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not (equals and path and name.isidentifier()):
+            raise ValueError(f"{option}={value} is wrong because it is not NAME=PATH with a name of letters and digits")
+        if name in named:
+            raise ValueError(f"{option} {name}=... is given twice; use another name")
+        named[name] = Path(path)
+    return named
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_tools.leaks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m data_tools.leaks data/cc12m --against coco=coco/val2014 --against f30k=flickr30k",
+    )
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="holds 00000.tar, 00001.tar, ...")
+    parser.add_argument(
+        "--against", action="append", required=True, metavar="NAME=PATH", help="a folder of pictures, or of shards"
+    )
+    parser.add_argument(
+        "--captions", action="append", default=[], metavar="NAME=FILE", help="of that set: COCO's JSON, a CSV, ..."
+    )
+    parser.add_argument("--distance", type=int, default=DISTANCE, help="bits of 64 that may differ (%(default)s)")
+    parser.add_argument(
+        "--caption-words", type=int, default=LEAST_WORDS, help="a caption must have; 0 compares none (%(default)s)"
+    )
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (%(default)s)")
+    args = parser.parse_args(arguments)
+    try:
+        _run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenProcessPool:
+        print(KILLED, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; shards that were hashed stay so, the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    sets = _evaluation_sets(args)
+    settings = {
+        "distance": args.distance,
+        "caption_words": args.caption_words,
+        "against": {one.name: one.pictures for one in sets},
+    }
+    for directory in args.directories:
+        hashes = hash_shards(directory, args.workers)
+        leaks = [find_leaks(hashes, one, args.distance, args.caption_words) for one in sets]
+        step = write_result(hashes, leaks, settings)
+        print(f"{directory}: {step.rows:,} samples, {step.rows - step.kept:,} to drop")
+        for leak in leaks:
+            one = leak.evaluation
+            print(
+                f"  {one.name}: {int(leak.found.sum()):,} samples with one of its pictures "
+                f"({len(leak.pictures_hit):,} of {one.pictures:,} alike, {int(leak.equal.sum()):,} with equal bytes), "
+                f"{int(leak.caption.sum()):,} with one of its captions"
+            )
+        print(f"  by reason: {dict(Counter(step.dropped)) or 'nothing'}; see {directory / 'drops' / NAME}.parquet")
+
+
+def _evaluation_sets(args: argparse.Namespace) -> list[EvaluationSet]:
+    check_distance(args.distance)
+    against, captions = _named(args.against, "--against"), _named(args.captions, "--captions")
+    if unknown := set(captions) - set(against):
+        raise ValueError(
+            f"--captions {min(unknown)}=... belongs to no set; those of --against are {', '.join(against)}"
+        )
+    if args.caption_words < 0:
+        raise ValueError(f"--caption-words={args.caption_words} is wrong because it counts words; use 6, or 0 for none")
+    check_directories([*args.directories, *against.values()])
+    for directory in args.directories:
+        complete_shards(directory)  # a wrong name is told before the evaluation sets are read
+    sets = []
+    for name, path in against.items():
+        folder = args.directories[0] / FOLDER / NAME / name
+        one = read_evaluation_set(name, path, captions.get(name), args.caption_words, args.workers, folder)
+        print(
+            f"{name}: {one.pictures:,} pictures, {one.flat:,} of them too flat for more than their bytes, "
+            f"{len(one.damaged):,} damaged; {len(one.captions):,} captions, {one.short:,} shorter ones not compared"
+            + (f"; {one.left_out:,} pictures of its training split left out" if one.left_out else "")
+        )
+        for line in one.damaged[:_NAMED]:
+            print(f"damaged: {line}", file=sys.stderr)
+        if len(one.damaged) > _NAMED:
+            print(f"damaged: {len(one.damaged) - _NAMED} more", file=sys.stderr)
+        sets.append(one)
+    return sets
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""What is compared of each sample: a perceptual hash of its picture, its bytes' SHA-256, a hash of its caption.
+
+The perceptual hash is pHash's (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010,
+3.2.1): shrink to 32 x 32 grey levels, take the DCT, keep one bit for each of 64 low waves; alike pictures differ in few
+bits. Two things differ from there, because they measured better on drawings and on noise with a photo's spectrum:
+the 64 lowest waves in order of their frequency are taken, not a square of 8 x 8, and a bit says whether its wave is
+above CLEAR, not above the median: a wave that is not there has the same bit whatever noise a codec adds, and
+distances are not always even.
+
+A shard's hashes are kept in DIR/hashes/NAME.parquet and computed again when the tar's size or time changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+from tqdm import tqdm
+
+from data_tools.index import complete_shards, map_in_order, write_atomically
+from pretrain.data.shards import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample
+from pretrain.data.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, split_name, tar_members
+from pretrain.data.transforms import decode_image, read_header
+
+FOLDER, VERSION = "hashes", 1
+KILLED = (
+    "error: a process was killed while it hashed, perhaps because memory ran out; use fewer --workers, the same "
+    "command goes on from there"
+)
+SIDE, BITS, THUMB = 32, 64, 8
+# Of an orthonormal 32 x 32 DCT: a wave of a quarter of a grey level. Recoding moves waves by less than that.
+CLEAR = 4.0
+# A picture with fewer clear waves (blank, a gradient, shapes as bright as their ground) has no telling hash: it is
+# compared by its bytes alone. Photos have 56 and more of 64, 99 % of drawn scenes 19 and more.
+LEAST_CLEAR = 12
+# Of the shorter side, decoded: twice what the hash looks at, so that a reduced JPEG hashes as a full one does.
+MIN_SIDE = 64
+# Two hashes that are close are a hint; the thumbnails decide. Largest difference (of 255) in any of the 8 x 8 fields:
+# of the grey levels once brightness and contrast are taken out, of Cr and Cb, and of the grey levels as they are.
+# Measured: recoded, brightened (0.8 to 1.3) and contrasted (0.7) pictures stay below 23, 29 and 52, crops of 1 and 2 %
+# below 25, 17 and 25; of drawn scenes with close hashes that are not the same 90 % differ by over 35 in Cr or Cb.
+MOST_GREY, MOST_COLOUR, MOST_LIGHT = 26, 30, 56
+_AT_ONCE = 2**13
+
+_BY_FREQUENCY = sorted(((u, v) for u in range(BITS) for v in range(BITS) if u + v), key=lambda w: (sum(w), w))[:BITS]
+_ROWS, _COLUMNS = (np.array(waves) for waves in zip(*_BY_FREQUENCY, strict=True))
+_MIRROR = np.where(_COLUMNS % 2, -1, 1).astype(np.float32)  # odd waves along x change their sign
+_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("offset", pa.int64()),  # of the picture's bytes in the tar; null where the sample has no picture
+        ("size", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("sha256", pa.binary(32)),
+        ("phash", pa.uint64()),  # null where the picture cannot be decoded
+        ("mirrored", pa.uint64()),  # the hash of the picture seen in a mirror
+        ("clear", pa.uint8()),
+        ("thumbnail", pa.binary(3 * THUMB**2)),
+        ("caption", pa.uint64()),
+        ("words", pa.int32()),
+        ("problem", pa.string()),  # why the picture cannot be decoded
+    ]
+)
+# A CJK sign counts as a word, because those scripts put no blanks between theirs.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
+
+
+class Look(NamedTuple):
+    """What a picture looks like, in 217 bytes."""
+
+    phash: int
+    mirrored: int
+    clear: int  # how many of the 64 waves are there at all
+    thumbnail: bytes  # 8 x 8 fields of Y, Cr, Cb: the hash sees no colours, and little of small things
+    width: int
+    height: int
+
+
+def picture_hash(image: Image.Image | np.ndarray) -> int:
+    """64 bits of a picture, uint8 [H, W, 3] RGB or a PIL image."""
+    pixels = image if isinstance(image, np.ndarray) else np.asarray(image.convert("RGB"))
+    assert pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8, (pixels.shape, pixels.dtype)
+    return _bits(_waves(cv2.resize(pixels, (SIDE, SIDE), interpolation=cv2.INTER_AREA)))
+
+
+def look_at(data: bytes) -> Look:
+    """The look of an encoded picture. Raises BadSample for what cannot be decoded."""
+    header = read_header(data)
+    small = cv2.resize(decode_image(data, MIN_SIDE), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    waves = _waves(small)
+    fields = cv2.resize(small, (THUMB, THUMB), interpolation=cv2.INTER_AREA)
+    thumbnail = cv2.cvtColor(fields, cv2.COLOR_RGB2YCrCb).tobytes()
+    clear = int((np.abs(waves) > CLEAR).sum())
+    return Look(_bits(waves), _bits(waves * _MIRROR), clear, thumbnail, header.width, header.height)
+
+
+def mirrored_thumbnails(thumbnails: np.ndarray) -> np.ndarray:
+    """uint8 [N, 192] of pictures -> those of their mirror images."""
+    fields = thumbnails.reshape(-1, THUMB, THUMB, 3)
+    return np.ascontiguousarray(fields[:, :, ::-1]).reshape(thumbnails.shape)
+
+
+def look_alike(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """bool [N]: which pairs of thumbnails, uint8 [N, 192] each, may be of the same picture."""
+    good = np.zeros(len(one), bool)
+    for at in range(0, len(one), _AT_ONCE):
+        fields = np.stack([part[at : at + _AT_ONCE] for part in (one, other)])
+        fields = fields.reshape(2, -1, THUMB**2, 3).astype(np.float32)
+        grey = fields[..., 0] - fields[..., 0].mean(axis=2, keepdims=True)
+        spread = np.sqrt((grey**2).mean(axis=2, keepdims=True)) + 1
+        unlike = np.abs(np.diff(grey / spread, axis=0)[0]).max(axis=1) * np.sqrt(spread.prod(axis=0))[:, 0]
+        colours = np.abs(np.diff(fields[..., 1:], axis=0)[0]).max(axis=(1, 2))
+        light = np.abs(np.diff(fields[..., 0], axis=0)[0]).max(axis=1)
+        fits = (unlike <= MOST_GREY) & (colours <= MOST_COLOUR) & (light <= MOST_LIGHT)
+        good[at : at + _AT_ONCE] = fits
+    return good
+
+
+def caption_hash(text: str) -> tuple[int, int]:
+    """(64 bits, number of words) of a caption; neither case, punctuation, blanks nor the form of its letters count."""
+    words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    digest = hashlib.blake2b(" ".join(words).encode(errors="replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little"), len(words)
+
+
+def _waves(small: np.ndarray) -> np.ndarray:
+    """float32 [64], the lowest waves but the mean, of a picture uint8 [32, 32, 3]."""
+    grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    return cv2.dct(grey)[_ROWS, _COLUMNS]
+
+
+def _bits(waves: np.ndarray) -> int:
+    return int.from_bytes(np.packbits(waves > CLEAR).tobytes(), "big")
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """Of one directory's samples, N in the order of (shard, key), whatever their order in the tars. 250 bytes each
+    in memory; keys stay on the disk."""
+
+    directory: Path
+    files: tuple[Path, ...]  # one of hashes for each shard, by name
+    starts: np.ndarray  # [shards + 1], the number of each shard's first sample
+    pictures: np.ndarray  # bool [N]: has one, decodable or not
+    usable: np.ndarray  # bool [N]: the perceptual hash tells something
+    pixels: np.ndarray  # int64 [N], 0 where nothing could be decoded
+    sha256: np.ndarray  # uint64 [N, 2], half of it
+    phash: np.ndarray  # uint64 [N]
+    mirrored: np.ndarray  # uint64 [N]
+    thumbnails: np.ndarray  # uint8 [N, 192]
+    caption: np.ndarray  # uint64 [N]
+    words: np.ndarray  # int32 [N], 0 without caption
+
+    def __len__(self) -> int:
+        return len(self.phash)
+
+    @cached_property
+    def damaged(self) -> int:
+        """Pictures that cannot be decoded."""
+        return int((self.pictures & (self.pixels == 0)).sum())
+
+    def locate(self, rows: np.ndarray) -> list[tuple[str, str, int, int]]:
+        """(shard, key, offset and size of the picture in the tar) of samples. Reads one shard's file at a time."""
+        shards = np.searchsorted(self.starts, rows, side="right") - 1
+        found: list = [None] * len(rows)
+        for shard in np.unique(shards):
+            places = np.flatnonzero(shards == shard)
+            table = pq.read_table(self.files[shard], columns=["key", "offset", "size"])
+            taken = table.take(rows[places] - self.starts[shard]).to_pylist()
+            for place, row in zip(places.tolist(), taken, strict=True):
+                found[place] = self.files[shard].stem, row["key"], row["offset"] or 0, row["size"] or 0
+        return found
+
+
+def hash_shards(directory: Path, workers: int = 1, folder: Path | None = None) -> Hashes:
+    """The hashes of all complete shards. What is up to date in `folder` (None: DIRECTORY/hashes) is not computed
+    again, so a killed run goes on. Raises ValueError where there is no shard, ShardError for a broken one."""
+    tars = complete_shards(directory)[0]
+    folder = directory / FOLDER if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with map_in_order(_up_to_date, [(tar, folder / f"{tar.stem}.parquet") for tar in tars], workers) as results:
+        bar = tqdm(results, total=len(tars), desc=f"hashing {directory}", unit=" shards", disable=None)
+        files = tuple(bar)
+    parts: list[dict[str, np.ndarray]] = [_columns(pq.read_table(file)) for file in files]
+    starts = np.cumsum([0, *(len(part["phash"]) for part in parts)])
+    return Hashes(directory, files, starts, **{name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
+
+
+def _columns(table: pa.Table) -> dict[str, np.ndarray]:
+    def numbers(name: str) -> np.ndarray:
+        return pc.fill_null(table[name], 0).to_numpy()
+
+    def fixed(name: str) -> np.ndarray:
+        """uint8 [N, bytes], 0 where there is none."""
+        column = table[name].combine_chunks()
+        width, start = column.type.byte_width, column.offset
+        flat = np.frombuffer(column.buffers()[1] or b"", np.uint8)[: (start + len(column)) * width].reshape(-1, width)
+        return np.where(column.is_valid().to_numpy(zero_copy_only=False)[:, None], flat[start:], 0)
+
+    return {
+        "pictures": table["offset"].is_valid().to_numpy(),
+        "usable": numbers("clear") >= LEAST_CLEAR,
+        "pixels": numbers("width").astype(np.int64) * numbers("height"),
+        "sha256": np.ascontiguousarray(fixed("sha256")[:, :16]).view(np.uint64),
+        "thumbnails": fixed("thumbnail"),
+        **{name: numbers(name) for name in ("phash", "mirrored", "caption", "words")},
+    }
+
+
+def _up_to_date(job: tuple[Path, Path]) -> Path:
+    tar, file = job
+    state = os.stat(tar)
+    stamp = json.dumps({"version": VERSION, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns}).encode()
+    try:
+        schema = pq.read_schema(file)
+        if schema.equals(_SCHEMA) and (schema.metadata or {}).get(b"shard") == stamp:
+            return file
+    except (OSError, pa.ArrowException):  # not there, or damaged: it is written again
+        pass
+    table = pa.Table.from_pylist(_hash_shard(tar), schema=_SCHEMA).replace_schema_metadata({b"shard": stamp})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    write_atomically(file, sink.getvalue().to_pybytes())
+    return file
+
+
+def _hash_shard(tar: Path) -> list[dict]:
+    members: dict[str, dict[str, tuple[int, int]]] = {}
+    for member in tar_members(tar):
+        key, extension = split_name(member.name)
+        if key and extension in EXTENSIONS and member.isreg() and not member.issparse():
+            members.setdefault(key, {})[extension] = member.offset_data, member.size
+    rows = []
+    with open(tar, "rb") as file:
+        for key, sample in sorted(members.items()):
+            row: dict = {"key": key.encode(errors="surrogateescape").decode(errors="backslashreplace")}
+            pictures = [sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample]
+            if pictures:
+                row |= _hash_picture(file, *pictures[0])
+            text = sample.get("txt", (0, 0))
+            if 0 < text[1] <= MAX_TEXT_BYTES:
+                file.seek(text[0])
+                row["caption"], row["words"] = caption_hash(file.read(text[1]).decode(errors="replace"))
+            rows.append(row)
+    return rows
+
+
+def _hash_picture(file: BinaryIO, offset: int, size: int) -> dict:
+    row: dict = {"offset": offset, "size": size}
+    if size > MAX_IMAGE_BYTES:
+        return row | {"problem": f"{size} bytes are more than the {MAX_IMAGE_BYTES} that are read"}
+    file.seek(offset)
+    data = file.read(size)
+    row["sha256"] = hashlib.sha256(data).digest()
+    try:
+        return row | look_at(data)._asdict()
+    except BadSample as error:
+        return row | {"problem": str(error)}
