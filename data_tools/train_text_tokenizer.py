@@ -1,10 +1,10 @@
-"""Trains the text tokenizer, a SentencePiece unigram model, on the captions and documents of shards.
+"""Trains the text tokenizer, a SentencePiece unigram model, on the texts of shards and on files of documents.
 
 The settings are those of XLM-R's model (unigram, nmt_nfkc, no byte fallback, character coverage 0.9995), so that
 BEiT-3's id layout holds. Equal shards and options give an equal file, on any machine.
 
 Example:
-    python -m data_tools.train_text_tokenizer data/pairs data/texts --vocab-size 64000 --out data/text.model
+    python -m data_tools.train_text_tokenizer data/pairs data/wiki.jsonl.gz --vocab-size 64000 --out data/text.model
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from data_tools.index import write_atomically
+from data_tools.text.documents import Input, find_inputs, kind_of, read_blocks, text_of_document
 from pretrain.data.shards import BadSample, Manifest, ShardReader, load_manifest
 from pretrain.data.sources import TEXT, text_of
 from pretrain.data.text_tokenizer import OFFSET
@@ -33,7 +35,15 @@ REPORT_SECONDS = 5.0
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
-        train(args.shards, args.out, args.vocab_size, args.max_texts, model_type=args.model_type, verbose=args.verbose)
+        train(
+            args.inputs,
+            args.out,
+            args.vocab_size,
+            args.max_texts,
+            column=args.text_col,
+            model_type=args.model_type,
+            verbose=args.verbose,
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -50,8 +60,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "shards", nargs="+", help="indexed shards: directories or patterns such as 'cc12m/{00000..00009}.tar'"
+        "inputs",
+        nargs="+",
+        help="indexed shards (directories, or patterns such as 'cc12m/{00000..00009}.tar') and files of documents as "
+        "pack_text reads them: .txt, .jsonl (also packed), .parquet",
     )
+    parser.add_argument("--text-col", default="text", help="the column of .jsonl and .parquet (default: text)")
     parser.add_argument("--vocab-size", type=int, default=64000, help="pieces with <unk>, <s>, </s> (default: 64000)")
     parser.add_argument("--out", type=Path, required=True, help="the file to write, such as data/text.model")
     parser.add_argument(
@@ -60,17 +74,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default="unigram",
         help="unigram as XLM-R and BEiT-3; bpe keeps whole words where they are few, as in the quickstart",
     )
-    parser.add_argument("--max-texts", type=int, default=None, help="read so many texts, spread evenly (default: all)")
+    parser.add_argument(
+        "--max-texts",
+        type=int,
+        default=None,
+        help="read so many texts of the shards, spread evenly, and the first so many of the documents (default: all)",
+    )
     parser.add_argument("--verbose", action="store_true", help="show SentencePiece's own log, one line per EM step")
     return parser.parse_args(argv)
 
 
 def train(
-    shards: list[str],
+    inputs: list[str],
     out: Path,
     vocab_size: int,
     max_texts: int | None = None,
     *,
+    column: str = "text",
     model_type: str = "unigram",
     verbose: bool = False,
 ) -> None:
@@ -82,11 +102,14 @@ def train(
     if max_texts is not None and max_texts < 1:
         raise ValueError(f"--max-texts={max_texts} is wrong because it leaves no text; use 10000000, or leave it out")
     _check_out(out)
-    manifest = load_manifest(tuple(shards))
+    documents = find_inputs([Path(name) for name in inputs if kind_of(Path(name))], column)
+    shards = tuple(name for name in inputs if not kind_of(Path(name)))
+    read = [sentences(load_manifest(shards), max_texts)] if shards else []
+    read += [document_sentences(documents, max_texts)] if documents else []
     model = io.BytesIO()
     try:
         SentencePieceTrainer.Train(
-            sentence_iterator=sentences(manifest, max_texts),
+            sentence_iterator=chain(*read),
             model_writer=model,
             model_type=model_type,
             vocab_size=vocab_size,
@@ -97,7 +120,7 @@ def train(
             minloglevel=0 if verbose else 2,
         )
     except RuntimeError as error:
-        raise _explained(error, vocab_size, shards) from None
+        raise _explained(error, vocab_size, inputs) from None
     write_atomically(out, model.getvalue())
     print(f"{out}: {vocab_size} pieces, {vocab_size + OFFSET + 1} ids with <pad> and <mask>")
 
@@ -135,7 +158,26 @@ def sentences(manifest: Manifest, max_texts: int | None) -> Iterator[str]:
             last = time.monotonic()
             print(f"read {shard + 1} of {len(manifest.shards)} shards, {texts} texts", file=sys.stderr, flush=True)
     left_out = f", {bad} bad samples left out" if bad else ""
-    print(f"read {texts} texts of {len(manifest.shards)} shards{left_out}; training", file=sys.stderr, flush=True)
+    print(f"read {texts} texts of {len(manifest.shards)} shards{left_out}", file=sys.stderr, flush=True)
+
+
+def document_sentences(inputs: list[Input], max_texts: int | None) -> Iterator[str]:
+    """The documents' texts in pieces of at most MAX_CHARACTERS; what cannot be used is counted and left out."""
+    texts = bad = 0
+    for block in read_blocks(inputs):
+        for raw in block.documents:
+            text, reason = text_of_document(raw, inputs[raw.source])
+            if reason:
+                bad += 1
+                continue
+            texts += 1
+            yield from split_text(text)
+            if texts == max_texts:
+                break
+        if texts == max_texts:
+            break
+    left_out = f", {bad} that cannot be used left out" if bad else ""
+    print(f"read {texts} documents of {len(inputs)} files{left_out}", file=sys.stderr, flush=True)
 
 
 def split_text(text: str) -> Iterator[str]:
@@ -150,7 +192,7 @@ def split_text(text: str) -> Iterator[str]:
             yield line
 
 
-def _explained(error: RuntimeError, vocab_size: int, shards: list[str]) -> Exception:
+def _explained(error: RuntimeError, vocab_size: int, inputs: list[str]) -> Exception:
     """SentencePiece's message as one sentence with the way out."""
     text = str(error)
     if found := re.search(r"set it to a value <= (\d+)", text):
@@ -158,8 +200,8 @@ def _explained(error: RuntimeError, vocab_size: int, shards: list[str]) -> Excep
     if found := re.search(r"required_chars\. \d+ vs (\d+)", text):
         return ValueError(f"--vocab-size={vocab_size} is less than the texts' characters need; use {found[1]} or more")
     if "sentences_.empty()" in text:
-        return ValueError(f"{' '.join(shards)}: no text in these shards; give shards with txt members")
-    return ValueError(f"SentencePiece could not be trained on {' '.join(shards)}: {text.splitlines()[0]}")
+        return ValueError(f"{' '.join(inputs)}: no text in these; give shards with txt members, or documents")
+    return ValueError(f"SentencePiece could not be trained on {' '.join(inputs)}: {text.splitlines()[0]}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import random
 import time
@@ -140,6 +141,17 @@ def test_fewer_texts_are_spread_over_the_shards(shards: Path) -> None:
     assert any(text in some for text in everything[300:]) and any(text in some for text in everything[:300])
 
 
+def test_documents_train_it_as_shards_do(shards: Path, tmp_path: Path) -> None:
+    manifest = train_text_tokenizer.load_manifest((str(shards),))
+    texts = list(train_text_tokenizer.sentences(manifest, None))
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts) + "no json\n")
+    train_text_tokenizer.train([str(shards)], tmp_path / "a.model", 50)
+    train_text_tokenizer.train([str(tmp_path / "d.jsonl")], tmp_path / "b.model", 50, column="body")
+    pieces = [sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / f"{name}.model")) for name in "ab"]
+    assert [pieces[0].id_to_piece(i) for i in range(50)] == [pieces[1].id_to_piece(i) for i in range(50)]
+    assert train_text_tokenizer.main([str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "c.model")]) == 2
+
+
 @pytest.mark.parametrize(
     ("size", "message"), [("5000", "can give; use"), ("12", "characters need; use"), ("2", "no room")]
 )
@@ -166,7 +178,7 @@ def test_the_largest_possible_vocabulary_that_is_named_works(shards: Path, tmp_p
 def test_shards_without_text_and_broken_shards_are_named(tmp_path: Path, capfd) -> None:
     source = write_source(tmp_path / "s", [[text_sample("a", "  ")]])
     assert train(source, tmp_path / "x.model", "--vocab-size", "48") == 2
-    assert "no text in these shards" in capfd.readouterr().err
+    assert "no text in these;" in capfd.readouterr().err
     assert train(tmp_path / "missing", tmp_path / "x.model") == 2
     assert "missing" in capfd.readouterr().err
     tar = source / "00000.tar"
