@@ -125,7 +125,6 @@ def stage_ds_config(path: str, recipe: Recipe, stage: Stage) -> dict[str, Any]:
         model.ffn_dim,
         model.vocab_size if "language" in stage.experts else 0,
         model.image_codes if masking_of(stage) is not None and "vision" in stage.experts else 0,
-        model.relative_position,
     )
     accumulation = stage.batch.accumulation
     # The ranks over which DeepSpeed splits a step: sequence ranks count as data ranks to it.

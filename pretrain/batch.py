@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +58,11 @@ class Layout:
         return self.image_rows + self.pair_image_rows + self.pair_text_rows + self.text_rows
 
     @property
+    def counts(self) -> tuple[int, ...]:
+        """Rows of each kind: image-only, pair image, pair text, text-only."""
+        return self.image_rows, self.pair_image_rows, self.pair_text_rows, self.text_rows
+
+    @property
     def sequences(self) -> int:
         return self.images + self.pairs + self.texts
 
@@ -70,9 +76,29 @@ class Layout:
 
     def split(self, *, fusion: bool) -> tuple[int, ...]:
         """Rows of (vision, language), or of (vision, fusion, language) in a block with a fusion expert."""
-        if fusion:
-            return self.image_rows, self.pair_image_rows + self.pair_text_rows, self.text_rows
-        return self.vision_rows, self.language_rows
+        return _by_expert(self.counts, fusion)
+
+
+class Rows(NamedTuple):
+    """Some of the rows of a packed pass, or some of such rows."""
+
+    places: Tensor  # int64 [R], rising
+    counts: tuple[int, ...]  # of each kind, as Layout.counts
+
+    @classmethod
+    def of(cls, chosen: Tensor, among: Layout | Rows) -> Rows:
+        """Those for which `chosen`, bool [rows], is true."""
+        counts = torch.stack([kind.sum() for kind in chosen.split(list(among.counts))]).tolist()
+        return cls(chosen.nonzero().squeeze(1), tuple(counts))
+
+    def split(self, *, fusion: bool) -> tuple[int, ...]:
+        """As `Layout.split`."""
+        return _by_expert(self.counts, fusion)
+
+
+def _by_expert(counts: tuple[int, ...], fusion: bool) -> tuple[int, ...]:
+    images, pair_images, pair_texts, texts = counts
+    return (images, pair_images + pair_texts, texts) if fusion else (images + pair_images, pair_texts + texts)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,14 @@ Each draws its own weights: under zero.Init a parent can no longer touch them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.batch import Layout, Rows
 from pretrain.distributed import gather_own
 
 HEAD_STD = 0.02  # of a head's weights, as all of BEiT's heads
@@ -74,6 +76,27 @@ class Classifier(nn.Module):
         return F.linear(rows, self.weight, self.bias)
 
 
+class Share(NamedTuple):
+    """What of a packed pass this rank carries."""
+
+    own: Rows | None  # these rows go through the blocks; None: all
+    read: Rows | None  # these of them are carried to the end, where heads read them; None: all
+    # [rows at the end, D] -> [all rows of the pass, D], those of every rank in their places and zeros where none is
+    join: Callable[[Tensor], Tensor]
+
+
+def whole_pass(layout: Layout, needed: Tensor | None, device: torch.device) -> Share:
+    if needed is None:
+        return Share(None, None, lambda rows: rows)
+    read = Rows.of(needed, layout)
+    return Share(None, read, partial(put_at, places=read.places, length=layout.rows))
+
+
+def put_at(rows: Tensor, *, places: Tensor, length: int) -> Tensor:
+    """[R, D] at `places` [R] among zeros, [length, D]."""
+    return rows.new_zeros(length, rows.shape[1]).index_copy(0, places, rows)
+
+
 class Layers(NamedTuple):
     """What parallelism replaces in a model on one device."""
 
@@ -84,6 +107,10 @@ class Layers(NamedTuple):
     classifier: Callable[..., nn.Module] = Classifier  # (inputs, classes, *, tied): splits its classes
     # (values [..., heads] that every rank has) -> those of this rank's heads
     own_heads: Callable[[Tensor], Tensor] = lambda values: values
+    # (layout, needed bool [layout.rows] or None: the rows that heads read, device) -> this rank's share of the pass
+    share: Callable[[Layout, Tensor | None, torch.device], Share] = whole_pass
+    # attention of whole sequences, (queries, keys, values [rows, heads, C], layout, ...) -> the same of a share's rows
+    attention: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda attend: attend
     # (rows [n, ...]) -> (all data ranks' rows, the place of the first own row among them)
     gather: Callable[[Tensor], tuple[Tensor, int]] = gather_own
 

@@ -33,7 +33,10 @@ class PretrainTask(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """-> `loss` (the sum of the objectives'), and what each objective reports, all scalars."""
         # One packed pass; in the last block only the rows that a head reads are carried to the end.
-        rows_TD = self.encoder(batch, needed=self.needed_rows(batch))
+        return self.score(self.encoder(batch, needed=self.needed_rows(batch)), batch)
+
+    def score(self, rows_TD: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """What `forward` returns, from the encoder's rows [layout.rows, dim]."""
         reports = {name: objective(rows_TD, batch) for name, objective in self.objectives.items()}
         losses = [report.pop("loss") for report in reports.values()]
         named = {f"loss/{name}": loss.detach() for name, loss in zip(reports, losses, strict=True)}

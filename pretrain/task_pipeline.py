@@ -11,33 +11,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pretrain.batch import PAD, UNK, Batch, Layout, make_batch
 from pretrain.layers import PLAIN, Layers
 from pretrain.metrics import flops_per_batch
-from pretrain.models.attention import NO_BIAS, Padding, can_pack, padding_of
-from pretrain.models.embeddings import RelativePosition, TextEmbedding, VisionEmbedding
-from pretrain.models.multiway import (
-    Multiway,
-    MultiwayBlock,
-    MultiwayConfig,
-    MultiwayEncoder,
-    ReadRows,
-    attention_names,
-    check_experts,
-    check_layout,
-)
+from pretrain.models.block import drop_rate
+from pretrain.models.multiway import MultiwayConfig, MultiwayEncoder, check_layout
 from pretrain.parallel.partition import cut, stage_costs
 from pretrain.task import PretrainTask
 
 log = logging.getLogger(__name__)
-M = TypeVar("M", bound=nn.Module)
 
 
 class PipelineTask(PretrainTask):
@@ -48,8 +36,6 @@ class PipelineTask(PretrainTask):
     `shared` are the names of weights that several stages hold alike (a tied text head, the table of relative positions)
     and their stages: the gradients add up.
     """
-
-    encoder: StageEncoder
 
     def __init__(
         self,
@@ -67,7 +53,13 @@ class PipelineTask(PretrainTask):
         layers = layers or PLAIN
         self.layout, self.stage, self.stages = layout, stage, len(bounds) - 1
         self.last = stage == self.stages - 1
-        self.encoder = StageEncoder(model, experts, layers, range(bounds[stage], bounds[stage + 1]))
+        blocks = [f"blocks.{number}" for number in range(bounds[stage], bounds[stage + 1])]
+        # A rank holds at most one part that is another stage's, or two: the last keeps the text embedding till the
+        # heads have seen it.
+        first = ["vision_embed", "text_embed"] if stage == 0 else []
+        last = ["text_embed", "norm"] if self.last else []
+        own = {*first, "relative_position", *blocks, *last}
+        self.encoder = MultiwayEncoder(model, experts, layers, keep=own.__contains__)
         text = self.encoder.text_embed
         # A stand-in tells other stages whether an objective ties itself to the text embedding.
         tokens = nn.Parameter(torch.empty(0)) if text is None else cast(nn.Parameter, text.tokens.weight)
@@ -77,8 +69,9 @@ class PipelineTask(PretrainTask):
             tied = tied or any(value is tokens for value in head.parameters())
             if self.last:
                 self.objectives[objective.name] = head
-        if stage > 0:
-            self.encoder.leave_out_text_embedding(but_table=tied)
+        if stage > 0 and text is not None:
+            text.positions = text.norm = None
+            self.encoder.text_embed = text if tied else None
         self.shared: dict[str, tuple[int, ...]] = {}
         if tied:
             self.shared["encoder.text_embed.tokens.weight"] = (0, self.stages - 1)
@@ -99,26 +92,16 @@ class PipelineTask(PretrainTask):
         if not self.last:
             return torch.cat([self.encoder.run(x_TD, known), sheet_ED.detach()])
         assert batch is not None
-        read = ReadRows.of(self.needed_rows(batch), self.layout)
-        rows_RD = self.encoder.norm(self.encoder.run(x_TD, known, read), read)
-        return self.score(rows_RD.new_zeros(x_TD.shape).index_copy(0, read.places, rows_RD), batch)
-
-    def score(self, rows_TD: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """As the second half of PretrainTask.forward."""
-        reports = {name: objective(rows_TD, batch) for name, objective in self.objectives.items()}
-        losses = [report.pop("loss") for report in reports.values()]
-        named = {f"loss/{name}": loss.detach() for name, loss in zip(reports, losses, strict=True)}
-        if len(named) == 1:
-            named = {}  # the one objective's loss is the loss
-        return {"loss": torch.stack(losses).sum(), **named, **{k: v for r in reports.values() for k, v in r.items()}}
+        return self.score(self.encoder.finish(x_TD, known, self.needed_rows(batch)), batch)
 
     def _write_sheet(self, batch: Batch, x_TD: Tensor) -> Tensor:
         flags = [(ids != PAD).flatten() for ids in (batch.pair_inputs, batch.text_inputs)]
         if self._dice_count:
-            noise = batch.noise
+            cfg, noise = self.encoder.cfg, batch.noise
             if noise is None:
-                noise = torch.rand(self.layout.sequences, 2 * self.encoder.cfg.depth, device=x_TD.device)
-            flags.append((noise >= noise.new_tensor(self.encoder.rates)).flatten())
+                noise = torch.rand(self.layout.sequences, 2 * cfg.depth, device=x_TD.device)
+            rates = [rate for layer in range(1, cfg.depth + 1) for rate in [drop_rate(cfg, layer)] * 2]
+            flags.append((noise >= noise.new_tensor(rates)).flatten())
         written = torch.cat(flags).to(x_TD.dtype)
         return F.pad(written, (0, -len(written) % x_TD.shape[1])).view(-1, x_TD.shape[1])
 
@@ -139,69 +122,6 @@ class PipelineTask(PretrainTask):
     def _dice_count(self) -> int:
         cfg = self.encoder.cfg
         return self.layout.sequences * 2 * cfg.depth if cfg.drop_path else 0
-
-
-class StageEncoder(MultiwayEncoder):
-    """The blocks `own` of an encoder (counted from 0), with what stands before the first and behind the last. `rates`
-    are the drop path rates of every block's two branches."""
-
-    def __init__(self, cfg: MultiwayConfig, experts: Sequence[str], layers: Layers, own: range):
-        nn.Module.__init__(self)  # MultiwayEncoder's own would build every block
-        check_experts(experts)
-        self.cfg, self.expert_names, self.own = cfg, tuple(experts), own
-        first, last = own.start == 0, own.stop == cfg.depth
-        # In the order of MultiwayEncoder, so that every rank draws the numbers that one device draws. A rank holds at
-        # most one part that is another stage's, or two: the last keeps the text embedding till the heads have seen it.
-        self.vision_embed = self.text_embed = self.relative_position = None
-        if "vision" in experts:
-            self.vision_embed = _if(first, VisionEmbedding(cfg))
-        if "language" in experts:
-            self.text_embed = _if(first or last, TextEmbedding(cfg, layers))
-        if cfg.relative_position:
-            self.relative_position = RelativePosition(cfg, layers)
-        self.blocks, self.rates = nn.ModuleList(), []
-        for number in range(cfg.depth):
-            block = MultiwayBlock(cfg, experts, number + 1, layers)
-            self.rates += [block.drop_path] * 2
-            if number in own:
-                self.blocks.add_module(str(number), block)
-        norm = Multiway(attention_names(cfg, experts), lambda: nn.LayerNorm(cfg.dim, eps=cfg.norm_eps))
-        self.norm = cast(Multiway, _if(last, norm))  # None but on the last stage
-
-    def leave_out_text_embedding(self, *, but_table: bool) -> None:
-        """Of a last stage, whose text head may need the table of tokens."""
-        if self.text_embed is not None:
-            self.text_embed.positions = self.text_embed.norm = None
-            if not but_table:
-                self.text_embed = None
-
-    def run(self, x_TD: Tensor, known: Batch, read: ReadRows | None = None) -> Tensor:
-        """Rows through the own blocks, as in MultiwayEncoder.forward; of `known` padding and dice are asked."""
-        cfg, layout = self.cfg, known.layout
-        packed = self.relative_position is None and can_pack(x_TD, layout, cfg.dim // cfg.heads)
-        padding = padding_of(known, packed=packed)
-        biases = [NO_BIAS] * cfg.depth if self.relative_position is None else self.relative_position(layout)
-        dice = self._dice(known)
-        reads = [*[None] * (cfg.depth - 1), read]
-        steps = [(block, biases[n], reads[n], dice[n]) for n, block in zip(self.own, self.blocks, strict=True)]
-        every = cfg.activation_checkpointing if self.training else 0
-        for start in range(0, len(steps), every or len(steps)):
-            part = steps[start : start + (every or len(steps))]
-            if every:
-                x_TD = checkpoint(_through, part, x_TD, layout, padding, use_reentrant=False)
-            else:
-                x_TD = _through(part, x_TD, layout, padding)
-        return x_TD
-
-
-def _if(own: bool, part: M) -> M | None:
-    return part if own else None
-
-
-def _through(steps: Sequence[tuple], x_TD: Tensor, layout: Layout, padding: Padding) -> Tensor:
-    for block, bias, read, dice in steps:
-        x_TD = block(x_TD, layout, padding, bias, read, dice)
-    return x_TD
 
 
 # ---- where to cut

@@ -78,8 +78,8 @@ def attend(
     a head) -> [T, H, C]. A pair is its image rows and its text rows joined; with `layout.causal` its text sees the
     image and the text before it, and its image only itself (BEiT-3's captioning: unilm beit3/modeling_finetune.py)."""
     # A split and no slices: its backward is one concatenation, and not a zero-filled tensor per slice.
-    sizes = [layout.image_rows, layout.pair_image_rows, layout.pair_text_rows, layout.text_rows]
-    images, pair_images, pair_texts, texts = zip(*(x.split(sizes) for x in (q_THC, k_THC, v_THC)), strict=True)
+    kinds = zip(*(x.split(list(layout.counts)) for x in (q_THC, k_THC, v_THC)), strict=True)
+    images, pair_images, pair_texts, texts = kinds
     parts: list[Tensor] = []
     # A kind without sequences is left out: attention has no parameters that would miss a gradient.
     if layout.images:
@@ -138,8 +138,7 @@ def _for_all_queries(keys_NL: Tensor | None) -> Tensor | None:
 def _sdpa(q_NLHC: Tensor, k_NLHC: Tensor, v_NLHC: Tensor, seen: Tensor | None, bias: Tensor | None) -> Tensor:
     """`seen` bool and `bias` float both broadcast to [N, H, L, L]."""
     if bias is not None:
-        if len(bias) != q_NLHC.shape[2]:
-            raise ValueError("model.relative_position=True needs all heads on one rank; use parallel.tensor=1")
+        assert len(bias) == q_NLHC.shape[2], (bias.shape, q_NLHC.shape)
         bias = bias.to(q_NLHC.dtype)
         seen = bias if seen is None else torch.where(seen, bias, -torch.inf)
     q, k, v = (x.transpose(1, 2) for x in (q_NLHC, k_NLHC, v_NLHC))

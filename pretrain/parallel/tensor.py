@@ -18,25 +18,30 @@ from torch import Tensor, nn
 from pretrain.distributed import gather_own
 from pretrain.layers import Layers
 from pretrain.parallel.mesh import Axis, Mesh
+from pretrain.parallel.sequence import over_rows
 
 
 def parallel_layers(mesh: Mesh) -> Layers:
-    """The layers of a model on `mesh`: split over its tensor ranks, with contrast over its data ranks. Every split
-    parameter says so by Megatron's attributes `tensor_model_parallel` and `partition_dim`."""
-    gather = partial(gather_own, group=mesh.data.group) if mesh.data.size > 1 else _alone
-    if mesh.tensor.size == 1:
-        return Layers(gather=gather)
+    """The layers of a model on `mesh`: split over its tensor ranks, their rows shared among its sequence ranks, with
+    contrast over its data ranks. Every split parameter says so by Megatron's attributes `tensor_model_parallel` and
+    `partition_dim`."""
+    layers = Layers(gather=partial(gather_own, group=mesh.data.group) if mesh.data.size > 1 else _alone)
+    if mesh.tensor.size > 1:
+        layers = _split(layers, mesh.tensor)
+    return layers if mesh.sequence.size == 1 else over_rows(layers, mesh.sequence)
+
+
+def _split(layers: Layers, tensor: Axis) -> Layers:
     from pretrain.parallel import megatron_layers as split  # an optional dependency
 
-    tensor, config = mesh.tensor, split.layer_config(mesh.tensor.size)
-    return Layers(
+    config = split.layer_config(tensor.size)
+    return layers._replace(
         column=partial(split.Column, tensor=tensor, config=config),
         row=partial(split.Row, tensor=tensor, config=config),
         inner_norm=partial(SplitNorm, tensor=tensor),
         vocabulary=partial(split.Vocabulary, tensor=tensor, config=config),
         classifier=partial(split.Classifier, tensor=tensor, config=config),
         own_heads=partial(own_heads, tensor=tensor),
-        gather=gather,
     )
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pretrain.batch import BOS, EOS, PAD, Batch, Layout, make_batch
-from pretrain.models.multiway import MultiwayConfig, MultiwayEncoder, keep_rows
+from pretrain.models.block import keep_rows
+from pretrain.models.multiway import MultiwayConfig, MultiwayEncoder
 
 SHARED = MultiwayConfig(
     dim=32,

@@ -95,9 +95,9 @@ def test_layers_in_their_corners():
 DUAL = dataclasses.replace(PAPER, fusion_layers=0, drop_path=0.0)
 
 
-def contrast(tensor: int) -> None:
+def contrast(parallel: Parallel) -> None:
     """Each data rank scores its part of the pairs against all ranks' pairs."""
-    dense, split, mesh = two_tasks(DUAL, (Contrastive(embed_dim=24),), Parallel(tensor=tensor), ("vision", "language"))
+    dense, split, mesh = two_tasks(DUAL, (Contrastive(embed_dim=24),), parallel, ("vision", "language"))
     made = torch.Generator().manual_seed(6)
     images = torch.randint(256, (8, 3, 16, 16), generator=made, dtype=torch.uint8)
     texts = torch.randint(4, 60, (8, 10), generator=made)
@@ -117,12 +117,12 @@ def contrast(tensor: int) -> None:
 
 def _mean(value, mesh):
     value = value.detach().clone()
-    torch.distributed.all_reduce(value, group=mesh.data.group)
-    return value / mesh.data.size
+    torch.distributed.all_reduce(value, group=mesh.copies.group)
+    return value / mesh.copies.size
 
 
 def test_contrast_is_over_data_ranks_and_not_over_tensor_ranks():
-    run_ranks(contrast, 4, 2)
+    run_ranks(contrast, 4, Parallel(tensor=2))
 
 
 # Every part that a split touches, in one model.
@@ -152,7 +152,7 @@ def one_device() -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     return losses, norms, task.state_dict()
 
 
-def under_deepspeed(names: list[str], partitioned: bool) -> dict[str, tuple]:
+def under_deepspeed(names: list[str], partitioned: bool, parallel: Parallel) -> dict[str, tuple]:
     """Of each config: mean losses, gradient norms, and on rank 0 the whole weights."""
     from pretrain.distributed import reduce_mean
     from pretrain.parallel.ds_config import load_ds_config
@@ -161,7 +161,7 @@ def under_deepspeed(names: list[str], partitioned: bool) -> dict[str, tuple]:
     from pretrain.train import train_step
 
     init_distributed()
-    mesh, runs = create_mesh(Parallel(tensor=2)), {}
+    mesh, runs = create_mesh(parallel), {}
     for name in names:
         config = load_ds_config(CONFIGS / name, micro=6, accumulation=1, world=mesh.copies.size, clip=SLOW.clip)
         with partitioned_init(config, mpu_of(mesh)) if partitioned else nullcontext():
@@ -176,17 +176,13 @@ def under_deepspeed(names: list[str], partitioned: bool) -> dict[str, tuple]:
     return runs
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stages", "partitioned"), [((0, 1, 2, 3), False), ((3,), True)], ids=["born whole", "born in parts"]
-)
-def test_zero_over_tensor_and_data_ranks_trains_as_one_device_does(stages, partitioned):
+def check_training(names: list[str], partitioned: bool, parallel: Parallel) -> None:
+    """Four ranks against one device: losses, clipped norms, weights."""
     losses, norms, state = one_device()
     assert sum(norm > SLOW.clip for norm in norms) >= 3, "clipping must have been active"
-    fp32, bf16 = [f"zero{stage}.json" for stage in stages], [f"zero{stage}_bf16.json" for stage in stages if stage]
-    ranks = run_ranks(under_deepspeed, 4, fp32 + bf16, partitioned, timeout=200)
-    for name in fp32 + bf16:
-        loose = 1 if name in fp32 else 3000
+    ranks = run_ranks(under_deepspeed, 4, names, partitioned, parallel, timeout=200)
+    for name in names:
+        loose = 3000 if "bf16" in name else 1
         found_losses, found_norms, weights = ranks[0][name]
         assert all(run[name][1] == found_norms for run in ranks), "the ranks disagree about the norm"
         assert found_losses == pytest.approx(losses, abs=1e-6 * loose), name
@@ -194,3 +190,12 @@ def test_zero_over_tensor_and_data_ranks_trains_as_one_device_does(stages, parti
         assert set(weights) == set(state)
         for key, value in weights.items():
             assert (value - state[key]).abs().max() <= 1e-6 * loose, (name, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stages", "partitioned"), [((0, 1, 2, 3), False), ((3,), True)], ids=["born whole", "born in parts"]
+)
+def test_zero_over_tensor_and_data_ranks_trains_as_one_device_does(stages, partitioned):
+    fp32, bf16 = [f"zero{stage}.json" for stage in stages], [f"zero{stage}_bf16.json" for stage in stages if stage]
+    check_training(fp32 + bf16, partitioned, Parallel(tensor=2))

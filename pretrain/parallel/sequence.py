@@ -1,0 +1,128 @@
+"""Sequence parallelism (DeepSpeed-Ulysses, arXiv 2309.14509): each rank carries its share of a packed pass's rows.
+
+Every rank of the group sees the same micro-batch, embeds it, and takes its share: an equal run, to a row, of each kind
+of rows, so that ranks have like work in every expert. Norms, projections and experts see these rows only; for attention
+the ranks change shares, from their rows of all heads to all rows of their heads, and back. At the end the rows that
+heads read come together on every rank, and each computes the whole loss.
+
+So a rank holds 1/size of the blocks' activations, and all of the embedding's and the heads'. Its gradients are those of
+the sum of all ranks' losses with respect to what the rank did; averaged over the group, as DeepSpeed does by
+ModelParallelUnit, they are the gradients of one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.batch import Layout, Rows
+from pretrain.layers import Layers, Share, put_at
+from pretrain.parallel.mesh import Axis
+
+Attend = Callable[..., Tensor]
+
+
+def over_rows(layers: Layers, sequence: Axis) -> Layers:
+    """`layers`, for a share of the rows."""
+    return layers._replace(
+        share=partial(share_pass, sequence=sequence),
+        attention=lambda attend: partial(attend_by_heads, attend, sequence=sequence),
+        # Of this rank's heads among the tensor ranks. The gradient is zero for the others: the average over the ranks
+        # has every head's, as it has every row's.
+        own_heads=lambda values: layers.own_heads(values).chunk(sequence.size, -1)[sequence.rank],
+    )
+
+
+class Cut(NamedTuple):
+    """How a packed pass lies on the ranks of a group."""
+
+    own: Rows
+    sizes: list[int]  # rows of each rank
+    by_rank: Tensor  # int64 [rows]: the rows' places in the pass, the first rank's first
+    back: Tensor  # int64 [rows]: where each row of the pass stands in that order
+
+    @classmethod
+    def of(cls, layout: Layout, sequence: Axis, device: torch.device) -> Cut:
+        return _cut(layout, sequence.rank, sequence.size, device)
+
+
+@lru_cache(maxsize=16)  # of a run's few layouts: every block of every step asks
+def _cut(layout: Layout, rank: int, ranks: int, device: torch.device) -> Cut:
+    kinds = torch.arange(layout.rows).split(list(layout.counts))
+    # tensor_split would give the rests of every kind to the first ranks.
+    shares = [[kind[r * len(kind) // ranks : (r + 1) * len(kind) // ranks] for kind in kinds] for r in range(ranks)]
+    with torch.inference_mode(False):  # an evaluation may be the first to ask, and training the next
+        by_rank = torch.cat([run for share in shares for run in share]).to(device)
+        own = Rows(torch.cat(shares[rank]).to(device), tuple(len(run) for run in shares[rank]))
+    return Cut(own, [sum(map(len, share)) for share in shares], by_rank, by_rank.argsort())
+
+
+def share_pass(layout: Layout, needed: Tensor | None, device: torch.device, *, sequence: Axis) -> Share:
+    """See `Layers.share`."""
+    cut = Cut.of(layout, sequence, device)
+    if needed is None:
+        return Share(cut.own, None, partial(_join, places=cut.by_rank, sizes=cut.sizes, layout=layout, axis=sequence))
+    by_rank = needed[cut.by_rank]
+    sizes = torch.stack([part.sum() for part in by_rank.split(cut.sizes)]).tolist()
+    join = partial(_join, places=cut.by_rank[by_rank], sizes=sizes, layout=layout, axis=sequence)
+    return Share(cut.own, Rows.of(needed[cut.own.places], cut.own), join)
+
+
+def _join(rows: Tensor, *, places: Tensor, sizes: list[int], layout: Layout, axis: Axis) -> Tensor:
+    """[own rows, D] -> [layout.rows, D]: the rows of all ranks, `sizes` of each, at their `places`."""
+    assert len(rows) == sizes[axis.rank], (rows.shape, sizes)
+    # To each rank the same. Backwards the gradients of all ranks' losses come back and add up.
+    sent = rows.repeat(axis.size, 1)
+    return put_at(_Exchange.apply(sent, [len(rows)] * axis.size, sizes, axis), places=places, length=layout.rows)
+
+
+def attend_by_heads(attend: Attend, q: Tensor, k: Tensor, v: Tensor, layout: Layout, *more: Any, sequence: Axis):
+    """`attend` for [own rows, H, C] each: all rows of H / size heads go through it. -> [own rows, H, C]"""
+    assert q.shape[1] % sequence.size == 0, (q.shape, sequence.size)
+    cut = Cut.of(layout, sequence, q.device)
+    own = [len(q)] * sequence.size
+    # [ranks, own rows, heads, 3, C]: the heads of each rank, in one message.
+    by_heads = torch.stack([x.unflatten(1, (sequence.size, -1)).transpose(0, 1) for x in (q, k, v)], 3)
+    arrived = _Exchange.apply(by_heads.flatten(0, 1), own, cut.sizes, sequence)
+    q, k, v = _Reorder.apply(arrived, cut.back, cut.by_rank).unbind(2)
+    y_THC = _Reorder.apply(attend(q, k, v, layout, *more), cut.by_rank, cut.back)
+    return (
+        _Exchange.apply(y_THC, cut.sizes, own, sequence).unflatten(0, (sequence.size, -1)).transpose(0, 1).flatten(1, 2)
+    )
+
+
+class _Exchange(torch.autograd.Function):
+    """To rank r the r-th piece of `sent` rows each, from it `received` rows. Backwards the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
+        ctx.route = received, sent, axis
+        return _exchange(rows, sent, received, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _exchange(grads[0], *ctx.route), None, None, None
+
+
+def _exchange(rows: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
+    arrived = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=axis.group)
+    return arrived
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows in the order `places`, a permutation whose way back is known: autograd would add them up among zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, back: Tensor) -> Tensor:
+        ctx.back = back
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].index_select(0, ctx.back), None, None
