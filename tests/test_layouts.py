@@ -21,9 +21,10 @@ LEGS = [
     (4, "zero1.json", ["parallel.tensor=2", "parallel.pipe=2"]),
     (1, "zero0.json", []),
     (4, "zero2.json", ["parallel.tensor=2"]),
+    (4, "zero3.json", ["parallel.sequence=2"]),
     (2, "zero1.json", ["parallel.pipe=2"]),
 ]
-SETTINGS = ["save_every=2", "steps=12", "keep=100"]
+SETTINGS = ["save_every=2", "steps=14", "keep=100"]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_a_run_goes_on_under_any_other_layout(data, tmp_path):
     assert "on 4 ranks (zero 1, tensor 2, pipe 2)" in told and "on 1 ranks (zero 0)" in told
     assert keys(changing / "fusion") == keys(alone / "fusion")
     got, want = (read_metrics(run / "fusion" / "metrics.jsonl") for run in (changing, alone))
-    assert [line["step"] for line in got] == list(range(1, 13))
+    assert [line["step"] for line in got] == list(range(1, 15))
     for a, b in zip(got, want, strict=True):
         for name in ("loss", "loss/image", "loss/pair_text", "lr"):
             assert a[name] == pytest.approx(b[name], abs=2e-6), (a["step"], name)
