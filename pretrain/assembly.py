@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -144,6 +145,7 @@ def stage_ds_config(path: str, recipe: Recipe, stage: Stage) -> dict[str, Any]:
         accumulation=accumulation,
         model=None if stage.tokenizer else sizes,
         objectives=[objective.name for objective in stage.objectives],
+        node=int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None,  # of torchrun and deepspeed
     )
     return config
 

@@ -36,9 +36,8 @@ SECTIONS: dict[str, set[str] | None] = {
     "wall_clock_breakdown": None,
     "memory_breakdown": None,
     "aio": None,
-    "checkpoint": {"parallel_write"},
     "compile": None,
-    "pipeline": None,
+    "pipeline": {"pipe_partitioned", "grad_partitioned", "use_reentrant"},
     "timers": None,
 }
 # Keys of DeepSpeed's that belong to the recipe, or to nobody here, and where to turn instead.
@@ -58,12 +57,21 @@ OWNED_ELSEWHERE = {
     "csv_monitor": "every run writes metrics.jsonl",
     "wandb": "every run writes metrics.jsonl",
     "tensor_parallel": "the recipe's parallel sizes own it",
+    "mics_shard_size": "deepspeed 0.19 has no MiCS; use zero_optimization.zero_hpz_partition_size",
     "sequence_parallel_size": "the recipe's parallel sizes own it",
     "curriculum_learning": "the recipe's stages own it",
     "data_efficiency": "the recipe's mix owns it",
     "elasticity": "the recipe's batch owns it, and it is the same on any number of ranks",
     "amp": 'use {"bf16": {"enabled": true}}',
     "torch_autocast": 'use {"bf16": {"enabled": true}}',
+}
+
+# The same, inside a section.
+OWNED_INSIDE = {
+    ("pipeline", "stages"): "the recipe's parallel.pipe owns it",
+    ("pipeline", "partition"): "the stages are cut by FLOPs",
+    ("pipeline", "seed_layers"): "the recipe's seed owns it",
+    ("pipeline", "activation_checkpoint_interval"): "the recipe's activation_checkpointing owns it",
 }
 
 
@@ -87,9 +95,6 @@ def load_ds_config(
     _check_precision(path, config)
     _check_zero(path, config)
     config.pop("fp16", None)
-    if zero_stage(config) == 3:
-        # Else DeepSpeed replaces torch's linear in the whole process by one of its own.
-        config["zero_optimization"].setdefault("memory_efficient_linear", False)
     return (
         config
         | {
@@ -159,6 +164,9 @@ def _section(path: str | Path, name: str, section: Any, known: set[str]) -> None
     if not isinstance(section, dict):
         raise ValueError(f"{path}: {name}={json.dumps(section)} must be an object {{...}}")
     for key, value in section.items():
+        if key in OWNED_ELSEWHERE or (name, key) in OWNED_INSIDE:
+            reason = OWNED_INSIDE.get((name, key)) or OWNED_ELSEWHERE[key]
+            raise ValueError(f"{path}: {name}.{key} must not stand here: {reason}; remove it from the JSON")
         _known(path, key, sorted(known), f"{name}.")
         if key in ("offload_optimizer", "offload_param"):
             _section(path, f"{name}.{key}", value, OFFLOAD)
@@ -186,6 +194,12 @@ def _check_zero(path: str | Path, config: dict[str, Any]) -> None:
     if zero.get("round_robin_gradients"):
         # DeepSpeed's access to a parameter's master and moments counts on the other order of the gradients.
         raise ValueError(f"{path}: zero_optimization.round_robin_gradients=true mixes up checkpoints; remove it")
+    group = zero.get("zero_hpz_partition_size", 1)
+    if isinstance(group, bool) or not isinstance(group, int) or group < 1:
+        raise ValueError(
+            f"{path}: zero_optimization.zero_hpz_partition_size={json.dumps(group)} is wrong; use 1 or more ranks, "
+            "such as those of a node"
+        )
     for key, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         device = zero.get(key, {}).get("device", "none")
         if device not in ("none", "cpu", "nvme"):

@@ -1,0 +1,164 @@
+"""What building a recipe's task under ZeRO-3 costs each rank: every parameter is split over the ranks as it is made, so
+that no rank ever holds the whole model. Starts its own CPU ranks (gloo), on one machine.
+
+    python -m benchmarks.build_memory --recipe beit3_giant --ranks 4
+
+Peak is the process's highest resident memory (ru_maxrss) above what it held before building, with everything imported;
+the whole is the bytes of all parameters in fp32, as a process without ZeRO-3 would hold them. While a matrix is drawn,
+torch's trunc_normal_ holds up to four copies of it (it draws again what falls outside): with few ranks and a wide
+vocabulary that, and not the share, is the peak.
+
+The ranks run with MALLOC_MMAP_THRESHOLD_=1048576: glibc by itself soon keeps pieces of up to 32 MB when they are freed,
+and counted those holes would be most of the peak. The same line helps a real run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+import traceback
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GIB = 2**30
+CONFIG = {"zero_optimization": {"stage": 3}}
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # read by glibc as a process starts
+
+
+def measure(recipe: str, stage: str, settings: list[str], ranks: int, timeout_s: float) -> dict[str, Any]:
+    """Peak GiB of each rank and of the whole model. Raises ValueError when a rank fails or does not finish in time."""
+    context = multiprocessing.get_context("spawn")
+    os.environ.update(GIVE_BACK)
+    with tempfile.TemporaryDirectory(prefix="build_memory") as name:
+        place = Path(name)
+        (place / "zero3.json").write_text(json.dumps(CONFIG))
+        job = (place, recipe, stage, settings, ranks)
+        processes = [context.Process(target=_rank, args=(number, *job)) for number in range(ranks)]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout_s
+        try:
+            while any(process.is_alive() for process in processes) and not list(place.glob("*.error")):
+                if time.monotonic() > deadline:
+                    raise ValueError(f"{ranks} ranks did not finish in {timeout_s:.0f} s; give more --timeout")
+                time.sleep(0.1)
+        finally:
+            for process in processes:
+                process.join(1)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+        errors = [path.read_text() for path in sorted(place.glob("*.error"))]
+        if errors or any(process.exitcode for process in processes):
+            raise ValueError(f"a rank failed: {(errors or ['it was killed, perhaps for memory'])[0]}")
+        found = [json.loads((place / f"{number}.json").read_text()) for number in range(ranks)]
+    whole = found[0]["parameters"] * 4
+    peaks = [each["peak_bytes"] for each in found]
+    return {
+        "parameters": found[0]["parameters"],
+        "whole_gib": round(whole / GIB, 3),
+        "peak_gib": [round(peak / GIB, 3) for peak in peaks],
+        "share_gib": [round(each["share_bytes"] / GIB, 3) for each in found],
+        "peak_of_whole": round(max(peaks) / whole, 3),
+        "build_s": round(max(each["seconds"] for each in found), 1),
+    }
+
+
+def _rank(number: int, place: Path, recipe_name: str, stage_name: str, settings: list[str], ranks: int) -> None:
+    os.environ.update(RANK=str(number), WORLD_SIZE=str(ranks), LOCAL_RANK=str(number), CUDA_VISIBLE_DEVICES="")
+    try:
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=number, world_size=ranks)
+        from pretrain.config import load_recipe
+        from pretrain.parallel.ds_config import load_ds_config
+        from pretrain.parallel.engine import partitioned_init
+        from pretrain.task import PretrainTask
+
+        recipe, stage = load_recipe(recipe_name, stage_name, settings)
+        config = load_ds_config(place / "zero3.json", micro=1, accumulation=1, world=ranks, clip=0)
+        with partitioned_init(config):
+            torch.nn.Linear(8, 8)  # what is imported and set up at first use is no part of the model
+        dist.barrier()
+        before, began = _peak(), time.monotonic()
+        with partitioned_init(config):
+            task = PretrainTask(recipe.model, stage.experts, stage.objectives)
+        seconds = time.monotonic() - began
+        found = {
+            "parameters": sum(value.ds_numel for value in task.parameters()),
+            "share_bytes": sum(value.ds_tensor.nbytes for value in task.parameters()),
+            "peak_bytes": _peak() - before,
+            "seconds": seconds,
+        }
+        (place / f"{number}.json").write_text(json.dumps(found))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        last = traceback.format_exc().strip().splitlines()[-1]
+        (place / f"{number}.writing").write_text(last)
+        (place / f"{number}.writing").rename(place / f"{number}.error")
+        os._exit(1)  # without waiting for the others: the parent ends them
+
+
+def _peak() -> int:
+    """The highest resident memory of this process so far, in bytes; Linux counts in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.build_memory",
+        description="Peak memory of each rank while a recipe's task is built under ZeRO-3, against the whole model's.",
+        epilog="example: python -m benchmarks.build_memory --recipe beit3_base --ranks 2",
+    )
+    parser.add_argument("--recipe", default="beit3_giant", help="(%(default)s)")
+    parser.add_argument("--stage", default="pretrain", help="(%(default)s)")
+    parser.add_argument("--ranks", type=int, default=4, help="CPU processes (%(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the recipe")
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds (%(default)g)")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args(argv)
+    try:
+        if args.ranks < 1:
+            raise ValueError(f"--ranks={args.ranks} is below 1; use 1 or more")
+        from pretrain.config import load_recipe
+
+        if load_recipe(args.recipe, args.stage, args.set)[1].tokenizer is not None:
+            raise ValueError(f"--stage {args.stage} trains a visual tokenizer; name one that trains the encoder")
+        result = measure(args.recipe, args.stage, args.set, args.ranks, args.timeout)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
+    machine = {
+        "command": "python -m benchmarks.build_memory " + " ".join(argv if argv is not None else sys.argv[1:]),
+        "date": date.today().isoformat(),
+        "cpu_cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "ranks": args.ranks,
+        "environment": GIVE_BACK,
+    }
+    text = json.dumps({**machine, **result}, indent=1)
+    print(text)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
