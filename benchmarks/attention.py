@@ -4,21 +4,23 @@
     python -m benchmarks.attention --size base --images 32 --pairs 32 --texts 32 --dtype bf16
 
 Times forward and backward of one packed pass, the same rows in three separate passes, and the bare products of the same
-shapes, and prints one table and one JSON line.
+shapes, and prints JSON.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.record import about, machine, write
+from data_tools.command import run
 from pretrain.batch import Batch, Layout, make_batch
 from pretrain.models import sizes
 from pretrain.models.multiway import MultiwayConfig, MultiwayEncoder
@@ -130,6 +132,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-padding", action="store_true", help="texts of full length (default: half of them padded)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
     return parser.parse_args(argv)
 
 
@@ -167,12 +170,15 @@ def measure(args: argparse.Namespace) -> dict:
 KINDS = ("images", "pairs", "texts")
 
 
-def main(argv: list[str] | None = None) -> None:
-    result = measure(parse_args(argv))
-    for key, value in result.items():
-        sys.stdout.write(f"{key:>20}  {value}\n")
-    sys.stdout.write(json.dumps(result) + "\n")
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    return run(lambda: _run(args, argv), left="nothing was written")
+
+
+def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
+    facts = about("benchmarks.attention", argv) | machine("torch")
+    write({**facts, **measure(args)}, args.out)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,17 +18,17 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
-import resource
 import sys
 import tempfile
 import time
 import traceback
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.record import about, machine, peak_bytes, write
+from data_tools.command import run
 
 GIB = 2**30
 CONFIG = {"zero_optimization": {"stage": 3}}
@@ -91,14 +91,14 @@ def _rank(number: int, place: Path, recipe_name: str, stage_name: str, settings:
         with partitioned_init(config):
             torch.nn.Linear(8, 8)  # what is imported and set up at first use is no part of the model
         dist.barrier()
-        before, began = _peak(), time.monotonic()
+        before, began = peak_bytes(), time.monotonic()
         with partitioned_init(config):
             task = PretrainTask(recipe.model, stage.experts, stage.objectives)
         seconds = time.monotonic() - began
         found = {
             "parameters": sum(value.ds_numel for value in task.parameters()),
             "share_bytes": sum(value.ds_tensor.nbytes for value in task.parameters()),
-            "peak_bytes": _peak() - before,
+            "peak_bytes": peak_bytes() - before,
             "seconds": seconds,
         }
         (place / f"{number}.json").write_text(json.dumps(found))
@@ -109,11 +109,6 @@ def _rank(number: int, place: Path, recipe_name: str, stage_name: str, settings:
         (place / f"{number}.writing").write_text(last)
         (place / f"{number}.writing").rename(place / f"{number}.error")
         os._exit(1)  # without waiting for the others: the parent ends them
-
-
-def _peak() -> int:
-    """The highest resident memory of this process so far, in bytes; Linux counts in KiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,35 +124,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds (%(default)g)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args(argv)
-    try:
-        if args.ranks < 1:
-            raise ValueError(f"--ranks={args.ranks} is below 1; use 1 or more")
-        from pretrain.config import load_recipe
+    return run(lambda: _run(args, argv), left="nothing was written")
 
-        if load_recipe(args.recipe, args.stage, args.set)[1].tokenizer is not None:
-            raise ValueError(f"--stage {args.stage} trains a visual tokenizer; name one that trains the encoder")
-        result = measure(args.recipe, args.stage, args.set, args.ranks, args.timeout)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    machine = {
-        "command": "python -m benchmarks.build_memory " + " ".join(argv if argv is not None else sys.argv[1:]),
-        "date": date.today().isoformat(),
-        "cpu_cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "ranks": args.ranks,
-        "environment": GIVE_BACK,
-    }
-    text = json.dumps({**machine, **result}, indent=1)
-    print(text)
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
-    return 0
+
+def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
+    if args.ranks < 1:
+        raise ValueError(f"--ranks={args.ranks} is below 1; use 1 or more")
+    from pretrain.config import load_recipe
+
+    if load_recipe(args.recipe, args.stage, args.set)[1].tokenizer is not None:
+        raise ValueError(f"--stage {args.stage} trains a visual tokenizer; name one that trains the encoder")
+    result = measure(args.recipe, args.stage, args.set, args.ranks, args.timeout)
+    facts = about("benchmarks.build_memory", argv) | machine("torch")
+    write({**facts, "ranks": args.ranks, "environment": GIVE_BACK, **result}, args.out)
 
 
 if __name__ == "__main__":

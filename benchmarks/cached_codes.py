@@ -10,7 +10,6 @@ Both see the same pictures; the two kinds of run take turns. One process, on ben
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -19,7 +18,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.record import about, write
 from benchmarks.throughput import run, write_shards, write_visual_tokenizer
+from data_tools import command
 from data_tools.encode_images import encode_directory, load_encoder
 from pretrain.config import Recipe, Stage, load_recipe
 from pretrain.data.manifest import fill_variables
@@ -47,9 +48,8 @@ def measure(args: argparse.Namespace) -> dict:
         kind: statistics.median(result["ms_per_step"]["median"] for result in results)
         for kind, results in found.items()
     }
-    facts = ("date", "machine", "torch", "ranks", "parameters", "batch", "model")
+    facts = ("machine", "torch", "ranks", "parameters", "batch", "model")
     return {
-        "command": "python -m benchmarks.cached_codes " + " ".join(sys.argv[1:]),
         "crops": args.crops,
         "rounds": args.rounds,
         "steps": args.steps,
@@ -95,19 +95,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts (%(default)s)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args(argv)
-    try:
-        result = measure(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.run(lambda: _run(args, argv), left="nothing was written")
+
+
+def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
+    result = measure(args)
     print(f"{'codes':<8}{'ms/step':>10}{'data wait':>12}")
     for kind, middle in result["ms_per_step"].items():
         print(f"{kind:<8}{middle:>10.1f}{result['data_wait'][kind]:>12.3f}")
     print(f"stored codes make a step {result['speedup']:.2f} times as fast")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    return 0
+    write({**about("benchmarks.cached_codes", argv), **result}, args.out, shown=False)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,16 @@ smallest every pair is also found by comparing all with all.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import os
-import platform
 import random
-import resource
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.record import about, machine, peak_bytes, write
+from data_tools.command import run
 from data_tools.drawn.scenes import draw_scene, encode_jpeg, random_scene
 from data_tools.pictures.hashes import look_at
 from data_tools.pictures.near import keep_first, near_pairs
@@ -59,14 +56,14 @@ def _moved(rng: np.random.Generator, hashes: np.ndarray, most: int) -> np.ndarra
 def measure(n: int, distance: int) -> dict[str, float]:
     """Seconds of processor time and MiB of one pass over n hashes; what became of the planted copies."""
     hashes, planted = mixture(n, distance)
-    before = _peak_mib()
+    before = peak_bytes()
     wall, start = time.perf_counter(), time.process_time()
     kept = keep_first(hashes, distance)
     result = {
         "hashes": n,
         "seconds": round(time.perf_counter() - wall, 3),
         "cpu_seconds": round(time.process_time() - start, 3),
-        "memory_mib": round(_peak_mib() - before, 1),
+        "memory_mib": round((peak_bytes() - before) / 2**20, 1),
         "dropped": int((kept.by >= 0).sum()),
         # Of an original and its copy at most one may stay, unless what one of them is near to keeps the other out.
         "planted": len(planted),
@@ -98,11 +95,6 @@ def hashing(pictures: int, sizes: tuple[int, ...] = (256, 512)) -> dict[str, flo
     return rates
 
 
-def _peak_mib() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.dedup",
@@ -114,41 +106,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pictures", type=int, default=100, help="to hash, of each size; 0: none (%(default)s)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args(arguments)
-    try:
-        if min(args.hashes) < 100:
-            raise ValueError(f"--hashes={min(args.hashes):g} is too few to time; use 100 or more")
-        rows = []
+    return run(lambda: _run(args, arguments), left="nothing was written")
+
+
+def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
+    if min(args.hashes) < 100:
+        raise ValueError(f"--hashes={min(args.hashes):g} is too few to time; use 100 or more")
+    rows = []
+    print(f"{'hashes':>11} {'seconds':>9} {'MiB':>7} {'dropped':>9} {'planted':>9} {'one dropped':>11}  pairs found")
+    for n in map(int, args.hashes):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            row = pool.apply(measure, (n, args.distance))
+        rows.append(row)
+        pairs = f"{row['pairs_found']:,} of {row['pairs']:,}" if "pairs" in row else ""
         print(
-            f"{'hashes':>11} {'seconds':>9} {'MiB':>7} {'dropped':>9} {'planted':>9} {'one dropped':>11}  pairs found"
+            f"{n:11,} {row['seconds']:9.2f} {row['memory_mib']:7.0f} {row['dropped']:9,} {row['planted']:9,} "
+            f"{row['planted_of_which_one_is_dropped']:11,}  {pairs}"
         )
-        for n in map(int, args.hashes):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                row = pool.apply(measure, (n, args.distance))
-            rows.append(row)
-            pairs = f"{row['pairs_found']:,} of {row['pairs']:,}" if "pairs" in row else ""
-            print(
-                f"{n:11,} {row['seconds']:9.2f} {row['memory_mib']:7.0f} {row['dropped']:9,} {row['planted']:9,} "
-                f"{row['planted_of_which_one_is_dropped']:11,}  {pairs}"
-            )
-        rates = hashing(args.pictures) if args.pictures > 0 else {}
-        for name, rate in rates.items():
-            print(f"{name}: {rate:,}")
-        machine = {
-            "command": "python -m benchmarks.dedup " + " ".join(sys.argv[1:] if arguments is None else arguments),
-            "date": date.today().isoformat(),
-            "cpu_cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-        }
-        if args.out is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(
-                json.dumps({"distance": args.distance, "rows": rows, **rates, **machine}, indent=1) + "\n"
-            )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    rates = hashing(args.pictures) if args.pictures > 0 else {}
+    for name, rate in rates.items():
+        print(f"{name}: {rate:,}")
+    facts = about("benchmarks.dedup", arguments) | machine("numpy")
+    write({"distance": args.distance, "rows": rows, **rates, **facts}, args.out, shown=False)
 
 
 if __name__ == "__main__":

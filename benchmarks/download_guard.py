@@ -14,7 +14,6 @@ import asyncio
 import io
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -23,7 +22,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +30,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.record import about, machine, write
+from data_tools.command import run
 from data_tools.download import find_python
 from data_tools.fetch.attempt import ROOT
 
@@ -85,7 +85,7 @@ def measure(pictures: int, repeats: int, processes: int, threads: int, side: int
         rows = _write_list(Path(home, "list.parquet"), port, pictures)
         for repeat in tqdm(range(repeats), unit=" repeats", disable=None):
             for name in sorted(runs, reverse=bool(repeat % 2)):  # neither is always the first
-                runs[name].append(_run(name, python, rows, Path(home), processes, threads))
+                runs[name].append(_download(name, python, rows, Path(home), processes, threads))
     found: dict[str, object] = {}
     for what, place in (("img_per_s", 0), ("cpu_ms_per_img", 1)):
         values = {name: [round(run[place], 3) for run in runs[name]] for name in runs}
@@ -106,7 +106,7 @@ def _write_list(path: Path, port: int, count: int) -> Path:
     return path
 
 
-def _run(name: str, python: str, rows: Path, home: Path, processes: int, threads: int) -> tuple[float, float]:
+def _download(name: str, python: str, rows: Path, home: Path, processes: int, threads: int) -> tuple[float, float]:
     """(img/s, milliseconds of CPU per picture) of one download."""
     with tempfile.TemporaryDirectory(dir=home) as out:
         if name == "alone":
@@ -125,7 +125,7 @@ def _run(name: str, python: str, rows: Path, home: Path, processes: int, threads
             line = [python, str(script), json.dumps(arguments)]
         else:
             line = [sys.executable, "-m", "data_tools.download", "--list", str(rows), "--preset", "canonical"]
-            line += ["--out", out, "--processes", str(processes), "--threads", str(threads)]
+            line += ["--out", out, "--workers", str(processes), "--threads", str(threads)]
             line += ["--samples-per-shard", "500", "--allow-address", "127.0.0.1/32"]
         environment = os.environ | {"NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONPATH": str(ROOT)}
         before = _cpu_seconds()
@@ -157,26 +157,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--side", type=int, default=384, help="pixels of the pictures (%(default)s)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args(arguments)
-    try:
-        for name in ("pictures", "repeats", "processes", "threads", "side"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name}={getattr(args, name)} is below 1; use 1 or more")
-        setting = {name: value for name, value in vars(args).items() if name != "out"}
-        machine = {
-            "command": "python -m benchmarks.download_guard " + " ".join(sys.argv[1:]),
-            "date": date.today().isoformat(),
-            "cpu_cores": os.cpu_count(),
-            "python": platform.python_version(),
-        }
-        text = json.dumps({**setting, **measure(**setting), **machine}, indent=1)
-        print(text)
-        if args.out is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(text + "\n")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run(lambda: _run(args, arguments), left="nothing was written")
+
+
+def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
+    for name in ("pictures", "repeats", "processes", "threads", "side"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name}={getattr(args, name)} is below 1; use 1 or more")
+    setting = {name: value for name, value in vars(args).items() if name != "out"}
+    facts = about("benchmarks.download_guard", arguments) | machine()
+    write({**setting, **measure(**setting), **facts}, args.out)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.record import about, machine, peak_bytes, write
+from data_tools.command import run
 from data_tools.filter_shards import filter_shards
 from data_tools.lists.filters import ListSettings, chosen
 from data_tools.lists.reading import open_list
@@ -100,7 +100,7 @@ def whole(path: Path, out: Path) -> dict[str, float]:
         "seconds": round(seconds, 2),
         "rows_per_s": round(step["rows"] / seconds),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
-        "peak_mib": round(usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1),
+        "peak_mib": round(peak_bytes(usage) / 2**20, 1),
     }
 
 
@@ -133,7 +133,7 @@ def _nanoseconds(function, rows: int) -> float:
 
 def pictures(directory: Path, number: int, size: int, workers: int) -> dict[str, float]:
     """The first look at drawn pictures, and the second, which only reads what was measured."""
-    write_corpus(directory, Corpus(number, 0, 0, 4, size, shard_size=max(1, number // 8)), workers=workers)
+    write_corpus(directory, Corpus(number, 0, 0, 4, size, samples_per_shard=max(1, number // 8)), workers=workers)
     shards = directory / "pairs" / "train"
     _, measured = filter_shards(shards, PictureSettings(), workers)
     started = time.perf_counter()
@@ -161,33 +161,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dir", type=Path, help="where to write lists and shards (the system's temporary directory)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args(arguments)
-    try:
-        for name in ("rows", "pictures", "workers"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name}={getattr(args, name)} is below 1; use 1 or more")
-        with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-            path = Path(folder) / "list.parquet"
-            write_list(path, int(args.rows))
-            result = {
-                "filter_list": whole(path, Path(folder) / "clean" / "kept.parquet"),
-                "options": OPTIONS,
-                "ns_per_row": each(path),
-                "filter_shards": pictures(Path(folder) / "corpus", args.pictures, args.side, args.workers),
-                "command": "python -m benchmarks.filters " + " ".join(sys.argv[1:]),
-                "date": date.today().isoformat(),
-                "cpu_cores": os.cpu_count(),
-                "python": platform.python_version(),
-                "pyarrow": pa.__version__,
-            }
-        text = json.dumps(result, indent=1)
-        print(text)
-        if args.out is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(text + "\n")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run(lambda: _run(args, arguments), left="nothing was written")
+
+
+def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
+    for name in ("rows", "pictures", "workers"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name}={getattr(args, name)} is below 1; use 1 or more")
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
+        path = Path(folder) / "list.parquet"
+        write_list(path, int(args.rows))
+        result = {
+            "filter_list": whole(path, Path(folder) / "clean" / "kept.parquet"),
+            "options": OPTIONS,
+            "ns_per_row": each(path),
+            "filter_shards": pictures(Path(folder) / "corpus", args.pictures, args.side, args.workers),
+        }
+    write({**result, **about("benchmarks.filters", arguments), **machine("pyarrow")}, args.out)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from benchmarks.record import about, write
+from data_tools.command import run
 from data_tools.index import index_directory
 from pretrain.data.loader import Loader, Loading
 from pretrain.data.masking import Masking, mask_image
@@ -127,7 +129,6 @@ def measure(args: argparse.Namespace, shards: str) -> dict:
     transform = ImageTransform(size=args.size)
     parts_per_second = parts(shards, transform, args.patch_size, args.seconds)
     return {
-        "command": "python -m benchmarks.loader " + " ".join(sys.argv[1:]),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "shards": args.shards or f"synthetic, {args.side} px",
         "kind": args.kind,
@@ -158,19 +159,15 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
-    try:
-        with tempfile.TemporaryDirectory() as directory:
-            if args.shards is None:
-                write_synthetic(Path(directory), args.samples, args.side)
-            result = json.dumps(measure(args, args.shards or directory), indent=1)
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(result + "\n")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(result)
-    return 0
+    return run(lambda: _run(args, arguments), left="nothing was written")
+
+
+def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        if args.shards is None:
+            write_synthetic(Path(directory), args.samples, args.side)
+        found = measure(args, args.shards or directory)
+    write({**about("benchmarks.loader", arguments), **found}, args.out)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,15 @@ python -m benchmarks.order --samples 5e9 --shards 50000 --out benchmarks/results
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import random
-import resource
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.record import about, machine, peak_bytes, write
+from data_tools.command import run
 from pretrain.data.order import Order
 
 
@@ -26,7 +23,7 @@ def measure(samples: int, shards: int, streams: int, block_shards: int, batch: i
     # Unequal, as downloads are: between 0.8 and 1.2 of the mean.
     weights = np.linspace(0.8, 1.2, shards)
     counts = np.diff(np.round(np.concatenate([[0], np.cumsum(weights)]) * (samples / weights.sum())).astype(np.int64))
-    before = _peak_mib()
+    before = peak_bytes()
     start = time.perf_counter()
     order = Order(counts, seed=0, streams=streams, block_shards=block_shards)
     order.batch(1, batch)
@@ -37,7 +34,7 @@ def measure(samples: int, shards: int, streams: int, block_shards: int, batch: i
     across = [_seek(order, rng.randint(1, 100 * steps), batch) for _ in range(min(seeks, 20))]
     return {
         "build_s": round(build, 4),
-        "memory_mib": round(_peak_mib() - before, 1),
+        "memory_mib": round((peak_bytes() - before) / 2**20, 1),
         "seek_mean_s": round(sum(within) / len(within), 5),
         "seek_max_s": round(max(within), 5),
         "seek_to_another_epoch_max_s": round(max(across), 5),
@@ -48,11 +45,6 @@ def _seek(order: Order, step: int, batch: int) -> float:
     start = time.perf_counter()
     order.batch(step, batch)
     return time.perf_counter() - start
-
-
-def _peak_mib() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,27 +61,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeks", type=int, default=100, help="to random steps (%(default)s)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args(arguments)
-    try:
-        for name in ("samples", "shards", "batch", "seeks"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name}={getattr(args, name)} is below 1; use 1 or more")
-        setting = {name: int(value) for name, value in vars(args).items() if name != "out"}
-        machine = {
-            "command": "python -m benchmarks.order " + " ".join(sys.argv[1:]),
-            "date": date.today().isoformat(),
-            "cpu_cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-        }
-        text = json.dumps({**setting, **measure(**setting), **machine}, indent=1)
-        print(text)
-        if args.out is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(text + "\n")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run(lambda: _run(args, arguments), left="nothing was written")
+
+
+def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
+    for name in ("samples", "shards", "batch", "seeks"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name}={getattr(args, name)} is below 1; use 1 or more")
+    setting = {name: int(value) for name, value in vars(args).items() if name != "out"}
+    facts = about("benchmarks.order", arguments) | machine("numpy")
+    write({**setting, **measure(**setting), **facts}, args.out)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
-import platform
 import random
 import resource
 import statistics
@@ -19,14 +17,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
 
+from benchmarks.record import about, machine, peak_bytes, write
+from data_tools.command import run
 from data_tools.shards.steps import read_drops, read_steps
 from data_tools.text.chunks import cut, limits_of
 from data_tools.text.clean import TextRules, clean, why_dropped
@@ -111,8 +108,10 @@ def packed_once(directory: Path, workers: int) -> float:
     line = [sys.executable, "-m", "data_tools.pack_text", str(directory / "corpus.jsonl"), "--out", str(out)]
     line += ["--tokenizer", str(directory / "text.model"), "--workers", str(workers), "--near", str(NEAR)]
     start = time.perf_counter()
-    subprocess.run([*line, "--chunk-tokens", str(CHUNK_TOKENS)], check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run([*line, "--chunk-tokens", str(CHUNK_TOKENS)], check=False, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - start
+    if done.returncode:
+        raise ValueError(f"pack_text failed with status {done.returncode}; see its message above")
     (directory / "last").unlink(missing_ok=True)
     (directory / "last").symlink_to(out)
     return seconds
@@ -159,7 +158,7 @@ def measure(megabytes: float, workers: int, repeats: int, seed: int) -> dict:
         train_tokenizer(directory / "text.model", seed)
         size = (directory / "corpus.jsonl").stat().st_size / 1e6
         seconds = [packed_once(directory, workers) for _ in range(repeats)]
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        peak = peak_bytes(resource.getrusage(resource.RUSAGE_CHILDREN)) / 2**20
         steps = read_steps(directory / "last")
         documents, chunks, median = steps["pack_text"], steps["pack_text_chunks"], statistics.median(seconds)
         return {
@@ -191,29 +190,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the corpus (%(default)s)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args(arguments)
-    try:
-        for name in ("megabytes", "workers", "repeats"):
-            if getattr(args, name) <= 0:
-                raise ValueError(f"--{name}={getattr(args, name)} is not above 0; use 1 or more")
-        setting = {name: value for name, value in vars(args).items() if name != "out"}
-        machine = {
-            "command": "python -m benchmarks.pack_text " + " ".join(sys.argv[1:]),
-            "date": date.today().isoformat(),
-            "cpu_cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "sentencepiece": sentencepiece.__version__,
-            "rensa": version("rensa"),
-        }
-        text = json.dumps({**setting, **measure(**setting), **machine}, indent=1)
-        print(text)
-        if args.out is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(text + "\n")
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run(lambda: _run(args, arguments), left="nothing was written")
+
+
+def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
+    for name in ("megabytes", "workers", "repeats"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name}={getattr(args, name)} is not above 0; use 1 or more")
+    setting = {name: value for name, value in vars(args).items() if name != "out"}
+    facts = about("benchmarks.pack_text", arguments) | machine("numpy", "sentencepiece", "rensa")
+    write({**setting, **measure(**setting), **facts}, args.out)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,11 @@ tiny run's bytes), time is a model with its constants in plan_hardware.py: it ra
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import date
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +27,8 @@ from benchmarks.plan_memory import Cell, Memory, peak_memory
 from benchmarks.plan_model import Planned, micro_layout, planned
 from benchmarks.plan_page import page
 from benchmarks.plan_time import Cluster, Time, step_time
+from benchmarks.record import about, write
+from data_tools.command import run
 from pretrain.config import load_recipe
 from pretrain.parallel.ds_config import load_ds_config
 from pretrain.parallel.legal import problems
@@ -124,11 +124,9 @@ def _accumulations(planned: Planned, data: int) -> list[int]:
     return [n for n in range(1, min(each) + 1) if all(count % n == 0 for count in each)]
 
 
-def report(plan: Plan, command: str, top: int) -> dict[str, Any]:
+def report(plan: Plan, top: int) -> dict[str, Any]:
     """The plan as plain JSON values; memory in GiB, seconds, bytes that one GPU sends in a step."""
     return {
-        "command": command,
-        "date": date.today().isoformat(),
         "what": "counted memory and modelled time; nothing here was measured",
         "parameters": sum(p.numel for p in plan.planned.parameters),
         "gpus": plan.cluster.gpus,
@@ -164,32 +162,25 @@ def _row(plan: Plan, row: Row) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        for name in ("gpus", "node", "top"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name}={getattr(args, name)} is below 1; use 1 or more")
-        recipe, stage = load_recipe(args.recipe, args.stage, args.set)
-        gpu = GPUS[args.gpu]
-        if args.network is not None:
-            gpu = gpu._replace(network_rate=args.network * 1e9)
-        # Dropping a layout's own sizes: the plan tries them all.
-        stage = replace(stage, parallel=Parallel(), activation_checkpointing=0)
-        paths = [Path(p) for p in args.ds] or sorted(CONFIGS.glob("*.json"))
-        plan = make_plan(planned(recipe, stage), Cluster(gpu, args.gpus, args.node), paths)
-        found = report(
-            plan, " ".join(["python -m benchmarks.plan", *(argv if argv is not None else sys.argv[1:])]), args.top
-        )
-        print(json.dumps(found, indent=1) if args.json else page(found, args))
-        if args.out is not None:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(found, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return run(lambda: _run(args, argv), left="nothing was written")
+
+
+def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
+    for name in ("gpus", "node", "top"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name}={getattr(args, name)} is below 1; use 1 or more")
+    recipe, stage = load_recipe(args.recipe, args.stage, args.set)
+    gpu = GPUS[args.gpu]
+    if args.network is not None:
+        gpu = gpu._replace(network_rate=args.network * 1e9)
+    # Dropping a layout's own sizes: the plan tries them all.
+    stage = replace(stage, parallel=Parallel(), activation_checkpointing=0)
+    paths = [Path(p) for p in args.ds] or sorted(CONFIGS.glob("*.json"))
+    plan = make_plan(planned(recipe, stage), Cluster(gpu, args.gpus, args.node), paths)
+    found = about("benchmarks.plan", argv) | report(plan, args.top)
+    if not args.json:
+        print(page(found, args))
+    write(found, args.out, shown=args.json)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import logging
 import math
 import os
@@ -24,13 +23,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.record import about, write
+from data_tools import command
 from data_tools.index import index_directory
 from data_tools.train_text_tokenizer import train as train_text_tokenizer
 from pretrain.assembly import build_loader, build_task, stage_ds_config
@@ -54,18 +54,14 @@ WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "tu", "re", "so") for b in ("n", 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
-    try:
-        adopt_slurm()
-        result = measure(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command.run(lambda: _run(args, argv), left="nothing was written")
+
+
+def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
+    adopt_slurm()
+    result = measure(args)
     if rank() == 0:
-        text = json.dumps(result, indent=1)
-        print(text)
-        if args.out:
-            args.out.write_text(text + "\n")
-    return 0
+        write({**about("benchmarks.throughput", argv), **result}, args.out)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -121,8 +117,6 @@ def run(args: argparse.Namespace, recipe: Recipe, stage: Stage, place: Path) -> 
     flops = sum(layout_flops(recipe, stage, layout) for layout in layouts) / stage.parallel.model
     middle = statistics.median(seconds)
     return {
-        "command": "python -m benchmarks.throughput " + " ".join(sys.argv[1:]),
-        "date": date.today().isoformat(),
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
         "torch": torch.__version__,
         "ranks": world_size(),

@@ -10,12 +10,12 @@ steps that led here with their reasons (DIR/steps), samples drawn at random, and
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from data_tools.audit_page.facts import gather
 from data_tools.audit_page.page import page
+from data_tools.command import add_directories, add_workers, make_parser, run
 from data_tools.index import write_atomically
 from data_tools.lists.languages import detector
 
@@ -37,28 +37,19 @@ def audit(directories: list[Path], out: Path, *, seed: int = 0, samples: int = 6
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.audit",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python -m data_tools.audit data/cc12m --out audit.html --workers 8",
-    )
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="holds 00000.tar, 00001.tar, ...")
+    parser = make_parser("audit", __doc__, "data/cc12m --out audit.html --workers 8")
+    add_directories(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page")
-    parser.add_argument("--samples", type=int, default=60, help="on the wall (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other samples (%(default)s)")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (%(default)s)")
+    parser.add_argument("--samples", type=int, default=60, metavar="N", help="drawn at random, to show (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, other samples (%(default)s)")
+    add_workers(parser)
     args = parser.parse_args(arguments)
-    try:
-        size = audit(args.directories, args.out, seed=args.seed, samples=args.samples, workers=args.workers)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; no page was written", file=sys.stderr)
-        return 130
+    return run(lambda: _run(args), left="no page was written")
+
+
+def _run(args: argparse.Namespace) -> None:
+    size = audit(args.directories, args.out, seed=args.seed, samples=args.samples, workers=args.workers)
     print(f"{args.out}: {size / 2**20:.1f} MiB, open it in any browser")
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ directories the first has priority. Pictures are the unit: of one picture with t
 Of alike pictures the one with the most pixels is kept, because the others were made from it; among equals the first by
 shard and key. A sample is dropped only if it is near to one that is *kept*, so that a chain of pictures, each a little
 different from the last, does not end as one. Alike means: at most --distance of the 64 bits of the perceptual hash
-differ (hashes.py), small thumbnails agree in colours and
-grey levels, and both pictures have enough detail for a hash to tell anything; blank pictures
-are duplicates only if their bytes are equal. Samples that the other files in DIR/drops name already do not take part,
-so no picture is dropped for the sake of one that goes too: run this after the filters.
+differ (pictures/hashes.py), small thumbnails agree in colours and grey levels, and both pictures have enough detail for
+a hash to tell anything; blank pictures are duplicates only if their bytes are equal. Samples that the other files in
+DIR/drops name already do not take part, so no picture is dropped for the sake of one that goes too: run this after the
+filters.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from data_tools.command import add_directories, add_workers, make_parser, run
 from data_tools.index import complete_shards
 from data_tools.pictures.contact_sheet import Pair, write_contact_sheet
-from data_tools.pictures.hashes import KILLED, Hashes, hash_shards, look_alike
+from data_tools.pictures.hashes import Hashes, hash_shards, look_alike
 from data_tools.pictures.near import keep_first
 from data_tools.shards.steps import Drop, Step, read_drops, write_drops, write_step
 
@@ -190,30 +190,16 @@ def _show(parts: list[Hashes], found: Found, path: Path, most: int) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.dedup",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python -m data_tools.dedup data/cc12m --distance 4 --show pairs.png",
+    parser = make_parser("dedup", __doc__, "data/cc12m --distance 4 --show pairs.png")
+    add_directories(parser)
+    parser.add_argument(
+        "--distance", type=int, default=DISTANCE, metavar="BITS", help="of 64 that may differ (%(default)s)"
     )
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="holds 00000.tar, 00001.tar, ...")
-    parser.add_argument("--distance", type=int, default=DISTANCE, help="bits of 64 that may differ (%(default)s)")
     parser.add_argument("--exact-only", action="store_true", help="drop equal bytes only")
     parser.add_argument("--show", type=Path, metavar="PNG", help="also draw the near duplicates that differ most")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (%(default)s)")
+    add_workers(parser)
     args = parser.parse_args(arguments)
-    try:
-        _run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenProcessPool:
-        print(KILLED, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; shards that were hashed stay so, the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    return run(lambda: _run(args), left="shards that were hashed stay so, the same command goes on from there")
 
 
 def _run(args: argparse.Namespace) -> None:

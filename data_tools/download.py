@@ -22,6 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from data_tools.command import add_workers, make_parser, run
 from data_tools.fetch.attempt import ROOT, Run, download_slice
 from data_tools.fetch.guarded_fetch import Limits
 from data_tools.fetch.reasons import SUCCESS
@@ -152,7 +153,7 @@ def _arguments(args: argparse.Namespace) -> dict[str, Any]:
         "output_format": "webdataset",
         "url_col": "url",
         "caption_col": "caption",
-        "processes_count": args.processes,
+        "processes_count": args.workers,
         "thread_count": args.threads,
         "image_size": args.image_size,
         "resize_mode": args.resize_mode,
@@ -185,11 +186,7 @@ def _slice(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.download",
-        description="Downloads the pictures of a list with img2dataset, guarded, into shards that training reads.",
-        epilog="example: python -m data_tools.download --list cc12m.tsv --preset cc12m --out data/cc12m --processes 16",
-    )
+    parser = make_parser("download", __doc__, "--list cc12m.tsv --preset cc12m --out data/cc12m --workers 16")
     add = parser.add_argument
     add("--list", nargs="+", type=Path, metavar="FILE", help="the list: files, or directories of them")
     add(
@@ -197,15 +194,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--url-col", metavar="NAME", help="the column of the URLs, if the preset does not know it")
     add("--caption-col", metavar="NAME", help="the column of the captions")
-    add("--out", type=Path, required=True, metavar="DIR", help="where 00000.tar, 00001.tar, ... go")
+    add("--out", type=Path, required=True, metavar="OUT", help="where 00000.tar, 00001.tar, ... go")
     add(
         "--slice", type=_slice, default=(0, 1), metavar="I/N", help="make only the I-th (from 0) of N parts of the list"
     )
     add("--merge", action="store_true", help="only write the manifest and the records over all slices of --out")
     work = parser.add_argument_group("work")
     add = work.add_argument
-    add("--processes", type=int, default=min(16, os.cpu_count() or 1), metavar="N", help="of img2dataset (%(default)s)")
-    add("--threads", type=int, default=64, metavar="N", help="requests at a time, per process (%(default)s)")
+    add_workers(work, most=16)
+    add("--threads", type=int, default=64, metavar="N", help="requests at a time of each (%(default)s)")
     add("--samples-per-shard", type=int, default=10_000, metavar="N", help="rows of the list per shard (%(default)s)")
     add(
         "--stall-seconds",
@@ -254,7 +251,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--list and --preset say what to download; or --merge, for slices that are done")
     if any(sign in str(args.out) for sign in "*?["):
         raise ValueError(f"--out={args.out} holds one of * ? [, which img2dataset takes for a pattern; rename it")
-    least = {"processes": 1, "threads": 1, "samples_per_shard": 2, "stall_seconds": 1, "image_size": 1, "timeout": 0.01}
+    least = {"workers": 1, "threads": 1, "samples_per_shard": 2, "stall_seconds": 1, "image_size": 1, "timeout": 0.01}
     least |= {"min_image_size": 0, "max_aspect_ratio": 1, "retries": 0, "max_pixels": 1, "encode_quality": 0}
     for name, value in least.items():
         if not getattr(args, name) >= value:
@@ -266,25 +263,21 @@ def _check(args: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
-    try:
-        args.out = args.out.absolute()
-        if not args.merge:
-            _check(args)
-            number, slices = args.slice
-            download(args, Slice(args.out, number, slices, args.samples_per_shard))
-            carry_steps(args.list, args.out)
-        if missing := merge(args.out, args.processes):
-            shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-            if args.merge:
-                raise ValueError(f"--out={args.out}: slices {shown} are not done; run them, then merge")
-            print(f"{args.out}: to be merged when the other slices are done ({shown})")
-        return 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the shards that are done are kept, the same command goes on from there", file=sys.stderr)
-        return 130
+    return run(lambda: _run(args), left="the shards that are done are kept, the same command goes on from there")
+
+
+def _run(args: argparse.Namespace) -> None:
+    args.out = args.out.absolute()
+    if not args.merge:
+        _check(args)
+        number, slices = args.slice
+        download(args, Slice(args.out, number, slices, args.samples_per_shard))
+        carry_steps(args.list, args.out)
+    if missing := merge(args.out, args.workers):
+        shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        if args.merge:
+            raise ValueError(f"--out={args.out}: slices {shown} are not done; run them, then merge")
+        print(f"{args.out}: to be merged when the other slices are done ({shown})")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data_tools.command import add_directories, add_workers, make_parser, run
 from data_tools.index import index_directory, write_atomically
 from pretrain.assembly_targets import load_visual_tokenizer, picture_codes, weights_path
 from pretrain.config import Recipe, Stage, load_recipe
@@ -206,62 +207,60 @@ def load_encoder(recipe: Recipe, stage: Stage, tokenizer: str, crops: int, name:
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.encode_images",
-        description="Stores the visual tokenizer's codes of every picture beside the shards, for training to read.",
-        epilog="example: python -m data_tools.encode_images data/cc12m --tokenizer runs/base/tokenizer --crops 4 "
-        "--recipe beit3_base --stage fusion",
+    parser = make_parser(
+        "encode_images",
+        __doc__,
+        "data/cc12m --tokenizer runs/base/tokenizer --crops 4 --recipe beit3_base --stage fusion",
     )
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="holds 00000.tar, 00001.tar, ...")
-    parser.add_argument("--tokenizer", required=True, help="a stage's directory, or its weights.safetensors")
-    parser.add_argument("--crops", required=True, type=int, help="ways in which training sees each picture")
-    parser.add_argument("--recipe", required=True, help="as in training: a name, or a .py file")
-    parser.add_argument("--stage", required=True, help="the stage that will read the codes: its transform counts")
+    add_directories(parser)
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="PATH", help="a stage's directory, or its weights.safetensors"
+    )
+    parser.add_argument(
+        "--crops", required=True, type=int, metavar="N", help="ways in which training sees each picture"
+    )
+    parser.add_argument("--recipe", required=True, metavar="NAME", help="as in training: a name, or a .py file")
+    parser.add_argument(
+        "--stage", required=True, metavar="NAME", help="the stage that will read the codes: its transform counts"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in training")
-    parser.add_argument("--name", default="codes", help="ending of the files, codes... (%(default)s)")
+    parser.add_argument("--name", default="codes", metavar="NAME", help="ending of the files, codes... (%(default)s)")
     parser.add_argument("--part", default="0/1", metavar="I/N", help="encode every N-th shard from I on (%(default)s)")
-    parser.add_argument("--batch", type=int, default=256, help="crops that are encoded at once (%(default)s)")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (%(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=256, metavar="N", help="crops that are encoded at once (%(default)s)"
+    )
+    add_workers(parser)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
-    try:
-        part = re.fullmatch(r"(\d+)/(\d+)", args.part)
-        if part is None or int(part[1]) >= int(part[2]):
-            raise ValueError(f"--part {args.part} is wrong; use 0/N to N-1/N, such as 0/8")
-        if args.batch < 1 or args.workers < 0:
-            raise ValueError(f"--batch {args.batch} or --workers {args.workers} is too small; use 256 and 2")
-        encoder = load_encoder(*load_recipe(args.recipe, args.stage, args.set), args.tokenizer, args.crops, args.name)
-        for directory in args.directories:
-            done = encode_directory(
-                directory,
-                encoder,
-                part=int(part[1]),
-                parts=int(part[2]),
-                batch=args.batch,
-                workers=args.workers,
-            )
-            print(
-                f"{directory}: {done.pictures:,} pictures in {done.shards} shards encoded"
-                + (f", {done.bad:,} of them cannot be decoded" if done.bad else "")
-                + (f"; {done.left} shards are left to other parts" if done.left else "")
-            )
-        if not done.left:
-            print(f"now set crops={args.crops}, codes={args.name!r} of the recipe's sources of these shards")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        print("error: a worker process died, most likely for want of memory; use fewer --workers", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; finished shards are kept, the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    return run(lambda: _run(args), left="finished shards are kept, the same command goes on from there")
+
+
+def _run(args: argparse.Namespace) -> None:
+    part = re.fullmatch(r"(\d+)/(\d+)", args.part)
+    if part is None or int(part[1]) >= int(part[2]):
+        raise ValueError(f"--part {args.part} is wrong; use 0/N to N-1/N, such as 0/8")
+    if args.batch < 1 or args.workers < 0:
+        raise ValueError(f"--batch {args.batch} or --workers {args.workers} is too small; use 256 and 2")
+    encoder = load_encoder(*load_recipe(args.recipe, args.stage, args.set), args.tokenizer, args.crops, args.name)
+    for directory in args.directories:
+        done = encode_directory(
+            directory,
+            encoder,
+            part=int(part[1]),
+            parts=int(part[2]),
+            batch=args.batch,
+            workers=args.workers,
+        )
+        print(
+            f"{directory}: {done.pictures:,} pictures in {done.shards} shards encoded"
+            + (f", {done.bad:,} of them cannot be decoded" if done.bad else "")
+            + (f"; {done.left} shards are left to other parts" if done.left else "")
+        )
+    if not done.left:
+        print(f"now set crops={args.crops}, codes={args.name!r} of the recipe's sources of these shards")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ clean/steps/filter_list.json (the thresholds, and how many rows each reason drop
     empty_caption bad_url caption_too_long                              always
     low_similarity unsafe watermark too_small extreme_aspect            with their thresholds
     blocked_domain                                                      with a file of domains
-    caption_is_url caption_is_filename caption_without_letters ...      unless --keep-junk-captions; caption_rules.py
+    caption_is_url caption_is_filename caption_without_letters ...      unless --keep-junk-captions (caption_rules)
     caption_too_short other_language duplicate_url                      where asked for
 
 Of equal URLs the first that no other filter drops is kept. A killed run goes on where it was.
@@ -30,10 +30,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from data_tools.command import make_parser, run
 from data_tools.lists.filters import Filter, ListSettings, chosen, shown
 from data_tools.lists.parts import SCHEMA, Judged, Parts, dropped_path, home, work_path
 from data_tools.lists.reading import EXTRA, PRESETS, REASONS, List, fingerprint, open_list
@@ -108,21 +108,11 @@ def schema_of(columns: Sequence[str]) -> pa.Schema:
 
 
 def _taken(rows: List, first: int, stop: int) -> Iterator[tuple[pa.RecordBatch, Judged]]:
-    """(batch, what the list itself refused of its rows). A list tells how many it refused for each reason; where there
-    are two reasons among the rows of one batch, each of its refused rows is listed under both."""
-    before, at = rows.dropped.copy(), first
-    for batch in rows.batches(BATCH, first, stop):
-        refused = rows.dropped - before
-        before, size = rows.dropped.copy(), len(batch) + refused.total()
-        lines = []
-        if refused and rows.preset != "canonical":  # a canonical list has its rows numbered by another
-            there = np.zeros(size, bool)
-            there[batch["row"].to_numpy() - at] = True
-            missing = pa.array(np.flatnonzero(~there) + at)
-            columns = [missing, *(pa.array([text] * len(missing)) for text in ("", " or ".join(sorted(refused)), ""))]
-            lines.append(pa.RecordBatch.from_arrays(columns, schema=SCHEMA))
-        at += size
-        yield batch, Judged(batch.slice(0, 0), lines, refused)
+    """(batch, what the list itself refused of its rows)."""
+    for batch, refused in rows.judged(BATCH, first, stop):
+        blank = pa.array([""] * len(refused))
+        lines = pa.RecordBatch.from_arrays([refused["row"], blank, refused["reason"], blank], schema=SCHEMA)
+        yield batch, Judged(batch.slice(0, 0), [lines], Counter(refused["reason"].to_pylist()))
 
 
 def _judged(taken: Iterable[tuple[pa.RecordBatch, Judged]], filters: list[Filter]) -> Iterator[Judged]:
@@ -206,19 +196,18 @@ def read_domains(path: Path) -> tuple[str, ...]:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.filter_list",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python -m data_tools.filter_list --list laion.parquet --preset laion --min-similarity 0.3 "
+    parser = make_parser(
+        "filter_list",
+        __doc__,
+        "--list laion.parquet --preset laion --min-similarity 0.3 "
         "--max-punsafe 0.1 --max-pwatermark 0.8 --min-side 200 --max-aspect 3 --unique-urls --out clean/kept.parquet",
     )
     add = parser.add_argument
     add("--list", nargs="+", type=Path, required=True, metavar="FILE", help="parquet, TSV, ... or a directory of them")
     presets = ", ".join(PRESETS)
     add("--preset", required=True, metavar="NAME", help=f"what the list looks like: {presets}")
-    add("--url-col", help="the column of the URLs, where no preset fits")
-    add("--caption-col", help="the column of the captions, where no preset fits")
+    add("--url-col", metavar="NAME", help="the column of the URLs, where no preset fits")
+    add("--caption-col", metavar="NAME", help="the column of the captions, where no preset fits")
     add("--out", type=Path, required=True, help="FILE.parquet, or a directory for many files")
     add("--min-similarity", type=float, metavar="COSINE", help="of picture and caption, as the list says")
     add("--max-punsafe", type=float, metavar="P", help="probability that a picture is unsafe, as the list says")
@@ -238,25 +227,21 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
-    try:
-        settings = ListSettings(
-            **{name: getattr(args, name) for name in PLAIN_OPTIONS},
-            language=tuple(code.strip() for code in args.language.split(",") if code.strip()),
-            blocked_domains=() if args.blocked_domains is None else read_domains(args.blocked_domains),
-        )
-        rows = open_list(args.list, args.preset, args.url_col, args.caption_col)
-        read_as = {name: value for name in ("url_col", "caption_col") if (value := getattr(args, name))}
-        inputs = [str(path) for path in args.list]
-        step, new = filter_list(rows, settings, args.out, inputs, read_as=read_as, overwrite=args.overwrite)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; what was filtered is kept, the same command goes on from there", file=sys.stderr)
-        return 130
+    return run(lambda: _run(args), left="what was filtered is kept, the same command goes on from there")
+
+
+def _run(args: argparse.Namespace) -> None:
+    settings = ListSettings(
+        **{name: getattr(args, name) for name in PLAIN_OPTIONS},
+        language=tuple(code.strip() for code in args.language.split(",") if code.strip()),
+        blocked_domains=() if args.blocked_domains is None else read_domains(args.blocked_domains),
+    )
+    rows = open_list(args.list, args.preset, args.url_col, args.caption_col)
+    read_as = {name: value for name in ("url_col", "caption_col") if (value := getattr(args, name))}
+    inputs = [str(path) for path in args.list]
+    step, new = filter_list(rows, settings, args.out, inputs, read_as=read_as, overwrite=args.overwrite)
     print(step_table(step))
     print(f"{args.out}: {'written' if new else 'complete already'}; the rest is listed in {dropped_path(args.out)}")
-    return 0
 
 
 if __name__ == "__main__":

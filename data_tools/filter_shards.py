@@ -14,8 +14,6 @@ Of a caption that stands under more than --max-caption-repeats pictures, the fir
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
 from collections import Counter
@@ -30,13 +28,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_tools.index import complete_shards, map_in_order, stats_path, write_atomically
+from data_tools.command import add_workers, make_parser, run
+from data_tools.index import complete_shards, map_in_order, stats_path
 from data_tools.pictures.filters import REASONS, REPEATED, Measures, PictureSettings, measure, reasons
 from data_tools.pictures.hashes import caption_hash
+from data_tools.shards.samples import make_table, samples_of
 from data_tools.shards.step_table import step_table
 from data_tools.shards.steps import Drop, Step, write_drops, write_step
-from pretrain.data.shards import MAX_IMAGE_BYTES, MAX_TEXT_BYTES
-from pretrain.data.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, split_name, tar_members
+from pretrain.data.shards import MAX_IMAGE_BYTES
+from pretrain.data.tar_index import Member
 
 STEP = "filter_shards"
 DROPS = "drops"  # the directory for drops files
@@ -145,57 +145,31 @@ def _detail(reason: str, sample: dict) -> str:
 
 def _up_to_date(job: tuple[Path, Path]) -> int:
     """Makes sure that the measures of one shard are there -> how many pictures were decoded for it."""
-    tar, file = job
-    state = os.stat(tar)
-    stamp = json.dumps({"version": VERSION, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns}).encode()
-    try:
-        if (pq.read_schema(file).metadata or {}).get(b"shard") == stamp:
-            return 0
-    except (OSError, pa.ArrowException):  # not there, or damaged: it is written again
-        pass
-    rows = list(_measured(tar))
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA).replace_schema_metadata({b"shard": stamp}), sink)
-    write_atomically(file, sink.getvalue().to_pybytes())
-    return sum(row["picture"] for row in rows)
+    table = make_table(*job, _SCHEMA, VERSION, _measured)
+    return 0 if table is None else sum(table["picture"].to_pylist())
 
 
 def _measured(tar: Path) -> Iterator[dict]:
-    """A row for each sample of a shard, in the order of the keys: that of a tar follows its download."""
-    members: dict[str, dict[str, tuple[int, int]]] = {}
-    for member in tar_members(tar):
-        key, extension = split_name(member.name)
-        if key and extension in EXTENSIONS and member.isreg() and not member.issparse():
-            members.setdefault(key, {})[extension] = member.offset_data, member.size
     with open(tar, "rb") as file:
-        for key, sample in sorted(members.items()):
-            row: dict = {"key": key.encode(errors="surrogateescape").decode(errors="backslashreplace")}
-            pictures = [sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample]
-            row["picture"] = bool(pictures)
-            if pictures:
-                row |= _measure_member(file, *pictures[0])._asdict()
-            offset, size = sample.get("txt", (0, 0))
-            if 0 < size <= MAX_TEXT_BYTES:
-                file.seek(offset)
-                caption, words = caption_hash(file.read(size).decode(errors="replace"))
+        for sample in samples_of(tar):
+            row: dict = {"key": sample.key, "picture": sample.picture is not None}
+            if sample.picture is not None:
+                row |= _measure_member(file, sample.picture)._asdict()
+            if (text := sample.text(file)) is not None:
+                caption, words = caption_hash(text)
                 row["caption"] = caption if words else None
             yield row
 
 
-def _measure_member(file: BinaryIO, offset: int, size: int) -> Measures:
-    if size > MAX_IMAGE_BYTES:
-        return Measures(problem=f"{size} bytes are more than the {MAX_IMAGE_BYTES} that are read")
-    file.seek(offset)
-    return measure(file.read(size))
+def _measure_member(file: BinaryIO, picture: Member) -> Measures:
+    if picture.size > MAX_IMAGE_BYTES:
+        return Measures(problem=f"{picture.size} bytes are more than the {MAX_IMAGE_BYTES} that are read")
+    file.seek(picture.offset)
+    return measure(file.read(picture.size))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.filter_shards",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python -m data_tools.filter_shards data/cc12m --min-side 200 --workers 8",
-    )
+    parser = make_parser("filter_shards", __doc__, "data/cc12m --min-side 200 --workers 8")
     parser.add_argument("directory", type=Path, metavar="DIR", help="holds 00000.tar, 00001.tar, ...")
     for name, kind, metavar, text in (
         ("min_side", int, "PIXELS", "shorter side"),
@@ -208,26 +182,22 @@ def main(arguments: list[str] | None = None) -> int:
         flag = f"--{name.replace('_', '-')}"
         default = getattr(PictureSettings, name)
         parser.add_argument(flag, type=kind, metavar=metavar, default=default, help=f"{text} (%(default)s)")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (%(default)s)")
+    add_workers(parser)
     args = parser.parse_args(arguments)
-    try:
-        settings = PictureSettings(**{field.name: getattr(args, field.name) for field in fields(PictureSettings)})
-        step, measured = filter_shards(args.directory, settings, args.workers)
-        for path in complete_shards(args.directory)[1]:
-            print(f"note: {path.name} is partial (no {stats_path(path).name}) and not filtered")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; what was measured is kept, the same command goes on from there", file=sys.stderr)
-        return 130
+    return run(lambda: _run(args), left="what was measured is kept, the same command goes on from there")
+
+
+def _run(args: argparse.Namespace) -> None:
+    settings = PictureSettings(**{field.name: getattr(args, field.name) for field in fields(PictureSettings)})
+    step, measured = filter_shards(args.directory, settings, args.workers)
+    for path in complete_shards(args.directory)[1]:
+        print(f"note: {path.name} is partial (no {stats_path(path).name}) and not filtered")
     print(step_table(step))
     if measured.pictures:
         rate = measured.pictures / measured.seconds
         print(f"{measured.pictures:,} pictures measured in {measured.seconds:.1f} s, {rate:,.0f} pictures/s")
     path = args.directory / DROPS / f"{STEP}.parquet"
     print(f"{path} names {step.rows - step.kept:,} samples; leave them out with python -m data_tools.rewrite")
-    return 0
 
 
 if __name__ == "__main__":

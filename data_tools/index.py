@@ -20,6 +20,7 @@ from tempfile import NamedTemporaryFile
 
 from tqdm import tqdm
 
+from data_tools.command import add_directories, add_workers, make_parser, run
 from pretrain.data.manifest import MANIFEST, Manifest, Shard, read_manifest
 from pretrain.data.tar_index import EXTENSIONS, ShardIndex, index_shard
 
@@ -155,33 +156,25 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.index",
-        description="Writes manifest.json and .idx files beside the shards, so that training can read any sample.",
-        epilog="example: python -m data_tools.index data/cc12m --workers 8",
-    )
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="holds 00000.tar, 00001.tar, ...")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (%(default)s)")
+    parser = make_parser("index", __doc__, "data/cc12m --workers 8")
+    add_directories(parser)
+    add_workers(parser)
     parser.add_argument("--skip-broken", action="store_true", help="leave out tars that are cut off or damaged")
     args = parser.parse_args(arguments)
-    try:
-        for directory in args.directories:
-            result = index_directory(directory, args.workers, args.skip_broken)
-            manifest = result.manifest
-            for line in result.left_out:
-                print(f"left out: {line}", file=sys.stderr)
-            gib = sum(shard.bytes for shard in manifest.shards) / 2**30
-            print(
-                f"{directory / MANIFEST}: {len(manifest.shards)} shards ({result.scanned} read, the rest up to date), "
-                f"{manifest.samples:,} samples, {gib:.3g} GiB"
-            )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; what was indexed is kept, the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    return run(lambda: _run(args), left="what was indexed is kept, the same command goes on from there")
+
+
+def _run(args: argparse.Namespace) -> None:
+    for directory in args.directories:
+        result = index_directory(directory, args.workers, args.skip_broken)
+        manifest = result.manifest
+        for line in result.left_out:
+            print(f"left out: {line}", file=sys.stderr)
+        gib = sum(shard.bytes for shard in manifest.shards) / 2**30
+        print(
+            f"{directory / MANIFEST}: {len(manifest.shards)} shards ({result.scanned} read, the rest up to date), "
+            f"{manifest.samples:,} samples, {gib:.3g} GiB"
+        )
 
 
 if __name__ == "__main__":

@@ -5,29 +5,28 @@
 Changes nothing: DIR/drops/leaks.parquet names what to leave out, and `data_tools.rewrite` does it.
 
 A picture has leaked if its bytes equal those of an evaluation picture, or if at most --distance bits of the 64 of
-their perceptual hashes differ (hashes.py) and their thumbnails agree; evaluation pictures count in a mirror too. The
-distance is wider than dedup's, because a leak that is missed costs more than a sample that is lost. A caption has
-leaked if it equals an evaluation caption but for case, punctuation and blanks, and has at least --caption-words words:
-shorter ones are equal by chance. Not found: greyscale copies of coloured pictures, and crops of over some 2 %.
+their perceptual hashes differ (pictures/hashes.py) and their thumbnails agree; evaluation pictures count in a mirror
+too. The distance is wider than dedup's, because a leak that is missed costs more than a sample that is lost. A caption
+has leaked if it equals an evaluation caption but for case, punctuation and blanks, and has at least --caption-words
+words: shorter ones are equal by chance. Not found: greyscale copies of coloured pictures, and crops of over some 2 %.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from data_tools.command import add_directories, add_workers, make_parser, run
 from data_tools.dedup import check_directories, check_distance
 from data_tools.index import complete_shards
 from data_tools.pictures.evaluation_set import EvaluationSet, read_evaluation_set
-from data_tools.pictures.hashes import FOLDER, KILLED, Hashes, hash_shards, look_alike
+from data_tools.pictures.hashes import FOLDER, Hashes, hash_shards, look_alike
 from data_tools.pictures.near import nearest
 from data_tools.shards.steps import Drop, Step, write_drops, write_step
 
@@ -124,37 +123,27 @@ def _named(values: list[str], option: str) -> dict[str, Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.leaks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python -m data_tools.leaks data/cc12m --against coco=coco/val2014 --against f30k=flickr30k",
-    )
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="holds 00000.tar, 00001.tar, ...")
+    parser = make_parser("leaks", __doc__, "data/cc12m --against coco=coco/val2014 --against f30k=flickr30k")
+    add_directories(parser)
     parser.add_argument(
         "--against", action="append", required=True, metavar="NAME=PATH", help="a folder of pictures, or of shards"
     )
     parser.add_argument(
         "--captions", action="append", default=[], metavar="NAME=FILE", help="of that set: COCO's JSON, a CSV, ..."
     )
-    parser.add_argument("--distance", type=int, default=DISTANCE, help="bits of 64 that may differ (%(default)s)")
     parser.add_argument(
-        "--caption-words", type=int, default=LEAST_WORDS, help="a caption must have; 0 compares none (%(default)s)"
+        "--distance", type=int, default=DISTANCE, metavar="BITS", help="of 64 that may differ (%(default)s)"
     )
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (%(default)s)")
+    parser.add_argument(
+        "--caption-words",
+        type=int,
+        default=LEAST_WORDS,
+        metavar="N",
+        help="a caption must have; 0 compares none (%(default)s)",
+    )
+    add_workers(parser)
     args = parser.parse_args(arguments)
-    try:
-        _run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenProcessPool:
-        print(KILLED, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; shards that were hashed stay so, the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    return run(lambda: _run(args), left="shards that were hashed stay so, the same command goes on from there")
 
 
 def _run(args: argparse.Namespace) -> None:

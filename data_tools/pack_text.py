@@ -18,13 +18,12 @@ the same for any number of --workers.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+from data_tools.command import add_workers, make_parser, run
 from data_tools.text.clean import TextRules
 from data_tools.text.packing import Packed, Packing, pack, too_long_hint
 
@@ -34,56 +33,46 @@ _RULES = ", ".join(f"{name}={value:g}" for name, value in asdict(TextRules()).it
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        packing = Packing(
-            paths=tuple(args.inputs),
-            tokenizer=args.tokenizer,
-            out=args.out,
-            column=args.text_col,
-            split=args.txt,
-            chunk_tokens=args.chunk_tokens,
-            budget=None if args.budget is None else parse_budget(args.budget),
-            language=args.language,
-            near=args.near,
-            rules=parse_rules(args.rule),
-            samples_per_shard=args.samples_per_shard,
-            seed=args.seed,
-        )
-        packed = pack(packing, args.workers)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenProcessPool:
-        print(
-            "error: a worker process was killed, perhaps for want of memory; the same command goes on from there, "
-            f"with fewer than --workers={args.workers} it needs less",
-            file=sys.stderr,
-        )
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; what was worked on is kept, the same command goes on from there", file=sys.stderr)
-        return 130
+    return run(lambda: _run(args), left="what was worked on is kept, the same command goes on from there")
+
+
+def _run(args: argparse.Namespace) -> None:
+    packing = Packing(
+        paths=tuple(args.inputs),
+        tokenizer=args.tokenizer,
+        out=args.out,
+        column=args.text_col,
+        split=args.txt,
+        chunk_tokens=args.chunk_tokens,
+        budget=None if args.budget is None else parse_budget(args.budget),
+        language=args.language,
+        near=args.near,
+        rules=parse_rules(args.rule),
+        samples_per_shard=args.samples_per_shard,
+        seed=args.shuffle_seed,
+    )
+    packed = pack(packing, args.workers)
     print(table(packed, packing))
-    return 0
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.pack_text",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python -m data_tools.pack_text wiki/ books/ --tokenizer text.model --language en --budget 3B "
-        "--out data/texts --workers 16",
+    parser = make_parser(
+        "pack_text",
+        __doc__,
+        "wiki/ books/ --tokenizer text.model --language en --budget 3B --out data/texts --workers 16",
     )
     parser.add_argument("inputs", nargs="+", type=Path, metavar="INPUT", help="files, or directories of them")
     parser.add_argument(
         "--tokenizer",
         type=Path,
         required=True,
+        metavar="FILE",
         help="the recipe's: beit3.spm, or one that data_tools.train_text_tokenizer made of captions",
     )
-    parser.add_argument("--out", type=Path, required=True, help="a new directory for the shards")
-    parser.add_argument("--text-col", default="text", help="of parquet, and the name in JSONL (%(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="a new directory for the shards")
+    parser.add_argument(
+        "--text-col", default="text", metavar="NAME", help="of parquet, and the name in JSONL (%(default)s)"
+    )
     parser.add_argument(
         "--txt",
         choices=("file", "blank"),
@@ -91,18 +80,26 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="a .txt file is one document, or documents stand between blank lines (%(default)s)",
     )
     parser.add_argument(
-        "--chunk-tokens", type=int, default=196, help="with BOS and EOS: the source's text_len (%(default)s)"
+        "--chunk-tokens",
+        type=int,
+        default=196,
+        metavar="N",
+        help="with BOS and EOS: the source's text_len (%(default)s)",
     )
     parser.add_argument(
         "--budget",
+        metavar="TOKENS",
         help="such as 3B or 500M: stop before the first chunk that would take the sum of the chunks' tokens, BOS and "
         "EOS not counted, over it (all)",
     )
-    parser.add_argument("--language", help="keep documents in this language, such as en, by py3langid (any)")
+    parser.add_argument(
+        "--language", metavar="CODE", help="keep documents in this language, such as en, by py3langid (any)"
+    )
     parser.add_argument(
         "--near",
         type=float,
         default=0.8,
+        metavar="SHARE",
         help="drop what shares this much of its runs of five words (Jaccard, by MinHash) with an earlier document; 1: "
         "exact duplicates alone. 2.2 GiB of memory per million documents at 0.8, 145 MiB at 1 (%(default)s)",
     )
@@ -113,11 +110,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME=VALUE",
         help=f"change a bound on good documents, or turn it off by NAME=off; may be repeated. Gopher's: {_RULES}",
     )
-    parser.add_argument("--samples-per-shard", type=int, default=10_000, help="chunks in a tar (%(default)s)")
     parser.add_argument(
-        "--seed", type=int, help="read the files in an order drawn from it, so that a budget takes of all (as given)"
+        "--samples-per-shard", type=int, default=10_000, metavar="N", help="chunks in a tar (%(default)s)"
     )
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (%(default)s)")
+    parser.add_argument(
+        "--shuffle-seed",
+        type=int,
+        metavar="N",
+        help="a random order of the files, so that a budget takes of all (that of INPUT)",
+    )
+    add_workers(parser)
     return parser.parse_args(argv)
 
 

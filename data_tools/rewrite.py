@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from data_tools.command import add_directories, add_workers, make_parser, run
 from data_tools.index import complete_shards, index_directory, write_atomically
 from data_tools.pictures.recode import FORMATS, Recode
 from data_tools.shards.rewrite_plan import Plan, make_plan
@@ -196,11 +196,11 @@ def _write_all(tars: list[Path], plan: Plan, out: Path, settings: Settings, work
     todo = [job for job in jobs if not job.is_done]
     with tqdm(total=len(plan.places), desc=f"writing {out}", unit=" samples", disable=None) as bar:
         bar.update(len(plan.places) - sum(job.last - job.first for job in todo))
-        for job in _run(todo, workers):
+        for job in _written(todo, workers):
             bar.update(job.last - job.first)
 
 
-def _run(jobs: list[NewShard], workers: int) -> Iterator[NewShard]:
+def _written(jobs: list[NewShard], workers: int) -> Iterator[NewShard]:
     if min(workers, len(jobs)) <= 1:
         yield from map(write_shard, jobs)
         return
@@ -208,8 +208,6 @@ def _run(jobs: list[NewShard], workers: int) -> Iterator[NewShard]:
         try:
             for future in as_completed([pool.submit(write_shard, job) for job in jobs]):
                 yield future.result()
-        except BrokenProcessPool:
-            raise OSError("a worker process was killed, most likely for want of memory; use fewer --workers") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -277,51 +275,50 @@ def _counts(counts) -> str:
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.rewrite",
-        description="Writes shards anew: without dropped samples, in even sizes, in an order that can be repeated.",
-        epilog="example: python -m data_tools.rewrite data/cc12m --drop data/cc12m/drops/*.parquet --out data/clean "
-        "--max-side 256 --shuffle-seed 0 --workers 8",
+    parser = make_parser(
+        "rewrite",
+        __doc__,
+        "data/cc12m --drop data/cc12m/drops/*.parquet --out data/clean --max-side 256 --shuffle-seed 0",
     )
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="holds 00000.tar, 00001.tar, ...")
-    parser.add_argument("--out", type=Path, required=True, help="a new directory")
+    add_directories(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="a new directory")
     parser.add_argument("--drop", nargs="*", type=Path, default=[], metavar="FILE", help="leave out what these name")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--samples-per-shard", type=int, default=10_000, help="at most (%(default)s)")
-    size.add_argument("--bytes-per-shard", type=float, help="about; such as 1e9")
-    parser.add_argument("--shuffle-seed", type=int, help="a random order of all samples (default: that of the input)")
+    size.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="at most (%(default)s)")
+    size.add_argument("--bytes-per-shard", type=float, metavar="N", help="about; such as 1e9")
+    parser.add_argument(
+        "--shuffle-seed", type=int, metavar="N", help="a random order of all samples (that of the input)"
+    )
     parser.add_argument("--max-side", type=int, metavar="PIXELS", help="make larger pictures smaller")
     parser.add_argument("--format", choices=FORMATS, default="keep", help="encode other pictures anew (%(default)s)")
-    parser.add_argument("--quality", type=int, default=95, help="of pictures that are encoded anew (%(default)s)")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (%(default)s)")
+    parser.add_argument(
+        "--quality", type=int, default=95, metavar="Q", help="of pictures that are encoded anew (%(default)s)"
+    )
+    add_workers(parser)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
-    try:
-        by_bytes = None if args.bytes_per_shard is None else int(args.bytes_per_shard)
-        settings = Settings(
-            None if by_bytes is not None else args.samples_per_shard,
-            by_bytes,
-            args.shuffle_seed,
-            args.max_side,
-            args.format,
-            args.quality,
-        )
-        done = rewrite(args.directories, args.out, settings, args.drop, args.workers)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; finished shards are kept, the same command goes on from there", file=sys.stderr)
-        return 130
+    return run(lambda: _run(args), left="finished shards are kept, the same command goes on from there")
+
+
+def _run(args: argparse.Namespace) -> None:
+    by_bytes = None if args.bytes_per_shard is None else int(args.bytes_per_shard)
+    settings = Settings(
+        None if by_bytes is not None else args.samples_per_shard,
+        by_bytes,
+        args.shuffle_seed,
+        args.max_side,
+        args.format,
+        args.quality,
+    )
+    done = rewrite(args.directories, args.out, settings, args.drop, args.workers)
     for note in done.notes:
         print(f"note: {note}")
     dropped = f"; dropped: {_counts(done.step.dropped)}" if done.step.dropped else ""
     already = "" if done.fresh else " (complete already)"
     print(f"{args.out}: {done.step.kept:,} of {done.step.rows:,} samples in {done.shards:,} shards{already}{dropped}")
-    return 0
 
 
 if __name__ == "__main__":

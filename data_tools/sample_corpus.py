@@ -1,4 +1,4 @@
-"""Write a small corpus of drawn scenes, in the shard format of img2dataset, for trying the whole system at home.
+"""Draws a small corpus of scenes, in the shard format of img2dataset, for trying the whole system at home.
 
     python -m data_tools.sample_corpus --out runs/quickstart/corpus
 
@@ -15,13 +15,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import logging
 import math
-import multiprocessing
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -29,13 +24,12 @@ from pathlib import Path
 import pyarrow as pa
 from tqdm import tqdm
 
+from data_tools.command import add_workers, make_parser, run
 from data_tools.drawn.captions import write_document
 from data_tools.drawn.pairs import distinguishable, pair, sample_rng
 from data_tools.drawn.scenes import Scene, draw_scene, encode_jpeg, random_scene
-from data_tools.index import index_directory
+from data_tools.index import index_directory, map_in_order, stats_path, write_atomically
 from data_tools.shards.writer import ShardWriter
-
-log = logging.getLogger(__name__)
 
 VERSION = 1  # another drawing or another wording is another corpus
 STAMP = "sample_corpus.json"
@@ -58,13 +52,13 @@ class Corpus:
     held_out: int = 512
     size: int = 64
     seed: int = 0
-    shard_size: int = 1_000
+    samples_per_shard: int = 1_000
 
     def __post_init__(self) -> None:
         for name, value, least in [
             *((name, getattr(self, name), 0) for name in (*KINDS, "held_out", "seed")),
             ("size", self.size, 32),
-            ("shard_size", self.shard_size, 1),
+            ("samples_per_shard", self.samples_per_shard, 1),
         ]:
             if value < least:
                 raise ValueError(f"{name}={value} is too small; use {least} or more")
@@ -101,8 +95,9 @@ def write_corpus(out: Path, corpus: Corpus, *, workers: int = 2, overwrite: bool
         raise ValueError(f"workers={workers} is wrong because somebody has to draw; use 1 or more")
     _claim(out, corpus, overwrite=overwrite)
     jobs = missing(out, corpus)
-    with tqdm(total=sum(len(job.numbers) for job in jobs), desc="drawing scenes", unit=" samples", disable=None) as bar:
-        for samples in _write_all(jobs, workers):
+    bar = tqdm(total=sum(len(job.numbers) for job in jobs), desc="drawing scenes", unit=" samples", disable=None)
+    with bar, map_in_order(write_shard, jobs, workers) as results:
+        for samples in results:
             bar.update(samples)
     changed = {job.directory for job in jobs}
     for directory in (out / kind / split for kind, split in product(KINDS, SPLITS) if corpus.count(kind, split)):
@@ -118,24 +113,16 @@ def missing(out: Path, corpus: Corpus) -> list[Job]:
         directory, count = out / kind / split, corpus.count(kind, split)
         starts = [
             (shard, first)
-            for shard, first in enumerate(range(0, count, corpus.shard_size))
-            if not _stats_path(directory, shard).exists()
+            for shard, first in enumerate(range(0, count, corpus.samples_per_shard))
+            if not stats_path(directory / f"{shard:05d}.tar").exists()
         ]
         chosen = (kind, split) == ("pairs", "heldout") and starts
         numbers = distinguishable(corpus.seed, count) if chosen else range(count)
         jobs += [
-            Job(corpus, kind, split, shard, tuple(numbers[first : first + corpus.shard_size]), directory)
+            Job(corpus, kind, split, shard, tuple(numbers[first : first + corpus.samples_per_shard]), directory)
             for shard, first in starts
         ]
     return jobs
-
-
-def _write_all(jobs: list[Job], workers: int) -> Iterator[int]:
-    if min(workers, len(jobs)) <= 1:
-        yield from map(write_shard, jobs)
-        return
-    with multiprocessing.get_context("spawn").Pool(min(workers, len(jobs))) as pool:
-        yield from pool.imap_unordered(write_shard, jobs)
 
 
 def make_sample(corpus: Corpus, kind: str, split: str, number: int) -> Sample:
@@ -153,7 +140,7 @@ def make_sample(corpus: Corpus, kind: str, split: str, number: int) -> Sample:
 
 def write_shard(job: Job) -> int:
     """Write one shard. Returns the number of samples."""
-    digits = math.ceil(math.log10(max(2, job.corpus.shard_size)))  # as img2dataset makes its keys
+    digits = math.ceil(math.log10(max(2, job.corpus.samples_per_shard)))  # as img2dataset makes its keys
     with ShardWriter(job.directory, samples_per_shard=len(job.numbers), first=job.shard, schema=_SCHEMA) as shard:
         for position, number in enumerate(job.numbers):
             key = f"{job.shard:05d}{position:0{digits}d}"
@@ -187,21 +174,6 @@ def _row(job: Job, key: str, number: int, sample: Sample) -> dict:
     }
 
 
-def _stats_path(directory: Path, shard: int) -> Path:
-    return directory / f"{shard:05d}_stats.json"
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to that takes the place of `path` when the block ends well: no half-written file is seen."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _claim(out: Path, corpus: Corpus, *, overwrite: bool) -> None:
     """Make `out` the home of this corpus, or raise ValueError if it is another's."""
     stamp, mine = out / STAMP, {"version": VERSION, **asdict(corpus)}
@@ -224,8 +196,7 @@ def _claim(out: Path, corpus: Corpus, *, overwrite: bool) -> None:
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"out={out} is wrong because files of somebody else are there; choose an empty directory")
     out.mkdir(parents=True, exist_ok=True)
-    with _replacing(stamp) as temporary:
-        temporary.write_text(json.dumps(mine, indent=2) + "\n")
+    write_atomically(stamp, (json.dumps(mine, indent=2) + "\n").encode())
 
 
 def _remove_shards(out: Path) -> None:
@@ -238,12 +209,8 @@ def _remove_shards(out: Path) -> None:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.sample_corpus",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, required=True, help="directory to write to")
+    parser = make_parser("sample_corpus", __doc__, "--out runs/quickstart/corpus --pairs 12000 --workers 4")
+    parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="a new directory")
     for name, text in (
         ("pairs", "pictures with captions to train on"),
         ("images", "pictures alone to train on"),
@@ -251,26 +218,24 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         ("held_out", "held-out samples of each kind"),
         ("size", "pixels of a picture's side"),
         ("seed", "another seed, another corpus"),
-        ("shard_size", "samples of a shard"),
+        ("samples_per_shard", "at most"),
     ):
         flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=int, default=getattr(Corpus, name), help=f"{text} (%(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that draw (%(default)s)")
+        parser.add_argument(flag, type=int, default=getattr(Corpus, name), metavar="N", help=f"{text} (%(default)s)")
+    add_workers(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus made with other arguments")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     args = parse_args(arguments)
-    try:
-        corpus = Corpus(args.pairs, args.images, args.texts, args.held_out, args.size, args.seed, args.shard_size)
-        new = write_corpus(args.out, corpus, workers=args.workers, overwrite=args.overwrite)
-    except (ValueError, OSError) as error:
-        log.error("error: %s", error)
-        return 2
-    log.info("%s: %s", args.out, "written" if new else "complete already")
-    return 0
+    return run(lambda: _run(args), left="finished shards are kept, the same command goes on from there")
+
+
+def _run(args: argparse.Namespace) -> None:
+    corpus = Corpus(args.pairs, args.images, args.texts, args.held_out, args.size, args.seed, args.samples_per_shard)
+    new = write_corpus(args.out, corpus, workers=args.workers, overwrite=args.overwrite)
+    print(f"{args.out}: {'written' if new else 'complete already'}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
 """Trains the text tokenizer, a SentencePiece unigram model, on the texts of shards and on files of documents.
 
+    python -m data_tools.train_text_tokenizer data/pairs data/wiki.jsonl.gz --vocab-size 64000 --out data/text.model
+
 The settings are those of XLM-R's model (unigram, nmt_nfkc, no byte fallback, character coverage 0.9995), so that
 BEiT-3's id layout holds. Equal shards and options give an equal file, on any machine.
-
-Example:
-    python -m data_tools.train_text_tokenizer data/pairs data/wiki.jsonl.gz --vocab-size 64000 --out data/text.model
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+from data_tools.command import make_parser, run
 from data_tools.index import write_atomically
 from data_tools.text.documents import Input, find_inputs, kind_of, read_blocks, text_of_document
 from pretrain.data.shards import BadSample, Manifest, ShardReader, load_manifest
@@ -34,8 +34,8 @@ REPORT_SECONDS = 5.0
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    try:
-        train(
+    return run(
+        lambda: train(
             args.inputs,
             args.out,
             args.vocab_size,
@@ -43,42 +43,38 @@ def main(argv: list[str] | None = None) -> int:
             column=args.text_col,
             model_type=args.model_type,
             verbose=args.verbose,
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+        ),
+        left="nothing was written",
+    )
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.train_text_tokenizer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = make_parser(
+        "train_text_tokenizer", __doc__, "data/pairs data/wiki.jsonl.gz --vocab-size 64000 --out data/text.model"
     )
     parser.add_argument(
         "inputs",
         nargs="+",
+        metavar="INPUT",
         help="indexed shards (directories, or patterns such as 'cc12m/{00000..00009}.tar') and files of documents as "
         "pack_text reads them: .txt, .jsonl (also packed), .parquet",
     )
-    parser.add_argument("--text-col", default="text", help="the column of .jsonl and .parquet (default: text)")
-    parser.add_argument("--vocab-size", type=int, default=64000, help="pieces with <unk>, <s>, </s> (default: 64000)")
-    parser.add_argument("--out", type=Path, required=True, help="the file to write, such as data/text.model")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="to write, such as data/text.model")
+    parser.add_argument("--text-col", default="text", metavar="NAME", help="of parquet and .jsonl (%(default)s)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=64000, metavar="N", help="with <unk>, <s>, </s> (%(default)s)"
+    )
     parser.add_argument(
         "--model-type",
         choices=("unigram", "bpe"),
         default="unigram",
-        help="unigram as XLM-R and BEiT-3; bpe keeps whole words where they are few, as in the quickstart",
+        help="unigram as XLM-R and BEiT-3; bpe keeps whole words where they are few, as in quickstart (%(default)s)",
     )
     parser.add_argument(
         "--max-texts",
         type=int,
-        default=None,
-        help="read so many texts of the shards, spread evenly, and the first so many of the documents (default: all)",
+        metavar="N",
+        help="read so many texts of the shards, spread evenly, and the first so many of the documents (all)",
     )
     parser.add_argument("--verbose", action="store_true", help="show SentencePiece's own log, one line per EM step")
     return parser.parse_args(argv)

@@ -19,6 +19,7 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
+from data_tools.command import add_directories, add_workers, make_parser, run
 from data_tools.index import complete_shards, map_in_order, stats_path
 from pretrain.data.manifest import MANIFEST, Shard, read_manifest
 from pretrain.data.shards import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, ShardError
@@ -198,24 +199,14 @@ def _fit(key: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_tools.verify",
-        description="Checks shards against their manifest and content; a line per finding: shard, key, what is wrong.",
-        epilog="example: python -m data_tools.verify data/cc12m --decode --json findings.json",
-    )
-    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="holds 00000.tar, 00001.tar, ...")
+    parser = make_parser("verify", __doc__, "data/cc12m --decode --json findings.json")
+    add_directories(parser)
     parser.add_argument("--kind", choices=KINDS, default="auto", help="what each sample must hold (%(default)s)")
     parser.add_argument("--decode", action="store_true", help="decode every picture, not only its header")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes (%(default)s)")
+    add_workers(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings here")
     args = parser.parse_args(arguments)
-    try:
-        return _run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run(lambda: _run(args), left="no findings were written")
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -145,6 +145,7 @@ def stage_ds_config(path: str, recipe: Recipe, stage: Stage) -> dict[str, Any]:
         accumulation=accumulation,
         model=None if stage.tokenizer else sizes,
         objectives=[objective.name for objective in stage.objectives],
+        compiled=stage.compile,
         node=int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None,  # of torchrun and deepspeed
     )
     return config

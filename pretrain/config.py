@@ -70,6 +70,7 @@ class Stage:
     drop_path: float = 0.0
     activation_checkpointing: bool | int = 0  # see MultiwayConfig; True is 1
     parallel: Parallel = field(default_factory=Parallel)  # ranks that share one copy of the model
+    compile: bool = False  # the blocks, by torch.compile; see models/compiled.py
     evals: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
@@ -118,18 +119,19 @@ class Recipe:
     save_every: int = 1000
     keep: int = 2  # complete checkpoints to keep; the one before is used if the newest is damaged
     trace_samples: bool = False
+    timeout_s: float = 1800.0  # so long a rank waits in a step for another one, or for its data, before it gives up
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
+        for name in ("log_every", "save_every", "keep", "timeout_s"):
+            if not getattr(self, name) >= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1; use 1 or more")
         if not 0 <= self.seed < MAX_SEED:
             raise ValueError(f"seed={self.seed} is wrong; use a whole number from 0 to {MAX_SEED - 1}")
 
 
 # What may change between two starts of one run without changing its numbers.
-OPERATIONAL = ("log_every", "save_every", "keep", "trace_samples")
-OPERATIONAL_OF_STAGE = ("evals", "parallel", "activation_checkpointing")
+OPERATIONAL = ("log_every", "save_every", "keep", "trace_samples", "timeout_s")
+OPERATIONAL_OF_STAGE = ("evals", "parallel", "activation_checkpointing", "compile")
 LOADING_ORDER = ("streams", "block_shards", "skip_bad_shards")
 
 

@@ -6,7 +6,6 @@ python -m pretrain.train --recipe tiny --stage vision --ds ds_configs/zero1.json
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import math
 import re
@@ -38,11 +37,14 @@ from pretrain.config import Recipe, Stage, load_recipe, stage_hash
 from pretrain.data.loader import Loader
 from pretrain.distributed import any_rank, device, rank, reduce_mean, world_size
 from pretrain.metrics import MetricsLog, Throughput, flops_per_batch
+from pretrain.models.compiled import compile_blocks
 from pretrain.optim import build_optimizer, learning_rate, schedule
 from pretrain.parallel.ds_config import precision_name
 from pretrain.parallel.engine import adopt_slurm, build_engine, gradient_norm, init_distributed, partitioned_init
+from pretrain.parallel.faults import LOST, Watch, leave
 from pretrain.parallel.mesh import Mesh, create_mesh, mpu_of, place_of
 from pretrain.parallel.pipeline import build_pipeline_engine, pipeline_step
+from pretrain.parallel.share_batches import share_batches
 from pretrain.parallel.state import full_state
 from pretrain.parallel.tensor import parallel_layers
 from pretrain.run_directory import check_same_settings, finished, inputs_digest, note_recipe
@@ -56,22 +58,32 @@ PLAIN_SECONDS = 5.0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """-> 0 finished, 2 a user's mistake (one sentence on stderr), 75 stopped by a signal after saving, 130 Ctrl-C."""
+    """-> 0 finished, 1 a bug (its traceback), 2 a user's mistake (one sentence on stderr), 69 another rank or a data
+    worker died or did not answer within timeout_s (one sentence), 75 stopped by a signal after saving, 130 Ctrl-C."""
     args = parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+    watch = Watch()
     try:
         adopt_slurm()  # before anyone asks for the rank
         log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
-        return run(args)
+        return run(args, watch)
     except (ValueError, OSError) as error:
         if rank() == 0 or world_size() == 1:
             log.error("error: %s", error)
         else:
             log.error("error on rank %d: %s", rank(), error)
-        return 2
+        return leave(LOST if isinstance(error, TimeoutError) else 2)
     except KeyboardInterrupt:
         log.info("stopped; what was saved is kept, the same line goes on from there")
-        return 130
+        return leave(130)
+    except Exception as error:
+        told = watch.explain(error)
+        if told is None and world_size() == 1:
+            raise
+        log.error(told or f"bug on rank {rank()}", exc_info=told is None)
+        return leave(LOST if told else 1)
+    finally:
+        watch.stop()
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -90,7 +102,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, watch: Watch) -> int:
     recipe, stage = load_recipe(args.recipe, args.stage, args.set)
     place = place_of(stage.parallel, rank(), world_size())
     ds_config = stage_ds_config(args.ds, recipe, stage)
@@ -108,8 +120,9 @@ def run(args: argparse.Namespace) -> int:
     }
     add_targets = image_targets(recipe, stage, args.run_dir, device())
     # From here on the ranks talk: what a user can get wrong has been said.
-    init_distributed()
-    mesh = create_mesh(stage.parallel)
+    watch.start(recipe.timeout_s)
+    init_distributed(watch.outlast_s)
+    mesh = create_mesh(stage.parallel, watch.outlast_s)
     found = newest(directory / "checkpoints", precision=precision_name(ds_config), **identity)
     layers = parallel_layers(mesh)
     task: Any = (
@@ -118,6 +131,8 @@ def run(args: argparse.Namespace) -> int:
         else build_task(recipe, stage, args.run_dir, layers, partitioned_init(ds_config, mpu_of(mesh)))
     )
     begun = load_start(task, stage, args.run_dir, found, mesh)
+    if stage.compile:
+        compile_blocks(task.encoder)
     make_optimizer = partial(build_optimizer, optim=stage.optim)
     if stage.tokenizer is None:
         depth = recipe.model.depth
@@ -133,7 +148,8 @@ def run(args: argparse.Namespace) -> int:
     command = {"recipe": _findable(args.recipe), "set": args.set, "ds": ds_config, "world": world_size()}
     together(lambda: note_recipe(directory, recipe, stage, command) if rank() == 0 else None)
     start = found.step if found else 0
-    done = train(engine, loader, add_targets, Run(recipe, stage, directory, identity, mesh), start, stop)
+    watch.outlast_all()
+    done = train(engine, loader, add_targets, Run(recipe, stage, directory, identity, mesh), start, stop, watch)
     if done < stage.steps:
         log.info("%s: stopped by a signal and saved at step %d; start the same line again", args.stage, done)
         return STOPPED
@@ -158,14 +174,15 @@ class Run(NamedTuple):
     identity: dict[str, Any]
     mesh: Mesh
 
-    @property
-    def reads(self) -> bool:
-        """Whether this rank needs its micro-batches: a pipeline's middle stages do not."""
-        return self.mesh.pipe.rank in (0, self.mesh.pipe.size - 1)
-
 
 def train(
-    engine, loader: Loader, add_targets: Callable[[Batch], Batch], run: Run, start: int, stop: StopSignals
+    engine,
+    loader: Loader,
+    add_targets: Callable[[Batch], Batch],
+    run: Run,
+    start: int,
+    stop: StopSignals,
+    watch: Watch,
 ) -> int:
     """Steps start + 1 to stage.steps; returns the last one done, an earlier one only after SIGTERM or SIGUSR1.
 
@@ -176,13 +193,16 @@ def train(
     logs: list[MetricsLog] = []
     together(lambda: logs.append(MetricsLog(directory, resume_step=start)))
     meter = Throughput(device(), mesh.data.size)
-    batches = loader.batches(start, stage.steps) if run.reads else itertools.repeat([])
+    batches = share_batches(partial(loader.batches, start, stage.steps), mesh, watch)
     display = Display(directory.name, start, stage.steps)
     step = start
     for step in range(start + 1, stage.steps + 1):
+        # The first one compiles, and fills caches.
+        watch.enter(f"the reading of step {step}", patient=step == start + 1)
         waited = time.perf_counter()
-        micro_batches = [batch.to(device()) for batch in next(batches)]
+        micro_batches = next(batches)
         meter.wait(time.perf_counter() - waited)
+        watch.enter(f"step {step}", patient=step == start + 1)
         if mesh.pipe.size > 1:
             report = pipeline_step(engine, micro_batches, add_targets)
         else:
@@ -204,11 +224,13 @@ def train(
                 display.show(step, line)
         display.bar.update()
         if saving:
+            watch.enter(f"the save of step {step}", patient=True)
             weights = full_state(engine, mesh), weights_config(recipe, stage, directory.name)
             save(engine, directory / "checkpoints", step, weights=weights, mesh=mesh, keep=recipe.keep, **identity)
             meter.skip()
         if stopping:
             break
+    watch.enter("the end", patient=True)
     display.bar.close()
     logs[0].close()
     return step

@@ -15,7 +15,10 @@ from typing import Any
 
 # Imported once into the server that the ranks fork from: a set of ranks then starts in a fraction of a second.
 # The last is what deepspeed.initialize imports; it brings torch._inductor, a second of work.
-PRELOAD = ["torch", "torch.distributed", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"]
+PRELOAD = [
+    *("torch", "torch.distributed", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"),
+    *("deepspeed.runtime.pipe.module", "megatron.core.tensor_parallel"),
+]
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compilers in the server

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -17,8 +16,9 @@ import pyarrow.parquet as pq
 from data_tools.audit_page.sketches import Drawn, lot
 from data_tools.fetch.reasons import SUCCESS, reason_of
 from data_tools.pictures.hashes import caption_hash
+from data_tools.shards.samples import samples_of
 from pretrain.data.shards import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample
-from pretrain.data.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, split_name, tar_members
+from pretrain.data.tar_index import IMAGE_EXTENSIONS, Member
 from pretrain.data.transforms import read_header
 
 CAPTION_CHARS = 300  # of a caption that is shown
@@ -74,27 +74,27 @@ def read_shard(job: Job) -> ShardFacts:
     known = _read_parquet(job.tar.with_suffix(".parquet"), facts)
     sizes, lengths, words, pictures, captions = [], [], [], [], []
     with open(job.tar, "rb") as file:
-        for key, members in _samples(job.tar):
+        for sample in samples_of(job.tar):
             facts.samples += 1
-            text = _text(file, *members["txt"]) if "txt" in members else None
-            picture = next((members[extension] for extension in IMAGE_EXTENSIONS if extension in members), None)
-            facts.formats.update(extension for extension in members if extension in IMAGE_EXTENSIONS)
-            shown = fit(key)
-            place = Place(str(job.tar), shown, *(picture or (0, 0)), (text or "")[:CAPTION_CHARS])
-            drawn = lot(job.seed, job.tar.stem, shown)
-            facts.wall.add(drawn, f"{job.tar}\0{shown}", place)
-            if shown in job.wanted:
-                facts.found[shown] = place
+            key, picture = sample.key, sample.picture
+            text = _text(file, sample.members["txt"]) if "txt" in sample.members else None
+            facts.formats.update(extension for extension in sample.members if extension in IMAGE_EXTENSIONS)
+            where = (picture.offset, picture.size) if picture is not None else (0, 0)
+            place = Place(str(job.tar), key, *where, (text or "")[:CAPTION_CHARS])
+            drawn = lot(job.seed, job.tar.stem, key)
+            facts.wall.add(drawn, f"{job.tar}\0{key}", place)
+            if key in job.wanted:
+                facts.found[key] = place
             if text is not None:
                 digest, number = caption_hash(text)
                 words.append(number)
                 captions.append(digest)
                 facts.vocabulary.update(_WORD.findall(text[:COUNTED_CHARS].lower()))
                 facts.captions[" ".join(text.split())[:CAPTION_CHARS]] += 1
-                facts.texts.add(drawn, shown, text[:COUNTED_CHARS])
+                facts.texts.add(drawn, key, text[:COUNTED_CHARS])
             if picture is not None:
-                lengths.append(picture[1])
-                size, digest = _looked_up(known.get(shown, {}), file, *picture)
+                lengths.append(picture.size)
+                size, digest = _looked_up(known.get(key, {}), file, picture)
                 pictures.append(digest)
                 sizes += [size] if size else []
                 facts.unreadable += size is None
@@ -104,36 +104,22 @@ def read_shard(job: Job) -> ShardFacts:
     return facts
 
 
-def fit(key: str) -> str:
-    """A key as drops files name it."""
-    return key.encode(errors="surrogateescape").decode(errors="backslashreplace")
+def _text(file: BinaryIO, member: Member) -> str:
+    """Its beginning, where it is too long for training: the page shows such captions, too."""
+    file.seek(member.offset)
+    return file.read(min(member.size, MAX_TEXT_BYTES)).decode(errors="replace")
 
 
-def _samples(tar: Path) -> Iterator[tuple[str, dict[str, tuple[int, int]]]]:
-    """(key, extension -> offset and size), in the order of the keys."""
-    members: dict[str, dict[str, tuple[int, int]]] = {}
-    for member in tar_members(tar):
-        key, extension = split_name(member.name)
-        if key and extension in EXTENSIONS and member.isreg() and not member.issparse():
-            members.setdefault(key, {})[extension] = member.offset_data, member.size
-    yield from sorted(members.items())
-
-
-def _text(file: BinaryIO, offset: int, size: int) -> str:
-    file.seek(offset)
-    return file.read(min(size, MAX_TEXT_BYTES)).decode(errors="replace")
-
-
-def _looked_up(row: dict[str, Any], file: BinaryIO, offset: int, size: int) -> tuple[tuple[int, int] | None, int]:
+def _looked_up(row: dict[str, Any], file: BinaryIO, picture: Member) -> tuple[tuple[int, int] | None, int]:
     """(width and height, None if nobody can tell; 64 bits of a hash): from the parquet, else from the picture."""
     width, height, digest = row.get("width"), row.get("height"), row.get("sha256")
     known = isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0
     if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) and known:
         return (width, height), int(digest[:16], 16)  # type: ignore[return-value]
-    if size > MAX_IMAGE_BYTES:
-        return None, offset
-    file.seek(offset)
-    data = file.read(size)
+    if picture.size > MAX_IMAGE_BYTES:
+        return None, picture.offset  # like no other
+    file.seek(picture.offset)
+    data = file.read(picture.size)
     try:
         header = read_header(data)
         found = header.width, header.height

@@ -46,6 +46,7 @@ _NAMES = {
     "language": ("language", "lang"),
 }
 _LOOK_AT = 100
+Judged = tuple[pa.RecordBatch, pa.RecordBatch]  # what is kept of a batch; (row, reason) of what is dropped
 
 
 class Preset(NamedTuple):
@@ -97,11 +98,14 @@ class List:
     @property
     def columns(self) -> tuple[str, ...]:
         """Of every batch: row, url, caption, then what all files have."""
-        extra = [name for name in EXTRA if all(name in names for _, names in self._tables)]
-        return ("row", "url", "caption", *extra)
+        return ("row", "url", "caption", *(x for x in EXTRA if all(x in names for _, names in self._tables)))
 
     def batches(self, size: int = 65_536, first: int = 0, stop: int | None = None) -> Iterator[pa.RecordBatch]:
         """The rows from `first` to `stop` in batches of at most `size`, without those that are dropped."""
+        return (kept for kept, _ in self.judged(size, first, stop))
+
+    def judged(self, size: int = 65_536, first: int = 0, stop: int | None = None) -> Iterator[Judged]:
+        """The same batches, each with what was dropped of it."""
         start = 0  # of this file
         for number, (table, names) in enumerate(self._tables):
             if stop is not None and start >= stop:
@@ -123,16 +127,20 @@ class List:
             assert rows is None or row == start + rows, f"file {number} changed while it was read"
             start = row
 
-    def _canonical(self, raw: pa.RecordBatch, names: Mapping[str, str], row: int) -> pa.RecordBatch:
+    def _canonical(self, raw: pa.RecordBatch, names: Mapping[str, str], row: int) -> Judged:
         reasons, url, caption = _judged(raw, names)
-        for index, count in zip(*np.unique(reasons[reasons >= 0], return_counts=True), strict=True):
-            self.dropped[REASONS[index]] += int(count)
-        kept = pa.array(reasons < 0)
         numbers = raw.column(names["row"]) if "row" in names else pa.array(np.arange(row, row + raw.num_rows))
         columns = [numbers.cast(pa.int64()), url, caption]
         for name in self.columns[3:]:
             columns.append(_extra(raw.column(names[name]), EXTRA[name]))
-        return pa.RecordBatch.from_arrays([column.filter(kept) for column in columns], names=list(self.columns))
+        kept = pa.array(reasons < 0)
+        why = [REASONS[index] for index in reasons[reasons >= 0]]
+        self.dropped.update(why)
+        lines = [columns[0].filter(pc.invert(kept)), pa.array(why, pa.string())]
+        dropped = pa.RecordBatch.from_arrays(lines, names=["row", "reason"])
+        return pa.RecordBatch.from_arrays(
+            [column.filter(kept) for column in columns], names=list(self.columns)
+        ), dropped
 
 
 def _judged(raw: pa.RecordBatch, names: Mapping[str, str]) -> tuple[np.ndarray, pa.Array, pa.Array]:
@@ -331,7 +339,7 @@ def _check_urls(table: Table, names: Mapping[str, str], preset: Preset, name: st
         )
     if any("://" in url for url in urls.to_pylist()):
         return
-    swapped = sum("://" in caption for caption in captions.to_pylist())
+    swapped = any("://" in caption for caption in captions.to_pylist())
     hint = "its captions are URLs, so the columns are the other way round" if swapped else "check the columns"
     raise ValueError(
         f"{table.path} has no URL among the first {len(urls)} of {names['url']!r} (the first is "

@@ -13,10 +13,9 @@ A shard's hashes are kept in DIR/hashes/NAME.parquet and computed again when the
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,16 +29,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from data_tools.index import complete_shards, map_in_order, write_atomically
-from pretrain.data.shards import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample
-from pretrain.data.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, split_name, tar_members
+from data_tools.index import complete_shards, map_in_order
+from data_tools.shards.samples import make_table, samples_of
+from pretrain.data.shards import MAX_IMAGE_BYTES, BadSample
+from pretrain.data.tar_index import Member
 from pretrain.data.transforms import decode_image, read_header
 
 FOLDER, VERSION = "hashes", 1
-KILLED = (
-    "error: a process was killed while it hashed, perhaps because memory ran out; use fewer --workers, the same "
-    "command goes on from there"
-)
 SIDE, BITS, THUMB = 32, 64, 8
 # Of an orthonormal 32 x 32 DCT: a wave of a quarter of a grey level. Recoding moves waves by less than that.
 CLEAR = 4.0
@@ -222,49 +218,27 @@ def _columns(table: pa.Table) -> dict[str, np.ndarray]:
 
 
 def _up_to_date(job: tuple[Path, Path]) -> Path:
-    tar, file = job
-    state = os.stat(tar)
-    stamp = json.dumps({"version": VERSION, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns}).encode()
-    try:
-        schema = pq.read_schema(file)
-        if schema.equals(_SCHEMA) and (schema.metadata or {}).get(b"shard") == stamp:
-            return file
-    except (OSError, pa.ArrowException):  # not there, or damaged: it is written again
-        pass
-    table = pa.Table.from_pylist(_hash_shard(tar), schema=_SCHEMA).replace_schema_metadata({b"shard": stamp})
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    write_atomically(file, sink.getvalue().to_pybytes())
-    return file
+    make_table(*job, _SCHEMA, VERSION, _hash_shard)
+    return job[1]
 
 
-def _hash_shard(tar: Path) -> list[dict]:
-    members: dict[str, dict[str, tuple[int, int]]] = {}
-    for member in tar_members(tar):
-        key, extension = split_name(member.name)
-        if key and extension in EXTENSIONS and member.isreg() and not member.issparse():
-            members.setdefault(key, {})[extension] = member.offset_data, member.size
-    rows = []
+def _hash_shard(tar: Path) -> Iterator[dict]:
     with open(tar, "rb") as file:
-        for key, sample in sorted(members.items()):
-            row: dict = {"key": key.encode(errors="surrogateescape").decode(errors="backslashreplace")}
-            pictures = [sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample]
-            if pictures:
-                row |= _hash_picture(file, *pictures[0])
-            text = sample.get("txt", (0, 0))
-            if 0 < text[1] <= MAX_TEXT_BYTES:
-                file.seek(text[0])
-                row["caption"], row["words"] = caption_hash(file.read(text[1]).decode(errors="replace"))
-            rows.append(row)
-    return rows
+        for sample in samples_of(tar):
+            row: dict = {"key": sample.key}
+            if sample.picture is not None:
+                row |= _hash_picture(file, sample.picture)
+            if (text := sample.text(file)) is not None:
+                row["caption"], row["words"] = caption_hash(text)
+            yield row
 
 
-def _hash_picture(file: BinaryIO, offset: int, size: int) -> dict:
-    row: dict = {"offset": offset, "size": size}
-    if size > MAX_IMAGE_BYTES:
-        return row | {"problem": f"{size} bytes are more than the {MAX_IMAGE_BYTES} that are read"}
-    file.seek(offset)
-    data = file.read(size)
+def _hash_picture(file: BinaryIO, picture: Member) -> dict:
+    row: dict = {"offset": picture.offset, "size": picture.size}
+    if picture.size > MAX_IMAGE_BYTES:
+        return row | {"problem": f"{picture.size} bytes are more than the {MAX_IMAGE_BYTES} that are read"}
+    file.seek(picture.offset)
+    data = file.read(picture.size)
     row["sha256"] = hashlib.sha256(data).digest()
     try:
         return row | look_at(data)._asdict()

@@ -39,18 +39,20 @@ def problems(
     accumulation: int = 1,
     model: ModelSizes | None = None,
     objectives: Sequence[str] = (),
+    compiled: bool = False,
     node: int | None = None,
 ) -> list[str]:
     """Every reason against this run, each a sentence with the knob, its value and the way out; [] if there is none.
 
     `config` is the DeepSpeed JSON (as a file holds it, or completed), `counts` the sequences of each kind in one
     optimizer step over all ranks, `model` None for a stage that trains a visual tokenizer, `node` the ranks of a node
-    where that is known, `objectives` their names.
+    where that is known, `objectives` their names, `compiled` the stage's `compile`.
     """
     found = _world(parallel, world)
     found += _tokenizer(parallel) if model is None else [*_splits(parallel, model), *_stages(parallel, model)]
     found += _zero(parallel, config, objectives)
     found += _json(parallel, config, world, node)
+    found += _compiled(config, tokenizer=model is None) if compiled else []
     return found + ([] if _world(parallel, world) else _batch(counts, accumulation, world // parallel.model))
 
 
@@ -140,6 +142,18 @@ def _zero(parallel: Parallel, config: Mapping[str, Any], objectives: Sequence[st
                 "keeps its stage on the GPU; remove it from the JSON, or set parallel.pipe=1"
             )
     return found
+
+
+def _compiled(config: Mapping[str, Any], *, tokenizer: bool) -> list[str]:
+    if tokenizer:
+        return ["compile=true has no blocks to compile in a tokenizer stage; set compile=false"]
+    if zero_stage(dict(config)) < 3:
+        return []
+    # Measured with three blocks: the same numbers, but 98 pieces and not 2, and torch stops at its limit of them.
+    return [
+        "compile=true does not go with zero_optimization.stage=3, whose hooks at every layer cut a block into small "
+        "pieces that gain nothing; use ds_configs/zero2.json or zero2_bf16.json, or set compile=false"
+    ]
 
 
 def _json(parallel: Parallel, config: Mapping[str, Any], world: int, node: int | None) -> list[str]:

@@ -129,7 +129,10 @@ class _Handler(socketserver.BaseRequestHandler):
         with self.server.lock:
             self.server.requests.append(path)
         with suppress(OSError):  # the guard hangs up
-            self._answer(kind, int("0" + "".join(filter(str.isdigit, number))))
+            if path in self.server.own:
+                self._send(self.server.own[path], "image/jpeg")
+            else:
+                self._answer(kind, int("0" + "".join(filter(str.isdigit, number))))
 
     def _answer(self, kind: str, number: int) -> None:
         if (known := _bodies(kind, number)) is not None:
@@ -227,6 +230,7 @@ class _Server(socketserver.ThreadingTCPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.lock, self.requests = threading.Lock(), list[str]()
+        self.own: dict[str, bytes] = {}
 
     def handle_error(self, request, client_address) -> None: ...
 
@@ -257,3 +261,8 @@ class HostileServer:
         if kind in _ELSEWHERE:
             return _ELSEWHERE[kind].format(number, port=self.port, closed=self._closed.getsockname()[1])
         return f"http://127.0.0.1:{self.port}/{kind}/{number}"
+
+    def serve(self, name: str, body: bytes) -> str:
+        """The URL of a picture that a test brings itself."""
+        self._server.own[f"/own/{name}"] = body
+        return f"http://127.0.0.1:{self.port}/own/{name}"

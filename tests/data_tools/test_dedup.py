@@ -128,7 +128,7 @@ def test_a_killed_worker_is_one_sentence(tmp_path, pictures, monkeypatch, capsys
         write_shard(tmp_path, number, [(f"{number}", pictures[0], None)])
     monkeypatch.setattr(hashes, "look_at", lambda data: os.kill(os.getpid(), signal.SIGKILL))
     assert main([str(tmp_path), "--workers", "2"]) == 2
-    assert "error: a process was killed" in capsys.readouterr().err and not (tmp_path / "drops").exists()
+    assert "error: a worker process was killed" in capsys.readouterr().err and not (tmp_path / "drops").exists()
     monkeypatch.undo()
     assert main([str(tmp_path), "--workers", "2"]) == 0 and len(drops(tmp_path)) == 1
 

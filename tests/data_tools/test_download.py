@@ -31,7 +31,7 @@ try:
 except ValueError as error:
     pytest.skip(str(error), allow_module_level=True)
 
-QUICK = ("--processes", "2", "--threads", "16", "--allow-address", "127.0.0.1/32", "--deadline", "5", "--timeout", "4")
+QUICK = ("--workers", "2", "--threads", "16", "--allow-address", "127.0.0.1/32", "--deadline", "5", "--timeout", "4")
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_a_full_disk_is_said_and_what_is_done_is_kept(server, tmp_path, capsys):
 @pytest.mark.slow
 def test_slices_make_what_one_run_makes(server, tmp_path, capsys):
     rows = write_rows(tmp_path / "list.parquet", server, ["jpg", "not_found", "png"] * 15)
-    small = ("--samples-per-shard", "10", "--processes", "1")
+    small = ("--samples-per-shard", "10", "--workers", "1")
     out = tmp_path / "out"
     assert download.main(command(rows, out, *small, "--slice", "1/2")) == 0
     assert "to be merged when the other slices are done (0)" in capsys.readouterr().out

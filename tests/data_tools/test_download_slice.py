@@ -112,7 +112,7 @@ def python(monkeypatch):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--processes", "0"), "--processes=0 is below 1"),
+        (("--workers", "0"), "--workers=0 is below 1"),
         (("--samples-per-shard", "1"), "--samples-per-shard=1 is below 2"),
         (("--max-bytes", "0"), "--max-bytes=0 is below 1"),
         (("--allow-address", "here"), "--allow-address=here"),

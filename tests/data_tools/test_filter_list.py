@@ -64,7 +64,8 @@ def test_every_row_is_kept_or_dropped_under_one_reason(listed, tmp_path, capsys)
     dropped = pq.read_table(tmp_path / "clean" / "dropped" / "kept.parquet").to_pylist()
     assert sorted(line["row"] for line in dropped) == list(range(1, 23))
     assert {"row": 4, "url": "http://a.example/4.jpg", "reason": "too_small", "detail": "30 x 300"} in dropped
-    assert [line["reason"] for line in dropped if line["row"] == 11] == ["duplicate_url"]
+    reasons = [(row, reason) for row, (*_, reason) in enumerate(ROWS * 2) if reason]
+    assert {line["row"]: line["reason"] for line in dropped} == dict([*reasons, (11, "duplicate_url"), (22, "bad_url")])
     printed = capsys.readouterr().out
     assert "low_similarity" in printed and "26.09 %" in printed
 

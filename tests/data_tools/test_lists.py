@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_tools.lists import formats as list_formats
 from data_tools.lists.formats import json_elements
 from data_tools.lists.reading import List, fingerprint, open_list
-from data_tools.lists import formats as list_formats
 
 
 def parquet(path: Path, **columns) -> Path:

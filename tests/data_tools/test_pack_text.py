@@ -165,7 +165,7 @@ def test_a_seed_takes_the_files_in_another_order(corpus, tokenizer, tmp_path):
     first = set()
     for seed in range(6):
         out = tmp_path / str(seed)
-        assert main(command(corpus, tokenizer, out, "--seed", str(seed), "--budget", "500")) == 0
+        assert main(command(corpus, tokenizer, out, "--shuffle-seed", str(seed), "--budget", "500")) == 0
         first.add(samples(out)[0][1]["source"])
     assert first == {"a.jsonl", "b.parquet"}
 

@@ -41,7 +41,7 @@ def array(task: int, tasks: int, highest: int | None = None) -> dict[str, str]:
 def test_a_task_takes_the_slice_of_its_number(prepare):
     done, words = prepare(*ARGUMENTS, **array(3, 16))
     assert done.returncode == 0, done.stderr
-    assert words == ["-m", "data_tools.download", "--processes", "16", "--slice", "3/16", *ARGUMENTS]
+    assert words == ["-m", "data_tools.download", "--workers", "16", "--slice", "3/16", *ARGUMENTS]
 
 
 def test_some_tasks_again_need_the_number_of_slices(prepare):
@@ -55,7 +55,7 @@ def test_a_job_that_is_no_array_may_only_merge(prepare):
     done, words = prepare("--out", "D")
     assert done.returncode == 2 and words is None and "--array" in done.stderr
     done, words = prepare("--merge", "--out", "D")
-    assert done.returncode == 0 and words == ["-m", "data_tools.download", "--processes", "1", "--merge", "--out", "D"]
+    assert done.returncode == 0 and words == ["-m", "data_tools.download", "--workers", "1", "--merge", "--out", "D"]
 
 
 def test_it_says_when_it_is_not_in_the_checkout(prepare, tmp_path):

@@ -131,6 +131,12 @@ SENTENCES = {
         {"config": zero(1) | {"compile": {"deepcompile": True}}},
         ["compile.deepcompile=true does not go with parallel.tensor=2"],
     ),
+    "compiled blocks in parts": (
+        Parallel(),
+        {"config": zero(3), "compiled": True},
+        ["compile=true does not go with zero_optimization.stage=3", "or set compile=false"],
+    ),
+    "compiled tokenizer": (Parallel(), {"model": None, "compiled": True}, ["compile=true", "set compile=false"]),
     "hpZ without ZeRO-3": (
         Parallel(),
         {"config": zero(2, zero_hpz_partition_size=8)},

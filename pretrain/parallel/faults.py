@@ -1,0 +1,102 @@
+"""A rank that dies or hangs: every other one ends within the configured time, with one sentence and a code of its own.
+
+The connections of a dead rank close, and the next call of its peers fails: gloo raises at once; under NCCL torch's own
+watchdog ends the process, with lines of its own. A rank that hangs closes nothing, and for it there is `Watch`.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import sys
+import threading
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from pretrain.distributed import rank, world_size
+
+log = logging.getLogger("pretrain")
+
+# EX_UNAVAILABLE of sysexits.h: another rank, or the data, did not answer. A failure for every launcher.
+LOST = 69
+# Starting and saving take longer than a step, by other amounts on each rank: they get at least so long.
+PATIENCE_S = 600.0
+TICK_S = 0.25
+KEPT = "what was saved is kept, start the same line again"
+
+
+class Watch:
+    """Ends this process with LOST when it stays longer than `timeout_s` in one part of the run. It is a thread of its
+    own, as the main one may wait for the others in gloo, NCCL or CUDA; and it counts time by its own ticks, so that a
+    job that is suspended as a whole and goes on later is not ended for it."""
+
+    def __init__(self) -> None:
+        self.timeout_s = self._limit = self._waited = 0.0
+        self._doing, self.own = "the start", False  # own: it is the data that it waits for, and no other rank
+        self._over = threading.Event()
+
+    def start(self, timeout_s: float) -> None:
+        """From now on, if there are other ranks."""
+        self.timeout_s = timeout_s
+        self.enter("the start", patient=True)
+        if world_size() > 1:
+            threading.Thread(target=self._count, name="watch", daemon=True).start()
+
+    def enter(self, doing: str, *, patient: bool = False) -> None:
+        """The next part of the run. `patient`: one that may take PATIENCE_S."""
+        self._limit = max(self.timeout_s, PATIENCE_S) if patient else self.timeout_s
+        self._doing, self.own, self._waited = doing, False, 0.0
+
+    def stop(self) -> None:
+        self._over.set()
+
+    @property
+    def outlast_s(self) -> float:
+        """For the collectives' own timeouts, which speak less clearly: longer than this watch ever waits."""
+        return 1.5 * max(self.timeout_s, PATIENCE_S)
+
+    def outlast_all(self) -> None:
+        """Gives every process group that time: DeepSpeed makes its groups with torch's default (NCCL: 10 minutes)."""
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.outlast_s), group)
+
+    def explain(self, error: Exception) -> str | None:
+        """The sentence for an error that means that another process is gone; None for any other error."""
+        text = str(error)
+        if "DataLoader worker" in text:
+            return (
+                f"{place()}: a data worker died (in {self._doing}: {text.splitlines()[0].rstrip('. ')}), most likely "
+                f"killed because the memory was full; use less loading.workers or loading.prefetch; {KEPT}"
+            )
+        if not (isinstance(error, dist.DistError) or "gloo/transport" in text or "NCCL error" in text):
+            return None
+        told = f"{place()}: another rank died or hung up (in {self._doing}; see what it wrote, if it could); {KEPT}"
+        # What this rank was about when it asked the others for something more is its own news.
+        cause = error.__context__
+        return told if cause is None else f"{told} (after {type(cause).__name__}: {cause})"
+
+    def _count(self) -> None:
+        while not self._over.wait(TICK_S):
+            self._waited += TICK_S
+            if self._waited > self._limit:
+                what = "its own data did not come" if self.own else "another rank did not answer"
+                log.error("%s: %s within %.0f s (in %s); %s", place(), what, self._limit, self._doing, KEPT)
+                leave(LOST)
+
+
+def place() -> str:
+    return f"rank {rank()} of {world_size()}"
+
+
+def leave(code: int) -> int:
+    """`code`, for a process alone. One of several ends here: what Python does at its end may wait for ranks that are no
+    more, and the others wait for this one until its connections close."""
+    if world_size() == 1:
+        return code
+    for worker in multiprocessing.active_children():  # of the data loader; they are deaf to gentler signals
+        worker.kill()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)

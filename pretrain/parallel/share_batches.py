@@ -1,0 +1,123 @@
+"""The tensor and sequence ranks of one copy of the model see the same micro-batches: the first of them loads and sends.
+
+In a pipeline the first and the last stage each have a rank that loads, and the stages between none. What is sent is one
+tensor of bytes per step, and a header that says what is in it. It goes by the groups' own collectives in the main
+thread: NCCL must see the collectives of a group in the same order on every rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pretrain.batch import Batch, Layout
+from pretrain.distributed import device
+from pretrain.parallel.faults import Watch
+from pretrain.parallel.mesh import Axis, Mesh
+
+# What a loader may raise: ShardError, ValueError, OSError; RuntimeError when a data worker was killed.
+LOADING = (ValueError, OSError, RuntimeError)
+
+
+def loads(mesh: Mesh) -> bool:
+    """Whether this rank reads data itself."""
+    return mesh.pipe.rank in (0, mesh.pipe.size - 1) and mesh.tensor.rank == mesh.sequence.rank == 0
+
+
+def share_batches(load: Callable[[], Iterator[list[Batch]]], mesh: Mesh, watch: Watch) -> Iterator[list[Batch]]:
+    """The micro-batches of each step on this rank's device, from `load()` of the rank that loads; [] on a pipeline's
+    middle stages. Every rank of the group asks for as many steps. What `load()` raises there is raised on all of them,
+    with the same text."""
+    if mesh.pipe.rank not in (0, mesh.pipe.size - 1):
+        while True:
+            yield []
+    # The first tensor rank of each sequence rank, then its tensor group.
+    axes = [axis for axis, by in ((mesh.sequence, mesh.tensor.rank == 0), (mesh.tensor, True)) if axis.size > 1 and by]
+    if not loads(mesh):
+        while True:
+            yield _unpack(*_pass_on(axes, None))
+    batches = load()
+    while True:
+        watch.own = True
+        try:
+            step = [batch.to(device()) for batch in next(batches)]
+        except StopIteration:
+            return
+        except LOADING as error:
+            watch.own = False
+            _pass_on(axes, (_failure(error), torch.empty(0, dtype=torch.uint8, device=device())))
+            raise
+        watch.own = False
+        if axes:
+            _pass_on(axes, _pack(step))
+        yield step
+
+
+def _pass_on(axes: list[Axis], parcel: tuple[bytes, Tensor] | None) -> tuple[bytes, Tensor]:
+    """The header and the bytes [n] that the first rank of all the axes gave, from axis to axis."""
+    for axis in axes:
+        source = dist.get_global_rank(axis.group, 0)
+        sizes = torch.tensor([0, 0] if parcel is None else [len(part) for part in parcel], device=device())
+        dist.broadcast(sizes, source, group=axis.group)
+        if parcel is None:
+            header, content = (torch.empty(size, dtype=torch.uint8, device=device()) for size in sizes.tolist())
+        else:
+            header = torch.frombuffer(bytearray(parcel[0]), dtype=torch.uint8).to(device())
+            content = parcel[1]
+        dist.broadcast(header, source, group=axis.group)
+        if content.numel():
+            dist.broadcast(content, source, group=axis.group)
+        parcel = parcel or (header.cpu().numpy().tobytes(), content)
+    assert parcel is not None
+    return parcel
+
+
+def _pack(step: list[Batch]) -> tuple[bytes, Tensor]:
+    about = [
+        {
+            "layout": vars(batch.layout),
+            "keys": batch.keys,
+            "tensors": {name: (str(t.dtype).removeprefix("torch."), t.shape) for name, t in batch.tensors()},
+        }
+        for batch in step
+    ]
+    held = [dict(batch.tensors()) for batch in step]
+    flat = [held[place][name].contiguous().flatten().view(torch.uint8) for place, name, *_ in _order(about)]
+    return json.dumps({"batches": about}).encode(), torch.cat(flat)
+
+
+def _unpack(header: bytes, content: Tensor) -> list[Batch]:
+    """Batches whose tensors are views of `content`; raises what `_failure` noted."""
+    told = json.loads(header)
+    if "error" in told:
+        raise (RuntimeError if told["process"] else ValueError)(told["error"])
+    held: list[dict[str, Tensor]] = [{} for _ in told["batches"]]
+    start = 0
+    for place, name, dtype, shape in _order(told["batches"]):
+        end = start + dtype.itemsize * torch.Size(shape).numel()
+        held[place][name] = content[start:end].view(dtype).view(shape)
+        start = end
+    return [
+        Batch(layout=Layout(**about["layout"]), keys=tuple(about["keys"]), **tensors)
+        for about, tensors in zip(told["batches"], held, strict=True)
+    ]
+
+
+def _order(about: list[dict[str, Any]]) -> list[tuple[int, str, torch.dtype, list[int]]]:
+    """(batch, name, dtype, shape) of each tensor as they lie in the bytes: wide numbers first, so that all stand at a
+    multiple of their width."""
+    every = [
+        (place, name, getattr(torch, dtype), shape)
+        for place, batch in enumerate(about)
+        for name, (dtype, shape) in batch["tensors"].items()
+    ]
+    return sorted(every, key=lambda tensor: -tensor[2].itemsize)
+
+
+def _failure(error: Exception) -> bytes:
+    return json.dumps({"error": str(error), "process": isinstance(error, RuntimeError)}).encode()

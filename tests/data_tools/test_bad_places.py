@@ -1,0 +1,161 @@
+"""What can befall any tool on shards: huge captions, NUL bytes, a key twice, a full disk, a worker that is killed."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_tools import filter_list
+from data_tools.shards.steps import read_steps
+from pretrain.data.shards import MAX_TEXT_BYTES, load_manifest
+from tests.data.shard_files import index_source, pair_sample, write_source, write_tar
+from tests.data_tools.pictures import encoded, scenes
+
+WRITERS = ("index", "filter_shards", "dedup", "leaks", "rewrite", "audit")
+
+
+@pytest.fixture
+def evaluation(tmp_path) -> Path:
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "a.jpg").write_bytes(encoded(scenes(1)[0]))
+    return tmp_path / "evaluation"
+
+
+def run(tool: str, shards: Path, evaluation: Path, workers: int = 1) -> int:
+    more = {
+        "leaks": ["--against", f"heldout={evaluation}"],
+        "rewrite": ["--out", str(shards.parent / "clean")],
+        "audit": ["--out", str(shards.parent / "audit.html")],
+    }
+    arguments = [str(shards), "--workers", str(workers), *more.get(tool, [])]
+    return importlib.import_module(f"data_tools.{tool}").main(arguments)
+
+
+def test_captions_and_keys_of_strangers(tmp_path, evaluation, capsys):
+    """Of eight samples one is hidden by a later one of its name, and one has more text than is ever read."""
+    texts = {"good": "a plain caption", "nul": "a\0b", "10 MB": "x" * 10_000_000, "<b>": "a caption\n\n"}
+    texts["long"] = "y" * (MAX_TEXT_BYTES + 1)
+    samples = [pair_sample(key, number, text) for number, (key, text) in enumerate(texts.items())]
+    samples += [pair_sample("twice", 10, "first"), pair_sample("good-1", 11, "y"), pair_sample("twice", 12, "second")]
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    write_tar(shards / "00000.tar", samples)
+    (shards / "00000_stats.json").write_text(json.dumps({"count": 8, "successes": 7}))
+    index_source(shards)
+    for tool in ("filter_shards", "dedup", "leaks", "audit"):
+        if tool == "filter_shards":
+            arguments = [str(shards), "--min-side", "16", "--workers", "1"]
+            assert importlib.import_module("data_tools.filter_shards").main(arguments) == 0
+        else:
+            assert run(tool, shards, evaluation) == 0
+        if tool != "audit":
+            step = read_steps(shards)[tool]
+            assert (step.rows, step.kept) == (7, 7), tool
+    assert run("verify", shards, evaluation) == 1
+    told = capsys.readouterr().out
+    assert f"long\t.txt has {MAX_TEXT_BYTES + 1} bytes" in told and "twice\t.jpg is there more than once" in told
+    assert run("rewrite", shards, evaluation) == 0
+    step = read_steps(tmp_path / "clean")["rewrite"]
+    assert (step.rows, step.kept) == (8, 6) and step.dropped == {"duplicate_key": 1, "member_too_large": 1}
+    assert load_manifest(str(tmp_path / "clean")).samples == 6
+    assert run("verify", tmp_path / "clean", evaluation) == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own with shards on it, and `fill` to leave no byte free."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    line = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(line, capture_output=True, check=False).returncode:
+        pytest.skip("cannot mount a small disk here")
+    try:
+        for number in range(2):
+            samples = [pair_sample(f"{number}{place}", 10 * number + place, height=90, width=80) for place in range(6)]
+            write_tar(_directory(disk / "shards") / f"{number:05d}.tar", samples)
+            (disk / "shards" / f"{number:05d}_stats.json").write_text('{"count": 6, "successes": 6}')
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def filled(disk: Path) -> Path:
+    """The file whose removal makes room again."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"\0" * 4096)
+    return ballast
+
+
+def _directory(path: Path) -> Path:
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@pytest.mark.parametrize("tool", WRITERS)
+def test_a_full_disk_is_one_sentence_and_loses_nothing(small_disk, evaluation, capsys, tool):
+    ballast = filled(small_disk)
+    before = {path for path in small_disk.rglob("*") if path.is_file()}
+    assert run(tool, small_disk / "shards", evaluation) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "Traceback" not in error
+    seen = {path for path in small_disk.rglob("*") if path.is_file() and path.stat().st_size} - before
+    assert not seen, "what is half written must not be seen"
+    ballast.unlink()
+    assert run(tool, small_disk / "shards", evaluation) == 0
+
+
+def test_a_filtered_list_on_a_full_disk(small_disk, tmp_path, capsys):
+    captions = [f"a caption number {number} of many" for number in range(100)]
+    urls = [f"http://a.example/{number}.jpg" for number in range(100)]
+    pq.write_table(pa.table({"url": urls, "caption": captions}), tmp_path / "list.parquet")
+    line = ["--list", str(tmp_path / "list.parquet"), "--preset", "canonical"]
+    line += ["--out", str(small_disk / "kept" / "kept.parquet")]
+    ballast = filled(small_disk)
+    assert filter_list.main(line) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "Traceback" not in error
+    assert not (small_disk / "kept" / "kept.parquet").exists() and not (small_disk / "kept" / "steps").exists()
+    ballast.unlink()
+    assert filter_list.main(line) == 0
+    assert read_steps(small_disk / "kept")["filter_list"].kept == 100
+
+
+@pytest.mark.parametrize("tool", [*WRITERS, "verify"])
+def test_a_killed_worker_is_one_sentence_and_loses_nothing(tmp_path, evaluation, monkeypatch, capsys, tool):
+    numbers = iter(range(100))
+    write_source(
+        tmp_path / "shards",
+        [[pair_sample(f"{shard}{n}", next(numbers), height=90, width=80) for n in range(3)] for shard in range(3)],
+    )
+    if tool == "index":
+        for path in (tmp_path / "shards").glob("*.idx"):
+            path.unlink()
+    master = os.getpid()
+
+    def deadly(function):
+        def in_a_worker(*arguments, **options):
+            if os.getpid() != master:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return in_a_worker
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", deadly(os.stat))
+        patched.setattr(io, "open", deadly(io.open))
+        assert run(tool, tmp_path / "shards", evaluation, workers=2) == 2
+    error = capsys.readouterr().err
+    assert "worker process was killed" in error and "Traceback" not in error
+    assert run(tool, tmp_path / "shards", evaluation, workers=2) == 0

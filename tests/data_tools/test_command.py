@@ -1,0 +1,55 @@
+"""data_tools.command: how commands end; and that the example each of them shows is one that it takes."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import pytest
+
+import data_tools
+from data_tools import sample_corpus
+from data_tools.command import run
+
+PLACE = Path(data_tools.__file__).parent
+COMMANDS = sorted(path.stem for path in PLACE.glob("*.py") if path.stem not in ("__init__", "command"))
+KILLED = "error: a worker process was killed, perhaps for want of memory; use fewer --workers (all is kept)\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (ValueError("x=1 is wrong; use 2"), 2, "error: x=1 is wrong; use 2\n"),
+        (FileNotFoundError(2, "No such file", "list"), 2, "error: [Errno 2] No such file: 'list'\n"),
+        (BrokenProcessPool("A process was terminated abruptly"), 2, KILLED),
+        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. "), 2, KILLED),
+        (KeyboardInterrupt(), 130, "stopped; all is kept\n"),
+    ],
+)
+def test_how_commands_end(error, code, says, capsys):
+    def action() -> None:
+        raise error
+
+    assert run(action, left="all is kept") == code
+    assert capsys.readouterr().err == says
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        run(lambda: (_ for _ in ()).throw(RuntimeError("size mismatch")), left="")
+    assert run(lambda: None, left="") == 0 and run(lambda: 1, left="") == 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_example_is_taken(name, tmp_path, monkeypatch, capsys):
+    main = importlib.import_module(f"data_tools.{name}").main
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("example: "))
+    assert command[:3] == ["python", "-m", f"data_tools.{name}"]
+    monkeypatch.chdir(tmp_path)  # none of the files that it names are here
+    monkeypatch.setattr(sample_corpus, "write_corpus", lambda *_, **__: (_ for _ in ()).throw(ValueError("drawn")))
+    assert main(command[3:]) == 2
+    assert capsys.readouterr().err.startswith("error: ")

@@ -1,0 +1,93 @@
+"""Every layout of ranks gives the numbers of one dense process, and every other is refused with its reason."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch.distributed as dist
+
+from pretrain.assembly import stage_ds_config
+from tests.parity.cells import (
+    LEGAL,
+    MODELS,
+    PRECISIONS,
+    TOPOLOGIES,
+    TRAINABLE,
+    Topology,
+    cells_of,
+    legal_cells,
+    why_illegal,
+)
+from tests.parity.runs import compare, failures
+from tests.small_run import RECIPE, train_stage
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", LEGAL, ids=str)
+def test_losses_norms_and_weights_are_those_of_one_dense_process(topology, tmp_path):
+    said = failures(compare(topology, legal_cells(topology), tmp_path))
+    assert not said, "\n".join([f"{len(said)} of {len(legal_cells(topology))} cells are too far off:", *said])
+
+
+TP_DP = Topology(zero=1, tensor=2, pipe=1, data=2)
+
+
+@pytest.mark.parametrize("sabotage", ["no mpu", "one rank's gradients", "no clipping"])
+def test_the_matrix_would_see(sabotage, tmp_path):
+    """Gradients that are averaged over tensor ranks too; a thousandth too much on half of the ranks; norms that are
+    measured and not used."""
+    cell = next(cell for cell in legal_cells(TP_DP) if cell.precision == "fp32" and cell.layout == "all")
+    assert failures(compare(TP_DP, [cell], tmp_path, sabotage))
+
+
+@pytest.mark.parametrize("topology", LEGAL, ids=str)
+def test_each_topology_meets_everything_in_each_precision(topology):
+    for precision in PRECISIONS[: 1 if topology.zero == 0 else 2]:
+        cells = [cell for cell in legal_cells(topology) if cell.precision == precision]
+        assert {cell.model for cell in cells} == set(MODELS)
+        assert {cell.frozen for cell in cells} == set(TRAINABLE)
+        assert {cell.accumulation for cell in cells} == {1, 4}
+        assert {cell.every for cell in cells} == {0, 1, 2}
+        assert {cell.buckets for cell in cells} == {"shipped", "small"}
+        # Where the table has both gradients: of words that are read and of words that are to be guessed.
+        assert {cell.model for cell in cells if cell.tied} == {"paper", "vlmo"}
+        assert any(cell.tied and cell.layout != "images" and cell.frozen != "bottom" for cell in cells)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=str)
+def test_what_is_not_in_the_matrix_is_refused_before_any_process_group(topology, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(topology.world))
+    for cell in cells_of(topology):
+        ds, why = str(cell.write_json(tmp_path)), why_illegal(cell)
+        if why is None:
+            assert stage_ds_config(ds, *cell.recipe())["train_batch_size"] == cell.recipe()[1].batch.total
+            continue
+        with pytest.raises(ValueError) as refused:
+            stage_ds_config(ds, *cell.recipe())
+        assert why in str(refused.value) and "\n" not in str(refused.value), str(cell)
+        assert "use " in str(refused.value) or "set " in str(refused.value), "the way out"
+    assert not dist.is_initialized()
+
+
+REFUSED = {
+    "ZeRO-0 x PP": (0, False, "parallel.pipe=2 with zero_optimization.stage=0 clips by a wrong gradient norm"),
+    "ZeRO-2 x PP": (2, True, "parallel.pipe=2 does not go with zero_optimization.stage=2"),
+    "ZeRO-3 x PP": (3, False, "parallel.pipe=2 does not go with zero_optimization.stage=3"),
+    "ZeRO-0 in bf16": (0, True, "bf16 with zero_optimization.stage=0 keeps no fp32 master weights"),
+}
+
+
+@pytest.mark.slow
+def test_a_user_meets_one_sentence(tmp_path):
+    """No data and no address of a first rank: nothing is read and no group is made before it is said."""
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    for name, (stage, bf16, why) in REFUSED.items():
+        ds = tmp_path / "ds.json"
+        ds.write_text(json.dumps({"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}))
+        done = train_stage(tmp_path, tmp_path / "run", "fusion", "parallel.pipe=2", ds=ds, RANK="0", WORLD_SIZE="2")
+        assert done.returncode == 2, (name, done.stderr)
+        assert done.stderr.count("\n") == 1 and f"error: {why}" in done.stderr.replace(f"{ds}: ", ""), (
+            name,
+            done.stderr,
+        )

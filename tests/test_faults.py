@@ -1,0 +1,203 @@
+"""A rank that dies, hangs or fails in the middle of a step: the others end in time, and the same line goes on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.config import find_recipe, stage_hash
+from pretrain.metrics import read_metrics
+from pretrain.parallel.faults import LOST, Watch
+from pretrain.weights import read_weights
+from tests.forked_run import ForkedRanks
+from tests.small_run import command, train_stage, write_data
+
+TIMEOUT_S = 4.0
+STEPS = 12
+LAYOUTS = {
+    "zero1": ("zero1.json", []),
+    "zero3": ("zero3.json", []),
+    "tensor": ("zero1.json", ["parallel.tensor=2"]),
+    "pipe": ("zero1.json", ["parallel.pipe=2"]),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("faults")
+    write_data(path)
+    assert train_stage(path, path / "start", "tokenizer").returncode == 0
+    return path
+
+
+def line(data: Path, run: Path, layout: str, *more: str) -> list[str]:
+    ds, settings = LAYOUTS[layout]
+    tokenizer = f"visual_tokenizer={data / 'start' / 'tokenizer' / 'weights.safetensors'}"
+    settings = [*settings, tokenizer, f"timeout_s={TIMEOUT_S}", f"steps={STEPS}", "save_every=4", "drop_path=0.0"]
+    return command(data, run, "fusion", *settings, *more, ds=ds)
+
+
+def strike(number: int, victim: int, calls: int, rank: int) -> None:
+    """`victim` sends itself a signal in its `calls`-th backward pass, when the others wait for its gradients."""
+    backward, left = torch.autograd.backward, [calls]
+
+    def struck(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), number)
+        return backward(*args, **kwargs)
+
+    if rank == victim:
+        torch.autograd.backward = struck
+
+
+def sentences(log: Path) -> list[str]:
+    """What the ranks said at their end; asserts that they said nothing else of it."""
+    text = log.read_text()
+    assert "Traceback" not in text and "gloo" not in text, text
+    log.unlink()
+    return [told[9:] for told in text.splitlines() if told[9:].startswith(("rank ", "error"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rank_hangs_then_one_dies_and_the_run_ends_bit_equal(data, tmp_path, layout):
+    log, alone, struck = tmp_path / "log", tmp_path / "alone", tmp_path / "struck"
+    assert ForkedRanks(line(data, alone, layout), data, 2, log).wait(60) == [0, 0], log.read_text()
+    log.unlink()
+
+    ranks = ForkedRanks(line(data, struck, layout), data, 2, log, partial(strike, signal.SIGSTOP, 1, 6))
+    assert ranks.wait(60, 0) == [LOST], log.read_text()
+    ranks.kill()
+    assert sentences(log) == [
+        "rank 0 of 2: another rank did not answer within 4 s (in step 6); what was saved is kept, start the same line "
+        "again"
+    ]
+
+    ranks = ForkedRanks(line(data, struck, layout), data, 2, log, partial(strike, signal.SIGKILL, 0, 6))
+    assert ranks.wait(60) == [-signal.SIGKILL, LOST], log.read_text()
+    (told,) = sentences(log)
+    assert "rank 1 of 2: another rank died or hung up (in step 10; " in told
+    ranks.kill()
+
+    assert ForkedRanks(line(data, struck, layout), data, 2, log).wait(60) == [0, 0], log.read_text()
+    assert "resumed from" in log.read_text()
+    assert len(read_metrics(struck / "fusion" / "metrics.jsonl")) == STEPS
+    got, want = (read_weights(run / "fusion" / "weights.safetensors")[0] for run in (struck, alone))
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], value) for name, value in want.items())
+    assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")), "69 MB each, left by killed ranks"
+
+
+def fail(error: Exception, victim: int, rank: int) -> None:
+    """`victim` raises in the third step's reading."""
+    from pretrain.data.loader import Loader
+
+    batches = Loader.batches
+
+    def failing(self, start: int, stop: int):
+        for count, micro_batches in enumerate(batches(self, start, stop)):
+            if count == 2:
+                raise error
+            yield micro_batches
+
+    if rank == victim:
+        Loader.batches = failing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (ValueError("shard 7 is broken; mend it"), 2, "error on rank 1: shard 7 is broken; mend it"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), 2, "error on rank 1: [Errno 28] No space left"),
+        (KeyError("a bug"), 1, "bug on rank 1"),
+    ],
+)
+def test_the_one_rank_that_fails_is_heard_first(data, tmp_path, error, code, says):
+    log = tmp_path / "log"
+    ranks = ForkedRanks(line(data, tmp_path, "zero1"), data, 2, log, partial(fail, error, 1))
+    assert ranks.wait(60) == [LOST, code], log.read_text()
+    text = log.read_text()
+    assert ("Traceback" in text and "KeyError: 'a bug'" in text) == (code == 1)
+    first, second = text.index(says), text.index("rank 0 of 2: another rank died or hung up (in step 3; ")
+    assert first < second
+
+
+def lose_worker(number: int, victim: int, rank: int) -> None:
+    """`victim` sends its data workers a signal before its third step."""
+    import multiprocessing
+
+    from pretrain import train
+
+    step, left = train.train_step, [3]
+
+    def stepping(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, number)
+        return step(*args, **kwargs)
+
+    if rank == victim:
+        train.train_step = stepping
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (signal.SIGKILL, "rank 1 of 2: a data worker died (in "),
+        (signal.SIGSTOP, "rank 1 of 2: its own data did not come within 4 s (in the reading of step "),
+    ],
+)
+def test_data_workers_that_die_or_hang(data, tmp_path, number, says):
+    log = tmp_path / "log"
+    settings = ["loading.workers=1", "loading.prefetch=1", "steps=4000"]
+    ranks = ForkedRanks(line(data, tmp_path, "zero1", *settings), data, 2, log, partial(lose_worker, number, 1))
+    assert ranks.wait(60) == [LOST, LOST], log.read_text()
+    told = sentences(log)
+    assert any(says in sentence for sentence in told), told
+    assert all(sentence.endswith("what was saved is kept, start the same line again") for sentence in told)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.distributed.DistStoreError("wait timeout after 1000ms"), "another rank died or hung up (in step 7;"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error"), "another rank died or hung up (in step 7;"),
+        (RuntimeError("NCCL error in: x.cpp:1, remote process exited"), "another rank died or hung up (in step 7;"),
+        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. "), "by signal: Killed), most likely"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+    ],
+)
+def test_only_what_other_processes_did_is_explained(error, says):
+    watch = Watch()
+    watch.enter("step 7")
+    told = watch.explain(error)
+    assert told is None if says is None else says in told
+
+
+def test_a_loss_met_on_the_way_out_does_not_hide_the_cause():
+    with pytest.raises(RuntimeError) as met:  # noqa: PT012
+        try:
+            raise ValueError("the disk is full")
+        finally:
+            raise RuntimeError("gloo/transport: Connection closed by peer")
+    told = Watch().explain(met.value)
+    assert told is not None and told.endswith("(after ValueError: the disk is full)")
+
+
+def test_the_time_is_a_knob_that_changes_no_run():
+    recipe = find_recipe("tiny")
+    stage = recipe.stages["vision"]
+    assert stage_hash(replace(recipe, timeout_s=20.0), stage) == stage_hash(recipe, stage)
+    with pytest.raises(ValueError, match=r"timeout_s=0 is below 1; use 1 or more"):
+        replace(recipe, timeout_s=0)
