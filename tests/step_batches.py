@@ -17,8 +17,8 @@ def step_layout(mix: Mix, parts: int) -> Layout:
 
 
 def step_batch(mix: Mix, step: int, part: int, parts: int, *, depth: int, vocab: int) -> Batch:
-    """Part `part` of `parts` equal ones of the step's global batch, with dice for drop path in `depth` blocks. In place of a
-    hidden word stands the last of `vocab` ids or another word."""
+    """Part `part` of `parts` equal ones of the step's global batch, with dice for drop path in `depth` blocks. In place
+    of a hidden word stands the last of `vocab` ids or another word."""
     made = torch.Generator().manual_seed(step)
     images, pairs, texts = mix
 

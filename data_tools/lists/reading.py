@@ -138,9 +138,8 @@ class List:
         self.dropped.update(why)
         lines = [columns[0].filter(pc.invert(kept)), pa.array(why, pa.string())]
         dropped = pa.RecordBatch.from_arrays(lines, names=["row", "reason"])
-        return pa.RecordBatch.from_arrays(
-            [column.filter(kept) for column in columns], names=list(self.columns)
-        ), dropped
+        good = pa.RecordBatch.from_arrays([column.filter(kept) for column in columns], names=list(self.columns))
+        return good, dropped
 
 
 def _judged(raw: pa.RecordBatch, names: Mapping[str, str]) -> tuple[np.ndarray, pa.Array, pa.Array]:
