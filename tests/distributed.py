@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 # Imported once into the server that the ranks fork from: a set of ranks then starts in a fraction of a second.
-# The last is what deepspeed.initialize imports; it brings torch._inductor, a second of work.
+# The muon optimizer is what deepspeed.initialize imports (with torch._inductor, a second of work); the last brings
+# Megatron, two seconds.
 PRELOAD = [
     *("torch", "torch.distributed", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"),
-    *("deepspeed.runtime.pipe.module", "megatron.core.tensor_parallel"),
+    *("deepspeed.runtime.pipe.module", "pretrain.parallel.megatron_layers"),
 ]
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -17,7 +17,7 @@ def test_a_damaged_recipe_json_is_one_sentence_and_2(tmp_path, capsys, content):
 
 @pytest.mark.parametrize("command", [evaluate, train])
 def test_ctrl_c_is_one_sentence_and_130(tmp_path, capsys, monkeypatch, command):
-    def stopped(args):
+    def stopped(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "run", stopped)

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from pretrain.batch import Batch, Layout, make_batch
+from pretrain.batch import Batch
 from pretrain.distributed import rank, world_size
 from pretrain.models.multiway import MultiwayConfig
 from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim, build_optimizer, learning_rate, schedule
 from pretrain.task import PretrainTask
 from tests.distributed import run_ranks
+from tests.step_batches import step_batch
 
 CONFIGS = Path(__file__).parents[1] / "ds_configs"
 MODEL = MultiwayConfig(
@@ -43,45 +44,7 @@ def task() -> PretrainTask:
 
 def micro_batch(step: int, part: int, parts: int) -> Batch:
     """Part `part` of `parts` equal ones of step's global batch."""
-    made = torch.Generator().manual_seed(step)
-    images, pairs, texts = MIXES[step - 1]
-    layout = Layout(images // parts, pairs // parts, texts // parts, patches=17, pair_len=8, text_len=10)
-
-    def cut(images_first: torch.Tensor) -> torch.Tensor:
-        one, two = images_first.split([images, pairs])
-        return torch.cat([one.chunk(parts)[part] if images else one, two.chunk(parts)[part] if pairs else two])
-
-    def share(whole: torch.Tensor) -> torch.Tensor:
-        return whole.chunk(parts)[part] if len(whole) else whole
-
-    def text(count: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = torch.randint(4, 60, (count, length), generator=made)
-        masked = torch.rand(count, length, generator=made) < 0.4
-        for row in range(count):  # padding of different lengths
-            ids[row, length - row % 3 :] = 1
-            masked[row, length - row % 3 :] = False
-        return ids, masked
-
-    count = images + pairs
-    pixels = torch.randint(256, (count, 3, 16, 16), generator=made, dtype=torch.uint8)
-    image_masks = torch.rand(count, 16, generator=made) < 0.4
-    codes = torch.randint(20, (count, 16), generator=made)
-    pair_ids, pair_masked = text(pairs, 8)
-    text_ids, text_masked = text(texts, 10)
-    noise = torch.rand(images + pairs + texts, 2 * MODEL.depth, generator=made).split([images, pairs, texts])
-    return make_batch(
-        layout,
-        images=cut(pixels),
-        image_masks=cut(image_masks),
-        image_codes=cut(codes),
-        pair_tokens=share(pair_ids),
-        pair_inputs=share(pair_ids.masked_fill(pair_masked, 59)),
-        pair_masked=share(pair_masked),
-        text_tokens=share(text_ids),
-        text_inputs=share(text_ids.masked_fill(text_masked, 59)),
-        text_masked=share(text_masked),
-        noise=torch.cat([share(kind) for kind in noise]),
-    )
+    return step_batch(MIXES[step - 1], step, part, parts, depth=MODEL.depth, vocab=MODEL.vocab_size)
 
 
 def plain() -> tuple[list[float], list[float], dict[str, torch.Tensor]]:

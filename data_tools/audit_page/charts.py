@@ -67,6 +67,8 @@ font-size:12.5px;line-height:1.4}
 @media (max-width:560px){.wall{grid-template-columns:repeat(2,minmax(0,1fr))}.sample .frames{height:120px}}
 @media print{.sample,.step{break-inside:avoid}}
 """
+# Steps that change no shard; what several directories had under one name is called NAME-2, ...
+NAMING = ("filter_shards", "dedup", "leaks")
 
 
 def clean(text: str) -> str:
@@ -140,12 +142,11 @@ def kinds(counts: Sequence[tuple[str, int]]) -> str:
 
 def funnel(steps: dict[str, Step], samples: int, marks: Collection[str] = ()) -> str:
     """The way from the list to what is there now: a bar for each step, and under it why samples were dropped. `marks`:
-    steps whose drops are only named so far; so are those that are followed by a step that starts with all of theirs."""
+    more steps that only name what they drop."""
     top = max([*(step.rows for step in steps.values()), samples, 1])
-    after = [*(step.rows for step in list(steps.values())[1:]), samples]
     flow, blocks = 0, ""
-    for (name, step), following in zip(steps.items(), after, strict=True):
-        marked = bool(step.dropped) and (name in marks or following >= step.rows)
+    for name, step in steps.items():
+        marked = bool(step.dropped) and (name in marks or name.partition("-")[0] in NAMING)
         # A step of one of several directories leaves the samples of the others as they are.
         flow = max(flow, step.rows) - (0 if marked else step.rows - step.kept)
         blocks += _step(name, step, marked, flow / top, step.rows / top)

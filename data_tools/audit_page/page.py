@@ -82,14 +82,15 @@ def _each(total: float, number: int) -> str:
 
 
 def _way(facts: Facts) -> str:
-    steps = dict(facts.steps)
+    # The download's own look at its list tells nothing where the list was clean.
+    steps = {name: step for name, step in facts.steps.items() if name != "list" or step.dropped}
     if not any(name.startswith("download") for name in steps) and facts.rows and facts.failures:
         came = facts.rows - facts.failures.total()
         first = min((step.time for step in steps.values()), default=datetime.now().timestamp())
         steps = {"download": Step("download", facts.rows, came, dict(facts.failures), unit="rows", time=first), **steps}
     if not steps:
         return ""
-    about = "each bar is what a step was given; striped: only named so far, data_tools.rewrite leaves it out"
+    about = "each bar is what a step was given; striped: only named, data_tools.rewrite leaves it out"
     return heading("From the list to the shards", about) + funnel(steps, facts.samples, set(facts.dropped))
 
 

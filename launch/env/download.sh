@@ -24,8 +24,8 @@ make_download_environment() {
     python=$(find_download_python) || return
     echo "download: making the environment of img2dataset in $env (about a minute, once)" >&2
     [ -x "$env/bin/python" ] || "$python" -m venv "$env" || return
-    "$env/bin/python" -m pip install -q --upgrade pip || return
-    "$env/bin/python" -m pip install -q -c "$root/launch/env/constraints_download.txt" img2dataset || return
+    env -u PYTHONPATH "$env/bin/python" -m pip install -q --upgrade pip || return
+    env -u PYTHONPATH "$env/bin/python" -m pip install -q -c "$root/launch/env/constraints_download.txt" img2dataset || return
     echo "$stamp" >"$env/.imglish-stamp"
 }
 

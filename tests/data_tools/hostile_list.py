@@ -28,7 +28,7 @@ LIST_OPTIONS = (
     "--language en --unique-urls"
 )
 MOST_REPEATS, MOST_ASPECT = 20, 3.2
-_PER_GOOD, _PER_BAD, _PER_ATTACK, _EVALUATION = 58, 10, 3, 12
+_PER_GOOD, _PER_BAD, _PER_ATTACK, _EVALUATION = 64, 10, 3, 12
 _NOT_HTTP = ("file", "data", "ftp")
 _SALE = "everything in our shop is on sale today"
 # Reason of filter_list -> captions.

@@ -88,7 +88,8 @@ def picture(number: int, form: str = "JPEG", mode: str = "RGB", size: tuple[int,
         size, Image.Resampling.BICUBIC
     )
     if mode == "I;16":
-        blotches = Image.fromarray(np.asarray(blotches.convert("L")).astype(np.uint16) * 257)
+        # No level of 0: img2dataset clips all others to white.
+        blotches = Image.fromarray(np.asarray(blotches.convert("L")).clip(1).astype(np.uint16) * 257)
     elif mode != "RGB":
         blotches = blotches.convert(mode)
     file = io.BytesIO()

@@ -159,14 +159,21 @@ def test_the_funnel_tells_what_is_dropped_from_what_is_only_named():
     steps = {
         "filter_list": Step("filter_list", 100, 60, {"small": 40}, unit="rows"),
         "download": Step("download", 60, 50, {"http_404": 10}, unit="rows"),
-        "dedup": Step("dedup", 50, 45, {"exact_duplicate": 5}),
-        "rewrite": Step("rewrite", 50, 45, {"exact_duplicate": 5}),
+        "filter_shards": Step("filter_shards", 50, 48, {"blank": 2}),
+        "dedup": Step("dedup", 48, 43, {"exact_duplicate": 5}),  # the blank ones took no part
+        "rewrite": Step("rewrite", 50, 43, {"exact_duplicate": 5, "blank": 2}),
     }
-    html = funnel(steps, 45)
+    html = funnel(steps, 43)
     assert [name for name in steps if f"{name}<small>" in html] == list(steps)
     parts = re.split(r'<div class="step', html)
-    assert [' marked"' in part for part in parts[1:]] == [False, False, True, False, False]
-    assert re.findall(r'class="pour" style="width:([\d.]+)%', html) == ["60.000", "50.000", "50.000", "45.000"]
+    assert [' marked"' in part for part in parts[1:]] == [False, False, True, True, False, False]
+    assert re.findall(r'class="pour" style="width:([\d.]+)%', html) == [
+        "60.000",
+        "50.000",
+        "50.000",
+        "50.000",
+        "43.000",
+    ]
 
 
 def test_a_damaged_parquet_or_record_is_an_error_that_names_it(directory, tmp_path, capsys):

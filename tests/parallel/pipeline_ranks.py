@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.batch import PAD, Batch, Layout, make_batch
+from pretrain.batch import Batch, Layout
 from pretrain.models.multiway import MultiwayConfig
 from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim, build_optimizer, learning_rate, schedule
 from pretrain.parallel.sizes import Parallel
 from pretrain.task import PretrainTask
+from tests.step_batches import step_batch, step_layout
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
 MODEL = MultiwayConfig(
@@ -61,45 +62,12 @@ def freeze(task: torch.nn.Module, case: Case) -> None:
 
 
 def layout_of(case: Case, parts: int) -> Layout:
-    images, pairs, texts = (count // parts for count in case.mix)
-    return Layout(images, pairs, texts, patches=17, pair_len=8, text_len=10)
+    return step_layout(case.mix, parts)
 
 
 def micro_batch(case: Case, step: int, part: int, parts: int) -> Batch:
     """Part `part` of `parts` equal ones of the step's global batch."""
-    made = torch.Generator().manual_seed(step)
-    images, pairs, texts = case.mix
-
-    def text(count: int, length: int) -> tuple[Tensor, Tensor]:
-        ids = torch.randint(4, 60, (count, length), generator=made)
-        masked = torch.rand(count, length, generator=made) < 0.4
-        for row in range(count):  # padding of different lengths
-            ids[row, length - row % 3 :] = PAD
-            masked[row, length - row % 3 :] = False
-        return ids, masked
-
-    def share(whole: Tensor, *counts: int) -> Tensor:
-        return torch.cat([kind.chunk(parts)[part] if len(kind) else kind for kind in whole.split(list(counts))])
-
-    count = images + pairs
-    pixels = torch.randint(256, (count, 3, 16, 16), generator=made, dtype=torch.uint8)
-    image_masks = torch.rand(count, 16, generator=made) < 0.4
-    codes = torch.randint(20, (count, 16), generator=made)
-    (pair_ids, pair_masked), (text_ids, text_masked) = text(pairs, 8), text(texts, 10)
-    noise = torch.rand(sum(case.mix), 2 * case.model.depth, generator=made)
-    return make_batch(
-        layout_of(case, parts),
-        images=share(pixels, images, pairs),
-        image_masks=share(image_masks, images, pairs),
-        image_codes=share(codes, images, pairs),
-        pair_tokens=share(pair_ids, pairs),
-        pair_inputs=share(pair_ids.masked_fill(pair_masked, 59), pairs),
-        pair_masked=share(pair_masked, pairs),
-        text_tokens=share(text_ids, texts),
-        text_inputs=share(text_ids.masked_fill(text_masked, 59), texts),
-        text_masked=share(text_masked, texts),
-        noise=share(noise, *case.mix),
-    )
+    return step_batch(case.mix, step, part, parts, depth=case.model.depth, vocab=case.model.vocab_size)
 
 
 def plain(case: Case) -> tuple[list[dict[str, float]], list[float], dict[str, Tensor]]:

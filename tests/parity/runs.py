@@ -32,8 +32,8 @@ class Apart(NamedTuple):
     way: float  # distance of the two final models / the distance that training went: no standstill could meet that
 
 
-# One process in bf16 is itself up to 4e-3 from one in fp32 in the norm of a single step.
-TOLERANCES = {"fp32": Apart(1e-6, 1e-6, 1e-6, 1e-6, 1e-4), "bf16": Apart(3e-3, 3e-3, 1e-2, 3e-3, 0.2)}
+# One dense process in bf16 is itself up to 3.2e-3 from one in fp32 in the norm of a single step (benchmarks/parity.py).
+TOLERANCES = {"fp32": Apart(1e-6, 1e-6, 1e-6, 1e-6, 1e-4), "bf16": Apart(3e-3, 3e-3, 6e-3, 3e-3, 0.1)}
 
 
 class Trained(NamedTuple):
@@ -168,7 +168,7 @@ def apart(cell: Cell, ranks: list[Trained]) -> Apart:
     off = [
         [rank.losses[step][name] - losses[step][name] for step in range(STEPS) for name in losses[0]] for rank in ranks
     ]
-    relative = [torch.tensor(rank.norms).double() / torch.tensor(norms) - 1 for rank in ranks]
+    relative = [torch.tensor(rank.norms).double() / torch.tensor(norms).double() - 1 for rank in ranks]
     return Apart(
         loss=_most(abs(each) for one in off for each in one),
         norm=_most(each.square().mean().sqrt() for each in relative),

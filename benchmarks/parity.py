@@ -1,0 +1,124 @@
+"""The parity matrix of tests/parity as a table: how far every legal layout of ranks is from one dense process.
+
+python -m benchmarks.parity --out benchmarks/results/parity.json --readme ds_configs/README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from benchmarks.record import about, machine, write
+from data_tools.command import run
+from tests.parity.cells import LEGAL, PRECISIONS, Cell, legal_cells
+from tests.parity.runs import TOLERANCES, Apart, apart, compare, dense, failures
+
+BEGIN, END = "<!-- made by benchmarks/parity.py: begin -->", "<!-- made by benchmarks/parity.py: end -->"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.parity",
+        description="Trains on every legal layout of 1 to 8 gloo ranks and in one dense process, and prints how far "
+        "apart they are. From the repository's root; some minutes. Ends with 1 if a cell is beyond the tolerance.",
+        epilog='example: python -m benchmarks.parity --only "ZeRO-1 x TP2"',
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="only layouts whose name holds this")
+    parser.add_argument("--out", type=Path, help="also write a JSON with every cell here")
+    parser.add_argument("--readme", type=Path, help="put the table between the marks in this file")
+    args = parser.parse_args(arguments)
+    return run(lambda: _run(args, arguments), left="nothing was written")
+
+
+def _run(args: argparse.Namespace, arguments: list[str] | None) -> int:
+    chosen = [topology for topology in LEGAL if args.only in str(topology)]
+    if not chosen:
+        raise ValueError(f"--only {args.only!r} is in no layout's name; they are like {str(LEGAL[-1])!r}")
+    if args.only and args.readme:
+        raise ValueError("--readme wants the whole matrix; leave out --only")
+    if args.readme:
+        _split(args.readme)  # before the minutes
+    found: dict[Cell, Apart] = {}
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="parity") as folder:
+        for topology in tqdm(chosen, unit="layout", disable=None):
+            found |= compare(topology, legal_cells(topology), Path(folder))
+    alone = {cell: apart(cell, [dense(cell, "bf16")[0]]) for cell in found if cell.precision == "bf16"}
+    facts: dict[str, Any] = about("benchmarks.parity", arguments) | machine("torch", "deepspeed", "megatron-core")
+    facts |= {"cells": len(found), "seconds": round(time.perf_counter() - start)}
+    rows = _table(found, alone)
+    print("\n".join(rows))
+    results = facts | {
+        "tolerances": {name: each._asdict() for name, each in TOLERANCES.items()},
+        "layouts": {str(t): _by_precision({c: v for c, v in found.items() if c.topology == t}) for t in chosen},
+        "dense_bf16": _worst(list(alone.values())) if alone else {},
+        "every_cell": {
+            str(cell): " ".join(f"{n} {v:.1e}" for n, v in each._asdict().items()) for cell, each in found.items()
+        },
+    }
+    write(results, args.out, shown=False)
+    if args.readme:
+        _put(args.readme, rows, facts)
+    for line in (said := failures(found)):
+        print(f"beyond the tolerance: {line}", file=sys.stderr)
+    return 1 if said else 0
+
+
+def _worst(some: Sequence[Apart]) -> dict[str, float]:
+    return {name: float(f"{max(getattr(each, name) for each in some):.2e}") for name in Apart._fields}
+
+
+def _by_precision(found: dict[Cell, Apart]) -> dict[str, Any]:
+    parts = {p: [each for cell, each in found.items() if cell.precision == p] for p in PRECISIONS}
+    return {p: _worst(some) for p, some in parts.items() if some}
+
+
+def _table(found: dict[Cell, Apart], alone: dict[Cell, Apart]) -> list[str]:
+    head = ["layout", "ranks", "cells"]
+    head += [f"{precision} {what}" for precision in PRECISIONS for what in ("loss", "norm", "weights", "way")]
+    rows = [head, ["---"] * len(head)]
+    for topology in dict.fromkeys(cell.topology for cell in found):
+        own = {cell: each for cell, each in found.items() if cell.topology == topology}
+        worst = _by_precision(own)
+        figures = [figure for precision in PRECISIONS for figure in _figures(worst.get(precision))]
+        rows.append([str(topology), str(topology.world), str(len(own)), *figures])
+    if alone:
+        rows.append(["one dense process", "1", str(len(alone)), *[""] * 4, *_figures(_worst(list(alone.values())))])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _figures(worst: dict[str, float] | None) -> list[str]:
+    if worst is None:
+        return ["illegal", "", "", ""]
+    norm = f"{worst['norm']:.1e} ({worst['norm_once']:.1e})"
+    return [f"{worst['loss']:.1e}", norm, f"{worst['weights']:.1e}", f"{worst['way']:.0e}"]
+
+
+def _split(readme: Path) -> tuple[str, str]:
+    """What stands before and behind the marks."""
+    text = readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"--readme {readme} must hold the lines {BEGIN!r} and {END!r} once each; add them")
+    return text[: text.index(BEGIN)], text[text.index(END) + len(END) :]
+
+
+def _put(readme: Path, rows: list[str], facts: dict[str, Any]) -> None:
+    before, behind = _split(readme)
+    where = (
+        f"{facts['cells']} cells: `{facts['command']}`, {facts['seconds']} s on {facts['cpu_cores']} CPU cores, "
+        f"torch {facts['torch']}, deepspeed {facts['deepspeed']}, megatron-core {facts['megatron-core']}, "
+        f"{facts['date']}."
+    )
+    parts = [BEGIN, *rows, "", where, END]
+    readme.write_text(before + "\n".join(parts) + behind, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
