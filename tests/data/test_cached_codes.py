@@ -131,7 +131,8 @@ def test_a_kind_without_stored_codes_gets_them_online(data):
 
 
 def test_the_tokenizer_is_not_run_where_codes_are_stored(data, monkeypatch):
-    monkeypatch.setattr("pretrain.assembly_targets.load_visual_tokenizer", lambda *_: pytest.fail("the tokenizer was loaded"))
+    door = "pretrain.assembly_targets.load_visual_tokenizer"
+    monkeypatch.setattr(door, lambda *_: pytest.fail("the tokenizer was loaded"))
     assert batches(data, *fusion(data, "codes"), 2)[0].image_codes.shape == (8, 16)
 
 
