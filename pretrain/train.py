@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         adopt_slurm()  # before anyone asks for the rank
         log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
-        return run(args, watch)
+        return leave(run(args, watch))
     except (ValueError, OSError) as error:
         if rank() == 0 or world_size() == 1:
             log.error("error: %s", error)
