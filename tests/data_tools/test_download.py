@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -118,7 +119,10 @@ def test_good_pictures_are_what_img2dataset_alone_writes(server, tmp_path):
 
 def start(rows: Path, out: Path, *more: str) -> subprocess.Popen:
     line = [sys.executable, "-m", "data_tools.download", *command(rows, out, *more)]
-    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # As from a terminal: what starts tests in the background may have them ignore Ctrl-C, and children inherit that.
+    as_ever = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(line, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=as_ever)
 
 
 def descendants(pid: int) -> list[int]:
