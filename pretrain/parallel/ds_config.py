@@ -36,7 +36,6 @@ SECTIONS: dict[str, set[str] | None] = {
     "wall_clock_breakdown": None,
     "memory_breakdown": None,
     "aio": None,
-    "compile": None,
     "pipeline": {"pipe_partitioned", "grad_partitioned", "use_reentrant"},
     "timers": None,
 }
@@ -62,6 +61,7 @@ OWNED_ELSEWHERE = {
     "curriculum_learning": "the recipe's stages own it",
     "data_efficiency": "the recipe's mix owns it",
     "elasticity": "the recipe's batch owns it, and it is the same on any number of ranks",
+    "compile": "the recipe's compile owns it (torch.compile of blocks)",
     "amp": 'use {"bf16": {"enabled": true}}',
     "torch_autocast": 'use {"bf16": {"enabled": true}}',
 }
