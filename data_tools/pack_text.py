@@ -79,6 +79,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default="file",
         help="a .txt file is one document, or documents stand between blank lines (%(default)s)",
     )
+    _add_choices(parser)
+    add_workers(parser)
+    return parser.parse_args(argv)
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    """Which documents are good, and how they are cut and shared out."""
     parser.add_argument(
         "--chunk-tokens",
         type=int,
@@ -119,8 +126,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="a random order of the files, so that a budget takes of all (that of INPUT)",
     )
-    add_workers(parser)
-    return parser.parse_args(argv)
 
 
 def parse_budget(text: str) -> int:
