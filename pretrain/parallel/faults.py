@@ -92,8 +92,8 @@ def place() -> str:
 
 def leave(code: int) -> int:
     """`code`, for a process alone. One of several ends here: what Python and torch take down at their end may wait for
-    ranks that are no more, and has aborted runs that were done (gloo, a few in a hundred, by the order of its threads).
-    The others wait for this one until its connections close."""
+    ranks that are no more, and has aborted pipeline runs that were done (some 2 of 50 on gloo; why is not known). The
+    others wait for this one until its connections close."""
     if world_size() == 1:
         return code
     for worker in multiprocessing.active_children():  # of the data loader; they are deaf to gentler signals
