@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.record import about, machine, write
-from data_tools.command import run
+from benchmarks.record import machine
 from pretrain.batch import Batch, Layout, make_batch
-from pretrain.models import sizes
-from pretrain.models.multiway import MultiwayConfig, MultiwayEncoder
+from pretrain.command import about, run, write
+from pretrain.models.multiway import sizes
+from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.models.multiway.encoder import MultiwayEncoder
 
 QUICKSTART = MultiwayConfig(
     dim=192,

@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import about, machine, peak_bytes, write
-from data_tools.command import run
+from benchmarks.record import machine, peak_bytes
+from pretrain.command import about, run, write
 
 GIB = 2**30
 CONFIG = {"zero_optimization": {"stage": 3}}
@@ -84,7 +84,7 @@ def _rank(number: int, place: Path, recipe_name: str, stage_name: str, settings:
         from pretrain.config import load_recipe
         from pretrain.parallel.ds_config import load_ds_config
         from pretrain.parallel.engine import partitioned_init
-        from pretrain.task import PretrainTask
+        from pretrain.tasks.pretrain import PretrainTask
 
         recipe, stage = load_recipe(recipe_name, stage_name, settings)
         config = load_ds_config(place / "zero3.json", micro=1, accumulation=1, world=ranks, clip=0)

@@ -18,12 +18,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.record import about, write
 from benchmarks.throughput import run, write_shards, write_visual_tokenizer
-from data_tools import command
 from data_tools.encode_images import encode_directory, load_encoder
+from pretrain import command
+from pretrain.command import about, write
 from pretrain.config import Recipe, Stage, load_recipe
-from pretrain.data.manifest import fill_variables
+from pretrain.data.shards.manifest import fill_variables
 from pretrain.data.sources import TextShards
 
 

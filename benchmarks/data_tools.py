@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.record import about, machine, write
-from data_tools.command import run
+from benchmarks.record import machine
+from pretrain.command import about, run, write
 
 # Arguments of each part: of a whole run, and of --quick.
 PARTS = {

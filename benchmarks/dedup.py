@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.record import about, machine, peak_bytes, write
-from data_tools.command import run
+from benchmarks.record import machine, peak_bytes
 from data_tools.drawn.scenes import draw_scene, encode_jpeg, random_scene
 from data_tools.pictures.hashes import look_at
 from data_tools.pictures.near import keep_first, near_pairs
+from pretrain.command import about, run, write
 
 _BRUTE = 20_000  # hashes whose pairs are all compared, which takes seconds
 _HEAPS = 20

@@ -30,10 +30,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.record import about, machine, write
-from data_tools.command import run
+from benchmarks.record import machine
 from data_tools.download import find_python
 from data_tools.fetch.attempt import ROOT
+from pretrain.command import about, run, write
 
 _ALONE = """\
 import json, sys, img2dataset

@@ -20,14 +20,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks.record import about, machine, peak_bytes, write
-from data_tools.command import run
+from benchmarks.record import machine, peak_bytes
 from data_tools.filter_shards import filter_shards
 from data_tools.lists.filters import ListSettings, chosen
 from data_tools.lists.reading import open_list
 from data_tools.lists.url_set import UrlSet
 from data_tools.pictures.filters import PictureSettings
 from data_tools.sample_corpus import Corpus, write_corpus
+from pretrain.command import about, run, write
 
 GROUP = 262_144  # rows
 OPTIONS = (

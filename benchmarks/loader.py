@@ -21,12 +21,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.record import about, write
-from data_tools.command import run
 from data_tools.index import index_directory
+from pretrain.command import about, run, write
 from pretrain.data.loader import Loader, Loading
 from pretrain.data.masking import Masking, mask_image
-from pretrain.data.shards import BadSample, ShardReader, load_manifest
+from pretrain.data.shards.reader import BadSample, ShardReader, load_manifest
 from pretrain.data.sources import ImageShards, PairShards, picture
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform, decode_image, sample_rng

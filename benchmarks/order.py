@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.record import about, machine, peak_bytes, write
-from data_tools.command import run
+from benchmarks.record import machine, peak_bytes
+from pretrain.command import about, run, write
 from pretrain.data.order import Order
 
 

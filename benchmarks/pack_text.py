@@ -22,12 +22,12 @@ from pathlib import Path
 
 import sentencepiece
 
-from benchmarks.record import about, machine, peak_bytes, write
-from data_tools.command import run
+from benchmarks.record import machine, peak_bytes
 from data_tools.shards.steps import read_drops, read_steps
 from data_tools.text.chunks import cut, limits_of
 from data_tools.text.clean import TextRules, clean, why_dropped
 from data_tools.text.duplicates import RUN, comparable, signature
+from pretrain.command import about, run, write
 from pretrain.data.text_tokenizer import TextTokenizer
 
 SIMILARITIES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.5)  # of planted near duplicates: Jaccard of their runs of five words

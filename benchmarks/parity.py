@@ -15,8 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.record import about, machine, write
-from data_tools.command import run
+from benchmarks.record import machine
+from pretrain.command import about, run, write
 from tests.parity.cells import LEGAL, PRECISIONS, Cell, legal_cells
 from tests.parity.runs import TOLERANCES, Apart, apart, compare, dense, failures
 

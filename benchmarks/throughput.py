@@ -29,23 +29,23 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.record import about, write
-from data_tools import command
 from data_tools.index import index_directory
 from data_tools.train_text_tokenizer import train as train_text_tokenizer
-from pretrain.assembly import build_loader, build_task, stage_ds_config
-from pretrain.assembly_targets import image_targets
+from pretrain import command
+from pretrain.checkpoint.weights import WEIGHTS, write_weights
+from pretrain.command import about, write
 from pretrain.config import Recipe, Stage, load_recipe, to_json
 from pretrain.distributed import barrier, device, rank, world_size
 from pretrain.metrics import Throughput
-from pretrain.models.vqkd import VQKD, VQKDConfig
+from pretrain.models.visual_tokenizer.vqkd import VQKD, VQKDConfig
 from pretrain.optim import build_optimizer, schedule
 from pretrain.parallel.engine import adopt_slurm, build_engine, init_distributed, partitioned_init
 from pretrain.parallel.mesh import create_mesh, mpu_of, place_of
 from pretrain.parallel.state import dense_shape
 from pretrain.parallel.tensor import parallel_layers
+from pretrain.run.build import build_loader, build_task, stage_ds_config
+from pretrain.run.image_targets import image_targets
 from pretrain.train import layout_flops, train_step
-from pretrain.weights import WEIGHTS, write_weights
 
 SHARDS, SAMPLES, SIDE = 8, 256, 256
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "tu", "re", "so") for b in ("n", "ra", "vik", "del", "po", "shi", "mar")]

@@ -30,16 +30,16 @@ from tqdm import tqdm
 
 from data_tools.command import add_directories, add_workers, make_parser, run
 from data_tools.index import index_directory, write_atomically
-from pretrain.assembly_targets import load_visual_tokenizer, picture_codes, weights_path
+from pretrain.checkpoint.weights import weights_digest
 from pretrain.config import Recipe, Stage, load_recipe
 from pretrain.data.codes import DTYPE, NO_CODE, Coding, file_head, look_rng, plain, read_summary, summary
-from pretrain.data.manifest import load_manifest
-from pretrain.data.shards import IMAGE_EXTENSIONS, BadSample, ShardReader
+from pretrain.data.shards.manifest import load_manifest
+from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample, ShardReader
 from pretrain.data.sources import ImageShards, picture
 from pretrain.data.transforms import ImageTransform
 from pretrain.distributed import device
-from pretrain.models.vqkd import VQKD
-from pretrain.weights import weights_digest
+from pretrain.models.visual_tokenizer.vqkd import VQKD
+from pretrain.run.image_targets import load_visual_tokenizer, picture_codes, weights_path
 
 
 class Encoder(NamedTuple):

@@ -35,8 +35,8 @@ from data_tools.pictures.hashes import caption_hash
 from data_tools.shards.samples import make_table, samples_of
 from data_tools.shards.step_table import step_table
 from data_tools.shards.steps import Drop, Step, write_drops, write_step
-from pretrain.data.shards import MAX_IMAGE_BYTES
-from pretrain.data.tar_index import Member
+from pretrain.data.shards.reader import MAX_IMAGE_BYTES
+from pretrain.data.shards.tar_index import Member
 
 STEP = "filter_shards"
 DROPS = "drops"  # the directory for drops files

@@ -21,8 +21,8 @@ from tempfile import NamedTemporaryFile
 from tqdm import tqdm
 
 from data_tools.command import add_directories, add_workers, make_parser, run
-from pretrain.data.manifest import MANIFEST, Manifest, Shard, read_manifest
-from pretrain.data.tar_index import EXTENSIONS, ShardIndex, index_shard
+from pretrain.data.shards.manifest import MANIFEST, Manifest, Shard, read_manifest
+from pretrain.data.shards.tar_index import EXTENSIONS, ShardIndex, index_shard
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 from data_tools.command import make_parser, run
 from data_tools.index import write_atomically
 from data_tools.text.documents import Input, find_inputs, kind_of, read_blocks, text_of_document
-from pretrain.data.shards import BadSample, Manifest, ShardReader, load_manifest
+from pretrain.data.shards.reader import BadSample, Manifest, ShardReader, load_manifest
 from pretrain.data.sources import TEXT, text_of
 from pretrain.data.text_tokenizer import OFFSET
 

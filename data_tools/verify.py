@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from data_tools.command import add_directories, add_workers, make_parser, run
 from data_tools.index import complete_shards, map_in_order, stats_path
-from pretrain.data.manifest import MANIFEST, Shard, read_manifest
-from pretrain.data.shards import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, ShardError
-from pretrain.data.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, index_shard, split_name, tar_members
+from pretrain.data.shards.manifest import MANIFEST, Shard, read_manifest
+from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, ShardError
+from pretrain.data.shards.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, index_shard, split_name, tar_members
 from pretrain.data.transforms import decode_image, read_header
 
 KINDS = ("auto", "images", "pairs", "texts")

@@ -17,8 +17,8 @@ from pretrain.data.loader import Loading
 from pretrain.data.masking import Masking
 from pretrain.data.sources import ImageShards, PairShards, TextShards
 from pretrain.data.transforms import ImageTransform
-from pretrain.models.multiway import MultiwayConfig
-from pretrain.models.vqkd import VQKDConfig
+from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
 from pretrain.optim import Optim
 from pretrain.parallel.sizes import Parallel
 from pretrain.settings import nearest, set_values

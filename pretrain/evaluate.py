@@ -17,17 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pretrain.assembly import build_task, evaluation_loader, text_tokenizer
-from pretrain.assembly_targets import image_targets, load_visual_tokenizer, masking_of
-from pretrain.checkpoint import newest_weights
+from pretrain.checkpoint.save import newest_weights
+from pretrain.checkpoint.weights import WEIGHTS, load_handover, weights_digest, write_json
 from pretrain.config import Recipe, Stage, load_recipe, to_json
-from pretrain.data.shards import load_manifest
+from pretrain.data.shards.reader import load_manifest
 from pretrain.distributed import device
 from pretrain.evals.trained import Trained
-from pretrain.models.teachers import PixelTeacher
-from pretrain.run_directory import read_json, read_recipe
-from pretrain.task import TokenizerTask
-from pretrain.weights import WEIGHTS, load_handover, weights_digest, write_json
+from pretrain.models.visual_tokenizer.teachers import PixelTeacher
+from pretrain.run.build import build_task, evaluation_loader, text_tokenizer
+from pretrain.run.directory import read_json, read_recipe
+from pretrain.run.image_targets import image_targets, load_visual_tokenizer, masking_of
+from pretrain.tasks.tokenizer import TokenizerTask
 
 log = logging.getLogger("pretrain")
 

@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pretrain.models.multiway import MultiwayConfig
-from pretrain.weights import WEIGHTS, read_weights, write_weights
+from pretrain.checkpoint.weights import WEIGHTS, read_weights, write_weights
+from pretrain.models.multiway.config import MultiwayConfig
 
 log = logging.getLogger(__name__)
 State = dict[str, Tensor]

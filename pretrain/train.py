@@ -20,24 +20,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from tqdm import tqdm
 
-from pretrain.assembly import (
-    build_loader,
-    build_part,
-    build_task,
-    check_task,
-    frozen_names,
-    load_start,
-    stage_ds_config,
-    weights_config,
-)
-from pretrain.assembly_targets import image_targets
 from pretrain.batch import Batch, Layout
-from pretrain.checkpoint import newest, resume, save, together
+from pretrain.checkpoint.save import newest, resume, save, together
+from pretrain.checkpoint.weights import WEIGHTS, carry_over, write_weights
 from pretrain.config import Recipe, Stage, load_recipe, stage_hash
 from pretrain.data.loader import Loader
 from pretrain.distributed import any_rank, device, rank, reduce_mean, world_size
 from pretrain.metrics import MetricsLog, Throughput, flops_per_batch
-from pretrain.models.compiled import compile_blocks
+from pretrain.models.multiway.compiled import compile_blocks
 from pretrain.optim import build_optimizer, learning_rate, schedule
 from pretrain.parallel.ds_config import precision_name
 from pretrain.parallel.engine import adopt_slurm, build_engine, gradient_norm, init_distributed, partitioned_init
@@ -47,8 +37,18 @@ from pretrain.parallel.pipeline import build_pipeline_engine, pipeline_step
 from pretrain.parallel.share_batches import share_batches
 from pretrain.parallel.state import full_state
 from pretrain.parallel.tensor import parallel_layers
-from pretrain.run_directory import check_same_settings, finished, inputs_digest, note_recipe
-from pretrain.weights import WEIGHTS, carry_over, write_weights
+from pretrain.run.build import (
+    build_loader,
+    build_part,
+    build_task,
+    check_task,
+    frozen_names,
+    load_start,
+    stage_ds_config,
+    weights_config,
+)
+from pretrain.run.directory import check_same_settings, finished, inputs_digest, note_recipe
+from pretrain.run.image_targets import image_targets
 
 log = logging.getLogger("pretrain")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pretrain.batch import Layout, make_batch
+from pretrain.checkpoint.weights import load_handover, write_weights
 from pretrain.export import (
     from_released,
     main,
@@ -20,9 +21,9 @@ from pretrain.export import (
     to_released,
     write_tensors,
 )
-from pretrain.models.multiway import MultiwayConfig, MultiwayEncoder
-from pretrain.weights import load_handover, write_weights
-from tests.models.test_reference_beit3 import build_reference
+from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.models.multiway.encoder import MultiwayEncoder
+from tests.models.multiway.test_reference_beit3 import build_reference
 
 CONFIG = MultiwayConfig(
     dim=48,

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.checkpoint.weights import read_weights
 from pretrain.config import find_recipe, stage_hash
 from pretrain.metrics import read_metrics
 from pretrain.parallel.faults import LOST, Watch
-from pretrain.weights import read_weights
 from tests.forked_run import ForkedRanks
 from tests.small_run import command, train_stage, write_data
 

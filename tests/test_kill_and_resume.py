@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.checkpoint.weights import read_weights
 from pretrain.metrics import MEASURED, read_metrics
-from pretrain.weights import read_weights
 from tests.small_run import Ranks, command, train_stage, write_data
 
 STEPS = 40

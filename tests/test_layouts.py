@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.checkpoint.weights import read_weights
 from pretrain.metrics import read_metrics
-from pretrain.weights import read_weights
 from tests.small_run import Ranks, command, environment, train_stage, write_data
 
 # (ranks, DeepSpeed JSON, settings) of each leg; all but the last are killed after two more checkpoints.

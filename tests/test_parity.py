@@ -9,10 +9,10 @@ import torch
 
 from pretrain.batch import Batch
 from pretrain.distributed import rank, world_size
-from pretrain.models.multiway import MultiwayConfig
+from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim, build_optimizer, learning_rate, schedule
-from pretrain.task import PretrainTask
+from pretrain.tasks.pretrain import PretrainTask
 from tests.distributed import run_ranks
 from tests.step_batches import step_batch
 

@@ -11,7 +11,7 @@ from data_tools.audit_page.facts import Facts
 from data_tools.audit_page.samples import dropped, wall
 from data_tools.audit_page.sections import captions, failures, heading, pictures
 from data_tools.shards.steps import Step
-from pretrain.report_style import CSS as HOUSE_CSS
+from pretrain.report.style import CSS as HOUSE_CSS
 
 
 def page(directories: Sequence[Path], facts: Facts, seed: int) -> str:

@@ -15,7 +15,7 @@ from data_tools.audit_page.charts import clean, isolated
 from data_tools.audit_page.facts import DropExample, Facts
 from data_tools.audit_page.sections import heading
 from data_tools.audit_page.shard import Place
-from pretrain.data.shards import MAX_IMAGE_BYTES, BadSample
+from pretrain.data.shards.reader import MAX_IMAGE_BYTES, BadSample
 from pretrain.data.transforms import decode_image, read_header
 
 SIDE, QUALITY = 224, 80  # 4 to 12 KB each

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data_tools.index import write_atomically
-from pretrain.data.shards import BadSample
+from pretrain.data.shards.reader import BadSample
 from pretrain.data.transforms import decode_image
 
 Place = tuple[Path, int, int]  # file, offset and size of the encoded picture

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from data_tools.index import map_in_order
 from data_tools.pictures.hashes import LEAST_CLEAR, caption_hash, hash_shards, look_at, mirrored_thumbnails
-from pretrain.data.shards import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample
-from pretrain.data.tar_index import IMAGE_EXTENSIONS
+from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample
+from pretrain.data.shards.tar_index import IMAGE_EXTENSIONS
 
 MAX_ANNOTATIONS = 2**30  # bytes; COCO's have 20 to 60 MB
 _PICTURES = ("image", "image_name", "filename", "file_name", "filepath", "image_path", "image_id")

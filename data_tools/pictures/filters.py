@@ -14,7 +14,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from pretrain.data.shards import BadSample
+from pretrain.data.shards.reader import BadSample
 from pretrain.data.transforms import decode_image, read_header
 
 # A picture is measured at this size: the shorter side when it is decoded, the longer when it is looked at. Contrast

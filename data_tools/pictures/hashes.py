@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from data_tools.index import complete_shards, map_in_order
 from data_tools.shards.samples import make_table, samples_of
-from pretrain.data.shards import MAX_IMAGE_BYTES, BadSample
-from pretrain.data.tar_index import Member
+from pretrain.data.shards.reader import MAX_IMAGE_BYTES, BadSample
+from pretrain.data.shards.tar_index import Member
 from pretrain.data.transforms import decode_image, read_header
 
 FOLDER, VERSION = "hashes", 1

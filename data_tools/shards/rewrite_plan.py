@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from data_tools.index import map_in_order
 from data_tools.shards.steps import Drop, read_drops
 from data_tools.shards.writer import tar_bytes
-from pretrain.data.tar_index import EXTENSIONS, ShardIndex, split_name, tar_members
+from pretrain.data.shards.tar_index import EXTENSIONS, ShardIndex, split_name, tar_members
 
 # Where a sample lies: its tar, the line of the tar's .idx, and how many samples before it have the same key.
 PLACE = np.dtype([("tar", "<u4"), ("line", "<u8"), ("length", "<u4"), ("copy", "<u4")])

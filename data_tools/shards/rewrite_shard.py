@@ -18,8 +18,8 @@ from data_tools.index import stats_path
 from data_tools.pictures.recode import Recode, with_facts
 from data_tools.shards.steps import Drop, write_drops
 from data_tools.shards.writer import ShardWriter
-from pretrain.data.shards import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, Descriptor, ShardError
-from pretrain.data.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, VERSION, Member, ShardIndex
+from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, Descriptor, ShardError
+from pretrain.data.shards.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, VERSION, Member, ShardIndex
 
 # Two per shard: its tar and its index. A shuffled order reads from all shards by turns.
 _OPEN_FILES = 256

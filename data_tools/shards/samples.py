@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.index import write_atomically
-from pretrain.data.shards import MAX_TEXT_BYTES
-from pretrain.data.tar_index import IMAGE_EXTENSIONS, Member, index_shard
+from pretrain.data.shards.reader import MAX_TEXT_BYTES
+from pretrain.data.shards.tar_index import IMAGE_EXTENSIONS, Member, index_shard
 
 
 class Sample(NamedTuple):

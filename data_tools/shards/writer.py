@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.index import stats_path, write_atomically
-from pretrain.data.tar_index import split_name
+from pretrain.data.shards.tar_index import split_name
 
 _BUFFER = 2**20
 

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
-from pretrain.data.cache import ShardError, fetch, is_remote, shown
-from pretrain.data.manifest import Manifest
-from pretrain.data.shards import BadSample, Descriptor, ShardReader
-from pretrain.data.tar_index import ShardIndex
+from pretrain.data.shards.cache import ShardError, fetch, is_remote, shown
+from pretrain.data.shards.manifest import Manifest
+from pretrain.data.shards.reader import BadSample, Descriptor, ShardReader
+from pretrain.data.shards.tar_index import ShardIndex
 from pretrain.data.transforms import ImageTransform, sample_rng
 
 VERSION = 1

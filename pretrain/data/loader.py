@@ -24,7 +24,7 @@ from pretrain.data.codes import Coding, StoredCodes, check_coding, plain
 from pretrain.data.masking import Masking
 from pretrain.data.micro_batches import KINDS, Failure, Feed, MicroBatches, Replaced
 from pretrain.data.order import Order
-from pretrain.data.shards import ShardReader, load_manifest
+from pretrain.data.shards.reader import ShardReader, load_manifest
 from pretrain.data.sources import Source, TextShards
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform
@@ -222,7 +222,7 @@ def _with_codes(feed: Feed, transform: ImageTransform, seed: int, patches: int) 
     if isinstance(source, TextShards) or source.codes is None:
         return feed
     codes = StoredCodes(feed.reader, source.codes)
-    # Whose codes they are is checked where the tokenizer is known: assembly.image_targets.
+    # Whose codes they are is checked where the tokenizer is known: run/image_targets.py.
     check_coding(feed.kind, codes.coding, Coding(codes.coding.tokenizer, plain(transform), seed, source.crops, patches))
     return feed._replace(codes=codes)
 

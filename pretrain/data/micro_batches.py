@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pretrain.batch import Batch, Layout, make_batch
-from pretrain.data.cache import shown
 from pretrain.data.codes import StoredCodes, look_rng
 from pretrain.data.masking import Masking, mask_image, mask_text
 from pretrain.data.order import Order, SampleRef
-from pretrain.data.shards import BadSample, ShardError, ShardReader
+from pretrain.data.shards.cache import shown
+from pretrain.data.shards.reader import BadSample, ShardError, ShardReader
 from pretrain.data.sources import ImageShards, PairShards, Raw, Source, TextShards
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform, sample_rng

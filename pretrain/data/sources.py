@@ -14,7 +14,7 @@ import numpy as np
 from numpy.random import Generator
 
 from pretrain.batch import BOS, EOS, PAD
-from pretrain.data.shards import IMAGE_EXTENSIONS, BadSample
+from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample
 from pretrain.data.text_tokenizer import TextTokenizer
 
 TEXT = "txt"

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.random import Generator, Philox
 from PIL import Image
 
-from pretrain.data.shards import BadSample
+from pretrain.data.shards.reader import BadSample
 
 # One process per core is the rule here: OpenCV's own threads would only fight over them.
 cv2.setNumThreads(0)

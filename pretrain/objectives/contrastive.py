@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pretrain.batch import Batch, Layout
 from pretrain.layers import PLAIN, Head, Layers
-from pretrain.models.multiway import MultiwayConfig
+from pretrain.models.multiway.config import MultiwayConfig
 
 MAX_SCALE = 100.0  # CLIP (arXiv 2103.00020, 2.5): "clipped to prevent scaling the logits by more than 100"
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pretrain.batch import Batch, Layout
 from pretrain.data.masking import Masking
 from pretrain.layers import PLAIN, Layers
-from pretrain.models.multiway import MultiwayConfig
+from pretrain.models.multiway.config import MultiwayConfig
 
 
 @dataclass(frozen=True)

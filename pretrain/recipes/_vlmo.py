@@ -12,7 +12,7 @@ from pretrain.config import BatchSize, Recipe
 from pretrain.data.sources import PairShards
 from pretrain.evals.masked import MaskedAccuracy
 from pretrain.evals.retrieval import Retrieval
-from pretrain.models.multiway import MultiwayConfig
+from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.optim import Optim
 from pretrain.recipes import _beit3
 

@@ -1,6 +1,6 @@
 """BEiT-3 base, the paper's architecture: attention shared, fusion experts in the top three layers."""
 
-from pretrain.models.sizes import BEIT3_BASE
+from pretrain.models.multiway.sizes import BEIT3_BASE
 from pretrain.recipes import _beit3
 
 RECIPE = _beit3.recipe("beit3_base", BEIT3_BASE)

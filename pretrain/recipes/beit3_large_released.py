@@ -2,7 +2,7 @@
 weights were pretrained was not published beyond their data (LAION-400M, LAION-2B-en, COYO-700M, CC15M); the paper's
 settings stand in."""
 
-from pretrain.models.sizes import BEIT3_LARGE_RELEASED
+from pretrain.models.multiway.sizes import BEIT3_LARGE_RELEASED
 from pretrain.recipes import _beit3
 
 RECIPE = _beit3.recipe("beit3_large_released", BEIT3_LARGE_RELEASED)

@@ -15,8 +15,8 @@ from pretrain.data.transforms import ImageTransform
 from pretrain.evals.masked import MaskedAccuracy
 from pretrain.evals.reconstruction import Reconstruction
 from pretrain.evals.retrieval import Retrieval
-from pretrain.models.multiway import MultiwayConfig
-from pretrain.models.vqkd import VQKDConfig
+from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim

@@ -6,7 +6,7 @@ import io
 import tarfile
 from pathlib import Path
 
-from pretrain.data.shards import ShardReader
+from pretrain.data.shards.reader import ShardReader
 from tests.data.shard_files import index_source
 
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from data_tools.encode_images import encode_directory, load_encoder
-from pretrain.assembly import build_loader, build_task, weights_config
-from pretrain.assembly_targets import image_targets
 from pretrain.batch import Batch
+from pretrain.checkpoint.weights import write_weights
 from pretrain.config import BatchSize, Recipe, Stage, find_recipe
 from pretrain.data.codes import Coding, StoredCodes, file_head
-from pretrain.data.shards import BadSample, ShardError, ShardReader, load_manifest
+from pretrain.data.shards.reader import BadSample, ShardError, ShardReader, load_manifest
 from pretrain.data.sources import ImageShards
 from pretrain.parallel.mesh import Place
-from pretrain.weights import write_weights
+from pretrain.run.build import build_loader, build_task, weights_config
+from pretrain.run.image_targets import image_targets
 from tests.data.shard_files import image_sample, index_source, write_tar
 from tests.small_run import train_stage, write_data
 
@@ -131,7 +131,7 @@ def test_a_kind_without_stored_codes_gets_them_online(data):
 
 
 def test_the_tokenizer_is_not_run_where_codes_are_stored(data, monkeypatch):
-    door = "pretrain.assembly_targets.load_visual_tokenizer"
+    door = "pretrain.run.image_targets.load_visual_tokenizer"
     monkeypatch.setattr(door, lambda *_: pytest.fail("the tokenizer was loaded"))
     assert batches(data, *fusion(data, "codes"), 2)[0].image_codes.shape == (8, 16)
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from pretrain.data import transforms
-from pretrain.data.shards import BadSample
+from pretrain.data.shards.reader import BadSample
 from pretrain.data.transforms import ImageTransform, decode_image, read_header, sample_rng
 from tests.data.shard_files import encoded, picture, png_bomb
 

@@ -17,7 +17,7 @@ import pytest
 
 from data_tools import filter_list
 from data_tools.shards.steps import read_steps
-from pretrain.data.shards import MAX_TEXT_BYTES, load_manifest
+from pretrain.data.shards.reader import MAX_TEXT_BYTES, load_manifest
 from tests.data.shard_files import index_source, pair_sample, write_source, write_tar
 from tests.data_tools.pictures import encoded, scenes
 

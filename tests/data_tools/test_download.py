@@ -24,7 +24,7 @@ from data_tools.fetch.reasons import reason_of
 from data_tools.fetch.slices import Slice, write_list
 from data_tools.lists.reading import open_list
 from data_tools.shards.steps import Step, read_steps, write_step
-from pretrain.data.shards import load_manifest
+from pretrain.data.shards.reader import load_manifest
 from tests.data_tools.hostile_server import GOOD, KINDS, HostileServer, caption
 
 try:

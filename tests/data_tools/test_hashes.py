@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_tools.pictures.hashes import LEAST_CLEAR, caption_hash, hash_shards, look_alike, look_at, picture_hash
-from pretrain.data.cache import ShardError
+from pretrain.data.shards.cache import ShardError
 from tests.data_tools.pictures import COPIES, encoded, mirrored, scenes, write_shard
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from data_tools import index
 from data_tools.index import index_directory, main, write_atomically
-from pretrain.data.shards import ShardReader, load_manifest
+from pretrain.data.shards.reader import ShardReader, load_manifest
 
 
 def write_shard(directory: Path, number: int, samples: int, stats: bool = True, first: int = 0) -> Path:

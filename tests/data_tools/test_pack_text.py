@@ -23,7 +23,7 @@ from data_tools.shards.steps import read_drops, read_steps
 from data_tools.text import blocks as text_blocks
 from data_tools.text import packing as text_packing
 from data_tools.text.documents import read_blocks
-from pretrain.data.shards import ShardReader, load_manifest
+from pretrain.data.shards.reader import ShardReader, load_manifest
 from pretrain.data.sources import TextShards
 from pretrain.data.text_tokenizer import TextTokenizer
 from tests.data_tools.test_text_chunks import make_tokenizer

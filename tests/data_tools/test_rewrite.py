@@ -20,7 +20,7 @@ from PIL import Image
 
 from data_tools.rewrite import Settings, main, rewrite
 from data_tools.shards.steps import Drop, Step, read_drops, read_steps, write_drops, write_step
-from pretrain.data.shards import IMAGE_EXTENSIONS, ShardReader, load_manifest
+from pretrain.data.shards.reader import IMAGE_EXTENSIONS, ShardReader, load_manifest
 from tests.data.shard_files import encoded, image_sample, pair_sample, picture, write_source, write_tar
 from tests.small_run import ROOT
 

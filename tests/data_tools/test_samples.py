@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools.shards.samples import make_table, samples_of
-from pretrain.data.cache import ShardError
-from pretrain.data.shards import MAX_TEXT_BYTES
+from pretrain.data.shards.cache import ShardError
+from pretrain.data.shards.reader import MAX_TEXT_BYTES
 
 SCHEMA = pa.schema([("key", pa.string())])
 

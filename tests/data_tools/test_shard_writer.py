@@ -13,7 +13,7 @@ import pytest
 
 from data_tools.index import complete_shards, index_directory
 from data_tools.shards.writer import ShardWriter
-from pretrain.data.shards import ShardReader, load_manifest
+from pretrain.data.shards.reader import ShardReader, load_manifest
 
 
 def write(directory: Path, samples: int, size: int = 0, **limits) -> ShardWriter:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from pretrain.batch import Layout, make_batch
 from pretrain.distributed import rank, world_size
-from pretrain.models.multiway import MultiwayConfig
+from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.objectives.contrastive import Contrastive
 from tests.distributed import run_ranks
 

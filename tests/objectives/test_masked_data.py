@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.batch import Layout, make_batch
-from pretrain.models.multiway import MultiwayConfig
+from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.objectives.masked import MaskedData
-from pretrain.task import PretrainTask
+from pretrain.tasks.pretrain import PretrainTask
 
 MODEL = MultiwayConfig(
     dim=16, depth=1, heads=2, ffn_dim=32, image_size=16, patch_size=8, vocab_size=50, image_codes=12, max_text_len=8

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pretrain.batch import Batch, Layout
-from pretrain.models.multiway import MultiwayConfig
+from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim, build_optimizer, learning_rate, schedule
 from pretrain.parallel.sizes import Parallel
-from pretrain.task import PretrainTask
+from pretrain.tasks.pretrain import PretrainTask
 from tests.step_batches import step_batch, step_layout
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -101,7 +101,7 @@ def one_pipelined(case: Case) -> tuple[list[dict[str, float]], list[float], dict
     from pretrain.parallel.pipeline import build_pipeline_engine, pipeline_step
     from pretrain.parallel.state import full_state
     from pretrain.parallel.tensor import parallel_layers
-    from pretrain.task_pipeline import PipelineTask, pipeline_bounds
+    from pretrain.tasks.pipeline import PipelineTask, pipeline_bounds
 
     mesh = create_mesh(case.parallel)
     parts = mesh.data.size * case.accumulation

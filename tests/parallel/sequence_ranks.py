@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.batch import Batch, Layout
-from pretrain.models.multiway import MultiwayConfig
+from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.objectives.masked import MaskedData
 from pretrain.parallel.mesh import Axis, Mesh
 from pretrain.parallel.sequence import Cut, attend_by_heads, share_pass
@@ -120,7 +120,7 @@ def kept_for_backward(sequence: int, model: MultiwayConfig, batch: Batch) -> tup
     """Bytes of activations that autograd keeps for the blocks, and for what stands before and behind them."""
     from pretrain.parallel.mesh import create_mesh
     from pretrain.parallel.tensor import parallel_layers
-    from pretrain.task import PretrainTask
+    from pretrain.tasks.pretrain import PretrainTask
 
     mesh = create_mesh(Parallel(sequence=sequence))
     task = PretrainTask(model, ("vision", "language", "fusion"), (MaskedData(),), parallel_layers(mesh))

@@ -10,7 +10,7 @@ from pretrain.layers import Layers
 from pretrain.parallel.mesh import Mesh, create_mesh
 from pretrain.parallel.sizes import Parallel
 from pretrain.parallel.tensor import parallel_layers
-from pretrain.task import PretrainTask
+from pretrain.tasks.pretrain import PretrainTask
 
 EXPERTS = ("vision", "language", "fusion")
 ONE_DEVICE = Layers(gather=lambda rows: (rows, 0))  # the default would gather from the ranks of the test

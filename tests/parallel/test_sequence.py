@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pretrain.batch import Layout
+from pretrain.checkpoint.weights import read_weights
 from pretrain.metrics import read_metrics
 from pretrain.parallel.mesh import Axis
 from pretrain.parallel.sequence import Cut
 from pretrain.parallel.sizes import Parallel
-from pretrain.weights import read_weights
 from tests.distributed import run_ranks
 from tests.parallel.sequence_ranks import PAPER, Case, both_sides_of_an_exchange, kept_for_backward, passes
 from tests.parallel.test_tensor import check_training, contrast

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pretrain.batch import Batch, Layout, make_batch
-from pretrain.data.cache import ShardError
+from pretrain.data.shards.cache import ShardError
 from pretrain.parallel.faults import Watch
 from pretrain.parallel.mesh import create_mesh
 from pretrain.parallel.share_batches import loads, share_batches

@@ -11,14 +11,14 @@ import torch
 
 from pretrain.batch import Layout, make_batch
 from pretrain.layers import PLAIN, Layers
-from pretrain.models.multiway import MultiwayConfig
+from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked import MaskedData
 from pretrain.optim import build_optimizer, schedule
 from pretrain.parallel.mesh import create_mesh, mpu_of
 from pretrain.parallel.sizes import Parallel
 from pretrain.parallel.tensor import parallel_layers
-from pretrain.task import PretrainTask
+from pretrain.tasks.pretrain import PretrainTask
 from tests.distributed import run_ranks
 from tests.parallel.tensor_ranks import check_gradients, check_reports, two_tasks
 from tests.test_parity import MODEL, OPTIM, STEPS, micro_batch

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pretrain.batch import Batch
-from pretrain.models.multiway import MultiwayConfig
+from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.optim import build_optimizer, learning_rate
-from pretrain.task import PretrainTask
+from pretrain.tasks.pretrain import PretrainTask
 from tests.distributed import run_ranks
 from tests.parity.cells import LAYOUTS, OPTIM, PAPER, STEPS, Cell, Topology
 from tests.step_batches import step_batch, step_layout
@@ -99,7 +99,6 @@ def train_cells(cells: list[tuple[Cell, Path]], sabotage: str = "") -> list[Trai
 
 def _train(cell: Cell, ds: str, mesh: Any, sabotage: str) -> Trained:
     """As pretrain.train.run, with made-up batches."""
-    from pretrain.assembly import build_part, build_task, stage_ds_config
     from pretrain.distributed import reduce_mean
     from pretrain.optim import schedule
     from pretrain.parallel.engine import build_engine, gradient_norm, partitioned_init
@@ -107,6 +106,7 @@ def _train(cell: Cell, ds: str, mesh: Any, sabotage: str) -> Trained:
     from pretrain.parallel.pipeline import build_pipeline_engine, pipeline_step
     from pretrain.parallel.state import full_state
     from pretrain.parallel.tensor import parallel_layers
+    from pretrain.run.build import build_part, build_task, stage_ds_config
     from pretrain.train import train_step
 
     recipe, stage = cell.recipe()

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch.distributed as dist
 
-from pretrain.assembly import stage_ds_config
+from pretrain.run.build import stage_ds_config
 from tests.parity.cells import (
     LEGAL,
     MODELS,

@@ -1,0 +1,263 @@
+"""Save, verify and resume one stage; between stages it is pretrain/weights.py.
+
+A checkpoint is a directory step_00000100 that was written as .saving_step_00000100 beside its place: the whole model
+(weights.safetensors), each rank's part of the optimizer's moments and its random state, all synced, then MANIFEST.json
+with their sizes and hashes, then one rename. A directory without a valid manifest does not exist for `newest`. Nothing
+in it depends on the layout that wrote it: any other may go on from there.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pretrain.checkpoint.directory import SAVING, complete, damage, prepare, prune, publish, sweep
+from pretrain.checkpoint.weights import WEIGHTS, HashedFile, SaveError, write_weights
+from pretrain.distributed import rank, world_size
+from pretrain.parallel.engine import set_progress
+from pretrain.parallel.moments import read_moments, write_moments
+
+if TYPE_CHECKING:
+    from pretrain.parallel.mesh import Mesh
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A complete checkpoint. `world` and `layout` are those of the run that wrote it."""
+
+    step: int
+    path: Path
+    world: int
+    layout: dict[str, int]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Path:
+        return self.path / WEIGHTS
+
+
+def save(
+    engine,
+    directory: Path,
+    step: int,
+    *,
+    weights: tuple[dict[str, torch.Tensor], dict[str, Any]],
+    mesh: Mesh | None = None,
+    keep: int = 2,
+    recipe_hash: str = "",
+    data_digest: str = "",
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Write step_STEP into `directory` (seen by all nodes) and then remove all but the newest `keep` up to it.
+
+    Every rank must call it. `weights` is (full_state, config) on rank 0; `extra` is JSON and comes back from `newest`.
+    Raises SaveError on every rank when one cannot write, with the checkpoints before it left as they were.
+    """
+    final = directory / f"step_{step:08d}"
+    beside = directory / (SAVING + final.name)
+    try:
+        together(lambda: prepare(directory, beside) if rank() == 0 else None)
+        together(lambda: _see(beside))
+        written = together(lambda: _write_share(engine, mesh, beside))
+        written += together(lambda: _write_weights(*weights, beside) if rank() == 0 else {})
+        body = {
+            "version": 2,
+            "step": step,
+            "world": world_size(),
+            "layout": _layout(engine, mesh),
+            "precision": _precision(engine),
+            "recipe_hash": recipe_hash,
+            "data_digest": data_digest,
+            "extra": extra or {},
+            "files": {name: entry for share in written for name, entry in share.items()},
+        }
+        together(lambda: publish(body, beside, final) if rank() == 0 else None)
+    except SaveError as error:
+        if rank() == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+        raise SaveError(
+            error.errno,
+            f"step {step} could not be saved to {directory}: {error.strerror}; "
+            "free space or repair that disk and start again, the checkpoints before this one are untouched",
+        ) from error
+    if rank() == 0:
+        prune(directory, step, keep)
+    return final
+
+
+def newest(directory: Path, *, precision: str, recipe_hash: str = "", data_digest: str = "") -> Found | None:
+    """The newest undamaged checkpoint of `directory`, or None; a damaged one is refused with one log line and the one
+    before it is taken. Every rank must call it.
+
+    Raises ValueError for one of another recipe, data or precision ("fp32", "bf16").
+    """
+    found: list[tuple[str, dict]] = []
+    if rank() == 0:
+        sweep(directory)
+        found = list(complete(directory))
+    now = {"recipe_hash": recipe_hash, "data_digest": data_digest, "precision": precision}
+    for name, manifest in _gather(found)[0]:
+        path = directory / name
+        _check_same_run(path, manifest, now)
+        names = sorted(manifest["files"])
+        share = {key: manifest["files"][key] for key in names[rank() :: world_size()]}
+        lines = [line for some in _gather(damage(path, share)) for line in some]
+        if lines:
+            log.warning("checkpoint refused: %s; trying the one before", lines[0])
+            continue
+        return Found(manifest["step"], path, manifest["world"], manifest["layout"], manifest["extra"])
+    log.info("no checkpoint to resume from in %s", directory)
+    return None
+
+
+def resume(engine, found: Found, mesh: Mesh | None = None) -> None:
+    """Fill the engine's optimizer and counters and this rank's generators, before the first step. Its weights are those
+    of `found.weights`, loaded before it was built. Every rank must call it."""
+    read_moments(engine, mesh, sorted(found.path.glob("moments_rank*.safetensors")))
+    set_progress(engine, found.step)
+    layout = _layout(engine, mesh)
+    if (found.world, found.layout) == (world_size(), layout):
+        _set_random_state(found.path / f"random_rank{rank():05d}.pt")
+        log.info("resumed from %s", found.path)
+        return
+    log.info(
+        "resumed from %s, saved on %d ranks (%s), on %d ranks (%s): the same samples, the same losses to rounding",
+        *(found.path, found.world, _spelled(found.layout), world_size(), _spelled(layout)),
+    )
+
+
+def newest_weights(directory: Path) -> tuple[int, Path] | None:
+    """Step and weights.safetensors of the newest complete checkpoint in `directory`."""
+    return next(((manifest["step"], directory / name / WEIGHTS) for name, manifest in complete(directory)), None)
+
+
+# ---- one rank's share of a checkpoint
+
+
+class _Writer:
+    """Hashed, synced files, and errors kept till the end."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.files: dict[str, dict[str, Any]] = {}
+        self.error: OSError | None = None
+
+    def save(self, name: str, write: Callable[[HashedFile], None]) -> None:
+        file = HashedFile(self.root / name)
+        write(file)
+        file.close()
+        if file.error is not None and self.error is None:
+            self.error = OSError(file.error.errno, file.error.strerror, str(self.root / name))
+        self.files[name] = {"bytes": file.bytes, "sha256": file.digest.hexdigest()}
+
+
+def _see(beside: Path) -> None:
+    if not beside.is_dir():
+        raise OSError(errno.ENOENT, "rank 0 made this directory and this rank does not see it: not shared", str(beside))
+
+
+def _write_share(engine, mesh: Mesh | None, beside: Path) -> dict[str, dict]:
+    writer = _Writer(beside)
+    writer.save(f"moments_rank{rank():05d}.safetensors", lambda file: write_moments(engine, mesh, file))
+    writer.save(f"random_rank{rank():05d}.pt", lambda file: torch.save(_random_state(), file))
+    if writer.error is not None:
+        raise writer.error
+    return writer.files
+
+
+def _write_weights(state: dict[str, torch.Tensor], config: dict[str, Any], beside: Path) -> dict[str, dict]:
+    write_weights(state, beside / WEIGHTS, config)
+    with open(beside / WEIGHTS, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {WEIGHTS: {"bytes": (beside / WEIGHTS).stat().st_size, "sha256": digest}}
+
+
+def _random_state() -> dict[str, Any]:
+    """This rank's generators, as what torch.load(weights_only=True) reads."""
+    name, keys, *rest = np.random.get_state()
+    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state | {"numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest)}
+
+
+def _set_random_state(path: Path) -> None:
+    state = torch.load(path, weights_only=True)
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# ---- the run
+
+
+def _check_same_run(path: Path, manifest: dict, now: dict) -> None:
+    ways_out = {
+        "recipe_hash": "its model, trainable parameters, batch or optimizer settings differ; undo that change, or use "
+        "another --run-dir with init_from",
+        "data_digest": "the shards, text tokenizer or weights that it reads changed; put the same ones back, or use "
+        "another --run-dir with init_from",
+        "precision": "use a --ds JSON of that precision",
+    }
+    if manifest.get("version") != 2:
+        raise ValueError(f"{path} was written by an older version of this program; use another --run-dir")
+    for key, way_out in ways_out.items():
+        if manifest.get(key) != now[key]:
+            raise ValueError(f"{path} was saved with {key}={manifest.get(key)} and this run has {now[key]}: {way_out}")
+
+
+def _precision(engine) -> str:
+    return "bf16" if engine.bfloat16_enabled() else "fp32"
+
+
+def _layout(engine, mesh: Mesh | None) -> dict[str, int]:
+    """What decides which rank holds which part."""
+    sizes = {} if mesh is None else {"tensor": mesh.tensor.size, "pipe": mesh.pipe.size, "sequence": mesh.sequence.size}
+    return {"zero": int(engine.zero_optimization_stage()), **{name: size for name, size in sizes.items() if size > 1}}
+
+
+def _spelled(layout: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size}" for name, size in layout.items())
+
+
+# ---- all ranks take the same branch
+
+
+def _gather(mine: T) -> list[T]:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def together(action: Callable[[], T]) -> list[T]:
+    """What `action` returned on each rank; SaveError on all ranks when it failed on one."""
+    result, failure = None, None
+    try:
+        result = action()
+    except OSError as error:
+        failure = (error.errno or errno.EIO, f"{error.strerror or error} ({error.filename})")
+    everyone = _gather((result, failure))
+    for number, (_, failed) in enumerate(everyone):
+        if failed is not None:
+            raise SaveError(failed[0], f"rank {number}: {failed[1]}")
+    return [outcome for outcome, _ in everyone]  # type: ignore[misc]

@@ -1,0 +1,197 @@
+"""The manifest of a source: which shards it has, and how many samples and bytes each.
+
+`manifest.json` lies beside the shards that it lists; data_tools.index writes it. A source may join several such
+directories, or parts of them, by patterns; remote ones are read the same way.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from pretrain.data.shards.cache import fetch, is_remote, shown
+
+MANIFEST, MANIFEST_VERSION = "manifest.json", 1
+_MAX_MANIFEST_BYTES = 2**30
+_GLOB = re.compile(r"[*?\[]")
+# PREFIX NAME.tar SUFFIX of a remote shard: a query, or the rest of a pipe's command, may follow the name.
+_REMOTE_SHARD = re.compile(r"(?P<prefix>.*[/\s:])(?P<name>[^/\s:?'\"]+\.tar)(?P<suffix>.*)$", re.DOTALL)
+# What a remote name may hold: it becomes part of a URL, and of a pipe's command.
+_REMOTE_NAME = re.compile(r"[\w.,=+@~-]+", re.ASCII)
+
+
+class Shard(NamedTuple):
+    url: str  # a local path, or what webdataset's gopen understands
+    samples: int
+    bytes: int
+
+    @property
+    def name(self) -> str:
+        remote = _REMOTE_SHARD.match(self.url) if is_remote(self.url) else None
+        return remote["name"] if remote else os.path.basename(self.url)
+
+    @property
+    def index_url(self) -> str:
+        return self.beside(f"{self.name.removesuffix('.tar')}.idx")
+
+    def beside(self, name: str) -> str:
+        """The file `name` in the shard's directory."""
+        remote = _REMOTE_SHARD.match(self.url) if is_remote(self.url) else None
+        if remote is None:
+            return os.path.join(os.path.dirname(self.url), name)
+        return f"{remote['prefix']}{name}{remote['suffix']}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The shards of a source, in the order that numbers them."""
+
+    shards: tuple[Shard, ...]
+
+    @cached_property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples of each shard: what `Order` takes."""
+        return [shard.samples for shard in self.shards]
+
+    @cached_property
+    def digest(self) -> str:
+        """Changes with any name, count or size, or with their order; not with where the shards lie."""
+        lines = (f"{shard.name}\t{shard.samples}\t{shard.bytes}\n" for shard in self.shards)
+        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+    def to_json(self) -> bytes:
+        """The content of manifest.json; its shards are those of one directory."""
+        shards = [{"name": s.name, "samples": s.samples, "bytes": s.bytes} for s in self.shards]
+        content = {"version": MANIFEST_VERSION, "digest": self.digest, "samples": self.samples, "shards": shards}
+        return json.dumps(content, indent=1).encode() + b"\n"
+
+
+def read_manifest(data: bytes, prefix: str, suffix: str = "") -> Manifest:
+    """manifest.json -> the shards PREFIX name SUFFIX, sorted by name. ValueError if it is damaged or of another
+    version."""
+    where = f"{shown(prefix)}{MANIFEST}"
+    remote = is_remote(prefix)
+    try:
+        content = json.loads(data)
+        if content["version"] != MANIFEST_VERSION:
+            raise ValueError(f"it is of version {content['version']}, not {MANIFEST_VERSION}")
+        shards = []
+        for entry in sorted(content["shards"], key=lambda entry: entry["name"]):
+            name, samples, size = str(entry["name"]), int(entry["samples"]), int(entry["bytes"])
+            if "/" in name or not name.endswith(".tar") or (remote and not _REMOTE_NAME.fullmatch(name)):
+                raise ValueError(f"{name!r} is no name of a shard")
+            if samples < 0 or size < 0:
+                raise ValueError(f"{name} has a negative number")
+            shards.append(Shard(f"{prefix}{name}{suffix}", samples, size))
+        manifest = Manifest(tuple(shards))
+        if manifest.digest != content["digest"]:
+            raise ValueError("its digest does not fit its content")
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{where} cannot be used ({reason}); {_again(prefix)}") from None
+    return manifest
+
+
+def load_manifest(patterns: str | tuple[str, ...]) -> Manifest:
+    """The manifest of a source: every shard that the patterns name, in their order.
+
+    A pattern is a directory (local, or remote and ending in a slash), or shards with {00000..00099}, *, ?, [..] and
+    $VARIABLES. ValueError for an unset variable, nothing found, a shard named twice, and a directory or shard that
+    was not indexed.
+    """
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    known: dict[tuple[str, str], dict[str, Shard]] = {}
+    shards = [shard for pattern in patterns for shard in _matches(pattern, known)]
+    if not shards:
+        raise ValueError(f"shards={list(patterns)} names no shard; give a directory or a pattern of .tar files")
+    real = {prefix: prefix if is_remote(prefix) else os.path.realpath(prefix) for prefix, _ in known}
+    seen: set[tuple[str, str]] = set()
+    for shard in shards:
+        place = real[shard.url.rpartition(shard.name)[0]], shard.name
+        if place in seen:
+            raise ValueError(f"shards={list(patterns)} names {shown(shard.url)} twice; name each shard once")
+        seen.add(place)
+    return Manifest(tuple(shards))
+
+
+def fill_variables(path: str, knob: str) -> str:
+    """`path` with the environment's $VARIABLES in their places. Raises ValueError for one that is not set."""
+    for name in re.findall(r"\$\{?([A-Za-z_]\w*)\}?", path):
+        if name not in os.environ:
+            raise ValueError(f"{knob}={path} uses ${name}, which is not set; export {name}=... or write the path")
+    return os.path.expandvars(path)
+
+
+def _matches(pattern: str, known: dict[tuple[str, str], dict[str, Shard]]) -> Iterator[Shard]:
+    from braceexpand import braceexpand
+
+    filled = fill_variables(pattern, "shards")
+    try:
+        urls = list(braceexpand(filled))
+    except ValueError as error:
+        raise ValueError(f"shards={pattern} has braces that do not expand ({error}); write {{00000..00099}}") from None
+    for url in urls:
+        chosen = [s for place in _places(url.removeprefix("file://"), known) for s in _chosen(*place, pattern, known)]
+        if not chosen:
+            raise ValueError(f"shards={pattern}: nothing found at {shown(url)}; check the path")
+        yield from chosen
+
+
+def _places(url: str, known: dict[tuple[str, str], dict[str, Shard]]) -> list[tuple[str, str, str]]:
+    """(prefix of the manifest's directory, pattern of names, suffix) of each directory that `url` speaks of."""
+    if is_remote(url):
+        if url.endswith("/") and not url.startswith("pipe:"):
+            return [(url, "*", "")]
+        if (match := _REMOTE_SHARD.match(url)) is None:
+            raise ValueError(f"shards={url} names no shard; write the name of a .tar file, or a directory and a slash")
+        return [(match["prefix"], match["name"], match["suffix"])]
+    url = os.path.expanduser(url)
+    directory, name = os.path.split(url) if url.endswith(".tar") else (url.rstrip("/") or "/", "*")
+    prefix = os.path.join(directory, "")
+    if (prefix, "") in known or not _GLOB.search(directory) or os.path.isdir(directory):
+        return [(prefix, name, "")]
+    return [(os.path.join(hit, ""), name, "") for hit in sorted(glob.glob(directory)) if os.path.isdir(hit)]
+
+
+def _chosen(
+    prefix: str, name: str, suffix: str, pattern: str, known: dict[tuple[str, str], dict[str, Shard]]
+) -> list[Shard]:
+    if (prefix, suffix) not in known:
+        if is_remote(prefix):
+            data = fetch(f"{prefix}{MANIFEST}{suffix}", _MAX_MANIFEST_BYTES)
+        elif not os.path.isdir(prefix or "."):
+            return []
+        else:
+            try:
+                data = Path(prefix, MANIFEST).read_bytes()
+            except FileNotFoundError:
+                raise ValueError(f"shards={pattern}: {prefix or '.'} has no {MANIFEST}; {_again(prefix)}") from None
+        known[prefix, suffix] = {shard.name: shard for shard in read_manifest(data, prefix, suffix).shards}
+    indexed = known[prefix, suffix]
+    if name in indexed:
+        return [indexed[name]]
+    if not _GLOB.search(name):
+        raise ValueError(
+            f"shards={pattern}: {name} is not in {shown(prefix)}{MANIFEST}: it is missing, partial, or newer than the "
+            f"manifest; {_again(prefix)}"
+        )
+    return [shard for key, shard in indexed.items() if fnmatch.fnmatchcase(key, name)]
+
+
+def _again(prefix: str) -> str:
+    if is_remote(prefix):
+        return "run python -m data_tools.index where the shards were written, and copy manifest.json and .idx to them"
+    return f"run: python -m data_tools.index {prefix or '.'}"

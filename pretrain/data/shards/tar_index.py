@@ -1,0 +1,138 @@
+"""The index of one shard: where in the tar each member of each sample lies.
+
+The format is that of DALI's wds2idx: a line `v1.2 SAMPLES`, then one line per sample with `EXTENSION OFFSET SIZE
+NAME` for each member. The format separates by blanks, so names are percent-encoded where they hold white space, a
+percent sign or anything but ASCII. Keys and extensions split as in webdataset: at the first dot of the file name.
+
+Names are data from outside: they are compared and shown, never used as a path. Members of other endings than
+EXTENSIONS are left out here, so nothing can read them by mistake.
+"""
+
+from __future__ import annotations
+
+import os
+import string
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote, unquote
+
+import numpy as np
+
+from pretrain.data.shards.cache import ShardError
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json")
+VERSION = b"v1.2"
+_PLAIN = "".join(sorted(set(string.punctuation) - {"%"}))
+_NEWLINE = ord("\n")
+_WAY_OUT = "write or download it again, or remove it"
+
+
+class Member(NamedTuple):
+    extension: str  # lower case, one of EXTENSIONS
+    offset: int  # of the content, in bytes from the start of the tar
+    size: int
+    name: str  # percent-encoded
+
+
+class ShardIndex:
+    """A parsed .idx: its bytes, and where each line begins. ShardError, naming `where`, if it is damaged."""
+
+    def __init__(self, data: bytes, where: str):
+        self.data, self._where = data, where
+        head = data[: data.find(b"\n") + 1].split()
+        self._ends = np.flatnonzero(np.frombuffer(data, np.uint8) == _NEWLINE)
+        self.samples = max(len(self._ends) - 1, 0)
+        if not data.endswith(b"\n") or head != [VERSION, str(self.samples).encode()]:
+            self._damaged(f"its first line is not '{VERSION.decode()} {self.samples}', the number of lines after it")
+
+    def members(self, sample: int) -> list[Member]:
+        """The members of one sample that have one of EXTENSIONS, as in the tar."""
+        fields = self._line(sample)
+        found = []
+        for extension, offset, size, name in zip(*(fields[i::4] for i in range(4)), strict=True):
+            if not (offset.isdecimal() and size.isdecimal()):
+                self._damaged(f"sample {sample} has no number where an offset or a size belongs")
+            if extension.lower() in EXTENSIONS:
+                found.append(Member(extension.lower(), int(offset), int(size), name))
+        return found
+
+    def key(self, sample: int) -> str:
+        """The key of a sample, fit to print: bytes that are not UTF-8 are written as \\xNN."""
+        name = unquote(split_name(self._line(sample)[3])[0], errors="surrogateescape")
+        return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+    def _line(self, sample: int) -> list[str]:
+        assert 0 <= sample < self.samples, (sample, self.samples)
+        line = self.data[self._ends[sample] + 1 : self._ends[sample + 1]]
+        fields = line.decode(errors="replace").split()
+        if not fields or len(fields) % 4:
+            self._damaged(f"the line of sample {sample} does not have four fields per member")
+        return fields
+
+    def _damaged(self, reason: str) -> None:
+        raise ShardError(f"the index {self._where} is damaged: {reason}; run python -m data_tools.index again")
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's name -> (key, extension in lower case). A hidden file has the key "" (or one that ends in a slash),
+    a name without a dot the extension ""."""
+    slash = name.rfind("/") + 1
+    stem, _, extension = name[slash:].partition(".")
+    return name[:slash] + stem if stem else "", extension.lower()
+
+
+def index_shard(path: str | Path) -> ShardIndex:
+    """Reads the headers of a tar, not its contents. ShardError if it is cut off, damaged or no plain tar.
+
+    Links, directories and sparse files are left out. Members of one key make one sample, wherever they stand; of two
+    with the same name the later counts, as in unpacking.
+    """
+    samples: dict[str, dict[str, str]] = {}
+    for member in tar_members(path):
+        key, extension = split_name(member.name)
+        if key and extension in EXTENSIONS and member.isreg() and not member.issparse():
+            name = quote(member.name, safe=_PLAIN, errors="surrogateescape")
+            line = f"{extension} {member.offset_data} {member.size} {name}"
+            samples.setdefault(key, {})[extension] = line
+    lines = [f"{VERSION.decode()} {len(samples)}", *(" ".join(members.values()) for members in samples.values())]
+    return ShardIndex("\n".join([*lines, ""]).encode("ascii"), str(path))
+
+
+def tar_members(path: str | Path) -> Iterator[tarfile.TarInfo]:
+    """Every member of a plain tar, from its headers alone. ShardError, naming the byte, where it is cut off or
+    damaged: tarfile itself ends silently at a bad header, and at the end of a file that lost its last members."""
+    size = end = 0  # end: of the last member that is whole, with its padding
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            # `r:` and no other mode: a compressed tar cannot be read by offset.
+            with tarfile.open(str(path), "r:", fileobj=file) as tar:
+                while (member := tar.next()) is not None:
+                    if member.size < 0 or tar.offset <= end:  # an old tarfile would walk backwards for ever
+                        raise tarfile.ReadError(f"{member.name!r} has a size below 0")
+                    if member.offset_data + member.size > size:
+                        raise ShardError(
+                            f"{path} is cut off at byte {size}, inside {member.name!r}, which ends at byte "
+                            f"{member.offset_data + member.size}; {_WAY_OUT}"
+                        )
+                    end = tar.offset
+                    yield member
+            file.seek(end)
+            mark = file.read(tarfile.BLOCKSIZE)
+    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+        if isinstance(error, ShardError):
+            raise
+        if size < max(end, tarfile.BLOCKSIZE):
+            what = f"is cut off at byte {size}"
+        elif end == 0:
+            what = f"is no plain tar (compressed ones cannot be read): {error}"
+        else:
+            what = f"is damaged after byte {end}: {error}"
+        raise ShardError(f"{path} {what}; {_WAY_OUT}") from None
+    if len(mark) < tarfile.BLOCKSIZE:
+        raise ShardError(f"{path} is cut off at byte {size}: the end mark is missing; {_WAY_OUT}")
+    if any(mark):
+        raise ShardError(f"{path} is damaged at byte {end}: there is no tar header; {_WAY_OUT}")

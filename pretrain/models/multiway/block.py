@@ -1,0 +1,168 @@
+"""One block of the Multiway encoder: attention, experts, and how drop path treats them (BEiT-3, arXiv 2208.10442, 2.1).
+
+Shapes: T rows in the order of `batch.Layout`, D width, H heads, C width of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.batch import Layout, Rows
+from pretrain.layers import PLAIN, Layers
+from pretrain.models.attention import NO_BIAS, NO_PADDING, Bias, Padding, attend
+
+if TYPE_CHECKING:
+    from pretrain.models.multiway.config import MultiwayConfig
+
+
+class Multiway(nn.ModuleDict):
+    """One module per kind of rows, or one shared by all. Every module runs on every call, on zero rows if need be:
+    ZeRO reuses or mixes the gradients of modules that are skipped."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[], nn.Module]):
+        super().__init__({name: make() for name in names})
+
+    def forward(self, x_TD: Tensor, rows: Layout | Rows) -> Tensor:
+        modules = list(self.values())
+        if len(modules) == 1:
+            return modules[0](x_TD)
+        parts = x_TD.split(rows.split(fusion=len(modules) == 3))
+        return torch.cat([module(part) for module, part in zip(modules, parts, strict=True)])
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, its projections shared or one set per modality."""
+
+    def __init__(self, cfg: MultiwayConfig, names: Sequence[str], layer: int, layers: Layers):
+        super().__init__()
+        self.head_dim, self.attend = cfg.dim // cfg.heads, layers.attention(attend)
+        d, std = cfg.dim, _Stds.of(cfg, layer)
+        self.q = Multiway(names, lambda: layers.column(d, d, std=std.query_key))
+        self.k = Multiway(names, lambda: layers.column(d, d, std=std.query_key, bias=cfg.key_bias))
+        self.v = Multiway(names, lambda: layers.column(d, d, std=std.value))
+        self.inner_norm = Multiway(names, lambda: layers.inner_norm(d, eps=cfg.norm_eps)) if cfg.sub_norm else None
+        self.out = Multiway(names, lambda: layers.row(d, d, std=std.out))
+
+    def forward(
+        self, x_TD: Tensor, layout: Layout, padding: Padding, bias: Bias, own: Rows | None, read: Rows | None
+    ) -> Tensor:
+        # -1 and not cfg.heads: under tensor parallelism this rank holds only some heads.
+        q, k, v = (p(x_TD, own or layout).unflatten(-1, (-1, self.head_dim)) for p in (self.q, self.k, self.v))
+        y_TD = self.attend(q, k, v, layout, padding, bias).flatten(-2)
+        if read is not None:
+            y_TD = y_TD.index_select(0, read.places)
+        rows = read or own or layout
+        return self.out(y_TD if self.inner_norm is None else self.inner_norm(y_TD, rows), rows)
+
+
+class Expert(nn.Module):
+    """A feed-forward network and the norm before it."""
+
+    def __init__(self, cfg: MultiwayConfig, layer: int, layers: Layers):
+        super().__init__()
+        std = _Stds.of(cfg, layer)
+        self.norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps)
+        self.up = layers.column(cfg.dim, cfg.ffn_dim, std=std.up)
+        self.inner_norm = layers.inner_norm(cfg.ffn_dim, eps=cfg.norm_eps) if cfg.sub_norm else None
+        self.down = layers.row(cfg.ffn_dim, cfg.dim, std=std.down)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        y = nn.functional.gelu(self.up(self.norm(x_TD)))
+        return self.down(y if self.inner_norm is None else self.inner_norm(y))
+
+
+class _Stds(NamedTuple):
+    query_key: float
+    value: float
+    out: float
+    up: float
+    down: float
+
+    @classmethod
+    def of(cls, cfg: MultiwayConfig, layer: int) -> _Stds:
+        """Standard deviations of the weights of block `layer`, counted from 1."""
+        if cfg.init == "scaled":
+            small = cfg.init_std / math.sqrt(2 * layer)
+            return cls(cfg.init_std, cfg.init_std, small, cfg.init_std, small)
+        # Magneto, section 3.3: Xavier normal, gain sqrt(ln 2N) for all but queries and keys.
+        gain = math.sqrt(math.log(2 * cfg.depth))
+        square, tall = math.sqrt(1 / cfg.dim), math.sqrt(2 / (cfg.dim + cfg.ffn_dim))
+        return cls(square, gain * square, gain * square, gain * tall, gain * tall)
+
+
+class MultiwayBlock(nn.Module):
+    """Self-attention, then one feed-forward expert per kind of rows (BEiT-3, figure 2)."""
+
+    def __init__(self, cfg: MultiwayConfig, experts: Sequence[str], layer: int, layers: Layers = PLAIN):
+        super().__init__()
+        names = attention_names(cfg, experts)
+        self.drop_path = drop_rate(cfg, layer)
+        self.norm = Multiway(names, lambda: nn.LayerNorm(cfg.dim, eps=cfg.norm_eps))
+        self.attention = Attention(cfg, names, layer, layers)
+        fusion = "fusion" in experts and layer > cfg.depth - cfg.fusion_layers
+        order = [n for n in ("vision", "fusion", "language") if n in experts and (n != "fusion" or fusion)]
+        self.experts = Multiway(order, lambda: Expert(cfg, layer, layers))
+        scaled = cfg.layer_scale is not None
+        self.attention_scale = nn.Parameter(torch.full((cfg.dim,), cfg.layer_scale)) if scaled else None
+        self.expert_scale = nn.Parameter(torch.full((cfg.dim,), cfg.layer_scale)) if scaled else None
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        layout: Layout,
+        padding: Padding = NO_PADDING,
+        bias: Bias = NO_BIAS,
+        own: Rows | None = None,
+        read: Rows | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """[T, D] -> [T, D]. With `own` x_TD holds only these rows of the pass; with `read` (for the last block) only
+        these of them come out. `noise` in [0, 1), [sequences, 2], throws the dice of drop path for attention and
+        expert; without it nothing is dropped."""
+        kept = self._kept(noise, layout, own, read, x_TD.dtype)
+        seen = self.attention(self.norm(x_TD, own or layout), layout, padding, bias, own, read)
+        x = x_TD if read is None else x_TD.index_select(0, read.places)
+        x = _add(x, seen, self.attention_scale, kept[0])
+        return _add(x, self.experts(x, read or own or layout), self.expert_scale, kept[1])
+
+    def _kept(
+        self, noise: Tensor | None, layout: Layout, own: Rows | None, read: Rows | None, dtype: torch.dtype
+    ) -> list[Tensor | None]:
+        """Drop path's factor for each branch, [rows that come out, 1]; None: one."""
+        if noise is None or self.drop_path == 0:
+            return [None, None]
+        kept = [keep_rows(layout, self.drop_path, dice).to(dtype) for dice in noise.unbind(1)]
+        for rows in (own, read):
+            kept = kept if rows is None else [factor.index_select(0, rows.places) for factor in kept]
+        return [*kept]
+
+
+def _add(x: Tensor, branch: Tensor, scale: Tensor | None, kept: Tensor | None) -> Tensor:
+    branch = branch if scale is None else branch * scale
+    return x + branch if kept is None else torch.addcmul(x, branch, kept)
+
+
+def drop_rate(cfg: MultiwayConfig, layer: int) -> float:
+    """Drop path's rate in block `layer`, counted from 1."""
+    return cfg.drop_path * (layer - 1) / max(cfg.depth - 1, 1)
+
+
+def attention_names(cfg: MultiwayConfig, experts: Sequence[str]) -> tuple[str, ...]:
+    """The sets of attention weights, and of norms outside the experts, that a stage with `experts` builds."""
+    if cfg.attention == "shared":
+        return ("shared",)
+    return tuple(name for name in ("vision", "language") if name in experts)
+
+
+def keep_rows(layout: Layout, rate: float, dice: Tensor) -> Tensor:
+    """Stochastic depth: a factor [T, 1] that is 0 for all rows of a sequence whose `dice` [sequences] in [0, 1) fell
+    below `rate`, and 1 / (1 - rate) elsewhere."""
+    keep = (dice >= rate).unsqueeze(1) / (1 - rate)
+    images, pairs, texts = keep.split([layout.images, layout.pairs, layout.texts])
+    rows = ((images, layout.patches), (pairs, layout.patches), (pairs, layout.pair_len), (texts, layout.text_len))
+    return torch.cat([part.expand(-1, length).reshape(-1, 1) for part, length in rows])

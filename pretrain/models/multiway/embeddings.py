@@ -1,0 +1,149 @@
+"""From pictures and token ids to rows: what stands before the first block."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.batch import PAD, Batch, Layout
+from pretrain.layers import PLAIN, Layers, Linear, draw
+from pretrain.models.attention import Bias
+
+if TYPE_CHECKING:
+    from pretrain.models.multiway.config import MultiwayConfig
+
+
+def normal(*shape: int, std: float) -> nn.Parameter:
+    """A parameter drawn from a normal distribution cut off at one `std`, as BEiT draws all of its weights."""
+    return nn.Parameter(draw(torch.empty(*shape), std))
+
+
+class VisionEmbedding(nn.Module):
+    """Patches, the class row and their learned positions. Reference: torchscale 0.3.0, VisionEmbedding. Its patch
+    convolution is a linear layer here, with the same weights in the same order."""
+
+    def __init__(self, cfg: MultiwayConfig):
+        super().__init__()
+        self.grid, self.patch_size = cfg.grid, cfg.patch_size
+        self.proj = Linear(3 * cfg.patch_size**2, cfg.dim, std=cfg.init_std)
+        self.cls_token = normal(1, 1, cfg.dim, std=cfg.init_std)
+        self.mask_token = normal(1, 1, cfg.dim, std=cfg.init_std)
+        self.positions = None if cfg.relative_position else normal(cfg.patches, cfg.dim, std=cfg.init_std)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """-> [images + pairs, patches, dim]."""
+        x = self.proj(self._cut(batch.images))
+        x = torch.where(batch.image_masks.view(*x.shape[:2], 1), self.mask_token, x)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        return x if self.positions is None else x + self.positions
+
+    def _cut(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] -> normalised patches [N, P, 3 * patch_size**2]; bytes are cut before they grow to floats."""
+        n, g, p = len(images), self.grid, self.patch_size
+        if n == 0:
+            return self.mask_token.new_zeros(0, g * g, 3 * p * p)
+        if images.shape[1:] != (3, g * p, g * p):
+            raise ValueError(
+                f"images of shape {tuple(images.shape[1:])} do not fit image_size={g * p}; "
+                f"resize them or set model.image_size={images.shape[-1]}"
+            )
+        x = images.view(n, 3, g, p, g, p).permute(0, 2, 4, 1, 3, 5).reshape(n, g * g, 3 * p * p)
+        x_float = x.to(self.mask_token.dtype)
+        return x_float.div_(127.5).sub_(1) if x.dtype == torch.uint8 else x_float
+
+
+class TextEmbedding(nn.Module):
+    """Token embeddings and their learned positions. Reference: torchscale 0.3.0, TextEmbedding."""
+
+    def __init__(self, cfg: MultiwayConfig, layers: Layers = PLAIN):
+        super().__init__()
+        self.max_text_len = cfg.max_text_len
+        self.tokens = layers.vocabulary(cfg.vocab_size, cfg.dim, std=cfg.init_std)
+        self.positions = None if cfg.relative_position else normal(cfg.max_text_len, cfg.dim, std=cfg.init_std)
+        self.norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps) if cfg.text_norm else None
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """-> [pairs, pair_len, dim], [texts, text_len, dim]; rows of padding are zero."""
+        ids = (batch.pair_inputs, batch.text_inputs)
+        longest = max(i.shape[1] for i in ids)
+        if longest > self.max_text_len:
+            raise ValueError(
+                f"a text of {longest} tokens is longer than model.max_text_len={self.max_text_len}; "
+                f"set it to {longest} or shorten the source's text_len"
+            )
+        # One look-up for both kinds: the gradient of a large table is made once.
+        both = self.tokens(torch.cat([i.flatten() for i in ids]))
+        pairs, texts = both.split([i.numel() for i in ids])
+        pairs, texts = (self._place(x.view(*i.shape, x.shape[-1])) for x, i in zip((pairs, texts), ids, strict=True))
+        return pairs.masked_fill(ids[0][..., None] == PAD, 0), texts.masked_fill(ids[1][..., None] == PAD, 0)
+
+    def _place(self, x_NLD: Tensor) -> Tensor:
+        if self.positions is not None:
+            x_NLD = x_NLD + self.positions[: x_NLD.shape[1]]
+        return x_NLD if self.norm is None else self.norm(x_NLD)
+
+
+class RelativePosition(nn.Module):
+    """A learned number per head, layer and offset that is added to the attention scores, instead of positions in the
+    embedding. As VLMo's (unilm vlmo/modules/vlmo_module.py, build_relative_position_embed): one table for all layers,
+    its rows in the order
+
+        (2 g - 1)^2 offsets of two patches | 3 from, to and within the class row | 2 image to text, text to image
+        | 2 L - 3 offsets of two words | 3 from, to and within BOS            (g patches a side, L max_text_len)
+
+    so that its first rows can be taken from a BEiT checkpoint."""
+
+    def __init__(self, cfg: MultiwayConfig, layers: Layers = PLAIN):
+        super().__init__()
+        self.grid, self.longest, self.depth = cfg.grid, cfg.max_text_len, cfg.depth
+        self.own_heads = layers.own_heads
+        self.image_rows = (2 * cfg.grid - 1) ** 2 + 3
+        self.table = nn.Parameter(torch.zeros(self.image_rows + 2 + 2 * cfg.max_text_len, cfg.depth * cfg.heads))
+
+    def forward(self, layout: Layout) -> list[Bias]:
+        """The bias of every block, for this rank's heads and the kinds of sequences in `layout`."""
+        table = self.own_heads(self.table.unflatten(1, (self.depth, -1))).flatten(1)
+        image, text = self._image_index(), self._text_index(layout.text_len)
+        pairs = texts = None
+        if layout.pairs:
+            pairs = self._look_up(table, self._pair_index(image, self._text_index(layout.pair_len)))
+        if layout.texts:
+            texts = self._look_up(table, text)
+        images: tuple[Tensor, ...] | None
+        if pairs is not None:
+            images = tuple(bias[:, : layout.patches, : layout.patches] for bias in pairs)
+        else:
+            images = self._look_up(table, image) if layout.images else None
+        kinds = [kind or (None,) * self.depth for kind in (images, pairs, texts)]
+        return [Bias(*each) for each in zip(*kinds, strict=True)]
+
+    def _look_up(self, table: Tensor, index_LL: Tensor) -> tuple[Tensor, ...]:
+        """-> [heads, L, L] per layer."""
+        return F.embedding(index_LL, table).permute(2, 0, 1).contiguous().chunk(self.depth)
+
+    def _image_index(self) -> Tensor:
+        place = torch.arange(self.grid**2, device=self.table.device)
+        down, right = place // self.grid, place % self.grid
+        offset = (down[:, None] - down + self.grid - 1) * (2 * self.grid - 1) + right[:, None] - right + self.grid - 1
+        return _with_first_row(offset, self.image_rows)
+
+    def _text_index(self, length: int) -> Tensor:
+        place = torch.arange(max(length - 1, 0), device=self.table.device)
+        offset = place - place[:, None] + self.longest - 2 + self.image_rows + 2
+        return _with_first_row(offset, len(self.table))
+
+    def _pair_index(self, image: Tensor, text: Tensor) -> Tensor:
+        to_text = image.new_full((len(image), len(text)), self.image_rows)
+        above, below = torch.cat([image, to_text], 1), torch.cat([to_text.T + 1, text], 1)
+        return torch.cat([above, below])
+
+
+def _with_first_row(offset: Tensor, end: int) -> Tensor:
+    """An index of offsets, with the three rows before `end` for what has no offset: the class row, or BOS."""
+    index = F.pad(offset, (1, 0, 1, 0), value=end - 3)
+    index[1:, 0] = end - 2
+    index[0, 0] = end - 1
+    return index

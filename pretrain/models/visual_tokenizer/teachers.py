@@ -1,0 +1,185 @@
+"""Teachers of the visual tokenizer: what a code must tell of its patch.
+
+A teacher is a plain object, called with images (uint8, or float in [-1, 1]) [N, 3, H, W] -> fp32 [N, grid * grid, dim],
+with `dim` and `distill` for the tokenizer's config. It is frozen, and no module: nothing of it is trained or saved.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.batch import Layout, make_batch
+from pretrain.models.multiway.encoder import MultiwayEncoder
+from pretrain.models.visual_tokenizer.vqkd import centred, to_patches
+
+# What OpenAI trained CLIP with; a directory's preprocessor_config.json goes before it.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class PixelTeacher:
+    """The colours of each patch, averaged over `cells` x `cells` squares: a teacher that needs no weights.
+
+    Its loss is the squared error. A cosine, which suits features, would not see brightness: a black patch and a white
+    one have the same direction, and a grey one has none. One fixed scale for all patches (colours of unit variance, so
+    that the loss begins near 1, as a cosine's does, and `beta` keeps its meaning) and not MAE's normalisation of each
+    patch, which would wipe out the colour of a plain one.
+    """
+
+    distill = "mse"
+    SCALE = 2.0  # natural pictures in [-1, 1] have a standard deviation of about 0.5
+
+    def __init__(self, patch_size: int, cells: int = 4):
+        if cells < 1 or patch_size % cells:
+            raise ValueError(
+                f"cells={cells} does not divide patch_size={patch_size}, so a patch has no {cells} x {cells} equal "
+                f"squares; use {max(c for c in range(1, min(max(cells, 1), patch_size) + 1) if patch_size % c == 0)}"
+            )
+        self.patch_size, self.cells, self.dim = patch_size, cells, 3 * cells**2
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        squares = F.avg_pool2d(centred(images).float(), self.patch_size // self.cells)
+        return to_patches(squares, self.cells) * self.SCALE
+
+    def picture(self, targets: Tensor) -> Tensor:
+        """Targets, or what `VQKD.decode_codes` tells, [N, P, dim] -> uint8 [N, 3, grid * cells, grid * cells]."""
+        N, P, _ = targets.shape
+        grid, cells = round(P**0.5), self.cells
+        squares = targets.float().view(N, grid, grid, 3, cells, cells).permute(0, 3, 1, 4, 2, 5)
+        pixels = squares.reshape(N, 3, grid * cells, grid * cells) / self.SCALE
+        return ((pixels + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+class ClipTeacher:
+    """A Hugging Face CLIP's patch rows in the space it shares with text (BEiT v2's teacher is CLIP ViT-B/16).
+
+    Reads a local directory: config.json, safetensors, and preprocessor_config.json where it is there. Pictures are
+    resized to CLIP's own size, and its patches averaged onto the tokenizer's grid where the two differ. Raises
+    ValueError for a directory that holds no such model."""
+
+    distill = "cosine"
+
+    def __init__(self, directory: str | Path, grid: int):
+        self.grid = grid
+        self._model = _load_clip(Path(directory))
+        self._mean, self._std = _clip_statistics(Path(directory))
+        self._size = self._model.config.image_size
+        self.dim: int = self._model.config.projection_dim
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        model = self._model.to(images.device)
+        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (self._mean, self._std))
+        pixels = (resize(centred(images).float(), self._size) / 2 + 0.5).clamp(0, 1)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+            rows = model.vision_model(pixel_values=(pixels - mean) / std).last_hidden_state[:, 1:]
+            # transformers projects the class row alone; BEiT v2 gives every patch the same norm and projection.
+            rows = model.visual_projection(model.vision_model.post_layernorm(rows))
+        return onto_grid(rows.float(), self.grid)
+
+
+class EncoderTeacher:
+    """The final patch rows of one of our own encoders, vision route, averaged onto the tokenizer's grid."""
+
+    distill = "cosine"
+
+    def __init__(self, encoder: MultiwayEncoder, grid: int):
+        if encoder.vision_embed is None:
+            raise ValueError(
+                f"the teacher's experts={encoder.expert_names} hold no vision; give a checkpoint of a stage that does"
+            )
+        self.grid, self.dim = grid, encoder.cfg.dim
+        self._encoder = encoder.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        encoder, cfg = self._encoder.to(images.device), self._encoder.cfg
+        if images.shape[-1] != cfg.image_size:
+            images = resize(centred(images).float(), cfg.image_size).clamp(-1, 1)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+            rows = encoder(make_batch(Layout(images=len(images), patches=cfg.patches), images=images))
+        return onto_grid(rows.float().view(len(images), cfg.patches, self.dim)[:, 1:], self.grid)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Square float pictures [N, 3, H, H] -> [N, 3, size, size], bicubic as CLIP's own; it can overshoot their range."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
+
+
+def onto_grid(rows: Tensor, grid: int) -> Tensor:
+    """Patch rows [N, g * g, D] -> [N, grid * grid, D], averaged (or repeated) over the area of each new patch."""
+    own = round(rows.shape[1] ** 0.5)
+    if own == grid:
+        return rows
+    pooled = F.adaptive_avg_pool2d(rows.transpose(1, 2).unflatten(2, (own, own)), grid)
+    return pooled.flatten(2).transpose(1, 2)
+
+
+def _load_clip(directory: Path) -> Any:
+    if not (directory / "config.json").is_file():
+        raise ValueError(
+            f"teacher={directory} holds no config.json; download a CLIP there first: "
+            f"hf download openai/clip-vit-base-patch16 --local-dir {directory}"
+        )
+    if not any(directory.glob("*.safetensors")):
+        raise ValueError(
+            f"teacher={directory} holds no *.safetensors (pickled weights are not read); "
+            f"take a revision that has them, or convert the weights"
+        )
+    from transformers import AutoConfig, CLIPVisionModelWithProjection
+    from transformers.utils import logging
+
+    loud = logging.get_verbosity()
+    logging.set_verbosity_error()  # it reports each text weight of a whole CLIP, which is not wanted here
+    try:
+        config: Any = AutoConfig.from_pretrained(directory, local_files_only=True)
+        if config.model_type == "clip":
+            # A whole CLIP's own width stands on top, and its vision part may say another.
+            config.vision_config.projection_dim = config.projection_dim
+            config = config.vision_config
+        if config.model_type != "clip_vision_model":
+            raise ValueError(f"its model_type is {config.model_type}")
+        model, report = CLIPVisionModelWithProjection.from_pretrained(
+            directory,
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+        )
+    except Exception as error:  # transformers and safetensors raise a dozen kinds for a damaged directory
+        raise ValueError(
+            f"teacher={directory} cannot be read as a CLIP model ({error}); download it again, or name another"
+        ) from error
+    finally:
+        logging.set_verbosity(loud)
+    # Without this another model's directory would give a teacher of random weights and one warning.
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise ValueError(
+            f"teacher={directory} is no whole CLIP vision model: its weights lack {len(report['missing_keys'])} and "
+            f"misfit {len(report['mismatched_keys'])} of its tensors; use one such as openai/clip-vit-base-patch16"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _clip_statistics(directory: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    path = directory / "preprocessor_config.json"
+    if not path.is_file():
+        return CLIP_MEAN, CLIP_STD
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        mean, std = (tuple(map(float, settings[key])) for key in ("image_mean", "image_std"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} has no readable image_mean and image_std ({error}); download it again") from error
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"{path}: image_mean={mean}, image_std={std} are not three colours; download it again")
+    return mean, std

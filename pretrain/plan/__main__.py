@@ -1,0 +1,211 @@
+"""Before anything is built: every way to spread a stage over GPUs, why it is illegal or too large, and how long a step
+of the others takes on paper.
+
+    python -m pretrain.plan --recipe beit3_giant --stage pretrain --gpus 64 --gpu a100-80g
+
+A layout is a DeepSpeed JSON of ds_configs/ (ZeRO stage, precision, offload) with sizes for tensor, pipe and sequence
+ranks, batch.accumulation and activation_checkpointing. Memory is counted (memory.py; a test holds it to 5 % of a
+tiny run's bytes), time is a model with its constants in hardware.py: it ranks, and promises nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from pretrain.command import about, run, write
+from pretrain.config import load_recipe
+from pretrain.parallel.ds_config import load_ds_config
+from pretrain.parallel.legal import problems
+from pretrain.parallel.sizes import Parallel
+from pretrain.plan.hardware import FRAGMENTS, GIB, GPUS, OUTSIDE
+from pretrain.plan.memory import Cell, Memory, peak_memory
+from pretrain.plan.model import Planned, micro_layout, planned
+from pretrain.plan.page import page
+from pretrain.plan.time import Cluster, Time, step_time
+
+CONFIGS = Path(__file__).parents[2] / "ds_configs"
+SIZES = (1, 2, 4, 8, 16)
+
+
+class Row(NamedTuple):
+    """One layout that is legal."""
+
+    name: str  # of the DeepSpeed JSON
+    cell: Cell
+    memory: Memory
+    time: Time | None  # None: it does not fit
+
+
+class Plan(NamedTuple):
+    planned: Planned
+    cluster: Cluster
+    fits: list[Row]  # the fastest first
+    too_large: list[Row]  # what is nearest to fitting first
+    illegal: dict[str, tuple[int, str]]  # reason without its numbers: how many layouts, one whole sentence
+
+
+def make_plan(
+    planned: Planned, cluster: Cluster, paths: list[Path], checkpointing: tuple[int, ...] = (0, 1, 4)
+) -> Plan:
+    """Raises ValueError when no layout is legal, with a reason."""
+    fits, too_large, illegal = [], [], defaultdict[str, list[str]](list)
+    usable = (cluster.gpu.memory - OUTSIDE) * (1 - FRAGMENTS)
+    cells = list(_cells(planned, cluster, paths, checkpointing, illegal))
+    for name, cell in tqdm(cells, desc="layouts", unit="", disable=None, leave=False):
+        memory = peak_memory(planned, cell)
+        if memory.total <= usable:
+            fits.append(Row(name, cell, memory, step_time(planned, cell, cluster)))
+        else:
+            too_large.append(Row(name, cell, memory, None))
+    reasons = {reason: (len(found), found[0]) for reason, found in illegal.items()}
+    if not fits and not too_large:
+        _, sentence = next(iter(reasons.values()))  # of the plainest layout
+        raise ValueError(f"no layout is legal on {cluster.gpus} GPUs: {sentence}")
+    fits.sort(key=lambda row: (row.time.step, row.memory.total) if row.time else (0.0, 0.0))
+    too_large.sort(key=lambda row: row.memory.total)
+    return Plan(planned, cluster, fits, too_large, dict(sorted(reasons.items(), key=lambda item: -item[1][0])))
+
+
+def _cells(
+    planned: Planned, cluster: Cluster, paths: list[Path], checkpointing: tuple[int, ...], illegal: dict[str, list[str]]
+) -> Iterator[tuple[str, Cell]]:
+    """The legal layouts; notes the others' reasons."""
+    stage, counts = planned.stage, planned.stage.batch.counts()
+    sizes = [s for s in SIZES if s <= cluster.gpus]
+    for path, tensor, pipe, sequence in product(paths, sizes, sizes, sizes):
+        if pipe > 1 and sequence > 1:
+            continue  # Parallel refuses it
+        parallel = Parallel(tensor, pipe, sequence)
+        for accumulation in _accumulations(planned, cluster.gpus // parallel.model):
+            copies = max(cluster.gpus // (tensor * pipe), 1)
+            micro = max(stage.batch.total // (copies * accumulation), 1)
+            config = load_ds_config(path, micro=micro, accumulation=accumulation, world=copies, clip=stage.optim.clip)
+            found = problems(
+                parallel,
+                world=cluster.gpus,
+                config=config,
+                counts=counts,
+                accumulation=accumulation,
+                model=planned.sizes,
+                objectives=[objective.name for objective in stage.objectives],
+                node=min(cluster.node, cluster.gpus),
+            )
+            if not found and tensor > cluster.node:
+                found = [f"parallel.tensor={tensor} is wider than a node of {cluster.node} GPUs, and would be slow"]
+            for reason in found:
+                illegal[re.sub(r"\d+( or \d+)?", "N", reason)].append(reason)
+            if found:
+                continue
+            data = cluster.gpus // parallel.model
+            layout = micro_layout(stage, planned.model, data * accumulation)
+            for every in checkpointing:
+                yield path.stem, Cell(config, parallel, data, layout, accumulation, every)
+
+
+def _accumulations(planned: Planned, data: int) -> list[int]:
+    """Those that leave every micro-batch at least one sequence of each kind; the recipe's own where none does."""
+    counts = planned.stage.batch.counts().values()
+    if not data or any(count % data for count in counts) or len(planned.stage.objectives) != 1:
+        return [planned.stage.batch.accumulation]
+    if planned.stage.objectives[0].name == "contrastive":
+        return [1]  # its negatives are the whole step's batch
+    each = [count // data for count in counts]
+    return [n for n in range(1, min(each) + 1) if all(count % n == 0 for count in each)]
+
+
+def report(plan: Plan, top: int) -> dict[str, Any]:
+    """The plan as plain JSON values; memory in GiB, seconds, bytes that one GPU sends in a step."""
+    return {
+        "what": "counted memory and modelled time; nothing here was measured",
+        "parameters": sum(p.numel for p in plan.planned.parameters),
+        "gpus": plan.cluster.gpus,
+        "layouts": [_row(plan, row) for row in plan.fits[:top]],
+        "too_large": len(plan.too_large),
+        "nearest_too_large": [_row(plan, row) for row in plan.too_large[:1]],
+        "illegal": [{"layouts": count, "example": sentence} for count, sentence in plan.illegal.values()],
+    }
+
+
+def _row(plan: Plan, row: Row) -> dict[str, Any]:
+    cell, time = row.cell, row.time
+    memory = row.memory._asdict() | {"total": row.memory.total}
+    found: dict[str, Any] = {
+        "ds": f"ds_configs/{row.name}.json",
+        **vars(cell.parallel),
+        "data": cell.data,
+        "accumulation": cell.accumulation,
+        "checkpointing": cell.checkpointing,
+        "memory_gib": {k: round(v / GIB, 3) if isinstance(v, int | float) else v for k, v in memory.items()},
+    }
+    if time is not None:
+        found |= {
+            "step_s": round(time.step, 4),
+            "seconds": {n: round(getattr(time, n), 4) for n in ("compute", "communication", "bubble", "optimizer")},
+            "samples_per_s": round(plan.planned.stage.batch.total / time.step, 1),
+            "mfu": round(time.mfu(plan.cluster), 4),
+            "bubble": round(time.bubble_share, 4),
+            "sent_bytes": {kind: round(size) for kind, size in time.sent.items() if size},
+        }
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    return run(lambda: _run(args, argv), left="nothing was written")
+
+
+def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
+    for name in ("gpus", "node", "top"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name}={getattr(args, name)} is below 1; use 1 or more")
+    recipe, stage = load_recipe(args.recipe, args.stage, args.set)
+    gpu = GPUS[args.gpu]
+    if args.network is not None:
+        gpu = gpu._replace(network_rate=args.network * 1e9)
+    # Dropping a layout's own sizes: the plan tries them all.
+    stage = replace(stage, parallel=Parallel(), activation_checkpointing=0)
+    paths = [Path(p) for p in args.ds] or sorted(CONFIGS.glob("*.json"))
+    plan = make_plan(planned(recipe, stage), Cluster(gpu, args.gpus, args.node), paths)
+    found = about("pretrain.plan.__main__", argv) | report(plan, args.top)
+    if not args.json:
+        print(page(found, args))
+    write(found, args.out, shown=args.json)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.plan",
+        description="Layouts of a stage ranked by predicted step time, with memory per GPU by part; and why others do "
+        "not do. Builds nothing and needs no GPU.",
+        epilog="example: python -m pretrain.plan --recipe beit3_giant --stage pretrain --gpus 64 --gpu a100-80g "
+        "--set model.vocab_size=64064",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--recipe", required=True, help="a name in pretrain/recipes, or a .py file with RECIPE = ...")
+    parser.add_argument("--stage", default="pretrain", help="a stage of the recipe (%(default)s)")
+    parser.add_argument("--gpus", type=int, required=True, help="all of them")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="a100-80g", help="their kind (%(default)s)")
+    parser.add_argument("--node", type=int, default=8, help="GPUs of a node (%(default)s)")
+    parser.add_argument("--network", type=float, metavar="GB/S", help="a GPU's share of the network, one direction")
+    parser.add_argument(
+        "--ds", action="append", default=[], metavar="JSON", help="only this DeepSpeed JSON; repeatable"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the recipe")
+    parser.add_argument("--top", type=int, default=10, help="layouts to show (%(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

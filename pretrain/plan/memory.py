@@ -1,0 +1,316 @@
+"""Bytes on one GPU by part, at the two moments of a step that need most: the backward pass and the optimizer's step.
+
+Parameters, gradients and optimizer state are what deepspeed 0.19.8 holds (runtime/zero/stage_1_and_2.py, stage3.py);
+activations what autograd saves of pretrain/models/multiway/encoder.py. tests/plan/test_memory.py counts the real bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from pretrain.batch import Layout
+from pretrain.parallel.ds_config import offloads, precision, zero_stage
+from pretrain.parallel.sizes import Parallel
+from pretrain.plan.hardware import BUCKET, FP32, LIVE, PERSISTENCE, PREFETCH, REUSE, SUB_GROUP
+from pretrain.plan.model import Parameter, Planned, head_products, held_by, read_rows, stage_runs, target_elements
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to spread a stage over GPUs: DeepSpeed JSON, sizes, accumulation, checkpointing every n blocks."""
+
+    config: dict[str, Any]
+    parallel: Parallel
+    data: int  # ranks that work on different data
+    layout: Layout  # of a micro-batch
+    accumulation: int = 1
+    checkpointing: int = 0
+    packed: bool = True  # the variable-length kernel runs: on GPUs in bf16
+    targets: bool = True  # the frozen visual tokenizer runs in every micro-step
+    zero: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "zero", self.config.get("zero_optimization", {}))
+
+    @property
+    def stage(self) -> int:
+        return zero_stage(self.config)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a parameter, gradient or activation."""
+        return precision(self.config).itemsize
+
+    @property
+    def shards(self) -> int:
+        """Ranks that ZeRO splits over: sequence ranks hold the same weights, and share them out too."""
+        return self.data * self.parallel.sequence
+
+    @property
+    def offload(self) -> bool:
+        return offloads(self.config)
+
+    @property
+    def offload_param(self) -> bool:
+        return self.zero.get("offload_param", {}).get("device", "none") != "none"
+
+
+class Memory(NamedTuple):
+    """Bytes of one rank at one moment."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float  # saved for the backward pass
+    buffers: float  # buckets, and what ZeRO-3 has gathered
+    working: float = 0.0  # of the operation at work
+    host: float = 0.0  # on the machine's memory, not the GPU's
+    moment: str = "backward"
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers + self.working
+
+
+def peak_memory(planned: Planned, cell: Cell) -> Memory:
+    """Of the rank that needs most, at its worst moment."""
+    each = [memory for stage in range(cell.parallel.pipe) for memory in moments(planned, cell, stage)]
+    return max(each, key=lambda memory: memory.total)
+
+
+def moments(planned: Planned, cell: Cell, stage: int = 0) -> tuple[Memory, Memory]:
+    """(in the backward pass, in the optimizer's step) of a rank of this pipeline stage."""
+    pipe = cell.parallel.pipe
+    parts = stage_runs(planned, cell.layout, pipe)[stage]
+    backward, step = _states(held_by(planned, parts), cell)
+    # 1F1B: a stage has as many micro-batches under way as there are stages from it on.
+    under_way = min(cell.accumulation, pipe - stage) if pipe > 1 else 1
+    saved = activations(planned, cell, parts) * under_way
+    boundary = 0.0
+    if pipe > 1:
+        # What each micro-batch under way sends on, and the gradient that comes back (PipelineEngine's buffers).
+        boundary = (under_way + 1) * cell.layout.rows * planned.model.dim * cell.width
+    if cell.targets and stage == pipe - 1:
+        frozen = target_elements(planned) * FP32
+        backward, step = (m._replace(parameters=m.parameters + frozen) for m in (backward, step))
+    return (
+        backward._replace(
+            activations=saved, working=working_bytes(planned, cell, parts), buffers=backward.buffers + boundary
+        ),
+        step._replace(buffers=step.buffers + boundary),
+    )
+
+
+def _states(own: Sequence[Parameter], cell: Cell) -> tuple[Memory, Memory]:
+    """All but activations."""
+    if cell.stage == 3:
+        return _partitioned(own, cell)
+    tensor, width = cell.parallel.tensor, cell.width
+    frozen = sum(p.held(tensor) for p in own if p.group is None)
+    groups = _group_sizes(own, tensor, 1 if cell.stage == 0 else 2 * cell.shards)
+    trained, largest = sum(groups), max(groups, default=0)
+    weights = float((frozen + trained) * width)
+    if cell.stage == 0:
+        grads, moments_ = float(trained * width), 2.0 * FP32 * trained
+        # Each all-reduce works on a flat copy of up to DeepSpeed's default bucket.
+        flat = min(trained, BUCKET) * width if cell.shards > 1 else 0
+        return (
+            Memory(weights, grads, moments_, 0, 0),
+            Memory(weights, grads, moments_, 0, flat, moment="step"),
+        )
+    own_part = trained / cell.shards
+    overlap = bool(cell.zero.get("overlap_comm"))
+    bucket = cell.zero.get("reduce_bucket_size", BUCKET) * width * (2 if overlap else 1)
+    # ZeRO-1 keeps all gradients until the last micro-step's backward is over, and reduces them then.
+    # ZeRO-2 adds each micro-step's share to the sum of those before.
+    held = own_part * min(cell.accumulation, 2)
+    if cell.stage == 1:
+        held = trained if not overlap or cell.accumulation > 1 else own_part
+    state, part_fp32 = 3 * FP32 * own_part, FP32 * largest / cell.shards
+    if cell.offload:
+        # The largest parameter's gradient on its way to the host (temp_grad_buffer_for_gpu_offload).
+        copy = max((p.held(tensor) for p in own), default=0) * width
+        host = state + (FP32 + width) * own_part
+        held = trained if cell.stage == 1 else 0
+        backward = Memory(weights, held * width, 0, 0, bucket + copy, host=host)
+        return backward, Memory(weights, 0, 0, 0, copy, host=host, moment="step")
+    return (
+        Memory(weights, held * width, state, 0, bucket),
+        # The partition in its own dtype, and the group at work in fp32.
+        Memory(weights, own_part * width + part_fp32, state, 0, 0, moment="step"),
+    )
+
+
+def _partitioned(own: Sequence[Parameter], cell: Cell) -> tuple[Memory, Memory]:
+    """ZeRO-3: each parameter is cut into equal parts, small ones stay whole beside theirs."""
+    tensor, width, shards = cell.parallel.tensor, cell.width, cell.shards
+    held = [(p.held(tensor), p) for p in own]
+    parts = sum(-(-numel // shards) for numel, _ in held)
+    trained = sum(-(-numel // shards) for numel, p in held if p.group is not None)
+    threshold = cell.zero.get("stage3_param_persistence_threshold", PERSISTENCE)
+    persistent = sum(numel for numel, _ in held if numel <= threshold) if shards > 1 else 0
+    group = cell.zero.get("zero_hpz_partition_size", 1)
+    second = sum(numel for numel, _ in held) / group * width if group > 1 else 0.0
+    bucket: float = cell.zero.get("reduce_bucket_size", BUCKET) * width
+    gathered = gathered_elements(own, cell) * width
+    weights = parts * width + persistent * width + second
+    state = 3.0 * FP32 * trained
+    at_work = FP32 * min(
+        max(_group_sizes(own, tensor, 1, shards), default=0), cell.zero.get("sub_group_size", SUB_GROUP)
+    )
+    grads, host = float(trained * width), 0.0
+    if cell.offload:
+        grads, state, host = 0.0, 0.0, state + trained * (width + FP32)
+        at_work = 0
+    if cell.offload_param:
+        weights, host = persistent * width + second, host + parts * width
+    return (
+        Memory(weights, grads, state, 0, bucket + gathered, host=host),
+        Memory(weights, grads + at_work, state, 0, bucket, host=host, moment="step"),
+    )
+
+
+def gathered_elements(own: Sequence[Parameter], cell: Cell) -> float:
+    """Parameters that are whole at the worst moment under ZeRO-3, beside the small ones that always are.
+
+    What was used stays until its next use is further away than stage3_max_reuse_distance, and between forward and
+    backward that way is twice the weights behind it. Each module that runs fetches up to a prefetch bucket more, so the
+    prefetch soon runs ahead until stage3_max_live_parameters are there, however small its bucket
+    (partitioned_param_coordinator.py, fetch_sub_module and __params_to_release).
+    """
+    threshold = cell.zero.get("stage3_param_persistence_threshold", PERSISTENCE)
+    sizes = [numel for p in own if (numel := p.held(cell.parallel.tensor)) > threshold]
+    if cell.shards == 1:
+        return 0  # a part is the whole
+    if not cell.zero.get("memory_efficient_linear", True) and not cell.checkpointing:
+        return sum(sizes)  # torch's own linear layer keeps a view of its gathered weight for the backward pass
+    live = cell.zero.get("stage3_max_reuse_distance", REUSE) / 2
+    if cell.zero.get("stage3_prefetch_bucket_size", PREFETCH):
+        live = max(live, cell.zero.get("stage3_max_live_parameters", LIVE))
+    # The most stands there between forward and backward: the last weights, until that many are together.
+    whole = 0
+    for size in reversed(sizes):
+        if whole >= live:
+            break
+        whole += size
+    return whole
+
+
+def _group_sizes(own: Sequence[Parameter], tensor: int, align: int, shards: int = 1) -> list[int]:
+    """Elements of each of the optimizer's groups, padded to a multiple of `align` (of `shards` equal parts: one)."""
+    sizes: dict[int, int] = {}
+    for p in own:
+        if p.group is not None:
+            sizes[p.group] = sizes.get(p.group, 0) + -(-p.held(tensor) // shards)
+    return [-(-size // align) * align for size in sizes.values()]
+
+
+def activations(planned: Planned, cell: Cell, parts: range) -> float:
+    """What autograd keeps of one micro-batch for the backward pass, in bytes."""
+    depth = planned.model.depth
+    blocks = [part for part in parts if 1 <= part <= depth]
+    total = _embedding(planned, cell) if 0 in parts else 0.0
+    if depth + 1 in parts:
+        total += _heads(planned, cell)
+    every = cell.checkpointing
+    if not every:
+        return total + sum(block_bytes(planned, cell, block) for block in blocks)
+    rows = cell.layout.rows / cell.parallel.sequence
+    runs = [blocks[first : first + every] for first in range(0, len(blocks), every)]
+    kept = len(runs) * rows * planned.model.dim * cell.width
+    # In the backward pass one run at a time is computed again; its first input is among those kept.
+    again = max((sum(block_bytes(planned, cell, block) for block in run) for run in runs), default=0.0)
+    return total + kept + max(again - rows * planned.model.dim * cell.width, 0)
+
+
+def block_bytes(planned: Planned, cell: Cell, block: int) -> float:
+    """Saved tensors of one block, input to output; see MultiwayBlock.forward from top to bottom."""
+    m, width = planned.model, cell.width
+    split, sequence = cell.parallel.tensor * cell.parallel.sequence, cell.parallel.sequence
+    rows, d, f = cell.layout.rows, m.dim, m.ffn_dim
+    after = min(read_rows(planned, cell.layout), rows) if block == m.depth else rows
+    stats = 2 * (width if not cell.packed else FP32)  # mean and 1 / standard deviation of a norm's row
+    whole: float = rows * (2 * d * width + stats)  # the block's input, its norm
+    whole += after * (2 * d * width + stats)  # the sum after attention, its norm
+    kinds = _kinds(cell.layout)
+    inner: float = (
+        3 * rows * d + 3 * _copied(cell) * d + rows * d
+    ) * width  # q, k, v; copies of joined kinds; the outcome
+    if kinds > 1 or block == m.depth:
+        inner += after * d * width  # joined, or the rows that heads read
+    inner += 2 * after * f * width  # what gelu reads and what it gives
+    inner += rows * m.heads * FP32  # the softmax's normaliser
+    if m.sub_norm:
+        inner += after * ((d + f) * width + 2 * stats)
+    if m.layer_scale is not None:
+        whole += 2 * after * d * width
+    if planned.stage.drop_path and block > 1:
+        whole += 2 * after * width
+    if m.relative_position:
+        inner += _biased_scores(planned, cell)
+    return whole / sequence + inner / split
+
+
+def _kinds(layout: Layout) -> int:
+    """How many pieces attention's outcome is joined of."""
+    return bool(layout.images) + 2 * bool(layout.pairs) + bool(layout.texts)
+
+
+def _copied(cell: Cell) -> int:
+    """Rows of q, k and v that attention copies to join or pack sequences; without image-only or text-only rows beside
+    them the original is not kept."""
+    layout = cell.layout
+    pairs = layout.pair_image_rows + layout.pair_text_rows
+    copied = pairs + layout.text_rows if cell.packed and layout.language_rows else pairs
+    return copied if copied < layout.rows else 0
+
+
+def _biased_scores(planned: Planned, cell: Cell) -> float:
+    """A bias that is learned leaves the flash kernels: scores after the softmax are kept, and the bias they had."""
+    layout, heads = cell.layout, planned.model.heads
+    lengths = (
+        (layout.images, layout.patches),
+        (layout.pairs, layout.patches + layout.pair_len),
+        (layout.texts, layout.text_len),
+    )
+    return sum(count * heads * length**2 for count, length in lengths) * cell.width
+
+
+def _embedding(planned: Planned, cell: Cell) -> float:
+    layout, m = cell.layout, planned.model
+    pictures = layout.images + layout.pairs
+    patches = pictures * max(layout.patches - 1, 0)
+    texts = layout.language_rows
+    total = patches * (3 * m.patch_size**2 * cell.width + 1)  # what the projection reads; where a mask token stands
+    total += texts * (8 + 1)  # ids, padding
+    if m.text_norm:
+        total += texts * (m.dim * cell.width + 2 * FP32)
+    return total / cell.parallel.sequence
+
+
+def _heads(planned: Planned, cell: Cell) -> float:
+    """The final norm, the rows that each head reads, and its log-probabilities in fp32."""
+    m, products = planned.model, head_products(planned, cell.layout)
+    read = min(read_rows(planned, cell.layout), cell.layout.rows)
+    total: float = read * (m.dim * cell.width + 2 * FP32 + 8)
+    for rows, outputs in products:
+        total += rows * (m.dim * cell.width + 16)
+        if planned.stage.objectives[0].name == "masked":
+            total += rows * outputs * FP32 / cell.parallel.tensor
+    return total / cell.parallel.sequence
+
+
+def working_bytes(planned: Planned, cell: Cell, parts: range) -> float:
+    """The most that one operation holds beside what is saved: gradients of a block's inner rows, or the logits in their
+    own dtype, in fp32, and their gradient."""
+    m, split = planned.model, cell.parallel.tensor * cell.parallel.sequence
+    block = cell.layout.rows * (2 * m.ffn_dim + 2 * m.dim) * cell.width / split
+    heads = 0.0
+    if m.depth + 1 in parts and planned.stage.objectives[0].name == "masked":
+        heads = max(
+            (rows * outputs * (2 * cell.width + FP32) for rows, outputs in head_products(planned, cell.layout)),
+            default=0,
+        )
+    return max(block, heads / split)

@@ -1,0 +1,215 @@
+"""How long a step takes on paper: computation, memory traffic, communication by kind, the pipeline's bubble, Adam.
+
+Every constant is in hardware.py. The result ranks layouts; it is no measurement and no promise.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pretrain.metrics import flops_per_batch
+from pretrain.plan.hardware import (
+    ADAM_BYTES,
+    BLOCK_KERNELS,
+    FP32_SHARE,
+    HALF_ROWS,
+    HALF_WIDTH,
+    HOST_ADAM_RATE,
+    HOST_SHARE,
+    KERNEL_S,
+    LATENCY_S,
+    LINK_SHARE,
+    MEMORY_SHARE,
+    OVERLAP,
+    PERSISTENCE,
+    Gpu,
+)
+from pretrain.plan.memory import Cell
+from pretrain.plan.model import Planned, head_products, held_by, stage_runs, target_flops
+
+KINDS = ("data all-reduce", "all-gather", "reduce-scatter", "tensor all-reduce", "pipeline send", "all-to-all")
+
+
+class Cluster(NamedTuple):
+    gpu: Gpu
+    gpus: int
+    node: int  # GPUs of a node
+
+
+class Time(NamedTuple):
+    """Seconds of one optimizer step on paper, and what one GPU sends for it."""
+
+    compute: float
+    communication: float  # that nothing hides
+    bubble: float
+    optimizer: float
+    sent: dict[str, float]  # bytes by kind
+    flops: float  # of the whole step over all GPUs, as MFU counts them
+
+    @property
+    def step(self) -> float:
+        return self.compute + self.communication + self.bubble + self.optimizer
+
+    @property
+    def bubble_share(self) -> float:
+        return self.bubble / self.step
+
+    def mfu(self, cluster: Cluster) -> float:
+        return self.flops / self.step / cluster.gpus / cluster.gpu.peak
+
+
+def step_time(planned: Planned, cell: Cell, cluster: Cluster) -> Time:
+    """Of the slowest pipeline stage: each waits for it."""
+    micro = max(_micro_step(planned, cell, cluster, parts) for parts in stage_runs(planned, cell.layout, _pipe(cell)))
+    micro += target_flops(planned, cell.layout) / (cluster.gpu.peak * cluster.gpu.matmul) if cell.targets else 0.0
+    compute = micro * cell.accumulation
+    bubble = micro * (_pipe(cell) - 1)
+    sent, waits, hidden = _communication(planned, cell, cluster)
+    shown = waits + max(hidden - OVERLAP[cell.stage] * compute, (1 - OVERLAP[cell.stage]) * hidden)
+    flops = micro_flops(planned, cell) * cell.accumulation * cell.data
+    return Time(compute, shown, bubble, _adam(planned, cell, cluster), sent, flops)
+
+
+def micro_flops(planned: Planned, cell: Cell) -> float:
+    """Model FLOPs of a micro-batch, forward and backward, as pretrain.train reports them."""
+    m = planned.model
+    return flops_per_batch(
+        cell.layout,
+        dim=m.dim,
+        depth=m.depth,
+        ffn_dim=m.ffn_dim,
+        patch_inputs=3 * m.patch_size**2,
+        heads=head_products(planned, cell.layout),
+    )
+
+
+def _pipe(cell: Cell) -> int:
+    return cell.parallel.pipe
+
+
+def _micro_step(planned: Planned, cell: Cell, cluster: Cluster, parts: range) -> float:
+    """Seconds of one micro-batch in these parts, forward and backward."""
+    gpu, m, layout = cluster.gpu, planned.model, cell.layout
+    split = cell.parallel.tensor * cell.parallel.sequence
+    blocks = sum(1 for part in parts if 1 <= part <= m.depth)
+    again = 4 / 3 if cell.checkpointing else 1.0  # the forward pass twice
+    share = gpu.peak * (1.0 if cell.width == 2 else FP32_SHARE)
+    # Products: the narrowest side is a head group's or an expert's width on this rank.
+    rows = layout.rows / cell.parallel.sequence
+    matmul = share * gpu.matmul * _filled(m.dim / cell.parallel.tensor, HALF_WIDTH) * _filled(rows, HALF_ROWS)
+    products = 3 * 2 * layout.rows * (4 * m.dim**2 + 2 * m.dim * m.ffn_dim) / split
+    whole = flops_per_batch(layout, dim=m.dim, depth=1, ffn_dim=m.ffn_dim) / split
+    attention = (whole - products) / (share * gpu.attention)
+    # Elementwise: norms, gelu, sums and joins read and write; the backward pass moves twice as much.
+    moved = 3 * layout.rows * cell.width * (14 * m.dim / cell.parallel.sequence + 4 * m.ffn_dim / split)
+    block = products / matmul + attention + moved / (gpu.memory_rate * MEMORY_SHARE)
+    seconds = blocks * again * max(block, BLOCK_KERNELS * KERNEL_S)
+    if 0 in parts:
+        patches = (layout.images + layout.pairs) * max(layout.patches - 1, 0)
+        seconds += 3 * 2 * patches * 3 * m.patch_size**2 * m.dim / matmul / cell.parallel.sequence
+    if m.depth + 1 in parts:
+        for rows, outputs in head_products(planned, layout):
+            seconds += 3 * 2 * rows * m.dim * outputs / matmul / split
+            # Logits in their own dtype and in fp32, their softmax and its gradient.
+            seconds += rows * outputs * (3 * cell.width + 16) / split / (gpu.memory_rate * MEMORY_SHARE)
+    return seconds
+
+
+def _filled(size: float, half: float) -> float:
+    """The share of its best rate that a product of this size reaches; a half of it at `half`."""
+    return size / (size + half)
+
+
+def _communication(planned: Planned, cell: Cell, cluster: Cluster) -> tuple[dict[str, float], float, float]:
+    """(bytes that one GPU sends in a step by kind, seconds that wait, seconds that may hide behind computation)."""
+    sent, waits = dict.fromkeys(KINDS, 0.0), 0.0
+    for kind, size, seconds in _inside(planned, cell, cluster):
+        sent[kind] += size
+        waits += seconds
+    hidden = 0.0
+    for kind, size, seconds in _over_data(planned, cell, cluster):
+        sent[kind] += size
+        hidden += seconds
+    return sent, waits, hidden
+
+
+def _inside(planned: Planned, cell: Cell, cluster: Cluster):
+    """Collectives of the ranks that share one micro-batch: (kind, bytes sent by a GPU, seconds) of a step."""
+    m, sizes, layout = planned.model, cell.parallel, cell.layout
+    rows = layout.rows / sizes.sequence * m.dim * cell.width
+    blocks = -(-m.depth // sizes.pipe)
+    passes = 3 if cell.checkpointing else 2  # forward, forward again, backward
+    if sizes.tensor > 1:
+        # Two sums forward and two backward in each block (Megatron-LM, section 3).
+        count = 2 * passes * blocks * cell.accumulation
+        size = 2 * (sizes.tensor - 1) / sizes.tensor * rows
+        rate = _rate(cluster, span=sizes.tensor)
+        yield "tensor all-reduce", count * size, count * (size / rate + LATENCY_S)
+    if sizes.sequence > 1:
+        # Queries, keys, values and the outcome change hands in each pass (Ulysses, arXiv 2309.14509).
+        count = 4 * passes * blocks * cell.accumulation
+        size = (sizes.sequence - 1) / sizes.sequence * rows / sizes.tensor
+        rate = _rate(cluster, span=sizes.tensor * sizes.sequence)
+        yield "all-to-all", count * size, count * (size / rate + LATENCY_S)
+    if sizes.pipe > 1:
+        count = 2 * cell.accumulation
+        rate = _rate(cluster, span=cluster.gpus, ranks=sizes.pipe)  # pipe is the outermost axis
+        yield "pipeline send", count * rows, count * (rows / rate + LATENCY_S)
+
+
+def _over_data(planned: Planned, cell: Cell, cluster: Cluster):
+    """Gradients and weights over the ranks that ZeRO splits over: (kind, bytes sent by a GPU, seconds) of a step."""
+    ranks = cell.shards
+    if ranks == 1:
+        return
+    runs = stage_runs(planned, cell.layout, cell.parallel.pipe)
+    own = max((held_by(planned, run) for run in runs), key=lambda ps: sum(p.held(cell.parallel.tensor) for p in ps))
+    held = [(p.held(cell.parallel.tensor), p) for p in own]
+    trained = sum(numel for numel, p in held if p.group is not None) * cell.width
+    part = (ranks - 1) / ranks
+    rate = _rate(cluster, span=ranks * cell.parallel.tensor, ranks=ranks)
+    if cell.stage < 3:
+        # deepspeed's stage_1_and_2.py sums buckets over all ranks, ZeRO-2 after each micro-step, and gathers weights
+        # after Adam.
+        times = cell.accumulation if cell.stage == 2 else 1
+        size = 2 * part * trained * times
+        yield "data all-reduce", size, size / rate + times * len(held) * LATENCY_S / 8
+        if cell.stage:
+            yield "all-gather", part * trained, part * trained / rate
+        return
+    threshold = cell.zero.get("stage3_param_persistence_threshold", PERSISTENCE)
+    fetched = [numel for numel, _ in held if numel > threshold]
+    whole = sum(fetched) * cell.width
+    near = cell.zero.get("zero_hpz_partition_size", 1)
+    near_rate, near_part = (_rate(cluster, span=near), (near - 1) / near) if near > 1 else (rate, part)
+    count = cell.accumulation
+    # Weights for the forward pass from all, for the backward pass from the second copy where there is one (hpZ).
+    size = count * whole * (part + near_part)
+    seconds = count * whole * (part / rate + near_part / near_rate) + 2 * count * len(fetched) * LATENCY_S
+    if cell.offload_param:
+        seconds += 2 * count * whole / ranks / (cluster.gpu.host_rate * HOST_SHARE)
+    yield "all-gather", size, seconds
+    yield "reduce-scatter", count * part * trained, count * (part * trained / rate + len(held) * LATENCY_S / 8)
+
+
+def _rate(cluster: Cluster, *, span: int, ranks: int | None = None) -> float:
+    """Bytes/s of each GPU in a ring: by the links of the node, or by the network where neighbours `span` over more. A
+    ring over whole nodes uses the adapters of all their GPUs; `ranks` of it at most."""
+    if span <= cluster.node:
+        return cluster.gpu.node_rate * LINK_SHARE
+    # Rings of other tensor ranks share the node's adapters: each GPU has its own.
+    inside = max(min(cluster.node * (ranks or span) // span, cluster.node), 1)
+    return min(cluster.gpu.network_rate * inside, cluster.gpu.node_rate) * LINK_SHARE
+
+
+def _adam(planned: Planned, cell: Cell, cluster: Cluster) -> float:
+    """Seconds of the optimizer's step on the rank that owns most."""
+    runs = stage_runs(planned, cell.layout, cell.parallel.pipe)
+    trained = max(
+        sum(p.held(cell.parallel.tensor) for p in held_by(planned, run) if p.group is not None) for run in runs
+    )
+    own = trained / (cell.shards if cell.stage else 1)
+    if not cell.offload:
+        return own * ADAM_BYTES / (cluster.gpu.memory_rate * MEMORY_SHARE)
+    moved = 2 * own * cell.width / (cluster.gpu.host_rate * HOST_SHARE)
+    return moved + own * ADAM_BYTES * min(cluster.node, cluster.gpus) / HOST_ADAM_RATE

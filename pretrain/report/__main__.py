@@ -1,0 +1,96 @@
+"""A run directory as one self-contained HTML page, and its evaluation as a table for the terminal.
+
+    python -m pretrain.report --run-dir runs/quickstart        writes runs/quickstart/report.html
+
+Works on runs that are going on, and on runs that have only some stages; what is missing is left out and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from pretrain.report.page import page
+from pretrain.report.rows import DIRECTIONS, RANKS, chance, load_run, masked_rows, other_rows, retrieval_rows
+
+log = logging.getLogger("pretrain")
+
+
+def format_table(run_dir: Path | str) -> str:
+    """The evaluation of every stage of a run for the terminal. Raises ValueError if there is no stage."""
+    stages = load_run(Path(run_dir))
+    lines: list[str] = []
+    if rows := retrieval_rows(stages):
+        candidates = {row.candidates for row in rows if row.candidates}
+        width = max(len("Retrieval, percent"), *(len(row.label) for row in rows)) + 2
+        lines.append(f"{'Retrieval, percent':<{width}}" + "".join(f"{title:>22}" for title in DIRECTIONS.values()))
+        lines.append(" " * width + (" " + "".join(f"{f'R@{k}':>7}" for k in RANKS)) * len(DIRECTIONS))
+        for row in rows:
+            cells = "".join(
+                " " + "".join(_cell(row.recall.get((direction, k)), 7) for k in RANKS) for direction in DIRECTIONS
+            )
+            lines.append(f"{row.label:<{width}}{cells}")
+        for count in sorted(candidates):
+            cells = (" " + "".join(_cell(chance(count, k), 7) for k in RANKS)) * len(DIRECTIONS)
+            lines.append(f"{f'chance of {count}':<{width}}{cells}")
+        lines.append("")
+    if masked := masked_rows(stages):
+        names = [f"{row.stage}: {row.label}" for row in masked]
+        width = max(len("Masked accuracy, percent"), *map(len, names)) + 2
+        lines.append(f"{'Masked accuracy, percent':<{width}}{'accuracy':>10}{'baseline':>10}")
+        lines += [
+            f"{name:<{width}}{_cell(row.accuracy, 10)}{_cell(row.baseline, 10)}"
+            for name, row in zip(names, masked, strict=True)
+        ]
+        lines.append("")
+    if others := other_rows(stages):
+        width = max(len(f"{stage}: {key}") for stage, key, _ in others) + 2
+        lines += [f"{f'{stage}: {key}':<{width}}{value:>10.4g}" for stage, key, value in others]
+    return "\n".join(lines).rstrip() or "No stage of this run has been evaluated yet."
+
+
+def _cell(value: float | None, width: int) -> str:
+    return f"{'-' if value is None else f'{value:.1f}':>{width}}"
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write RUN_DIR/report.html; the old page stays until the new one is whole."""
+    stages = load_run(run_dir)
+    path = run_dir / "report.html"
+    temporary = path.with_name(path.name + ".part")
+    try:
+        temporary.write_text(page(run_dir, stages), encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{error.strerror}; free space, or make it writable", str(path)) from None
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """-> 0, or 2 for a user's mistake (one sentence on stderr)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.report",
+        description="Write one self-contained page with the curves, evaluation and sample pictures of a run, and print "
+        "the evaluation as a table.",
+        epilog="example: python -m pretrain.report --run-dir runs/quickstart",
+    )
+    parser.add_argument("--run-dir", required=True, type=Path, help="the --run-dir of pretrain.train")
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    try:
+        path = write_report(args.run_dir)
+        sys.stdout.write(format_table(args.run_dir) + "\n")
+    except (ValueError, OSError) as error:
+        log.error("error: %s", error)
+        return 2
+    log.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""What a run directory holds, as the report shows it: its stages in order, and the rows of the evaluation tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint.weights import WEIGHTS
+from pretrain.metrics import FILE, read_metrics
+
+USUAL_ORDER = ("tokenizer", "vision", "language", "fusion", "retrieval", "scratch")
+PARTS = {
+    "image": "image patches",
+    "text": "words",
+    "pair_image": "image patches in pairs",
+    "pair_text": "words in pairs",
+}
+DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
+RANKS = (1, 5, 10)
+
+
+@dataclass
+class StageRun:
+    """What lies in RUN_DIR/STAGE."""
+
+    name: str
+    directory: Path
+    recipe: dict = field(default_factory=dict)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    samples: dict[str, list] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # what is missing or could not be read
+
+    @property
+    def steps(self) -> int | None:
+        """Steps that the recipe asks for."""
+        steps = _dig(self.recipe, "stages", self.name, "steps")
+        return steps if isinstance(steps, int) else None
+
+    @property
+    def step(self) -> int:
+        return self.lines[-1]["step"] if self.lines else 0
+
+    @property
+    def finished(self) -> bool:
+        return (self.directory / WEIGHTS).is_file()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in steps: saving and starting are not in it."""
+        total, seen = 0.0, 0.0
+        for line in self.lines:
+            now, speed = line.get("samples_seen"), line.get("samples_per_s")
+            if isinstance(now, int | float) and isinstance(speed, int | float) and speed > 0:
+                total += max(now - seen, 0) / speed
+                seen = now
+        return total
+
+
+@dataclass(frozen=True)
+class RetrievalRow:
+    """Recall in percent of one stage: (direction, k) -> value."""
+
+    stage: str
+    label: str
+    recall: dict[tuple[str, int], float]
+    candidates: int | None
+
+
+@dataclass(frozen=True)
+class MaskedRow:
+    """Masked accuracy in percent of one stage and part, and what a constant guess would reach."""
+
+    stage: str
+    label: str
+    accuracy: float
+    baseline: float | None
+
+
+def load_run(run_dir: Path) -> list[StageRun]:
+    """The stages under `run_dir`, in the order of the recipe. Raises ValueError if there are none."""
+    if not run_dir.is_dir():
+        raise ValueError(f"--run-dir {run_dir} is not a directory; give the directory that the stages were trained in")
+    found = [
+        _load_stage(path)
+        for path in sorted(run_dir.iterdir())
+        if path.is_dir() and any((path / name).is_file() for name in ("recipe.json", FILE, "eval.json"))
+    ]
+    if not found:
+        raise ValueError(
+            f"--run-dir {run_dir} holds no stage (a directory with recipe.json, {FILE} or eval.json); give the "
+            "directory that was --run-dir of pretrain.train"
+        )
+    orders = [list(stages) for stage in found if isinstance(stages := stage.recipe.get("stages"), dict)]
+    order = [*max(orders, key=len, default=[]), *USUAL_ORDER]
+    # The comparison stands behind the rest, wherever the recipe has it.
+    return sorted(found, key=lambda s: (s.name == "scratch", order.index(s.name) if s.name in order else len(order)))
+
+
+def _load_stage(directory: Path) -> StageRun:
+    stage = StageRun(directory.name, directory)
+    stage.recipe = _read_object(directory / "recipe.json", stage.notes)
+    stage.evaluation = _read_object(directory / "eval.json", stage.notes)
+    samples = _read_object(directory / "samples.json", stage.notes)
+    stage.samples = {
+        kind: [entry for entry in entries if isinstance(entry, dict)]
+        for kind, entries in samples.items()
+        if isinstance(entries, list)
+    }
+    try:
+        stage.lines = read_metrics(directory / FILE)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        stage.notes.append(str(error))
+    missing = [
+        name
+        for name, there in (
+            (f"curves ({FILE})", stage.lines),
+            ("evaluation (eval.json)", stage.evaluation),
+            ("sample pictures (samples.json)", any(stage.samples.values())),
+        )
+        if not there
+    ]
+    if missing:
+        stage.notes.append(f"Not there yet: {', '.join(missing)}.")
+    return stage
+
+
+def _read_object(path: Path, notes: list[str]) -> dict:
+    """The JSON object in `path`; {} with a note if there is something else, {} alone if there is no file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        notes.append(f"{path.name} could not be read: {error}.")
+        return {}
+    if not isinstance(value, dict):
+        notes.append(f"{path.name} holds no JSON object.")
+        return {}
+    return value
+
+
+def _dig(value: Any, *keys: str) -> Any:
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def retrieval_rows(stages: list[StageRun]) -> list[RetrievalRow]:
+    rows = []
+    for stage in stages:
+        sets: dict[str, dict[tuple[str, int], float]] = {}
+        for key, value in numbers(stage.evaluation).items():
+            if match := re.fullmatch(r"(.+)/(image_to_text|text_to_image)/R@(\d+)", key):
+                sets.setdefault(match[1], {})[match[2], int(match[3])] = value
+        for name, recall in sets.items():
+            candidates = numbers(stage.evaluation).get(f"{name}/candidates")
+            label = stage.name if name == "retrieval" else f"{stage.name}, {name.removeprefix('retrieval/')}"
+            label += ": same budget, no pretraining" if stage.name == "scratch" else ""
+            rows.append(RetrievalRow(stage.name, label, recall, int(candidates) if candidates else None))
+    return rows
+
+
+def masked_rows(stages: list[StageRun]) -> list[MaskedRow]:
+    rows = []
+    for stage in stages:
+        values = numbers(stage.evaluation)
+        for key, value in values.items():
+            if key.startswith("masked/") and key.endswith("/accuracy"):
+                part = key.removeprefix("masked/").removesuffix("/accuracy")
+                baseline = values.get(f"masked/{part}/baseline")
+                rows.append(MaskedRow(stage.name, PARTS.get(part, part), value, baseline))
+    return rows
+
+
+def other_rows(stages: list[StageRun]) -> list[tuple[str, str, float]]:
+    """(stage, key, value) of every evaluation number that no other table shows."""
+    known = re.compile(r"step|.*/(accuracy|baseline)|.*/(image_to_text|text_to_image)/R@\d+|.*/candidates")
+    return [
+        (stage.name, key, value)
+        for stage in stages
+        for key, value in numbers(stage.evaluation).items()
+        if not known.fullmatch(key) or (key.endswith("/accuracy") and not key.startswith("masked/"))
+    ]
+
+
+def numbers(values: dict[str, Any]) -> dict[str, float]:
+    """The entries that are finite numbers."""
+    return {k: v for k, v in values.items() if finite(v) is not None}
+
+
+def finite(value: Any) -> float | None:
+    """The value if it is a finite number: Python's json reads NaN and Infinity too."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if good else None
+
+
+def chance(candidates: int, k: int) -> float:
+    """Percent of queries whose one right answer a random order puts among the first k."""
+    return 100 * min(k / candidates, 1.0)

@@ -1,0 +1,157 @@
+"""The part of a PretrainTask that one pipeline stage holds, and how much work a stage has.
+
+Between stages travels one tensor of a fixed shape [T + E, D]: the packed rows x_TD, and below them a sheet of zeros and
+ones (exact in bf16) with what later stages need and cannot know, since only the first and the last stage load data:
+
+    pair text rows that are no padding | text-only rows that are none | branches that drop path keeps | zeros to fill up
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.batch import PAD, UNK, Batch, Layout, make_batch
+from pretrain.layers import PLAIN, Layers
+from pretrain.metrics import flops_per_batch
+from pretrain.models.multiway.block import drop_rate
+from pretrain.models.multiway.config import MultiwayConfig, check_layout
+from pretrain.models.multiway.encoder import MultiwayEncoder
+from pretrain.parallel.partition import cut, stage_costs
+from pretrain.tasks.pretrain import PretrainTask
+
+log = logging.getLogger(__name__)
+
+
+class PipelineTask(PretrainTask):
+    """What stage `stage` of a pipeline holds: the blocks bounds[stage] .. bounds[stage + 1] - 1 (counted from 0), the
+    first stage also the embeddings, the last the final norm and the objectives. Names and initial numbers are those of
+    a PretrainTask from the same seed; every micro-batch has `layout`.
+
+    `shared` are the names of weights that several stages hold alike (a tied text head, the table of relative positions)
+    and their stages: the gradients add up.
+    """
+
+    def __init__(
+        self,
+        model: MultiwayConfig,
+        experts: tuple[str, ...],
+        objectives: tuple[Any, ...],
+        layers: Layers | None = None,
+        *,
+        layout: Layout,
+        bounds: Sequence[int],
+        stage: int,
+    ):
+        nn.Module.__init__(self)  # PretrainTask's own would build all of it
+        check_layout(layout, model, experts)
+        layers = layers or PLAIN
+        self.layout, self.stage, self.stages = layout, stage, len(bounds) - 1
+        self.last = stage == self.stages - 1
+        blocks = [f"blocks.{number}" for number in range(bounds[stage], bounds[stage + 1])]
+        # A rank holds at most one part that is another stage's, or two: the last keeps the text embedding till the
+        # heads have seen it.
+        first = ["vision_embed", "text_embed"] if stage == 0 else []
+        last = ["text_embed", "norm"] if self.last else []
+        own = {*first, "relative_position", *blocks, *last}
+        self.encoder = MultiwayEncoder(model, experts, layers, keep=own.__contains__)
+        text = self.encoder.text_embed
+        # A stand-in tells other stages whether an objective ties itself to the text embedding.
+        tokens = nn.Parameter(torch.empty(0)) if text is None else cast(nn.Parameter, text.tokens.weight)
+        self.objectives, tied = nn.ModuleDict(), False
+        for objective in objectives:
+            head = objective.build(model, experts, layers, tokens)
+            tied = tied or any(value is tokens for value in head.parameters())
+            if self.last:
+                self.objectives[objective.name] = head
+        if stage > 0 and text is not None:
+            text.positions = text.norm = None
+            self.encoder.text_embed = text if tied else None
+        self.shared: dict[str, tuple[int, ...]] = {}
+        if tied:
+            self.shared["encoder.text_embed.tokens.weight"] = (0, self.stages - 1)
+        if model.relative_position:
+            self.shared["encoder.relative_position.table"] = tuple(range(self.stages))
+
+    def forward(self, arrived: Tensor | None, batch: Batch | None = None) -> Any:  # type: ignore[override]
+        """`arrived` [T + E, D] from the stage before, None on the first; the `batch` on the first and the last.
+        -> [T + E, D] for the next stage; on the last what PretrainTask returns."""
+        assert batch is None or batch.layout == self.layout, (batch.layout, self.layout)
+        if arrived is None:
+            assert batch is not None
+            x_TD = self.encoder.embed(batch)
+            sheet_ED = self._write_sheet(batch, x_TD)
+        else:
+            x_TD, sheet_ED = arrived.split([self.layout.rows, len(arrived) - self.layout.rows])
+        known = self._read_sheet(sheet_ED.detach())
+        if not self.last:
+            return torch.cat([self.encoder.run(x_TD, known), sheet_ED.detach()])
+        assert batch is not None
+        return self.score(self.encoder.finish(x_TD, known, self.needed_rows(batch)), batch)
+
+    def _write_sheet(self, batch: Batch, x_TD: Tensor) -> Tensor:
+        flags = [(ids != PAD).flatten() for ids in (batch.pair_inputs, batch.text_inputs)]
+        if self._dice_count:
+            cfg, noise = self.encoder.cfg, batch.noise
+            if noise is None:
+                noise = torch.rand(self.layout.sequences, 2 * cfg.depth, device=x_TD.device)
+            rates = [rate for layer in range(1, cfg.depth + 1) for rate in [drop_rate(cfg, layer)] * 2]
+            flags.append((noise >= noise.new_tensor(rates)).flatten())
+        written = torch.cat(flags).to(x_TD.dtype)
+        return F.pad(written, (0, -len(written) % x_TD.shape[1])).view(-1, x_TD.shape[1])
+
+    def _read_sheet(self, sheet_ED: Tensor) -> Batch:
+        """A batch of which padding and dice can be asked, and nothing else."""
+        layout = self.layout
+        sizes = [layout.pair_text_rows, layout.text_rows, self._dice_count]
+        pairs, texts, kept = sheet_ED.flatten()[: sum(sizes)].split(sizes)
+        return make_batch(
+            layout,
+            pair_tokens=torch.where(pairs > 0, UNK, PAD).view(layout.pairs, layout.pair_len),
+            text_tokens=torch.where(texts > 0, UNK, PAD).view(layout.texts, layout.text_len),
+            # Dice of 1 and 0: a block drops what falls below its rate.
+            noise=kept.view(layout.sequences, -1) if self._dice_count else None,
+        )
+
+    @property
+    def _dice_count(self) -> int:
+        cfg = self.encoder.cfg
+        return self.layout.sequences * 2 * cfg.depth if cfg.drop_path else 0
+
+
+# ---- where to cut
+
+
+def pipeline_bounds(model: MultiwayConfig, objectives: Sequence[Any], layout: Layout, stages: int) -> tuple[int, ...]:
+    """Bounds [stages + 1] of the stages' blocks, so that they have about the same number of FLOPs; logs a small table.
+    Raises ValueError when there are more stages than blocks."""
+    costs = block_flops(model, objectives, layout)
+    bounds = cut(costs, stages)
+    flops, total = stage_costs(costs, bounds), sum(costs)
+    log.info("pipeline of %d stages, FLOPs of one micro-batch forward and backward:", stages)
+    for stage, each in enumerate(flops):
+        besides = (" and embeddings" if stage == 0 else "") + (" and heads" if stage == stages - 1 else "")
+        blocks = f"blocks {bounds[stage]} to {bounds[stage + 1] - 1}{besides}"
+        log.info("  stage %d  %-36s %9.3f GFLOP  %4.1f %%", stage, blocks, each / 1e9, 100 * each / max(total, 1))
+    return bounds
+
+
+def block_flops(model: MultiwayConfig, objectives: Sequence[Any], layout: Layout) -> list[float]:
+    """FLOPs of each block, as `metrics.flops_per_batch` counts them; the first with the embeddings, the last with the
+    heads and without the rows that no head reads."""
+    count = partial(flops_per_batch, layout, dim=model.dim, ffn_dim=model.ffn_dim)
+    costs = [float(count(depth=1))] * model.depth
+    heads = [rows for objective in objectives for rows in objective.head_rows(layout, model)]
+    unread = max(layout.rows - sum(rows for rows, _ in heads), 0)
+    costs[-1] -= 3 * 2 * unread * (model.dim**2 + 2 * model.dim * model.ffn_dim)
+    if model.activation_checkpointing:
+        costs = [cost * 4 / 3 for cost in costs]  # their forward pass runs twice
+    costs[0] += count(depth=0, patch_inputs=3 * model.patch_size**2)
+    costs[-1] += count(depth=0, heads=heads)
+    return costs

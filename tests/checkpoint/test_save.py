@@ -1,0 +1,308 @@
+"""Checkpoints under faults (with a stand-in engine, one process), and bit-equal resume (DeepSpeed, two ranks)."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import random
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.checkpoint import save as checkpoint
+from pretrain.checkpoint.directory import shutil
+from pretrain.checkpoint.save import SaveError, newest, resume
+from pretrain.checkpoint.weights import load_handover, read_weights
+from tests.distributed import run_ranks
+from tests.parallel.test_engine import CONFIGS, OPTIM, Toy, layer_of, micro_batches
+
+
+class StandIn:
+    """What `save` asks an engine; its moments are one number (see `moments_of_stand_ins`)."""
+
+    def __init__(self, value: float = 0.0, stage: int = 1):
+        self.value, self.stage = torch.full((1000,), value), stage
+
+    def zero_optimization_stage(self) -> int:
+        return self.stage
+
+    def bfloat16_enabled(self) -> bool:
+        return False
+
+
+@pytest.fixture
+def moments_of_stand_ins(monkeypatch):
+    def read(engine, mesh, files):
+        engine.value = torch.load(io.BytesIO(files[0].read_bytes()), weights_only=True)["value"]
+
+    def write(engine, mesh, file):
+        torch.save({"value": engine.value}, file)
+
+    monkeypatch.setattr(checkpoint, "write_moments", write)
+    monkeypatch.setattr(checkpoint, "read_moments", read)
+    monkeypatch.setattr(checkpoint, "set_progress", lambda engine, step: None)
+
+
+pytestmark = pytest.mark.usefixtures("moments_of_stand_ins")
+PRECISION = {"precision": "fp32"}
+FILES = ("moments_rank00000.safetensors", "random_rank00000.pt", "weights.safetensors")
+
+
+def save(engine, directory: Path, step: int, **rest) -> None:
+    checkpoint.save(engine, directory, step, weights=({"weight": torch.full((3,), float(step))}, {}), **rest)
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def restored_value(directory: Path, **identity) -> tuple[int, float] | None:
+    found = newest(directory, **PRECISION | identity)
+    if found is None:
+        return None
+    engine = StandIn()
+    resume(engine, found)
+    assert read_weights(found.weights)[0]["weight"][0] == found.step
+    return found.step, float(engine.value[0])
+
+
+def test_the_newest_comes_back_with_its_extra_and_old_ones_go(tmp_path):
+    for step in (5, 10, 100):
+        save(StandIn(step), tmp_path, step, keep=2, extra={"stage": "vision"})
+    assert names(tmp_path) == ["step_00000010", "step_00000100"]
+    assert restored_value(tmp_path) == (100, 100.0)
+    assert newest(tmp_path, **PRECISION).extra == {"stage": "vision"}
+    manifest = json.loads((tmp_path / "step_00000100" / "MANIFEST.json").read_text())
+    assert {"step", "world", "recipe_hash", "data_digest", "files", "sha256"} <= set(manifest)
+    assert set(manifest["files"]) == set(FILES)
+
+
+def test_nothing_to_restore(tmp_path):
+    assert restored_value(tmp_path) is None
+    assert restored_value(tmp_path / "not there") is None
+
+
+def test_a_directory_moves_and_still_restores(tmp_path):
+    save(StandIn(7), tmp_path / "a", 7)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert restored_value(tmp_path / "b") == (7, 7.0)
+
+
+def test_every_generator_comes_back(tmp_path):
+    save(StandIn(), tmp_path, 1)
+    drawn = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), random.gauss(0, 1)
+    restored_value(tmp_path)
+    assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random(), random.gauss(0, 1)) == drawn
+
+
+@pytest.mark.parametrize(
+    "name", ["moments_rank00000.safetensors", "random_rank00000.pt", "weights.safetensors", "MANIFEST.json"]
+)
+@pytest.mark.parametrize("fault", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(tmp_path, caplog, name, fault):
+    save(StandIn(1), tmp_path, 1)
+    save(StandIn(2), tmp_path, 2)
+    victim = tmp_path / "step_00000002" / name
+    content = bytearray(victim.read_bytes())
+    if fault == "flip":
+        at = content.index(b'"step"') + 8 if name == "MANIFEST.json" else len(content) // 2
+        content[at] ^= 1
+        victim.write_bytes(content)
+    elif fault == "cut":
+        victim.write_bytes(content[:-3])
+    else:
+        victim.unlink()
+    assert restored_value(tmp_path) == (1, 1.0)
+    refused = [record.message for record in caplog.records if "refused" in record.message]
+    assert len(refused) == 1 and name in refused[0] and "step_00000002" in refused[0]
+    # The run goes on from step 1 and comes to step 2 again: a good copy takes the damaged one's place.
+    save(StandIn(3), tmp_path, 2)
+    assert restored_value(tmp_path) == (2, 3.0)
+
+
+class Killed(BaseException):
+    """As kill -9: no cleanup of ours may depend on it."""
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename", "replace"])
+def test_killed_at_any_moment_of_a_save(tmp_path, monkeypatch, call):
+    save(StandIn(1), tmp_path, 1)
+    real, calls, moments = getattr(os, call), [0], 0
+
+    def dying(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] > moments:
+            raise Killed
+        return real(*args, **kwargs)
+
+    for moments in range(20):
+        calls[0] = 0
+        monkeypatch.setattr(os, call, dying)
+        try:
+            save(StandIn(2), tmp_path, 2, keep=1)
+            ended = True
+        except Killed:
+            ended = False
+        monkeypatch.setattr(os, call, real)
+        found = restored_value(tmp_path)
+        assert found in ([(2, 2.0)] if ended else [(1, 1.0), (2, 2.0)]), moments
+        assert not [name for name in names(tmp_path) if name.startswith(".")], "leftovers are removed at the next start"
+        if ended:
+            break
+        if found == (2, 2.0):  # died after the new one was complete: begin again from 1
+            shutil.rmtree(tmp_path / "step_00000002")
+            save(StandIn(1), tmp_path, 1)
+    assert ended and moments > 0
+
+
+def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
+    save(StandIn(1), tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(SaveError, match=r"step 2 .*moments_rank00000.*untouched") as error:
+            save(StandIn(2), tmp_path, 2, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert error.value.errno == errno.EFBIG and "\n" not in str(error.value)
+    assert names(tmp_path) == ["step_00000001"]
+    assert restored_value(tmp_path) == (1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "says"),
+    [
+        ({"recipe_hash": "a"}, {"recipe_hash": "b"}, "recipe_hash=a.*--run-dir"),
+        ({"data_digest": "a"}, {"data_digest": "b"}, "data_digest=a.*put the same ones back"),
+    ],
+)
+def test_another_runs_checkpoint_is_refused_with_the_way_out(tmp_path, before, now, says):
+    save(StandIn(1), tmp_path, 1, **before)
+    with pytest.raises(ValueError, match=says):
+        newest(tmp_path, **PRECISION | now)
+
+
+def test_another_precision_is_refused_and_another_layout_is_not(tmp_path, monkeypatch, caplog):
+    save(StandIn(1), tmp_path, 1)
+    with pytest.raises(ValueError, match=r"precision=fp32 .* has bf16"):
+        newest(tmp_path, precision="bf16")
+    monkeypatch.setattr(checkpoint, "world_size", lambda: 4)
+    found = newest(tmp_path, **PRECISION)
+    with caplog.at_level("INFO"):
+        resume(StandIn(stage=3), found)
+    assert "saved on 1 ranks (zero 1), on 4 ranks (zero 3)" in caplog.text
+
+
+# ---- DeepSpeed on two ranks
+
+STEPS, HALF = 6, 3
+
+
+def make_engine(name: str, seed: int, found=None):
+    from pretrain.optim import build_optimizer, schedule
+    from pretrain.parallel.ds_config import load_ds_config
+    from pretrain.parallel.engine import build_engine
+
+    config = load_ds_config(CONFIGS / name, micro=4, accumulation=2, world=2, clip=OPTIM.clip)
+    task = Toy(dropout=0.3)
+    with torch.no_grad():
+        for value in (*task.parameters(), task.mean):
+            value += seed  # nothing may be right by itself after a restore
+    if found is not None:
+        load_handover(task, found.weights)
+    engine = build_engine(task, build_optimizer(task, OPTIM, layer_of=layer_of), schedule(OPTIM, STEPS), config)
+    if found is not None:
+        resume(engine, found)
+    return engine
+
+
+def whole_save(engine, directory: Path, step: int, **rest) -> None:
+    from pretrain.parallel.state import full_state
+
+    checkpoint.save(engine, directory, step, weights=(full_state(engine), {}), **rest)
+
+
+def run_steps(engine, first: int, last: int) -> list[float]:
+    from pretrain.distributed import rank
+
+    losses = []
+    for step in range(first, last + 1):
+        for batch in micro_batches(step)[rank() * 2 : rank() * 2 + 2]:
+            loss = engine(*batch)
+            engine.backward(loss)
+            engine.step()
+            losses.append(float(loss.detach()))
+    return losses
+
+
+def interrupted_and_not(configs: list[str], root: str) -> dict:
+    from pretrain.distributed import rank
+    from pretrain.parallel.state import full_state
+
+    results = {}
+    for name in configs:
+        directory = Path(root) / name
+        torch.manual_seed(10 + rank())
+        engine = make_engine(name, 0)
+        losses = run_steps(engine, 1, HALF)
+        whole_save(engine, directory, HALF, recipe_hash="r")
+        losses += run_steps(engine, HALF + 1, STEPS)
+        whole = full_state(engine), losses
+
+        torch.manual_seed(77)
+        found = newest(directory, precision="bf16" if "bf16" in name else "fp32", recipe_hash="r")
+        engine = make_engine(name, 1, found)
+        halves = losses[: 2 * HALF] + run_steps(engine, HALF + 1, STEPS)
+        results[name] = whole, (full_state(engine), halves), found.step
+    return results
+
+
+def test_a_resumed_run_is_bit_equal(tmp_path):
+    configs = [f"zero{stage}.json" for stage in range(4)] + [f"zero{stage}_bf16.json" for stage in (1, 2, 3)]
+    ranks = run_ranks(interrupted_and_not, 2, configs, str(tmp_path), timeout=60)
+    for number, results in enumerate(ranks):
+        for name, ((state, losses), (again, losses_again), step) in results.items():
+            assert step == HALF
+            assert losses == losses_again, (name, number)
+            assert list(state) == list(again)
+            for key, value in state.items():
+                assert torch.equal(value, again[key]), (name, key)
+    (_, first), (_, second) = ranks[0]["zero1.json"][0], ranks[1]["zero1.json"][0]
+    assert first != second, "ranks draw their own dropout"
+
+
+def disk_full_on_rank_1(config: str, root: str) -> tuple[str, list[str], int, int]:
+    from pretrain.distributed import barrier, rank
+
+    engine = make_engine(config, 0)
+    run_steps(engine, 1, 1)
+    whole_save(engine, Path(root), 1)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    run_steps(engine, 2, 2)
+    try:
+        whole_save(engine, Path(root), 2)
+    except SaveError as error:
+        message = str(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    run_steps(engine, 3, 3)  # the engine is whole: training could go on
+    whole_save(engine, Path(root), 3)
+    left, step = names(Path(root)), newest(Path(root), **PRECISION).step
+    barrier()
+    if rank() == 0:  # one file is hurt, one rank sees it, both refuse
+        next(Path(root).glob("step_00000003/moments_rank00001*")).write_bytes(b"")
+    barrier()
+    return message, left, step, newest(Path(root), **PRECISION).step
+
+
+def test_a_disk_full_on_one_rank_is_learnt_by_all(tmp_path):
+    for message, left, step, before in run_ranks(disk_full_on_rank_1, 2, "zero3.json", str(tmp_path), timeout=60):
+        assert "step 2" in message and "rank 1" in message and "moments_rank00001" in message
+        assert left == ["step_00000001", "step_00000003"]
+        assert (step, before) == (3, 1)

@@ -1,0 +1,128 @@
+"""The hand-over file: what goes in comes out, by name, or is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from pretrain.checkpoint.weights import (
+    SaveError,
+    carry_over,
+    load_handover,
+    read_weights,
+    weights_digest,
+    write_weights,
+)
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    return {
+        "b.weight": torch.randn(2, 3),
+        "a.bias": torch.randn(3),
+        "count": torch.tensor(4),
+        "half": torch.ones(2).bfloat16(),
+    }
+
+
+def test_round_trip_with_config_and_hash(tmp_path, state):
+    path = tmp_path / "run" / "weights.safetensors"
+    digest = write_weights(state, path, {"model": {"dim": 3}})
+    again, config = read_weights(path)
+    assert config == {"model": {"dim": 3}}
+    assert set(again) == set(state) and all(torch.equal(again[name], state[name]) for name in state)
+    assert weights_digest(path) == digest == json.loads((path.parent / "config.json").read_text())["weights_sha256"]
+    assert read_weights(path.parent)[1] == config, "its directory will do"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["config.json", "weights.safetensors"]
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path, state):
+    write_weights(state, tmp_path / "a.safetensors", {"x": 1, "y": 2})
+    write_weights(dict(reversed(state.items())), tmp_path / "b.safetensors", {"y": 2, "x": 1})
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    state["count"] += 1
+    assert write_weights(state, tmp_path / "b.safetensors", {}) != weights_digest(tmp_path / "a.safetensors")
+
+
+def test_handover_fills_what_is_there_and_reports_the_rest(tmp_path):
+    write_weights(nn.ModuleDict({"a": nn.Linear(2, 2), "c": nn.Linear(2, 2)}).state_dict(), tmp_path / "w", {})
+    target = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    untouched = target["b"].weight.clone()
+    found = load_handover(target, tmp_path / "w")
+    assert found.loaded == ["a.bias", "a.weight"]
+    assert found.missing == ["b.weight", "b.bias"]
+    assert found.unexpected == ["c.bias", "c.weight"]
+    assert found.digest == weights_digest(tmp_path / "w")
+    written, _ = read_weights(tmp_path / "w")
+    assert torch.equal(target["a"].weight, written["a.weight"]) and torch.equal(target["b"].weight, untouched)
+    # What the stage did not build reaches the next file; what it trained wins.
+    new = {name: value + 1 for name, value in target.state_dict().items()}
+    whole = carry_over(new, tmp_path / "w")
+    assert torch.equal(whole["c.weight"], written["c.weight"]) and torch.equal(whole["a.weight"], new["a.weight"])
+    assert carry_over(new, None) is new
+
+
+def test_another_shape_is_refused_with_both(tmp_path):
+    write_weights(nn.Linear(2, 3).state_dict(), tmp_path / "w", {})
+    target = nn.Linear(4, 3)
+    before = target.weight.clone()
+    with pytest.raises(ValueError, match=r"weight has the shape \(3, 2\) but .* \(3, 4\)"):
+        load_handover(target, tmp_path / "w")
+    assert torch.equal(target.weight, before)
+
+
+def test_a_file_of_another_model_is_refused(tmp_path):
+    write_weights({"other": torch.ones(1)}, tmp_path / "w", {})
+    with pytest.raises(ValueError, match="none of its 1 names"):
+        load_handover(nn.Linear(1, 1), tmp_path / "w")
+
+
+def test_one_flipped_byte_is_found(tmp_path, state):
+    path = tmp_path / "w"
+    write_weights(state, path, {})
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged"):
+        read_weights(path)
+    path.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match="damaged"):
+        read_weights(path)
+    path.write_text("hello")
+    with pytest.raises(ValueError, match="damaged or not safetensors"):
+        load_handover(nn.Linear(1, 1), path)
+    with pytest.raises(ValueError, match="does not exist"):
+        read_weights(tmp_path / "nothing")
+
+
+def test_files_of_other_origin_are_read_without_a_hash(tmp_path):
+    save_file({"x": torch.ones(2)}, tmp_path / "w", metadata={"format": "pt"})
+    state, config = read_weights(tmp_path / "w")
+    assert config == {} and list(state) == ["x"] and weights_digest(tmp_path / "w") == ""
+
+
+def test_a_full_disk_keeps_the_old_file(tmp_path, state, monkeypatch):
+    path = tmp_path / "w"
+    write_weights(state, path, {"n": 1})
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(SaveError, match="No space left"):
+        write_weights({"x": torch.ones(1)}, path, {"n": 2})
+    assert read_weights(path)[1] == {"n": 1}
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_frozen_names_keep_the_bits_of_the_file_and_new_ones_their_own(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    write_weights({"frozen": torch.tensor([0.1]), "unbuilt": torch.ones(2)}, path, {})
+    state = {"frozen": torch.tensor([0.1]).bfloat16().float(), "new": torch.zeros(1), "moved": torch.ones(1)}
+    got = carry_over(state, path, {"frozen", "new"})
+    assert got.keys() == {"frozen", "unbuilt", "new", "moved"}
+    assert got["frozen"].item() == torch.tensor(0.1).item()

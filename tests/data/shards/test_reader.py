@@ -1,0 +1,99 @@
+"""Reading samples by number, and shards that changed or vanished after indexing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import resource
+from pathlib import Path
+
+import pytest
+
+from pretrain.data.shards import reader as shards_module
+from pretrain.data.shards.reader import BadSample, ShardError, ShardReader, load_manifest
+from tests.data.tar_files import numbered_source, read_all, write_tar
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return numbered_source(tmp_path / "source")
+
+
+def test_samples_are_read_by_number(source):
+    reader = ShardReader(load_manifest(str(source)))
+    key = b"000020001"
+    assert reader.read(2, 1) == {"__key__": key, "jpg": (b"picture " + key) * 300, "txt": key, "json": b"{}"}
+    assert reader.read(2, 1, wanted=("txt",)) == {"__key__": key, "txt": key}
+    assert len(read_all(reader)) == 6
+
+
+def test_few_files_stay_open_and_a_pickled_reader_opens_its_own(source, monkeypatch):
+    monkeypatch.setattr(shards_module, "_OPEN_SHARDS", 2)
+    reader = ShardReader(load_manifest(str(source)))
+    before = len(os.listdir("/proc/self/fd"))
+    everything = read_all(reader)
+    assert len(os.listdir("/proc/self/fd")) == before + 2
+    assert read_all(pickle.loads(pickle.dumps(reader))) == everything
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert read_all(reader) == everything
+
+
+def test_too_few_descriptors_are_no_fault_of_the_shards(source):
+    reader = ShardReader(load_manifest(str(source)))
+    everything = read_all(reader)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held = [os.open(os.devnull, os.O_RDONLY)]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 4, hard))
+        with contextlib.suppress(OSError):  # too many open files
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        os.close(held.pop())
+        reader._open.popitem()  # two shards are open, and one descriptor is free where the third needs two
+        assert read_all(reader) == everything
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for handle in held:
+            os.close(handle)
+
+
+def test_a_shard_that_changed_after_indexing_is_named(source):
+    manifest = load_manifest(str(source))
+    write_tar(source / "00000.tar", {"a.jpg": b"x" * 20_000})
+    os.truncate(source / "00001.tar", 1024)
+    (source / "00002.tar").unlink()
+    reader = ShardReader(manifest)
+    for shard in (0, 1):
+        with pytest.raises(ShardError, match=rf"0000{shard}.tar has \d+ bytes.*run python -m data_tools.index again"):
+            reader.read(shard, 0)
+    with pytest.raises(ShardError, match=r"00002.tar cannot be read \(No such file"):
+        reader.read(2, 0)
+
+
+def test_an_index_of_another_shard_is_refused(source):
+    manifest = load_manifest(str(source))
+    (source / "00001.idx").write_bytes((source / "00002.idx").read_bytes())
+    (source / "00002.idx").unlink()
+    (source / "00000.idx").write_bytes(b"v1.2 1\njpg 999999 10 a.jpg\n")
+    reader = ShardReader(manifest)
+    with pytest.raises(ShardError, match="holds 3 samples, its manifest 2"):
+        reader.read(1, 0)
+    with pytest.raises(ShardError, match=r"00002.idx cannot be read"):
+        reader.read(2, 0)
+    with pytest.raises(ShardError, match=r"00000.tar ends before a.jpg"):
+        reader.read(0, 0)
+
+
+def test_a_member_that_is_too_large_is_a_bad_sample(source, monkeypatch):
+    monkeypatch.setattr(shards_module, "MAX_IMAGE_BYTES", 1000)
+    reader = ShardReader(load_manifest(str(source)))
+    with pytest.raises(BadSample, match=r"000000000.jpg in .*00000.tar has 5100 bytes; at most 1000"):
+        reader.read(0, 0)
+    assert reader.read(0, 0, wanted=("txt",))["txt"] == b"000000000"
+
+
+def test_remote_shards_need_a_cache(source):
+    with pytest.raises(ValueError, match=r"loading.cache_dir is not set"):
+        ShardReader(load_manifest(f"pipe:cat {source}/*.tar"))

@@ -1,0 +1,220 @@
+"""python -m pretrain.plan: what it counts against the real models, what it ranks and says; no process is started."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.config import load_recipe
+from pretrain.models.visual_tokenizer.vqkd import VQKD
+from pretrain.parallel.ds_config import load_ds_config
+from pretrain.parallel.sizes import Parallel
+from pretrain.plan import __main__ as plan_module
+from pretrain.plan.__main__ import CONFIGS, main, make_plan
+from pretrain.plan.hardware import GPUS
+from pretrain.plan.memory import Cell, gathered_elements, peak_memory
+from pretrain.plan.model import micro_layout, planned, stage_runs, target_elements
+from pretrain.plan.time import KINDS, Cluster, micro_flops, step_time
+from pretrain.run.build import build_task
+from pretrain.train import layout_flops
+
+NODE = Cluster(GPUS["a100-80g"], gpus=8, node=8)
+
+
+def a_plan(recipe: str = "beit3_giant", stage: str = "pretrain", *settings: str):
+    return planned(*load_recipe(recipe, stage, list(settings)))
+
+
+def cell(plan, ds: str = "zero1_bf16", gpus: int = 8, accumulation: int = 8, every: int = 0, **sizes) -> Cell:
+    parallel = Parallel(**sizes)
+    data = gpus // parallel.model
+    config = load_ds_config(CONFIGS / f"{ds}.json", micro=1, accumulation=accumulation, world=data, clip=3.0)
+    layout = micro_layout(plan.stage, plan.model, data * accumulation)
+    return Cell(config, parallel, data, layout, accumulation, every)
+
+
+@pytest.mark.parametrize(("recipe", "stage"), [("tiny", "fusion"), ("tiny", "vision"), ("tiny", "retrieval")])
+def test_parameters_are_those_of_the_model_that_a_run_builds(recipe, stage, tmp_path):
+    whole, own = load_recipe(recipe, stage)
+    real = {name: value.numel() for name, value in build_task(whole, own, tmp_path).named_parameters()}
+    assert {p.name: p.numel for p in planned(whole, own).parameters} == real
+
+
+@pytest.mark.parametrize(
+    ("recipe", "millions"), [("beit3_base", 261.5), ("beit3_giant", 1947.7), ("beit3_base_released", 276.5)]
+)
+def test_published_sizes(recipe, millions):
+    # REFERENCE: the released base has 276 M. The paper's giant has 1.9 B.
+    assert sum(p.numel for p in a_plan(recipe).parameters) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_frozen_parameters_are_in_no_group():
+    plan = a_plan("tiny", "language")
+    frozen = {p.name for p in plan.parameters if p.group is None}
+    assert any(name.startswith("encoder.blocks.0.attention.") for name in frozen)
+    assert not any(name.startswith("objectives.") for name in frozen)
+    optimizer = peak_memory(plan, cell(plan, "zero0", gpus=1, accumulation=1)).optimizer
+    assert optimizer == 8 * sum(p.numel for p in plan.parameters if p.group is not None)
+
+
+def test_each_stage_of_a_pipeline_has_its_own_parts():
+    plan = a_plan()
+    for pipe in (1, 2, 8, 40):
+        runs = stage_runs(plan, cell(plan).layout, pipe)
+        assert [part for run in runs for part in run] == list(range(plan.model.depth + 2))
+
+
+def test_flops_are_those_that_training_reports():
+    for recipe, stage in (("beit3_giant", "pretrain"), ("beit3_base", "retrieval"), ("tiny", "fusion")):
+        whole, own = load_recipe(recipe, stage)
+        plan = planned(whole, own)
+        one = cell(plan, gpus=2, accumulation=1)
+        assert micro_flops(plan, one) == pytest.approx(layout_flops(whole, own, one.layout))
+
+
+def test_the_frozen_tokenizer_is_counted():
+    recipe, stage = load_recipe("tiny", "fusion")
+    real = sum(value.numel() for value in VQKD(recipe.stages["tokenizer"].tokenizer).state_dict().values())
+    assert target_elements(planned(recipe, stage)) == real
+    assert target_elements(a_plan("tiny", "language")) == 0
+
+
+def test_memory_goes_where_it_should():
+    plan = a_plan()
+    base = peak_memory(plan, cell(plan))
+    assert peak_memory(plan, cell(plan, accumulation=16)).activations == pytest.approx(base.activations / 2, rel=0.01)
+    assert peak_memory(plan, cell(plan, every=1)).activations < base.activations / 5
+    assert peak_memory(plan, cell(plan, "zero3_bf16")).parameters < base.parameters / 4
+    tokenizer = 4 * target_elements(plan)  # whole on every rank
+    halved = peak_memory(plan, cell(plan, tensor=2)).parameters - tokenizer
+    assert halved == pytest.approx((base.parameters - tokenizer) / 2, rel=0.01)
+    assert peak_memory(plan, cell(plan, pipe=2)).parameters < 0.7 * base.parameters
+    hpz = peak_memory(plan, cell(plan, "zero3_hpz_bf16", gpus=64, accumulation=1))
+    plain = peak_memory(plan, cell(plan, "zero3_bf16", gpus=64, accumulation=1))
+    total = sum(p.numel for p in plan.parameters)
+    assert hpz.parameters - plain.parameters == pytest.approx(2 * total / 8)
+    host = peak_memory(plan, cell(plan, "zero3_offload"))
+    assert host.optimizer == 0 and host.host > 12 * total / 8
+
+
+def test_a_linear_layer_that_keeps_its_gathered_weights_undoes_zero3():
+    plan = a_plan()
+    one = cell(plan, "zero3_bf16")
+    kept = replace(one, config=one.config | {"zero_optimization": one.zero | {"memory_efficient_linear": False}})
+    assert gathered_elements(plan.parameters, kept) > 5 * gathered_elements(plan.parameters, one)
+
+
+def test_time_is_near_what_others_publish():
+    """A sanity check of the model and no figure of ours: on A100s llm-foundry reports 43 to 54 % for 125M to 350M and
+    60 % for 1B, NeMo 38 % for a CLIP g/14; on H100s 42 % and 21 %."""
+    for gpu, low, high in (("a100-80g", 0.35, 0.62), ("h100", 0.21, 0.48)):
+        for recipe in ("beit3_base", "beit3_large", "beit3_giant"):
+            plan = a_plan(recipe)
+            cluster = NODE._replace(gpu=GPUS[gpu])
+            assert low < step_time(plan, cell(plan), cluster).mfu(cluster) < high, (gpu, recipe)
+
+
+def test_each_layout_pays_for_its_own_communication():
+    plan, cluster = a_plan("beit3_giant", "pretrain", "model.vocab_size=64064"), NODE._replace(gpus=64)
+    total = 2 * sum(p.numel for p in plan.parameters)
+
+    def sent(ds="zero1_bf16", **sizes) -> dict[str, float]:
+        found = step_time(plan, cell(plan, ds, gpus=64, accumulation=4, **sizes), cluster).sent
+        assert set(found) == set(KINDS)
+        return {kind: size for kind, size in found.items() if size}
+
+    assert sent() == pytest.approx({"data all-reduce": 2 * total * 63 / 64, "all-gather": total * 63 / 64})
+    assert sent("zero2_bf16")["data all-reduce"] == pytest.approx(4 * sent()["data all-reduce"])
+    assert set(sent("zero3_bf16")) == {"all-gather", "reduce-scatter"}
+    assert set(sent(tensor=2)) == {"data all-reduce", "all-gather", "tensor all-reduce"}
+    assert set(sent(pipe=2)) == {"data all-reduce", "all-gather", "pipeline send"}
+    assert set(sent(sequence=2)) == {"data all-reduce", "all-gather", "all-to-all"}
+    assert step_time(plan, cell(plan, gpus=64, accumulation=4, pipe=4), cluster).bubble_share > 0.3
+
+
+def test_a_slower_network_changes_the_step():
+    plan, fast = a_plan(), NODE._replace(gpus=64)
+    slow = fast._replace(gpu=fast.gpu._replace(network_rate=1e9))
+    one = cell(plan, gpus=64, accumulation=1)
+    assert step_time(plan, one, slow).step > 2 * step_time(plan, one, fast).step
+
+
+# ---- the command
+
+
+def run(capsys, *arguments: str) -> dict:
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_fastest_that_fits_comes_first(capsys):
+    found = run(capsys, "--recipe", "beit3_giant", "--gpus", "8", "--top", "30", "--set", "model.vocab_size=64064")
+    steps = [row["step_s"] for row in found["layouts"]]
+    assert len(steps) == 30 and steps == sorted(steps)
+    usable = (GPUS["a100-80g"].memory - plan_module.OUTSIDE) / plan_module.GIB
+    for row in found["layouts"]:
+        assert row["memory_gib"]["total"] < usable
+    assert found["too_large"] > 0 and found["nearest_too_large"][0]["memory_gib"]["total"] > 70
+    reasons = " ".join(row["example"] for row in found["illegal"])
+    assert "zero_optimization.stage=2" in reasons and "heads" in reasons
+
+
+def test_the_page_names_a_command_and_every_reason(capsys, tmp_path):
+    out = tmp_path / "deep" / "plan.json"
+    arguments = ["--recipe", "tiny", "--stage", "fusion", "--gpus", "4", "--top", "3", "--out", str(out)]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "illegal:" in text and "nothing here was measured" in text
+    assert "python -m pretrain.train --recipe tiny --stage fusion --ds ds_configs/" in " ".join(text.split())
+    written = json.loads(out.read_text())
+    assert len(written["layouts"]) == 3 and written["date"] and "pretrain.plan.__main__" in written["command"]
+
+
+def test_the_example_of_the_help_works(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    example = " ".join(capsys.readouterr().out.split("example: python -m pretrain.plan ")[1].split())
+    assert main([*shlex.split(example), "--top", "1", "--ds", str(CONFIGS / "zero1_bf16.json")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--recipe", "beit3_gigant"], "beit3_giant"),
+        (["--recipe", "tiny", "--stage", "tokenizer"], "trains a visual tokenizer"),
+        (["--recipe", "tiny", "--stage", "fusion", "--ds", "no.json"], "no such file"),
+        (["--recipe", "tiny", "--stage", "fusion", "--gpus", "0"], "--gpus=0 is below 1"),
+        (["--recipe", "tiny", "--stage", "fusion", "--gpus", "7"], "no layout is legal on 7 GPUs"),
+        (["--recipe", "tiny", "--stage", "fusion", "--set", "batch.imagse=3"], "images"),
+    ],
+)
+def test_mistakes_are_one_sentence(capsys, arguments, says):
+    gpus = [] if "--gpus" in arguments else ["--gpus", "4"]
+    assert main([*arguments, *gpus]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("error: ") and says in said.err
+    assert len(said.err.strip().splitlines()) == 1
+
+
+def test_contrast_is_never_accumulated():
+    plan = a_plan("beit3_base", "retrieval")
+    paths = [CONFIGS / "zero1_bf16.json"]
+    rows = make_plan(plan, NODE, paths)
+    assert {row.cell.accumulation for row in [*rows.fits, *rows.too_large]} == {1}
+    assert any("contrastive" in sentence for _, sentence in rows.illegal.values())
+
+
+def test_nothing_is_built(capsys, monkeypatch):
+    real = torch.empty
+
+    def small(*sizes, **more):
+        assert str(torch.get_default_device()) == "meta" or len(sizes) < 2, sizes
+        return real(*sizes, **more)
+
+    monkeypatch.setattr(torch, "empty", small)
+    run(capsys, "--recipe", "beit3_giant", "--gpus", "8", "--ds", str(Path(CONFIGS / "zero3_bf16.json")))
