@@ -79,8 +79,8 @@ def products(cfg: MultiwayConfig, layout: Layout) -> Iterator[tuple[int, int, in
 
 def attention_products(layout: Layout) -> Iterator[tuple[int, int]]:
     """(sequences, length) of every kind."""
-    yield layout.images, layout.patches
-    yield layout.pairs, layout.patches + layout.pair_len
+    yield layout.images, layout.image_len
+    yield layout.pairs, layout.image_len + layout.pair_len
     yield layout.texts, layout.text_len
 
 
@@ -139,7 +139,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def measure(args: argparse.Namespace) -> dict:
     cfg, device = SIZES[args.size], "cuda" if torch.cuda.is_available() else "cpu"
-    cfg = replace(cfg, drop_path=0.0, max_text_len=max(cfg.max_text_len, args.pair_len, args.text_len))
+    cfg = replace(cfg, max_text_len=max(cfg.max_text_len, args.pair_len, args.text_len))
     dtype = DTYPES[args.dtype]
     model = MultiwayEncoder(cfg).to(device, dtype)
     whole = Layout(args.images, args.pairs, args.texts, cfg.patches, args.pair_len, args.text_len)

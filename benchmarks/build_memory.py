@@ -93,7 +93,7 @@ def _rank(number: int, place: Path, recipe_name: str, stage_name: str, settings:
         dist.barrier()
         before, began = peak_bytes(), time.monotonic()
         with partitioned_init(config):
-            task = PretrainTask(recipe.model, stage.experts, stage.objectives)
+            task = PretrainTask(recipe.model_of(stage), stage.experts, stage.objectives)
         seconds = time.monotonic() - began
         found = {
             "parameters": sum(value.ds_numel for value in task.parameters()),
@@ -132,7 +132,7 @@ def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
         raise ValueError(f"--ranks={args.ranks} is below 1; use 1 or more")
     from pretrain.config import load_recipe
 
-    if load_recipe(args.recipe, args.stage, args.set)[1].tokenizer is not None:
+    if not load_recipe(args.recipe, args.stage, args.set)[1].objectives:
         raise ValueError(f"--stage {args.stage} trains a visual tokenizer; name one that trains the encoder")
     result = measure(args.recipe, args.stage, args.set, args.ranks, args.timeout)
     facts = about("benchmarks.build_memory", argv) | machine("torch")

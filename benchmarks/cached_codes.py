@@ -17,14 +17,15 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 from benchmarks.throughput import run, write_shards, write_visual_tokenizer
 from data_tools.encode_images import encode_directory, load_encoder
 from pretrain import command
 from pretrain.command import about, write
 from pretrain.config import Recipe, Stage, load_recipe
-from pretrain.data.shards.manifest import fill_variables
 from pretrain.data.sources import TextShards
+from pretrain.settings import fill_variables
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -37,7 +38,7 @@ def measure(args: argparse.Namespace) -> dict:
         place = Path(name)
         os.environ["DATA"] = name
         write_shards(place, stage)
-        write_visual_tokenizer(recipe, place)
+        write_visual_tokenizer(recipe, stage, place)
         pictures, seconds = encode(args, recipe, stage, place)
         found: dict[str, list[dict]] = {"online": [], "stored": []}
         for _ in range(args.rounds):
@@ -75,7 +76,7 @@ def encode(args: argparse.Namespace, recipe: Recipe, stage: Stage, place: Path) 
 
 def with_looks(stage: Stage, crops: int, codes: str | None) -> Stage:
     mix = {
-        kind: source if isinstance(source, TextShards) else replace(source, crops=crops, codes=codes)
+        kind: source if isinstance(source, TextShards) else replace(cast(Any, source), crops=crops, codes=codes)
         for kind, source in stage.mix.items()
     }
     return replace(stage, mix=mix)

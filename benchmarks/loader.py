@@ -23,8 +23,9 @@ from PIL import Image
 
 from data_tools.index import index_directory
 from pretrain.command import about, run, write
-from pretrain.data.loader import Loader, Loading
+from pretrain.data.loader import Loader, Loading, Mixture
 from pretrain.data.masking import Masking, mask_image
+from pretrain.data.micro_batches import View
 from pretrain.data.shards.reader import BadSample, ShardReader, load_manifest
 from pretrain.data.sources import ImageShards, PairShards, picture
 from pretrain.data.text_tokenizer import TextTokenizer
@@ -101,17 +102,8 @@ def loader_rate(args: argparse.Namespace, shards: str, transform: ImageTransform
     """Samples per second that arrive in the main process, whose own work is nothing."""
     source = ImageShards(shards) if args.kind == "images" else PairShards(shards)
     loader = Loader(
-        {args.kind: source},
-        counts={args.kind: args.batch},
-        accumulation=1,
-        rank=0,
-        world=1,
-        seed=0,
-        tokenizer=TextTokenizer(args.tokenizer) if args.tokenizer else None,
-        transform=transform,
-        masking=Masking(),
-        patch_size=args.patch_size,
-        loading=Loading(workers=workers),
+        Mixture({args.kind: source}, {args.kind: args.batch}, loading=Loading(workers=workers)),
+        View(TextTokenizer(args.tokenizer) if args.tokenizer else None, transform, Masking(), args.patch_size),
     )
     batches = loader.batches(0, sys.maxsize // 2)
     for _ in range(2 * max(workers, 1) * Loading.prefetch):  # what was made ahead does not count

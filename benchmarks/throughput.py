@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import io
 import logging
-import math
 import os
 import platform
 import statistics
@@ -23,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,16 +36,13 @@ from pretrain.checkpoint.weights import WEIGHTS, write_weights
 from pretrain.command import about, write
 from pretrain.config import Recipe, Stage, load_recipe, to_json
 from pretrain.distributed import barrier, device, rank, world_size
+from pretrain.layers import PLAIN
 from pretrain.metrics import Throughput
-from pretrain.models.visual_tokenizer.vqkd import VQKD, VQKDConfig
-from pretrain.optim import build_optimizer, schedule
-from pretrain.parallel.engine import adopt_slurm, build_engine, init_distributed, partitioned_init
-from pretrain.parallel.mesh import create_mesh, mpu_of, place_of
-from pretrain.parallel.state import dense_shape
-from pretrain.parallel.tensor import parallel_layers
-from pretrain.run.build import build_loader, build_task, stage_ds_config
-from pretrain.run.image_targets import image_targets
-from pretrain.train import layout_flops, train_step
+from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
+from pretrain.parallel.engine import adopt_slurm
+from pretrain.parallel.faults import Watch
+from pretrain.parallel.share_batches import share_batches
+from pretrain.run.build import Run, build_run
 
 SHARDS, SAMPLES, SIDE = 8, 256, 256
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "tu", "re", "so") for b in ("n", "ra", "vik", "del", "po", "shi", "mar")]
@@ -85,53 +82,56 @@ def measure(args: argparse.Namespace) -> dict:
         place = Path(name)
         os.environ["DATA"] = str(place)
         write_shards(place, stage)
-        write_visual_tokenizer(recipe, place)
+        write_visual_tokenizer(recipe, stage, place)
         return run(args, recipe, replace(stage, init_from=None), place)
 
 
 def run(args: argparse.Namespace, recipe: Recipe, stage: Stage, place: Path) -> dict:
-    where = place_of(stage.parallel, rank(), world_size())
-    config = stage_ds_config(args.ds, recipe, stage)
-    loader = build_loader(recipe, stage, None, where)
-    add_targets = image_targets(recipe, stage, place, device())
-    init_distributed()
-    mesh = create_mesh(stage.parallel)
-    task = build_task(recipe, stage, place, parallel_layers(mesh), partitioned_init(config, mpu_of(mesh)))
-    parameters = sum(math.prod(dense_shape(p, mesh)) for p in task.parameters())
-    optimizer = build_optimizer(task, stage.optim)
-    engine = build_engine(task, optimizer, schedule(stage.optim, stage.steps), config, mpu_of(mesh))
-    meter, seconds, waits = Throughput(device(), mesh.data.size), [], []
-    batches = loader.batches(0, args.warmup + args.steps)
+    """The steps of the run that pretrain.train would make, without its metrics and checkpoints."""
+    watch = Watch()
+    run = build_run(recipe, stage, args.ds, place, watch)
+    meter, seconds, waits = Throughput(device(), run.mesh.data.size), [], []
+    batches = share_batches(partial(run.loader.batches, 0, args.warmup + args.steps), run.mesh, watch)
     for step in range(1, args.warmup + args.steps + 1):
+        watch.enter(f"step {step}", patient=step == 1)
         begin = time.perf_counter()
         micro_batches = next(batches)
         waited = time.perf_counter() - begin
-        train_step(engine, [batch.to(device()) for batch in micro_batches], add_targets, first=step == 1)
+        run.step(micro_batches, first=step == 1)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         if step > args.warmup:
             seconds.append(time.perf_counter() - begin)
             waits.append(waited)
+    watch.enter("the end", patient=True)
     barrier()
-    layouts = [batch.layout for batch in micro_batches]
-    flops = sum(layout_flops(recipe, stage, layout) for layout in layouts) / stage.parallel.model
+    watch.stop()
     middle = statistics.median(seconds)
     return {
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
         "torch": torch.__version__,
         "ranks": world_size(),
-        "parameters": parameters,
+        "data_ranks": run.mesh.data.size,
+        "parameters": parameters(run),
         "batch": stage.batch.counts(),
         "steps": args.steps,
         "ms_per_step": {"median": 1e3 * middle, "min": 1e3 * min(seconds), "max": 1e3 * max(seconds)},
         "samples_per_s": stage.batch.total / middle,
-        "tokens_per_s": world_size() * sum(layout.rows for layout in layouts) / middle,
-        "tflops_per_rank": flops / middle / 1e12,
-        "mfu": flops / middle / meter.peak if meter.peak else None,
+        "tokens_per_s": run.rows * run.mesh.data.size / middle,
+        "tflops_per_rank": run.flops / middle / 1e12,
+        "mfu": run.flops / middle / meter.peak if meter.peak else None,
         "memory_gib": meter.read()["memory_gib"],
         "data_wait": sum(waits) / sum(seconds),
-        "model": to_json(recipe.model),
+        "model": to_json(recipe.model_of(stage)),
     }
+
+
+def parameters(run: Run) -> int:
+    """Of the whole model, whatever part of it this rank holds."""
+    model = run.recipe.model_of(run.stage)
+    with torch.device("meta"):
+        task = run.stage.task.build(model, run.stage, PLAIN, None)
+    return sum(value.numel() for value in task.parameters())
 
 
 def write_shards(place: Path, stage: Stage) -> None:
@@ -155,26 +155,27 @@ def write_shards(place: Path, stage: Stage) -> None:
 
 
 def _members(kind: str, shard: int) -> Iterator[tuple[str, bytes]]:
-    dice = np.random.default_rng([shard, len(kind)])
+    random = np.random.default_rng([shard, len(kind)])
     for sample in range(SAMPLES):
         key = f"{shard:05d}{sample:04d}"
         if kind != "texts":
-            coarse = Image.fromarray(dice.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+            coarse = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8))
             data = io.BytesIO()
             coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(data, "JPEG", quality=90)
             yield f"{key}.jpg", data.getvalue()
         if kind != "images":
             count = 20 if kind == "pairs" else 300
-            yield f"{key}.txt", " ".join(WORDS[i] for i in dice.integers(0, len(WORDS), count)).encode()
+            yield f"{key}.txt", " ".join(WORDS[i] for i in random.integers(0, len(WORDS), count)).encode()
 
 
-def write_visual_tokenizer(recipe: Recipe, place: Path) -> None:
+def write_visual_tokenizer(recipe: Recipe, stage: Stage, place: Path) -> None:
     """The recipe's tokenizer with random weights, where a stage looks for the stage `tokenizer`."""
-    trained = recipe.stages["tokenizer"].tokenizer if "tokenizer" in recipe.stages else None
-    config = trained or VQKDConfig(image_size=recipe.model.image_size, patch_size=recipe.model.patch_size)
+    named, model = recipe.stages.get("tokenizer"), recipe.model_of(stage)
+    default = VQKDConfig(image_size=model.image_size, patch_size=model.patch_size)
+    config = named.model if named and isinstance(named.model, VQKDConfig) else default
     (place / "tokenizer").mkdir()
-    state = {f"tokenizer.{name}": value for name, value in VQKD(config).state_dict().items()}
-    write_weights(state, place / "tokenizer" / WEIGHTS, {"tokenizer": to_json(config)})
+    state = {f"tokenizer.{name}": value for name, value in config.build().state_dict().items()}
+    write_weights(state, place / "tokenizer" / WEIGHTS, {"model": to_json(config)})
 
 
 if __name__ == "__main__":

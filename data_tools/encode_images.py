@@ -39,7 +39,8 @@ from pretrain.data.sources import ImageShards, picture
 from pretrain.data.transforms import ImageTransform
 from pretrain.distributed import device
 from pretrain.models.visual_tokenizer.vqkd import VQKD
-from pretrain.run.image_targets import load_visual_tokenizer, picture_codes, weights_path
+from pretrain.run.image_targets import load_visual_tokenizer, picture_codes
+from pretrain.run.stored_weights import weights_path
 
 
 class Encoder(NamedTuple):
@@ -185,8 +186,8 @@ def _refuse_others(directory: Path, encoder: Encoder) -> None:
 
 def load_encoder(recipe: Recipe, stage: Stage, tokenizer: str, crops: int, name: str) -> Encoder:
     """What encodes pictures as the stage would. Raises ValueError for what does not fit together."""
-    if stage.tokenizer is not None:
-        raise ValueError("--stage names one that trains a tokenizer and predicts no codes; name one that predicts them")
+    if stage.masking is None:
+        raise ValueError("--stage names one that predicts no codes; name one that does")
     if not stage.transform.train:
         raise ValueError("transform.train=False, so the stage takes no crops; set transform.train=True")
     if crops < 1:

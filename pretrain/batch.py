@@ -1,21 +1,24 @@
-"""What flows through the system: a `Layout` (how many sequences of which kind) and a `Batch` (their contents).
+"""What flows through the system: a `Layout` (how many sequences of which kind), a `Batch` (their contents), and `Kinds`
+(something for each row, kind by kind: what an encoder returns).
 
 Row order of every packed activation `x_TD`, top to bottom:
 
     image-only patches | pair patches | pair text | text-only
 
-so the vision expert's rows are a prefix, the language expert's a suffix, and the fusion expert's the middle.
-An image has one class row before its patches (`patches` counts both); a text begins with BOS and ends with EOS.
+so the vision expert's rows are a prefix, the language expert's a suffix, and the fusion expert's the middle. The first
+row of an image is its class row, the first of a text is BOS (a text ends with EOS): they stand for the whole sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from pretrain.settings import near
 
 # Ids as XLM-R and BEiT-3's `beit3.spm` are used: see transformers.XLMRobertaTokenizer.
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
@@ -32,18 +35,39 @@ class Layout:
     images: int = 0
     pairs: int = 0
     texts: int = 0
-    patches: int = 0  # rows of one image: its class row and its patches
+    patches: int = 0  # of one image: grid * grid, without its class row
     pair_len: int = 0  # rows of one pair's text
     text_len: int = 0  # rows of one text-only sequence
     causal: bool = False  # pair text sees the image and the text before it; the image does not see the text
+    dual: int = 0  # the last `dual` images and the first `dual` texts are pairs seen apart, in the same order
+
+    @property
+    def image_len(self) -> int:
+        """Rows of one image: its class row and its patches."""
+        return self.patches + 1 if self.patches else 0
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(sequences, rows of each) of every kind: image-only, pair image, pair text, text-only."""
+        return (
+            (self.images, self.image_len),
+            (self.pairs, self.image_len),
+            (self.pairs, self.pair_len),
+            (self.texts, self.text_len),
+        )
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Rows of every kind, as `shapes`."""
+        return tuple(sequences * length for sequences, length in self.shapes)
 
     @property
     def image_rows(self) -> int:
-        return self.images * self.patches
+        return self.images * self.image_len
 
     @property
     def pair_image_rows(self) -> int:
-        return self.pairs * self.patches
+        return self.pairs * self.image_len
 
     @property
     def pair_text_rows(self) -> int:
@@ -55,12 +79,7 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        return self.image_rows + self.pair_image_rows + self.pair_text_rows + self.text_rows
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Rows of each kind: image-only, pair image, pair text, text-only."""
-        return self.image_rows, self.pair_image_rows, self.pair_text_rows, self.text_rows
+        return sum(self.counts)
 
     @property
     def sequences(self) -> int:
@@ -79,14 +98,50 @@ class Layout:
         return _by_expert(self.counts, fusion)
 
 
+class Kinds(NamedTuple):
+    """One tensor per kind of sequence, [sequences, length, ...] each, with no sequences where a layout has none.
+
+    An encoder returns one of floats [n, length, width]; heads say by one of booleans [n, length] which rows they read.
+    """
+
+    images: Tensor
+    pair_images: Tensor
+    pair_texts: Tensor
+    texts: Tensor
+
+    @classmethod
+    def split(cls, rows: Tensor, layout: Layout) -> Kinds:
+        """Packed rows [layout.rows, ...], as views."""
+        # A split and no slices: its backward is one concatenation, and not a zero-filled tensor per slice.
+        parts = zip(rows.split(list(layout.counts)), layout.shapes, strict=True)
+        return cls(*(part.unflatten(0, shape) for part, shape in parts))
+
+    @classmethod
+    def rows_of(cls, layout: Layout, device: torch.device, *, first: bool = False) -> Kinds:
+        """Booleans that are true for no row, or with `first` for the first row of each sequence."""
+        kinds = cls(*(torch.zeros(shape, dtype=torch.bool, device=device) for shape in layout.shapes))
+        for kind in kinds if first else ():
+            kind[:, :1] = True
+        return kinds
+
+    def pack(self) -> Tensor:
+        """[rows of all kinds, ...] in the order of a packed pass; the kinds must have one width."""
+        return torch.cat([kind.flatten(0, 1) for kind in self])
+
+    @property
+    def first(self) -> Kinds:
+        """The row that stands for its sequence, [n, ...] per kind: the class row, BOS, or what a tower pools."""
+        return Kinds(*(kind[:, 0] if kind.shape[1] else kind.flatten(0, 1) for kind in self))
+
+
 class Rows(NamedTuple):
-    """Some of the rows of a packed pass, or some of such rows."""
+    """A selection of the rows of a packed pass, or of such a selection."""
 
     places: Tensor  # int64 [R], rising
     counts: tuple[int, ...]  # of each kind, as Layout.counts
 
     @classmethod
-    def of(cls, chosen: Tensor, among: Layout | Rows) -> Rows:
+    def where(cls, chosen: Tensor, among: Layout | Rows) -> Rows:
         """Those for which `chosen`, bool [rows], is true."""
         counts = torch.stack([kind.sum() for kind in chosen.split(list(among.counts))]).tolist()
         return cls(chosen.nonzero().squeeze(1), tuple(counts))
@@ -103,11 +158,10 @@ def _by_expert(counts: tuple[int, ...], fusion: bool) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank. N = images + pairs, P = patches - 1, L = pair_len or text_len.
+    """One micro-batch of one rank. N = images + pairs, P = patches, L = pair_len or text_len.
 
     `*_tokens` are clean ids, `*_inputs` what the encoder reads (some ids replaced), `*_masked` where a target stands;
     without masking the inputs equal the tokens and nothing is masked. Image-only pictures come before pair pictures.
-    In a dual-encoder batch (images == texts, no pairs) image i belongs to text i.
     """
 
     layout: Layout
@@ -120,22 +174,53 @@ class Batch:
     text_inputs: Tensor  # int64 [texts, text_len]
     text_masked: Tensor  # bool [texts, text_len]
     image_codes: Tensor | None = None  # int64 [N, P], the visual tokenizer's codes; made on the device
-    # float32 [sequences, 2 * depth] in [0, 1), each sequence's dice for drop path: drawn by the sample's own
-    # generator, so that no number of ranks or micro-steps changes what is dropped. None: the encoder throws its own.
-    noise: Tensor | None = None
-    keys: tuple[str, ...] = ()  # "source/shard/key" of each sample: images, then pairs (or dual pairs), then texts
+    # Uniform random numbers in [0, 1), float32 [sequences, n], by who asked for them (DROP_PATH, or an objective's
+    # name): drawn by each sample's own generator, so that no number of ranks or micro-steps changes them.
+    draws: dict[str, Tensor] = field(default_factory=dict)
+    # What a source adds, by its own names: a tensor [samples that have it, ...], or a tuple of strings or lists.
+    extra: dict[str, Any] = field(default_factory=dict)
+    keys: tuple[str, ...] = ()  # "source/shard/key" of each sample: images, pairs, dual pairs, texts
 
     def to(self, device: torch.device | str) -> Batch:
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self.tensors()})
+        return self.map(lambda value: value.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """For the data loader's pinning thread, so that the copy to the device runs beside the computation."""
-        return replace(self, **{name: value.pin_memory() for name, value in self.tensors()})
+        return self.map(Tensor.pin_memory)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor of it changed."""
+        return self.with_tensors({name: change(value) for name, value in self.tensors()})
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for f in fields(self):
-            if isinstance(value := getattr(self, f.name), Tensor):
-                yield f.name, value
+        """(name, tensor) of every tensor; those of `draws` and `extra` are called "draws/NAME" and "extra/NAME"."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                yield name, value
+            elif isinstance(value, dict):
+                yield from ((f"{name}/{key}", part) for key, part in value.items() if isinstance(part, Tensor))
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> Batch:
+        """A copy with these tensors, by the names of `tensors`."""
+        own = {name: value for name, value in tensors.items() if "/" not in name}
+        for parent in ("draws", "extra"):
+            named = {n.removeprefix(f"{parent}/"): v for n, v in tensors.items() if n.startswith(f"{parent}/")}
+            own[parent] = {**getattr(self, parent), **named}
+        return replace(self, **own)
+
+
+DROP_PATH = "drop_path"  # its name among `Batch.draws`
+
+
+def batch_problem(kind: str, count: int, ranks: int, accumulation: int) -> str:
+    """Why `count` sequences of a kind do not divide into equal micro-batches of all data ranks; "" if they do."""
+    parts = ranks * accumulation
+    if count > 0 and count % parts == 0:
+        return ""
+    return (
+        f"batch.{kind}={count} is not a multiple of data ranks * batch.accumulation={ranks} * {accumulation}={parts}; "
+        f"use batch.{kind}={near(count, parts)}"
+    )
 
 
 def make_batch(
@@ -145,22 +230,21 @@ def make_batch(
     image_masks: Tensor | None = None,
     pair_tokens: Tensor | None = None,
     text_tokens: Tensor | None = None,
-    **rest,
+    **rest: Any,
 ) -> Batch:
     """A batch from its clean parts; what is not given is empty, unmasked, or (inputs) equal to the tokens."""
     count = layout.images + layout.pairs
     images = torch.zeros(count, 3, 1, 1, dtype=torch.uint8) if images is None else images
-    patches = max(layout.patches - 1, 0)
     no_text = torch.zeros(0, 0, dtype=torch.long, device=images.device)
     pair_tokens = no_text.new_zeros(0, layout.pair_len) if pair_tokens is None else pair_tokens
     text_tokens = no_text.new_zeros(0, layout.text_len) if text_tokens is None else text_tokens
-    parts: dict = {
-        "image_masks": torch.zeros(count, patches, dtype=torch.bool, device=images.device)
-        if image_masks is None
-        else image_masks,
+    if image_masks is None:
+        image_masks = torch.zeros(count, layout.patches, dtype=torch.bool, device=images.device)
+    parts: dict[str, Any] = {
         "pair_inputs": pair_tokens,
         "pair_masked": torch.zeros_like(pair_tokens, dtype=torch.bool),
         "text_inputs": text_tokens,
         "text_masked": torch.zeros_like(text_tokens, dtype=torch.bool),
     }
-    return Batch(layout, images=images, pair_tokens=pair_tokens, text_tokens=text_tokens, **(parts | rest))
+    clean = {"images": images, "image_masks": image_masks, "pair_tokens": pair_tokens, "text_tokens": text_tokens}
+    return Batch(layout, **clean, **(parts | rest))

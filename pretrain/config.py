@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
-import json
 import pkgutil
+import re
 import sys
 import traceback
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pretrain.contracts import Evaluation, Model, Objective, Source, Task
 from pretrain.data.loader import Loading
-from pretrain.data.masking import Masking
-from pretrain.data.sources import ImageShards, PairShards, TextShards
+from pretrain.data.masking import Masking, combine
 from pretrain.data.transforms import ImageTransform
-from pretrain.models.multiway.config import MultiwayConfig
-from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
 from pretrain.optim import Optim
 from pretrain.parallel.sizes import Parallel
 from pretrain.settings import nearest, set_values
+from pretrain.tasks.pretrain import Pretrain
 
-Source = ImageShards | PairShards | TextShards
 KINDS = ("images", "pairs", "texts", "dual")
-MAX_SEED = 2**48  # above that the kinds of a mix tell their random streams apart
+MAX_SEED = 2**48  # the loader adds the kind of a sample above these bits
+# Fields that had other names, for whoever still writes them.
+RENAMED = {
+    "tokenizer": "model=VQKDConfig(...) with task=TrainTokenizer(...) of the stage",
+    "teacher": "task=TrainTokenizer(teacher=...) of the stage, with Pixels(), Clip(DIR) or Encoder(WEIGHTS)",
+    "model.drop_path": "drop_path of the stage",
+    "model.activation_checkpointing": "activation_checkpointing of the stage",
+    "model.image_codes": "image_codes of the objective MaskedData (--set objectives.0.image_codes=N)",
+}
 
 
 @dataclass(frozen=True)
@@ -59,28 +64,33 @@ class Stage:
     batch: BatchSize
     optim: Optim
     steps: int
-    objectives: tuple[Any, ...] = ()
+    objectives: tuple[Objective, ...] = ()
+    model: Model | None = None  # None: the recipe's
+    task: Task = field(default_factory=Pretrain)
     experts: tuple[str, ...] = ("vision", "language", "fusion")
     trainable: tuple[str, ...] = ("*",)  # shell patterns over parameter names
     init_from: str | None = None  # a stage of this run directory, or a weights.safetensors
-    tokenizer: VQKDConfig | None = None  # given: the stage trains this visual tokenizer and no encoder
-    teacher: str = "pixels"  # of the tokenizer: pixels, a Hugging Face CLIP directory, or weights of ours
     visual_tokenizer: str | None = None  # makes the image targets: a stage of this run directory, or weights
     transform: ImageTransform = field(default_factory=ImageTransform)
-    drop_path: float = 0.0
-    activation_checkpointing: bool | int = 0  # see MultiwayConfig; True is 1
+    drop_path: float = 0.0  # of the last block; it rises linearly from 0
+    activation_checkpointing: bool | int = 0  # n: the backward pass keeps every n-th block's input; True is 1
     parallel: Parallel = field(default_factory=Parallel)  # ranks that share one copy of the model
-    compile: bool = False  # the blocks, by torch.compile; see models/compiled.py
-    evals: tuple[Any, ...] = ()
+    compile: bool = False  # the blocks, by torch.compile
+    evals: tuple[Evaluation, ...] = ()
 
     def __post_init__(self) -> None:
         wants = {"batch": BatchSize, "optim": Optim, "transform": ImageTransform, "parallel": Parallel}
         for name, wanted in wants.items():
             if not isinstance(getattr(self, name), wanted):
                 raise ValueError(f"{name}={getattr(self, name)!r} is wrong; use {wanted.__name__}(...)")
-        for kind in self.mix:
+        for kind, source in self.mix.items():
             if kind not in KINDS:
                 raise ValueError(f"mix.{kind} is not a kind of data; use {', '.join(KINDS)}")
+            if kind not in source.slots:
+                raise ValueError(
+                    f"mix.{kind}={type(source).__name__}(...) is wrong because that fills {' or '.join(source.slots)}; "
+                    "use it there"
+                )
         asked, given = set(self.batch.counts()), set(self.mix)
         if asked != given:
             raise ValueError(
@@ -89,20 +99,37 @@ class Stage:
             )
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1")
-        names = [objective.name for objective in self.objectives]
-        if not self.tokenizer and not names:
-            raise ValueError("the stage has no objectives; give at least one, or a tokenizer to train")
-        if "contrastive" in names and (given != {"dual"} or self.batch.accumulation != 1):
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"drop_path={self.drop_path} is not a rate; use at least 0 and less than 1")
+        if self.activation_checkpointing < 0:
             raise ValueError(
-                f"contrastive needs a mix of dual alone and batch.accumulation=1 (mix={sorted(given)}, "
-                f"accumulation={self.batch.accumulation}): its negatives are the whole step's batch"
+                f"activation_checkpointing={self.activation_checkpointing} is wrong; use 0 (off), 1 (every block) or a "
+                "number of blocks"
             )
-        for objective in self.objectives:
-            if isinstance(objective, Masking) and not any(any(objective.ratios(kind)) for kind in given):
-                raise ValueError(
-                    f"objectives: {objective} hides nothing of the mix's {', '.join(sorted(given))}, so nothing could "
-                    "be learned; set the ratio of one of them above 0"
-                )
+        objections = [problem for objective in self.objectives for problem in objective.problems(self)]
+        objections += [problem for evaluation in self.evals for problem in evaluation.problems(self)]
+        if objections:
+            raise ValueError(objections[0])
+
+    @property
+    def masking(self) -> Masking | None:
+        """What the loader hides: as the objectives say."""
+        asked: list[Any] = [objective.masking for objective in self.objectives]
+        return combine([masking for masking in asked if masking is not None])
+
+    @property
+    def draws(self) -> dict[str, int]:
+        """Random numbers that each objective's head wants for a sequence."""
+        return {objective.name: objective.draws for objective in self.objectives if objective.draws}
+
+    @property
+    def head_classes(self) -> dict[str, int]:
+        """The sizes of heads that tensor ranks divide, by the knob that sets them."""
+        return {
+            f"objectives.{place}.{name}": size
+            for place, objective in enumerate(self.objectives)
+            for name, size in objective.splits(self.experts).items()
+        }
 
 
 @dataclass(frozen=True)
@@ -110,7 +137,7 @@ class Recipe:
     """A model and the stages that pretrain it. The docstring of a recipe's module says where its numbers come from."""
 
     name: str
-    model: MultiwayConfig
+    model: Model
     stages: dict[str, Stage]
     text_tokenizer: str | None = None  # a SentencePiece model file; $VARIABLES are expanded
     seed: int = 0
@@ -119,7 +146,7 @@ class Recipe:
     save_every: int = 1000
     keep: int = 2  # complete checkpoints to keep; the one before is used if the newest is damaged
     trace_samples: bool = False
-    timeout_s: float = 1800.0  # so long a rank waits in a step for another one, or for its data, before it gives up
+    timeout_s: float = 1800.0  # how long a rank waits in a step for another one, or for its data, before it gives up
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "keep", "timeout_s"):
@@ -127,12 +154,12 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1; use 1 or more")
         if not 0 <= self.seed < MAX_SEED:
             raise ValueError(f"seed={self.seed} is wrong; use a whole number from 0 to {MAX_SEED - 1}")
+        for name, stage in self.stages.items():
+            for problem in stage.task.problems(self.model_of(stage), stage):
+                raise ValueError(f"stage {name}: {problem}")
 
-
-# What may change between two starts of one run without changing its numbers.
-OPERATIONAL = ("log_every", "save_every", "keep", "trace_samples", "timeout_s")
-OPERATIONAL_OF_STAGE = ("evals", "parallel", "activation_checkpointing", "compile")
-LOADING_ORDER = ("streams", "block_shards", "skip_bad_shards")
+    def model_of(self, stage: Stage) -> Model:
+        return self.model if stage.model is None else stage.model
 
 
 def load_recipe(name: str, stage: str, settings: list[str] | None = None) -> tuple[Recipe, Stage]:
@@ -144,23 +171,33 @@ def load_recipe(name: str, stage: str, settings: list[str] | None = None) -> tup
     recipe = find_recipe(name)
     if stage not in recipe.stages:
         raise ValueError(f"--stage {stage} is not in recipe {recipe.name}{nearest(stage, list(recipe.stages))}")
-    changes = {}
-    for setting in settings or []:
+    of_stage, of_recipe = _sort_settings(settings or [], recipe.stages[stage])
+    changed = set_values(recipe.stages[stage], of_stage) if of_stage else recipe.stages[stage]
+    recipe = replace(recipe, stages=recipe.stages | {stage: changed})
+    recipe = set_values(recipe, of_recipe) if of_recipe else recipe
+    return recipe, recipe.stages[stage]
+
+
+def _sort_settings(settings: list[str], stage: Stage) -> tuple[dict[str, str], dict[str, str]]:
+    """{key: text} for the stage and for the recipe; of a key that is given twice the last one counts."""
+    of_stage: dict[str, str] = {}
+    of_recipe: dict[str, str] = {}
+    for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise ValueError(f"--set {setting} has no '='; write --set KEY=VALUE, such as --set optim.lr=1e-3")
         head = key.split(".")[0]
-        if head in {f.name for f in fields(Stage)}:
-            key = f"stages.{stage}.{key}"
-        elif head not in {f.name for f in fields(Recipe)}:
+        if new := RENAMED.get(key) or RENAMED.get(head):
+            raise ValueError(f"--set {key}: that is now {new}")
+        inherited = head == "model" and stage.model is None
+        if head in {f.name for f in fields(Stage)} and not inherited:
+            of_stage[key] = value
+        elif head in {f.name for f in fields(Recipe)}:
+            of_recipe[key] = value
+        else:
             known = [f.name for f in (*fields(Stage), *fields(Recipe))]
             raise ValueError(f"--set {key}: neither the stage nor the recipe has {head!r}{nearest(head, known)}")
-        changes[key] = value  # given twice, the last one counts
-    try:
-        recipe = set_values(recipe, changes) if changes else recipe
-    except ValueError as error:  # with the keys as they were given
-        raise ValueError(str(error).replace(f"stages.{stage}.", "")) from None
-    return recipe, recipe.stages[stage]
+    return of_stage, of_recipe
 
 
 def find_recipe(name: str) -> Recipe:
@@ -178,7 +215,7 @@ def find_recipe(name: str) -> Recipe:
             line = error.lineno if isinstance(error, SyntaxError) else _line(error, path)
             # A config says itself what is wrong with it: a ValueError needs no name.
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            raise ValueError(f"--recipe {name}, line {line}: {kind}{error}") from error
+            raise ValueError(f"--recipe {name}, line {line}: {kind}{error}{_renamed(error)}") from error
     else:
         room = importlib.import_module("pretrain.recipes")  # by name: it stands one floor higher
         known = [m.name for m in pkgutil.iter_modules(room.__path__) if not m.name.startswith("_")]
@@ -208,14 +245,8 @@ def to_json(config: Any) -> Any:
     return config
 
 
-def identity_of(recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    """The settings that a run's numbers depend on, as plain JSON values, the stage's beside the recipe's."""
-    whole = to_json(recipe)
-    whole["loading"] = {key: whole["loading"][key] for key in LOADING_ORDER}
-    own = {key: value for key, value in whole.items() if key not in (*OPERATIONAL, "stages", "name")}
-    return own | {key: value for key, value in to_json(stage).items() if key not in OPERATIONAL_OF_STAGE}
-
-
-def stage_hash(recipe: Recipe, stage: Stage) -> str:
-    """Names what a checkpoint of this stage depends on; a run whose hash changed is another run."""
-    return hashlib.sha256(json.dumps(identity_of(recipe, stage), sort_keys=True).encode()).hexdigest()[:16]
+def _renamed(error: BaseException) -> str:
+    """Where a keyword went that a config does not know any more."""
+    keyword = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    new = [new for old, new in RENAMED.items() if keyword and old.split(".")[-1] == keyword[1]]
+    return f"; that is now {new[0]}" if new else ""

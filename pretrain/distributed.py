@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -42,6 +47,30 @@ def reduce_mean(values: dict[str, Tensor], group: dist.ProcessGroup | None = Non
         dist.all_reduce(packed, group=group)
         packed /= dist.get_world_size(group)
     return dict(zip(names, packed.tolist(), strict=True))
+
+
+def gather_objects(own: T) -> list[T]:
+    """Every rank's object, in rank order, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [own]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
+def fail_together(action: Callable[[], T]) -> T:
+    """What `action` returns on this rank; an OSError on all ranks when it raised one on any of them, so that they take
+    the same branch."""
+    result: Any = None
+    failure = None
+    try:
+        result = action()
+    except OSError as error:
+        failure = (error.errno or errno.EIO, f"{error.strerror or error} ({error.filename})")
+    for number, failed in enumerate(gather_objects(failure)):
+        if failed is not None:
+            raise OSError(failed[0], f"rank {number}: {failed[1]}")
+    return result
 
 
 def any_rank(flag: bool, on: torch.device) -> bool:

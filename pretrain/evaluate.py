@@ -24,10 +24,10 @@ from pretrain.data.shards.reader import load_manifest
 from pretrain.distributed import device
 from pretrain.evals.trained import Trained
 from pretrain.models.visual_tokenizer.teachers import PixelTeacher
-from pretrain.run.build import build_task, evaluation_loader, text_tokenizer
+from pretrain.run.build import build_task
 from pretrain.run.directory import read_json, read_recipe
-from pretrain.run.image_targets import image_targets, load_visual_tokenizer, masking_of
-from pretrain.tasks.tokenizer import TokenizerTask
+from pretrain.run.image_targets import image_targets, load_visual_tokenizer
+from pretrain.run.inputs import evaluation_loader, text_tokenizer
 
 log = logging.getLogger("pretrain")
 
@@ -76,9 +76,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         log.info("%s: evaluated before; nothing to do", args.stage)
         return done
     task = build_task(recipe, stage, args.run_dir)
-    found = load_handover(task, weights)
-    if found.missing:
-        raise ValueError(f"{weights} lacks {found.missing[0]}; it is not this stage's: give the stage that wrote it")
+    handover = load_handover(task, weights)
+    if handover.missing:
+        raise ValueError(f"{weights} lacks {handover.missing[0]}; it is not this stage's: give the stage that wrote it")
     task.to(device()).eval()
     trained = trained_stage(recipe, stage, args.run_dir, directory, task)
     metrics: dict[str, Any] = {"step": step, "weights": digest, "evals": asked}
@@ -86,9 +86,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         log.warning("%s: the recipe names no evals for this stage", args.stage)
     samples: dict[str, list] = {}
     for evaluation in stage.evals:
-        found_metrics, found_samples = evaluation.run(trained)
-        metrics |= found_metrics
-        samples |= found_samples
+        values, shown = evaluation.run(trained)
+        metrics |= values
+        samples |= shown
     for name, value in metrics.items():
         if isinstance(value, float):
             log.info("%s: %-40s %.2f", args.stage, name, value)
@@ -122,14 +122,15 @@ def trained_stage(recipe: Recipe, stage: Stage, run_dir: Path, directory: Path, 
         with_codes=image_targets(recipe, stage, run_dir, device()),
         draw_codes=_painter(recipe, stage, run_dir, task),
         samples_of=lambda source: sum(load_manifest(source.shards).counts),
-        masking=masking_of(stage),
+        masking=stage.masking,
         text=text_tokenizer(recipe, stage),
     )
 
 
 def _painter(recipe: Recipe, stage: Stage, run_dir: Path, task: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """Codes -> pictures, where the visual tokenizer learned pixels; None where it learned features."""
-    if isinstance(task, TokenizerTask):
+    tokenizer: Any
+    if hasattr(task, "tokenizer"):
         tokenizer = task.tokenizer
     elif stage.visual_tokenizer is not None:
         tokenizer = load_visual_tokenizer(recipe, stage, run_dir).to(device())

@@ -27,7 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain.checkpoint.weights import WEIGHTS, read_weights, write_weights
+from pretrain.config import to_json
 from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.models.multiway.resize import resize_patch_positions
+from pretrain.run.stored_weights import model_in
 
 log = logging.getLogger(__name__)
 State = dict[str, Tensor]
@@ -130,19 +133,14 @@ def from_released(state: State, heads: int | None = None) -> tuple[State, Multiw
 
 
 def resize_positions(state: State, cfg: MultiwayConfig, image_size: int) -> tuple[State, MultiwayConfig]:
-    """The same model for another picture size: the grid of positions is interpolated (bicubic), its class row stays, as
-    unilm's beit3/utils.py does."""
+    """The same model for another picture size, with its positions interpolated."""
     new = dataclasses.replace(cfg, image_size=image_size)
     if cfg.relative_position:
         raise ValueError("model.relative_position=True has no position grid to resize; train at the new size instead")
     key = "encoder.vision_embed.positions"
     if key not in state or new.grid == cfg.grid:
         return dict(state), new
-    first, grid = state[key].float().split([1, cfg.grid**2])
-    square = grid.T.reshape(1, -1, cfg.grid, cfg.grid)
-    square = F.interpolate(square, size=(new.grid, new.grid), mode="bicubic", align_corners=False)
-    table = torch.cat([first, square.flatten(2)[0].T]).to(state[key].dtype)
-    return state | {key: table.contiguous()}, new
+    return state | {key: resize_patch_positions(state[key], cfg.grid, new.grid)}, new
 
 
 def _check_expressible(state: State, cfg: MultiwayConfig) -> None:
@@ -169,7 +167,6 @@ def _guess_config(state: State, heads: int | None) -> MultiwayConfig:
     if up is None or tables[0] is None or tables[1] is None:
         raise ValueError("these weights have no layers or no position tables; a whole BEiT-3 checkpoint is wanted")
     grid = round((len(tables[0]) - UNUSED_POSITIONS - 1) ** 0.5)
-    codes = state.get("mim_head.weight")
     return MultiwayConfig(
         dim=dim,
         depth=max(layers) + 1,
@@ -178,7 +175,6 @@ def _guess_config(state: State, heads: int | None) -> MultiwayConfig:
         image_size=grid * patch,
         patch_size=patch,
         vocab_size=len(state["beit3.text_embed.weight"]),
-        image_codes=8192 if codes is None else len(codes),
         max_text_len=len(tables[1]) - UNUSED_POSITIONS,
         attention="per_modality",
         sub_norm="beit3.encoder.layers.0.ffn.A.ffn_layernorm.weight" in state,
@@ -217,12 +213,10 @@ def read_model(directory: Path) -> tuple[State, MultiwayConfig, dict]:
         if not (directory / CONFIG).is_file():
             raise ValueError(f"{directory} holds no {CONFIG}; give the directory of a stage that has ended")
         config = json.loads((directory / CONFIG).read_text())
-    # "class" is the name of the class, for readers
-    model = {key: value for key, value in config.get("model", {}).items() if key != "class"}
-    known = {f.name for f in dataclasses.fields(MultiwayConfig)}
-    if not model or not set(model) <= known:
-        raise ValueError(f"{directory} holds no encoder ({CONFIG} has no 'model' of the encoder's); is it a tokenizer?")
-    return state, MultiwayConfig(**model), config
+    model = model_in(config, directory)
+    if not isinstance(model, MultiwayConfig):
+        raise ValueError(f"{directory} holds a {type(model).__name__} and no encoder; give the directory of an encoder")
+    return state, model, config
 
 
 def write_tensors(path: Path, state: State) -> None:
@@ -267,14 +261,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     if args.command == "from-released":
         state, cfg = from_released(read_tensors(args.file), args.heads)
-        write_weights(state, args.out / WEIGHTS, {"model": dataclasses.asdict(cfg)})
+        write_weights(state, args.out / WEIGHTS, {"model": to_json(cfg)})
     elif args.command == "to-released":
         state, cfg, _ = read_model(args.directory)
         write_tensors(args.out, to_released(state, cfg))
     else:
         state, cfg, config = read_model(args.directory)
         state, cfg = resize_positions(state, cfg, args.image_size)
-        write_weights(state, args.out / WEIGHTS, config | {"model": dataclasses.asdict(cfg)})
+        write_weights(state, args.out / WEIGHTS, config | {"model": to_json(cfg)})
     log.info("wrote %s", args.out)
 
 

@@ -21,7 +21,7 @@ HEAD_STD = 0.02  # of a head's weights, as all of BEiT's heads
 
 
 class Linear(nn.Linear):
-    """A linear layer that is born with its own scale."""
+    """A linear layer whose weights start with a standard deviation of its own."""
 
     def __init__(self, inputs: int, outputs: int, *, std: float = 0.02, bias: bool = True):
         self.std = std
@@ -52,8 +52,8 @@ class Head(nn.Linear):
 
 
 class Classifier(nn.Module):
-    """A linear head over a vocabulary, and its cross-entropy. `tied`: without a weight of its own; who builds it sets
-    `weight` to the embedding table whose rows it shares."""
+    """A linear head over a vocabulary, and its cross-entropy. A `tied` one has no weight of its own: whoever builds it
+    sets `weight` to the embedding table that it shares."""
 
     weight: nn.Parameter | None
 
@@ -68,7 +68,7 @@ class Classifier(nn.Module):
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
         return losses, (logits.detach().argmax(-1) == targets).float()
 
-    def guesses(self, rows: Tensor) -> Tensor:
+    def predict(self, rows: Tensor) -> Tensor:
         """[R, inputs] -> int64 [R]: the best class of each."""
         return self.logits(rows).argmax(-1)
 
@@ -88,7 +88,7 @@ class Share(NamedTuple):
 def whole_pass(layout: Layout, needed: Tensor | None, device: torch.device) -> Share:
     if needed is None:
         return Share(None, None, lambda rows: rows)
-    read = Rows.of(needed, layout)
+    read = Rows.where(needed, layout)
     return Share(None, read, partial(put_at, places=read.places, length=layout.rows))
 
 
@@ -125,6 +125,11 @@ def draw(weight: Tensor, std: float) -> Tensor:
 
 def draw_head(weight: Tensor) -> Tensor:
     return _draw(weight, HEAD_STD, cut=2.0)
+
+
+def normal(*shape: int, std: float) -> nn.Parameter:
+    """A parameter drawn as `draw` does."""
+    return nn.Parameter(draw(torch.empty(*shape), std))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a run measures and writes down: FLOPs, samples/s, MFU, data wait, memory; metrics.jsonl and TensorBoard."""
+"""What a run measures and writes down: samples/s, MFU, data wait, memory; metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,94 +6,22 @@ import json
 import logging
 import math
 import os
-import re
 import resource
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pretrain.batch import Layout
 from pretrain.distributed import rank
+from pretrain.flops import peak_flops
 
 log = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
 # Measured by the clock or the allocator: two runs that are equal bit for bit still differ in these.
 MEASURED = ("samples_per_s", "tokens_per_s", "mfu", "data_wait", "memory_gib")
-
-# Dense tensor-core peak in FLOP/s, bf16 with fp32 accumulation (V100 and T4: fp16, they know no bf16). The first name
-# that is a word of the device's name counts. Source: NVIDIA's data sheet of each.
-PEAKS = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A40": 150e12,
-    "RTX A6000": 155e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "V100": 125e12,
-    "T4": 65e12,
-}
-
-
-def flops_per_sequence(length: int, *, dim: int, depth: int, ffn_dim: int) -> int:
-    """FLOPs of one sequence of `length` rows through the encoder, forward and backward (3 x forward: the backward pass
-    has two products for each one). A multiply-add counts as two. Norms, biases and softmax are left out, causal
-    attention counts as full, and activation recomputation gets no credit: the "model FLOPs" of MFU (PaLM, arXiv
-    2204.02311, appendix B)."""
-    projections = 2 * length * (4 * dim * dim + 2 * dim * ffn_dim)
-    attention = 2 * 2 * length * length * dim  # scores, and the sum of the values
-    return 3 * depth * (projections + attention)
-
-
-def flops_per_batch(
-    layout: Layout,
-    *,
-    dim: int,
-    depth: int,
-    ffn_dim: int,
-    patch_inputs: int = 0,
-    heads: Iterable[tuple[int, int]] = (),
-) -> int:
-    """FLOPs of one micro-batch, forward and backward, as flops_per_sequence counts them. `patch_inputs`: numbers in a
-    patch, 3 * patch_size**2; `heads`: (rows, outputs) of each product on the encoder's rows, such as
-    (masked patches, 8192). A row that a frozen module reads counts like any other, and so do the rows
-    that the last block leaves out because no head reads them."""
-    kinds = (
-        (layout.images, layout.patches),
-        (layout.pairs, layout.patches + layout.pair_len),
-        (layout.texts, layout.text_len),
-    )
-    encoder = sum(n * flops_per_sequence(length, dim=dim, depth=depth, ffn_dim=ffn_dim) for n, length in kinds)
-    patches = (layout.images + layout.pairs) * max(layout.patches - 1, 0)
-    embedding = 3 * 2 * patches * patch_inputs * dim
-    return encoder + embedding + sum(3 * 2 * rows * dim * outputs for rows, outputs in heads)
-
-
-def peak_flops(device: torch.device | str) -> float | None:
-    """The device's dense bf16 peak in FLOP/s; None for a CPU and for a GPU that is not in PEAKS."""
-    device = torch.device(device)
-    return _peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def _peak_of(name: str) -> float | None:
-    for known, peak in PEAKS.items():
-        if all(re.search(rf"\b{word}\b", name) for word in known.split()):
-            return peak
-    return None
 
 
 class Throughput:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import re
 import types
 import typing
 from difflib import get_close_matches
@@ -71,6 +73,20 @@ def nearest(name: str, known: list[str]) -> str:
     """'; did you mean X?' or '; known: ...', to end an error with the way out."""
     close = get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(set(known)))}"
+
+
+def near(count: int, multiple: int) -> str:
+    """The multiples around `count`, to end an error: "12 or 16", or the one above where there is none below."""
+    below = count // multiple * multiple
+    return " or ".join(str(size) for size in (below, below + multiple) if size > 0)
+
+
+def fill_variables(path: str, knob: str) -> str:
+    """`path` with the environment's $VARIABLES in their places. Raises ValueError for one that is not set."""
+    for name in re.findall(r"\$\{?([A-Za-z_]\w*)\}?", path):
+        if name not in os.environ:
+            raise ValueError(f"{knob}={path} uses ${name}, which is not set; export {name}=... or write the path")
+    return os.path.expandvars(path)
 
 
 def _read(text: str, hint: Any, old: Any, key: str) -> Any:

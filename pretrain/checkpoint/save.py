@@ -16,15 +16,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from pretrain.checkpoint.directory import SAVING, complete, damage, prepare, prune, publish, sweep
 from pretrain.checkpoint.weights import WEIGHTS, HashedFile, SaveError, write_weights
-from pretrain.distributed import rank, world_size
+from pretrain.distributed import fail_together, gather_objects, rank, world_size
 from pretrain.parallel.engine import set_progress
 from pretrain.parallel.moments import read_moments, write_moments
 
@@ -33,11 +32,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
+VERSION = 3  # of the manifest; 2: without the teacher in data_digest
 
 
 @dataclass(frozen=True)
-class Found:
+class Checkpoint:
     """A complete checkpoint. `world` and `layout` are those of the run that wrote it."""
 
     step: int
@@ -71,12 +70,12 @@ def save(
     final = directory / f"step_{step:08d}"
     beside = directory / (SAVING + final.name)
     try:
-        together(lambda: prepare(directory, beside) if rank() == 0 else None)
-        together(lambda: _see(beside))
-        written = together(lambda: _write_share(engine, mesh, beside))
-        written += together(lambda: _write_weights(*weights, beside) if rank() == 0 else {})
+        fail_together(lambda: prepare(directory, beside) if rank() == 0 else None)
+        fail_together(lambda: _see(beside))
+        own = fail_together(lambda: _write_share(engine, mesh, beside))
+        own |= fail_together(lambda: _write_weights(*weights, beside) if rank() == 0 else {})
         body = {
-            "version": 2,
+            "version": VERSION,
             "step": step,
             "world": world_size(),
             "layout": _layout(engine, mesh),
@@ -84,10 +83,10 @@ def save(
             "recipe_hash": recipe_hash,
             "data_digest": data_digest,
             "extra": extra or {},
-            "files": {name: entry for share in written for name, entry in share.items()},
+            "files": {name: entry for share in gather_objects(own) for name, entry in share.items()},
         }
-        together(lambda: publish(body, beside, final) if rank() == 0 else None)
-    except SaveError as error:
+        fail_together(lambda: publish(body, beside, final) if rank() == 0 else None)
+    except OSError as error:
         if rank() == 0:
             shutil.rmtree(beside, ignore_errors=True)
         raise SaveError(
@@ -100,44 +99,44 @@ def save(
     return final
 
 
-def newest(directory: Path, *, precision: str, recipe_hash: str = "", data_digest: str = "") -> Found | None:
+def newest(directory: Path, *, precision: str, recipe_hash: str = "", data_digest: str = "") -> Checkpoint | None:
     """The newest undamaged checkpoint of `directory`, or None; a damaged one is refused with one log line and the one
     before it is taken. Every rank must call it.
 
     Raises ValueError for one of another recipe, data or precision ("fp32", "bf16").
     """
-    found: list[tuple[str, dict]] = []
+    candidates: list[tuple[str, dict]] = []
     if rank() == 0:
         sweep(directory)
-        found = list(complete(directory))
+        candidates = list(complete(directory))
     now = {"recipe_hash": recipe_hash, "data_digest": data_digest, "precision": precision}
-    for name, manifest in _gather(found)[0]:
+    for name, manifest in gather_objects(candidates)[0]:
         path = directory / name
         _check_same_run(path, manifest, now)
         names = sorted(manifest["files"])
         share = {key: manifest["files"][key] for key in names[rank() :: world_size()]}
-        lines = [line for some in _gather(damage(path, share)) for line in some]
+        lines = [line for some in gather_objects(damage(path, share)) for line in some]
         if lines:
             log.warning("checkpoint refused: %s; trying the one before", lines[0])
             continue
-        return Found(manifest["step"], path, manifest["world"], manifest["layout"], manifest["extra"])
+        return Checkpoint(manifest["step"], path, manifest["world"], manifest["layout"], manifest["extra"])
     log.info("no checkpoint to resume from in %s", directory)
     return None
 
 
-def resume(engine, found: Found, mesh: Mesh | None = None) -> None:
+def resume(engine, checkpoint: Checkpoint, mesh: Mesh | None = None) -> None:
     """Fill the engine's optimizer and counters and this rank's generators, before the first step. Its weights are those
-    of `found.weights`, loaded before it was built. Every rank must call it."""
-    read_moments(engine, mesh, sorted(found.path.glob("moments_rank*.safetensors")))
-    set_progress(engine, found.step)
+    of `checkpoint.weights`, loaded before it was built. Every rank must call it."""
+    read_moments(engine, mesh, sorted(checkpoint.path.glob("moments_rank*.safetensors")))
+    set_progress(engine, checkpoint.step)
     layout = _layout(engine, mesh)
-    if (found.world, found.layout) == (world_size(), layout):
-        _set_random_state(found.path / f"random_rank{rank():05d}.pt")
-        log.info("resumed from %s", found.path)
+    if (checkpoint.world, checkpoint.layout) == (world_size(), layout):
+        _set_random_state(checkpoint.path / f"random_rank{rank():05d}.pt")
+        log.info("resumed from %s", checkpoint.path)
         return
     log.info(
         "resumed from %s, saved on %d ranks (%s), on %d ranks (%s): the same samples, the same losses to rounding",
-        *(found.path, found.world, _spelled(found.layout), world_size(), _spelled(layout)),
+        *(checkpoint.path, checkpoint.world, _spelled(checkpoint.layout), world_size(), _spelled(layout)),
     )
 
 
@@ -217,8 +216,11 @@ def _check_same_run(path: Path, manifest: dict, now: dict) -> None:
         "another --run-dir with init_from",
         "precision": "use a --ds JSON of that precision",
     }
-    if manifest.get("version") != 2:
-        raise ValueError(f"{path} was written by an older version of this program; use another --run-dir")
+    if manifest.get("version") not in (2, VERSION):
+        raise ValueError(f"{path} was written by another version of this program; use another --run-dir")
+    if manifest["version"] == 2:  # its digest knew no teacher
+        parts = str(now["data_digest"]).split(" ")
+        now = now | {"data_digest": " ".join(part for part in parts if not part.startswith("teacher:"))}
     for key, way_out in ways_out.items():
         if manifest.get(key) != now[key]:
             raise ValueError(f"{path} was saved with {key}={manifest.get(key)} and this run has {now[key]}: {way_out}")
@@ -236,28 +238,3 @@ def _layout(engine, mesh: Mesh | None) -> dict[str, int]:
 
 def _spelled(layout: dict[str, int]) -> str:
     return ", ".join(f"{name} {size}" for name, size in layout.items())
-
-
-# ---- all ranks take the same branch
-
-
-def _gather(mine: T) -> list[T]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [mine]
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
-
-
-def together(action: Callable[[], T]) -> list[T]:
-    """What `action` returned on each rank; SaveError on all ranks when it failed on one."""
-    result, failure = None, None
-    try:
-        result = action()
-    except OSError as error:
-        failure = (error.errno or errno.EIO, f"{error.strerror or error} ({error.filename})")
-    everyone = _gather((result, failure))
-    for number, (_, failed) in enumerate(everyone):
-        if failed is not None:
-            raise SaveError(failed[0], f"rank {number}: {failed[1]}")
-    return [outcome for outcome, _ in everyone]  # type: ignore[misc]

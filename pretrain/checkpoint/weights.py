@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 HEADER = "imglish"  # the one metadata key of our safetensors: several would be written in no fixed order
-
-
 WEIGHTS = "weights.safetensors"
+
+
+# (tensors that do not fit, the header's config, the shapes that are wanted) -> tensors
+Adapt = Callable[[dict[str, Tensor], dict[str, Any], dict[str, tuple[int, ...]]], dict[str, Tensor]]
 
 
 class SaveError(OSError):
@@ -30,12 +32,14 @@ class SaveError(OSError):
 
 @dataclass(frozen=True)
 class Handover:
-    """What `load_handover` did with each name: filled, not in the file, or in the file but not built here."""
+    """What `load_handover` did with each name: filled, not in the file, or in the file but not built here; `adapted`
+    are those that were filled with another shape than the file's."""
 
     loaded: list[str]
     missing: list[str]
     unexpected: list[str]
     digest: str
+    adapted: list[str] = field(default_factory=list)
 
 
 def write_weights(state: dict[str, Tensor], path: Path, config: dict[str, Any]) -> str:
@@ -95,33 +99,40 @@ def load_handover(
     *,
     shape_of: Callable[[Tensor], tuple[int, ...]] = lambda value: tuple(value.shape),
     fill: Callable[[Tensor, Tensor], Any] = Tensor.copy_,
+    adapt: Adapt | None = None,
 ) -> Handover:
     """Fill a module's parameters and buffers, or the tensors given by name, from a weights.safetensors. Where a rank
-    holds only parts, `shape_of(tensor)` is the whole's shape and `fill(tensor, whole)` takes the part. Raises
-    ValueError when a tensor has another shape than is wanted (with its name and both shapes) or the file is damaged."""
+    holds only parts, `shape_of(tensor)` is the whole's shape and `fill(tensor, whole)` takes the part. `adapt` may
+    change tensors of another shape than is wanted (see contracts.Model.adapt). Raises ValueError when one still has
+    another shape (with its name and both shapes) or the file is damaged."""
     wanted = wanted.state_dict(keep_vars=True) if isinstance(wanted, nn.Module) else wanted
     with _opened(path) as (file, header), torch.no_grad():
-        held = sorted(file.keys())
-        for name in held:
-            shape = tuple(file.get_slice(name).get_shape())
-            if name in wanted and shape != shape_of(wanted[name]):
+        names = sorted(file.keys())
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names if name in wanted}
+        misfits = {name: shape_of(wanted[name]) for name, shape in shapes.items() if shape != shape_of(wanted[name])}
+        adapted: dict[str, Tensor] = {}
+        if misfits and adapt is not None:
+            adapted = adapt({name: file.get_tensor(name) for name in misfits}, header.get("config", {}), misfits)
+        for name, shape in misfits.items():
+            if name not in adapted or tuple(adapted[name].shape) != shape:
                 raise ValueError(
-                    f"{path}: {name} has the shape {shape} but this stage builds it as {shape_of(wanted[name])}; "
+                    f"{path}: {name} has the shape {shapes[name]} but this stage builds it as {shape}; "
                     "use the model settings those weights were trained with, or another init_from"
                 )
         digest = hashlib.sha256()
-        for name in held:
+        for name in names:
             value = file.get_tensor(name)
             _hash_tensor(digest, name, value)
             if name in wanted:
-                fill(wanted[name], value)
+                fill(wanted[name], adapted.get(name, value))
         _check_digest(path, header, digest)
-    loaded = [name for name in held if name in wanted]
+    loaded = [name for name in names if name in wanted]
     # With attention per modality vision and language share no name: such a stage passes the other's weights on.
     if not loaded and "model" not in header.get("config", {}):
-        raise ValueError(f"{path}: none of its {len(held)} names is one of this stage's, such as {next(iter(wanted))}")
-    missing = [name for name in wanted if name not in set(held)]
-    return Handover(loaded, missing, [name for name in held if name not in wanted], digest.hexdigest())
+        raise ValueError(f"{path}: none of its {len(names)} names is one of this stage's, such as {next(iter(wanted))}")
+    missing = [name for name in wanted if name not in set(names)]
+    unexpected = [name for name in names if name not in wanted]
+    return Handover(loaded, missing, unexpected, digest.hexdigest(), sorted(misfits))
 
 
 def carry_over(state: dict[str, Tensor], path: Path | None, frozen: Collection[str] = ()) -> dict[str, Tensor]:
@@ -131,7 +142,8 @@ def carry_over(state: dict[str, Tensor], path: Path | None, frozen: Collection[s
     if path is None:
         return state
     held = read_weights(path)[0]
-    return held | {name: value for name, value in state.items() if name not in frozen or name not in held}
+    stays = {name for name in frozen if name in held and name in state and held[name].shape == state[name].shape}
+    return held | {name: value for name, value in state.items() if name not in stays}
 
 
 class HashedFile:

@@ -13,21 +13,19 @@ import re
 import signal
 import threading
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from pretrain.batch import Batch, Layout
+from pretrain.batch import Batch, Layout, batch_problem
+from pretrain.contracts import Source
 from pretrain.data.codes import Coding, StoredCodes, check_coding, plain
-from pretrain.data.masking import Masking
-from pretrain.data.micro_batches import KINDS, Failure, Feed, MicroBatches, Replaced
+from pretrain.data.micro_batches import KINDS, Failure, Feed, MicroBatches, Replaced, Share, View, micro_layout
 from pretrain.data.order import Order
 from pretrain.data.shards.reader import ShardReader, load_manifest
-from pretrain.data.sources import Source, TextShards
-from pretrain.data.text_tokenizer import TextTokenizer
-from pretrain.data.transforms import ImageTransform
 
 log = logging.getLogger(__name__)
 
@@ -69,60 +67,43 @@ class _Steps(Sampler):
         return len(self.steps) * self.accumulation
 
 
-class Loader:
-    """`counts` are the sequences of each kind in one global batch, over all ranks and micro-steps; `mix` has the same
-    keys: "images", "pairs" and "texts" in any combination, or "dual" alone (pairs seen as an image and a text apart).
+@dataclass(frozen=True)
+class Mixture:
+    """What is read, in which order. `counts` are the sequences of each kind in one global batch, over all data ranks
+    and micro-steps; `mix` has the same keys."""
 
-    `noise`: so many random numbers for each sequence, see Batch.noise. `trace`: a directory for
-    samples.rankNNNNN.jsonl, the keys of each step that was handed out. `quarantine`: a file that gets one JSON line
-    for each sample that was replaced. Raises ValueError for what cannot be loaded as asked.
-    """
+    mix: Mapping[str, Source]
+    counts: Mapping[str, int]
+    accumulation: int = 1
+    seed: int = 0
+    loading: Loading = field(default_factory=Loading)
+
+
+class Loader:
+    """This data rank's batches of a mixture. `trace`: a directory for samples.rankNNNNN.jsonl, the keys of each step
+    that was handed out. `quarantine`: a file that gets one JSON line for each sample that was replaced. Raises
+    ValueError for what cannot be loaded as asked."""
 
     def __init__(
         self,
-        mix: Mapping[str, Source],
+        mixture: Mixture,
+        view: View,
         *,
-        counts: Mapping[str, int],
-        accumulation: int,
-        rank: int,
-        world: int,
-        seed: int,
-        tokenizer: TextTokenizer | None,
-        transform: ImageTransform | None,
-        masking: Masking | None,
-        patch_size: int,
-        loading: Loading,
-        noise: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
         trace: str | os.PathLike[str] | None = None,
         quarantine: str | os.PathLike[str] | None = None,
     ):
-        assert 0 <= rank < world and accumulation >= 1, (rank, world, accumulation)
-        _check_mix(mix, counts, world, accumulation, tokenizer, transform, patch_size)
-        self.accumulation, self.rank, self.world, self.loading = accumulation, rank, world, loading
+        assert 0 <= rank < ranks and mixture.accumulation >= 1, (rank, ranks, mixture.accumulation)
+        _check_mix(mixture, view, ranks)
+        self.accumulation, self.rank, self.ranks, self.loading = mixture.accumulation, rank, ranks, mixture.loading
         self.trace = Path(trace) if trace else None
         self.quarantine = Path(quarantine) if quarantine else None
         self.replaced = 0  # samples of this rank, so far
-        self.feeds = [_feed(kind, mix[kind], counts[kind], seed, loading) for kind in KINDS if kind in mix]
-        self.layout = _layout(mix, counts, world * accumulation, transform, patch_size)
-        if transform is not None and transform.train and masking is not None:
-            hidden = {feed.kind for feed in self.feeds if masking.ratios(feed.kind)[0]}
-            self.feeds = [
-                _with_codes(feed, transform, seed, self.layout.patches - 1) if feed.kind in hidden else feed
-                for feed in self.feeds
-            ]
-        self._dataset = MicroBatches(
-            self.feeds,
-            self.layout,
-            slices=world,
-            part=rank,
-            accumulation=accumulation,
-            seed=seed,
-            tokenizer=tokenizer,
-            transform=transform,
-            masking=masking,
-            patch_size=patch_size,
-            noise=noise,
-        )
+        self.layout = _layout(mixture, view, ranks * mixture.accumulation)
+        self.feeds = [_feed(kind, mixture, view, self.layout.patches) for kind in KINDS if kind in mixture.mix]
+        share = Share(rank, ranks, mixture.accumulation)
+        self._dataset = MicroBatches(self.feeds, self.layout, view, share, mixture.seed)
 
     @property
     def samples(self) -> dict[str, int]:
@@ -190,41 +171,48 @@ class Loader:
         for path in sorted(self.trace.glob("samples.rank*.jsonl")):
             # Every file has one rank that cuts it, also those of a run that had more ranks.
             number = path.name.removeprefix("samples.rank").removesuffix(".jsonl")
-            if number.isdigit() and int(number) % self.world == self.rank:
+            if number.isdigit() and int(number) % self.ranks == self.rank:
                 _cut_trace(path, start)
         path = self.trace / f"samples.rank{self.rank:05d}.jsonl"
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
 
-def _feed(kind: str, source: Source, count: int, seed: int, loading: Loading) -> Feed:
-    manifest, stream = load_manifest(source.shards), list(KINDS).index(kind)
+def _feed(kind: str, mixture: Mixture, view: View, patches: int) -> Feed:
+    source, loading, stream = mixture.mix[kind], mixture.loading, KINDS.index(kind)
+    manifest = load_manifest(source.shards)
+    reader = ShardReader(manifest, loading.cache_dir, loading.cache_gib)
     return Feed(
         kind,
         source,
-        count,
+        mixture.counts[kind],
         # Two kinds may read the same shards; they should not meet the same samples in one step.
         Order(
             manifest.counts,
-            seed=seed + (stream << 48),
+            seed=mixture.seed + (stream << 48),
             streams=loading.streams,
             block_shards=loading.block_shards,
         ),
-        ShardReader(manifest, loading.cache_dir, loading.cache_gib),
+        reader,
         shard_names([shard.name for shard in manifest.shards]),
         stream,
         loading.skip_bad_shards,
+        _stored_codes(kind, source, reader, view, mixture.seed, patches),
     )
 
 
-def _with_codes(feed: Feed, transform: ImageTransform, seed: int, patches: int) -> Feed:
-    """The feed and its stored codes, if its source has some. ValueError if they are not this run's."""
-    source = feed.source
-    if isinstance(source, TextShards) or source.codes is None:
-        return feed
-    codes = StoredCodes(feed.reader, source.codes)
+def _stored_codes(
+    kind: str, source: Any, reader: ShardReader, view: View, seed: int, patches: int
+) -> StoredCodes | None:
+    """The source's stored codes, where training needs some. ValueError if they are not this run's."""
+    hidden = view.masking is not None and view.masking.ratios(kind)[0]
+    ending = getattr(source, "codes", None)
+    if view.transform is None or not view.transform.train or not hidden or ending is None:
+        return None
+    codes = StoredCodes(reader, ending)
     # Whose codes they are is checked where the tokenizer is known: run/image_targets.py.
-    check_coding(feed.kind, codes.coding, Coding(codes.coding.tokenizer, plain(transform), seed, source.crops, patches))
-    return feed._replace(codes=codes)
+    wanted = Coding(codes.coding.tokenizer, plain(view.transform), seed, source.crops, patches)
+    check_coding(kind, codes.coding, wanted)
+    return codes
 
 
 def shard_names(files: list[str]) -> tuple[str, ...]:
@@ -235,54 +223,39 @@ def shard_names(files: list[str]) -> tuple[str, ...]:
     return tuple(f"{stem}-{number}" for number, stem in enumerate(stems))
 
 
-def _check_mix(mix, counts, world, accumulation, tokenizer, transform, patch_size) -> None:
+def _check_mix(mixture: Mixture, view: View, ranks: int) -> None:
+    mix, counts, transform = mixture.mix, mixture.counts, view.transform
     if unknown := sorted(set(mix) - set(KINDS)):
         raise ValueError(f"mix.{unknown[0]} is wrong because there is no such kind; use {', '.join(KINDS)}")
     if not mix:
         raise ValueError(f"mix={{}} is wrong because it names no source; use {', '.join(KINDS)}")
-    if "dual" in mix and len(mix) > 1:
-        raise ValueError("mix.dual is wrong beside other kinds, because image i must belong to text i; use it alone")
     if set(mix) != set(counts):
         raise ValueError(f"batch has {sorted(counts)} where mix has {sorted(mix)}; give each kind in the mix its count")
-    parts = world * accumulation
-    for kind, source in mix.items():
-        if not isinstance(source, KINDS[kind]):
-            right = KINDS[kind].__name__
-            raise ValueError(
-                f"mix.{kind}={type(source).__name__}(...) is wrong because {kind} come from {right}; use that"
-            )
-        count = counts[kind]
-        if count < 1 or count % parts:
-            below = count // parts * parts
-            way_out = f"{below} or {below + parts}" if below >= parts else f"{parts}"
-            raise ValueError(
-                f"batch.{kind}={count} is not a positive multiple of data ranks * accumulation = "
-                f"{world} * {accumulation} = {parts}; use {way_out}"
-            )
+    for kind in mix:
+        if problem := batch_problem(kind, counts[kind], ranks, mixture.accumulation):
+            raise ValueError(problem)
         if kind != "texts" and transform is None:
             raise ValueError(f"mix.{kind} needs a transform for its pictures, and there is none; give the stage one")
-        if kind != "images" and tokenizer is None:
-            raise ValueError(f"mix.{kind} needs a text tokenizer, and there is none; set the recipe's tokenizer")
-    if transform is not None and transform.size % patch_size:
-        size = transform.size // patch_size * patch_size or patch_size
+        if kind != "images" and view.tokenizer is None:
+            raise ValueError(f"mix.{kind} needs a text tokenizer, and there is none; set text_tokenizer")
+    if len({mix[kind].text_len for kind in ("texts", "dual") if kind in mix}) > 1:
         raise ValueError(
-            f"transform.size={transform.size} is not a multiple of patch_size={patch_size}; "
-            f"use {size} or {size + patch_size}"
+            f"mix.texts.text_len={mix['texts'].text_len} and mix.dual.text_len={mix['dual'].text_len} differ, but both "
+            "are texts by themselves, which have one length; set both to one"
+        )
+    if transform is not None and transform.size % view.patch_size:
+        size = transform.size // view.patch_size * view.patch_size or view.patch_size
+        raise ValueError(
+            f"transform.size={transform.size} is not a multiple of patch_size={view.patch_size}; "
+            f"use {size} or {size + view.patch_size}"
         )
 
 
-def _layout(mix, counts, parts: int, transform: ImageTransform | None, patch_size: int) -> Layout:
+def _layout(mixture: Mixture, view: View, parts: int) -> Layout:
     """One micro-batch of one rank."""
-    each = {kind: counts[kind] // parts for kind in mix}
-    text_source = mix.get("texts") or mix.get("dual")
-    return Layout(
-        images=each.get("images", 0) + each.get("dual", 0),
-        pairs=each.get("pairs", 0),
-        texts=each.get("texts", 0) + each.get("dual", 0),
-        patches=(transform.size // patch_size) ** 2 + 1 if transform else 0,
-        pair_len=mix["pairs"].text_len if "pairs" in mix else 0,
-        text_len=text_source.text_len if text_source else 0,
-    )
+    pictures = any(kind != "texts" for kind in mixture.mix)
+    patches = (view.transform.size // view.patch_size) ** 2 if view.transform and pictures else 0
+    return micro_layout(mixture.mix, mixture.counts, patches, parts)
 
 
 def _json_line(line: dict) -> bytes:

@@ -6,6 +6,7 @@ Ratios are BEiT-3's (arXiv 2208.10442, part 2.2): 40 % of an image, 15 % of a te
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ ASPECT = (0.3, 1 / 0.3)
 TRIES = 10
 # Of the chosen words, what share becomes <mask> and what share another word; the rest stays (BERT, part 3.1).
 SHARE_MASKED, SHARE_RANDOM = 0.8, 0.1
+RATIOS = ("image_ratio", "text_ratio", "pair_text_ratio", "pair_image_ratio")
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Masking:
     pair_image_ratio: float = 0.4
 
     def __post_init__(self) -> None:
-        for name, ratio in vars(self).items():
-            if not 0 <= ratio <= 1:
+        for name in RATIOS:
+            if not 0 <= (ratio := getattr(self, name)) <= 1:
                 raise ValueError(
                     f"masking.{name}={ratio} is wrong because a ratio lies in [0, 1]; use 0 to mask nothing"
                 )
@@ -45,6 +47,13 @@ class Masking:
         if kind == "pairs":
             return self.pair_image_ratio, self.pair_text_ratio
         return (0.0 if kind == "texts" else self.image_ratio), (0.0 if kind == "images" else self.text_ratio)
+
+
+def combine(maskings: Sequence[Masking]) -> Masking | None:
+    """What the loader hides for several objectives: of each modality the largest share that one of them asks for."""
+    if len(maskings) < 2:
+        return maskings[0] if maskings else None
+    return Masking(**{name: max(getattr(masking, name) for masking in maskings) for name in RATIOS})
 
 
 def mask_image(grid: int, ratio: float, rng: Generator) -> np.ndarray:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,17 +12,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pretrain.batch import Batch, Layout, make_batch
+from pretrain.contracts import Source
 from pretrain.data.codes import StoredCodes, look_rng
 from pretrain.data.masking import Masking, mask_image, mask_text
 from pretrain.data.order import Order, SampleRef
 from pretrain.data.shards.cache import shown
 from pretrain.data.shards.reader import BadSample, ShardError, ShardReader
-from pretrain.data.sources import ImageShards, PairShards, Raw, Source, TextShards
+from pretrain.data.sources import Raw
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform, sample_rng
 
-# In the order of the rows of a batch. A kind's place here also tells its random streams from the other kinds'.
-KINDS: dict[str, type] = {"images": ImageShards, "pairs": PairShards, "dual": PairShards, "texts": TextShards}
+# A kind's place here also tells its random streams from the other kinds'.
+KINDS = ("images", "pairs", "dual", "texts")
 # So many bad samples in a row are no accident.
 MAX_ATTEMPTS = 1000
 
@@ -36,13 +39,35 @@ class Replaced(NamedTuple):
 
 class _Sample(NamedTuple):
     key: str
-    image: np.ndarray | None
+    raw: Raw
     image_mask: np.ndarray | None  # bool [P]
     codes: np.ndarray | None  # int64 [P], where they are stored
-    ids: np.ndarray | None  # int64 [L], clean
     inputs: np.ndarray | None  # int64 [L], what the encoder reads
     masked: np.ndarray | None  # bool [L]
-    noise: np.ndarray  # float32 [sequences of this sample, numbers]: for drop path
+    draws: np.ndarray  # float32 [sequences of this sample, numbers]
+
+
+@dataclass(frozen=True)
+class View:
+    """How samples are seen: what becomes of pictures and texts, and what is hidden."""
+
+    tokenizer: TextTokenizer | None = None
+    transform: ImageTransform | None = None
+    masking: Masking | None = None
+    patch_size: int = 1
+    draws: Mapping[str, int] = field(default_factory=dict)  # random numbers of a sequence by who asks: Batch.draws
+
+    @property
+    def grid(self) -> int:
+        return self.transform.size // self.patch_size if self.transform else 0
+
+
+class Share(NamedTuple):
+    """Which part of a global batch a data rank loads, in how many micro-steps."""
+
+    rank: int
+    ranks: int
+    accumulation: int
 
 
 class Failure(NamedTuple):
@@ -68,17 +93,8 @@ class Feed(NamedTuple):
 class MicroBatches(Dataset):
     """(step, micro-step) -> (Batch, what was replaced in it), or a Failure."""
 
-    def __init__(
-        self, feeds, layout, *, slices, part, accumulation, seed, tokenizer, transform, masking, patch_size, noise=0
-    ):
-        self.feeds: list[Feed] = feeds
-        self.layout: Layout = layout
-        self.slices, self.part, self.accumulation, self.seed = slices, part, accumulation, seed
-        self.tokenizer: TextTokenizer | None = tokenizer
-        self.transform: ImageTransform | None = transform
-        self.masking: Masking | None = masking
-        self.noise = noise
-        self.grid = transform.size // patch_size if transform else 0
+    def __init__(self, feeds: list[Feed], layout: Layout, view: View, share: Share, seed: int):
+        self.feeds, self.layout, self.view, self.share, self.seed = feeds, layout, view, share, seed
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Batch, list[Replaced]] | Failure:
         try:
@@ -90,8 +106,9 @@ class MicroBatches(Dataset):
             return Failure(error)
 
     def _samples(self, feed: Feed, step: int, micro: int, replaced: list[Replaced]) -> list[_Sample]:
-        size = feed.total // (self.slices * self.accumulation)
-        first = (self.part * self.accumulation + micro) * size
+        rank, ranks, accumulation = self.share
+        size = feed.total // (ranks * accumulation)
+        first = (rank * accumulation + micro) * size
         rows = feed.order.rows(step, feed.total)[first : first + size]
         return [self._sample(feed, SampleRef(*row), replaced) for row in rows.tolist()]
 
@@ -105,13 +122,13 @@ class MicroBatches(Dataset):
             rng = sample_rng(self.seed, ref.epoch, feed.order.number(ref), feed.stream)
             try:
                 members = feed.reader.read(stand_in.shard, stand_in.sample, feed.source.wanted)
-                look, view = rng, 0
-                if not isinstance(feed.source, TextShards) and feed.source.crops:
+                look, number = rng, 0
+                if crops := getattr(feed.source, "crops", 0):
                     # Of the sample that is read: its codes are those of its own looks.
-                    view = ref.epoch % feed.source.crops
-                    look = look_rng(self.seed, members["__key__"], view)
-                codes = feed.codes.read(stand_in.shard, stand_in.sample, view) if feed.codes else None
-                raw = feed.source.decode(members, self.transform, self.tokenizer, look)
+                    number = ref.epoch % crops
+                    look = look_rng(self.seed, members["__key__"], number)
+                codes = feed.codes.read(stand_in.shard, stand_in.sample, number) if feed.codes else None
+                raw = feed.source.decode(members, self.view.transform, self.view.tokenizer, look)
                 key = f"{feed.kind}/{feed.names[stand_in.shard]}/{members['__key__'].decode('utf-8', 'replace')}"
                 return self._mask(feed.kind, key, raw, codes, rng)
             except BadSample as error:
@@ -134,49 +151,79 @@ class MicroBatches(Dataset):
         )
 
     def _mask(self, kind: str, key: str, raw: Raw, codes: np.ndarray | None, rng: np.random.Generator) -> _Sample:
-        image_mask = inputs = masked = None
-        image_ratio, text_ratio = self.masking.ratios(kind) if self.masking else (0.0, 0.0)
+        view, image_mask, inputs, masked = self.view, None, None, None
+        image_ratio, text_ratio = view.masking.ratios(kind) if view.masking else (0.0, 0.0)
         if raw.image is not None:
-            image_mask = mask_image(self.grid, image_ratio, rng)
+            image_mask = mask_image(view.grid, image_ratio, rng)
         if raw.ids is not None:
-            assert self.tokenizer is not None
-            inputs, masked = mask_text(raw.ids, text_ratio, mask_id=self.tokenizer.mask_id, rng=rng)
+            assert view.tokenizer is not None
+            inputs, masked = mask_text(raw.ids, text_ratio, mask_id=view.tokenizer.mask_id, rng=rng)
         # A dual pair is two sequences. Drawn last: the numbers before do not depend on whether these are wanted.
-        noise = rng.random((2 if kind == "dual" else 1, self.noise), dtype=np.float32)
-        return _Sample(key, raw.image, image_mask, codes, raw.ids, inputs, masked, noise)
+        draws = rng.random((2 if kind == "dual" else 1, sum(view.draws.values())), dtype=np.float32)
+        return _Sample(key, raw, image_mask, codes, inputs, masked, draws)
 
     def _stack(self, samples: dict[str, list[_Sample]]) -> Batch:
         everything = [sample for kind in KINDS for sample in samples.get(kind, [])]
-        pairs, texts = samples.get("pairs", []), samples.get("dual", []) + samples.get("texts", [])
-        pictures = [sample for sample in everything if sample.image is not None]
-        size, layout = self.transform.size if self.transform else 1, self.layout
+        images, pairs, dual, texts = (samples.get(kind, []) for kind in ("images", "pairs", "dual", "texts"))
+        pictures, words = images + dual + pairs, dual + texts
+        size, layout = self.view.transform.size if self.view.transform else 1, self.layout
         return make_batch(
             layout,
-            images=_tensor([sample.image for sample in pictures], np.uint8, 3, size, size),
-            image_masks=_tensor([sample.image_mask for sample in pictures], np.bool_, max(layout.patches - 1, 0)),
-            pair_tokens=_tensor([sample.ids for sample in pairs], np.int64, layout.pair_len),
+            images=_tensor([sample.raw.image for sample in pictures], np.uint8, 3, size, size),
+            image_masks=_tensor([sample.image_mask for sample in pictures], np.bool_, layout.patches),
+            pair_tokens=_tensor([sample.raw.ids for sample in pairs], np.int64, layout.pair_len),
             pair_inputs=_tensor([sample.inputs for sample in pairs], np.int64, layout.pair_len),
             pair_masked=_tensor([sample.masked for sample in pairs], np.bool_, layout.pair_len),
-            text_tokens=_tensor([sample.ids for sample in texts], np.int64, layout.text_len),
-            text_inputs=_tensor([sample.inputs for sample in texts], np.int64, layout.text_len),
-            text_masked=_tensor([sample.masked for sample in texts], np.bool_, layout.text_len),
-            noise=self._noise(samples) if self.noise else None,
+            text_tokens=_tensor([sample.raw.ids for sample in words], np.int64, layout.text_len),
+            text_inputs=_tensor([sample.inputs for sample in words], np.int64, layout.text_len),
+            text_masked=_tensor([sample.masked for sample in words], np.bool_, layout.text_len),
+            draws=self._draws([s.draws[0] for s in pictures] + [s.draws[-1] for s in words]),
             image_codes=self._codes(pictures) if any(feed.codes for feed in self.feeds) else None,
+            extra=_extras(everything),
             keys=tuple(sample.key for sample in everything),
         )
 
     def _codes(self, pictures: list[_Sample]) -> Tensor:
         """int64 [N, P]; zeros for a kind without stored codes."""
-        none = np.zeros(self.grid**2, np.int64)
-        return _tensor([none if p.codes is None else p.codes for p in pictures], np.int64, self.grid**2)
+        patches = self.view.grid**2
+        none = np.zeros(patches, np.int64)
+        return _tensor([none if p.codes is None else p.codes for p in pictures], np.int64, patches)
 
-    def _noise(self, samples: dict[str, list[_Sample]]) -> Tensor:
-        """float32 [sequences, numbers], in the order of the layout: images, pairs, texts."""
-        dual = samples.get("dual", [])
-        images = [sample.noise[0] for sample in samples.get("images", []) + dual]
-        pairs = [sample.noise[0] for sample in samples.get("pairs", [])]
-        texts = [sample.noise[-1] for sample in dual + samples.get("texts", [])]
-        return _tensor(images + pairs + texts, np.float32, self.noise)
+    def _draws(self, sequences: list[np.ndarray]) -> dict[str, Tensor]:
+        """Everyone's [sequences, numbers], in the order of the layout: images, pairs, texts."""
+        widths = list(self.view.draws.values())
+        whole = _tensor(sequences, np.float32, sum(widths))
+        parts = (part.contiguous() for part in whole.split(widths, dim=1))
+        return dict(zip(self.view.draws, parts, strict=True)) if widths else {}
+
+
+def _extras(samples: list[_Sample]) -> dict[str, Any]:
+    """What sources add, by name: arrays and numbers of one shape as a tensor, all else as a tuple."""
+    extras: dict[str, list[Any]] = {}
+    for sample in samples:
+        for name, value in sample.raw.extra.items():
+            extras.setdefault(name, []).append(value)
+    stacked: dict[str, Any] = {}
+    for name, values in extras.items():
+        numeric = all(isinstance(value, int | float | np.ndarray | np.generic) for value in values)
+        same = numeric and len({np.shape(value) for value in values}) == 1
+        stacked[name] = torch.from_numpy(np.stack([np.asarray(value) for value in values])) if same else tuple(values)
+    return stacked
+
+
+def micro_layout(mix: Mapping[str, Source], counts: Mapping[str, int], patches: int, parts: int) -> Layout:
+    """One micro-batch, where a step's global batch is cut into `parts` (data ranks * accumulation)."""
+    each = {kind: counts[kind] // parts for kind in mix}
+    text_source = mix.get("texts") or mix.get("dual")
+    return Layout(
+        images=each.get("images", 0) + each.get("dual", 0),
+        pairs=each.get("pairs", 0),
+        texts=each.get("texts", 0) + each.get("dual", 0),
+        patches=patches,
+        pair_len=mix["pairs"].text_len if "pairs" in mix else 0,
+        text_len=text_source.text_len if text_source else 0,
+        dual=each.get("dual", 0),
+    )
 
 
 def _tensor(rows: list, dtype, *shape: int) -> Tensor:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.random import Generator
 
 from pretrain.batch import BOS, EOS, PAD
+from pretrain.contracts import Source
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample
 from pretrain.data.text_tokenizer import TextTokenizer
 
@@ -30,10 +31,11 @@ class Raw(NamedTuple):
 
     image: np.ndarray | None  # uint8 [3, size, size]
     ids: np.ndarray | None  # int64 [text_len], PAD behind EOS
+    extra: Mapping[str, Any] = {}  # labels, answers, several captions ...: see Batch.extra
 
 
 @dataclass(frozen=True)
-class ImageShards:
+class ImageShards(Source):
     """Pictures alone; captions beside them are not read.
 
     `crops`: each picture is seen in so many ways and in no other, one an epoch, so that their codes can be stored; 0:
@@ -44,6 +46,8 @@ class ImageShards:
     shards: str | tuple[str, ...]
     crops: int = 0
     codes: str | None = None
+    slots = ("images",)
+    text_len: ClassVar[int] = 0  # type: ignore[misc]  # it has no text
 
     def __post_init__(self) -> None:
         _check_codes("images", self.crops, self.codes)
@@ -59,7 +63,7 @@ class ImageShards:
 
 
 @dataclass(frozen=True)
-class PairShards:
+class PairShards(Source):
     """Pictures with captions. A caption longer than `text_len` ids (BOS and EOS counted) loses its end. `crops` and
     `codes` as for ImageShards."""
 
@@ -67,6 +71,7 @@ class PairShards:
     text_len: int = 64
     crops: int = 0
     codes: str | None = None
+    slots = ("pairs", "dual")
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -85,11 +90,12 @@ class PairShards:
 
 
 @dataclass(frozen=True)
-class TextShards:
+class TextShards(Source):
     """Documents. Of one longer than `text_len` ids each epoch takes another stretch."""
 
     shards: str | tuple[str, ...]
     text_len: int = 196
+    slots = ("texts",)
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -101,9 +107,6 @@ class TextShards:
     def decode(self, members: Mapping, transform, tokenizer: TextTokenizer | None, rng: Generator) -> Raw:
         assert tokenizer is not None
         return Raw(None, window_ids(text_of(members), tokenizer, self.text_len, rng))
-
-
-Source = ImageShards | PairShards | TextShards
 
 
 def picture(members: Mapping) -> bytes:

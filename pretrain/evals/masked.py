@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.contracts import Evaluation
 from pretrain.evals.masked_samples import masked_samples
-from pretrain.evals.trained import Trained, check_counts
+from pretrain.evals.trained import Trained, check_counts, missing_head
 
 
 @dataclass(frozen=True)
-class MaskedAccuracy:
-    """Percent of hidden patches' codes and hidden words guessed right, by kind of sequence. The baseline is the best
+class MaskedAccuracy(Evaluation):
+    """Percent of hidden patches' codes and hidden words predicted right, by kind of sequence. The baseline is the best
     that a constant answer could reach on these very targets."""
 
     mix: dict[str, Any]
@@ -24,23 +25,26 @@ class MaskedAccuracy:
     def __post_init__(self) -> None:
         check_counts(samples=self.samples, batch=self.batch)
 
+    def problems(self, stage: Any) -> list[str]:
+        return missing_head(stage, "masked")
+
     @torch.no_grad()
     def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
         """-> percentages for eval.json, and what the report shows."""
         heads = trained.head("masked")
-        guesses: dict[str, list[Tensor]] = {}
+        predictions: dict[str, list[Tensor]] = {}
         shown: list[dict] = []
         samples = min(self.samples, *(trained.samples_of(source) for source in self.mix.values()))
         for batch in trained.batches(self.mix, min(self.batch, samples), samples, masking=trained.masking):
-            found = heads.guesses(trained.task.encoder(batch), batch)
-            for part, pairs in found.items():
-                guesses.setdefault(part, []).append(torch.stack(pairs).cpu())
+            answers = heads.predict(trained.task.encoder(batch), batch)
+            for part, pairs in answers.items():
+                predictions.setdefault(part, []).append(torch.stack(pairs).cpu())
             if not shown:
-                shown = masked_samples(trained, batch, found)
+                shown = masked_samples(trained, batch, answers)
         metrics: dict[str, float] = {}
-        for part, batches in guesses.items():
-            guess, target = torch.cat(batches, dim=1)
+        for part, batches in predictions.items():
+            prediction, target = torch.cat(batches, dim=1)
             if len(target):
-                metrics[f"masked/{part}/accuracy"] = 100 * (guess == target).double().mean().item()
+                metrics[f"masked/{part}/accuracy"] = 100 * (prediction == target).double().mean().item()
                 metrics[f"masked/{part}/baseline"] = 100 * target.bincount().max().item() / len(target)
         return metrics, {"masked": shown}

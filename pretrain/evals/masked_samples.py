@@ -1,4 +1,4 @@
-"""What the report shows of masked data modeling: pictures and captions as they are, as hidden, and as guessed."""
+"""What the report shows of masked data modeling: pictures and captions as they are, hidden, and as predicted."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from pretrain.evals.trained import Trained, uint8_pictures
 
 SHOWN = 8
 SPECIALS = (BOS, PAD, EOS)
-Guesses = dict[str, tuple[Tensor, Tensor]]
+Predictions = dict[str, tuple[Tensor, Tensor]]
 
 
-def masked_samples(trained: Trained, batch: Batch, guesses: Guesses) -> list[dict]:
+def masked_samples(trained: Trained, batch: Batch, predictions: Predictions) -> list[dict]:
     """A few entries for samples.json: pairs with both their halves, else pictures and texts by themselves."""
     layout = batch.layout
     pairs = [*range(layout.images, layout.images + layout.pairs)][:SHOWN]
     images = [*range(layout.images)][:SHOWN]
     if layout.pairs:
-        # Where pairs keep their picture whole, some pictures alone show what is guessed of hidden patches.
+        # Where pairs keep their picture whole, some pictures alone show what is predicted of hidden patches.
         hidden = batch.image_masks[layout.images :].any()
-        shown = _words(trained, batch, guesses, "pair")
-        for entry, picture in zip(shown, _pictures(trained, batch, guesses, pairs), strict=False):
+        shown = _words(trained, batch, predictions, "pair")
+        for entry, picture in zip(shown, _pictures(trained, batch, predictions, pairs), strict=False):
             entry |= picture
-        return shown + ([] if hidden else _pictures(trained, batch, guesses, images[: SHOWN // 2]))
-    return _pictures(trained, batch, guesses, images) + _words(trained, batch, guesses, "text")
+        return shown + ([] if hidden else _pictures(trained, batch, predictions, images[: SHOWN // 2]))
+    return _pictures(trained, batch, predictions, images) + _words(trained, batch, predictions, "text")
 
 
-def _pictures(trained: Trained, batch: Batch, guesses: Guesses, chosen: list[int]) -> list[dict]:
-    """For each chosen picture: as it is; and if some of it was hidden, as hidden, and with the guesses drawn in."""
-    pictures, drawn = uint8_pictures(batch.images), _drawn(trained, batch, guesses)
+def _pictures(trained: Trained, batch: Batch, predictions: Predictions, chosen: list[int]) -> list[dict]:
+    """For each chosen picture: as it is; and if some of it was hidden, as hidden, and with the predictions drawn in."""
+    pictures, drawn = uint8_pictures(batch.images), _drawn(trained, batch, predictions)
     entries = []
     for i in chosen:
         entry = {"input": trained.save_picture(pictures[i], f"input{i}")}
@@ -40,33 +40,33 @@ def _pictures(trained: Trained, batch: Batch, guesses: Guesses, chosen: list[int
             mask = _pixels(batch.image_masks[i], pictures.shape[-1])
             entry["masked"] = trained.save_picture(pictures[i].masked_fill(mask, 128), f"masked{i}")
             if drawn is not None:
-                guess = torch.where(mask, drawn[i], pictures[i])
-                entry["predicted"] = trained.save_picture(guess, f"predicted{i}")
+                prediction = torch.where(mask, drawn[i], pictures[i])
+                entry["predicted"] = trained.save_picture(prediction, f"predicted{i}")
         entries.append(entry)
     return entries
 
 
-def _drawn(trained: Trained, batch: Batch, guesses: Guesses) -> Tensor | None:
-    """Every picture from its codes, the hidden ones as guessed: uint8 [N, 3, H, W]. None if codes cannot be drawn."""
+def _drawn(trained: Trained, batch: Batch, predictions: Predictions) -> Tensor | None:
+    """Every picture from its codes, the hidden ones as predicted: uint8 [N, 3, H, W]. None if codes cannot be drawn."""
     if trained.draw_codes is None or batch.image_codes is None:
         return None
     codes = batch.image_codes.clone()
     split = [batch.layout.images, batch.layout.pairs]
     kinds = zip(("image", "pair_image"), codes.split(split), batch.image_masks.split(split), strict=True)
     for part, code, mask in kinds:
-        if part in guesses:
-            code[mask] = guesses[part][0]  # a view: fills `codes`
+        if part in predictions:
+            code[mask] = predictions[part][0]  # a view: fills `codes`
     return trained.draw_codes(codes)
 
 
-def _words(trained: Trained, batch: Batch, guesses: Guesses, kind: str) -> list[dict]:
+def _words(trained: Trained, batch: Batch, predictions: Predictions, kind: str) -> list[dict]:
     """For the first pairs or texts: the words, the words with gaps, and the gaps filled in."""
     tokens, masked = getattr(batch, f"{kind}_tokens"), getattr(batch, f"{kind}_masked")
     part = "pair_text" if kind == "pair" else "text"
-    if trained.text is None or part not in guesses:
+    if trained.text is None or part not in predictions:
         return []
     filled = tokens.clone()
-    filled[masked] = guesses[part][0]
+    filled[masked] = predictions[part][0]
     return [
         {
             "caption": trained.text.decode(tokens[i].tolist()),

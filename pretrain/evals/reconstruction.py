@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from pretrain.contracts import Evaluation
 from pretrain.data.sources import ImageShards
 from pretrain.evals.trained import Trained, check_counts, uint8_pictures
 
@@ -13,7 +15,7 @@ SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Reconstruction:
+class Reconstruction(Evaluation):
     """The distillation loss, the percent of codes in use, and their perplexity (as many codes, used evenly, would say
     as much)."""
 
@@ -24,13 +26,14 @@ class Reconstruction:
     def __post_init__(self) -> None:
         check_counts(samples=self.samples, batch=self.batch)
 
+    def problems(self, stage: Any) -> list[str]:
+        if hasattr(stage.model, "codes"):
+            return []
+        return ["evals: Reconstruction needs a stage that trains a visual tokenizer; take it out of this one"]
+
     @torch.no_grad()
     def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
         """-> numbers for eval.json, and what the report shows."""
-        if not hasattr(trained.task, "tokenizer"):
-            raise ValueError(
-                "evals: Reconstruction needs a stage that trains a visual tokenizer; take it out of this one"
-            )
         tokenizer = trained.task.tokenizer
         counts = torch.zeros(tokenizer.cfg.codes, dtype=torch.double)
         losses: list[float] = []

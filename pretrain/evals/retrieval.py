@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pretrain.contracts import Evaluation
 from pretrain.data.sources import PairShards
-from pretrain.evals.trained import Trained, check_counts, uint8_pictures
+from pretrain.evals.trained import Trained, check_counts, missing_head, uint8_pictures
 
 SHOWN, RESULTS = 4, 5  # hits and misses shown per direction, results shown per query
 
 
 @dataclass(frozen=True)
-class Retrieval:
+class Retrieval(Evaluation):
     """Every picture of `pairs` against every caption, by the dual encoder. A result is right when it is the query's own
     partner or carries the very same caption."""
 
@@ -25,6 +27,9 @@ class Retrieval:
     def __post_init__(self) -> None:
         check_counts(samples=self.samples, batch=self.batch)
 
+    def problems(self, stage: Any) -> list[str]:
+        return missing_head(stage, "contrastive")
+
     @torch.no_grad()
     def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
         """-> percentages for eval.json, and what the report shows."""
@@ -32,7 +37,7 @@ class Retrieval:
         images, texts, tokens, pictures = [], [], [], []
         samples = min(self.samples, trained.samples_of(self.pairs))
         for batch in trained.batches({"dual": self.pairs}, self.batch, samples):
-            image, text = head.embed(trained.task.encoder(batch), batch)
+            image, text = head.embed(trained.task.encoder(batch), batch.layout)
             images.append(image)
             texts.append(text)
             tokens.append(batch.text_tokens.cpu())

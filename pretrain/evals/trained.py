@@ -31,14 +31,9 @@ class Trained:
     text: Any  # the text tokenizer, or None
 
     def head(self, name: str) -> Any:
-        """The objective that an evaluation reads. ValueError if the stage has another."""
-        objectives = getattr(self.task, "objectives", {})
-        if name not in objectives:
-            raise ValueError(
-                f"evals: one of them needs the objective {name}, and this stage has {', '.join(objectives) or 'none'}; "
-                "take it out of the stage's evals"
-            )
-        return objectives[name]
+        """The objective that an evaluation reads; see `missing_head`."""
+        task: Any = self.task
+        return task.objectives[name]
 
     def batches(self, mix: dict, size: int, samples: int, masking: Any = None) -> Iterator[Batch]:
         """Batches of `size` of each kind that cover the first `samples` of every source; the last one may be filled
@@ -53,6 +48,17 @@ class Trained:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())).save(path)
         return f"samples/{path.name}"
+
+
+def missing_head(stage: Any, name: str) -> list[str]:
+    """The problem of an evaluation that reads an objective which the stage does not train."""
+    names = [objective.name for objective in stage.objectives]
+    if name in names:
+        return []
+    return [
+        f"evals: one of them needs the objective {name}, and this stage has {', '.join(names) or 'none'}; take it out "
+        "of the stage's evals"
+    ]
 
 
 def check_counts(**counts: int) -> None:

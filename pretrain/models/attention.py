@@ -116,19 +116,19 @@ def _attend_joined(images: QKV, texts: QKV, text_keys: Tensor | None, bias: Tens
 
 def _attend_causally(images: QKV, texts: QKV, text_keys: Tensor | None, bias: Tensor | None) -> list[Tensor]:
     """-> [image rows, text rows]."""
-    patches, length = images[0].shape[1], texts[0].shape[1]
+    image_len, length = images[0].shape[1], texts[0].shape[1]
     k, v = (torch.cat(both, 1) for both in zip(images[1:], texts[1:], strict=True))
-    seen = torch.ones(length, patches + length, dtype=torch.bool, device=k.device).tril(patches)
+    seen = torch.ones(length, image_len + length, dtype=torch.bool, device=k.device).tril(image_len)
     if text_keys is not None:
-        seen = seen & _for_all_queries(_with_image(text_keys, patches))
-    image_bias = None if bias is None else bias[:, :patches, :patches]
-    text_bias = None if bias is None else bias[:, patches:]
+        seen = seen & _for_all_queries(_with_image(text_keys, image_len))
+    image_bias = None if bias is None else bias[:, :image_len, :image_len]
+    text_bias = None if bias is None else bias[:, image_len:]
     image_out, text_out = _sdpa(*images, None, image_bias), _sdpa(texts[0], k, v, seen, text_bias)
     return [image_out.flatten(0, 1), text_out.flatten(0, 1)]
 
 
-def _with_image(text_keys: Tensor | None, patches: int) -> Tensor | None:
-    return None if text_keys is None else F.pad(text_keys, (patches, 0), value=True)
+def _with_image(text_keys: Tensor | None, image_len: int) -> Tensor | None:
+    return None if text_keys is None else F.pad(text_keys, (image_len, 0), value=True)
 
 
 def _for_all_queries(keys_NL: Tensor | None) -> Tensor | None:
@@ -148,12 +148,12 @@ def _sdpa(q_NLHC: Tensor, k_NLHC: Tensor, v_NLHC: Tensor, seen: Tensor | None, b
 def _pack(layout: Layout, pair_keys: Tensor, text_keys: Tensor) -> Packing:
     place = torch.arange(layout.image_rows, layout.rows, device=text_keys.device)
     images, pairs, texts = place.split([layout.pair_image_rows, layout.pair_text_rows, layout.text_rows])
-    both = torch.cat([images.view(layout.pairs, layout.patches), pairs.view(layout.pairs, layout.pair_len)], 1)
-    keys = F.pad(pair_keys, (layout.patches, 0), value=True)
+    both = torch.cat([images.view(layout.pairs, layout.image_len), pairs.view(layout.pairs, layout.pair_len)], 1)
+    keys = F.pad(pair_keys, (layout.image_len, 0), value=True)
     # The one place that waits for the device, once for all blocks.
     rows = torch.cat([both[keys], texts.view_as(text_keys)[text_keys]])
     starts = F.pad(torch.cat([keys.sum(1), text_keys.sum(1)]).cumsum(0), (1, 0)).to(torch.int32)
-    return Packing(rows, starts, max(layout.patches + layout.pair_len if layout.pairs else 0, layout.text_len))
+    return Packing(rows, starts, max(layout.image_len + layout.pair_len if layout.pairs else 0, layout.text_len))
 
 
 def _attend_packed(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, layout: Layout, packing: Packing) -> Tensor:

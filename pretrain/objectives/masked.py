@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.batch import Batch, Layout
+from pretrain.batch import Batch, Kinds, Layout
+from pretrain.contracts import Encoder, Objective
 from pretrain.data.masking import Masking
+from pretrain.flops import Product
 from pretrain.layers import PLAIN, Layers
-from pretrain.models.multiway.config import MultiwayConfig
 
 
 @dataclass(frozen=True)
-class MaskedData(Masking):
+class MaskedData(Masking, Objective):
     """Predict the visual tokenizer's codes of hidden patches and the ids of hidden words. The ratios are `Masking`'s:
     the loader hides, this scores. The weights of the terms are not published; here every sequence counts the same."""
 
     tied_text_head: bool = False  # its matrix is the text embedding's, as BERT's; the released BEiT-3 has its own
+    image_codes: int = 8192  # classes of the image head: the visual tokenizer's codes (BEiT v2, section 3.1)
     name = "masked"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_codes < 1:
+            raise ValueError(f"image_codes={self.image_codes} is wrong; use the visual tokenizer's number of codes")
+
+    @property
+    def masking(self) -> Masking:
+        return self
+
     def build(
-        self,
-        model: MultiwayConfig,
-        experts: tuple[str, ...],
-        layers: Layers = PLAIN,
-        tokens: nn.Parameter | None = None,
+        self, model: Any, experts: Sequence[str], layers: Layers = PLAIN, tokens: nn.Parameter | None = None
     ) -> MaskedDataHeads:
         """`tokens` is the text embedding's table, for a tied text head."""
         ratios = {
@@ -38,17 +46,53 @@ class MaskedData(Masking):
             "text": self.text_ratio if "language" in experts else 0,
         }
         parts = tuple(part for part, ratio in ratios.items() if ratio)
-        heads = MaskedDataHeads(model, layers, parts=parts, tied_text_head=self.tied_text_head)
-        if self.tied_text_head and heads.text is not None and tokens is not None:
+        image, text = {"image", "pair_image"} & set(parts), {"text", "pair_text"} & set(parts)
+        tied = self.tied_text_head
+        heads = MaskedDataHeads(
+            parts,
+            image=layers.classifier(model.width("images"), self.image_codes) if image else None,
+            text=layers.classifier(model.width("texts"), model.vocab_size, tied=tied) if text else None,
+        )
+        if tied and heads.text is not None and tokens is not None:
             heads.text.weight = tokens
         return heads
 
-    def head_rows(self, layout: Layout, model: MultiwayConfig) -> list[tuple[int, int]]:
-        """(rows, outputs) of each head's product, about: for the count of FLOPs."""
-        patches = max(layout.patches - 1, 0)
-        image = (layout.images * self.image_ratio + layout.pairs * self.pair_image_ratio) * patches
+    def problems(self, stage: Any) -> list[str]:
+        if any(any(self.ratios(kind)) for kind in stage.mix):
+            return []
+        return [
+            f"objectives: {self} hides nothing of the mix's {', '.join(sorted(stage.mix))}, so nothing could be "
+            "learned; set the ratio of one of them above 0"
+        ]
+
+    def products(self, layout: Layout, model: Any) -> list[Product]:
+        """About: how many rows are hidden is random."""
+        image = (layout.images * self.image_ratio + layout.pairs * self.pair_image_ratio) * layout.patches
         text = layout.text_rows * self.text_ratio + layout.pair_text_rows * self.pair_text_ratio
-        return [(round(image), model.image_codes), (round(text), model.vocab_size)]
+        return [
+            Product(round(image), model.width("images"), self.image_codes, classes=True),
+            Product(round(text), model.width("texts"), model.vocab_size, classes=True),
+        ]
+
+    def splits(self, experts: Sequence[str]) -> dict[str, int]:
+        built = "vision" in experts and (self.image_ratio or self.pair_image_ratio)
+        return {"image_codes": self.image_codes} if built else {}
+
+
+class Part(NamedTuple):
+    """What one kind of sequences is asked: n sequences of L rows."""
+
+    rows: Tensor  # [n, L, width]
+    masked: Tensor  # bool [n, L]: where a target stands
+    targets: Tensor  # int64 [n, L]
+
+
+class Score(NamedTuple):
+    """How one part was answered."""
+
+    loss: Tensor
+    accuracy: Tensor
+    sequences: int
 
 
 class MaskedDataHeads(nn.Module):
@@ -56,81 +100,83 @@ class MaskedDataHeads(nn.Module):
     pair_image, pair_text, text. A head without a part is not built: AdamW would move it all the same. A tied text head
     waits for its `weight`."""
 
-    def __init__(
-        self, model: MultiwayConfig, layers: Layers = PLAIN, *, parts: tuple[str, ...], tied_text_head: bool = False
-    ):
+    def __init__(self, parts: tuple[str, ...], *, image: nn.Module | None, text: nn.Module | None):
         super().__init__()
-        self.parts = parts
-        image, text = {"image", "pair_image"} & set(parts), {"text", "pair_text"} & set(parts)
-        self.image = layers.classifier(model.dim, model.image_codes) if image else None
-        self.text = layers.classifier(model.dim, model.vocab_size, tied=tied_text_head) if text else None
+        self.parts, self.image, self.text = parts, image, text
 
-    def forward(self, rows_TD: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Rows [layout.rows, dim] -> `loss` (mean over sequences of the mean over a sequence's targets), `loss/PART`
-        and `accuracy/PART`, where a part is image, pair_image, text or pair_text."""
-        scores: dict[str, tuple[Tensor, Tensor, int]] = {}
-        for head, parts in self._parts(rows_TD, batch):
+    def forward(self, encoded: Kinds, batch: Batch, encode: Encoder | None = None) -> dict[str, Tensor]:
+        """-> `loss` (mean over sequences of the mean over a sequence's targets), `loss/PART` and `accuracy/PART`, where
+        a part is image, pair_image, text or pair_text."""
+        scores: dict[str, Score] = {}
+        for head, parts in self._heads(encoded, batch):
             scores |= _score(head, parts)
         return _combine(scores)
 
-    def needed_rows(self, batch: Batch) -> Tensor:
-        """bool [layout.rows]: the hidden patches and words."""
-        patches = F.pad(batch.image_masks, (1, 0)).flatten()[: batch.layout.vision_rows]
-        return torch.cat([patches, batch.pair_masked.flatten(), batch.text_masked.flatten()])
+    def needed_rows(self, batch: Batch) -> Kinds:
+        """The hidden patches and words."""
+        layout = batch.layout
+        masks = F.pad(batch.image_masks, (1, 0)) if layout.patches else batch.image_masks
+        images, pair_images = masks.split([layout.images, layout.pairs])
+        return Kinds(images, pair_images, batch.pair_masked, batch.text_masked)
 
-    def guesses(self, rows_TD: Tensor, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
-        """{part: (guesses, targets)}, each [masked positions], in row order; for evaluation."""
+    def predict(self, encoded: Kinds, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """{part: (predictions, targets)}, each [masked positions], in row order; for evaluation."""
         return {
-            name: (head.guesses(rows.reshape(-1, rows.shape[-1])[masked.flatten()]), targets[masked])
-            for head, parts in self._parts(rows_TD, batch)
-            for name, (rows, masked, targets) in parts.items()
-            if len(masked)
+            name: (head.predict(part.rows.flatten(0, 1)[part.masked.flatten()]), part.targets[part.masked])
+            for head, parts in self._heads(encoded, batch)
+            for name, part in parts.items()
+            if len(part.masked)
         }
 
-    def _parts(self, rows_TD: Tensor, batch: Batch) -> list[tuple[Any, dict]]:
-        """Per head that is built: {part: (rows, masked [n, L], targets [n, L])}."""
-        layout = batch.layout
-        found: list[tuple[Any, dict]] = []
+    def after_step(self) -> None:
+        """Nothing moves between steps."""
+
+    def _heads(self, encoded: Kinds, batch: Batch) -> list[tuple[Any, dict[str, Part]]]:
+        """Each head that is built, with the parts that it answers."""
+        heads: list[tuple[Any, dict[str, Part]]] = []
         if self.image is not None:
-            rows = rows_TD[: layout.vision_rows].unflatten(0, (-1, max(layout.patches, 1)))[:, 1:]
             codes = batch.image_codes
             if codes is None:
                 assert not batch.image_masks.any(), "masked images need image_codes: run the visual tokenizer first"
                 codes = torch.zeros_like(batch.image_masks, dtype=torch.long)
-            split = [layout.images, layout.pairs]
-            parts = zip(rows.split(split), batch.image_masks.split(split), codes.split(split), strict=True)
-            found.append((self.image, dict(zip(("image", "pair_image"), parts, strict=True))))
+            split = [batch.layout.images, batch.layout.pairs]
+            masks, targets = batch.image_masks.split(split), codes.split(split)
+            # The class row has no target.
+            images, pair_images = (kind[:, 1:] for kind in (encoded.images, encoded.pair_images))
+            heads.append((
+                self.image,
+                {"image": Part(images, masks[0], targets[0]), "pair_image": Part(pair_images, masks[1], targets[1])},
+            ))  # fmt: skip
         if self.text is not None:
-            pair_rows, text_rows = rows_TD[layout.vision_rows :].split([layout.pair_text_rows, layout.text_rows])
-            pairs = (pair_rows, batch.pair_masked, batch.pair_tokens)
-            texts = (text_rows, batch.text_masked, batch.text_tokens)
-            found.append((self.text, {"pair_text": pairs, "text": texts}))
-        return [(head, {name: part for name, part in own.items() if name in self.parts}) for head, own in found]
+            pairs = Part(encoded.pair_texts, batch.pair_masked, batch.pair_tokens)
+            texts = Part(encoded.texts, batch.text_masked, batch.text_tokens)
+            heads.append((self.text, {"pair_text": pairs, "text": texts}))
+        return [(head, {name: part for name, part in own.items() if name in self.parts}) for head, own in heads]
 
 
-def _score(head: nn.Module, parts: dict) -> dict[str, tuple[Tensor, Tensor, int]]:
-    """{part: (rows, masked [n, L], targets [n, L])} -> {part: (loss, accuracy, sequences)}; one matrix product for all
-    parts, on zero rows if nothing is masked (a head must run on every micro-step, or ZeRO mixes up gradients)."""
-    rows = torch.cat([rows.reshape(-1, rows.shape[-1])[masked.flatten()] for rows, masked, _ in parts.values()])
-    targets = torch.cat([targets[masked] for _, masked, targets in parts.values()])
+def _score(head: nn.Module, parts: dict[str, Part]) -> dict[str, Score]:
+    """One matrix product for all parts, on zero rows if nothing is masked: a head must run on every micro-step, or ZeRO
+    mixes up gradients."""
+    rows = torch.cat([part.rows.flatten(0, 1)[part.masked.flatten()] for part in parts.values()])
+    targets = torch.cat([part.targets[part.masked] for part in parts.values()])
     losses, right = head(rows, targets)
-    found, start = {}, 0
-    for name, (_, masked, _) in parts.items():
-        per_sequence = masked.sum(-1)
+    scores, start = {}, 0
+    for name, part in parts.items():
+        per_sequence = part.masked.sum(-1)
         # A sequence's targets share its weight of one, so long and short sequences count the same.
-        weight = (1 / per_sequence.clamp(min=1)).unsqueeze(-1).expand_as(masked)[masked]
-        part = slice(start, start + len(weight))
+        weight = (1 / per_sequence.clamp(min=1)).unsqueeze(-1).expand_as(part.masked)[part.masked]
+        own = slice(start, start + len(weight))
         start += len(weight)
-        count = max(masked.shape[0], 1)
-        accuracy = right[part].sum() / max(len(weight), 1)
-        found[name] = ((losses[part] * weight).sum() / count, accuracy, masked.shape[0])
-    return found
+        sequences = len(part.masked)
+        accuracy = right[own].sum() / max(len(weight), 1)
+        scores[name] = Score((losses[own] * weight).sum() / max(sequences, 1), accuracy, sequences)
+    return scores
 
 
-def _combine(scores: dict[str, tuple[Tensor, Tensor, int]]) -> dict[str, Tensor]:
-    total = max(sum(count for *_, count in scores.values()), 1)
-    report = {"loss": torch.stack([loss * count for loss, _, count in scores.values()]).sum() / total}
-    for name, (loss, accuracy, count) in scores.items():
-        if count:
-            report |= {f"loss/{name}": loss.detach(), f"accuracy/{name}": accuracy}
+def _combine(scores: dict[str, Score]) -> dict[str, Tensor]:
+    total = max(sum(score.sequences for score in scores.values()), 1)
+    report = {"loss": torch.stack([score.loss * score.sequences for score in scores.values()]).sum() / total}
+    for name, score in scores.items():
+        if score.sequences:
+            report |= {f"loss/{name}": score.loss.detach(), f"accuracy/{name}": score.accuracy}
     return report

@@ -123,7 +123,7 @@ class Classifier(_Plain, ColumnParallelLinear):
         right = (best_class(logits.detach(), self.tensor) == targets).float()
         return vocab_parallel_cross_entropy(logits, targets), right
 
-    def guesses(self, rows: Tensor) -> Tensor:
+    def predict(self, rows: Tensor) -> Tensor:
         return best_class(self.logits(rows), self.tensor)
 
     def logits(self, rows: Tensor) -> Tensor:

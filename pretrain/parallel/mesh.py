@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from pretrain.parallel.sizes import Parallel
+from pretrain.parallel.sizes import Parallel, world_problem
 
 
 class Axis(NamedTuple):
@@ -43,13 +43,8 @@ class Place(NamedTuple):
 
 def place_of(parallel: Parallel, rank: int, world: int) -> Place:
     """Raises ValueError when `world` ranks do not split into copies of the model."""
-    if world % parallel.model:
-        below, above = world // parallel.model * parallel.model, (world // parallel.model + 1) * parallel.model
-        sizes = " * ".join(f"parallel.{name}={getattr(parallel, name)}" for name in ("tensor", "sequence", "pipe"))
-        raise ValueError(
-            f"{world} ranks are no multiple of {sizes}; start {f'{below} or ' if below else ''}{above} ranks, "
-            "or make one of these sizes smaller"
-        )
+    if problem := world_problem(parallel, world):
+        raise ValueError(problem)
     data_size = world // parallel.model
     rest, tensor = divmod(rank, parallel.tensor)
     rest, sequence = divmod(rest, parallel.sequence)
@@ -84,8 +79,8 @@ def create_mesh(parallel: Parallel, timeout_s: float = 1800.0) -> Mesh:
         pipe=_axis(state.get_pipeline_model_parallel_group()),
         copies=_axis(state.get_data_parallel_group(with_context_parallel=True)),
     )
-    found = Place(mesh.tensor.rank, mesh.sequence.rank, mesh.data.rank, mesh.pipe.rank, mesh.data.size)
-    assert found == place, (found, place)
+    actual = Place(mesh.tensor.rank, mesh.sequence.rank, mesh.data.rank, mesh.pipe.rank, mesh.data.size)
+    assert actual == place, (actual, place)
     return mesh
 
 

@@ -8,18 +8,11 @@ from itertools import accumulate, pairwise
 
 
 def cut(costs: Sequence[float], stages: int) -> tuple[int, ...]:
-    """-> bounds [stages + 1]: stage s gets the blocks bounds[s] .. bounds[s + 1] - 1, at least one. The dearest stage
-    is as cheap as possible, and among such cuts the stages are as equal as possible.
-
-    Raises ValueError when there are more stages than blocks.
-    """
-    if not 1 <= stages <= len(costs):
-        raise ValueError(
-            f"parallel.pipe={stages} stages are more than the model's {len(costs)} blocks, and each stage needs one; "
-            f"use parallel.pipe={len(costs)} or less"
-        )
-    dearest = max(stage_costs(costs, _cheapest(costs, stages, exponent=math.inf)))
-    return _cheapest(costs, stages, exponent=2, limit=dearest * (1 + 1e-9))
+    """-> bounds [stages + 1]: stage s gets the blocks bounds[s] .. bounds[s + 1] - 1, at least one. The slowest stage
+    has the smallest possible cost, and among such cuts the costs are as equal as possible."""
+    assert 1 <= stages <= len(costs), (stages, len(costs))  # legal.py says it to users
+    slowest = max(stage_costs(costs, _cheapest(costs, stages, exponent=math.inf)))
+    return _cheapest(costs, stages, exponent=2, limit=slowest * (1 + 1e-9))
 
 
 def stage_costs(costs: Sequence[float], bounds: Sequence[int]) -> list[float]:

@@ -39,6 +39,9 @@ class Part(Protocol):
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]: ...
 
+    def after_step(self) -> None:
+        """After the optimizer's step."""
+
 
 def build_pipeline_engine(
     part: Part,
@@ -77,6 +80,7 @@ def pipeline_step(
     if module.ends:
         assert len(micro_batches) == engine.micro_batches, (len(micro_batches), engine.micro_batches)
     engine.train_batch(module.feed(micro_batches, add_targets))
+    module.forward_funcs[0].after_step()
     return _mean_report(module)
 
 

@@ -70,7 +70,7 @@ def share_pass(layout: Layout, needed: Tensor | None, device: torch.device, *, s
     by_rank = needed[cut.by_rank]
     sizes = torch.stack([part.sum() for part in by_rank.split(cut.sizes)]).tolist()
     join = partial(_join, places=cut.by_rank[by_rank], sizes=sizes, layout=layout, axis=sequence)
-    return Share(cut.own, Rows.of(needed[cut.own.places], cut.own), join)
+    return Share(cut.own, Rows.where(needed[cut.own.places], cut.own), join)
 
 
 def _join(rows: Tensor, *, places: Tensor, sizes: list[int], layout: Layout, axis: Axis) -> Tensor:

@@ -82,30 +82,34 @@ def _pack(step: list[Batch]) -> tuple[bytes, Tensor]:
         {
             "layout": vars(batch.layout),
             "keys": batch.keys,
+            "extra": {name: value for name, value in batch.extra.items() if not isinstance(value, Tensor)},
             "tensors": {name: (str(t.dtype).removeprefix("torch."), t.shape) for name, t in batch.tensors()},
         }
         for batch in step
     ]
-    held = [dict(batch.tensors()) for batch in step]
-    flat = [held[place][name].contiguous().flatten().view(torch.uint8) for place, name, *_ in _order(about)]
+    contents = [dict(batch.tensors()) for batch in step]
+    flat = [contents[place][name].contiguous().flatten().view(torch.uint8) for place, name, *_ in _order(about)]
     return json.dumps({"batches": about}).encode(), torch.cat(flat)
 
 
 def _unpack(header: bytes, content: Tensor) -> list[Batch]:
     """Batches whose tensors are views of `content`; raises what `_failure` noted."""
-    told = json.loads(header)
-    if "error" in told:
-        raise (RuntimeError if told["process"] else ValueError)(told["error"])
-    held: list[dict[str, Tensor]] = [{} for _ in told["batches"]]
+    message = json.loads(header)
+    if "error" in message:
+        raise (RuntimeError if message["process"] else ValueError)(message["error"])
+    contents: list[dict[str, Tensor]] = [{} for _ in message["batches"]]
     start = 0
-    for place, name, dtype, shape in _order(told["batches"]):
+    for place, name, dtype, shape in _order(message["batches"]):
         end = start + dtype.itemsize * torch.Size(shape).numel()
-        held[place][name] = content[start:end].view(dtype).view(shape)
+        contents[place][name] = content[start:end].view(dtype).view(shape)
         start = end
-    return [
-        Batch(layout=Layout(**about["layout"]), keys=tuple(about["keys"]), **tensors)
-        for about, tensors in zip(told["batches"], held, strict=True)
-    ]
+    batches = []
+    for about, tensors in zip(message["batches"], contents, strict=True):
+        own = {name: value for name, value in tensors.items() if "/" not in name}
+        extra = {name: tuple(value) for name, value in about["extra"].items()}
+        batch = Batch(layout=Layout(**about["layout"]), keys=tuple(about["keys"]), extra=extra, **own)
+        batches.append(batch.with_tensors(tensors))
+    return batches
 
 
 def _order(about: list[dict[str, Any]]) -> list[tuple[int, str, torch.dtype, list[int]]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from pretrain.settings import near
+
 
 @dataclass(frozen=True)
 class Parallel:
@@ -31,3 +33,11 @@ class Parallel:
     def model(self) -> int:
         """Ranks that together work on one micro-batch."""
         return self.tensor * self.pipe * self.sequence
+
+
+def world_problem(parallel: Parallel, world: int) -> str:
+    """Why `world` ranks do not divide into copies of the model; "" if they do."""
+    if world % parallel.model == 0:
+        return ""
+    sizes = " * ".join(f"parallel.{name}" for name, size in vars(parallel).items() if size > 1)
+    return f"{world} ranks are not a multiple of {sizes}={parallel.model}; start {near(world, parallel.model)} ranks"

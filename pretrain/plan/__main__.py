@@ -18,18 +18,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from pretrain.command import about, run, write
-from pretrain.config import load_recipe
+from pretrain.config import Stage, load_recipe
 from pretrain.parallel.ds_config import load_ds_config
 from pretrain.parallel.legal import problems
 from pretrain.parallel.sizes import Parallel
 from pretrain.plan.hardware import FRAGMENTS, GIB, GPUS, OUTSIDE
 from pretrain.plan.memory import Cell, Memory, peak_memory
-from pretrain.plan.model import Planned, micro_layout, planned
+from pretrain.plan.model import Planned, micro_batch_layout, planned
 from pretrain.plan.page import page
 from pretrain.plan.time import Cluster, Time, step_time
 
@@ -90,37 +91,47 @@ def _cells(
             copies = max(cluster.gpus // (tensor * pipe), 1)
             micro = max(stage.batch.total // (copies * accumulation), 1)
             config = load_ds_config(path, micro=micro, accumulation=accumulation, world=copies, clip=stage.optim.clip)
-            found = problems(
+            reasons = problems(
                 parallel,
                 world=cluster.gpus,
                 config=config,
                 counts=counts,
                 accumulation=accumulation,
                 model=planned.sizes,
-                objectives=[objective.name for objective in stage.objectives],
+                classes=stage.head_classes,
                 node=min(cluster.node, cluster.gpus),
             )
-            if not found and tensor > cluster.node:
-                found = [f"parallel.tensor={tensor} is wider than a node of {cluster.node} GPUs, and would be slow"]
-            for reason in found:
+            reasons += _objections(stage, parallel, accumulation)
+            if not reasons and tensor > cluster.node:
+                reasons = [f"parallel.tensor={tensor} is wider than a node of {cluster.node} GPUs, and would be slow"]
+            for reason in reasons:
                 illegal[re.sub(r"\d+( or \d+)?", "N", reason)].append(reason)
-            if found:
+            if reasons:
                 continue
             data = cluster.gpus // parallel.model
-            layout = micro_layout(stage, planned.model, data * accumulation)
+            layout = micro_batch_layout(planned, data * accumulation)
             for every in checkpointing:
                 yield path.stem, Cell(config, parallel, data, layout, accumulation, every)
 
 
+def _objections(stage: Stage, parallel: Parallel, accumulation: int) -> list[str]:
+    """What the stage's objectives say against this layout."""
+    batch = replace(stage.batch, accumulation=accumulation)
+    # A Stage itself would refuse to be made.
+    changed = SimpleNamespace(**vars(stage) | {"parallel": parallel, "batch": batch})
+    return [problem for objective in stage.objectives for problem in objective.problems(changed)]
+
+
 def _accumulations(planned: Planned, data: int) -> list[int]:
-    """Those that leave every micro-batch at least one sequence of each kind; the recipe's own where none does."""
-    counts = planned.stage.batch.counts().values()
-    if not data or any(count % data for count in counts) or len(planned.stage.objectives) != 1:
-        return [planned.stage.batch.accumulation]
-    if planned.stage.objectives[0].name == "contrastive":
-        return [1]  # its negatives are the whole step's batch
+    """Those that leave every micro-batch at least one sequence of each kind, and that no objective refuses; the
+    recipe's own where none does."""
+    stage = planned.stage
+    counts = stage.batch.counts().values()
+    if not data or any(count % data for count in counts):
+        return [stage.batch.accumulation]
     each = [count // data for count in counts]
-    return [n for n in range(1, min(each) + 1) if all(count % n == 0 for count in each)]
+    possible = [n for n in range(1, min(each) + 1) if all(count % n == 0 for count in each)]
+    return [n for n in possible if not _objections(stage, Parallel(), n)]
 
 
 def report(plan: Plan, top: int) -> dict[str, Any]:
@@ -176,7 +187,7 @@ def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
     stage = replace(stage, parallel=Parallel(), activation_checkpointing=0)
     paths = [Path(p) for p in args.ds] or sorted(CONFIGS.glob("*.json"))
     plan = make_plan(planned(recipe, stage), Cluster(gpu, args.gpus, args.node), paths)
-    found = about("pretrain.plan.__main__", argv) | report(plan, args.top)
+    found = about("pretrain.plan", argv) | report(plan, args.top)
     if not args.json:
         print(page(found, args))
     write(found, args.out, shown=args.json)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pretrain.metrics import PEAKS
+from pretrain.flops import PEAKS
 
 GB, GIB = 1e9, 2**30
 

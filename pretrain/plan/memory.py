@@ -271,8 +271,8 @@ def _biased_scores(planned: Planned, cell: Cell) -> float:
     """A bias that is learned leaves the flash kernels: scores after the softmax are kept, and the bias they had."""
     layout, heads = cell.layout, planned.model.heads
     lengths = (
-        (layout.images, layout.patches),
-        (layout.pairs, layout.patches + layout.pair_len),
+        (layout.images, layout.image_len),
+        (layout.pairs, layout.image_len + layout.pair_len),
         (layout.texts, layout.text_len),
     )
     return sum(count * heads * length**2 for count, length in lengths) * cell.width
@@ -281,7 +281,7 @@ def _biased_scores(planned: Planned, cell: Cell) -> float:
 def _embedding(planned: Planned, cell: Cell) -> float:
     layout, m = cell.layout, planned.model
     pictures = layout.images + layout.pairs
-    patches = pictures * max(layout.patches - 1, 0)
+    patches = pictures * layout.patches
     texts = layout.language_rows
     total = patches * (3 * m.patch_size**2 * cell.width + 1)  # what the projection reads; where a mask token stands
     total += texts * (8 + 1)  # ids, padding
@@ -295,10 +295,10 @@ def _heads(planned: Planned, cell: Cell) -> float:
     m, products = planned.model, head_products(planned, cell.layout)
     read = min(read_rows(planned, cell.layout), cell.layout.rows)
     total: float = read * (m.dim * cell.width + 2 * FP32 + 8)
-    for rows, outputs in products:
-        total += rows * (m.dim * cell.width + 16)
-        if planned.stage.objectives[0].name == "masked":
-            total += rows * outputs * FP32 / cell.parallel.tensor
+    for product in products:
+        total += product.rows * (product.inputs * cell.width + 16)
+        if product.classes:  # the log-probabilities
+            total += product.rows * product.outputs * FP32 / cell.parallel.tensor
     return total / cell.parallel.sequence
 
 
@@ -307,10 +307,7 @@ def working_bytes(planned: Planned, cell: Cell, parts: range) -> float:
     own dtype, in fp32, and their gradient."""
     m, split = planned.model, cell.parallel.tensor * cell.parallel.sequence
     block = cell.layout.rows * (2 * m.ffn_dim + 2 * m.dim) * cell.width / split
-    heads = 0.0
-    if m.depth + 1 in parts and planned.stage.objectives[0].name == "masked":
-        heads = max(
-            (rows * outputs * (2 * cell.width + FP32) for rows, outputs in head_products(planned, cell.layout)),
-            default=0,
-        )
+    products = head_products(planned, cell.layout) if m.depth + 1 in parts else []
+    logits = [product.rows * product.outputs for product in products if product.classes]
+    heads = max((size * (2 * cell.width + FP32) for size in logits), default=0)
     return max(block, heads / split)

@@ -6,7 +6,6 @@ Names of shapes: T rows of a micro-batch, D width, F inner width of an expert, R
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cache
 from itertools import pairwise
@@ -16,16 +15,16 @@ import torch
 
 from pretrain.batch import Layout
 from pretrain.config import Recipe, Stage
-from pretrain.data.masking import Masking
-from pretrain.metrics import flops_per_batch
+from pretrain.contracts import ModelSizes
+from pretrain.data.micro_batches import micro_layout
+from pretrain.flops import Product
+from pretrain.layers import PLAIN
 from pretrain.models.multiway.config import MultiwayConfig
-from pretrain.models.visual_tokenizer.vqkd import VQKD, VQKDConfig
+from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
 from pretrain.optim import parameter_groups
-from pretrain.parallel.legal import ModelSizes
 from pretrain.parallel.partition import cut
 from pretrain.tasks.pipeline import block_flops
-from pretrain.tasks.pretrain import PretrainTask
-from pretrain.train import layer_of
+from pretrain.tasks.pretrain import layer_of
 
 # What parallel/tensor.py divides over the tensor ranks; all else is whole on each of them.
 SPLIT = re.compile(
@@ -56,74 +55,54 @@ class Planned(NamedTuple):
 
     @property
     def sizes(self) -> ModelSizes:
-        """What `legal.problems` asks for; a vocabulary that the stage does not build cannot be split wrongly."""
-        m, names = self.model, [p.name for p in self.parameters]
-        return ModelSizes(
-            dim=m.dim,
-            depth=m.depth,
-            heads=m.heads,
-            ffn_dim=m.ffn_dim,
-            vocab_size=m.vocab_size if any("text_embed" in n or "masked.text" in n for n in names) else 0,
-            image_codes=m.image_codes if any(n.startswith("objectives.masked.image") for n in names) else 0,
-        )
+        """What `legal.problems` asks for."""
+        return self.model.splits(self.stage.experts)
 
 
 def planned(recipe: Recipe, stage: Stage) -> Planned:
     """Builds the stage's task on the meta device, where a tensor has a shape and no bytes.
 
-    Raises ValueError for a stage that trains a visual tokenizer.
+    Raises ValueError for a model that is split over data ranks only.
     """
-    if stage.tokenizer is not None:
+    model: Any = recipe.model_of(stage)
+    if model.splits(stage.experts) is None:
+        plannable = [n for n, s in recipe.stages.items() if recipe.model_of(s).splits(s.experts) is not None]
         raise ValueError(
-            "--stage trains a visual tokenizer, which fits on every GPU and is only split over data ranks; "
-            f"plan one of the others: {', '.join(name for name, s in recipe.stages.items() if s.tokenizer is None)}"
+            f"--stage trains a {type(model).__name__}, which is split over data ranks only and fits on every GPU; plan "
+            f"one of the others: {', '.join(plannable)}"
         )
-    model = replace(recipe.model, drop_path=stage.drop_path)
     with torch.device("meta"):
-        task = PretrainTask(model, stage.experts, stage.objectives)
+        task = stage.task.build(model, stage, PLAIN, None)
     for name, value in task.named_parameters():
         value.requires_grad_(any(fnmatch(name, pattern) for pattern in stage.trainable))
-    groups = parameter_groups(task, stage.optim, layer_of=layer_of(model.depth))
+    layers = layer_of(model)
+    groups = parameter_groups(task, stage.optim, layer_of=layers)
     group_of = {id(value): number for number, group in enumerate(groups) for value in group["params"]}
-    parts = layer_of(model.depth)
     return Planned(
         recipe,
         stage,
         model,
         tuple(
-            Parameter(name, value.numel(), SPLIT.search(name) is not None, group_of.get(id(value)), parts(name))
+            Parameter(name, value.numel(), SPLIT.search(name) is not None, group_of.get(id(value)), layers(name))
             for name, value in task.named_parameters()
         ),
     )
 
 
-def micro_layout(stage: Stage, model: MultiwayConfig, parts: int) -> Layout:
+def micro_batch_layout(planned: Planned, parts: int) -> Layout:
     """The micro-batch of one rank when a step is cut into `parts` of them (data ranks * accumulation)."""
-    each = {kind: count // parts for kind, count in stage.batch.counts().items()}
-    mix: dict[str, Any] = stage.mix
-    texts = mix.get("texts") or mix.get("dual")
-    dual = each.get("dual", 0)
-    return Layout(
-        images=each.get("images", 0) + dual,
-        pairs=each.get("pairs", 0),
-        texts=each.get("texts", 0) + dual,
-        patches=model.patches if set(mix) != {"texts"} else 0,
-        pair_len=mix["pairs"].text_len if "pairs" in mix else 0,
-        text_len=texts.text_len if texts else 0,
-    )
+    stage, model = planned.stage, planned.model
+    patches = model.patches if set(stage.mix) != {"texts"} else 0
+    return micro_layout(stage.mix, stage.batch.counts(), patches, parts)
 
 
 def read_rows(planned: Planned, layout: Layout) -> int:
-    """Rows that heads read, about: the mask's share of them, or one of each sequence."""
-    ratios = next((o for o in planned.stage.objectives if isinstance(o, Masking)), None)
-    if ratios is None:
-        return layout.images + layout.texts
-    return sum(rows for rows, _ in ratios.head_rows(layout, planned.model))  # type: ignore[attr-defined]
+    """Rows that heads read, about."""
+    return sum(product.rows for product in head_products(planned, layout))
 
 
-def head_products(planned: Planned, layout: Layout) -> list[tuple[int, int]]:
-    """(rows, outputs) of each head's product."""
-    return [rows for objective in planned.stage.objectives for rows in objective.head_rows(layout, planned.model)]
+def head_products(planned: Planned, layout: Layout) -> list[Product]:
+    return [product for objective in planned.stage.objectives for product in objective.products(layout, planned.model)]
 
 
 def stage_runs(planned: Planned, layout: Layout, pipe: int) -> list[range]:
@@ -166,30 +145,22 @@ def target_elements(planned: Planned) -> int:
 
 def target_flops(planned: Planned, layout: Layout) -> float:
     """FLOPs of its encoder's forward pass for a micro-batch. Pictures that are never hidden are not shown to it."""
-    size = _tokenizer(planned)
-    if size is None:
+    size, masking = _tokenizer(planned), planned.stage.masking
+    if size is None or masking is None:
         return 0.0
-    masking = next(o for o in planned.stage.objectives if isinstance(o, Masking))
     seen = layout.images * bool(masking.image_ratio) + layout.pairs * bool(masking.pair_image_ratio)
-    pictures = Layout(images=seen, patches=size.grid**2 + 1)
-    return (
-        flops_per_batch(
-            pictures, dim=size.dim, depth=size.depth, ffn_dim=4 * size.dim, patch_inputs=3 * size.patch_size**2
-        )
-        / 3
-    )
+    return size.encoder_flops(seen) / 3
 
 
 def _tokenizer(planned: Planned) -> VQKDConfig | None:
-    stage, recipe = planned.stage, planned.recipe
-    masking = next((o for o in stage.objectives if isinstance(o, Masking)), None)
+    stage, recipe, masking = planned.stage, planned.recipe, planned.stage.masking
     if masking is None or "vision" not in stage.experts or not (masking.image_ratio or masking.pair_image_ratio):
         return None
     named = recipe.stages.get(stage.visual_tokenizer or "")
-    default = VQKDConfig(image_size=recipe.model.image_size, patch_size=recipe.model.patch_size)
-    return named.tokenizer if named and named.tokenizer else default
+    default = VQKDConfig(image_size=planned.model.image_size, patch_size=planned.model.patch_size)
+    return named.model if named and isinstance(named.model, VQKDConfig) else default
 
 
 @cache
 def _count(size: VQKDConfig) -> int:
-    return sum(value.numel() for value in VQKD(size).state_dict().values())
+    return sum(value.numel() for value in size.build().state_dict().values())

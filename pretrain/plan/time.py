@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pretrain.metrics import flops_per_batch
+from pretrain.flops import Product, encoder_flops, product_flops
 from pretrain.plan.hardware import (
     ADAM_BYTES,
     BLOCK_KERNELS,
@@ -72,15 +72,7 @@ def step_time(planned: Planned, cell: Cell, cluster: Cluster) -> Time:
 
 def micro_flops(planned: Planned, cell: Cell) -> float:
     """Model FLOPs of a micro-batch, forward and backward, as pretrain.train reports them."""
-    m = planned.model
-    return flops_per_batch(
-        cell.layout,
-        dim=m.dim,
-        depth=m.depth,
-        ffn_dim=m.ffn_dim,
-        patch_inputs=3 * m.patch_size**2,
-        heads=head_products(planned, cell.layout),
-    )
+    return planned.stage.task.flops(planned.model, planned.stage, cell.layout)
 
 
 def _pipe(cell: Cell) -> int:
@@ -98,20 +90,20 @@ def _micro_step(planned: Planned, cell: Cell, cluster: Cluster, parts: range) ->
     rows = layout.rows / cell.parallel.sequence
     matmul = share * gpu.matmul * _filled(m.dim / cell.parallel.tensor, HALF_WIDTH) * _filled(rows, HALF_ROWS)
     products = 3 * 2 * layout.rows * (4 * m.dim**2 + 2 * m.dim * m.ffn_dim) / split
-    whole = flops_per_batch(layout, dim=m.dim, depth=1, ffn_dim=m.ffn_dim) / split
+    whole = encoder_flops(layout, dim=m.dim, depth=1, ffn_dim=m.ffn_dim) / split
     attention = (whole - products) / (share * gpu.attention)
     # Elementwise: norms, gelu, sums and joins read and write; the backward pass moves twice as much.
     moved = 3 * layout.rows * cell.width * (14 * m.dim / cell.parallel.sequence + 4 * m.ffn_dim / split)
     block = products / matmul + attention + moved / (gpu.memory_rate * MEMORY_SHARE)
     seconds = blocks * again * max(block, BLOCK_KERNELS * KERNEL_S)
     if 0 in parts:
-        patches = (layout.images + layout.pairs) * max(layout.patches - 1, 0)
-        seconds += 3 * 2 * patches * 3 * m.patch_size**2 * m.dim / matmul / cell.parallel.sequence
+        patches = Product((layout.images + layout.pairs) * layout.patches, 3 * m.patch_size**2, m.dim)
+        seconds += product_flops([patches]) / matmul / cell.parallel.sequence
     if m.depth + 1 in parts:
-        for rows, outputs in head_products(planned, layout):
-            seconds += 3 * 2 * rows * m.dim * outputs / matmul / split
+        for product in head_products(planned, layout):
+            seconds += product_flops([product]) / matmul / split
             # Logits in their own dtype and in fp32, their softmax and its gradient.
-            seconds += rows * outputs * (3 * cell.width + 16) / split / (gpu.memory_rate * MEMORY_SHARE)
+            seconds += product.rows * product.outputs * (3 * cell.width + 16) / split / (gpu.memory_rate * MEMORY_SHARE)
     return seconds
 
 

@@ -22,10 +22,12 @@ from pretrain.evals.masked import MaskedAccuracy
 from pretrain.evals.reconstruction import Reconstruction
 from pretrain.evals.retrieval import Retrieval
 from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.models.visual_tokenizer.teachers import Clip
 from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim
+from pretrain.tasks.tokenizer import TrainTokenizer
 
 IMAGES = ImageShards("$DATA/images")
 # The length of texts in pretraining was not published. 64: the released fine-tuning code's default.
@@ -86,8 +88,8 @@ def _tokenizer(model: MultiwayConfig) -> Stage:
     return Stage(
         mix={"images": IMAGES},
         batch=BatchSize(images=512),
-        tokenizer=VQKDConfig(image_size=model.image_size, patch_size=model.patch_size),
-        teacher="clip:$CLIP",
+        model=VQKDConfig(image_size=model.image_size, patch_size=model.patch_size),
+        task=TrainTokenizer(teacher=Clip("$CLIP")),
         # [B2 run_vqkd_training.py]: min_crop_scale 0.08, color_jitter 0.
         transform=replace(LOOK, scale=(0.08, 1.0), jitter=0.0),
         # The script's default 5e-5 is for a batch of 128 and is scaled by the batch: 2e-4 at 512; min_lr is not

@@ -16,10 +16,12 @@ from pretrain.evals.masked import MaskedAccuracy
 from pretrain.evals.reconstruction import Reconstruction
 from pretrain.evals.retrieval import Retrieval
 from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.models.visual_tokenizer.teachers import Pixels
 from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim
+from pretrain.tasks.tokenizer import TrainTokenizer
 
 IMAGES = ImageShards("$DATA/images/train")
 PAIRS = PairShards("$DATA/pairs/train", text_len=24)
@@ -40,7 +42,6 @@ MODEL = MultiwayConfig(
     image_size=64,
     patch_size=16,
     vocab_size=320,
-    image_codes=512,
     max_text_len=40,
     fusion_layers=1,
     init_std=0.06,
@@ -51,7 +52,7 @@ OPTIM = Optim(lr=1e-3, warmup_steps=30, weight_decay=0.05, clip=3.0)
 TOKENIZER = Stage(
     mix={"images": IMAGES},
     batch=BatchSize(images=64),
-    tokenizer=VQKDConfig(
+    model=VQKDConfig(
         dim=96,
         depth=1,
         heads=3,
@@ -65,7 +66,7 @@ TOKENIZER = Stage(
         decay=0.95,
         restart_after=20,
     ),
-    teacher="pixels",
+    task=TrainTokenizer(teacher=Pixels()),
     transform=LOOK,
     optim=Optim(lr=2e-3, betas=(0.9, 0.99), warmup_steps=20, weight_decay=1e-4),
     steps=600,
@@ -76,7 +77,7 @@ VISION = Stage(
     mix={"images": IMAGES},
     batch=BatchSize(images=64),
     experts=("vision",),
-    objectives=(MaskedData(text_ratio=0.0, pair_text_ratio=0.0),),
+    objectives=(MaskedData(text_ratio=0.0, pair_text_ratio=0.0, image_codes=512),),
     visual_tokenizer="tokenizer",
     transform=LOOK,
     optim=OPTIM,
@@ -91,7 +92,7 @@ LANGUAGE = Stage(
     init_from="vision",
     # VLMo's stage 2: attention, its norm and the vision expert stay as vision left them.
     trainable=("encoder.text_embed.*", "encoder.blocks.*.experts.language.*", "encoder.norm.*", "objectives.*"),
-    objectives=(MaskedData(text_ratio=0.15),),
+    objectives=(MaskedData(text_ratio=0.15, image_codes=512),),
     optim=OPTIM,
     steps=400,
     evals=(MaskedAccuracy({"texts": HELD_TEXTS}),),
@@ -102,7 +103,7 @@ FUSION = Stage(
     mix={"images": IMAGES, "pairs": PAIRS, "texts": TEXTS},
     batch=BatchSize(images=16, pairs=64, texts=16),
     init_from="language",
-    objectives=(MaskedData(pair_image_ratio=0.0),),
+    objectives=(MaskedData(pair_image_ratio=0.0, image_codes=512),),
     visual_tokenizer="tokenizer",
     transform=LOOK,
     optim=OPTIM,

@@ -1,54 +1,139 @@
-"""From a recipe's stage to the objects that run it: the task, its loader, the visual tokenizer, the files it reads."""
+"""From a recipe's stage to the objects that run it: `build_run` is what pretrain.train and the benchmarks call."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from pretrain.batch import Layout
-from pretrain.checkpoint.save import Found
+from pretrain.batch import Batch, Layout
+from pretrain.checkpoint.save import Checkpoint, newest, resume
 from pretrain.checkpoint.weights import load_handover
-from pretrain.config import Recipe, Stage, stage_hash, to_json
+from pretrain.config import Recipe, Stage, to_json
 from pretrain.data.loader import Loader
-from pretrain.data.masking import Masking
-from pretrain.data.shards.manifest import fill_variables
-from pretrain.data.text_tokenizer import TextTokenizer
-from pretrain.distributed import world_size
+from pretrain.distributed import device, rank, world_size
 from pretrain.layers import PLAIN, Layers
-from pretrain.models.multiway.config import MultiwayConfig
-from pretrain.parallel.ds_config import load_ds_config
-from pretrain.parallel.legal import ModelSizes, check_legal
-from pretrain.parallel.mesh import Mesh, Place
+from pretrain.optim import build_optimizer, schedule
+from pretrain.parallel.ds_config import load_ds_config, precision_name
+from pretrain.parallel.engine import build_engine, init_distributed, partitioned_init
+from pretrain.parallel.faults import Watch
+from pretrain.parallel.legal import check_legal
+from pretrain.parallel.mesh import Mesh, create_mesh, mpu_of, place_of
+from pretrain.parallel.pipeline import build_pipeline_engine, pipeline_step
 from pretrain.parallel.state import dense_shape, fill, named_state
-from pretrain.run.image_targets import masking_of, teacher_of, weights_path
+from pretrain.parallel.tensor import parallel_layers
+from pretrain.run.directory import inputs_digest
+from pretrain.run.identity import hash_of
+from pretrain.run.image_targets import image_targets
+from pretrain.run.inputs import build_loader
+from pretrain.run.step import train_step
+from pretrain.run.stored_weights import classes_of, model_in, read_model, weights_path
 from pretrain.tasks.pipeline import PipelineTask, pipeline_bounds
-from pretrain.tasks.pretrain import PretrainTask
-from pretrain.tasks.tokenizer import TokenizerTask
+from pretrain.tasks.pretrain import layer_of
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("pretrain")
 
 
-def check_task(recipe: Recipe, stage: Stage) -> None:
+@dataclass(frozen=True)
+class Run:
+    """A stage, ready for its next step."""
+
+    recipe: Recipe
+    stage: Stage
+    engine: Any
+    mesh: Mesh
+    loader: Loader
+    add_targets: Callable[[Batch], Batch]
+    ds_config: dict[str, Any]
+    identity: dict[str, str]  # names its settings and its inputs, for checkpoints
+    done: int  # steps that a checkpoint already holds
+    init_file: Path | None  # what init_from names
+
+    def step(self, micro_batches: list[Batch], *, first: bool = False) -> dict[str, Tensor]:
+        """One optimizer step; the mean of what the task reported. `first`: it is the first step of a run."""
+        if self.mesh.pipe.size > 1:
+            return pipeline_step(self.engine, micro_batches, self.add_targets)
+        return train_step(self.engine, micro_batches, self.add_targets, first=first)
+
+    @property
+    def flops(self) -> float:
+        """Model FLOPs of one step on this rank."""
+        stage, model = self.stage, self.recipe.model_of(self.stage)
+        whole = stage.task.flops(model, stage, self.loader.layout) * stage.batch.accumulation
+        return whole / stage.parallel.model
+
+    @property
+    def rows(self) -> int:
+        """Rows of one step on this rank's data."""
+        return self.loader.layout.rows * self.stage.batch.accumulation
+
+    def weights_config(self, name: str) -> dict[str, Any]:
+        """What config.json beside weights.safetensors says: enough to build the model again without the recipe."""
+        model = to_json(self.recipe.model_of(self.stage))
+        return {"recipe": self.recipe.name, "stage": name, "recipe_hash": self.identity["recipe_hash"], "model": model}
+
+
+def build_run(
+    recipe: Recipe,
+    stage: Stage,
+    ds: str,
+    run_dir: Path,
+    watch: Watch,
+    *,
+    directory: Path | None = None,
+    settings: dict[str, Any] | None = None,
+) -> Run:
+    """Everything that a stage needs for its steps, on this rank; goes on from the newest checkpoint in `directory`.
+    `settings` is the identity of the run there (directory.run_identity). Without a directory nothing is written and
+    nothing resumed. Raises ValueError for what a user can get wrong, before the ranks talk where that can be known.
+    """
+    place = place_of(stage.parallel, rank(), world_size())
+    ds_config = stage_ds_config(ds, recipe, stage)
+    loader = build_loader(recipe, stage, directory, place)
+    check_model(recipe, stage)
+    identity = {
+        "recipe_hash": hash_of(settings or {}),
+        "data_digest": inputs_digest(recipe, stage, run_dir, loader.digests),
+    }
+    add_targets = image_targets(recipe, stage, run_dir, device())
+    # From here on the ranks talk: what a user can get wrong has been said.
+    watch.start(recipe.timeout_s)
+    init_distributed(watch.outlast_s)
+    mesh = create_mesh(stage.parallel, watch.outlast_s)
+    checkpoint = None
+    if directory is not None:
+        checkpoint = newest(directory / "checkpoints", precision=precision_name(ds_config), **identity)
+    layers = parallel_layers(mesh)
+    task: nn.Module
+    if mesh.pipe.size > 1:
+        task = build_part(recipe, stage, mesh, layers, loader.layout)
+    else:
+        task = build_task(recipe, stage, run_dir, layers, partitioned_init(ds_config, mpu_of(mesh)))
+    init_file = load_start(task, recipe, stage, run_dir, checkpoint, mesh)
+    if stage.compile:
+        compile_blocks(task, recipe.model_of(stage))
+    engine = _engine(task, recipe, stage, mesh, ds_config)
+    if checkpoint is not None:
+        resume(engine, checkpoint, mesh)
+    watch.outlast_all()
+    done = 0 if checkpoint is None else checkpoint.step
+    return Run(recipe, stage, engine, mesh, loader, add_targets, ds_config, identity, done, init_file)
+
+
+def check_model(recipe: Recipe, stage: Stage) -> None:
     """Raises ValueError for what a user can get wrong about the model, without building it."""
-    if stage.tokenizer is not None:
-        if stage.transform.size != stage.tokenizer.image_size:
-            raise ValueError(
-                f"transform.size={stage.transform.size} but tokenizer.image_size={stage.tokenizer.image_size}; "
-                "use one size"
-            )
-        return
-    if any(kind != "texts" for kind in stage.mix) and stage.transform.size != recipe.model.image_size:
-        raise ValueError(
-            f"transform.size={stage.transform.size} but model.image_size={recipe.model.image_size}; use one size"
-        )
+    model = recipe.model_of(stage)
+    if any(kind != "texts" for kind in stage.mix) and stage.transform.size != model.image_size:
+        raise ValueError(f"transform.size={stage.transform.size} but model.image_size={model.image_size}; use one size")
     names = parameter_names(recipe, stage)
     for pattern in stage.trainable:
         if not any(fnmatch(name, pattern) for name in names):
@@ -58,12 +143,13 @@ def check_task(recipe: Recipe, stage: Stage) -> None:
 def parameter_names(recipe: Recipe, stage: Stage) -> list[str]:
     """Of the whole task, whatever part of it a rank holds; nothing is allocated."""
     with torch.device("meta"):
-        return [name for name, _ in _pretrain_task(recipe, stage, PLAIN).named_parameters()]
+        task = stage.task.build(recipe.model_of(stage), stage, PLAIN, None)
+    return [name for name, _ in task.named_parameters()]
 
 
 def frozen_names(recipe: Recipe, stage: Stage) -> set[str]:
-    """The parameters that the stage leaves as they are; a tokenizer stage trains all of its own."""
-    names = parameter_names(recipe, stage) if stage.tokenizer is None else []
+    """The parameters that the stage leaves as they are."""
+    names = parameter_names(recipe, stage)
     return {name for name in names if not any(fnmatch(name, pattern) for pattern in stage.trainable)}
 
 
@@ -72,62 +158,65 @@ def build_task(
     stage: Stage,
     run_dir: Path,
     layers: Layers = PLAIN,
-    born: AbstractContextManager[None] | None = None,
-) -> PretrainTask | TokenizerTask:
-    """The stage's task with fresh weights, on the CPU; only what the stage trains or needs is built, inside the context
-    `born` (engine.partitioned_init, which splits each parameter at once)."""
+    context: AbstractContextManager[None] | None = None,
+) -> nn.Module:
+    """The stage's task with fresh weights, on the CPU; only what the stage trains or needs is built, inside `context`
+    (engine.partitioned_init, which splits each parameter at once)."""
+    check_model(recipe, stage)
     torch.manual_seed(recipe.seed)
-    check_task(recipe, stage)
-    if stage.tokenizer is not None:
-        teacher = teacher_of(stage, run_dir)
-        if teacher.dim != stage.tokenizer.target_dim or teacher.distill != stage.tokenizer.distill:
-            raise ValueError(
-                f"teacher={stage.teacher} gives {teacher.dim} numbers a patch, to be learned by {teacher.distill}, but "
-                f"tokenizer.target_dim={stage.tokenizer.target_dim} and tokenizer.distill={stage.tokenizer.distill}; "
-                "set them to the teacher's"
-            )
-        with born or nullcontext():
-            return TokenizerTask(stage.tokenizer, teacher)
-    with born or nullcontext():
-        task = _pretrain_task(recipe, stage, layers)
+    read = partial(read_model, run_dir=run_dir, recipe=recipe)
+    with context or nullcontext():
+        task = stage.task.build(recipe.model_of(stage), stage, layers, read)
     return _freeze(task, stage)
 
 
-def build_part(recipe: Recipe, stage: Stage, mesh: Mesh, layers: Layers, layout: Layout) -> PretrainTask:
-    """The part of the stage's task that this rank's pipeline stage holds; every micro-batch has `layout`."""
+def build_part(recipe: Recipe, stage: Stage, mesh: Mesh, layers: Layers, layout: Layout) -> PipelineTask:
+    """The part of the stage's task that this rank's pipe stage holds; every micro-batch has `layout`."""
     torch.manual_seed(recipe.seed)
-    model, place = _model(recipe, stage), mesh.pipe.rank
-    bounds = pipeline_bounds(model, stage.objectives, layout, mesh.pipe.size)
-    part = PipelineTask(model, stage.experts, stage.objectives, layers, layout=layout, bounds=bounds, stage=place)
-    return _freeze(part, stage)
+    model: Any = recipe.model_of(stage)
+    checkpointing = int(stage.activation_checkpointing)
+    bounds = pipeline_bounds(model, stage.objectives, layout, mesh.pipe.size, checkpointing=checkpointing)
+    part = PipelineTask(
+        model,
+        stage.experts,
+        stage.objectives,
+        layers,
+        layout=layout,
+        bounds=bounds,
+        stage=mesh.pipe.rank,
+        drop_path=stage.drop_path,
+        checkpointing=checkpointing,
+    )
+    _freeze(part, stage)
+    return part
 
 
-def _pretrain_task(recipe: Recipe, stage: Stage, layers: Layers) -> PretrainTask:
-    return PretrainTask(_model(recipe, stage), stage.experts, stage.objectives, layers)
-
-
-def _model(recipe: Recipe, stage: Stage) -> MultiwayConfig:
-    return replace(recipe.model, drop_path=stage.drop_path, activation_checkpointing=stage.activation_checkpointing)
-
-
-def _freeze(task: PretrainTask, stage: Stage) -> PretrainTask:
+def _freeze(task: nn.Module, stage: Stage) -> nn.Module:
     for name, parameter in task.named_parameters():
         parameter.requires_grad_(any(fnmatch(name, pattern) for pattern in stage.trainable))
     return task
 
 
+def compile_blocks(task: Any, model: Any) -> None:
+    compile_ = getattr(getattr(task, "encoder", None), "compile_blocks", None)
+    if compile_ is None:
+        raise ValueError(f"compile=true: {type(model).__name__} has no blocks to compile; set compile=false")
+    compile_()
+
+
+def _engine(task: Any, recipe: Recipe, stage: Stage, mesh: Mesh, ds_config: dict[str, Any]) -> Any:
+    model = recipe.model_of(stage)
+    layers = layer_of(model) if model.layers > 1 else None
+    make_optimizer = partial(build_optimizer, optim=stage.optim, layer_of=layers, top=model.layers)
+    factor = schedule(stage.optim, stage.steps)
+    if mesh.pipe.size > 1:
+        return build_pipeline_engine(task, stage.parallel, make_optimizer, factor, ds_config)
+    return build_engine(task, make_optimizer(task), factor, ds_config, mpu_of(mesh))
+
+
 def stage_ds_config(path: str, recipe: Recipe, stage: Stage) -> dict[str, Any]:
     """The DeepSpeed JSON with what the stage and the number of ranks derive. Raises ValueError with every reason why
     recipe, JSON and ranks do not go together."""
-    model = recipe.model
-    sizes = ModelSizes(
-        model.dim,
-        model.depth,
-        model.heads,
-        model.ffn_dim,
-        model.vocab_size if "language" in stage.experts else 0,
-        model.image_codes if masking_of(stage) is not None and "vision" in stage.experts else 0,
-    )
     accumulation = stage.batch.accumulation
     # The ranks over which DeepSpeed splits a step: sequence ranks count as data ranks to it.
     copies = max(world_size() // (stage.parallel.tensor * stage.parallel.pipe), 1)
@@ -144,108 +233,41 @@ def stage_ds_config(path: str, recipe: Recipe, stage: Stage) -> dict[str, Any]:
         config=config,
         counts=stage.batch.counts(),
         accumulation=accumulation,
-        model=None if stage.tokenizer else sizes,
-        objectives=[objective.name for objective in stage.objectives],
+        model=recipe.model_of(stage).splits(stage.experts),
+        classes=stage.head_classes,
         compiled=stage.compile,
         node=int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None,  # of torchrun and deepspeed
     )
     return config
 
 
-def build_loader(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Place) -> Loader:
-    """The stage's training batches for the rank at `place`. The first of the ranks that see the same batch writes the
-    traces into `stage_dir`."""
-    if place.tensor or place.sequence or place.pipe:
-        stage_dir = None
-    return Loader(
-        stage.mix,
-        counts=stage.batch.counts(),
-        accumulation=stage.batch.accumulation,
-        rank=place.data,
-        world=place.data_size,
-        seed=recipe.seed,
-        tokenizer=text_tokenizer(recipe, stage),
-        transform=stage.transform,
-        masking=masking_of(stage),
-        patch_size=_patch_size(recipe, stage),
-        loading=recipe.loading,
-        noise=2 * recipe.model.depth if stage.drop_path else 0,
-        trace=stage_dir if recipe.trace_samples else None,
-        quarantine=stage_dir / "quarantine.jsonl" if stage_dir else None,
-    )
-
-
-def evaluation_loader(
-    recipe: Recipe, stage: Stage, mix: dict, counts: dict[str, int], masking: Masking | None
-) -> Loader:
-    """Held-out batches: centre crops, one rank, the order and masks of a fixed seed."""
-    return Loader(
-        mix,
-        counts=counts,
-        accumulation=1,
-        rank=0,
-        world=1,
-        seed=recipe.seed,
-        tokenizer=text_tokenizer(recipe, stage),
-        transform=replace(stage.transform, train=False),
-        masking=masking,
-        patch_size=_patch_size(recipe, stage),
-        loading=recipe.loading,
-    )
-
-
-def text_tokenizer(recipe: Recipe, stage: Stage) -> TextTokenizer | None:
-    if not any(kind != "images" for kind in stage.mix):
-        return None
-    if recipe.text_tokenizer is None:
-        raise ValueError("text_tokenizer is not set but the stage reads texts; give the path of a SentencePiece model")
-    path = Path(fill_variables(recipe.text_tokenizer, "text_tokenizer")).expanduser()
-    if not path.is_file():
-        raise ValueError(
-            f"text_tokenizer={path} does not exist; train one: python -m data_tools.train_text_tokenizer --help"
-        )
-    tokenizer = TextTokenizer(path)
-    if tokenizer.vocab_size > recipe.model.vocab_size:
-        raise ValueError(
-            f"model.vocab_size={recipe.model.vocab_size} is smaller than the {tokenizer.vocab_size} ids of {path}; "
-            f"use model.vocab_size={-(-tokenizer.vocab_size // 64) * 64}"
-        )
-    return tokenizer
-
-
-class Start(NamedTuple):
-    """Where a run's weights came from."""
-
-    weights: Path | None  # the file that filled the task: a checkpoint's, or that of init_from
-    init: Path | None  # init_from's file, for what it holds besides
-
-
-def load_start(task: torch.nn.Module, stage: Stage, run_dir: Path, found: Found | None, mesh: Mesh) -> Start:
-    """Fill the task from the checkpoint `found`, else from `stage.init_from`; each choice is one log line."""
+def load_start(
+    task: nn.Module, recipe: Recipe, stage: Stage, run_dir: Path, checkpoint: Checkpoint | None, mesh: Mesh
+) -> Path | None:
+    """Fill the task from the checkpoint, else from `stage.init_from`; each choice is one log line. Returns the file
+    that init_from names, for what it holds besides."""
     init = weights_path(stage.init_from, run_dir, "init_from") if stage.init_from is not None else None
-    path = found.weights if found is not None else init
+    path = checkpoint.weights if checkpoint is not None else init
     if path is None:
         log.info("weights: from scratch")
-        return Start(None, None)
-    held = load_handover(
-        named_state(task), path, shape_of=partial(dense_shape, mesh=mesh), fill=partial(fill, mesh=mesh)
+        return None
+    handover = load_handover(
+        named_state(task),
+        path,
+        shape_of=partial(dense_shape, mesh=mesh),
+        fill=partial(fill, mesh=mesh),
+        adapt=lambda state, config, wanted: recipe.model_of(stage).adapt(
+            state, model_in(config, path, classes_of(recipe)), wanted
+        ),
     )
-    log.info("weights: %d tensors from %s", len(held.loaded), path)
-    if held.missing:
-        log.info("weights from scratch (not in that file): %s", _shorten(held.missing))
-    if held.unexpected and mesh.pipe.size == 1:
-        log.info("weights passed on untouched (this stage does not build them): %s", _shorten(held.unexpected))
-    return Start(path, init)
-
-
-def weights_config(recipe: Recipe, stage: Stage, name: str) -> dict:
-    """What config.json beside weights.safetensors says: enough to build the model again without the recipe."""
-    part = {"tokenizer": to_json(stage.tokenizer)} if stage.tokenizer else {"model": to_json(recipe.model)}
-    return {"recipe": recipe.name, "stage": name, "recipe_hash": stage_hash(recipe, stage), **part}
-
-
-def _patch_size(recipe: Recipe, stage: Stage) -> int:
-    return stage.tokenizer.patch_size if stage.tokenizer else recipe.model.patch_size
+    log.info("weights: %d tensors from %s", len(handover.loaded), path)
+    if handover.adapted:
+        log.info("weights made to fit this stage's model: %s", _shorten(handover.adapted))
+    if handover.missing:
+        log.info("weights from scratch (not in that file): %s", _shorten(handover.missing))
+    if handover.unexpected and mesh.pipe.size == 1:
+        log.info("weights passed on untouched (this stage does not build them): %s", _shorten(handover.unexpected))
+    return init
 
 
 def _shorten(names: list[str]) -> str:

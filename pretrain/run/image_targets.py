@@ -1,74 +1,65 @@
-"""What a stage learns from: the frozen visual tokenizer's codes, the teacher of a tokenizer, and the files of both."""
+"""The targets of masked image modeling: the frozen visual tokenizer's codes, stored or made in training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pretrain.batch import Batch
-from pretrain.checkpoint.weights import WEIGHTS, read_weights, weights_digest
+from pretrain.batch import Batch, Layout
+from pretrain.checkpoint.weights import weights_digest
 from pretrain.config import Recipe, Stage
 from pretrain.data.codes import stored_coding
-from pretrain.data.masking import Masking
-from pretrain.data.shards.manifest import fill_variables, load_manifest
-from pretrain.data.sources import TextShards
-from pretrain.models.multiway.config import MultiwayConfig
-from pretrain.models.multiway.encoder import MultiwayEncoder
-from pretrain.models.visual_tokenizer.teachers import ClipTeacher, EncoderTeacher, PixelTeacher
+from pretrain.data.shards.manifest import load_manifest
 from pretrain.models.visual_tokenizer.vqkd import VQKD, VQKDConfig
-
-
-def masking_of(stage: Stage) -> Masking | None:
-    """What the loader hides: as the stage's masked objective says."""
-    return next((objective for objective in stage.objectives if isinstance(objective, Masking)), None)
-
-
-def weights_path(name: str, run_dir: Path, knob: str) -> Path:
-    """The weights that a stage's name or a file's path stands for. Raises ValueError if they are not there."""
-    path = run_dir / name / WEIGHTS
-    if path.is_file():
-        return path
-    plain = Path(fill_variables(name, knob)).expanduser()
-    if plain.is_dir():
-        plain = plain / WEIGHTS
-    if plain.is_file():
-        return plain
-    raise ValueError(
-        f"{knob}={name}: neither {path} nor {plain} exists; "
-        f"run the stage {name!r} to its end first, or give the path of a weights.safetensors"
-    )
+from pretrain.run.stored_weights import read_model, weights_path
 
 
 def image_targets(recipe: Recipe, stage: Stage, run_dir: Path, device: torch.device) -> Callable[[Batch], Batch]:
     """A function that adds the frozen visual tokenizer's codes to a batch, on the device. Codes that the loader read
     stay; raises ValueError if they are another tokenizer's."""
-    masking = masking_of(stage)
-    if masking is None or not (masking.image_ratio or masking.pair_image_ratio) or "vision" not in stage.experts:
+    if (masking := stage.masking) is None or "vision" not in stage.experts:
         return lambda batch: batch
-    seen = {kind for kind in stage.mix if masking.ratios(kind)[0]}
-    stored = {kind for kind in seen if getattr(stage.mix[kind], "codes", None)}
+    hidden = {kind for kind in ("images", "dual", "pairs") if masking.ratios(kind)[0]}
+    if not hidden:
+        return lambda batch: batch
+    stored = {kind for kind in hidden & set(stage.mix) if getattr(stage.mix[kind], "codes", None)}
     for kind in stored:
         _check_stored(kind, stage, run_dir)
     # Held-out pictures have no stored codes, so that an evaluation may need what training does not.
-    tokenizer = load_visual_tokenizer(recipe, stage, run_dir).to(device) if seen - stored or not seen else None
+    online = bool(hidden & set(stage.mix) - stored) or not hidden & set(stage.mix)
+    tokenizer = load_visual_tokenizer(recipe, stage, run_dir).to(device) if online else None
 
     def add_codes(batch: Batch) -> Batch:
         nonlocal tokenizer
-        have = stored if batch.image_codes is not None else set()
-        # Image-only pictures come first; where a kind is never hidden, nobody asks for its codes.
-        first = 0 if masking.image_ratio and not have & {"images", "dual"} else batch.layout.images
-        last = len(batch.images) if masking.pair_image_ratio and "pairs" not in have else batch.layout.images
-        none = torch.zeros_like(batch.image_masks, dtype=torch.long)
-        codes = none if batch.image_codes is None else batch.image_codes
-        if first < last or not have:
+        missing = hidden - (stored if batch.image_codes is not None else set())
+        spans = [span for kind, span in _pictures(batch.layout).items() if kind in missing and span.start < span.stop]
+        codes = batch.image_codes
+        if codes is None:
+            codes = torch.zeros_like(batch.image_masks, dtype=torch.long)
+        if spans:
             tokenizer = tokenizer or load_visual_tokenizer(recipe, stage, run_dir).to(device)
-            codes[first:last] = picture_codes(tokenizer, batch.images[first:last])
+            # In one call: what lies between belongs to a kind whose codes are stored, or never asked for.
+            first, last = min(span.start for span in spans), max(span.stop for span in spans)
+            made = picture_codes(tokenizer, batch.images[first:last])
+            for span in spans:
+                codes[span] = made[span.start - first : span.stop - first]
         return replace(batch, image_codes=codes)
 
     return add_codes
+
+
+def _pictures(layout: Layout) -> dict[str, slice]:
+    """Where each kind's pictures stand in a batch."""
+    alone = layout.images - layout.dual
+    return {
+        "images": slice(0, alone),
+        "dual": slice(alone, layout.images),
+        "pairs": slice(layout.images, layout.images + layout.pairs),
+    }
 
 
 def picture_codes(tokenizer: VQKD, images: torch.Tensor) -> torch.Tensor:
@@ -80,10 +71,9 @@ def picture_codes(tokenizer: VQKD, images: torch.Tensor) -> torch.Tensor:
 
 
 def _check_stored(kind: str, stage: Stage, run_dir: Path) -> None:
-    source = stage.mix[kind]
-    assert not isinstance(source, TextShards) and source.codes
+    source: Any = stage.mix[kind]
     made_by = stored_coding(load_manifest(source.shards), source.codes).tokenizer
-    path = _visual_tokenizer_path(stage, run_dir)
+    path = weights_path(_named(stage), run_dir, "visual_tokenizer")
     if made_by != (wanted := weights_digest(path)):
         raise ValueError(
             f"mix.{kind}.codes={source.codes}: the stored codes are of the visual tokenizer {made_by[:12]}, but {path} "
@@ -93,44 +83,27 @@ def _check_stored(kind: str, stage: Stage, run_dir: Path) -> None:
 
 
 def load_visual_tokenizer(recipe: Recipe, stage: Stage, run_dir: Path) -> VQKD:
-    path = _visual_tokenizer_path(stage, run_dir)
-    state, config = read_weights(path)
-    if "tokenizer" not in config:
-        raise ValueError(f"visual_tokenizer={stage.visual_tokenizer}: {path} holds no visual tokenizer; name one")
-    tokenizer = VQKD(VQKDConfig(**fields_of(config["tokenizer"])))
-    if tokenizer.cfg.codes > recipe.model.image_codes or tokenizer.cfg.patch_size != recipe.model.patch_size:
+    name = _named(stage)
+    state, cfg = read_model(name, "visual_tokenizer", run_dir=run_dir, recipe=recipe)
+    if not isinstance(cfg, VQKDConfig):
+        raise ValueError(f"visual_tokenizer={name} holds no visual tokenizer but a {type(cfg).__name__}; name one")
+    classes, patch_size = _image_codes(stage), recipe.model_of(stage).patch_size
+    if cfg.codes > classes or cfg.patch_size != patch_size:
         raise ValueError(
-            f"visual_tokenizer={path} has {tokenizer.cfg.codes} codes of {tokenizer.cfg.patch_size}-pixel patches, but "
-            f"model.image_codes={recipe.model.image_codes} and model.patch_size={recipe.model.patch_size}; use one size"
+            f"visual_tokenizer={name} has {cfg.codes} codes of {cfg.patch_size}-pixel patches, but the objective's "
+            f"image_codes={classes} and model.patch_size={patch_size}; use one size"
         )
+    tokenizer = cfg.build()
     tokenizer.load_state_dict({key.removeprefix("tokenizer."): value for key, value in state.items()})
     return tokenizer.eval().requires_grad_(False)
 
 
-def _visual_tokenizer_path(stage: Stage, run_dir: Path) -> Path:
+def _image_codes(stage: Stage) -> int:
+    """Classes of the stage's image head."""
+    return max((getattr(objective, "image_codes", 0) for objective in stage.objectives), default=0)
+
+
+def _named(stage: Stage) -> str:
     if stage.visual_tokenizer is None:
         raise ValueError("visual_tokenizer is not set but the stage predicts image codes; name a tokenizer stage")
-    return weights_path(stage.visual_tokenizer, run_dir, "visual_tokenizer")
-
-
-def teacher_of(stage: Stage, run_dir: Path) -> PixelTeacher | ClipTeacher | EncoderTeacher:
-    assert stage.tokenizer is not None
-    if stage.teacher == "pixels":
-        return PixelTeacher(stage.tokenizer.patch_size)
-    if stage.teacher.startswith("clip:"):
-        return ClipTeacher(
-            Path(fill_variables(stage.teacher.removeprefix("clip:"), "teacher")).expanduser(), stage.tokenizer.grid
-        )
-    state, config = read_weights(weights_path(stage.teacher, run_dir, "teacher"))
-    if "model" not in config or "encoder.vision_embed.proj.weight" not in state:
-        raise ValueError(
-            f"teacher={stage.teacher} holds no encoder with vision; give a stage that has one, or clip:DIR"
-        )
-    encoder = MultiwayEncoder(MultiwayConfig(**fields_of(config["model"])), experts=("vision",))
-    encoder.load_state_dict({name: state[f"encoder.{name}"] for name in encoder.state_dict()})
-    return EncoderTeacher(encoder, stage.tokenizer.grid)
-
-
-def fields_of(config: dict) -> dict:
-    """The fields of a config.json's section, without the name of its class."""
-    return {key: value for key, value in config.items() if key != "class"}
+    return stage.visual_tokenizer

@@ -1,7 +1,8 @@
-"""The part of a PretrainTask that one pipeline stage holds, and how much work a stage has.
+"""The part of a PretrainTask that one pipe stage holds, and where the blocks are cut.
 
-Between stages travels one tensor of a fixed shape [T + E, D]: the packed rows x_TD, and below them a sheet of zeros and
-ones (exact in bf16) with what later stages need and cannot know, since only the first and the last stage load data:
+Between pipe stages travels one tensor of a fixed shape [T + E, D]: the packed rows x_TD, and below them a sheet of
+zeros and ones (exact in bf16) with what later stages need and cannot know, since only the first and the last one load
+data:
 
     pair text rows that are no padding | text-only rows that are none | branches that drop path keeps | zeros to fill up
 """
@@ -10,19 +11,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.batch import PAD, UNK, Batch, Layout, make_batch
+from pretrain.batch import DROP_PATH, PAD, UNK, Batch, Kinds, Layout, make_batch
+from pretrain.contracts import Objective
+from pretrain.flops import encoder_flops, product_flops
 from pretrain.layers import PLAIN, Layers
-from pretrain.metrics import flops_per_batch
-from pretrain.models.multiway.block import drop_rate
-from pretrain.models.multiway.config import MultiwayConfig, check_layout
+from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.models.multiway.encoder import MultiwayEncoder
+from pretrain.models.multiway.shape import check_layout
 from pretrain.parallel.partition import cut, stage_costs
 from pretrain.tasks.pretrain import PretrainTask
 
@@ -30,9 +31,9 @@ log = logging.getLogger(__name__)
 
 
 class PipelineTask(PretrainTask):
-    """What stage `stage` of a pipeline holds: the blocks bounds[stage] .. bounds[stage + 1] - 1 (counted from 0), the
-    first stage also the embeddings, the last the final norm and the objectives. Names and initial numbers are those of
-    a PretrainTask from the same seed; every micro-batch has `layout`.
+    """What pipe stage `stage` holds: the blocks bounds[stage] .. bounds[stage + 1] - 1 (counted from 0), the first
+    stage also the embeddings, the last the final norm and the objectives. Names and initial numbers are those of a
+    PretrainTask from the same seed; every micro-batch has `layout`.
 
     `shared` are the names of weights that several stages hold alike (a tied text head, the table of relative positions)
     and their stages: the gradients add up.
@@ -42,16 +43,17 @@ class PipelineTask(PretrainTask):
         self,
         model: MultiwayConfig,
         experts: tuple[str, ...],
-        objectives: tuple[Any, ...],
-        layers: Layers | None = None,
+        objectives: Sequence[Objective],
+        layers: Layers = PLAIN,
         *,
         layout: Layout,
         bounds: Sequence[int],
         stage: int,
+        drop_path: float = 0.0,
+        checkpointing: int = 0,
     ):
         nn.Module.__init__(self)  # PretrainTask's own would build all of it
         check_layout(layout, model, experts)
-        layers = layers or PLAIN
         self.layout, self.stage, self.stages = layout, stage, len(bounds) - 1
         self.last = stage == self.stages - 1
         blocks = [f"blocks.{number}" for number in range(bounds[stage], bounds[stage + 1])]
@@ -60,10 +62,12 @@ class PipelineTask(PretrainTask):
         first = ["vision_embed", "text_embed"] if stage == 0 else []
         last = ["text_embed", "norm"] if self.last else []
         own = {*first, "relative_position", *blocks, *last}
-        self.encoder = MultiwayEncoder(model, experts, layers, keep=own.__contains__)
+        options: dict[str, Any] = {"drop_path": drop_path, "checkpointing": checkpointing}
+        self.encoder = MultiwayEncoder(model, experts, layers, **options, keep=own.__contains__)
         text = self.encoder.text_embed
         # A stand-in tells other stages whether an objective ties itself to the text embedding.
-        tokens = nn.Parameter(torch.empty(0)) if text is None else cast(nn.Parameter, text.tokens.weight)
+        table = self.encoder.token_table
+        tokens = nn.Parameter(torch.empty(0)) if table is None else table
         self.objectives, tied = nn.ModuleDict(), False
         for objective in objectives:
             head = objective.build(model, experts, layers, tokens)
@@ -89,49 +93,51 @@ class PipelineTask(PretrainTask):
             sheet_ED = self._write_sheet(batch, x_TD)
         else:
             x_TD, sheet_ED = arrived.split([self.layout.rows, len(arrived) - self.layout.rows])
-        known = self._read_sheet(sheet_ED.detach())
+        stand_in = self._read_sheet(sheet_ED.detach())
         if not self.last:
-            return torch.cat([self.encoder.run(x_TD, known), sheet_ED.detach()])
+            return torch.cat([self.encoder.run(x_TD, stand_in), sheet_ED.detach()])
         assert batch is not None
-        return self.score(self.encoder.finish(x_TD, known, self.needed_rows(batch)), batch)
+        rows = self.encoder.finish(x_TD, stand_in, self.needed_rows(batch).pack())
+        return self.score(Kinds.split(rows, self.layout), batch)
 
     def _write_sheet(self, batch: Batch, x_TD: Tensor) -> Tensor:
         flags = [(ids != PAD).flatten() for ids in (batch.pair_inputs, batch.text_inputs)]
-        if self._dice_count:
-            cfg, noise = self.encoder.cfg, batch.noise
-            if noise is None:
-                noise = torch.rand(self.layout.sequences, 2 * cfg.depth, device=x_TD.device)
-            rates = [rate for layer in range(1, cfg.depth + 1) for rate in [drop_rate(cfg, layer)] * 2]
-            flags.append((noise >= noise.new_tensor(rates)).flatten())
+        if self._draw_count:
+            depth, draws = self.encoder.cfg.depth, batch.draws.get(DROP_PATH)
+            if draws is None:
+                draws = torch.rand(self.layout.sequences, 2 * depth, device=x_TD.device)
+            rates = [rate for number in range(depth) for rate in [self.encoder.drop_rate(number)] * 2]
+            flags.append((draws >= draws.new_tensor(rates)).flatten())
         written = torch.cat(flags).to(x_TD.dtype)
         return F.pad(written, (0, -len(written) % x_TD.shape[1])).view(-1, x_TD.shape[1])
 
     def _read_sheet(self, sheet_ED: Tensor) -> Batch:
-        """A batch of which padding and dice can be asked, and nothing else."""
+        """A batch that knows where padding is and what drop path drops, and nothing else."""
         layout = self.layout
-        sizes = [layout.pair_text_rows, layout.text_rows, self._dice_count]
-        pairs, texts, kept = sheet_ED.flatten()[: sum(sizes)].split(sizes)
+        sizes = [layout.pair_text_rows, layout.text_rows, self._draw_count]
+        pairs, texts, draws = sheet_ED.flatten()[: sum(sizes)].split(sizes)
         return make_batch(
             layout,
             pair_tokens=torch.where(pairs > 0, UNK, PAD).view(layout.pairs, layout.pair_len),
             text_tokens=torch.where(texts > 0, UNK, PAD).view(layout.texts, layout.text_len),
-            # Dice of 1 and 0: a block drops what falls below its rate.
-            noise=kept.view(layout.sequences, -1) if self._dice_count else None,
+            # Draws of 1 and 0: a block drops what falls below its rate.
+            draws={DROP_PATH: draws.view(layout.sequences, -1)} if self._draw_count else {},
         )
 
     @property
-    def _dice_count(self) -> int:
-        cfg = self.encoder.cfg
-        return self.layout.sequences * 2 * cfg.depth if cfg.drop_path else 0
+    def _draw_count(self) -> int:
+        return self.layout.sequences * 2 * self.encoder.cfg.depth if self.encoder.drop_path else 0
 
 
 # ---- where to cut
 
 
-def pipeline_bounds(model: MultiwayConfig, objectives: Sequence[Any], layout: Layout, stages: int) -> tuple[int, ...]:
-    """Bounds [stages + 1] of the stages' blocks, so that they have about the same number of FLOPs; logs a small table.
-    Raises ValueError when there are more stages than blocks."""
-    costs = block_flops(model, objectives, layout)
+def pipeline_bounds(
+    model: MultiwayConfig, objectives: Sequence[Objective], layout: Layout, stages: int, *, checkpointing: int = 0
+) -> tuple[int, ...]:
+    """Bounds [stages + 1] of the pipe stages' blocks, so that they have about the same number of FLOPs; logs a small
+    table. Raises ValueError when there are more stages than blocks."""
+    costs = block_flops(model, objectives, layout, checkpointing=checkpointing)
     bounds = cut(costs, stages)
     flops, total = stage_costs(costs, bounds), sum(costs)
     log.info("pipeline of %d stages, FLOPs of one micro-batch forward and backward:", stages)
@@ -142,16 +148,18 @@ def pipeline_bounds(model: MultiwayConfig, objectives: Sequence[Any], layout: La
     return bounds
 
 
-def block_flops(model: MultiwayConfig, objectives: Sequence[Any], layout: Layout) -> list[float]:
-    """FLOPs of each block, as `metrics.flops_per_batch` counts them; the first with the embeddings, the last with the
-    heads and without the rows that no head reads."""
-    count = partial(flops_per_batch, layout, dim=model.dim, ffn_dim=model.ffn_dim)
-    costs = [float(count(depth=1))] * model.depth
-    heads = [rows for objective in objectives for rows in objective.head_rows(layout, model)]
-    unread = max(layout.rows - sum(rows for rows, _ in heads), 0)
+def block_flops(
+    model: MultiwayConfig, objectives: Sequence[Objective], layout: Layout, *, checkpointing: int = 0
+) -> list[float]:
+    """FLOPs of each block, as flops.py counts them; the first with the embeddings, the last with the heads and without
+    the rows that no head reads."""
+    size = {"dim": model.dim, "ffn_dim": model.ffn_dim}
+    costs = [float(encoder_flops(layout, depth=1, **size))] * model.depth
+    products = [product for objective in objectives for product in objective.products(layout, model)]
+    unread = max(layout.rows - sum(product.rows for product in products), 0)
     costs[-1] -= 3 * 2 * unread * (model.dim**2 + 2 * model.dim * model.ffn_dim)
-    if model.activation_checkpointing:
+    if checkpointing:
         costs = [cost * 4 / 3 for cost in costs]  # their forward pass runs twice
-    costs[0] += count(depth=0, patch_inputs=3 * model.patch_size**2)
-    costs[-1] += count(depth=0, heads=heads)
+    costs[0] += encoder_flops(layout, depth=0, patch_inputs=3 * model.patch_size**2, **size)
+    costs[-1] += product_flops(products)
     return costs

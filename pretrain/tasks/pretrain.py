@@ -1,55 +1,105 @@
-"""What DeepSpeed wraps: a batch goes in, named losses come out."""
+"""The task of a stage that trains an encoder by its objectives: a batch goes in, named losses come out."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.batch import Batch
+from pretrain.batch import Batch, Kinds, Layout
+from pretrain.contracts import Model, Objective, Task
+from pretrain.flops import product_flops
 from pretrain.layers import PLAIN, Layers
-from pretrain.models.multiway.config import MultiwayConfig
-from pretrain.models.multiway.encoder import MultiwayEncoder
+
+
+@dataclass(frozen=True)
+class Pretrain(Task):
+    """One encoder, the sum of the stage's objectives."""
+
+    def problems(self, model: Model, stage: Any) -> list[str]:
+        problems = [] if stage.objectives else ["the stage has no objectives; give at least one"]
+        names = [objective.name for objective in stage.objectives]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            problems.append(f"objectives: {twice[0]} stands there twice; keep one, or give one of them another name")
+        if stage.parallel.pipe > 1 and any(objective.passes(Layout()) for objective in stage.objectives):
+            problems.append(
+                f"parallel.pipe={stage.parallel.pipe} does not go with an objective that asks for further passes "
+                "through the encoder; set parallel.pipe=1"
+            )
+        return problems
+
+    def build(self, model: Model, stage: Any, layers: Layers, read: Any) -> PretrainTask:
+        options = {"drop_path": stage.drop_path, "checkpointing": int(stage.activation_checkpointing)}
+        return PretrainTask(model, stage.experts, stage.objectives, layers, **options)
+
+    def flops(self, model: Model, stage: Any, layout: Layout) -> float:
+        total = float(model.flops(layout))
+        for objective in stage.objectives:
+            total += product_flops(objective.products(layout, model))
+            for further in objective.passes(layout):
+                total += model.flops(further.layout) * (1 if further.backward else 1 / 3)
+        return total
+
+    def reads(self) -> dict[str, str]:
+        return {}
+
+
+def layer_of(model: Model) -> Callable[[str], int]:
+    """For layer decay: the layer of a parameter of a PretrainTask, by its name; heads stand at the top."""
+    prefix = "encoder."
+    return lambda name: model.layer_of(name.removeprefix(prefix)) if name.startswith(prefix) else model.layers
 
 
 class PretrainTask(nn.Module):
-    """The encoder and a stage's objectives. `objectives` are configs with `.name` and `.build(model, experts, layers,
-    tokens)`, where `tokens` is the text embedding's table or None."""
+    """The encoder and a stage's objectives; `drop_path` and `checkpointing` are the encoder's."""
 
     def __init__(
-        self, model: MultiwayConfig, experts: tuple[str, ...], objectives: tuple[Any, ...], layers: Layers | None = None
+        self,
+        model: Model,
+        experts: Sequence[str],
+        objectives: Sequence[Objective],
+        layers: Layers = PLAIN,
+        *,
+        drop_path: float = 0.0,
+        checkpointing: int = 0,
     ):
         super().__init__()
-        layers = layers or PLAIN
-        self.encoder = MultiwayEncoder(model, experts, layers)
-        text = self.encoder.text_embed
-        tokens = None if text is None else cast(nn.Parameter, text.tokens.weight)
+        self.encoder: Any = model.build(experts, layers, drop_path=drop_path, checkpointing=checkpointing)
+        tokens = getattr(self.encoder, "token_table", None)
         self.objectives = nn.ModuleDict(
             {objective.name: objective.build(model, experts, layers, tokens) for objective in objectives}
         )
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """-> `loss` (the sum of the objectives'), and what each objective reports, all scalars."""
-        # One packed pass; in the last block only the rows that a head reads are carried to the end.
         return self.score(self.encoder(batch, needed=self.needed_rows(batch)), batch)
 
-    def score(self, rows_TD: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """What `forward` returns, from the encoder's rows [layout.rows, dim]."""
-        reports = {name: objective(rows_TD, batch) for name, objective in self.objectives.items()}
-        losses = [report.pop("loss") for report in reports.values()]
-        named = {f"loss/{name}": loss.detach() for name, loss in zip(reports, losses, strict=True)}
-        if len(named) == 1:
-            named = {}  # the one objective's loss is the loss
-        return {"loss": torch.stack(losses).sum(), **named, **{k: v for r in reports.values() for k, v in r.items()}}
+    def score(self, encoded: Kinds, batch: Batch) -> dict[str, Tensor]:
+        """What `forward` returns, from the encoder's rows."""
+        losses: dict[str, Tensor] = {}
+        report: dict[str, Tensor] = {}
+        for name, head in self.objectives.items():
+            own = head(encoded, batch, self.encoder)
+            losses[name] = own.pop("loss")
+            report |= own
+        if len(losses) > 1:  # the one objective's loss is the loss
+            report |= {f"loss/{name}": loss.detach() for name, loss in losses.items()}
+        return {"loss": torch.stack(list(losses.values())).sum(), **report}
 
-    def needed_rows(self, batch: Batch) -> Tensor:
-        """bool [layout.rows]: what any of the objectives reads."""
-        needed = [cast(Any, objective).needed_rows(batch) for objective in self.objectives.values()]
-        return torch.stack(needed).any(0)
+    def needed_rows(self, batch: Batch) -> Kinds:
+        """bool [n, length] per kind: what any of the objectives reads."""
+        needed: list[Any] = [head.needed_rows(batch) for head in self._heads()]
+        return Kinds(*(torch.stack(kind).any(0) for kind in zip(*needed, strict=True)))
 
     def before_training(self, batches: list[Batch]) -> None:
-        """Nothing to prepare; see TokenizerTask."""
+        """Nothing to prepare; see tasks/tokenizer.py."""
 
     def after_step(self) -> None:
-        """Nothing to do after the optimizer's step; see TokenizerTask."""
+        for head in self._heads():
+            head.after_step()
+
+    def _heads(self) -> list[Any]:
+        return list(self.objectives.values())

@@ -1,24 +1,65 @@
-"""What DeepSpeed wraps in a stage that trains a visual tokenizer."""
+"""The task of a stage that trains a visual tokenizer by VQ-KD (BEiT v2, arXiv 2208.06366, 2.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.batch import Batch
-from pretrain.models.visual_tokenizer.vqkd import VQKD, VQKDConfig
+from pretrain.batch import Batch, Layout
+from pretrain.contracts import Task
+from pretrain.layers import Layers
+from pretrain.models.visual_tokenizer.teachers import Pixels, Teacher
+from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
+
+
+@dataclass(frozen=True)
+class TrainTokenizer(Task):
+    """Learn codes from which a frozen teacher's patch targets can be predicted; `teacher` is one of Pixels, Clip and
+    Encoder in models/visual_tokenizer/teachers.py. The stage's model is a VQKDConfig, and it has no objectives."""
+
+    teacher: Any = field(default_factory=Pixels)
+
+    def problems(self, model: Any, stage: Any) -> list[str]:
+        problems = []
+        if not hasattr(model, "codes"):
+            problems.append(
+                f"task=TrainTokenizer does not go with a {type(model).__name__}; give the stage model=VQKDConfig(...)"
+            )
+        if stage.objectives:
+            problems.append("the stage trains a visual tokenizer, which has a loss of its own; leave out objectives")
+        if stage.compile:
+            problems.append("compile=true has no blocks to compile in a visual tokenizer; set compile=false")
+        return problems
+
+    def build(self, model: VQKDConfig, stage: Any, layers: Layers, read: Any) -> TokenizerTask:
+        if read is None:  # only names and shapes are asked for
+            return TokenizerTask(model, None)
+        teacher = self.teacher.build(model, read)
+        if teacher.dim != model.target_dim or teacher.distill != model.distill:
+            raise ValueError(
+                f"task.teacher={self.teacher} gives {teacher.dim} numbers a patch, to be learned by {teacher.distill}, "
+                f"but model.target_dim={model.target_dim} and model.distill={model.distill}; set them to the teacher's"
+            )
+        return TokenizerTask(model, teacher)
+
+    def flops(self, model: VQKDConfig, stage: Any, layout: Layout) -> float:
+        """Of encoder and decoder; the teacher's forward pass is not counted."""
+        return model.flops(layout)
+
+    def reads(self) -> dict[str, str]:
+        return self.teacher.reads()
 
 
 class TokenizerTask(nn.Module):
-    """VQ-KD, the visual tokenizer (BEiT v2, arXiv 2208.06366, 2.2): learn codes from which a frozen teacher's patch
-    targets can be told. The teacher is no submodule: it is neither trained nor saved."""
+    """The tokenizer and its teacher, which is no submodule: it is neither trained nor saved."""
 
-    def __init__(self, config: VQKDConfig, teacher: Callable[[Tensor], Tensor]):
+    def __init__(self, model: VQKDConfig, teacher: Teacher | None):
         super().__init__()
-        self.tokenizer = VQKD(config)
-        self._teacher = [teacher]
+        self.tokenizer = model.build()
+        self._teacher: list[Any] = [teacher]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         with torch.no_grad():

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.data.shards.cache import fetch, is_remote, shown
+from pretrain.settings import fill_variables
 
 MANIFEST, MANIFEST_VERSION = "manifest.json", 1
 _MAX_MANIFEST_BYTES = 2**30
@@ -125,14 +126,6 @@ def load_manifest(patterns: str | tuple[str, ...]) -> Manifest:
             raise ValueError(f"shards={list(patterns)} names {shown(shard.url)} twice; name each shard once")
         seen.add(place)
     return Manifest(tuple(shards))
-
-
-def fill_variables(path: str, knob: str) -> str:
-    """`path` with the environment's $VARIABLES in their places. Raises ValueError for one that is not set."""
-    for name in re.findall(r"\$\{?([A-Za-z_]\w*)\}?", path):
-        if name not in os.environ:
-            raise ValueError(f"{knob}={path} uses ${name}, which is not set; export {name}=... or write the path")
-    return os.path.expandvars(path)
 
 
 def _matches(pattern: str, known: dict[tuple[str, str], dict[str, Shard]]) -> Iterator[Shard]:

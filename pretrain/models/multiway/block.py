@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from pretrain.batch import Layout, Rows
 from pretrain.layers import PLAIN, Layers
 from pretrain.models.attention import NO_BIAS, NO_PADDING, Bias, Padding, attend
-
-if TYPE_CHECKING:
-    from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.models.multiway.shape import MultiwayShape
 
 
 class Multiway(nn.ModuleDict):
@@ -38,7 +36,7 @@ class Multiway(nn.ModuleDict):
 class Attention(nn.Module):
     """Multi-head self-attention, its projections shared or one set per modality."""
 
-    def __init__(self, cfg: MultiwayConfig, names: Sequence[str], layer: int, layers: Layers):
+    def __init__(self, cfg: MultiwayShape, names: Sequence[str], layer: int, layers: Layers):
         super().__init__()
         self.head_dim, self.attend = cfg.dim // cfg.heads, layers.attention(attend)
         d, std = cfg.dim, _Stds.of(cfg, layer)
@@ -63,7 +61,7 @@ class Attention(nn.Module):
 class Expert(nn.Module):
     """A feed-forward network and the norm before it."""
 
-    def __init__(self, cfg: MultiwayConfig, layer: int, layers: Layers):
+    def __init__(self, cfg: MultiwayShape, layer: int, layers: Layers):
         super().__init__()
         std = _Stds.of(cfg, layer)
         self.norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps)
@@ -84,7 +82,7 @@ class _Stds(NamedTuple):
     down: float
 
     @classmethod
-    def of(cls, cfg: MultiwayConfig, layer: int) -> _Stds:
+    def of(cls, cfg: MultiwayShape, layer: int) -> _Stds:
         """Standard deviations of the weights of block `layer`, counted from 1."""
         if cfg.init == "scaled":
             small = cfg.init_std / math.sqrt(2 * layer)
@@ -96,12 +94,15 @@ class _Stds(NamedTuple):
 
 
 class MultiwayBlock(nn.Module):
-    """Self-attention, then one feed-forward expert per kind of rows (BEiT-3, figure 2)."""
+    """Self-attention, then one feed-forward expert per kind of rows (BEiT-3, figure 2). `layer` counts from 1;
+    `drop_path` is this block's rate."""
 
-    def __init__(self, cfg: MultiwayConfig, experts: Sequence[str], layer: int, layers: Layers = PLAIN):
+    def __init__(
+        self, cfg: MultiwayShape, experts: Sequence[str], layer: int, layers: Layers = PLAIN, *, drop_path: float = 0.0
+    ):
         super().__init__()
         names = attention_names(cfg, experts)
-        self.drop_path = drop_rate(cfg, layer)
+        self.drop_path = drop_path
         self.norm = Multiway(names, lambda: nn.LayerNorm(cfg.dim, eps=cfg.norm_eps))
         self.attention = Attention(cfg, names, layer, layers)
         fusion = "fusion" in experts and layer > cfg.depth - cfg.fusion_layers
@@ -119,50 +120,45 @@ class MultiwayBlock(nn.Module):
         bias: Bias = NO_BIAS,
         own: Rows | None = None,
         read: Rows | None = None,
-        noise: Tensor | None = None,
+        draws: Tensor | None = None,
     ) -> Tensor:
         """[T, D] -> [T, D]. With `own` x_TD holds only these rows of the pass; with `read` (for the last block) only
-        these of them come out. `noise` in [0, 1), [sequences, 2], throws the dice of drop path for attention and
-        expert; without it nothing is dropped."""
-        kept = self._kept(noise, layout, own, read, x_TD.dtype)
-        seen = self.attention(self.norm(x_TD, own or layout), layout, padding, bias, own, read)
+        these of them come out. `draws` in [0, 1), [sequences, 2], decide what drop path drops of attention and expert;
+        without them nothing is dropped."""
+        attention_factor, expert_factor = self._drop_path_factors(draws, layout, own, read, x_TD.dtype)
+        attended = self.attention(self.norm(x_TD, own or layout), layout, padding, bias, own, read)
         x = x_TD if read is None else x_TD.index_select(0, read.places)
-        x = _add(x, seen, self.attention_scale, kept[0])
-        return _add(x, self.experts(x, read or own or layout), self.expert_scale, kept[1])
+        x = _add(x, attended, self.attention_scale, attention_factor)
+        return _add(x, self.experts(x, read or own or layout), self.expert_scale, expert_factor)
 
-    def _kept(
-        self, noise: Tensor | None, layout: Layout, own: Rows | None, read: Rows | None, dtype: torch.dtype
+    def _drop_path_factors(
+        self, draws: Tensor | None, layout: Layout, own: Rows | None, read: Rows | None, dtype: torch.dtype
     ) -> list[Tensor | None]:
         """Drop path's factor for each branch, [rows that come out, 1]; None: one."""
-        if noise is None or self.drop_path == 0:
+        if draws is None or self.drop_path == 0:
             return [None, None]
-        kept = [keep_rows(layout, self.drop_path, dice).to(dtype) for dice in noise.unbind(1)]
+        factors = [drop_path_factor(layout, self.drop_path, branch).to(dtype) for branch in draws.unbind(1)]
         for rows in (own, read):
-            kept = kept if rows is None else [factor.index_select(0, rows.places) for factor in kept]
-        return [*kept]
+            factors = factors if rows is None else [factor.index_select(0, rows.places) for factor in factors]
+        return [*factors]
 
 
-def _add(x: Tensor, branch: Tensor, scale: Tensor | None, kept: Tensor | None) -> Tensor:
+def _add(x: Tensor, branch: Tensor, scale: Tensor | None, factor: Tensor | None) -> Tensor:
     branch = branch if scale is None else branch * scale
-    return x + branch if kept is None else torch.addcmul(x, branch, kept)
+    return x + branch if factor is None else torch.addcmul(x, branch, factor)
 
 
-def drop_rate(cfg: MultiwayConfig, layer: int) -> float:
-    """Drop path's rate in block `layer`, counted from 1."""
-    return cfg.drop_path * (layer - 1) / max(cfg.depth - 1, 1)
-
-
-def attention_names(cfg: MultiwayConfig, experts: Sequence[str]) -> tuple[str, ...]:
+def attention_names(cfg: MultiwayShape, experts: Sequence[str]) -> tuple[str, ...]:
     """The sets of attention weights, and of norms outside the experts, that a stage with `experts` builds."""
     if cfg.attention == "shared":
         return ("shared",)
     return tuple(name for name in ("vision", "language") if name in experts)
 
 
-def keep_rows(layout: Layout, rate: float, dice: Tensor) -> Tensor:
-    """Stochastic depth: a factor [T, 1] that is 0 for all rows of a sequence whose `dice` [sequences] in [0, 1) fell
-    below `rate`, and 1 / (1 - rate) elsewhere."""
-    keep = (dice >= rate).unsqueeze(1) / (1 - rate)
-    images, pairs, texts = keep.split([layout.images, layout.pairs, layout.texts])
-    rows = ((images, layout.patches), (pairs, layout.patches), (pairs, layout.pair_len), (texts, layout.text_len))
-    return torch.cat([part.expand(-1, length).reshape(-1, 1) for part, length in rows])
+def drop_path_factor(layout: Layout, rate: float, draws: Tensor) -> Tensor:
+    """Stochastic depth: [T, 1], 0 for all rows of a sequence whose `draws` [sequences] in [0, 1) fell below `rate`, and
+    1 / (1 - rate) elsewhere."""
+    factor = (draws >= rate).unsqueeze(1) / (1 - rate)
+    images, pairs, texts = factor.split([layout.images, layout.pairs, layout.texts])
+    parts = zip((images, pairs, pairs, texts), layout.shapes, strict=True)
+    return torch.cat([part.expand(-1, length).reshape(-1, 1) for part, (_, length) in parts])

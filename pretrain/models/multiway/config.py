@@ -1,115 +1,63 @@
-"""The shape of a Multiway encoder, and what a user can get wrong about it."""
+"""The Multiway encoder as a recipe names it; models/multiway/sizes.py has the published ones."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 from pretrain.batch import Layout
-
-EXPERTS = ("vision", "language", "fusion")
+from pretrain.contracts import Model, ModelSizes, State
+from pretrain.flops import encoder_flops
+from pretrain.layers import PLAIN, Layers
+from pretrain.models.multiway.encoder import MultiwayEncoder
+from pretrain.models.multiway.resize import resize_patch_positions, resize_relative_positions
+from pretrain.models.multiway.shape import MultiwayShape
 
 
 @dataclass(frozen=True)
-class MultiwayConfig:
-    """The shape of a Multiway encoder. See models/sizes.py for the published ones."""
+class MultiwayConfig(MultiwayShape, Model):
+    """A Multiway encoder: the fields of MultiwayShape, and what contracts.Model promises."""
 
-    dim: int
-    depth: int
-    heads: int
-    ffn_dim: int
-    image_size: int
-    patch_size: int
-    vocab_size: int
-    image_codes: int = 8192
-    max_text_len: int = 196
-    # shared: one attention and one attention norm for all rows, experts own their norm (the paper, VLMo).
-    # per_modality: projections and every norm apart for vision and language rows (the released BEiT-3).
-    attention: Literal["shared", "per_modality"] = "shared"
-    fusion_layers: int = 0  # the top blocks in which pairs have an expert of their own
-    sub_norm: bool = False  # a second norm before the output projections (Magneto, arXiv 2210.06423)
-    layer_scale: float | None = None  # initial value of a learned factor on each branch's outputs
-    relative_position: bool = False  # VLMo's bias on the attention scores, instead of learned positions
-    text_norm: bool = False  # a norm behind the text embedding (BERT, VLMo)
-    key_bias: bool = True
-    norm_eps: float = 1e-5
-    # scaled: std init_std, layer l's output matrices / sqrt(2 l) (BEiT-3, footnote 4). sub_norm: Magneto's.
-    init: Literal["scaled", "sub_norm"] = "scaled"
-    init_std: float = 0.02
-    drop_path: float = 0.0  # of the last block; it rises linearly from 0
-    activation_checkpointing: int = 0  # 0: off; n: what is kept for the backward pass is every n-th block's input
+    def build(
+        self, experts: Sequence[str], layers: Layers = PLAIN, *, drop_path: float = 0.0, checkpointing: int = 0
+    ) -> MultiwayEncoder:
+        return MultiwayEncoder(self, experts, layers, drop_path=drop_path, checkpointing=checkpointing)
 
-    def __post_init__(self) -> None:
-        for name in (
-            "dim",
-            "depth",
-            "heads",
-            "ffn_dim",
-            "image_size",
-            "patch_size",
-            "vocab_size",
-            "image_codes",
-            "max_text_len",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)} is wrong because it must be at least 1")
-        if self.dim % self.heads:
-            above = (self.dim // self.heads + 1) * self.heads
-            raise ValueError(f"model.dim={self.dim} is not a multiple of model.heads={self.heads}; use {above}")
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}; "
-                f"use {max(self.image_size // self.patch_size, 1) * self.patch_size}"
-            )
-        if not 0 <= self.fusion_layers <= self.depth:
-            raise ValueError(
-                f"model.fusion_layers={self.fusion_layers} is wrong because the model has {self.depth} blocks; "
-                f"use 0 to {self.depth}"
-            )
-        if not self.init_std > 0:
-            raise ValueError(f"model.init_std={self.init_std} must be above 0; the papers use 0.02")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"model.drop_path={self.drop_path} is not a rate; use at least 0 and less than 1")
-        if self.activation_checkpointing < 0:
-            raise ValueError(
-                f"model.activation_checkpointing={self.activation_checkpointing} is wrong; use 0 (off), 1 (every "
-                "block) or a number of blocks"
-            )
-        for name, choices in (("attention", ("shared", "per_modality")), ("init", ("scaled", "sub_norm"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"model.{name}={getattr(self, name)!r} is unknown; use {' or '.join(choices)}")
+    def width(self, kind: str) -> int:
+        return self.dim
+
+    def flops(self, layout: Layout) -> int:
+        patch_inputs = 3 * self.patch_size**2
+        return encoder_flops(layout, dim=self.dim, depth=self.depth, ffn_dim=self.ffn_dim, patch_inputs=patch_inputs)
 
     @property
-    def grid(self) -> int:
-        return self.image_size // self.patch_size
+    def draws(self) -> int:
+        return 2 * self.depth  # each block's attention and expert
 
     @property
-    def patches(self) -> int:
-        """Rows of one image: the class row and the patches."""
-        return self.grid**2 + 1
+    def layers(self) -> int:
+        return self.depth + 1
 
+    def layer_of(self, name: str) -> int:
+        if block := re.match(r"blocks\.(\d+)\.", name):
+            return int(block[1]) + 1
+        return 0 if name.startswith(("vision_embed.", "text_embed.")) else self.layers
 
-def check_experts(experts: Sequence[str]) -> None:
-    if unknown := [name for name in experts if name not in EXPERTS]:
-        raise ValueError(f"experts={tuple(experts)} holds {unknown[0]!r}, which is none of {', '.join(EXPERTS)}")
-    if not {"vision", "language"} & set(experts):
-        raise ValueError(f"experts={tuple(experts)} is wrong because it needs vision, language or both")
-    if "fusion" in experts and not {"vision", "language"} <= set(experts):
-        raise ValueError(f"experts={tuple(experts)} is wrong because fusion stands on vision and language; add both")
+    def splits(self, experts: Sequence[str]) -> ModelSizes:
+        vocabulary = self.vocab_size if "language" in experts else 0
+        return ModelSizes(self.dim, self.depth, self.heads, self.ffn_dim, vocabulary)
 
-
-def check_layout(layout: Layout, cfg: MultiwayConfig, experts: Sequence[str]) -> None:
-    if layout.rows == 0:
-        raise ValueError("the batch is empty: its layout has no rows; give it images, pairs or texts")
-    for name, rows in (("vision", layout.vision_rows), ("language", layout.language_rows)):
-        if rows and name not in experts:
-            raise ValueError(
-                f"the batch has {rows} {name} rows but this stage's experts={tuple(experts)} hold no {name}; "
-                f"add {name!r} to them or take the source out of the mix"
-            )
-    if layout.images + layout.pairs and layout.patches != cfg.patches:
-        raise ValueError(
-            f"layout.patches={layout.patches} does not fit the model's {cfg.patches} rows per image; "
-            f"use images of {cfg.image_size} pixels and patches of {cfg.patch_size}"
-        )
+    def adapt(self, state: State, stored: Any, wanted: Mapping[str, tuple[int, ...]]) -> State:
+        """Positions of another resolution are interpolated (see resize.py). Raises nothing: what does not fit stays."""
+        if not isinstance(stored, MultiwayShape):
+            return state
+        resized = {}
+        for name, value in state.items():
+            if name.endswith("vision_embed.positions"):
+                value = resize_patch_positions(value, stored.grid, self.grid)
+            elif name.endswith("relative_position.table") and stored.max_text_len == self.max_text_len:
+                value = resize_relative_positions(value, stored.grid, self.grid)
+            resized[name] = value
+        return resized

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.batch import PAD, Batch, Layout
-from pretrain.layers import PLAIN, Layers, Linear, draw
+from pretrain.layers import PLAIN, Layers, Linear, normal
 from pretrain.models.attention import Bias
-
-if TYPE_CHECKING:
-    from pretrain.models.multiway.config import MultiwayConfig
-
-
-def normal(*shape: int, std: float) -> nn.Parameter:
-    """A parameter drawn from a normal distribution cut off at one `std`, as BEiT draws all of its weights."""
-    return nn.Parameter(draw(torch.empty(*shape), std))
+from pretrain.models.multiway.shape import MultiwayShape
 
 
 class VisionEmbedding(nn.Module):
     """Patches, the class row and their learned positions. Reference: torchscale 0.3.0, VisionEmbedding. Its patch
     convolution is a linear layer here, with the same weights in the same order."""
 
-    def __init__(self, cfg: MultiwayConfig):
+    def __init__(self, cfg: MultiwayShape):
         super().__init__()
         self.grid, self.patch_size = cfg.grid, cfg.patch_size
         self.proj = Linear(3 * cfg.patch_size**2, cfg.dim, std=cfg.init_std)
         self.cls_token = normal(1, 1, cfg.dim, std=cfg.init_std)
         self.mask_token = normal(1, 1, cfg.dim, std=cfg.init_std)
-        self.positions = None if cfg.relative_position else normal(cfg.patches, cfg.dim, std=cfg.init_std)
+        self.positions = None if cfg.relative_position else normal(cfg.patches + 1, cfg.dim, std=cfg.init_std)
 
     def forward(self, batch: Batch) -> Tensor:
-        """-> [images + pairs, patches, dim]."""
+        """-> [images + pairs, image_len, dim]."""
         x = self.proj(self._cut(batch.images))
         x = torch.where(batch.image_masks.view(*x.shape[:2], 1), self.mask_token, x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
@@ -58,7 +49,7 @@ class VisionEmbedding(nn.Module):
 class TextEmbedding(nn.Module):
     """Token embeddings and their learned positions. Reference: torchscale 0.3.0, TextEmbedding."""
 
-    def __init__(self, cfg: MultiwayConfig, layers: Layers = PLAIN):
+    def __init__(self, cfg: MultiwayShape, layers: Layers = PLAIN):
         super().__init__()
         self.max_text_len = cfg.max_text_len
         self.tokens = layers.vocabulary(cfg.vocab_size, cfg.dim, std=cfg.init_std)
@@ -96,7 +87,7 @@ class RelativePosition(nn.Module):
 
     so that its first rows can be taken from a BEiT checkpoint."""
 
-    def __init__(self, cfg: MultiwayConfig, layers: Layers = PLAIN):
+    def __init__(self, cfg: MultiwayShape, layers: Layers = PLAIN):
         super().__init__()
         self.grid, self.longest, self.depth = cfg.grid, cfg.max_text_len, cfg.depth
         self.own_heads = layers.own_heads
@@ -114,7 +105,7 @@ class RelativePosition(nn.Module):
             texts = self._look_up(table, text)
         images: tuple[Tensor, ...] | None
         if pairs is not None:
-            images = tuple(bias[:, : layout.patches, : layout.patches] for bias in pairs)
+            images = tuple(bias[:, : layout.image_len, : layout.image_len] for bias in pairs)
         else:
             images = self._look_up(table, image) if layout.images else None
         kinds = [kind or (None,) * self.depth for kind in (images, pairs, texts)]

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.batch import Batch, Layout, Rows
+from pretrain.batch import DROP_PATH, Batch, Kinds, Layout, Rows
 from pretrain.layers import PLAIN, Layers
-from pretrain.models.attention import NO_BIAS, Padding, can_pack, padding_of
+from pretrain.models.attention import NO_BIAS, Bias, Padding, can_pack, padding_of
 from pretrain.models.multiway.block import Multiway, MultiwayBlock, attention_names
-from pretrain.models.multiway.config import EXPERTS, MultiwayConfig, check_experts, check_layout
 from pretrain.models.multiway.embeddings import RelativePosition, TextEmbedding, VisionEmbedding
+from pretrain.models.multiway.shape import EXPERTS, MultiwayShape, check_experts, check_layout
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -27,77 +27,52 @@ class MultiwayEncoder(nn.Module):
     """Embeddings, blocks and the final norm. Builds only what a stage with `experts` needs; a batch with rows for which
     nothing was built is a ValueError.
 
-    `keep` is asked for each part by its name (vision_embed, blocks.3, norm ...). One that is not kept is built all the
-    same and let go: the others begin with the numbers that they have in the whole.
+    `drop_path` is the rate of the last block and rises linearly from 0. With `checkpointing` n > 0, every n-th block's
+    input is what the backward pass keeps. `keep` is asked for each part by its name (vision_embed, blocks.3, norm ...):
+    a part that a pipe stage does not hold is built all the same and let go, so that the others begin with the numbers
+    that they have in the whole.
     """
 
     def __init__(
         self,
-        cfg: MultiwayConfig,
+        cfg: MultiwayShape,
         experts: Sequence[str] = EXPERTS,
         layers: Layers = PLAIN,
+        *,
+        drop_path: float = 0.0,
+        checkpointing: int = 0,
         keep: Callable[[str], bool] = lambda part: True,
     ):
         super().__init__()
         check_experts(experts)
 
-        def kept(name: str, make: Callable[[], M]) -> M | None:
+        def build(name: str, make: Callable[[], M]) -> M | None:
             part = make()
             return part if keep(name) else None
 
         self.cfg, self.expert_names, self.share = cfg, tuple(experts), layers.share
-        self.vision_embed = kept("vision_embed", lambda: VisionEmbedding(cfg)) if "vision" in experts else None
-        self.text_embed = kept("text_embed", lambda: TextEmbedding(cfg, layers)) if "language" in experts else None
+        self.drop_path, self.checkpointing = drop_path, checkpointing
+        self.vision_embed = build("vision_embed", lambda: VisionEmbedding(cfg)) if "vision" in experts else None
+        self.text_embed = build("text_embed", lambda: TextEmbedding(cfg, layers)) if "language" in experts else None
         bias = cfg.relative_position
-        self.relative_position = kept("relative_position", lambda: RelativePosition(cfg, layers)) if bias else None
+        self.relative_position = build("relative_position", lambda: RelativePosition(cfg, layers)) if bias else None
         self.blocks = nn.ModuleList()
-        for layer in range(1, cfg.depth + 1):
-            name = str(layer - 1)
-            if block := kept(f"blocks.{name}", partial(MultiwayBlock, cfg, experts, layer, layers)):
-                self.blocks.add_module(name, block)
+        for number in range(cfg.depth):
+            make = partial(MultiwayBlock, cfg, experts, number + 1, layers, drop_path=self.drop_rate(number))
+            if block := build(f"blocks.{number}", make):
+                self.blocks.add_module(str(number), block)
         norm = partial(Multiway, attention_names(cfg, experts), lambda: nn.LayerNorm(cfg.dim, eps=cfg.norm_eps))
-        self.norm = cast(Multiway, kept("norm", norm))
+        self.norm = cast(Multiway, build("norm", norm))
 
-    def forward(self, batch: Batch, needed: Tensor | None = None) -> Tensor:
-        """-> x_TD [layout.rows, dim] after the final norm, rows in the order of `batch.Layout`. `needed`, bool
-        [layout.rows], names the rows that heads read: the last block leaves the others out, and they come out zero."""
+    def forward(self, batch: Batch, needed: Kinds | None = None) -> Kinds:
+        """See contracts.Encoder: the last block leaves out the rows that are not `needed`, and they come out zero."""
+        x_TD = self.rows(batch, None if needed is None else needed.pack())
+        return Kinds.split(x_TD, batch.layout)
+
+    def rows(self, batch: Batch, needed: Tensor | None = None) -> Tensor:
+        """-> x_TD [layout.rows, dim] after the final norm, rows in the order of `batch.Layout`; `needed`: bool
+        [layout.rows]."""
         return self.finish(self.embed(batch), batch, needed)
-
-    def finish(self, x_TD: Tensor, known: Batch, needed: Tensor | None = None) -> Tensor:
-        """Of `forward` what comes after the embedding; of `known` see `run`."""
-        own, read, join = self.share(known.layout, needed, x_TD.device)
-        if own is not None:
-            x_TD = x_TD.index_select(0, own.places)
-        x_TD = self.run(x_TD, known, own, read)
-        return join(self.norm(x_TD, read or own or known.layout))
-
-    def run(self, x_TD: Tensor, known: Batch, own: Rows | None = None, read: Rows | None = None) -> Tensor:
-        """Rows through the blocks that were kept; `own` and `read` as for a block. Of `known` are asked the layout,
-        where inputs are padding, and the dice."""
-        cfg, layout = self.cfg, known.layout
-        packed = self.relative_position is None and can_pack(x_TD, layout, cfg.dim // cfg.heads)
-        padding = padding_of(known, packed=packed)
-        biases = [NO_BIAS] * cfg.depth if self.relative_position is None else self.relative_position(layout)
-        reads, dice = [*[None] * (cfg.depth - 1), read], self._dice(known)
-        numbers = [int(name) for name, _ in self.blocks.named_children()]
-        steps = [(block, biases[n], reads[n], dice[n]) for n, block in zip(numbers, self.blocks, strict=True)]
-        every = cfg.activation_checkpointing if self.training else 0
-        for first in range(0, len(steps), every or len(steps)):
-            some = steps[first : first + (every or len(steps))]
-            if every:
-                x_TD = checkpoint(_run, some, x_TD, layout, padding, own, use_reentrant=False)
-            else:
-                x_TD = _run(some, x_TD, layout, padding, own)
-        return x_TD
-
-    def _dice(self, batch: Batch) -> Sequence[Tensor | None]:
-        """Each block's [sequences, 2] for drop path: the batch's own, else torch's."""
-        if not self.training or self.cfg.drop_path == 0:
-            return [None] * self.cfg.depth
-        noise = batch.noise
-        if noise is None:
-            noise = torch.rand(batch.layout.sequences, 2 * self.cfg.depth, device=batch.images.device)
-        return noise.split(2, dim=1)
 
     def embed(self, batch: Batch) -> Tensor:
         """The rows that go into the first block."""
@@ -110,9 +85,81 @@ class MultiwayEncoder(nn.Module):
             parts += [x.flatten(0, 1) for x in self.text_embed(batch)]
         return torch.cat(parts)
 
+    def finish(self, x_TD: Tensor, batch: Batch, needed: Tensor | None = None) -> Tensor:
+        """Everything of `rows` after the embedding; see `run`."""
+        own, read, join = self.share(batch.layout, needed, x_TD.device)
+        if own is not None:
+            x_TD = x_TD.index_select(0, own.places)
+        x_TD = self.run(x_TD, batch, own, read)
+        return join(self.norm(x_TD, read or own or batch.layout))
 
-def _run(steps: list[tuple], x_TD: Tensor, layout: Layout, padding: Padding, own: Rows | None) -> Tensor:
-    """Blocks, each with its bias, read rows and dice, one after another."""
-    for block, bias, read, dice in steps:
-        x_TD = block(x_TD, layout, padding, bias, own, read, dice)
+    def run(self, x_TD: Tensor, batch: Batch, own: Rows | None = None, read: Rows | None = None) -> Tensor:
+        """Rows through the blocks that are here; `own` and `read` as for a block. Of the batch only its layout, the
+        places of padding and the draws for drop path are read."""
+        steps = self._steps(batch, read)
+        packed = self.relative_position is None and can_pack(x_TD, batch.layout, self.cfg.dim // self.cfg.heads)
+        padding = padding_of(batch, packed=packed)
+        every = self.checkpointing if self.training else 0
+        for first in range(0, len(steps), every or len(steps)):
+            some = steps[first : first + (every or len(steps))]
+            if every:
+                x_TD = checkpoint(_run, some, x_TD, batch.layout, padding, own, use_reentrant=False)
+            else:
+                x_TD = _run(some, x_TD, batch.layout, padding, own)
+        return x_TD
+
+    def _steps(self, batch: Batch, read: Rows | None) -> list[Step]:
+        """What each block that is here works with beside the rows."""
+        biases = None if self.relative_position is None else self.relative_position(batch.layout)
+        draws = self._drop_path_draws(batch)
+        steps = []
+        for name, block in self.blocks.named_children():
+            number = int(name)
+            last = number == self.cfg.depth - 1
+            bias = NO_BIAS if biases is None else biases[number]
+            steps.append(Step(block, bias, read if last else None, None if draws is None else draws[number]))
+        return steps
+
+    def _drop_path_draws(self, batch: Batch) -> Sequence[Tensor] | None:
+        """Each block's [sequences, 2] for drop path: the batch's own, else torch's; None where nothing is dropped."""
+        if not self.training or self.drop_path == 0:
+            return None
+        draws = batch.draws.get(DROP_PATH)
+        if draws is None:
+            draws = torch.rand(batch.layout.sequences, 2 * self.cfg.depth, device=batch.images.device)
+        return draws.split(2, dim=1)
+
+    def drop_rate(self, number: int) -> float:
+        """Drop path's rate in block `number`, counted from 0."""
+        return self.drop_path * number / max(self.cfg.depth - 1, 1)
+
+    @property
+    def token_table(self) -> nn.Parameter | None:
+        return None if self.text_embed is None else cast(nn.Parameter, self.text_embed.tokens.weight)
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compile every block but the model's last, in place and at first use; names and weights stay as they are.
+
+        Blocks of one kind share their code: a model compiles three or four times whatever its depth (drop path's rate
+        is zero in the first block, and the top ones may have a third expert). The last block stays as it is: how many
+        rows its heads read changes with every mask, and each new size may compile again.
+        """
+        for name, block in self.blocks.named_children():
+            if int(name) < self.cfg.depth - 1:
+                block.compile(backend=backend)
+
+
+class Step(NamedTuple):
+    """One block, and what it works with beside the rows."""
+
+    block: nn.Module
+    bias: Bias
+    read: Rows | None
+    draws: Tensor | None
+
+
+def _run(steps: list[Step], x_TD: Tensor, layout: Layout, padding: Padding, own: Rows | None) -> Tensor:
+    """The rows through some blocks, one after another."""
+    for block, bias, read, draws in steps:
+        x_TD = block(x_TD, layout, padding, bias, own, read, draws)
     return x_TD

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pretrain.models.multiway.config import MultiwayConfig
 
 # BEiT-3 as in the paper (arXiv 2208.10442): table 2 (40 layers, width 1408, inner 6144, 16 heads, patch 14), section
-# 2.1 (attention shared, fusion experts in the top three layers), table 11 (224 pixels, drop path 0.1), section 2.3 (a
+# 2.1 (attention shared, fusion experts in the top three layers), table 11 (224 pixels), section 2.3 (a
 # SentencePiece vocabulary of 64k; 64010 ids is the released one's), appendix / footnote 4 (weights within 0.02, layer
 # l's output matrices / sqrt(2 l)). Not published: the length of texts; 196 is VLMo's for text alone.
 BEIT3_GIANT = MultiwayConfig(
@@ -18,11 +18,9 @@ BEIT3_GIANT = MultiwayConfig(
     image_size=224,
     patch_size=14,
     vocab_size=64010,
-    image_codes=8192,  # BEiT v2's codebook (arXiv 2208.06366, section 3.1)
     max_text_len=196,
     attention="shared",
     fusion_layers=3,
-    drop_path=0.1,
 )
 # The paper has no base and no large: its architecture at the released sizes (unilm beit3/modeling_utils.py).
 BEIT3_BASE = replace(BEIT3_GIANT, dim=768, depth=12, heads=12, ffn_dim=3072, patch_size=16)
@@ -39,7 +37,7 @@ BEIT3_LARGE_RELEASED = replace(
 )
 
 # VLMo (arXiv 2111.02358) as in unilm vlmo/vlmo: modules/multiway_transformer.py (sizes, vlffn_start_layer_index 10, 21
-# and 21, LayerScale 0.1, norm eps 1e-6, no bias on keys), config.py (BERT's vocabulary, drop path 0.1, bias tables for
+# and 21, LayerScale 0.1, norm eps 1e-6, no bias on keys), config.py (BERT's vocabulary, bias tables for
 # 196 words), vlmo_module.py (no absolute positions where there are relative ones, a norm behind the text embedding).
 # Left out: token types (two vectors, which the patch bias and that norm's bias can take the place of).
 VLMO_BASE = MultiwayConfig(
@@ -58,7 +56,6 @@ VLMO_BASE = MultiwayConfig(
     text_norm=True,
     key_bias=False,
     norm_eps=1e-6,
-    drop_path=0.1,
 )
 VLMO_LARGE = replace(VLMO_BASE, dim=1024, depth=24, heads=16, ffn_dim=4096, fusion_layers=3)
 VLMO_BASE_PLUS = replace(VLMO_LARGE, dim=544, ffn_dim=2176, relative_position=False, layer_scale=None)

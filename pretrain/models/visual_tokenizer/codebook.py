@@ -9,7 +9,6 @@ n vectors, K codes, C width of a code.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -17,9 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.distributed import gather_rows
-
-if TYPE_CHECKING:
-    from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
 
 # Optimizer steps over which `Codebook.use` counts codes.
 USE_WINDOW = 100
@@ -54,7 +50,7 @@ def mean_directions(tally: Tensor) -> Tensor:
     return F.normalize(tally[:, :-1].double(), dim=-1).float()
 
 
-def seldom_met(similarity: Tensor, count: int, seed: int) -> Tensor:
+def draw_far_vectors(similarity: Tensor, count: int, seed: int) -> Tensor:
     """Numbers of `count` vectors drawn without replacement, each as likely as it is far from its code: the draw of
     k-means++ (Arthur and Vassilvitskii 2007), all at once by Gumbel noise. Deterministic; the same on CPU and GPU."""
     noise = torch.rand(len(similarity), generator=torch.Generator().manual_seed(seed), device="cpu").to(similarity)
@@ -77,7 +73,7 @@ def spherical_kmeans(vectors: Tensor, codes: int, *, refill: bool, seed: int = 0
         means = torch.where(counts[:, None] > 0, mean_directions(tally), means)
         empty = (counts == 0).nonzero().flatten()
         if refill and len(empty):
-            far = seldom_met(similarity, len(empty), seed + round_ + 1)
+            far = draw_far_vectors(similarity, len(empty), seed + round_ + 1)
             means[empty[: len(far)]] = vectors[far]
     return means, counts
 
@@ -93,20 +89,20 @@ class Codebook(nn.Module):
     started: Tensor
     tally: Tensor
 
-    def __init__(self, cfg: VQKDConfig):
+    def __init__(self, codes: int, code_dim: int, *, decay: float, restart_after: int | None):
         super().__init__()
-        self.cfg = cfg
+        self.codes, self.decay, self.restart_after = codes, decay, restart_after
         # A generator of its own: every rank begins with the same codes. `.float()` and the copy: zero.Init casts what
         # torch's constructors make, and leaves on the CPU what is not made on its device.
-        start = torch.randn(cfg.codes, cfg.code_dim, generator=torch.Generator().manual_seed(0), device="cpu")
-        vectors = torch.empty(cfg.codes, cfg.code_dim).float()
+        start = torch.randn(codes, code_dim, generator=torch.Generator().manual_seed(0), device="cpu")
+        vectors = torch.empty(codes, code_dim).float()
         self.register_buffer("vectors", vectors.copy_(F.normalize(start.float(), dim=-1)))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        self.register_buffer("last_used", torch.full((cfg.codes,), NEVER, dtype=torch.long))
-        self.register_buffer("restarted", torch.zeros(cfg.codes, dtype=torch.long))
+        self.register_buffer("last_used", torch.full((codes,), NEVER, dtype=torch.long))
+        self.register_buffer("restarted", torch.zeros(codes, dtype=torch.long))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         # Of the optimizer step that is under way: nothing that a checkpoint needs.
-        self.register_buffer("tally", torch.zeros(cfg.codes, cfg.code_dim + 1, dtype=torch.long), persistent=False)
+        self.register_buffer("tally", torch.zeros(codes, code_dim + 1, dtype=torch.long), persistent=False)
         self.seen: list[Tensor] = []
 
     def _apply(self, fn, recurse: bool = True):
@@ -125,7 +121,7 @@ class Codebook(nn.Module):
         codes, _ = nearest(flat, self.vectors)
         if self.training and torch.is_grad_enabled():
             add_to_tally(self.tally, flat, codes)
-            if self.cfg.restart_after is not None:
+            if self.restart_after is not None:
                 self.seen.append(flat)
         codes = codes.reshape(z.shape[:-1])
         return F.embedding(codes, self.vectors), codes
@@ -138,9 +134,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def start(self, vectors: Tensor, group: dist.ProcessGroup | None = None) -> None:
         """k-means over all ranks' vectors [n, C], n equal on every rank, taken in rank order."""
-        means, counts = spherical_kmeans(
-            gather_rows(vectors, group), self.cfg.codes, refill=self.cfg.restart_after is not None
-        )
+        means, counts = spherical_kmeans(gather_rows(vectors, group), self.codes, refill=self.restart_after is not None)
         self.vectors.copy_(means)
         self.last_used.copy_(torch.where(counts > 0, self.steps, NEVER))
         self.restarted.copy_(self.steps.expand_as(self.restarted))
@@ -153,11 +147,11 @@ class Codebook(nn.Module):
             dist.all_reduce(self.tally, group=group)
         used = self.tally[:, -1] > 0
         self.steps += 1
-        moved = F.normalize(torch.lerp(self.vectors, mean_directions(self.tally), 1 - self.cfg.decay), dim=-1)
+        moved = F.normalize(torch.lerp(self.vectors, mean_directions(self.tally), 1 - self.decay), dim=-1)
         self.vectors.copy_(torch.where(used[:, None], moved, self.vectors))
         self.last_used.copy_(torch.where(used, self.steps, self.last_used))
-        if self.cfg.restart_after is not None and self.seen:
-            self._restart_dead(self.cfg.restart_after, group)
+        if self.restart_after is not None and self.seen:
+            self._restart_dead(self.restart_after, group)
         self.tally.zero_()
         self.seen.clear()
 
@@ -167,7 +161,7 @@ class Codebook(nn.Module):
         if not len(dead):  # equal on every rank: the tally was all-reduced
             return
         seen = gather_rows(torch.cat(self.seen), group)
-        far = seldom_met(nearest(seen, self.vectors)[1], len(dead), seed=int(self.steps))
+        far = draw_far_vectors(nearest(seen, self.vectors)[1], len(dead), seed=int(self.steps))
         dead = dead[: len(far)]
         self.vectors[dead] = seen[far]
         self.restarted[dead] = self.steps

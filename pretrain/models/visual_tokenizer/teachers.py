@@ -1,26 +1,86 @@
-"""Teachers of the visual tokenizer: what a code must tell of its patch.
+"""Teachers of the visual tokenizer: what a code must predict of its patch.
 
-A teacher is a plain object, called with images (uint8, or float in [-1, 1]) [N, 3, H, W] -> fp32 [N, grid * grid, dim],
-with `dim` and `distill` for the tokenizer's config. It is frozen, and no module: nothing of it is trained or saved.
+A recipe names a teacher by one of the small configs `Pixels`, `Clip` and `Stage`. What their `build` returns is a plain
+object, called with images (uint8, or float in [-1, 1]) [N, 3, H, W] -> fp32 [N, grid * grid, dim], with `dim` and
+`distill` for the tokenizer's config. It is frozen, and no module: nothing of it is trained or saved.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pretrain.batch import Layout, make_batch
-from pretrain.models.multiway.encoder import MultiwayEncoder
-from pretrain.models.visual_tokenizer.vqkd import centred, to_patches
+from pretrain.models.visual_tokenizer.vqkd import VQKDConfig, centred, to_patches
+from pretrain.settings import fill_variables
 
 # What OpenAI trained CLIP with; a directory's preprocessor_config.json goes before it.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# (name of weights, knob that names them) -> (their tensors, the model that they are of)
+ReadWeights = Callable[[str, str], tuple[dict[str, Tensor], Any]]
+
+
+class Teacher(Protocol):
+    distill: str
+    dim: int
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The colours of each patch, averaged over `cells` x `cells` squares: needs no weights."""
+
+    cells: int = 4
+
+    def build(self, tokenizer: VQKDConfig, read: ReadWeights) -> PixelTeacher:
+        return PixelTeacher(tokenizer.patch_size, self.cells)
+
+    def reads(self) -> dict[str, str]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A Hugging Face CLIP in `directory` ($VARIABLES are expanded), as BEiT v2's teacher."""
+
+    directory: str
+
+    def build(self, tokenizer: VQKDConfig, read: ReadWeights) -> ClipTeacher:
+        return ClipTeacher(Path(fill_variables(self.directory, "task.teacher.directory")).expanduser(), tokenizer.grid)
+
+    def reads(self) -> dict[str, str]:
+        return {"teacher": self.directory}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder with a vision expert: `weights` is a stage of this run directory, or a weights.safetensors."""
+
+    weights: str
+
+    def build(self, tokenizer: VQKDConfig, read: ReadWeights) -> EncoderTeacher:
+        state, model = read(self.weights, "teacher")
+        prefix = "encoder."
+        if f"{prefix}vision_embed.proj.weight" not in state:
+            raise ValueError(
+                f"task.teacher.weights={self.weights} holds no encoder with vision; give a stage that has one, or "
+                "teacher=Clip(DIR)"
+            )
+        encoder = model.build(("vision",))
+        encoder.load_state_dict({name: state[prefix + name] for name in encoder.state_dict()})
+        return EncoderTeacher(encoder, model, tokenizer.grid)
+
+    def reads(self) -> dict[str, str]:
+        return {"teacher": self.weights}
 
 
 class PixelTeacher:
@@ -49,7 +109,7 @@ class PixelTeacher:
         return to_patches(squares, self.cells) * self.SCALE
 
     def picture(self, targets: Tensor) -> Tensor:
-        """Targets, or what `VQKD.decode_codes` tells, [N, P, dim] -> uint8 [N, 3, grid * cells, grid * cells]."""
+        """Targets, or what `VQKD.decode_codes` predicts, [N, P, dim] -> uint8 [N, 3, grid * cells, grid * cells]."""
         N, P, _ = targets.shape
         grid, cells = round(P**0.5), self.cells
         squares = targets.float().view(N, grid, grid, 3, cells, cells).permute(0, 3, 1, 4, 2, 5)
@@ -90,22 +150,19 @@ class EncoderTeacher:
 
     distill = "cosine"
 
-    def __init__(self, encoder: MultiwayEncoder, grid: int):
-        if encoder.vision_embed is None:
-            raise ValueError(
-                f"the teacher's experts={encoder.expert_names} hold no vision; give a checkpoint of a stage that does"
-            )
-        self.grid, self.dim = grid, encoder.cfg.dim
+    def __init__(self, encoder: nn.Module, model: Any, grid: int):
+        self.grid, self.dim, self._model = grid, model.width("images"), model
         self._encoder = encoder.eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        encoder, cfg = self._encoder.to(images.device), self._encoder.cfg
-        if images.shape[-1] != cfg.image_size:
-            images = resize(centred(images).float(), cfg.image_size).clamp(-1, 1)
+        encoder, size = self._encoder.to(images.device), self._model.image_size
+        if images.shape[-1] != size:
+            images = resize(centred(images).float(), size).clamp(-1, 1)
+        layout = Layout(images=len(images), patches=(size // self._model.patch_size) ** 2)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            rows = encoder(make_batch(Layout(images=len(images), patches=cfg.patches), images=images))
-        return onto_grid(rows.float().view(len(images), cfg.patches, self.dim)[:, 1:], self.grid)
+            rows = encoder(make_batch(layout, images=images)).images
+        return onto_grid(rows.float()[:, 1:], self.grid)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
@@ -141,7 +198,7 @@ def _load_clip(directory: Path) -> Any:
     loud = logging.get_verbosity()
     logging.set_verbosity_error()  # it reports each text weight of a whole CLIP, which is not wanted here
     try:
-        config: Any = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config: Any = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         if config.model_type == "clip":
             # A whole CLIP's own width stands on top, and its vision part may say another.
             config.vision_config.projection_dim = config.projection_dim

@@ -1,6 +1,6 @@
 """The visual tokenizer: vector-quantised knowledge distillation (VQ-KD, BEiT v2, arXiv 2208.06366, section 2.1).
 
-A small ViT looks at an image, each patch becomes the nearest of `codes` unit vectors, and a decoder must tell from
+A small ViT looks at an image, each patch becomes the nearest of `codes` unit vectors, and a decoder must predict from
 those vectors alone what a teacher sees in the image. The codes are then the targets of masked image modeling.
 
 N images, P patches of one image (without its class row), D width, K codes, C width of a code.
@@ -15,22 +15,26 @@ One optimizer step of a training loop, whatever the number of ranks and of accum
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.models.multiway.embeddings import normal
+from pretrain.batch import Layout
+from pretrain.contracts import Model
+from pretrain.flops import encoder_flops
+from pretrain.layers import normal
 from pretrain.models.visual_tokenizer.codebook import Codebook, nearest
 
 IMAGES_AT_ONCE = 256  # of `encode`
 
 
 @dataclass(frozen=True)
-class VQKDConfig:
+class VQKDConfig(Model):
     """Sizes of the tokenizer; the defaults are BEiT v2's base. Take `target_dim` and `distill` from the teacher."""
 
     dim: int = 768
@@ -41,12 +45,13 @@ class VQKDConfig:
     patch_size: int = 16
     codes: int = 8192
     code_dim: int = 32
-    target_dim: int = 512  # width of what the teacher says of one patch; CLIP ViT-B/16: 512
+    target_dim: int = 512  # width of the teacher's target for one patch; CLIP ViT-B/16: 512
     distill: str = "cosine"  # "cosine": 1 - cosine similarity (features); "mse": squared error (pixels)
     decay: float = 0.99  # of the codebook's moving average, per optimizer step
     beta: float = 1.0  # weight of the commitment loss
     restart_after: int | None = None  # steps without use after which a code starts anew; None: never, as BEiT v2
     norm_eps: float = 1e-6
+    vocab_size: ClassVar[int] = 0  # type: ignore[misc]  # it reads no text
 
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "heads", "image_size", "patch_size", "codes", "code_dim", "target_dim"):
@@ -90,6 +95,22 @@ class VQKDConfig:
         """Of every matrix behind the embeddings: BEiT v2's 0.02 at its width, and as strong a signal at any other. With
         0.02 at width 32 a tokenizer of coloured blocks needed 250 steps for what takes 50 with this."""
         return 0.02 * math.sqrt(768 / self.dim)
+
+    def build(self, experts: Sequence[str] = (), *_: Any, **__: Any) -> VQKD:
+        """The whole tokenizer, whatever the stage's experts: it is trained by tasks/tokenizer.py."""
+        return VQKD(self)
+
+    def width(self, kind: str) -> int:
+        return self.dim
+
+    def flops(self, layout: Layout) -> int:
+        return self.encoder_flops(layout.images, self.depth + self.decoder_depth)
+
+    def encoder_flops(self, images: int, depth: int | None = None) -> int:
+        """Of a forward and backward pass through so many blocks; None: those of the encoder."""
+        pictures, depth = Layout(images=images, patches=self.patches), self.depth if depth is None else depth
+        inputs = 3 * self.patch_size**2
+        return encoder_flops(pictures, dim=self.dim, depth=depth, ffn_dim=4 * self.dim, patch_inputs=inputs)
 
 
 def centred(images: Tensor) -> Tensor:
@@ -171,7 +192,7 @@ class VQKD(nn.Module):
         self.cfg = cfg
         self.encoder = Transformer(cfg, inputs=3 * cfg.patch_size**2, depth=cfg.depth)
         self.encoder_head = task_head(cfg, cfg.code_dim)
-        self.codebook = Codebook(cfg)
+        self.codebook = Codebook(cfg.codes, cfg.code_dim, decay=cfg.decay, restart_after=cfg.restart_after)
         self.decoder = Transformer(cfg, inputs=cfg.code_dim, depth=cfg.decoder_depth)
         self.decoder_head = task_head(cfg, cfg.target_dim)
 
@@ -186,12 +207,12 @@ class VQKD(nn.Module):
         z = self.features(images)
         quantised, _ = self.codebook(z)
         # Straight-through: the decoder reads the code, its gradient goes to the encoder's vector.
-        told = self._decode(z + (quantised - z).detach())
+        prediction = self._decode(z + (quantised - z).detach())
         targets = targets.float()
         if self.cfg.distill == "cosine":
-            distill = (1 - F.cosine_similarity(told, targets, dim=-1)).mean()
+            distill = (1 - F.cosine_similarity(prediction, targets, dim=-1)).mean()
         else:
-            distill = F.mse_loss(told, targets)
+            distill = F.mse_loss(prediction, targets)
         commit = F.mse_loss(z, quantised)
         loss = distill + self.cfg.beta * commit
         return {"loss": loss, "distill": distill, "commit": commit, "codebook_use": self.codebook.use}
@@ -218,8 +239,8 @@ class VQKD(nn.Module):
 
     @torch.no_grad()
     def decode_codes(self, codes: Tensor) -> Tensor:
-        """Codes int64 [N, P] -> what the decoder tells of them, fp32 [N, P, target_dim]; with a `PixelTeacher` its
-        `picture` draws them."""
+        """Codes int64 [N, P] -> what the decoder predicts from them, fp32 [N, P, target_dim]; a `PixelTeacher` draws
+        them by its `picture`."""
         return self._decode(F.embedding(codes, self.codebook.vectors))
 
     @torch.no_grad()

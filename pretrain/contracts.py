@@ -1,0 +1,199 @@
+"""What the parts of a recipe promise to the code that runs them: Model, Objective, Task, Evaluation and Source.
+
+Each is a frozen dataclass that a recipe names; Encoder and Head are the modules that a Model and an Objective build.
+Nothing in pretrain/ asks for a class or compares a name, so a new one is one new file, also outside this repository. A
+class that inherits from one of these gets the defaults that stand here; it need not inherit if it has all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from pretrain.batch import Batch, Kinds, Layout
+from pretrain.flops import Product
+from pretrain.layers import PLAIN, Layers
+
+if TYPE_CHECKING:
+    import numpy as np
+
+State = dict[str, Tensor]
+
+
+class ModelSizes(NamedTuple):
+    """What tensor, sequence and pipeline ranks divide; 0 where a stage builds no such part."""
+
+    dim: int
+    depth: int
+    heads: int
+    ffn_dim: int
+    vocab_size: int = 0
+
+
+class Pass(NamedTuple):
+    """A further pass through the encoder that an objective asks for."""
+
+    layout: Layout
+    backward: bool = True  # False: without gradient, such as a teacher's
+
+
+class Encoder(Protocol):
+    """The module that a Model builds. Every module of it runs on every call, on zero rows if need be: ZeRO reuses or
+    mixes the gradients of modules that are skipped."""
+
+    def __call__(self, batch: Batch, needed: Kinds | None = None) -> Kinds:
+        """-> the rows of each kind, float [n, length, width of that kind]; row 0 stands for its sequence. `needed`
+        names the rows that heads read; the others may come out as anything."""
+
+    @property
+    def token_table(self) -> nn.Parameter | None:
+        """The text embedding's table, for objectives whose head shares it."""
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """torch.compile what repeats, in place."""
+
+
+class Model(Protocol):
+    """The shape of an encoder. Weights are stored with it (config.json), and are read again by its class's name."""
+
+    image_size: int
+    patch_size: int  # pixels a side of what one image mask hides; image_size // patch_size a side is the grid
+    vocab_size: int
+
+    def build(
+        self, experts: Sequence[str], layers: Layers = PLAIN, *, drop_path: float = 0.0, checkpointing: int = 0
+    ) -> nn.Module:
+        """The Encoder with fresh weights. `experts`: what the stage builds; `drop_path` and `checkpointing` as in
+        config.Stage. ValueError for what it has not."""
+
+    def width(self, kind: str) -> int:
+        """Of the encoder's rows of a kind: a field of batch.Kinds."""
+
+    def flops(self, layout: Layout) -> int:
+        """Of one micro-batch, forward and backward, without heads; see pretrain/flops.py."""
+
+    @property
+    def draws(self) -> int:
+        """Random numbers that drop path needs for each sequence, as Batch.draws["drop_path"]."""
+        return 0
+
+    @property
+    def layers(self) -> int:
+        """For layer decay and pipelines: the number of the layer behind the last block, where heads stand."""
+        return 1
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter of the encoder: 0 the embeddings, 1 .. layers - 1 the blocks."""
+        return 0
+
+    def splits(self, experts: Sequence[str]) -> ModelSizes | None:
+        """What several ranks may divide; None: it is split over data ranks only."""
+        return None
+
+    def adapt(self, state: State, stored: Any, wanted: Mapping[str, tuple[int, ...]]) -> State:
+        """Tensors of weights that `stored`, a Model, trained, whose shapes are not the `wanted` ones: made to fit where
+        that makes sense (positions of another resolution), and left as they are where it does not."""
+        return state
+
+
+class Masking(Protocol):
+    """What the loader hides of each sample; see data/masking.py."""
+
+    def ratios(self, kind: str) -> tuple[float, float]:
+        """(of the picture, of the text) of one kind of a mix: images, pairs, texts or dual."""
+
+
+class Head(Protocol):
+    """What an objective adds to the model, as a module whose parameters are trained with it."""
+
+    def needed_rows(self, batch: Batch) -> Kinds:
+        """bool [n, length] per kind: the rows that `__call__` reads."""
+
+    def __call__(self, encoded: Kinds, batch: Batch, encode: Encoder) -> dict[str, Tensor]:
+        """-> `loss` and whatever else metrics.jsonl should say, all scalars. `encode` is the same model, for passes
+        that depend on the first one: on every rank and step as many, of the layouts that `Objective.passes` names."""
+
+    def after_step(self) -> None:
+        """After the optimizer's step: queues, momentum teachers, codebooks."""
+
+
+class Objective(Protocol):
+    """One loss of a stage. `name` is its head's in checkpoints and metrics."""
+
+    name: ClassVar[str]
+
+    @property
+    def masking(self) -> Masking | None:
+        """What the loader must hide for it."""
+        return None
+
+    @property
+    def draws(self) -> int:
+        """Random numbers that its head reads for each sequence, as Batch.draws[name]."""
+        return 0
+
+    def build(self, model: Any, experts: Sequence[str], layers: Layers = PLAIN, tokens: Any = None) -> nn.Module:
+        """Its Head with fresh weights; `tokens` is the text embedding's table, or None."""
+
+    def problems(self, stage: Any) -> list[str]:
+        """Why it does not go with a config.Stage, each a sentence with the way out."""
+        return []
+
+    def passes(self, layout: Layout) -> list[Pass]:
+        """Further passes through the encoder for a micro-batch of this layout: for FLOPs and the plan."""
+        return []
+
+    def products(self, layout: Layout, model: Any) -> list[Product]:
+        """The matrix products of its head: for FLOPs and the plan."""
+        return []
+
+    def splits(self, experts: Sequence[str]) -> dict[str, int]:
+        """Sizes that tensor ranks divide, by the name of the field that sets them."""
+        return {}
+
+
+class Task(Protocol):
+    """What a stage trains: how model and objectives become the module that DeepSpeed wraps. That module is called with
+    a Batch and returns named scalars with `loss`; `before_training(batches)` comes before a run's first step with its
+    micro-batches, `after_step()` after each step of the optimizer."""
+
+    def problems(self, model: Any, stage: Any) -> list[str]:
+        """As Objective.problems."""
+
+    def build(self, model: Any, stage: Any, layers: Layers, read: Any) -> nn.Module:
+        """`read(name, knob)` -> (tensors, model) of the weights that a knob names, for what it learns from; None where
+        only names and shapes are asked for."""
+
+    def flops(self, model: Any, stage: Any, layout: Layout) -> float:
+        """Of one micro-batch, forward and backward."""
+
+    def reads(self) -> dict[str, str]:
+        """What else decides its numbers: {knob: name of a stage, weights file or directory}."""
+
+
+class Evaluation(Protocol):
+    """One entry of Stage.evals."""
+
+    def problems(self, stage: Any) -> list[str]:
+        """As Objective.problems."""
+        return []
+
+    def run(self, trained: Any) -> tuple[dict[str, float], dict[str, list]]:
+        """An evals.Trained -> numbers for eval.json, and what samples.json holds for the report."""
+
+
+class Source(Protocol):
+    """Where one kind of a mix comes from. `slots` are the kinds that it may fill: images, pairs, texts, dual."""
+
+    slots: ClassVar[tuple[str, ...]]
+    shards: str | tuple[str, ...]
+    text_len: int  # rows of its text; 0 if it has none
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """The endings of the members that are read."""
+
+    def decode(self, members: Mapping, transform: Any, tokenizer: Any, rng: np.random.Generator) -> Any:
+        """A sample's members -> data.sources.Raw; BadSample for one that cannot be used, which is then replaced."""

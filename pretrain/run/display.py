@@ -1,0 +1,32 @@
+"""The numbers that one watches while a stage runs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+
+from tqdm import tqdm
+
+from pretrain.distributed import rank
+
+log = logging.getLogger("pretrain")
+PLAIN_SECONDS = 5.0
+
+
+class Display:
+    """A bar where there is a terminal, elsewhere a plain line every few seconds."""
+
+    def __init__(self, name: str, start: int, steps: int):
+        self.steps, self.last_shown = steps, 0.0
+        quiet = rank() != 0 or not sys.stderr.isatty()
+        self.bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=quiet)
+
+    def show(self, step: int, line: dict) -> None:
+        prefix = "accuracy/"
+        accuracies = " ".join(f"{k.removeprefix(prefix)} {v:.1%}" for k, v in line.items() if k.startswith(prefix))
+        text = f"loss {line['loss']:.4f} {accuracies} {line['samples_per_s']:.0f}/s wait {line['data_wait']:.0%}"
+        self.bar.set_postfix_str(text)
+        if self.bar.disable and (step == self.steps or time.monotonic() - self.last_shown > PLAIN_SECONDS):
+            log.info("step %d/%d %s", step, self.steps, text)
+            self.last_shown = time.monotonic()

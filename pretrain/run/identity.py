@@ -1,0 +1,100 @@
+"""What makes two starts the same run: the settings that its numbers depend on.
+
+A run's identity is written into recipe.json at its first start and stays. A program that knows more fields goes on
+under it, as long as what it would compute is the same; checkpoints carry the hash of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any
+
+from pretrain.config import Recipe, Stage, to_json
+
+# What may change between two starts of one run without changing its numbers.
+OPERATIONAL = ("log_every", "save_every", "keep", "trace_samples", "timeout_s")
+OPERATIONAL_OF_STAGE = ("evals", "parallel", "activation_checkpointing", "compile")
+LOADING_ORDER = ("streams", "block_shards", "skip_bad_shards")
+
+
+def identity_of(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """The settings that a run's numbers depend on, as plain JSON values."""
+    return to_json(_parts(recipe, stage))
+
+
+def hash_of(identity: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def stage_hash(recipe: Recipe, stage: Stage) -> str:
+    """Of a run that starts now."""
+    return hash_of(identity_of(recipe, stage))
+
+
+def differences(noted: dict[str, Any], recipe: Recipe, stage: Stage) -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (value then, value now)} of all that differs from a noted identity. A field that the noting program
+    did not know had its default."""
+    noted = _modern(noted)
+    defaults = {f.name: default for f in fields(Stage) if (default := _default(f)) is not MISSING}
+    found: dict[str, tuple[Any, Any]] = {}
+    parts = _parts(recipe, stage)
+    for name in sorted(parts.keys() | noted.keys()):
+        if name in (*OPERATIONAL_OF_STAGE, "class"):
+            continue
+        _compare(name, noted.get(name, to_json(defaults.get(name))), parts.get(name), found)
+    return found
+
+
+def _parts(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    own = {f.name: getattr(recipe, f.name) for f in fields(Recipe) if f.name not in (*OPERATIONAL, "stages", "name")}
+    own["loading"] = {name: getattr(recipe.loading, name) for name in LOADING_ORDER}
+    of_stage = {f.name: getattr(stage, f.name) for f in fields(Stage) if f.name not in OPERATIONAL_OF_STAGE}
+    return own | of_stage | {"model": recipe.model_of(stage)}
+
+
+def _compare(key: str, then: Any, now: Any, found: dict[str, tuple[Any, Any]]) -> None:
+    if is_dataclass(now) and isinstance(then, dict) and then.get("class") == type(now).__name__:
+        known = {f.name: f for f in fields(now)}
+        for name, f in known.items():
+            _compare(f"{key}.{name}", then.get(name, to_json(_default(f))), getattr(now, name), found)
+        for name in then.keys() - known.keys() - {"class"}:
+            found[f"{key}.{name}"] = then[name], None
+    elif isinstance(now, dict) and isinstance(then, dict):
+        for name in sorted(now.keys() | then.keys()):
+            _compare(f"{key}.{name}", then.get(name), now.get(name), found)
+    elif isinstance(now, tuple | list) and isinstance(then, list) and len(now) == len(then):
+        for place, (before, after) in enumerate(zip(then, now, strict=True)):
+            _compare(f"{key}.{place}", before, after, found)
+    elif then != (plain := to_json(now)):
+        found[key] = then, plain
+
+
+def _default(f: Field) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def _modern(noted: dict[str, Any]) -> dict[str, Any]:
+    """The identity of a run that began before 2026-11-28, in today's terms: the visual tokenizer was a field of the
+    stage, its teacher a word, the image head's size a field of the model, which had two knobs that did nothing."""
+    if "teacher" not in noted:
+        return noted
+    now = {name: value for name, value in noted.items() if name not in ("tokenizer", "teacher")}
+    if noted.get("tokenizer"):
+        return now | {"model": noted["tokenizer"], "task": _training(str(noted["teacher"]))}
+    gone = ("image_codes", "drop_path", "activation_checkpointing")
+    model = {name: value for name, value in noted["model"].items() if name not in gone}
+    codes = {"image_codes": noted["model"]["image_codes"]}
+    objectives = [each | (codes if each["class"] == "MaskedData" else {}) for each in noted["objectives"]]
+    return now | {"model": model, "objectives": objectives}
+
+
+def _training(teacher: str) -> dict[str, Any]:
+    if teacher == "pixels":
+        config: dict[str, Any] = {"class": "Pixels", "cells": 4}
+    elif teacher.startswith("clip:"):
+        config = {"class": "Clip", "directory": teacher.removeprefix("clip:")}
+    else:
+        config = {"class": "Encoder", "weights": teacher}
+    return {"class": "TrainTokenizer", "teacher": config}

@@ -1,0 +1,78 @@
+"""Weights that a recipe names: where they are, and which model they are of."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint.weights import WEIGHTS, read_weights, weights_digest
+from pretrain.config import Recipe
+from pretrain.contracts import Model, State
+from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
+from pretrain.settings import fill_variables
+
+# The class of each section of config.json where it does not say so itself: before 2026-11-28 a tokenizer had its own.
+SECTIONS = {"model": MultiwayConfig, "tokenizer": VQKDConfig}
+# Fields that stood there and moved: the image head's size to its objective, the others to the stage.
+MOVED = ("image_codes", "drop_path", "activation_checkpointing")
+
+
+def weights_path(name: str, run_dir: Path, knob: str) -> Path:
+    """The weights that a stage's name or a file's path stands for. Raises ValueError if they are not there."""
+    path = run_dir / name / WEIGHTS
+    if path.is_file():
+        return path
+    plain = Path(fill_variables(name, knob)).expanduser()
+    if plain.is_dir():
+        plain = plain / WEIGHTS
+    if plain.is_file():
+        return plain
+    raise ValueError(
+        f"{knob}={name}: neither {path} nor {plain} exists; "
+        f"run the stage {name!r} to its end first, or give the path of a weights.safetensors"
+    )
+
+
+def input_digest(name: str, run_dir: Path, knob: str) -> str:
+    """Names the content of what a knob names: weights, or a directory of another program's (a Hugging Face model)."""
+    directory = Path(fill_variables(name, knob)).expanduser()
+    if (run_dir / name / WEIGHTS).is_file() or not directory.is_dir() or (directory / WEIGHTS).is_file():
+        return weights_digest(weights_path(name, run_dir, knob))[:16]
+    digest = hashlib.sha256()
+    for path in sorted(path for path in directory.iterdir() if path.suffix in (".json", ".safetensors")):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def read_model(name: str, knob: str, *, run_dir: Path, recipe: Recipe) -> tuple[State, Model]:
+    """The tensors of the weights that a knob names, and their model. Raises ValueError as weights_path and model_in."""
+    path = weights_path(name, run_dir, knob)
+    state, config = read_weights(path)
+    return state, model_in(config, path, classes_of(recipe))
+
+
+def classes_of(recipe: Recipe) -> set[type]:
+    return {type(recipe.model), *(type(stage.model) for stage in recipe.stages.values() if stage.model is not None)}
+
+
+def model_in(config: dict[str, Any], where: Path, known: Iterable[type] = ()) -> Model:
+    """The model that config.json beside weights (or their header) describes. Its class is one of ours or one of
+    `known`: a name in a file imports nothing. Raises ValueError, naming `where`, for another one."""
+    section = next((name for name in SECTIONS if isinstance(config.get(name), dict)), None)
+    if section is None:
+        raise ValueError(f"{where} does not say which model its weights are of; give weights that a stage wrote")
+    values = {key: value for key, value in config[section].items() if key != "class"}
+    classes = {each.__name__: each for each in (*SECTIONS.values(), *known)}
+    name = config[section].get("class", SECTIONS[section].__name__)
+    if name not in classes:
+        raise ValueError(f"{where} holds a {name}, which is no model of this recipe; name a recipe that uses it")
+    names = {f.name for f in fields(classes[name])}
+    values = {key: value for key, value in values.items() if key in names or key not in MOVED}
+    if unknown := sorted(values.keys() - names):
+        raise ValueError(f"{where}: {name} has no {unknown[0]}; the weights are of another version of it")
+    return classes[name](**values)
