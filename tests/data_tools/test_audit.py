@@ -22,7 +22,7 @@ from data_tools.audit_page.samples import thumbnail
 from data_tools.audit_page.sketches import Drawn, Histogram, Repeats, TopCounter, lot
 from data_tools.shards.steps import Drop, Step, write_drops, write_step
 from data_tools.shards.writer import ShardWriter
-from tests.report.reader import HOSTILE, Reader, check_inert
+from tests.report.reader import EVIL, Reader, check_inert
 
 
 def picture(seed: int, height: int = 100, width: int = 150) -> bytes:
@@ -36,30 +36,21 @@ def picture(seed: int, height: int = 100, width: int = 150) -> bytes:
 def directory(tmp_path) -> Path:
     """12 samples in 3 shards, two with equal pictures; 6 rows that failed; a step and its drops."""
     path = tmp_path / "<i>shards"
-    captions = ["a red cat", "a red cat", HOSTILE, "ein Hund im Schnee"] * 3
+    captions = ["a red cat", "a red cat", EVIL, "ein Hund im Schnee"] * 3
     with ShardWriter(path, samples_per_shard=4) as shards:
         for i, caption in enumerate(captions):
             data = picture(0 if i == 11 else i) if i != 5 else b"<html>"
-            row = {
-                "url": f"https://good.example/{i}.jpg",
-                "status": "success",
-                "error_message": None,
-                "caption": caption,
-            }
+            row = {"url": f"https://good.example/{i}.jpg", "status": "success", "error_message": None}
             shards.write(f"k{i:02d}", {"jpg": data, "txt": caption.encode()}, row)
     for parquet in path.glob("*.parquet"):
         rows = pq.read_table(parquet).to_pylist()
-        for message, url in (("HTTP Error 404: Not Found", "https://bad.example/x"), (HOSTILE, f"https://{HOSTILE}/")):
+        for message, url in (("HTTP Error 404: Not Found", "https://bad.example/x"), (EVIL, f"https://{EVIL}/")):
             rows.append({"key": "f", "url": url, "status": "failed_to_download", "error_message": message})
         pq.write_table(pa.Table.from_pylist(rows), parquet)
     twin = f"{path}/00000/k00"
-    drops = [
-        Drop("00002", "k11", "exact_duplicate", twin),
-        Drop("00001", "k05", HOSTILE, HOSTILE),
-        Drop("00009", "x", HOSTILE),
-    ]
+    drops = [Drop("00002", "k11", "exact_duplicate", twin), Drop("00001", "k05", EVIL, EVIL), Drop("00009", "x", EVIL)]
     write_drops(path / "drops" / "dedup.parquet", drops)
-    write_step(path, "dedup", Step("dedup", 12, 9, {"exact_duplicate": 1, HOSTILE: 2}, time=2e9))
+    write_step(path, "dedup", Step("dedup", 12, 9, {"exact_duplicate": 1, EVIL: 2}, time=2e9))
     return path
 
 
@@ -75,10 +66,10 @@ def test_the_facts_are_those_of_the_shards(directory):
     assert facts.sides.total == 11 and facts.sides.bin_of(0.5) == (96, 128)
     assert facts.aspects.bin_of(0.5) == (1.43, 1.67)
     assert facts.languages == {"xx": 12}
-    assert facts.dropped == {"dedup": Counter({"exact_duplicate": 1, HOSTILE: 2})}
+    assert facts.dropped == {"dedup": Counter({"exact_duplicate": 1, EVIL: 2})}
     (example,) = facts.examples["exact_duplicate"]
     assert example.place.key == "k11" and example.twin.key == "k00"
-    assert [each.place is None for each in sorted(facts.examples[HOSTILE], key=lambda e: e.key)] == [False, True]
+    assert [each.place is None for each in sorted(facts.examples[EVIL], key=lambda e: e.key)] == [False, True]
 
 
 def test_the_wall_is_the_same_for_any_number_of_workers_and_another_for_another_seed(directory):
@@ -140,12 +131,8 @@ def test_the_funnel_tells_what_is_dropped_from_what_is_only_named():
     assert [bar.name for bar in bars] == list(steps)
     assert [bar.marked for bar in bars] == [False, False, True, True, False]
     assert [bar.flow for bar in bars] == [60, 50, 50, 50, 43] and [bar.width for bar in bars] == [100, 60, 50, 48, 50]
-    assert [(part.reason, part.samples, part.colour) for part in bars[4].parts][1:] == [
-        ("exact_duplicate", 5, 1),
-        ("blank", 2, 3),
-    ]
-    for bar in bars:
-        assert bar.parts[-1].x + bar.parts[-1].width == pytest.approx(100, abs=0.01)
+    assert [part[:3] for part in bars[4].parts] == [("kept", 43, 0), ("exact_duplicate", 5, 1), ("blank", 2, 3)]
+    assert all(bar.parts[-1].x + bar.parts[-1].width == pytest.approx(100, abs=0.01) for bar in bars)
 
 
 def test_a_damaged_parquet_or_record_is_an_error_that_names_it(directory, tmp_path, capsys):

@@ -14,9 +14,7 @@ from pretrain.report.__main__ import format_table, main, write_report
 from pretrain.report.charts import Chart, Curve, downsampled, drawing, histogram, nice_ticks, number, smoothed
 from pretrain.report.html import visible
 from pretrain.report.rows import load_run, masked_rows, retrieval_rows
-from tests.report.reader import HOSTILE, SHOWN, Reader, check_inert
-
-STAGES = ("scratch", "retrieval", "vision", "fusion")
+from tests.report.reader import EVIL, SHOWN, Reader, check_inert
 
 
 def write_stage(run: Path, name: str, *, steps: int = 60, lines: int | None = None, **files: dict) -> Path:
@@ -45,8 +43,8 @@ def run(tmp_path) -> Path:
     write_stage(tmp_path, "vision", eval={"masked/image/accuracy": 31.5, "masked/image/baseline": 12.25})
     fusion = write_stage(tmp_path, "fusion", eval={"masked/pair_text/accuracy": 77.5, "zero_shot/accuracy": 42.5})
     Image.new("RGB", (8, 8), "red").save(fusion / "samples" / "a.png")
-    masked = {"input": "samples/a.png", "masked": "samples/gone.png", "predicted": None, "caption": HOSTILE}
-    masked |= {"masked_caption": f"a [red] circle {HOSTILE}", "predicted_caption": f"blue {HOSTILE}"}
+    masked = {"input": "samples/a.png", "masked": "samples/gone.png", "predicted": None, "caption": EVIL}
+    masked |= {"masked_caption": f"a [red] circle {EVIL}", "predicted_caption": f"blue {EVIL}"}
     (fusion / "samples.json").write_text(json.dumps({"masked": [masked], "retrieval": []}))
     write_stage(tmp_path, "retrieval", eval=recalls(71.25))
     write_stage(tmp_path, "scratch", eval=recalls(20.5))
@@ -71,8 +69,7 @@ def test_page_has_every_stage_table_and_chart(run):
 
 
 def test_nothing_from_outside_is_more_than_text(run):
-    page = check_inert(write_report(run).read_text(encoding="utf-8"))
-    assert page.inline["script"] and "http:" not in page.text and "https:" not in page.text
+    assert check_inert(write_report(run).read_text(encoding="utf-8")).inline["script"]
 
 
 def test_hidden_words_are_marked_and_wrong_guesses_underlined(run):
@@ -108,8 +105,8 @@ def test_large_pictures_are_made_small(run):
 def test_retrieval_samples_show_hits_and_misses(run):
     Image.new("RGB", (8, 8), "blue").save(run / "retrieval" / "samples" / "q.png")
     shown = [
-        {"direction": "text_to_image", "query_text": f"blue {HOSTILE}", "query_image": None, "rank": 2, "results": [
-            {"image": "samples/q.png", "text": f"one {HOSTILE}", "right": False},
+        {"direction": "text_to_image", "query_text": f"blue {EVIL}", "query_image": None, "rank": 2, "results": [
+            {"image": "samples/q.png", "text": f"one {EVIL}", "right": False},
             {"image": "samples/q.png", "text": "two", "right": True}]},
         {"direction": "image_to_text", "query_text": None, "query_image": "samples/q.png", "rank": 1, "results": [
             {"image": None, "text": "a blue & white square", "right": True}]},
@@ -137,7 +134,7 @@ def test_damaged_files_are_notes_and_not_the_end(run):
     (run / "vision" / "eval.json").write_text("{")
     (run / "fusion" / "eval.json").write_text("[1]")
     (run / "retrieval" / "metrics.jsonl").write_text("hello\n")
-    (run / "scratch" / "recipe.json").write_text(json.dumps({"name": HOSTILE, "stages": 3, "model": {"dim": "x"}}))
+    (run / "scratch" / "recipe.json").write_text(json.dumps({"name": EVIL, "stages": 3, "model": {"dim": "x"}}))
     (run / "scratch" / "eval.json").write_text(json.dumps({"masked/image/accuracy": math.nan, "retrieval/x": None}))
     with open(run / "scratch" / "metrics.jsonl", "a") as file:
         file.write('{"step": 61, "loss": Infinity, "lr": "high", "samples_per_s": 0, "samples_seen": null}\n')
@@ -156,12 +153,8 @@ def test_nulls_are_gaps():
 
 def test_a_histogram_shows_its_filled_part_and_names_some_edges():
     shown = histogram("Words", (0, 1, 2, 4, 8, 16), (0, 0, 3, 9000, 0), (0, 2, 16), "words")
-    assert [(height, about) for _, _, height, about in shown.bars] == [
-        (0.0, "1 to 2 words: 0 (0.0 %)"),
-        (1.0, "2 to 4 words: 3 (< 0.1 %)"),
-        (100.0, "4 to 8 words: 9,000 (100.0 %)"),
-        (0.0, "8 to 16 words: 0 (0.0 %)"),
-    ]
+    assert [height for _, _, height, _ in shown.bars] == [0, 1, 100, 0]
+    assert [label for *_, label in shown.bars][1:3] == ["2 to 4 words: 3 (< 0.1 %)", "4 to 8 words: 9,000 (100.0 %)"]
     assert shown.labels == [(25.0, "2"), (100.0, "16")]
     assert histogram("Words", (0, 1, 2), (0, 0), (0,)) is None
 
@@ -212,6 +205,7 @@ def test_no_escape_code_gets_to_the_terminal(run):
 
 def test_text_of_all_scripts_stays():
     assert visible("Ünï 赤い 👩\u200d👧\n<b>\u202e\x07\udcff") == "Ünï 赤い 👩\u200d👧 <b>\ufffd\ufffd\ufffd"
+    assert "u202e" not in drawing(Chart("Loss", [Curve("\u202e", [(1, 1.0)])])).data  # what the script shows
 
 
 def test_user_errors_are_one_sentence_and_code_2(tmp_path, capsys):
@@ -219,6 +213,14 @@ def test_user_errors_are_one_sentence_and_code_2(tmp_path, capsys):
     assert "is not a directory" in capsys.readouterr().err
     assert main(["--run-dir", str(tmp_path)]) == 2
     assert "holds no stage" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_sentence_and_code_130(run, capsys, monkeypatch):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pretrain.report.__main__.write_report", stop)
+    assert main(["--run-dir", str(run)]) == 130 and capsys.readouterr().err.startswith("stopped; ")
 
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(run, capsys, monkeypatch):
