@@ -181,7 +181,9 @@ def drawing(chart: Chart) -> Drawing | None:
         paths=paths,
         x_labels=[(round(frame.x(t) / 10, 2), number(t)) for t in x_ticks],
         y_labels=[(round(frame.y(t) / 10, 2), number(t) + chart.unit) for t in y_ticks],
-        legend=[(curve.colour, curve.name, number(_named(mean, chart)) + chart.unit) for curve, _, mean in drawn],
+        legend=[
+            (curve.colour, curve.name, number(_legend_value(mean, chart)) + chart.unit) for curve, _, mean in drawn
+        ],
     )
 
 
@@ -231,7 +233,7 @@ def _last(points: list[Point]) -> float:
     return next(value for _, value in reversed(points) if value is not None)
 
 
-def _named(points: list[Point], chart: Chart) -> float:
+def _legend_value(points: list[Point], chart: Chart) -> float:
     return max(value for _, value in points if value is not None) if chart.peak else _last(points)
 
 
