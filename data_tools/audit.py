@@ -30,7 +30,7 @@ def audit(directories: list[Path], out: Path, *, seed: int = 0, samples: int = 6
     except ValueError:  # the page says that it is not installed
         detect = None
     facts = gather(directories, seed=seed, wall=samples, workers=workers, detect=detect)
-    html = page(directories, facts, seed).encode(errors="replace")
+    html = page(directories, facts, seed).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, html)
     return len(html)

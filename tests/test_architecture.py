@@ -26,6 +26,7 @@ DOORS = {
     "flash_attn": {"pretrain/models/attention.py"},
     "webdataset": {"pretrain/data/shards/reader.py", "pretrain/data/shards/cache.py"},
     "img2dataset": {"data_tools/fetch/guarded_img2dataset.py"},
+    "jinja2": {"pretrain/report/html.py"},
     "transformers": {"pretrain/models/visual_tokenizer/teachers.py"},
 }
 PRETRAIN = sorted((ROOT / "pretrain").rglob("*.py"))

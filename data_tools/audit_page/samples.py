@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-from data_tools.audit_page.charts import clean, isolated
 from data_tools.audit_page.facts import DropExample, Facts
-from data_tools.audit_page.sections import heading
+from data_tools.audit_page.sections import Section
 from data_tools.audit_page.shard import Place
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, BadSample
 from pretrain.data.transforms import decode_image, read_header
@@ -21,64 +21,65 @@ from pretrain.data.transforms import decode_image, read_header
 SIDE, QUALITY = 224, 80  # 4 to 12 KB each
 
 
-def wall(facts: Facts, seed: int) -> str:
+class Card(NamedTuple):
+    frames: list[tuple[str, str]]  # (data URI of a picture, or what is wrong with it)
+    caption: str | None
+    why: str
+    name: str
+    size: str  # of the first picture
+
+
+def wall(facts: Facts, seed: int) -> Section | None:
     places = facts.wall.things()
     if not places:
-        return ""
+        return None
     about = f"{len(places)} of {facts.samples:,}, drawn at random (--seed {seed})"
-    cards = "".join(_card([place], isolated(place.caption), _shard(place), place.key) for place in places)
-    return heading("Samples", about) + f'<div class="wall">{cards}</div>'
+    cards = [_card([place], place.caption, "", _shard(place), place.key) for place in places]
+    return {"title": "Samples", "about": about, "cards": cards}
 
 
-def dropped(facts: Facts) -> str:
+def dropped(facts: Facts) -> Section | None:
     """The samples that drops files name, with examples that are still in the shards."""
     counts = sum(facts.dropped.values(), Counter[str]())
     if not counts:
-        return ""
-    blocks = ""
-    for reason, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
-        examples = facts.examples.get(reason, [])
-        cards = "".join(map(_example, examples))
-        more = f", {len(examples)} are shown" if n > len(examples) else ""
-        blocks += f'<h3 class="reason">{clean(reason)} <span>{n:,}{more}</span></h3><div class="wall">{cards}</div>'
-    files = ", ".join(f"{name} {found.total():,}" for name, found in facts.dropped.items())
+        return None
+    files = ", ".join(f"{name} {counter.total():,}" for name, counter in facts.dropped.items())
     twice = facts.dropped_samples.again()
-    about = f"named in drops files: {clean(files)}" + (f"; {twice:,} more than once" if twice else "")
-    return heading("Dropped", about) + blocks
+    reasons = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return {
+        "title": "Dropped",
+        "about": f"named in drops files: {files}" + (f"; {twice:,} more than once" if twice else ""),
+        "reasons": [(reason, n, [_example(each) for each in facts.examples.get(reason, [])]) for reason, n in reasons],
+    }
 
 
-def _example(example: DropExample) -> str:
+def _example(example: DropExample) -> Card:
     places = [place for place in (example.place, example.twin) if place is not None]
-    caption = isolated(example.place.caption) if example.place is not None else ""
-    why = f'<span class="why">{clean(example.detail)}</span>' if example.detail else ""
-    return _card(places, caption + why, example.shard, example.key)
+    caption = example.place.caption if example.place is not None else None
+    return _card(places, caption, example.detail, example.shard, example.key)
 
 
-def _card(places: list[Place], text: str, shard: str, key: str) -> str:
-    """`text` is HTML."""
-    frames, size = "", ""
+def _card(places: list[Place], caption: str | None, why: str, shard: str, key: str) -> Card:
+    frames, size = [], ""
     for place in places:
-        frame, found = _frame(place)
-        frames, size = frames + frame, size or found
-    frames = frames or '<div class="gone">no longer in these shards</div>'
-    name = clean(key if key.startswith(shard) else f"{shard}/{key}")  # img2dataset's keys begin with the shard
-    return (
-        f'<figure class="sample"><div class="frames">{frames}</div><figcaption>{text}'
-        f'<small class="facts"><span>{name}</span><span>{size}</span></small></figcaption></figure>'
-    )
+        picture, problem, of_picture = _frame(place)
+        frames.append((picture, problem))
+        size = size or of_picture
+    name = key if key.startswith(shard) else f"{shard}/{key}"  # img2dataset's keys begin with the shard
+    return Card(frames or [("", "no longer in these shards")], caption, why, name, size)
 
 
-def _frame(place: Place) -> tuple[str, str]:
-    """(HTML of the picture or of what is wrong with it, "512 x 384")."""
+def _frame(place: Place) -> tuple[str, str, str]:
+    """(data URI of the picture, or what is wrong with it, "512 x 384")."""
     if not place.size:
-        return '<div class="gone">no picture</div>', ""
+        return "", "no picture", ""
     try:
         url, size = thumbnail(place)
     except BadSample:
-        return '<div class="gone">cannot be decoded</div>', ""
+        return "", "cannot be decoded", ""
     except OSError:
-        return '<div class="gone">its tar is gone</div>', ""
-    return f'<img src="{url}" alt="" loading="lazy">', size
+        return "", "its tar is gone", ""
+    return url, "", size
 
 
 def thumbnail(place: Place) -> tuple[str, str]:

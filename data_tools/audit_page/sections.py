@@ -1,11 +1,18 @@
-"""The sections of the audit page about pictures, captions and downloads that failed."""
+"""The sections of the audit page about steps, pictures, captions and downloads that failed: what their templates show.
+None where there is nothing to show. Captions, words, servers and reasons are strangers' text; templates escape it."""
 
 from __future__ import annotations
 
-from data_tools.audit_page.charts import bars, clean, isolated, kinds, percent, table
+from datetime import datetime
+from typing import Any
+
 from data_tools.audit_page.facts import LANGUAGE_SAMPLES, Facts
+from data_tools.audit_page.funnel import funnel, most
+from data_tools.audit_page.sketches import Histogram
 from data_tools.fetch.reasons import OTHER
 from data_tools.lists.languages import HOW_TO_INSTALL, UNKNOWN
+from data_tools.shards.steps import Step
+from pretrain.report.charts import Bars, histogram, percent
 
 ROWS = 12  # of a table
 WORDS_SHOWN = 60
@@ -16,127 +23,107 @@ _NAMES = {
     **{"ar": "Arabic", "bg": "Bulgarian", "cs": "Czech", "da": "Danish", "de": "German", "el": "Greek"},
     **{"en": "English", "es": "Spanish", "et": "Estonian", "fa": "Persian", "fi": "Finnish", "fr": "French"},
     **{"he": "Hebrew", "hi": "Hindi", "hr": "Croatian", "hu": "Hungarian", "id": "Indonesian", "it": "Italian"},
-    **{
-        "ja": "Japanese",
-        "ko": "Korean",
-        "la": "Latin",
-        "nl": "Dutch",
-        "no": "Norwegian",
-        "pl": "Polish",
-        "pt": "Portuguese",
-    },
-    **{"ro": "Romanian", "ru": "Russian", "sk": "Slovak", "sv": "Swedish", "th": "Thai", "tr": "Turkish"},
-    **{"uk": "Ukrainian", "vi": "Vietnamese", "zh": "Chinese", UNKNOWN: "cannot be told"},
+    **{"ja": "Japanese", "ko": "Korean", "la": "Latin", "nl": "Dutch", "no": "Norwegian", "pl": "Polish"},
+    **{"pt": "Portuguese", "ro": "Romanian", "ru": "Russian", "sk": "Slovak", "sv": "Swedish", "th": "Thai"},
+    **{"tr": "Turkish", "uk": "Ukrainian", "vi": "Vietnamese", "zh": "Chinese", UNKNOWN: "cannot be told"},
 }
 
+# A section, by the names that its template reads; all have "title" and "about".
+Section = dict[str, Any]
+# The cells of a table's row, and its bar in percent.
+Row = tuple[tuple[str, ...], float]
 
-def heading(title: str, about: str) -> str:
-    """`about` is HTML."""
-    return f'<div class="head"><h2>{title}</h2><span class="soft">{about}</span></div>'
+
+def way(facts: Facts) -> Section | None:
+    # The download's own look at its list tells nothing where the list was clean.
+    steps = {name: step for name, step in facts.steps.items() if name != "list" or step.dropped}
+    if not any(name.startswith("download") for name in steps) and facts.rows and facts.failures:
+        came = facts.rows - facts.failures.total()
+        first = min((step.time for step in steps.values()), default=datetime.now().timestamp())
+        steps = {"download": Step("download", facts.rows, came, dict(facts.failures), unit="rows", time=first), **steps}
+    if not steps:
+        return None
+    return {
+        "title": "From the list to the shards",
+        "about": "each bar is what a step was given; striped: only named, data_tools.rewrite leaves it out",
+        "bars": funnel(steps, facts.samples, set(facts.dropped)),
+        "most": most(steps, facts.samples),
+        "day": lambda step: f"{datetime.fromtimestamp(step.time):%d %b %Y, %H:%M}",
+    }
 
 
-def pictures(facts: Facts) -> str:
+def pictures(facts: Facts) -> Section | None:
     if not facts.pictures:
-        return ""
-    sides, aspects, kib = facts.sides, facts.aspects, facts.kib
-    formats = ", ".join(f"{percent(n, facts.pictures)} {clean(name)}" for name, n in facts.formats.most_common())
-    about = formats + (f"; {facts.unreadable:,} have no readable header" if facts.unreadable else "")
+        return None
+    aspects = facts.aspects
+    formats = ", ".join(f"{percent(n, facts.pictures)} {name}" for name, n in facts.formats.most_common())
     upright = int(aspects.counts[:7].sum())  # below 0.9
-    across = int(aspects.counts[8:].sum())
-    charts = bars(
-        "Shorter side, pixels",
-        sides,
-        "pixels",
-        f"Half of the pictures have <b>{sides.bin_of(0.5)[0]:,.0f}</b> or more, 9 of 10 have "
-        f"<b>{sides.bin_of(0.1)[0]:,.0f}</b> or more.",
-        (0, 64, 128, 224, 320, 512, 1024, 4096),
-        "third",
-    )
-    charts += bars(
-        "Width / height",
-        aspects,
-        "",
-        f"<b>{percent(upright, aspects.total)}</b> upright, <b>{percent(across, aspects.total)}</b> lying, "
-        f"<b>{percent(aspects.total - upright - across, aspects.total)}</b> about square.",
-        (0.4, 0.6, 0.9, 1.25, 2, 3),
-        "third",
-    )
-    charts += bars(
-        "Size of the file, KiB",
-        kib,
-        "KiB",
-        f"Half of the files have less than <b>{kib.bin_of(0.5)[1]:,.3g}</b> KiB, 9 of 10 less than "
-        f"<b>{kib.bin_of(0.9)[1]:,.3g}</b>.",
-        (1, 4, 16, 64, 256, 1024, 4096),
-        "third",
-    )
-    return heading("Pictures", about) + f'<div class="charts">{charts}</div>'
+    lying = int(aspects.counts[8:].sum())
+    return {
+        "title": "Pictures",
+        "about": formats + (f"; {facts.unreadable:,} have no readable header" if facts.unreadable else ""),
+        "sides": _bars("Shorter side, pixels", facts.sides, (0, 64, 128, 224, 320, 512, 1024, 4096), "pixels"),
+        "aspects": _bars("Width / height", aspects, (0.4, 0.6, 0.9, 1.25, 2, 3)),
+        "upright": percent(upright, aspects.total),
+        "lying": percent(lying, aspects.total),
+        "square": percent(aspects.total - upright - lying, aspects.total),
+        "kib": _bars("Size of the file, KiB", facts.kib, (1, 4, 16, 64, 256, 1024, 4096), "KiB"),
+    }
 
 
-def captions(facts: Facts) -> str:
+def _bars(title: str, counted: Histogram, labels: tuple[float, ...], unit: str = "") -> Bars | None:
+    return histogram(title, counted.edges, counted.counts.tolist(), labels, unit)
+
+
+def captions(facts: Facts) -> Section | None:
     if not facts.words.total:
-        return ""
-    empty = int(facts.words.counts[0])
-    chart = bars(
-        "Words of a caption",
-        facts.words,
-        "words",
-        f"Half of the captions have <b>{facts.words.bin_of(0.5)[0]:.0f}</b> words or more; {empty:,} have none.",
-        (0, 5, 10, 15, 20, 25, 30, 60, 1000),
-        "full",
-    )
+        return None
     words = [(word, n) for word, n in facts.vocabulary.most(WORDS_SHOWN + len(_LITTLE)) if word not in _LITTLE]
-    again = facts.equal_captions.again()
-    about = f"{facts.words.total:,} captions; {percent(again, facts.words.total)} stand under an earlier picture too"
-    cards = f'<div class="card"><p class="title">Most frequent words</p>{kinds(words[:WORDS_SHOWN])}</div>'
-    pair = "".join((_repeated(facts), _languages(facts)))
-    return heading("Captions", about) + f'<div class="charts">{chart}</div>{cards}<div class="pair">{pair}</div>'
+    top = max((n for _, n in words), default=1)
+    again = percent(facts.equal_captions.again(), facts.words.total)
+    repeated = [(text, n) for text, n in facts.captions.most(ROWS) if n > 1]
+    of = f"of {facts.languages.total():,} captions" if facts.languages is not None else ""
+    return {
+        "title": "Captions",
+        "about": f"{facts.words.total:,} captions; {again} stand under an earlier picture too",
+        "chart": _bars("Words of a caption", facts.words, (0, 5, 10, 15, 20, 25, 30, 60, 1000), "words"),
+        "words": [(word, n, 100 * n / top) for word, n in words[:WORDS_SHOWN]],
+        "repeated": [((text or "(blank)", f"{n:,}"), 100 * n / repeated[0][1]) for text, n in repeated],
+        "languages": _languages(facts),
+        "drawn": of + (" drawn at random" if facts.languages and facts.languages.total() == LANGUAGE_SAMPLES else ""),
+        "how_to_install": HOW_TO_INSTALL,
+    }
 
 
-def _repeated(facts: Facts) -> str:
-    found = [(text, n) for text, n in facts.captions.most(ROWS) if n > 1]
-    if not found:
-        return '<div class="card"><p class="note">No caption stands under two pictures.</p></div>'
-    rows = [(isolated(text or "(blank)"), f"{n:,}") for text, n in found]
-    return table("Captions that repeat", "", ("caption", "pictures"), rows, [n / found[0][1] for _, n in found])
-
-
-def _languages(facts: Facts) -> str:
+def _languages(facts: Facts) -> list[Row] | None:
     if facts.languages is None:
-        return (
-            '<div class="card"><p class="title">Languages</p><p class="note">Not told, because py3langid is not '
-            f"installed: {clean(HOW_TO_INSTALL)}.</p></div>"
-        )
+        return None
     total = facts.languages.total()
     counts = sorted(facts.languages.items(), key=lambda item: (-item[1], item[0]))
     if len(counts) > ROWS:
         rest = sum(n for _, n in counts[ROWS - 1 :])
         counts = [*counts[: ROWS - 1], (f"{len(counts) - ROWS + 1} others", rest)]
-    rows = [(clean(_NAMES.get(code, code)), f"{n:,}", percent(n, total)) for code, n in counts]
-    about = f"of {total:,} captions" + (" drawn at random" if total == LANGUAGE_SAMPLES else "")
-    return table("Languages", about, ("language", "captions", "share"), rows, [n / total for _, n in counts])
+    return [((_NAMES.get(code, code), f"{n:,}", percent(n, total)), 100 * n / total) for code, n in counts]
 
 
-def failures(facts: Facts) -> str:
+def failures(facts: Facts) -> Section | None:
     """Rows of the list that gave no picture, by reason and by server."""
     if not facts.rows or not facts.failures:
-        return ""
+        return None
     total = facts.failures.total()
     reasons = sorted(facts.failures.items(), key=lambda item: (-item[1], item[0]))[:ROWS]
-    by_reason = table(
-        "By reason",
-        "",
-        ("reason", "rows", "share"),
-        [(clean(reason if reason != OTHER else "anything else"), f"{n:,}", percent(n, total)) for reason, n in reasons],
-        [n / reasons[0][1] for _, n in reasons],
-    )
-    servers = facts.failed.most(ROWS)
+    by_reason: list[Row] = [
+        (("anything else" if reason == OTHER else reason, f"{n:,}", percent(n, total)), 100 * n / reasons[0][1])
+        for reason, n in reasons
+    ]
     came = dict(facts.served.most(len(facts.served)))
-    rows, shares = [], []
-    for server, n in servers:
+    by_server: list[Row] = []
+    for server, n in facts.failed.most(ROWS):
         asked = n + came.get(server, 0)
-        rows.append((isolated(server or "(no URL)"), f"{n:,}", f"{asked:,}", percent(n, asked)))
-        shares.append(n / asked)
-    by_server = table("By server", "", ("server", "failed", "of rows", "rate"), rows, shares)
-    about = f"{total:,} of {facts.rows:,} rows gave no picture, {percent(total, facts.rows)}"
-    return heading("Downloads that failed", about) + f'<div class="pair">{by_reason}{by_server}</div>'
+        by_server.append(((server or "(no URL)", f"{n:,}", f"{asked:,}", percent(n, asked)), 100 * n / asked))
+    return {
+        "title": "Downloads that failed",
+        "about": f"{total:,} of {facts.rows:,} rows gave no picture, {percent(total, facts.rows)}",
+        "by_reason": by_reason,
+        "by_server": by_server,
+    }

@@ -7,16 +7,14 @@ Works on runs that are going on, and on runs that have only some stages; what is
 
 from __future__ import annotations
 
-import argparse
-import logging
 import os
 import sys
 from pathlib import Path
 
+from pretrain.command import make_parser, run
+from pretrain.report.html import visible
 from pretrain.report.page import page
 from pretrain.report.rows import DIRECTIONS, RANKS, chance, load_run, masked_rows, other_rows, retrieval_rows
-
-log = logging.getLogger("pretrain")
 
 
 def format_table(run_dir: Path | str) -> str:
@@ -49,7 +47,8 @@ def format_table(run_dir: Path | str) -> str:
     if others := other_rows(stages):
         width = max(len(f"{stage}: {key}") for stage, key, _ in others) + 2
         lines += [f"{f'{stage}: {key}':<{width}}{value:>10.4g}" for stage, key, value in others]
-    return "\n".join(lines).rstrip() or "No stage of this run has been evaluated yet."
+    # Names of stages and keys of eval.json may be anything: no escape code gets to the terminal.
+    return "\n".join(map(visible, lines)).rstrip() or "No stage of this run has been evaluated yet."
 
 
 def _cell(value: float | None, width: int) -> str:
@@ -71,25 +70,16 @@ def write_report(run_dir: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """-> 0, or 2 for a user's mistake (one sentence on stderr)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain.report",
-        description="Write one self-contained page with the curves, evaluation and sample pictures of a run, and print "
-        "the evaluation as a table.",
-        epilog="example: python -m pretrain.report --run-dir runs/quickstart",
-    )
+    parser = make_parser("pretrain.report", __doc__, "--run-dir runs/quickstart")
     parser.add_argument("--run-dir", required=True, type=Path, help="the --run-dir of pretrain.train")
     args = parser.parse_args(argv)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    log.setLevel(logging.INFO)
-    try:
-        path = write_report(args.run_dir)
-        sys.stdout.write(format_table(args.run_dir) + "\n")
-    except (ValueError, OSError) as error:
-        log.error("error: %s", error)
-        return 2
-    log.info("wrote %s (%.1f MB)", path, path.stat().st_size / 1e6)
-    return 0
+    return run(lambda: _run(args.run_dir), left="a page of before is still there")
+
+
+def _run(run_dir: Path) -> None:
+    path = write_report(run_dir)
+    print(format_table(run_dir))
+    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Line charts as inline SVG. The lines stretch with the page; the labels are HTML beside them and keep their size."""
+"""The charts of all pages, measured for the SVG of templates/parts.html: curves and histograms. Bars and lines stretch
+with the page, labels keep their size; hence two units: thousandths for paths, and percents for all else."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from pretrain.report.html import visible
 
 POINTS_AT_MOST = 400
 SMOOTH_FROM = 40  # curves with fewer points are shown as they are
@@ -35,6 +38,28 @@ class Chart:
     from_zero: bool = False
     smooth: bool = False
     peak: bool = False
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A chart as it is drawn. `data` is what its script reads; `legend`: (colour, name, value)."""
+
+    title: str
+    summary: str
+    data: str
+    paths: list[tuple[str, str]]  # (class, path); the last lies on top
+    x_labels: list[tuple[float, str]]
+    y_labels: list[tuple[float, str]]
+    legend: list[tuple[int, str, str]]
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A histogram as it is drawn; `bars`: (left edge, width, height, what it counts)."""
+
+    title: str
+    bars: list[tuple[float, float, float, str]]
+    labels: list[tuple[float, str]]
 
 
 def smoothed(points: list[Point]) -> list[Point]:
@@ -96,44 +121,69 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def figure(chart: Chart) -> str:
-    """The chart as HTML, or "" if it has no numbers."""
+def percent(part: float, whole: float) -> str:
+    share = 100 * part / whole if whole else 0.0
+    if 0 < share < 0.1:
+        return "< 0.1 %"
+    return f"{share:.1f} %"
+
+
+def edge(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def histogram(
+    title: str, edges: Sequence[float], counts: Sequence[int], labels: Collection[float], unit: str = ""
+) -> Bars | None:
+    """Bars of equal width from the first to the last that is filled; `labels` are the edges that are named. None
+    without values."""
+    filled = [i for i, count in enumerate(counts) if count]
+    if not filled:
+        return None
+    low, high = max(filled[0] - 1, 0), min(filled[-1] + 2, len(counts))
+    top, total, width = max(counts), sum(counts), 100 / (high - low)
+    bars = []
+    for i in range(low, high):
+        span = f"{edge(edges[i])} to {edge(edges[i + 1])} {unit}".strip()
+        label = f"{span}: {counts[i]:,} ({percent(counts[i], total)})"
+        height = max(round(100 * counts[i] / top, 2), 1.0) if counts[i] else 0.0
+        bars.append((round((i - low + 0.05) * width, 2), round(0.9 * width, 2), height, label))
+    named = [(round((i - low) * width, 2), edge(edges[i])) for i in range(low, high + 1) if edges[i] in labels]
+    return Bars(title, bars, named)
+
+
+def drawing(chart: Chart) -> Drawing | None:
+    """None if it has no numbers."""
     curves = [curve for curve in chart.curves if any(value is not None for _, value in curve.points)]
     if not curves:
-        return ""
+        return None
     drawn = [(curve, *_lines(curve, chart.smooth)) for curve in curves]
     values = [v for _, raw, mean in drawn for _, v in (raw or mean) if v is not None]
     steps = [step for curve in curves for step, _ in (curve.points[0], curve.points[-1])]
     y_ticks = nice_ticks(0.0 if chart.from_zero else min(values), _top(values))
     x_low = 0 if min(steps) <= 0.1 * max(steps) else min(steps)
     x_high = max(max(steps), x_low + 1)
+    x_ticks = [t for t in nice_ticks(x_low, x_high) if x_low <= t <= x_high]
     frame = _Frame(x_low, x_high, y_ticks[0], y_ticks[-1])
-    paths = [f'<path class="grid" d="{"".join(f"M0 {frame.y(t):.1f}H1000" for t in y_ticks)}"/>']
+    paths = [("grid", "".join(f"M0 {frame.y(t):.1f}H1000" for t in y_ticks))]
     for curve, raw, mean in reversed(drawn):  # the first curve lies on top
-        paths += [f'<path class="raw c{curve.colour}" d="{frame.path(raw)}"/>'] if raw else []
-        paths.append(f'<path class="line c{curve.colour}" d="{frame.path(mean)}"/>')
-    y_labels = "".join(f'<span style="top:{frame.y(t) / 10:.2f}%">{number(t)}{chart.unit}</span>' for t in y_ticks)
-    x_labels = "".join(
-        f'<span style="left:{frame.x(t) / 10:.2f}%">{number(t)}</span>'
-        for t in nice_ticks(x_low, x_high)
-        if x_low <= t <= x_high
-    )
-    legend = "".join(
-        f'<li><i class="c{curve.colour}"></i>{escape(curve.name)} <b>{number(_told(mean, chart))}{chart.unit}</b></li>'
-        for curve, _, mean in drawn
-    )
+        paths += [(f"raw c{curve.colour}", frame.path(raw))] if raw else []
+        paths.append((f"line c{curve.colour}", frame.path(mean)))
     data = {
         "unit": chart.unit,
         "frame": [x_low, x_high, y_ticks[0], y_ticks[-1]],
-        "curves": [{"name": curve.name, "points": _short(mean)} for curve, _, mean in drawn],
+        "curves": [{"name": visible(curve.name), "points": _short(mean)} for curve, _, mean in drawn],
     }
-    return (
-        f'<figure class="chart" tabindex="0" role="img" aria-label="{escape(_summary(chart, drawn), quote=True)}" '
-        f'data-chart="{escape(json.dumps(data, separators=(",", ":")), quote=True)}">'
-        f'<figcaption>{escape(chart.title)}</figcaption><div class="plot"><div class="y">{y_labels}</div>'
-        f'<div class="area"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">'
-        f'{"".join(paths)}</svg><div class="cursor" hidden></div><div class="tip" hidden></div></div>'
-        f'<div class="x">{x_labels}</div></div><ul class="legend">{legend}</ul></figure>'
+    return Drawing(
+        title=chart.title,
+        summary=_summary(chart, drawn),
+        data=json.dumps(data, separators=(",", ":")),
+        paths=paths,
+        x_labels=[(round(frame.x(t) / 10, 2), number(t)) for t in x_ticks],
+        y_labels=[(round(frame.y(t) / 10, 2), number(t) + chart.unit) for t in y_ticks],
+        legend=[
+            (curve.colour, curve.name, number(_legend_value(mean, chart)) + chart.unit) for curve, _, mean in drawn
+        ],
     )
 
 
@@ -183,7 +233,7 @@ def _last(points: list[Point]) -> float:
     return next(value for _, value in reversed(points) if value is not None)
 
 
-def _told(points: list[Point], chart: Chart) -> float:
+def _legend_value(points: list[Point], chart: Chart) -> float:
     return max(value for _, value in points if value is not None) if chart.peak else _last(points)
 
 

@@ -1,4 +1,5 @@
-"""The sample pictures and captions of a stage as HTML. Paths and texts come from a file: neither is trusted."""
+"""The sample pictures and captions of a stage, for templates/samples.html. Paths and texts come from a file: neither is
+trusted."""
 
 from __future__ import annotations
 
@@ -6,88 +7,78 @@ import base64
 import difflib
 import io
 import re
-from html import escape
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 EMBED_AS_IT_IS = 48_000  # bytes; larger pictures are made smaller, so that the page stays light
 SIDE_AT_MOST = 224
 FILE_AT_MOST = 50_000_000
-KINDS = ("masked", "retrieval")
+
+Picture = Callable[[dict, str], str | None]  # of an entry and its key: a data URI
 
 
-def samples_html(directory: Path, samples: dict[str, list]) -> tuple[str, list[str]]:
-    """-> the HTML, and one line for each thing that had to be left out."""
+def folds(directory: Path, samples: dict[str, list]) -> tuple[list[tuple[str, str, list]], list[str]]:
+    """-> (title, "shows" or "queries", entries) of each group, and one line for each thing that had to be left out."""
     problems: dict[str, None] = {}
 
-    def picture(entry: dict, key: str, label: str) -> str:
+    def picture(entry: dict, key: str) -> str | None:
         name = entry.get(key)
         if not isinstance(name, str):
-            return ""
+            return None
         data = _embed(directory, name)
         if data is None:
             problems[f"{name} is no picture of this stage; it is left out."] = None
-            return ""
-        return f'<img src="{data}" alt="{escape(label, quote=True)}" loading="lazy">'
+        return data
 
-    masked = "".join(_masked(entry, picture) for entry in samples.get("masked", []))
-    hidden = any("masked" in entry or "masked_caption" in entry for entry in samples.get("masked", []))
+    entries = samples.get("masked", [])
+    hidden = any("masked" in entry or "masked_caption" in entry for entry in entries)
     title = "Masked and predicted, on held-out data" if hidden else "Pictures, and what their codes keep of them"
-    html = _fold(title, "shows", masked)
+    masked = [shown for entry in entries if any((shown := _masked(entry, picture)).values())]
+    groups: list[tuple[str, str, list]] = [(title, "shows", masked)]
     for direction, title in (("text_to_image", "Text → image retrieval"), ("image_to_text", "Image → text retrieval")):
         entries = [entry for entry in samples.get("retrieval", []) if entry.get("direction") == direction]
-        html += _fold(title, "queries", "".join(_query(entry, picture) for entry in entries))
-    return html, list(problems)
+        groups.append((title, "queries", [_query(entry, picture) for entry in entries]))
+    return [group for group in groups if group[2]], list(problems)
 
 
-def _fold(title: str, css: str, inner: str) -> str:
-    return f'<details open><summary>{title}</summary><div class="{css}">{inner}</div></details>' if inner else ""
-
-
-def _masked(entry: dict, picture) -> str:
-    pictures = "".join(
-        f"<div>{html}{label}</div>"
-        for key, label in (("input", "picture"), ("masked", "hidden"), ("predicted", "predicted"))
-        if (html := picture(entry, key, label))
-    )
+def _masked(entry: dict, picture: Picture) -> dict[str, list]:
+    """`texts`: what each is, and its pieces."""
+    labels = {"input": "picture", "masked": "hidden", "predicted": "predicted"}
+    pictures = [(data, label) for key, label in labels.items() if (data := picture(entry, key))]
     caption, hidden, guess = (_text(entry, key) for key in ("caption", "masked_caption", "predicted_caption"))
-    words = ""
+    texts = []
     if caption:
-        shown = re.sub(r"\[([^\[\]]*)\]", r"<mark>\1</mark>", escape(hidden)) if hidden else escape(caption)
-        words += f"<li><small>text, hidden words marked</small>{shown}</li>"
+        # Every second piece stood in brackets.
+        pieces = re.split(r"\[([^\[\]]*)\]", hidden) if hidden else [caption]
+        marked = [(piece, "hidden" if i % 2 else "") for i, piece in enumerate(pieces)]
+        texts.append(("text, hidden words marked", marked))
     if guess:
-        words += f"<li><small>filled in</small>{_compare(caption, guess) if caption else escape(guess)}</li>"
-    trio = f'<div class="trio">{pictures}</div>' if pictures else ""
-    return f'<div class="show">{trio}{f"<ul class=words>{words}</ul>" if words else ""}</div>' if trio or words else ""
+        texts.append(("filled in", _compare(caption, guess) if caption else [(guess, "")]))
+    return {"pictures": pictures, "texts": texts}
 
 
-def _compare(right: str, guess: str) -> str:
-    """The guess, with the words that differ from the right ones underlined."""
+def _compare(right: str, guess: str) -> list[tuple[str, str]]:
+    """The guess in pieces, those that differ from the right words as "wrong"."""
     a, b = right.split(), guess.split()
-    parts = []
+    pieces: list[tuple[str, str]] = []
     for tag, _, _, start, stop in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        words = escape(" ".join(b[start:stop]))
-        if words:
-            parts.append(words if tag == "equal" else f'<span class="off">{words}</span>')
-    return " ".join(parts)
+        if start < stop:
+            pieces += [(" ", "")] if pieces else []
+            pieces.append((" ".join(b[start:stop]), "" if tag == "equal" else "wrong"))
+    return pieces
 
 
-def _query(entry: dict, picture) -> str:
+def _query(entry: dict, picture: Picture) -> dict[str, Any]:
     results = [result for result in entry.get("results") or [] if isinstance(result, dict)]
     rank = entry.get("rank")
-    rank_html = ""
-    if isinstance(rank, int):
-        rank_html = f'<span class="rank{" first" if rank == 1 else ""}">{"✓" if rank == 1 else "✗"} rank {rank}</span>'
-    asked = picture(entry, "query_image", "query picture") or f"<span>{escape(_text(entry, 'query_text'))}</span>"
-    by_picture = any(isinstance(result.get("image"), str) for result in results)
-    items = ""
-    for place, result in enumerate(results, start=1):
-        right = result.get("right") is True
-        label = f"{place}{' ✓' if right else ''}"
-        text = _text(result, "text")
-        inner = f"{picture(result, 'image', text)}{label}" if by_picture else f"<span>{label}</span>{escape(text)}"
-        items += f"<li{' class=right' if right else ''}>{inner}</li>"
-    css = "pictures" if by_picture else "texts"
-    return f'<div class="query"><div class="ask">{asked}{rank_html}</div><ol class="results {css}">{items}</ol></div>'
+    return {
+        "picture": picture(entry, "query_image"),
+        "text": _text(entry, "query_text"),
+        "rank": rank if isinstance(rank, int) else None,
+        "by_picture": any(isinstance(result.get("image"), str) for result in results),
+        "results": [(picture(each, "image"), _text(each, "text"), each.get("right") is True) for each in results],
+    }
 
 
 def _text(entry: dict, key: str) -> str:

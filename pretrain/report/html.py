@@ -1,0 +1,57 @@
+"""How every HTML page is made: from Jinja2 templates, as one file that needs no network.
+
+Text from outside stays text, three times over: the templates escape it, characters that nobody can see become visible,
+and the content security policy names the style sheet and the script of the page by their hashes, so that no other
+would run.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+TEMPLATES = Path(__file__).parent / "templates"
+_JOINERS = "\u200c\u200d"  # they join emoji and part letters; no text turns around or disappears by them
+
+
+def visible(text: str) -> str:
+    """The text with � for each character that steers instead of being shown: a terminal's escape codes, NUL, marks that
+    turn the direction of what follows, halves of a surrogate pair. Line breaks become spaces."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in _JOINERS else " " if c.isspace() else "\ufffd" for c in text)
+
+
+def render(template: Path, *, styles: Iterable[Path] = (), scripts: Iterable[Path] = (), **values: Any) -> str:
+    """The page of a template that extends base.html. What it includes lies beside it or here. `styles` come after the
+    style sheet of all pages."""
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, TEMPLATES]),
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else visible(str(value)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style, script = _read([TEMPLATES / "style.css", *styles]), _read(scripts)
+    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; style-src {_source(style)}"
+    policy += f"; script-src {_source(script)}" if script else ""
+    inline = {"style": Markup(style), "script": Markup(script), "policy": Markup(policy)}
+    written = f"{datetime.now():%d %B %Y, %H:%M}"
+    return environment.get_template(template.name).render(values | inline, written=written)
+
+
+def _read(paths: Iterable[Path]) -> str:
+    return "".join(path.read_text(encoding="utf-8") for path in paths)
+
+
+def _source(text: str) -> str:
+    """As a policy names it."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
