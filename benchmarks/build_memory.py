@@ -81,9 +81,9 @@ def _rank(number: int, place: Path, recipe_name: str, stage_name: str, settings:
 
         torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=number, world_size=ranks)
-        from pretrain.config import load_recipe
         from pretrain.parallel.ds_config import load_ds_config
         from pretrain.parallel.engine import partitioned_init
+        from pretrain.recipes import load_recipe
         from pretrain.tasks.pretrain import PretrainTask
 
         recipe, stage = load_recipe(recipe_name, stage_name, settings)
@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
     if args.ranks < 1:
         raise ValueError(f"--ranks={args.ranks} is below 1; use 1 or more")
-    from pretrain.config import load_recipe
+    from pretrain.recipes import load_recipe
 
     if not load_recipe(args.recipe, args.stage, args.set)[1].objectives:
         raise ValueError(f"--stage {args.stage} trains a visual tokenizer; name one that trains the encoder")

@@ -34,7 +34,7 @@ from data_tools.train_text_tokenizer import train as train_text_tokenizer
 from pretrain import command
 from pretrain.checkpoint.weights import WEIGHTS, write_weights
 from pretrain.command import about, write
-from pretrain.config import Recipe, Stage, load_recipe, to_json
+from pretrain.config import Recipe, Stage, to_json
 from pretrain.distributed import barrier, device, rank, world_size
 from pretrain.layers import PLAIN
 from pretrain.metrics import Throughput
@@ -42,6 +42,7 @@ from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
 from pretrain.parallel.engine import adopt_slurm
 from pretrain.parallel.faults import Watch
 from pretrain.parallel.share_batches import share_batches
+from pretrain.recipes import load_recipe
 from pretrain.run.build import Run, build_run
 
 SHARDS, SAMPLES, SIDE = 8, 256, 256

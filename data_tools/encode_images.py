@@ -31,7 +31,7 @@ from tqdm import tqdm
 from data_tools.command import add_directories, add_workers, make_parser, run
 from data_tools.index import index_directory, write_atomically
 from pretrain.checkpoint.weights import weights_digest
-from pretrain.config import Recipe, Stage, load_recipe
+from pretrain.config import Recipe, Stage
 from pretrain.data.codes import DTYPE, NO_CODE, Coding, file_head, look_rng, plain, read_summary, summary
 from pretrain.data.shards.manifest import load_manifest
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample, ShardReader
@@ -39,6 +39,7 @@ from pretrain.data.sources import ImageShards, picture
 from pretrain.data.transforms import ImageTransform
 from pretrain.distributed import device
 from pretrain.models.visual_tokenizer.vqkd import VQKD
+from pretrain.recipes import load_recipe
 from pretrain.run.image_targets import load_visual_tokenizer, picture_codes
 from pretrain.run.stored_weights import weights_path
 

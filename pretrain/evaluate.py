@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from pretrain.checkpoint.save import newest_weights
 from pretrain.checkpoint.weights import WEIGHTS, load_handover, weights_digest, write_json
-from pretrain.config import Recipe, Stage, load_recipe, to_json
+from pretrain.config import Recipe, Stage, to_json
 from pretrain.data.shards.reader import load_manifest
 from pretrain.distributed import device
 from pretrain.evals.trained import Trained
 from pretrain.models.visual_tokenizer.teachers import PixelTeacher
+from pretrain.recipes import load_recipe
 from pretrain.run.build import build_task
 from pretrain.run.directory import read_json, read_recipe
 from pretrain.run.image_targets import image_targets, load_visual_tokenizer

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from pretrain.checkpoint.save import save
 from pretrain.checkpoint.weights import WEIGHTS, carry_over, write_weights
-from pretrain.config import load_recipe
 from pretrain.distributed import any_rank, device, fail_together, rank, reduce_mean, world_size
 from pretrain.metrics import MetricsLog, Throughput
 from pretrain.optim import learning_rate
@@ -26,6 +25,7 @@ from pretrain.parallel.engine import adopt_slurm, gradient_norm
 from pretrain.parallel.faults import LOST, Watch, leave
 from pretrain.parallel.share_batches import share_batches
 from pretrain.parallel.state import full_state
+from pretrain.recipes import load_recipe
 from pretrain.run.build import Run, build_run, frozen_names
 from pretrain.run.directory import finished, note_recipe, run_identity
 from pretrain.run.display import Display

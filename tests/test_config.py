@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import BatchSize, Stage, find_recipe, load_recipe, stage_hash, to_json
+from pretrain.config import BatchSize, Stage, stage_hash, to_json
 from pretrain.data.sources import ImageShards, PairShards
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim
+from pretrain.recipes import find_recipe, load_recipe
 from pretrain.settings import set_values
 
 RECIPES = ("tiny", "beit3_base", "beit3_large", "beit3_giant", "beit3_base_released", "beit3_large_released",

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from pretrain.checkpoint.weights import read_weights
-from pretrain.config import find_recipe, stage_hash
+from pretrain.config import stage_hash
 from pretrain.metrics import read_metrics
 from pretrain.parallel.faults import LOST, Watch
+from pretrain.recipes import find_recipe
 from tests.forked_run import ForkedRanks
 from tests.small_run import command, train_stage, write_data
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import warnings
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pretrain.parallel.sizes import Parallel, world_problem
 
@@ -124,6 +126,14 @@ class ModelParallelUnit:
 
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:
         return self._copies.group
+
+
+def all_gather(own: Tensor, axis: Axis) -> list[Tensor]:
+    """Every rank's tensor, in rank order."""
+    own = own.contiguous()
+    parts = [torch.empty_like(own) for _ in range(axis.size)]
+    dist.all_gather(parts, own, group=axis.group)
+    return parts
 
 
 def _axis(group: dist.ProcessGroup) -> Axis:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pretrain.distributed import gather_own
 from pretrain.layers import Layers
-from pretrain.parallel.mesh import Axis, Mesh
+from pretrain.parallel.mesh import Axis, Mesh, all_gather
 from pretrain.parallel.sequence import over_rows
 
 
@@ -105,23 +105,6 @@ class _OwnHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return torch.cat(all_gather(grads[0], ctx.tensor), -1), None
-
-
-def best_class(logits: Tensor, tensor: Axis) -> Tensor:
-    """[R, classes of this rank] -> int64 [R], the best of all classes; of equals the first, as argmax on one device."""
-    value, place = logits.float().max(-1)
-    # As fp32 in one collective: exact up to 16 million classes.
-    own = torch.stack([value, (place + tensor.rank * logits.shape[-1]).float()])
-    values, places = torch.stack(all_gather(own, tensor)).unbind(1)
-    return places.gather(0, values.argmax(0, keepdim=True)).squeeze(0).long()
-
-
-def all_gather(own: Tensor, tensor: Axis) -> list[Tensor]:
-    """Every rank's tensor, in rank order."""
-    own = own.contiguous()
-    parts = [torch.empty_like(own) for _ in range(tensor.size)]
-    dist.all_gather(parts, own, group=tensor.group)
-    return parts
 
 
 def mark_split(parameter: nn.Parameter, dim: int) -> nn.Parameter:

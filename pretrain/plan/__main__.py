@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from pretrain.command import about, run, write
-from pretrain.config import Stage, load_recipe
+from pretrain.config import Stage
 from pretrain.parallel.ds_config import load_ds_config
 from pretrain.parallel.legal import problems
 from pretrain.parallel.sizes import Parallel
@@ -33,6 +33,7 @@ from pretrain.plan.memory import Cell, Memory, peak_memory
 from pretrain.plan.model import Planned, micro_batch_layout, planned
 from pretrain.plan.page import page
 from pretrain.plan.time import Cluster, Time, step_time
+from pretrain.recipes import load_recipe
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
 SIZES = (1, 2, 4, 8, 16)

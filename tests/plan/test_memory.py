@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from pretrain.batch import Batch, Layout, make_batch
-from pretrain.config import Recipe, Stage, load_recipe
+from pretrain.config import Recipe, Stage
 from pretrain.parallel.sizes import Parallel
 from pretrain.plan.memory import Cell, activations, block_bytes, moments
 from pretrain.plan.model import planned
+from pretrain.recipes import load_recipe
 from pretrain.tasks.pipeline import PipelineTask, pipeline_bounds
 from pretrain.tasks.pretrain import PretrainTask
 from tests.distributed import run_ranks

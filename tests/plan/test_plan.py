@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.config import load_recipe
 from pretrain.models.visual_tokenizer.vqkd import VQKD
 from pretrain.parallel.ds_config import load_ds_config
 from pretrain.parallel.sizes import Parallel
@@ -20,6 +19,7 @@ from pretrain.plan.hardware import GPUS
 from pretrain.plan.memory import Cell, gathered_elements, peak_memory
 from pretrain.plan.model import micro_layout, planned, stage_runs, target_elements
 from pretrain.plan.time import KINDS, Cluster, micro_flops, step_time
+from pretrain.recipes import load_recipe
 from pretrain.run.build import build_task
 from pretrain.train import layout_flops
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from pretrain.checkpoint.weights import carry_over, read_weights, write_weights
-from pretrain.config import Recipe, find_recipe
+from pretrain.config import Recipe
 from pretrain.parallel.mesh import create_mesh
 from pretrain.parallel.sizes import Parallel
+from pretrain.recipes import find_recipe
 from pretrain.run.build import build_task, load_start, weights_config
 
 SIZE = {"dim": 16, "depth": 4, "heads": 2, "ffn_dim": 32, "image_size": 32, "patch_size": 16, "vocab_size": 64}
