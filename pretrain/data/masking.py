@@ -34,6 +34,7 @@ class Masking:
     text_ratio: float = 0.15
     pair_text_ratio: float = 0.5
     pair_image_ratio: float = 0.4
+    dual: bool = True  # dual pairs are hidden as images and texts alone; False: a contrast beside sees them whole
 
     def __post_init__(self) -> None:
         for name in RATIOS:
@@ -46,6 +47,8 @@ class Masking:
         """(of the picture, of the text) of one kind of a mix: images, pairs, texts or dual."""
         if kind == "pairs":
             return self.pair_image_ratio, self.pair_text_ratio
+        if kind == "dual" and not self.dual:
+            return 0.0, 0.0
         return (0.0 if kind == "texts" else self.image_ratio), (0.0 if kind == "images" else self.text_ratio)
 
 
@@ -53,7 +56,8 @@ def combine(maskings: Sequence[Masking]) -> Masking | None:
     """What the loader hides for several objectives: of each modality the largest share that one of them asks for."""
     if len(maskings) < 2:
         return maskings[0] if maskings else None
-    return Masking(**{name: max(getattr(masking, name) for masking in maskings) for name in RATIOS})
+    ratios = {name: max(getattr(masking, name) for masking in maskings) for name in RATIOS}
+    return Masking(**ratios, dual=any(masking.dual for masking in maskings))
 
 
 def mask_image(grid: int, ratio: float, rng: Generator) -> np.ndarray:

@@ -14,7 +14,7 @@ from pretrain.batch import Layout
 from pretrain.parallel.ds_config import offloads, precision, zero_stage
 from pretrain.parallel.sizes import Parallel
 from pretrain.plan.hardware import BUCKET, FP32, LIVE, PERSISTENCE, PREFETCH, REUSE, SUB_GROUP
-from pretrain.plan.model import Parameter, Planned, head_products, held_by, read_rows, stage_runs, target_elements
+from pretrain.plan.model import Parameter, Planned, held_by, read_rows, stage_runs, target_elements
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ def _embedding(planned: Planned, cell: Cell) -> float:
 
 def _heads(planned: Planned, cell: Cell) -> float:
     """The final norm, the rows that each head reads, and its log-probabilities in fp32."""
-    m, products = planned.model, head_products(planned, cell.layout)
+    m, products = planned.model, planned.products(cell.layout)
     read = min(read_rows(planned, cell.layout), cell.layout.rows)
     total: float = read * (m.dim * cell.width + 2 * FP32 + 8)
     for product in products:
@@ -307,7 +307,7 @@ def working_bytes(planned: Planned, cell: Cell, parts: range) -> float:
     own dtype, in fp32, and their gradient."""
     m, split = planned.model, cell.parallel.tensor * cell.parallel.sequence
     block = cell.layout.rows * (2 * m.ffn_dim + 2 * m.dim) * cell.width / split
-    products = head_products(planned, cell.layout) if m.depth + 1 in parts else []
+    products = planned.products(cell.layout) if m.depth + 1 in parts else []
     logits = [product.rows * product.outputs for product in products if product.classes]
     heads = max((size * (2 * cell.width + FP32) for size in logits), default=0)
     return max(block, heads / split)

@@ -25,7 +25,7 @@ from pretrain.plan.hardware import (
     Gpu,
 )
 from pretrain.plan.memory import Cell
-from pretrain.plan.model import Planned, head_products, held_by, stage_runs, target_flops
+from pretrain.plan.model import Planned, held_by, stage_runs, target_flops
 
 KINDS = ("data all-reduce", "all-gather", "reduce-scatter", "tensor all-reduce", "pipeline send", "all-to-all")
 
@@ -100,7 +100,7 @@ def _micro_step(planned: Planned, cell: Cell, cluster: Cluster, parts: range) ->
         patches = Product((layout.images + layout.pairs) * layout.patches, 3 * m.patch_size**2, m.dim)
         seconds += product_flops([patches]) / matmul / cell.parallel.sequence
     if m.depth + 1 in parts:
-        for product in head_products(planned, layout):
+        for product in planned.products(layout):
             seconds += product_flops([product]) / matmul / split
             # Logits in their own dtype and in fp32, their softmax and its gradient.
             seconds += product.rows * product.outputs * (3 * cell.width + 16) / split / (gpu.memory_rate * MEMORY_SHARE)
