@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         log.error("error: %s", error)
         return 2
     except KeyboardInterrupt:
-        log.error("stopped; an evaluation before this one is kept")
+        log.error("stopped; an earlier evaluation is intact")
         return 130
     return 0
 

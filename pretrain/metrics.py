@@ -35,7 +35,7 @@ class Throughput:
         self._samples = self._tokens = 0
 
     def wait(self, seconds: float) -> None:
-        """So long did the step wait for its data."""
+        """Seconds that the step waited for its data."""
         self._waited += seconds
 
     def tick(self, *, samples: int, tokens: int, flops: float) -> None:
@@ -154,16 +154,20 @@ def _cut(path: Path, resume_step: int) -> None:
     if not path.exists():
         return
     data = path.read_bytes()
-    kept = []
+    lines = []
     for raw in _whole_lines(data):
         line = _parse(raw)
         if line is not None and line["step"] <= resume_step:
-            kept.append(raw + b"\n")
-    new = b"".join(kept)
+            lines.append(raw + b"\n")
+    new = b"".join(lines)
     if new == data:
         return
     log.info(
-        "%s: kept %d lines up to step %d, dropped %d bytes behind", path, len(kept), resume_step, len(data) - len(new)
+        "%s: %d lines up to step %d stay, %d bytes after them are dropped",
+        path,
+        len(lines),
+        resume_step,
+        len(data) - len(new),
     )
     temporary = path.with_name(path.name + ".part")
     with open(temporary, "wb") as file:

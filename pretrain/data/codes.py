@@ -100,16 +100,16 @@ def read_summary(data: bytes, where: str) -> tuple[Coding, dict[str, int]]:
 
 def stored_coding(manifest: Manifest, ending: str) -> Coding:
     """What the codes of a source are codes of. Raises ValueError if a shard has none, or its directories differ."""
-    found: dict[str, tuple[Coding, dict[str, int]]] = {}
+    summaries: dict[str, tuple[Coding, dict[str, int]]] = {}
     for shard in manifest.shards:
-        if (url := shard.beside(f"{ending}.json")) not in found:
-            found[url] = read_summary(_small_file(url), shown(url))
-        if found[url][1].get(shard.name) != shard.samples:
+        if (url := shard.beside(f"{ending}.json")) not in summaries:
+            summaries[url] = read_summary(_small_file(url), shown(url))
+        if summaries[url][1].get(shard.name) != shard.samples:
             raise ValueError(
                 f"{shown(url)} has no codes of {shard.name} as it is now; run python -m data_tools.encode_images again "
                 "on its directory"
             )
-    (first, (coding, _)), *rest = found.items()
+    (first, (coding, _)), *rest = summaries.items()
     for url, (other, _) in rest:
         if differs := other.against(coding, shown(first)):
             raise ValueError(f"{shown(url)} holds other codes: {differs}; encode both with the same arguments")

@@ -64,16 +64,16 @@ def mask_image(grid: int, ratio: float, rng: Generator) -> np.ndarray:
     """bool [grid * grid], row by row, True where hidden: rectangles until the share is reached, then single patches,
     so that the count is exact: round(ratio * patches), at least one."""
     mask = np.zeros((grid, grid), dtype=bool)
-    left = target = count_masked(grid * grid, ratio)
+    remaining = target = count_masked(grid * grid, ratio)
     least = max(1, round(MIN_BLOCK * grid * grid / ON_PATCHES))
-    while left > 0:
-        new = _add_block(mask, left, least, rng)
+    while remaining > 0:
+        new = _add_block(mask, remaining, least, rng)
         if new == 0:
             break
-        left -= new
+        remaining -= new
     flat = mask.reshape(-1)
-    if left:
-        flat[rng.choice(np.flatnonzero(~flat), left, replace=False)] = True
+    if remaining:
+        flat[rng.choice(np.flatnonzero(~flat), remaining, replace=False)] = True
     assert np.count_nonzero(flat) == target
     return flat
 

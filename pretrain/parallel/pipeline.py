@@ -168,7 +168,8 @@ def _without_idle(module: nn.Module, state: dict[str, Tensor], prefix: str, _: A
 
 def _shared_weights(module: nn.Module, part: Part, grid: Any) -> list[tuple[nn.Parameter, Any]]:
     """This stage's trainable weights that other stages hold too, each with the group of its holders."""
-    weights, found = dict(module.named_parameters()), []
+    weights: dict[str, nn.Parameter] = dict(module.named_parameters())
+    shared: list[tuple[nn.Parameter, Any]] = []
     for name, stages in sorted(part.shared.items()):
         for data, model in product(range(grid.data_parallel_size), range(grid.model_parallel_size)):
             ranks = [grid.stage_to_global(stage, data=data, model=model) for stage in stages]
@@ -177,5 +178,5 @@ def _shared_weights(module: nn.Module, part: Part, grid: Any) -> list[tuple[nn.P
                 # One of them counts in the norm of the gradient.
                 weights[name].ds_pipe_replicated = part.stage != stages[0]
                 if weights[name].requires_grad:
-                    found.append((weights[name], group))
-    return found
+                    shared.append((weights[name], group))
+    return shared

@@ -43,16 +43,16 @@ def share_batches(load: Callable[[], Iterator[list[Batch]]], mesh: Mesh, watch: 
             yield _unpack(*_pass_on(axes, None))
     batches = load()
     while True:
-        watch.own = True
+        watch.waits_for_data = True
         try:
             step = [batch.to(device()) for batch in next(batches)]
         except StopIteration:
             return
         except LOADING as error:
-            watch.own = False
+            watch.waits_for_data = False
             _pass_on(axes, (_failure(error), torch.empty(0, dtype=torch.uint8, device=device())))
             raise
-        watch.own = False
+        watch.waits_for_data = False
         if axes:
             _pass_on(axes, _pack(step))
         yield step

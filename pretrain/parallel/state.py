@@ -38,7 +38,7 @@ def fill(value: Any, whole: Tensor, mesh: Mesh | None) -> None:
     if split is not None and mesh is not None:
         whole = whole.chunk(mesh.tensor.size, split)[mesh.tensor.rank]
     with torch.no_grad():
-        if hasattr(value, "ds_id"):  # born in parts
+        if hasattr(value, "ds_id"):  # split by zero.Init
             value.ds_tensor.copy_(zero3_part(value, whole))
         else:
             value.copy_(whole)
@@ -63,8 +63,8 @@ def stream_state(engine, mesh: Mesh | None = None) -> Iterator[tuple[str, Tensor
             if in_line:
                 _pass_on(None, stage, mesh)
         elif in_line:
-            while (told := _pass_on(None, stage, mesh)) is not None:
-                yield told
+            while (entry := _pass_on(None, stage, mesh)) is not None:
+                yield entry
 
 
 def full_state(engine, mesh: Mesh | None = None) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ class Parameter(NamedTuple):
     group: int | None  # of the optimizer; None: frozen
     part: int  # 0 the embeddings, 1 .. depth the blocks, depth + 1 the final norm and the heads
 
-    def held(self, tensor: int) -> int:
+    def elements(self, tensor: int) -> int:
         """Elements on one of `tensor` ranks."""
         return self.numel // tensor if self.split else self.numel
 
@@ -119,7 +119,7 @@ def _bounds(model: MultiwayConfig, objectives: tuple[Any, ...], layout: Layout, 
     return cut(block_flops(model, objectives, layout), pipe)
 
 
-def held_by(planned: Planned, parts: range) -> list[Parameter]:
+def parameters_of(planned: Planned, parts: range) -> list[Parameter]:
     """The parameters of a rank that holds these parts: what several stages share is on each of them."""
     tied = any(getattr(objective, "tied_text_head", False) for objective in planned.stage.objectives)
     last = planned.model.depth + 1
