@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint.weights import read_weights
 from pretrain.metrics import read_metrics
-from tests.small_run import Ranks, command, environment, train_stage, write_data
+from tests.small_run import (
+    Ranks,
+    check_weights,
+    command,
+    evaluate,
+    tokenizer_of,
+    train_stage,
+    write_data_and_tokenizer,
+)
 
 # (ranks, DeepSpeed JSON, settings) of each leg; all but the last are killed after two more checkpoints.
 LEGS = [
@@ -29,14 +34,11 @@ SETTINGS = ["save_every=2", "steps=14", "keep=100"]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("layouts")
-    write_data(path)
-    assert train_stage(path, path / "start", "tokenizer").returncode == 0
-    return path
+    return write_data_and_tokenizer(tmp_path_factory.mktemp("layouts"))
 
 
 def settings(data: Path) -> list[str]:
-    return [*SETTINGS, f"visual_tokenizer={data / 'start' / 'tokenizer' / 'weights.safetensors'}"]
+    return [*SETTINGS, tokenizer_of(data)]
 
 
 def keys(run: Path) -> dict[int, list[str]]:
@@ -76,10 +78,7 @@ def test_a_run_goes_on_under_any_other_layout(data, tmp_path):
         for name in ("loss", "loss/image", "loss/pair_text", "lr"):
             assert a[name] == pytest.approx(b[name], abs=2e-6), (a["step"], name)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-5), a["step"]
-    got_state, want_state = (read_weights(run / "fusion" / "weights.safetensors")[0] for run in (changing, alone))
-    assert got_state.keys() == want_state.keys()
-    for name, value in want_state.items():
-        assert (got_state[name] - value).abs().max() <= 5e-6, name
+    check_weights(changing / "fusion", alone / "fusion", 5e-6)
 
 
 @pytest.mark.slow
@@ -95,13 +94,9 @@ def test_weights_go_from_family_to_family_and_to_one_cpu(data, tmp_path):
             wanted = settings(data)[-1:] if stage == "vision" else []
             started = Ranks(command(data, run, stage, *wanted, *more, "steps=6", ds=ds), data, ranks, log)
             assert started.wait(120) == [0] * ranks, log.read_text()
-        line = [sys.executable, "-m", "pretrain.evaluate", "--run-dir", str(run), "--stage", "vision"]
-        done = subprocess.run(line, env=environment(data), capture_output=True, text=True, timeout=120)
+        done = evaluate(data, run, "vision")
         assert done.returncode == 0, done.stderr
         evaluated[name] = json.loads((run / "vision" / "eval.json").read_text())
     for stage in plan:
-        got, want = (read_weights(tmp_path / name / stage / "weights.safetensors")[0] for name in ("split", "single"))
-        assert got.keys() == want.keys()
-        for name, value in want.items():
-            assert (got[name] - value).abs().max() <= 5e-6, (stage, name)
+        check_weights(tmp_path / "split" / stage, tmp_path / "single" / stage, 5e-6)
     assert evaluated["split"]["masked/image/accuracy"] == evaluated["single"]["masked/image/accuracy"]

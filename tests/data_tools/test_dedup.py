@@ -13,7 +13,8 @@ from data_tools import dedup
 from data_tools.dedup import main
 from data_tools.pictures import hashes
 from data_tools.shards.steps import Drop, read_drops, read_steps, write_drops
-from tests.data_tools.pictures import COPIES, encoded, scenes, write_shard
+from tests.data_tools.pictures import COPIES, scenes, write_shard
+from tests.toys import encoded, refused
 
 
 def drops(directory) -> list[Drop]:
@@ -157,6 +158,4 @@ def test_the_pairs_are_shown(tmp_path, pictures):
 )
 def test_a_users_mistake_is_one_sentence(tmp_path, pictures, capsys, arguments, message):
     write_shard(tmp_path / "shards", 0, [("a", pictures[0], None)])
-    assert main([argument.format(tmp=tmp_path) for argument in arguments]) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1
+    assert message in refused(capsys, main, *(argument.format(tmp=tmp_path) for argument in arguments))
