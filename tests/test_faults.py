@@ -15,7 +15,7 @@ import torch
 from pretrain.config import find_recipe, stage_hash
 from pretrain.metrics import read_metrics
 from pretrain.parallel.faults import LOST, Watch
-from tests.small_run import Ranks, check_weights, command, tokenizer_of, write_data_and_tokenizer
+from tests.small_run import Ranks, check_weights, command, tokenizer_of
 
 TIMEOUT_S = 4.0
 STEPS = 12
@@ -25,11 +25,6 @@ LAYOUTS = {
     "tensor": ("zero1.json", ["parallel.tensor=2"]),
     "pipe": ("zero1.json", ["parallel.pipe=2"]),
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_data_and_tokenizer(tmp_path_factory.mktemp("faults"))
 
 
 def line(data: Path, run: Path, layout: str, *more: str) -> list[str]:

@@ -12,15 +12,11 @@ from pathlib import Path
 import pytest
 
 from pretrain.metrics import MEASURED, read_metrics
-from tests.small_run import Ranks, check_weights, command, tokenizer_of, write_data_and_tokenizer
+from tests.small_run import Ranks, check_weights, command, tokenizer_of
+from tests.toys import wait_for
 
 STEPS = 40
 KILLS = 5
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_data_and_tokenizer(tmp_path_factory.mktemp("kill"))
 
 
 def settings(data: Path) -> list[str]:
@@ -36,8 +32,8 @@ def traces(run: Path) -> list[list[dict]]:
     return [[json.loads(line) for line in path.open()] for path in sorted(run.glob("samples.rank*.jsonl"))]
 
 
-def saves(run: Path) -> int:
-    return len(list((run / "fusion" / "checkpoints").glob("step_*")))
+def saves(run: Path) -> set[str]:
+    return {path.name for path in (run / "fusion" / "checkpoints").glob("step_*")}
 
 
 @pytest.mark.slow
@@ -51,12 +47,8 @@ def test_a_killed_run_ends_bit_equal(data, tmp_path, ds):
     for _ in range(KILLS):
         before = saves(killed)
         ranks = Ranks(command(data, killed, "fusion", *settings(data), ds=ds), data, 2, log)
-        deadline = time.monotonic() + 60
         # Not before it gets somewhere (its start takes seconds); then at any moment of a step or a save.
-        newest = _newest(killed)
-        while _newest(killed) == newest and saves(killed) == before and time.monotonic() < deadline:
-            if ranks.wait(0.05) == [0, 0]:
-                break
+        wait_for(lambda b=before, r=ranks: saves(killed) != b or r.wait(0.05) == [0, 0])
         time.sleep(dice.uniform(0, 0.25))
         finished = ranks.wait(0.01) == [0, 0]
         ranks.kill()
@@ -73,20 +65,14 @@ def test_a_killed_run_ends_bit_equal(data, tmp_path, ds):
     check_weights(killed / "fusion", left_alone / "fusion")
 
 
-def _newest(run: Path) -> str:
-    return max((path.name for path in (run / "fusion" / "checkpoints").glob("step_*")), default="")
-
-
 @pytest.mark.slow
 def test_a_signal_saves_at_the_next_step_and_exits_with_its_own_code(data, tmp_path):
     line = command(data, tmp_path, "fusion", *settings(data), "save_every=1000", "steps=4000", ds="zero1.json")
     log = tmp_path / "log"
     ranks = Ranks(line, data, 2, log, launched=True)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "fusion" / "metrics.jsonl").is_file() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for((tmp_path / "fusion" / "metrics.jsonl").is_file)
     time.sleep(0.5)
     os.kill(ranks.processes[1].pid, signal.SIGUSR1)  # one rank is enough
     assert ranks.wait(30) == [75, 75], log.read_text()
     assert "stopped by a signal and saved at step" in log.read_text()
-    assert saves(tmp_path) == 1
+    assert len(saves(tmp_path)) == 1

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
 
 from pretrain.metrics import read_metrics
-from tests.small_run import (
-    Ranks,
-    check_weights,
-    command,
-    evaluate,
-    tokenizer_of,
-    train_stage,
-    write_data_and_tokenizer,
-)
+from tests.small_run import Ranks, check_weights, command, evaluate, tokenizer_of, train_stage
+from tests.toys import wait_for
 
 # (ranks, DeepSpeed JSON, settings) of each leg; all but the last are killed after two more checkpoints.
 LEGS = [
@@ -30,11 +22,6 @@ LEGS = [
     (2, "zero1.json", ["parallel.pipe=2"]),
 ]
 SETTINGS = ["save_every=2", "steps=14", "keep=100"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_data_and_tokenizer(tmp_path_factory.mktemp("layouts"))
 
 
 def settings(data: Path) -> list[str]:
@@ -50,12 +37,6 @@ def keys(run: Path) -> dict[int, list[str]]:
     return {step: sorted(some) for step, some in found.items()}
 
 
-def wait_for_checkpoint(run: Path, step: int, ranks: Ranks) -> None:
-    deadline = time.monotonic() + 120
-    while not (run / "fusion" / "checkpoints" / f"step_{step:08d}").is_dir():
-        assert time.monotonic() < deadline and not any(ranks.wait(0.02)), f"step {step} did not come"
-
-
 @pytest.mark.slow
 def test_a_run_goes_on_under_any_other_layout(data, tmp_path):
     alone, changing, log = tmp_path / "alone", tmp_path / "changing", tmp_path / "log"
@@ -64,7 +45,9 @@ def test_a_run_goes_on_under_any_other_layout(data, tmp_path):
     for leg, (ranks, ds, more) in enumerate(LEGS):
         started = Ranks(command(data, changing, "fusion", *settings(data), *more, ds=ds), data, ranks, log)
         if leg < len(LEGS) - 1:
-            wait_for_checkpoint(changing, 2 * (leg + 1), started)
+            checkpoint = changing / "fusion" / "checkpoints" / f"step_{2 * (leg + 1):08d}"
+            wait_for(lambda here=checkpoint, ranks=started: here.is_dir() or any(ranks.wait(0.02)), 120)
+            assert checkpoint.is_dir(), log.read_text()
             started.kill()
         else:
             assert started.wait(120) == [0] * ranks, log.read_text()

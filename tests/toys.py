@@ -11,6 +11,7 @@ import json
 import os
 import struct
 import tarfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -149,6 +150,13 @@ def write_text_model(path: Path, lines: Iterable[str], vocab_size: int) -> Path:
     )
     path.write_bytes(data.getvalue())
     return path
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to that"
+        time.sleep(0.01)
 
 
 def refused(capsys: pytest.CaptureFixture, main: Callable[[list[str]], int], *arguments: object) -> str:

@@ -230,6 +230,7 @@ class HostileServer:
     """Serves on 127.0.0.1 while the context is open. `requests` are the paths that were asked for."""
 
     def __enter__(self) -> HostileServer:
+        huge(), _gzip_bomb()  # before anyone waits for them with a deadline
         self._server = _Server()
         self._closed = socket.socket()  # bound, and nobody listens
         self._closed.bind(("127.0.0.1", 0))

@@ -146,5 +146,6 @@ def test_a_killed_worker_is_one_sentence_and_loses_nothing(tmp_path, evaluation,
         patched.setattr(io, "open", deadly(io.open))
         assert run(tool, tmp_path / "shards", evaluation, workers=2) == 2
     error = capsys.readouterr().err
-    assert "worker process was killed" in error and "Traceback" not in error
+    assert "error: a worker process was killed" in error and "Traceback" not in error
+    assert not (tmp_path / "shards" / "drops").exists()
     assert run(tool, tmp_path / "shards", evaluation, workers=2) == 0

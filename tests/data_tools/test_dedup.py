@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 
 import pytest
 from PIL import Image
 
 from data_tools import dedup
 from data_tools.dedup import main
-from data_tools.pictures import hashes
 from data_tools.shards.steps import Drop, read_drops, read_steps, write_drops
 from tests.data_tools.pictures import COPIES, scenes, write_shard
 from tests.toys import encoded, refused
@@ -122,16 +119,6 @@ def test_a_killed_run_goes_on(tmp_path, pictures, monkeypatch, capsys):
     assert len(list((tmp_path / "hashes").glob("*.parquet"))) == 2
     monkeypatch.undo()
     assert main([str(tmp_path)]) == 0 and drops(tmp_path) == []
-
-
-def test_a_killed_worker_is_one_sentence(tmp_path, pictures, monkeypatch, capsys):
-    for number in range(2):
-        write_shard(tmp_path, number, [(f"{number}", pictures[0], None)])
-    monkeypatch.setattr(hashes, "look_at", lambda data: os.kill(os.getpid(), signal.SIGKILL))
-    assert main([str(tmp_path), "--workers", "2"]) == 2
-    assert "error: a worker process was killed" in capsys.readouterr().err and not (tmp_path / "drops").exists()
-    monkeypatch.undo()
-    assert main([str(tmp_path), "--workers", "2"]) == 0 and len(drops(tmp_path)) == 1
 
 
 def test_the_pairs_are_shown(tmp_path, pictures):

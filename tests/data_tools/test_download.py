@@ -25,7 +25,7 @@ from data_tools.lists.reading import open_list
 from data_tools.shards.steps import Step, read_steps, write_step
 from pretrain.data.shards.reader import load_manifest
 from tests.data_tools.hostile_server import GOOD, KINDS, HostileServer, caption
-from tests.toys import needs, read_members
+from tests.toys import needs, read_members, wait_for
 
 needs("img2dataset")
 
@@ -124,13 +124,6 @@ def workers(pid: int) -> list[int]:
         except OSError:
             continue
     return found
-
-
-def wait_for(condition, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.01)
 
 
 @pytest.mark.slow

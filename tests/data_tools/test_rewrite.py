@@ -22,7 +22,7 @@ from data_tools.rewrite import Settings, main, rewrite
 from data_tools.shards.steps import Drop, Step, read_drops, read_steps, write_drops, write_step
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, load_manifest
 from tests.small_run import ROOT
-from tests.toys import encoded, image_sample, pair_sample, picture, read_all, write_source
+from tests.toys import encoded, image_sample, pair_sample, picture, read_all, refused, write_source
 
 
 def source(directory: Path, shards: int = 3, samples: int = 7, **size: int) -> Path:
@@ -223,9 +223,7 @@ def test_wrong_arguments_are_one_sentence(tmp_path, capsys, change, message):
     if message.endswith("drops file") or "nowhere" in message or "is below" in message or "lies outside" in message:
         change = [*change, "--out", str(tmp_path / "fresh")]
     words = [word.format(old=old, drops=drops) for word in change]
-    assert main([str(old), "--out", str(tmp_path / "new"), *words]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and message in error
+    assert message in refused(capsys, main, old, "--out", tmp_path / "new", *words)
 
 
 def test_drops_of_nothing_and_of_everything_are_refused(tmp_path):

@@ -15,7 +15,7 @@ from pretrain.parallel.sizes import Parallel
 from tests.distributed import run_ranks
 from tests.parallel.sequence_ranks import PAPER, Case, both_sides_of_an_exchange, kept_for_backward, passes
 from tests.parallel.test_tensor import check_training, contrast
-from tests.small_run import Ranks, check_weights, command, tokenizer_of, train_stage, write_data_and_tokenizer
+from tests.small_run import Ranks, check_weights, command, tokenizer_of, train_stage
 from tests.step_batches import step_batch
 
 CASES: list[Case] = [("paper", True, 0), ("released", False, 1), ("vlmo", False, 2)]
@@ -78,12 +78,12 @@ def test_a_rank_keeps_its_share_of_the_activations():
 
 
 @pytest.mark.slow
-def test_a_run_over_sequence_ranks_is_the_run_of_one_process(tmp_path):
-    settings = ["steps=4", tokenizer_of(write_data_and_tokenizer(tmp_path)), "activation_checkpointing=1"]
-    done = train_stage(tmp_path, tmp_path / "alone", "fusion", *settings)
+def test_a_run_over_sequence_ranks_is_the_run_of_one_process(data, tmp_path):
+    settings = ["steps=4", tokenizer_of(data), "activation_checkpointing=1"]
+    done = train_stage(data, tmp_path / "alone", "fusion", *settings)
     assert done.returncode == 0, done.stderr
-    line = command(tmp_path, tmp_path / "shared", "fusion", *settings, "parallel.sequence=2", ds="zero3.json")
-    ranks = Ranks(line, tmp_path, 2, tmp_path / "log")
+    line = command(data, tmp_path / "shared", "fusion", *settings, "parallel.sequence=2", ds="zero3.json")
+    ranks = Ranks(line, data, 2, tmp_path / "log")
     assert ranks.wait(120) == [0, 0], (tmp_path / "log").read_text()
     got, want = (read_metrics(tmp_path / run / "fusion" / "metrics.jsonl") for run in ("shared", "alone"))
     assert [a["step"] for a in got] == [b["step"] for b in want] == [1, 2, 3, 4]

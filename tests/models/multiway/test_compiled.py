@@ -14,7 +14,7 @@ from pretrain.models.multiway.compiled import compile_blocks
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.objectives.masked import MaskedData
 from pretrain.tasks.pretrain import PretrainTask
-from tests.small_run import Ranks, command, tokenizer_of, write_data_and_tokenizer
+from tests.small_run import Ranks, command, tokenizer_of
 
 STEPS = 5
 BEIT3 = MultiwayConfig(
@@ -91,8 +91,7 @@ def with_backend(backend: str, rank: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "backend"), [(2, "aot_eager"), (1, "inductor")])
-def test_a_compiled_run_reports_the_losses_of_a_plain_one(tmp_path, ranks, backend):
-    data = write_data_and_tokenizer(tmp_path / "data")
+def test_a_compiled_run_reports_the_losses_of_a_plain_one(data, tmp_path, ranks, backend):
     found = {}
     for compiled in ("false", "true"):
         run, log = tmp_path / compiled, tmp_path / f"{compiled}.log"
