@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
-import sentencepiece
 
 from pretrain.data.loader import Loader, Loading
 from pretrain.data.masking import Masking
 from pretrain.data.sources import ImageShards, PairShards, TextShards
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform
-from tests.data.shard_files import COUNTS, PATCH, SIZE, image_sample, pair_sample, text_sample, write_source
+from tests.toys import COUNTS, PATCH, SIZE, image_sample, pair_sample, text_sample, write_source, write_text_model
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    data = io.BytesIO()
     words = (f"picture number {n} long document of many words" for n in range(400))
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=words, model_writer=data, vocab_size=60, hard_vocab_limit=False, minloglevel=2
-    )
-    path = tmp_path_factory.mktemp("spm") / "text.model"
-    path.write_bytes(data.getvalue())
-    return TextTokenizer(path)
+    return TextTokenizer(write_text_model(tmp_path_factory.mktemp("spm") / "text.model", words, 60))
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,7 @@ from pretrain.data.masking import Masking
 from pretrain.data.sources import window_ids
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform, sample_rng
-from tests.data.shard_files import (
-    COUNTS,
-    SIZE,
-    encoded,
-    index_source,
-    picture,
-)
+from tests.toys import COUNTS, SIZE, encoded, index_source, picture
 
 PARTS = {
     "images": ("images", "image_masks"),

@@ -12,7 +12,7 @@ from PIL import Image
 from pretrain.data.shards.reader import ShardError
 from pretrain.data.sources import ImageShards, PairShards, TextShards
 from pretrain.data.transforms import ImageTransform
-from tests.data.shard_files import COUNTS, encoded, image_sample, pair_sample, picture, png_bomb, write_source
+from tests.toys import COUNTS, encoded, image_sample, pair_sample, picture, png_bomb, write_source
 
 
 def source(directory: Path, *shards: list[dict]) -> str:

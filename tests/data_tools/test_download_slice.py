@@ -13,6 +13,7 @@ import pytest
 from data_tools import download
 from data_tools.fetch.slices import Listed, Slice, account, alone, publish, published, write_list
 from data_tools.lists.reading import open_list
+from tests.toys import refused
 
 
 def a_list(path: Path, count: int) -> Path:
@@ -96,12 +97,8 @@ def test_a_slice_has_one_master(tmp_path):
         pass
 
 
-def run(capsys, *arguments: str) -> str:
-    """The one sentence of a user's mistake."""
-    assert download.main(list(arguments)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    return error
+def refusal(capsys, rows: Path, out: Path, *more: str) -> str:
+    return refused(capsys, download.main, "--list", rows, "--preset", "canonical", "--out", out, *more)
 
 
 @pytest.fixture
@@ -123,7 +120,7 @@ def python(monkeypatch):
 def test_wrong_options(tmp_path, capsys, python, more, words):
     rows = a_list(tmp_path / "l.parquet", 3)
     out = tmp_path / "out"
-    assert words in run(capsys, "--list", str(rows), "--preset", "canonical", "--out", str(out), *more)
+    assert words in refusal(capsys, rows, out, *more)
     assert not out.exists()
 
 
@@ -135,35 +132,32 @@ def test_wrong_slices(tmp_path, capsys, wrong):
 
 
 def test_nothing_to_do(tmp_path, capsys, python):
-    assert "--list and --preset" in run(capsys, "--out", str(tmp_path))
-    assert "holds no download" in run(capsys, "--merge", "--out", str(tmp_path))
-    rows = str(a_list(tmp_path / "l.parquet", 0))
-    assert "holds no row" in run(capsys, "--list", rows, "--preset", "canonical", "--out", str(tmp_path / "out"))
-    odd = str(tmp_path / "o[u]t")
-    assert "takes for a pattern" in run(capsys, "--list", rows, "--preset", "canonical", "--out", odd)
+    assert "--list and --preset" in refused(capsys, download.main, "--out", tmp_path)
+    assert "holds no download" in refused(capsys, download.main, "--merge", "--out", tmp_path)
+    rows = a_list(tmp_path / "l.parquet", 0)
+    assert "holds no row" in refusal(capsys, rows, tmp_path / "out")
+    assert "takes for a pattern" in refusal(capsys, rows, tmp_path / "o[u]t")
 
 
 def test_shards_of_something_else_are_left_alone(tmp_path, capsys, python):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "00000.tar").write_bytes(b"mine")
-    rows = str(a_list(tmp_path / "l.parquet", 3))
-    error = run(capsys, "--list", rows, "--preset", "canonical", "--out", str(tmp_path / "out"))
+    rows = a_list(tmp_path / "l.parquet", 3)
+    error = refusal(capsys, rows, tmp_path / "out")
     assert "holds shards that this tool did not download" in error
 
 
 def test_another_list_does_not_go_on_in_the_same_place(tmp_path, capsys, python):
     """The environment is broken here (this Python has no img2dataset), and that is said, too."""
-    rows, out = str(a_list(tmp_path / "l.parquet", 3)), str(tmp_path / "out")
-    error = run(capsys, "--list", rows, "--preset", "canonical", "--out", out)
+    rows, out = a_list(tmp_path / "l.parquet", 3), tmp_path / "out"
+    error = refusal(capsys, rows, out)
     if "img2dataset ended with code 1" not in error:
         pytest.skip("this environment has img2dataset")
     assert "No module named 'img2dataset'" in error and "log.txt" in error
-    a_list(Path(rows), 300)
-    assert "was begun with fingerprint=" in run(capsys, "--list", rows, "--preset", "canonical", "--out", out)
-    a_list(Path(rows), 3)
-    assert "image_size=256, and now it is 384" in run(
-        capsys, "--list", rows, "--preset", "canonical", "--out", out, "--image-size", "384"
-    )
+    a_list(rows, 300)
+    assert "was begun with fingerprint=" in refusal(capsys, rows, out)
+    a_list(rows, 3)
+    assert "image_size=256, and now it is 384" in refusal(capsys, rows, out, "--image-size", "384")
 
 
 def test_without_img2dataset_it_says_what_to_run(tmp_path, monkeypatch):

@@ -51,6 +51,10 @@ def run(listed: Path, out: Path, *more: str) -> int:
     return main([*command, "--min-side", "100", "--min-caption-words", "3", "--unique-urls", *more])
 
 
+def filtered(listed: Path, out: Path, part: int = 5, **more) -> tuple:
+    return filter_list(open_list([listed], "laion"), SETTINGS, out, [str(listed)], part=part, **more)
+
+
 def test_every_row_is_kept_or_dropped_under_one_reason(listed, tmp_path, capsys):
     out = tmp_path / "clean" / "kept.parquet"
     assert run(listed, out) == 0
@@ -89,7 +93,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(listed, tmp_path, name, monkeypa
         return [row for path in paths for row in pq.read_table(path).to_pylist()]
 
     whole = tmp_path / "whole" / name
-    filter_list(open_list([listed], "laion"), SETTINGS, whole, [str(listed)], part=5)
+    filtered(listed, whole)
     out, done = tmp_path / "killed" / name, []
     original = tool.Parts.write
 
@@ -103,8 +107,8 @@ def test_a_killed_run_goes_on_and_ends_the_same(listed, tmp_path, name, monkeypa
     monkeypatch.setattr(tool.Parts, "write", write)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            filter_list(open_list([listed], "laion"), SETTINGS, out, [str(listed)], part=5)
-    step, new = filter_list(open_list([listed], "laion"), SETTINGS, out, [str(listed)], part=5)
+            filtered(listed, out)
+    step, new = filtered(listed, out)
     assert new and done == [0, "killed", 1, "killed", 2, 3, 4]
     assert rows(out) == rows(whole)
     homes = [path if name == "kept" else path.parent for path in (whole, out)]
@@ -117,17 +121,13 @@ def test_a_killed_run_goes_on_and_ends_the_same(listed, tmp_path, name, monkeypa
 @pytest.mark.parametrize("name", ["kept.parquet", "kept"])
 def test_a_run_killed_in_its_last_moment_goes_on(listed, tmp_path, name, monkeypatch):
     out = tmp_path / "o" / name
-
-    def again(part: int) -> tuple:
-        return filter_list(open_list([listed], "laion"), SETTINGS, out, [str(listed)], overwrite=part == 9, part=part)
-
     with monkeypatch.context() as patch:
         patch.setattr(tool, "write_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            again(5)
-    step, new = again(5)
+            filtered(listed, out)
+    step, new = filtered(listed, out)
     assert new and step.rows == 23
-    again(9)
+    filtered(listed, out, 9, overwrite=True)
     assert name == "kept.parquet" or len(list(out.glob("*.parquet"))) == 3
 
 

@@ -23,11 +23,11 @@ from data_tools.shards.steps import read_drops, read_steps
 from data_tools.text import blocks as text_blocks
 from data_tools.text import packing as text_packing
 from data_tools.text.documents import read_blocks
-from pretrain.data.shards.reader import ShardReader, load_manifest
 from pretrain.data.sources import TextShards
 from pretrain.data.text_tokenizer import TextTokenizer
 from tests.data_tools.test_text_chunks import make_tokenizer
 from tests.small_run import RECIPE, ROOT, train_stage
+from tests.toys import needs, read_all, refused
 
 WORDS = ["the", "small", "river", "of", "stone", "and", "long", "house", "to", "water", "red", "near", "goes", "with"]
 
@@ -78,14 +78,7 @@ def content(out: Path) -> dict[str, bytes]:
 
 
 def samples(out: Path) -> list[tuple[str, dict]]:
-    manifest = load_manifest(str(out))
-    reader = ShardReader(manifest)
-    found = []
-    for shard, entry in enumerate(manifest.shards):
-        for number in range(entry.samples):
-            members = reader.read(shard, number, ("txt", "json"))
-            found.append((members["txt"].decode(), json.loads(members["json"])))
-    return found
+    return [(members["txt"].decode(), json.loads(members["json"])) for members in read_all(out)]
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +164,7 @@ def test_a_seed_takes_the_files_in_another_order(corpus, tokenizer, tmp_path):
 
 
 def test_language_drops_the_others(corpus, tokenizer, tmp_path):
-    pytest.importorskip("py3langid")
+    needs("py3langid")
     german = "Der alte Mann geht am Morgen zum Fluss und sieht die Kinder, die mit dem Hund spielen und lachen. " * 3
     english = (
         "The old man walks to the river in the morning and sees the children who play with the dog and laugh. " * 3
@@ -260,37 +253,15 @@ def test_two_at_once_are_refused(corpus, tokenizer, tmp_path, capsys):
     assert "another pack_text" in capsys.readouterr().err
 
 
-def _none(d: Path, *_) -> list[str]:
-    (d / "short.txt").write_text("too short")
-    return [str(d / "short.txt")]
-
-
-def _empty(d: Path, *_) -> list[str]:
-    (d / "in" / ".hidden").mkdir(parents=True)
-    (d / "in" / ".hidden" / "a.txt").write_text("hidden")
-    return [str(d / "in")]
-
-
-def _taken(d: Path, corpus: Path) -> list[str]:
-    (d / "out").mkdir()
-    (d / "out" / "00000.tar").write_bytes(b"")
-    return [str(corpus)]
-
-
-def _file(d: Path, corpus: Path) -> list[str]:
-    (d / "out").write_text("")
-    return [str(corpus)]
-
-
 @pytest.mark.parametrize(
     ("inputs", "more", "message"),
     [
-        (lambda d, c: [str(d / "nothing.txt")], [], "no such file"),
-        (_empty, [], "holds no documents"),
-        (_none, [], "none of 1 documents is kept (too_short 1)"),
-        (_taken, [], "holds other files"),
-        (_file, [], "is a file"),
-        (lambda d, c: [str(d), str(c)], [], "lies in the input"),
+        ("{tmp}/nothing.txt", [], "no such file"),
+        ("{tmp}/in", [], "holds no documents"),
+        ("{tmp}/short.txt", [], "none of 1 documents is kept (too_short 1)"),
+        (None, ["--out", "{tmp}/taken"], "holds other files"),
+        (None, ["--out", "{tmp}/taken/00000.tar"], "is a file"),
+        ("{tmp}", [], "lies in the input"),
         (None, ["--text-col", "body"], "columns are text"),
         (None, ["--tokenizer", "none.model"], "there is no such file"),
         (None, ["--budget", "lots"], "--budget=lots"),
@@ -306,11 +277,11 @@ def _file(d: Path, corpus: Path) -> list[str]:
     ],
 )
 def test_mistakes_are_one_sentence(corpus, tokenizer, tmp_path, capsys, inputs, more, message):
-    given = [str(corpus)] if inputs is None else inputs(tmp_path, corpus)
-    line = [*given, "--tokenizer", str(tokenizer), "--out", str(tmp_path / "out"), "--workers", "1", *more]
-    assert main(line) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    for name, text in (("in/.hidden/a.txt", "hidden"), ("short.txt", "too short"), ("taken/00000.tar", "")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    line = [inputs or str(corpus), "--tokenizer", str(tokenizer), "--out", "{tmp}/out", "--workers", "1", *more]
+    assert message in refused(capsys, main, *(word.format(tmp=tmp_path) for word in line))
     assert not list(tmp_path.glob("out/*.parquet"))
 
 

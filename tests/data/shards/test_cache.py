@@ -15,12 +15,7 @@ import pytest
 from pretrain.data.shards import cache as cache_module
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.reader import ShardError, ShardReader, load_manifest
-from tests.data.tar_files import numbered_source, read_all
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    return numbered_source(tmp_path / "source")
+from tests.toys import read_all
 
 
 @pytest.fixture
@@ -63,15 +58,8 @@ def test_shards_come_over_http_once(source, server, tmp_path, ending):
     everything = read_all(ShardReader(load_manifest(str(source))))
     assert read_all(ShardReader(remote, tmp_path / "cache")) == everything
     assert read_all(ShardReader(remote, tmp_path / "cache")) == everything  # another process would find them too
-    assert sorted(asked) == [
-        "/00000.idx",
-        "/00000.tar",
-        "/00001.idx",
-        "/00001.tar",
-        "/00002.idx",
-        "/00002.tar",
-        "/manifest.json",
-    ]
+    names = [f"/0000{number}.{ending}" for number in range(3) for ending in ("idx", "tar")]
+    assert sorted(asked) == [*names, "/manifest.json"]
 
 
 def test_shards_come_through_a_pipe(source, tmp_path):
@@ -186,15 +174,19 @@ def _hammer(directory: Path, urls: list[str], limit: float, turns: int) -> None:
         assert len(content) == 1000 and len(set(content)) == 1 and f"/{chr(content[0])}.tar" in url
 
 
-def test_several_processes_share_a_cache_that_is_too_small(tmp_path):
-    urls = [blob(tmp_path, f"{i}.tar", 1000) for i in range(5)]
+def hammer_together(*arguments) -> None:
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_hammer, args=(tmp_path / "cache", urls, 3500 / 2**30, 12)) for _ in range(4)]
+    workers = [context.Process(target=_hammer, args=arguments) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0] * 4
+
+
+def test_several_processes_share_a_cache_that_is_too_small(tmp_path):
+    urls = [blob(tmp_path, f"{i}.tar", 1000) for i in range(5)]
+    hammer_together(tmp_path / "cache", urls, 3500 / 2**30, 12)
     assert len(list((tmp_path / "cache").glob("*.shard"))) <= 3 + 3  # the bound, and downloads that were in flight
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
@@ -203,11 +195,5 @@ def test_processes_that_want_one_shard_fetch_it_once(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"a" * 1000)
     count = tmp_path / "count"
     url = f"pipe:echo x >> {shlex.quote(str(count))}; sleep 0.3; cat {shlex.quote(str(tmp_path / 'a.tar'))}"
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_hammer, args=(tmp_path / "cache", [url], 1.0, 1)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0] * 4
+    hammer_together(tmp_path / "cache", [url], 1.0, 1)
     assert count.read_text() == "x\n"

@@ -6,18 +6,12 @@ import contextlib
 import os
 import pickle
 import resource
-from pathlib import Path
 
 import pytest
 
 from pretrain.data.shards import reader as shards_module
 from pretrain.data.shards.reader import BadSample, ShardError, ShardReader, load_manifest
-from tests.data.tar_files import numbered_source, read_all, write_tar
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    return numbered_source(tmp_path / "source")
+from tests.toys import read_all, write_tar
 
 
 def test_samples_are_read_by_number(source):
