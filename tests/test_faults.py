@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.recipes import find_recipe
-from pretrain.run.identity import stage_hash
 from pretrain.metrics import read_metrics
 from pretrain.parallel.faults import LOST, Watch
+from pretrain.recipes import find_recipe
+from pretrain.run.identity import stage_hash
 from tests.small_run import Ranks, check_weights, command, tokenizer_of
 
 TIMEOUT_S = 4.0

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Sampler
 from pretrain.batch import Batch, Layout, batch_problem
 from pretrain.contracts import Source
 from pretrain.data.codes import Coding, StoredCodes, check_coding, plain
-from pretrain.data.micro_batches import KINDS, Failure, Feed, MicroBatches, Replaced, Share, View, micro_layout
+from pretrain.data.micro_batches import KINDS, Failure, Feed, MicroBatches, Replaced, Share, View, micro_layout, slot_problem
 from pretrain.data.order import Order
 from pretrain.data.shards.reader import ShardReader, load_manifest
 
@@ -232,7 +232,8 @@ def _check_mix(mixture: Mixture, view: View, ranks: int) -> None:
     if set(mix) != set(counts):
         raise ValueError(f"batch has {sorted(counts)} where mix has {sorted(mix)}; give each kind in the mix its count")
     for kind in mix:
-        if problem := batch_problem(kind, counts[kind], ranks, mixture.accumulation):
+        problem = slot_problem(kind, mix[kind]) or batch_problem(kind, counts[kind], ranks, mixture.accumulation)
+        if problem:
             raise ValueError(problem)
         if kind != "texts" and transform is None:
             raise ValueError(f"mix.{kind} needs a transform for its pictures, and there is none; give the stage one")

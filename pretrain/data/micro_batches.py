@@ -211,6 +211,14 @@ def _extras(samples: list[_Sample]) -> dict[str, Any]:
     return stacked
 
 
+def slot_problem(kind: str, source: Source) -> str:
+    """Why a source cannot fill this kind of a mix; "" if it can."""
+    if kind in source.slots:
+        return ""
+    name = f"mix.{kind}={type(source).__name__}(...)"
+    return f"{name} is wrong because that fills {' or '.join(source.slots)}; use it there"
+
+
 def micro_layout(mix: Mapping[str, Source], counts: Mapping[str, int], patches: int, parts: int) -> Layout:
     """One micro-batch, where a step's global batch is cut into `parts` (data ranks * accumulation)."""
     each = {kind: counts[kind] // parts for kind in mix}

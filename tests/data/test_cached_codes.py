@@ -14,13 +14,14 @@ import torch
 from data_tools.encode_images import encode_directory, load_encoder
 from pretrain.batch import Batch
 from pretrain.checkpoint.weights import write_weights
-from pretrain.config import BatchSize, Recipe, Stage
+from pretrain.config import BatchSize, Recipe, Stage, to_json
 from pretrain.data.codes import Coding, StoredCodes, file_head
 from pretrain.data.shards.reader import BadSample, ShardError, ShardReader, load_manifest
 from pretrain.data.sources import ImageShards
 from pretrain.parallel.mesh import Place
 from pretrain.recipes import find_recipe
-from pretrain.run.build import build_loader, build_task, weights_config
+from pretrain.run.build import build_task
+from pretrain.run.inputs import build_loader
 from pretrain.run.image_targets import image_targets
 from tests.small_run import train_stage, write_data
 from tests.toys import image_sample, write_source
@@ -54,9 +55,8 @@ def write_tokenizer(path: Path, seed: int) -> None:
     stage = recipe.stages["tokenizer"]
     task = build_task(replace(recipe, seed=seed), stage, path)
     torch.nn.init.normal_(task.tokenizer.codebook.vectors)
-    write_weights(
-        task.state_dict(), path / "run" / "tokenizer" / "weights.safetensors", weights_config(recipe, stage, "t")
-    )
+    config = {"model": to_json(stage.model)}
+    write_weights(task.state_dict(), path / "run" / "tokenizer" / "weights.safetensors", config)
 
 
 def recipe_of(data: Path) -> Recipe:

@@ -12,33 +12,17 @@ import pytest
 from data_tools.train_text_tokenizer import train
 from pretrain.checkpoint.weights import weights_digest
 from pretrain.report import __main__ as report
-from tests.data.shard_files import pair_sample, write_source
-from tests.small_run import ROOT, Ranks, environment
+from tests.small_run import WORDS, Ranks, command, evaluate
+from tests.toys import pair_sample, write_source
 
 RECIPE = Path(__file__).with_name("recipe.py")
-WORDS = [
-    "red",
-    "blue",
-    "green",
-    "big",
-    "small",
-    "round",
-    "square",
-    "dog",
-    "cat",
-    "runs",
-    "sits",
-    "on",
-    "grass",
-    "near",
-    "far",
-]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("extension")
-    captions = [" ".join(WORDS[(i * k) % len(WORDS)] for k in (1, 2, 3, 5)) for i in range(1, 31)]
+    words = WORDS.split()
+    captions = [" ".join(words[(i * k) % len(words)] for k in (1, 2, 3, 5)) for i in range(1, 31)]
     pairs = [[pair_sample(f"{s}{i}", 10 * s + i, captions[10 * s + i]) for i in range(10)] for s in range(3)]
     write_source(place / "pairs", pairs)
     for number, sample in enumerate(sample for shard in pairs for sample in shard):
@@ -49,22 +33,15 @@ def data(tmp_path_factory) -> Path:
 
 
 def run_stage(data: Path, run: Path, stage: str) -> None:
-    import sys
-
-    line = [sys.executable, "-m", "pretrain.train", "--recipe", str(RECIPE), "--stage", stage, "--run-dir", str(run)]
-    log = run / f"{stage}.log"
     run.mkdir(exist_ok=True)
-    assert Ranks([*line, "--ds", str(ROOT / "ds_configs/zero1.json")], data, 2, log).wait(120) == [0, 0], (
-        log.read_text()
-    )
+    line = command(data, run, stage, ds="zero1.json")
+    line[line.index("--recipe") + 1] = str(RECIPE)
+    log = run / f"{stage}.log"
+    assert Ranks(line, data, 2, log).wait(120) == [0, 0], log.read_text()
 
 
-def evaluate(data: Path, run: Path, stage: str) -> dict:
-    import subprocess
-    import sys
-
-    line = [sys.executable, "-m", "pretrain.evaluate", "--run-dir", str(run), "--stage", stage]
-    done = subprocess.run(line, env=environment(data), capture_output=True, text=True, timeout=120)
+def scores(data: Path, run: Path, stage: str) -> dict:
+    done = evaluate(data, run, stage)
     assert done.returncode == 0, done.stderr
     return json.loads((run / stage / "eval.json").read_text())
 
@@ -91,7 +68,7 @@ def test_parts_from_outside_train_resume_evaluate_and_are_reported(data, tmp_pat
         run_stage(data, run, stage)
         assert "resumed from" in (run / f"{stage}.log").read_text()
         assert weights_digest(run / stage) == first
-    recall, matched, answers = (evaluate(data, run, stage) for stage in expected)
+    recall, matched, answers = (scores(data, run, stage) for stage in expected)
     assert recall["retrieval/candidates"] == 30 and 0 <= recall["retrieval/image_to_text/R@1"] <= 100
     assert 0 < matched["matching/percent"] <= 100 and "retrieval/text_to_image/R@5" in matched
     assert 25 < answers["vqa/accuracy"] <= 100

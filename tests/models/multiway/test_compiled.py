@@ -6,11 +6,11 @@ from functools import partial
 
 import pytest
 import torch
+from pretrain.models.multiway.compiled import compile_blocks
 from torch._dynamo.utils import counters
 
 from pretrain.batch import Batch, Layout, make_batch
 from pretrain.metrics import read_metrics
-from pretrain.models.multiway.compiled import compile_blocks
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.objectives.masked import MaskedData
 from pretrain.tasks.pretrain import PretrainTask
