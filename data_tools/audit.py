@@ -16,8 +16,8 @@ from pathlib import Path
 from data_tools.audit_page.facts import gather
 from data_tools.audit_page.page import page
 from data_tools.command import add_directories, add_workers, make_parser, run
-from data_tools.index import write_atomically
 from data_tools.lists.languages import detector
+from pretrain.files import write_file
 
 
 def audit(directories: list[Path], out: Path, *, seed: int = 0, samples: int = 60, workers: int = 1) -> int:
@@ -32,7 +32,7 @@ def audit(directories: list[Path], out: Path, *, seed: int = 0, samples: int = 6
     facts = gather(directories, seed=seed, wall=samples, workers=workers, detect=detect)
     html = page(directories, facts, seed).encode(errors="replace")
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, html)
+    write_file(out, html)
     return len(html)
 
 

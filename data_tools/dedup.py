@@ -28,11 +28,11 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.command import add_directories, add_workers, make_parser, run
-from data_tools.index import complete_shards
 from data_tools.pictures.contact_sheet import Pair, write_contact_sheet
 from data_tools.pictures.hashes import Hashes, hash_shards, look_alike
 from data_tools.pictures.near import keep_first
 from data_tools.shards.steps import Drop, Step, read_drops, write_drops, write_step
+from pretrain.data.shards.indexing import complete_shards
 
 NAME = "dedup"
 EXACT, NEAR = "exact_duplicate", "near_duplicate"

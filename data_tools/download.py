@@ -27,9 +27,10 @@ from data_tools.fetch.attempt import ROOT, Run, download_slice
 from data_tools.fetch.guarded_fetch import Limits
 from data_tools.fetch.reasons import SUCCESS
 from data_tools.fetch.slices import WORK, Listed, Slice, agree, alone, published, write_list
-from data_tools.index import index_directory, write_atomically
 from data_tools.lists.reading import EXTRA, PRESETS, fingerprint, open_list
 from data_tools.shards.steps import STEPS, Step, write_step
+from pretrain.data.shards.indexing import index_directory
+from pretrain.files import write_file, write_json
 
 # img2dataset writes its own width and height.
 _OF_LIST = ("list", "fingerprint", "preset", "url_col", "caption_col")
@@ -78,7 +79,7 @@ def _write_done(part: Slice, listed: Listed, counts: Counter[str]) -> None:
         "list": {"rows": listed.rows, "kept": listed.kept, "dropped": listed.dropped},
         "download": {"rows": listed.kept, "kept": counts[SUCCESS], "dropped": _without_success(counts)},
     }
-    write_atomically(part.done, json.dumps(content, indent=1).encode())
+    write_json(part.done, content)
 
 
 def _without_success(counts: Counter[str]) -> dict[str, int]:
@@ -127,7 +128,7 @@ def carry_steps(lists: list[Path], out: Path) -> None:
     for home in dict.fromkeys(path if path.is_dir() else path.parent for path in lists):
         for record in sorted((home / STEPS).glob("*.json")):
             (out / STEPS).mkdir(parents=True, exist_ok=True)
-            write_atomically(out / STEPS / record.name, record.read_bytes())
+            write_file(out / STEPS / record.name, record.read_bytes())
 
 
 def _plan(args: argparse.Namespace, part: Slice) -> dict[str, Any]:

@@ -29,12 +29,12 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data_tools.command import add_workers, make_parser, run
-from data_tools.index import complete_shards, map_in_order, stats_path
 from data_tools.pictures.filters import REASONS, REPEATED, Measures, PictureSettings, measure, reasons
 from data_tools.pictures.hashes import caption_hash
 from data_tools.shards.samples import make_table, samples_of
 from data_tools.shards.step_table import step_table
 from data_tools.shards.steps import Drop, Step, write_drops, write_step
+from pretrain.data.shards.indexing import complete_shards, map_in_order, stats_path
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES
 from pretrain.data.shards.tar_index import Member
 

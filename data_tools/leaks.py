@@ -24,11 +24,11 @@ import numpy as np
 
 from data_tools.command import add_directories, add_workers, make_parser, run
 from data_tools.dedup import check_directories, check_distance
-from data_tools.index import complete_shards
 from data_tools.pictures.evaluation_set import EvaluationSet, read_evaluation_set
 from data_tools.pictures.hashes import FOLDER, Hashes, hash_shards, look_alike
 from data_tools.pictures.near import nearest
 from data_tools.shards.steps import Drop, Step, write_drops, write_step
+from pretrain.data.shards.indexing import complete_shards
 
 NAME = "leaks"
 DISTANCE, LEAST_WORDS = 6, 6

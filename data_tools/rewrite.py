@@ -32,11 +32,12 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data_tools.command import add_directories, add_workers, make_parser, run
-from data_tools.index import complete_shards, index_directory, write_atomically
 from data_tools.pictures.recode import FORMATS, Recode
 from data_tools.shards.rewrite_plan import Plan, make_plan
 from data_tools.shards.rewrite_shard import NewShard, write_shard
 from data_tools.shards.steps import STEPS, Step, read_drops, read_steps, write_drops, write_step
+from pretrain.data.shards.indexing import complete_shards, index_directory
+from pretrain.files import sweep, write_json
 
 VERSION = 1
 STAMP, WORK = "rewrite.json", ".rewrite"  # of OUT: what was asked for, and what is removed in the end
@@ -96,7 +97,7 @@ def rewrite(inputs: list[Path], out: Path, settings: Settings, drops: list[Path]
             plan = _plan(inputs, tars, out, settings, drops, workers)
             _write_all([path for part in tars for path in part], plan, out, settings, workers)
             done = _finish(inputs, drops, out, settings, plan)
-            write_atomically(out / STAMP, json.dumps(asked | {"done": done}, indent=1).encode())
+            write_json(out / STAMP, asked | {"done": done})
             fresh = True
         else:
             fresh = False
@@ -128,15 +129,14 @@ def _claimed(out: Path, asked: dict[str, Any]) -> Iterator[dict[str, Any] | None
         out.mkdir(parents=True, exist_ok=True)
     if changed:
         done = None
-        write_atomically(stamp, json.dumps(asked, indent=1).encode())
+        write_json(stamp, asked)
     if done is not None:
         yield done
         return
     (out / WORK).mkdir(exist_ok=True)
     with (out / WORK / "lock").open("w") as lock:
         _lock(lock, out)
-        for left in (*out.glob(".*.writing"), *out.glob(".*.tmp")):  # by processes that were killed
-            left.unlink(missing_ok=True)
+        sweep(out)
         yield None
 
 

@@ -20,7 +20,7 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from data_tools.command import add_directories, add_workers, make_parser, run
-from data_tools.index import complete_shards, map_in_order, stats_path
+from pretrain.data.shards.indexing import complete_shards, map_in_order, stats_path
 from pretrain.data.shards.manifest import MANIFEST, Shard, read_manifest
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, ShardError
 from pretrain.data.shards.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, index_shard, split_name, tar_members

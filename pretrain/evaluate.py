@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.checkpoint.save import newest_weights
-from pretrain.checkpoint.weights import WEIGHTS, load_handover, weights_digest, write_json
+from pretrain.checkpoint.weights import WEIGHTS, load_handover, weights_digest
 from pretrain.config import Recipe, Stage, load_recipe, to_json
 from pretrain.data.shards.reader import load_manifest
 from pretrain.distributed import device
 from pretrain.evals.trained import Trained
+from pretrain.files import write_json
 from pretrain.models.visual_tokenizer.teachers import PixelTeacher
 from pretrain.run.build import build_task, evaluation_loader, text_tokenizer
 from pretrain.run.directory import read_json, read_recipe

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import re
 import sys
 from pathlib import Path
@@ -27,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pretrain.checkpoint.weights import WEIGHTS, read_weights, write_weights
+from pretrain.files import written_in_one_step
 from pretrain.models.multiway.config import MultiwayConfig
 
 log = logging.getLogger(__name__)
@@ -226,19 +226,17 @@ def read_model(directory: Path) -> tuple[State, MultiwayConfig, dict]:
 
 
 def write_tensors(path: Path, state: State) -> None:
-    """A whole file or none: written beside, then renamed. `.safetensors`, or a torch file as unilm's code reads it."""
+    """A whole file or none. `.safetensors`, or a torch file as unilm's code reads it."""
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{path} cannot be written: it is a directory, or lies in none; give a file's path")
-    beside = path.with_name(path.name + ".part")
     state = {key: value.contiguous() for key, value in state.items()}
     try:
-        if path.suffix == ".safetensors":
-            save_file(state, beside)
-        else:
-            torch.save({"model": state}, beside)
-        os.replace(beside, path)
+        with written_in_one_step(path) as growing:
+            if path.suffix == ".safetensors":
+                save_file(state, growing)
+            else:
+                torch.save({"model": state}, growing)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError for a full disk
-        beside.unlink(missing_ok=True)
         reason = str(error).partition("\n")[0]
         raise OSError(f"{path} could not be written ({reason}); free space, or give another path") from None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import resource
 import sys
@@ -18,6 +17,7 @@ import torch
 
 from pretrain.batch import Layout
 from pretrain.distributed import rank
+from pretrain.files import write_file
 
 log = logging.getLogger(__name__)
 
@@ -237,9 +237,4 @@ def _cut(path: Path, resume_step: int) -> None:
     log.info(
         "%s: kept %d lines up to step %d, dropped %d bytes behind", path, len(kept), resume_step, len(data) - len(new)
     )
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        file.write(new)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_file(path, new)

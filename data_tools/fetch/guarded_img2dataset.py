@@ -92,7 +92,7 @@ class _Live:
 
     def write(self) -> None:
         self._written = time.monotonic()
-        beside = self._path.with_suffix(".new")
+        beside = self._path.with_suffix(".writing")
         try:
             beside.write_text(json.dumps(self._counts))
             os.replace(beside, self._path)

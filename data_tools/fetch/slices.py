@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.fetch.reasons import SUCCESS, reason_of
-from data_tools.index import write_atomically
 from data_tools.lists.reading import List
+from pretrain.files import beside, move, write_json
 
 WORK = "download"
 _PART_ROWS = 200_000  # of one parquet file of the list; img2dataset holds one in memory
@@ -90,22 +90,22 @@ def write_list(rows: List, part: Slice) -> Listed:
     # Only slices need to know how many rows there are, which costs a pass over a text file.
     numbers = part.shards(rows.rows) if part.slices > 1 else None
     first, stop = (0, None) if numbers is None else (numbers.start, numbers.stop)
-    beside = part.list.with_name(f".{part.list.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    growing = beside(part.list)
+    shutil.rmtree(growing, ignore_errors=True)
+    growing.mkdir(parents=True)
     read = rows.batches(
         first=first * part.samples_per_shard, stop=None if stop is None else stop * part.samples_per_shard
     )
     kept = 0
     for number, table in enumerate(_parts(read, part.samples_per_shard)):
-        pq.write_table(table, beside / f"{number:05d}.parquet")
+        pq.write_table(table, growing / f"{number:05d}.parquet")
         kept += table.num_rows
     shards = -(-(rows.rows if part.slices > 1 else kept) // part.samples_per_shard)
     dropped = dict(sorted(rows.dropped.items()))
     listed = Listed(kept + sum(dropped.values()), kept, dropped, first, max(5, len(str(max(0, shards - 1)))))
-    write_atomically(beside / "list.json", json.dumps(vars(listed), indent=1).encode())
+    write_json(growing / "list.json", vars(listed))
     shutil.rmtree(part.list, ignore_errors=True)
-    os.replace(beside, part.list)
+    move(growing, part.list)
     return listed
 
 
@@ -135,7 +135,7 @@ def agree(out: Path, plan: dict[str, Any]) -> None:
         if any(out.glob("*.tar")):
             raise ValueError(f"--out={out} holds shards that this tool did not download; choose an empty one") from None
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(plan, indent=1).encode())
+        write_json(path, plan)
         return
     for name in sorted({*known, *plan}):
         if known.get(name) != plan.get(name):
@@ -204,9 +204,7 @@ def publish(attempt: Path, part: Slice, listed: Listed) -> Counter[str]:
         for ending in (".tar", ".parquet", "_stats.json"):
             source = listed.path(attempt, shard, ending)
             if source.exists():
-                with source.open("rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(source, listed.path(part.out, shard, ending))
+                move(source, listed.path(part.out, shard, ending))
         counts += found
     return counts
 

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_tools.index import stats_path
 from data_tools.pictures.recode import Recode, with_facts
 from data_tools.shards.steps import Drop, write_drops
 from data_tools.shards.writer import ShardWriter
+from pretrain.data.shards.indexing import stats_path
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, Descriptor, ShardError
 from pretrain.data.shards.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, VERSION, Member, ShardIndex
 

@@ -15,13 +15,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.index import write_atomically
 from data_tools.lists.languages import detector, language_code
 from data_tools.text.chunks import cut, limits_of
 from data_tools.text.clean import TextRules, clean, why_dropped
 from data_tools.text.documents import Block, Input, Raw, text_of_document
 from data_tools.text.duplicates import comparable, digest, signature
 from pretrain.data.text_tokenizer import TextTokenizer
+from pretrain.files import write_file
 
 _SCHEMA = pa.schema(
     {
@@ -121,5 +121,5 @@ def cut_block(block: Block) -> Path:
         table = pa.Table.from_pylist([_cutter.row(raw) for raw in block.documents], _SCHEMA)
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
-        write_atomically(path, buffer.getvalue())
+        write_file(path, buffer.getvalue())
     return path

@@ -26,7 +26,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_tools.index import index_directory
 from data_tools.lists.languages import language_code
 from data_tools.shards.steps import Drop, Step, read_steps, write_drops, write_step
 from data_tools.shards.writer import ShardWriter
@@ -35,7 +34,9 @@ from data_tools.text.chunks import limits_of
 from data_tools.text.clean import TextRules
 from data_tools.text.documents import MAX_BYTES, TEXT, Block, Input, find_inputs, read_blocks, total_bytes
 from data_tools.text.duplicates import SeenTexts
+from pretrain.data.shards.indexing import index_directory
 from pretrain.data.text_tokenizer import TextTokenizer
+from pretrain.files import move
 
 VERSION = 1  # other rules in the code make other shards
 NAME, CHUNKS = "pack_text", "pack_text_chunks"
@@ -109,8 +110,7 @@ def pack(packing: Packing, workers: int = 1) -> Packed:
         return packed
     with _work_directory(out, settings) as directory:
         packed = _pack(packing, settings, work, directory, workers)
-        (directory / "shards").rename(out)
-        _remember(out.parent)  # before the blocks go
+        move(directory / "shards", out)  # synced before the blocks go
         shutil.rmtree(directory)
     return packed
 
@@ -289,15 +289,6 @@ def _packed(documents: Step, chunks: Step, inputs: tuple[Input, ...]) -> Packed:
 
 def _beside(out: Path) -> Path:
     return out.with_name(f".{out.name}.packing")
-
-
-def _remember(directory: Path) -> None:
-    """The names in a directory outlast a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

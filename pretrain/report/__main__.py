@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
+from pretrain.files import write_file
 from pretrain.report.page import page
 from pretrain.report.rows import DIRECTIONS, RANKS, chance, load_run, masked_rows, other_rows, retrieval_rows
 
@@ -60,12 +60,10 @@ def write_report(run_dir: Path) -> Path:
     """Write RUN_DIR/report.html; the old page stays until the new one is whole."""
     stages = load_run(run_dir)
     path = run_dir / "report.html"
-    temporary = path.with_name(path.name + ".part")
+    html = page(run_dir, stages)
     try:
-        temporary.write_text(page(run_dir, stages), encoding="utf-8")
-        os.replace(temporary, path)
+        write_file(path, html.encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(error.errno, f"{error.strerror}; free space, or make it writable", str(path)) from None
     return path
 

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.weights import WEIGHTS, weights_digest, weights_header, write_json
+from pretrain.checkpoint.weights import WEIGHTS, weights_digest, weights_header
 from pretrain.config import Recipe, Stage, identity_of, stage_hash, to_json
+from pretrain.files import write_json
 from pretrain.run.build import text_tokenizer
 from pretrain.run.image_targets import weights_path
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_tools.index import index_directory
+from pretrain.data.shards.indexing import index_directory
 
 # What the loader's tests (conftest.py) ask for: pixels of a crop and a patch, sequences per global batch.
 SIZE, PATCH = 32, 8

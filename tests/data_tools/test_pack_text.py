@@ -228,7 +228,7 @@ def test_blocks_of_other_settings_are_not_taken(corpus, tokenizer, tmp_path, pac
 
 
 def test_a_full_disk_is_named_and_what_was_done_is_kept(corpus, tokenizer, tmp_path, packed, monkeypatch, capsys):
-    calls, write = [], text_blocks.write_atomically
+    calls, write = [], text_blocks.write_file
 
     def full(path, data):
         calls.append(path)
@@ -237,7 +237,7 @@ def test_a_full_disk_is_named_and_what_was_done_is_kept(corpus, tokenizer, tmp_p
         write(path, data)
 
     monkeypatch.setattr(text_packing, "read_blocks", partial(read_blocks, most_documents=4))
-    monkeypatch.setattr(text_blocks, "write_atomically", full)
+    monkeypatch.setattr(text_blocks, "write_file", full)
     assert main(command(corpus, tokenizer, tmp_path / "texts")) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert finished_blocks(tmp_path / "texts") == 4 and not (tmp_path / "texts").exists()

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.index import index_directory
 from data_tools.verify import Finding, main, verify_directory
+from pretrain.data.shards.indexing import index_directory
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (20, 16), kind: str = "JPEG") -> bytes:
