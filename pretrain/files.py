@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,15 +36,20 @@ def write_json(path: Path, value: Any) -> None:
 @contextmanager
 def written_in_one_step(path: Path) -> Iterator[Path]:
     """Gives the name under which to write what `path` is to hold when the block ends; an exception leaves `path` as it
-    was. For one process at a time, which overwrites what a killed one left."""
-    with _in_one_step(path, beside(path)) as growing:
-        yield growing
+    was. For one process at a time, which removes what a killed one left."""
+    folder = beside(path)  # for the library's own temporary files too: safetensors leaves .tmpXXXXXX when it is killed
+    _remove(folder)
+    folder.mkdir()
+    try:
+        with _in_one_step(path, folder / path.name) as growing:
+            yield growing
+    finally:
+        _remove(folder)
 
 
 @contextmanager
 def _in_one_step(path: Path, growing: Path) -> Iterator[Path]:
     try:
-        growing.unlink(missing_ok=True)
         growing.touch()
         mode = growing.stat().st_mode  # by the umask: libraries that write through a temporary file make it 0600
         yield growing
@@ -71,7 +77,14 @@ def sync(path: Path) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Removes the files that killed processes left half-written; only where no other process writes now."""
+    """Removes what killed processes left half-written; only where no other process writes now."""
     for suffix in (WRITING, *_BEFORE):
         for leftover in directory.glob(f".*{suffix}"):
-            leftover.unlink(missing_ok=True)
+            _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

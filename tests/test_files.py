@@ -65,6 +65,16 @@ def test_the_umask_decides_who_may_read(tmp_path):
     assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [0o640, 0o640]
 
 
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path):
+    beside(tmp_path / "file").touch()  # as an earlier version left it
+    beside(tmp_path / "folder").mkdir()
+    (beside(tmp_path / "folder") / ".tmp123").touch()
+    for name in ("file", "folder"):
+        with written_in_one_step(tmp_path / name) as growing:
+            growing.write_text("new")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
 def test_a_directory_takes_its_place(tmp_path):
     growing = beside(tmp_path / "list")
     growing.mkdir()
@@ -75,6 +85,7 @@ def test_a_directory_takes_its_place(tmp_path):
 
 def test_leftovers_of_every_version_are_swept(tmp_path):
     beside(tmp_path / "00000.tar", "7").touch()
+    beside(tmp_path / "weights").mkdir()
     for name in (".manifest.json.x7.tmp", ".weights.safetensors.saving", "mine.tmp", "mine.part"):
         (tmp_path / name).touch()
     sweep(tmp_path)
