@@ -19,12 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.throughput import run, write_shards, write_visual_tokenizer
-from data_tools.encode_images import encode_directory, load_encoder
 from pretrain import command
 from pretrain.command import about, write
 from pretrain.config import Recipe, Stage, load_recipe
 from pretrain.data.shards.manifest import fill_variables
 from pretrain.data.sources import TextShards
+from pretrain.encode_images import encode_directory, load_encoder
 
 
 def measure(args: argparse.Namespace) -> dict:

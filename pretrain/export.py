@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pretrain import command
 from pretrain.checkpoint.weights import WEIGHTS, read_weights, write_weights
 from pretrain.files import written_in_one_step
 from pretrain.models.multiway.config import MultiwayConfig
@@ -242,11 +243,8 @@ def write_tensors(path: Path, state: State) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    doc = (__doc__ or "").split("\n\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m pretrain.export", description=doc[0], epilog=doc[1], formatter_class=formatter
-    )
+    example = "from-released beit3_base_patch16_224.pth runs/beit3_base"
+    parser = command.make_parser("pretrain.export", __doc__, example)
     commands = parser.add_subparsers(dest="command", required=True)
     reading = commands.add_parser("from-released", help="a released BEiT-3 file -> a directory of ours")
     reading.add_argument("file", type=Path, help=".pth or .safetensors with the released names")
@@ -276,18 +274,11 @@ def run(args: argparse.Namespace) -> None:
     log.info("wrote %s", args.out)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        run(parse_args(argv))
-    except (ValueError, OSError) as error:
-        sys.exit(_complain(error))
-
-
-def _complain(error: Exception) -> int:
-    log.error("error: %s", error)
-    return 2
+    return command.run(lambda: run(args), left="nothing was written")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Codes of the visual tokenizer that data_tools.encode_images stored: training reads them and runs no tokenizer.
+"""Codes of the visual tokenizer that pretrain.encode_images stored: training reads them and runs no tokenizer.
 
 A picture is then seen in `crops` ways only: epoch e takes look e mod crops, and a look follows from (seed, the
 sample's key, its number) alone. The key and not the sample's number: it stays the same when shards join a mix, leave
@@ -95,7 +95,7 @@ def read_summary(data: bytes, where: str) -> tuple[Coding, dict[str, int]]:
         coding = Coding(**content["coding"])
         return coding, {str(name): int(samples) for name, samples in content["shards"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where} cannot be used ({error!r}); run python -m data_tools.encode_images again") from None
+        raise ValueError(f"{where} cannot be used ({error!r}); run python -m pretrain.encode_images again") from None
 
 
 def stored_coding(manifest: Manifest, ending: str) -> Coding:
@@ -106,7 +106,7 @@ def stored_coding(manifest: Manifest, ending: str) -> Coding:
             found[url] = read_summary(_small_file(url), shown(url))
         if found[url][1].get(shard.name) != shard.samples:
             raise ValueError(
-                f"{shown(url)} has no codes of {shard.name} as it is now; run python -m data_tools.encode_images again "
+                f"{shown(url)} has no codes of {shard.name} as it is now; run python -m pretrain.encode_images again "
                 "on its directory"
             )
     (first, (coding, _)), *rest = found.items()
@@ -123,7 +123,7 @@ def _small_file(url: str) -> bytes:
         return Path(url).read_bytes()
     except OSError as error:
         raise ValueError(
-            f"{url} cannot be read ({error.strerror}); run python -m data_tools.encode_images on its directory, or "
+            f"{url} cannot be read ({error.strerror}); run python -m pretrain.encode_images on its directory, or "
             "leave the source's codes out"
         ) from None
 
@@ -181,15 +181,13 @@ class StoredCodes:
         return shown(entry.beside(f"{entry.name.removesuffix('.tar')}.{self.ending}"))
 
     def _damaged(self, shard: int, reason: str) -> ShardError:
-        return ShardError(
-            f"{self._shown(shard)} cannot be used: {reason}; run python -m data_tools.encode_images again"
-        )
+        return ShardError(f"{self._shown(shard)} cannot be used: {reason}; run python -m pretrain.encode_images again")
 
 
 def check_coding(kind: str, stored: Coding, wanted: Coding) -> None:
     """Raises ValueError if the stored codes of a kind of the mix are not those that the run would make itself."""
     if differs := stored.against(wanted, "this run"):
         raise ValueError(
-            f"mix.{kind}.codes: the stored codes are of {differs}; run python -m data_tools.encode_images with this "
+            f"mix.{kind}.codes: the stored codes are of {differs}; run python -m pretrain.encode_images with this "
             "recipe and another --name, or set the recipe to what they are of"
         )

@@ -37,7 +37,7 @@ class ImageShards:
     """Pictures alone; captions beside them are not read.
 
     `crops`: each picture is seen in so many ways and in no other, one an epoch, so that their codes can be stored; 0:
-    every epoch sees another. `codes`: the ending of the stored codes' files (data_tools.encode_images --name), which
+    every epoch sees another. `codes`: the ending of the stored codes' files (pretrain.encode_images --name), which
     training then reads instead of running the visual tokenizer; see codes.py.
     """
 

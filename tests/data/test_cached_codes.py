@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.encode_images import encode_directory, load_encoder
 from pretrain.batch import Batch
 from pretrain.checkpoint.weights import write_weights
 from pretrain.config import BatchSize, Recipe, Stage, find_recipe
 from pretrain.data.codes import Coding, StoredCodes, file_head
 from pretrain.data.shards.reader import BadSample, ShardError, ShardReader, load_manifest
 from pretrain.data.sources import ImageShards
+from pretrain.encode_images import encode_directory, load_encoder
 from pretrain.parallel.mesh import Place
 from pretrain.run.build import build_loader, build_task, weights_config
 from pretrain.run.image_targets import image_targets

@@ -1,6 +1,6 @@
 """Stores the visual tokenizer's codes of every picture beside the shards, so that training need not run it.
 
-    python -m data_tools.encode_images data/cc12m --tokenizer runs/base/tokenizer --crops 4 --recipe beit3_base \\
+    python -m pretrain.encode_images data/cc12m --tokenizer runs/base/tokenizer --crops 4 --recipe beit3_base \\
         --stage fusion
 
 A stage then sees each picture in CROPS ways, one an epoch, and reads their codes: set `crops` and `codes` of its
@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data_tools.command import add_directories, add_workers, make_parser, run
 from pretrain.checkpoint.weights import weights_digest
+from pretrain.command import add_directories, add_workers, make_parser, run
 from pretrain.config import Recipe, Stage, load_recipe
 from pretrain.data.codes import DTYPE, NO_CODE, Coding, file_head, look_rng, plain, read_summary, summary
 from pretrain.data.shards.indexing import index_directory
@@ -209,7 +209,7 @@ def load_encoder(recipe: Recipe, stage: Stage, tokenizer: str, crops: int, name:
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = make_parser(
-        "encode_images",
+        "pretrain.encode_images",
         __doc__,
         "data/cc12m --tokenizer runs/base/tokenizer --crops 4 --recipe beit3_base --stage fusion",
     )
