@@ -26,7 +26,7 @@ from data_tools.command import add_workers, make_parser, run
 from data_tools.fetch.attempt import ROOT, Run, download_slice
 from data_tools.fetch.guarded_fetch import Limits
 from data_tools.fetch.reasons import SUCCESS
-from data_tools.fetch.slices import WORK, Listed, Slice, agree, alone, published, write_list
+from data_tools.fetch.slices import WORK, Listed, Slice, owned_slice, published, write_list
 from data_tools.lists.reading import EXTRA, PRESETS, fingerprint, open_list
 from data_tools.shards.steps import STEPS, Step, write_step
 from pretrain.data.shards.indexing import index_directory
@@ -58,8 +58,7 @@ def download(args: argparse.Namespace, part: Slice) -> None:
     """Makes the slice `part`, and notes what became of each of its rows in its done.json."""
     run = Run(find_python(), _arguments(args), _limits(args), args.max_pixels, args.stall_seconds)
     rows = open_list(args.list, args.preset, args.url_col, args.caption_col)
-    agree(part.out, _plan(args, part))
-    with alone(part):
+    with owned_slice(part, _plan(args, part)):
         start = time.monotonic()
         listed = write_list(rows, part)
         passed_on = [name for name in rows.columns if name in _PASSED_ON]

@@ -11,18 +11,15 @@ the whole way, and OUT/steps/rewrite.parquet lists what had to be left out here.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
-import json
 import multiprocessing
 import os
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,12 +29,13 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data_tools.command import add_directories, add_workers, make_parser, run
+from data_tools.ownership import DONE, owned
 from data_tools.pictures.recode import FORMATS, Recode
 from data_tools.shards.rewrite_plan import Plan, make_plan
 from data_tools.shards.rewrite_shard import NewShard, write_shard
 from data_tools.shards.steps import STEPS, Step, read_drops, read_steps, write_drops, write_step
 from pretrain.data.shards.indexing import complete_shards, index_directory
-from pretrain.files import sweep, write_json
+from pretrain.files import WRITING, sweep, write_json
 
 VERSION = 1
 STAMP, WORK = "rewrite.json", ".rewrite"  # of OUT: what was asked for, and what is removed in the end
@@ -91,65 +89,30 @@ def rewrite(inputs: list[Path], out: Path, settings: Settings, drops: list[Path]
         "drops": [hashlib.sha256(path.read_bytes()).hexdigest() for path in drops],
         **asdict(settings),
     }
-    with _claimed(out, asked) as done:
-        if done is None:
+    with _owned_out(out, asked) as done:
+        if fresh := done is None:
+            sweep(out)
             tars = [[Path(shard.url) for shard in manifest.shards] for manifest in manifests]
             plan = _plan(inputs, tars, out, settings, drops, workers)
             _write_all([path for part in tars for path in part], plan, out, settings, workers)
             done = _finish(inputs, drops, out, settings, plan)
-            write_json(out / STAMP, asked | {"done": done})
-            fresh = True
-        else:
-            fresh = False
+            write_json(out / STAMP, asked | {DONE: done})
         shutil.rmtree(out / WORK, ignore_errors=True)
     step = read_steps(out)[done["step"]]
     return Rewritten(step, len(complete_shards(out)[0]), done["notes"], fresh)
 
 
-@contextmanager
-def _claimed(out: Path, asked: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
-    """Makes `out` the home of this rewriting and of no other process; yields what was noted when it was finished."""
-    stamp = out / STAMP
-    if stamp.exists():
-        try:
-            there = json.loads(stamp.read_bytes())
-        except ValueError:
-            there = {}
-        done = there.get("done")
-        changed = [name for name in asked if there.get(name) != asked[name]]
-        if changed and any(out.glob("*.tar")):
-            names = ", ".join(changed)
-            raise ValueError(f"{out} holds shards of another rewriting (other {names}); choose another --out")
-        if changed:  # nothing was written: a mistake was found first
-            shutil.rmtree(out / WORK, ignore_errors=True)
-    else:
-        done, changed = None, ["everything"]
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"{out} holds files of something else; choose an empty directory for --out")
-        out.mkdir(parents=True, exist_ok=True)
-    if changed:
-        done = None
-        write_json(stamp, asked)
-    if done is not None:
-        yield done
-        return
-    (out / WORK).mkdir(exist_ok=True)
-    with (out / WORK / "lock").open("w") as lock:
-        _lock(lock, out)
-        sweep(out)
-        yield None
-
-
-def _lock(lock, out: Path) -> None:
-    """Workers of a killed process hold its lock until they notice."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ValueError(f"another process is writing to {out}; wait for it, or end it") from None
-            time.sleep(0.1)
+def _owned_out(out: Path, asked: dict[str, Any]) -> AbstractContextManager[dict[str, Any] | None]:
+    """Gives what was noted when this rewriting was finished."""
+    return owned(
+        out,
+        asked,
+        stamp=out / STAMP,
+        work=out / WORK,
+        stranger=lambda: out.exists() and any(not path.name.endswith((WORK, WRITING)) for path in out.iterdir()),
+        restart=lambda: not any(out.glob("*.tar")),  # nothing was written: a mistake came to light first
+        patience=LOCK_SECONDS,
+    )
 
 
 def _plan(

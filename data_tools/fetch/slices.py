@@ -8,14 +8,11 @@ DIR/00012.tar .parquet _stats.json    finished shards; the numbers of two slices
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-import socket
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ import pyarrow.parquet as pq
 
 from data_tools.fetch.reasons import SUCCESS, reason_of
 from data_tools.lists.reading import List
+from data_tools.ownership import owned
 from pretrain.files import beside, move, write_json
 
 WORK = "download"
@@ -126,40 +124,16 @@ def _parts(batches: Iterator[pa.RecordBatch], samples_per_shard: int) -> Iterato
         yield pa.Table.from_batches(held)
 
 
-def agree(out: Path, plan: dict[str, Any]) -> None:
-    """Notes in DIR what is made there. Raises ValueError if it is something else."""
-    path = out / WORK / "plan.json"
-    try:
-        known = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        if any(out.glob("*.tar")):
-            raise ValueError(f"--out={out} holds shards that this tool did not download; choose an empty one") from None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, plan)
-        return
-    for name in sorted({*known, *plan}):
-        if known.get(name) != plan.get(name):
-            raise ValueError(
-                f"--out={out} was begun with {name}={known.get(name)}, and now it is {plan.get(name)}; go on with the "
-                "same, or choose another --out"
-            )
-
-
-@contextmanager
-def alone(part: Slice) -> Iterator[None]:
-    """Holds the slice. Raises ValueError while another process does; the kernel lets go of what a killed one held."""
-    part.work.mkdir(parents=True, exist_ok=True)
-    with (part.work / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise ValueError(f"{part.work} is being downloaded by {holder}; wait for it, or end it") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
+def owned_slice(part: Slice, plan: dict[str, Any]) -> AbstractContextManager:
+    """The slice, for this process alone; `plan` is what all slices of DIR agree on. Raises ValueError if DIR holds
+    something else, or another process makes this slice."""
+    return owned(
+        part.out,
+        plan,
+        stamp=part.out / WORK / "plan.json",
+        work=part.work,
+        stranger=lambda: any(part.out.glob("*.tar")),
+    )
 
 
 def account(parquet: Path) -> Counter[str]:

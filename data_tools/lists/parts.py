@@ -10,12 +10,14 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_tools.ownership import owned
 from pretrain.files import move, write_json, written_in_one_step
 
 DROPPED = "dropped"  # the directory beside the kept rows
@@ -29,23 +31,21 @@ class Judged(NamedTuple):
     counts: Counter[str]  # of what was dropped
 
 
-class Parts:
-    """The parts of one output. `run` says what is being done: parts of another run are an error, or forgotten."""
+@contextmanager
+def owned_parts(out: Path, run: dict[str, Any], *, overwrite: bool) -> Iterator[Parts]:
+    """The parts of `out`, for this process alone. `run` says what is being done: parts of another run are an error, or
+    thrown away."""
+    work, way_out = work_path(out), "choose another --out, or --overwrite"
+    with owned(out, run, stamp=work / "run.json", work=work, restart=lambda: overwrite, way_out=way_out):
+        yield Parts(out)
 
-    def __init__(self, out: Path, run: dict[str, Any], *, overwrite: bool):
-        self.out, self.home = out, home(out)
-        self._work = work_path(out)
+
+class Parts:
+    """The parts of one output; see `owned_parts`."""
+
+    def __init__(self, out: Path):
+        self.out, self._work = out, work_path(out)
         self._single = out.suffix == ".parquet"
-        stamp = self._work / "run.json"
-        if overwrite:
-            shutil.rmtree(self._work, ignore_errors=True)
-        elif stamp.exists() and json.loads(stamp.read_bytes()) != run:
-            raise ValueError(
-                f"{self._work} holds the begun work of another list or other thresholds; choose another --out, or "
-                "--overwrite"
-            )
-        self._work.mkdir(parents=True, exist_ok=True)
-        write_json(stamp, run)
 
     def done(self) -> list[Counter[str]]:
         """The counts of each part that is whole: rows, kept, and each reason."""

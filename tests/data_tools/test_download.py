@@ -248,4 +248,4 @@ def test_slices_make_what_one_run_makes(server, tmp_path, capsys):
     assert read_steps(out)["download"].rows == 45 and load_manifest(str(out)).samples == 30
     assert download.main(["--merge", "--out", str(out)]) == 0
     assert download.main(command(rows, out, *small, "--slice", "0/3")) == 2
-    assert "was begun with slices=2, and now it is 3" in capsys.readouterr().err
+    assert "was begun with slices=2 (now 3)" in capsys.readouterr().err

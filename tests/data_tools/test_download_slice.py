@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools import download
-from data_tools.fetch.slices import Listed, Slice, account, alone, publish, published, write_list
+from data_tools.fetch.slices import Listed, Slice, account, owned_slice, publish, published, write_list
 from data_tools.lists.reading import open_list
 
 
@@ -90,9 +90,10 @@ def test_a_damaged_table_is_told(tmp_path):
 
 def test_a_slice_has_one_master(tmp_path):
     part = Slice(tmp_path, 0, 1, 10)
-    with alone(part), pytest.raises(ValueError, match=r"is being downloaded by process \d+ on "), alone(part):
+    plan = {"slices": 1}
+    with owned_slice(part, plan), pytest.raises(ValueError, match=r"process \d+ on "), owned_slice(part, plan):
         pass
-    with alone(part):
+    with owned_slice(part, plan):
         pass
 
 
@@ -148,7 +149,7 @@ def test_shards_of_something_else_are_left_alone(tmp_path, capsys, python):
     (tmp_path / "out" / "00000.tar").write_bytes(b"mine")
     rows = str(a_list(tmp_path / "l.parquet", 3))
     error = run(capsys, "--list", rows, "--preset", "canonical", "--out", str(tmp_path / "out"))
-    assert "holds shards that this tool did not download" in error
+    assert "holds files of something else" in error
 
 
 def test_another_list_does_not_go_on_in_the_same_place(tmp_path, capsys, python):
@@ -161,7 +162,7 @@ def test_another_list_does_not_go_on_in_the_same_place(tmp_path, capsys, python)
     a_list(Path(rows), 300)
     assert "was begun with fingerprint=" in run(capsys, "--list", rows, "--preset", "canonical", "--out", out)
     a_list(Path(rows), 3)
-    assert "image_size=256, and now it is 384" in run(
+    assert "image_size=256 (now 384)" in run(
         capsys, "--list", rows, "--preset", "canonical", "--out", out, "--image-size", "384"
     )
 

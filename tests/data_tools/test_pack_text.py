@@ -257,7 +257,7 @@ def test_a_killed_worker_is_named(corpus, tokenizer, tmp_path, monkeypatch, caps
 def test_two_at_once_are_refused(corpus, tokenizer, tmp_path, capsys):
     with text_packing._work_directory(tmp_path / "texts", {"near": 1.0}):
         assert main(command(corpus, tokenizer, tmp_path / "texts")) == 2
-    assert "another pack_text" in capsys.readouterr().err
+    assert "is writing to" in capsys.readouterr().err
 
 
 def _none(d: Path, *_) -> list[str]:
@@ -317,7 +317,7 @@ def test_mistakes_are_one_sentence(corpus, tokenizer, tmp_path, capsys, inputs, 
 def test_an_out_of_other_settings_is_kept(corpus, tokenizer, packed, capsys):
     before = content(packed)
     assert main(command(corpus, tokenizer, packed, "--near", "1", "--budget", "1M")) == 2
-    assert "packed with another near, budget" in capsys.readouterr().err
+    assert "packed with budget=None (now 1000000), near=0.8 (now 1.0); remove it" in capsys.readouterr().err
     assert content(packed) == before
 
 
