@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.command import add_workers, make_parser, run
-from data_tools.fetch.attempt import ROOT, Run, download_slice
 from data_tools.fetch.guarded_fetch import Limits
 from data_tools.fetch.reasons import SUCCESS
-from data_tools.fetch.slices import WORK, Listed, Slice, owned_slice, published, write_list
+from data_tools.fetch.run_img2dataset import ROOT, Run, download_slice
+from data_tools.fetch.slices import WORK, Slice, SliceShards, owned_slice, write_list
 from data_tools.lists.reading import EXTRA, PRESETS, fingerprint, open_list
 from data_tools.shards.steps import STEPS, Step, write_step
 from pretrain.data.shards.indexing import index_directory
@@ -60,25 +60,26 @@ def download(args: argparse.Namespace, part: Slice) -> None:
     rows = open_list(args.list, args.preset, args.url_col, args.caption_col)
     with owned_slice(part, _plan(args, part)):
         start = time.monotonic()
-        listed = write_list(rows, part)
+        shards = write_list(rows, part)
         passed_on = [name for name in rows.columns if name in _PASSED_ON]
         run.img2dataset["save_additional_columns"] = passed_on
-        before = len(published(part, listed))
-        counts = download_slice(run, part, listed)
-        assert counts.total() == listed.kept, (counts, listed)
-        _write_done(part, listed, counts)
+        before, kept = len(shards.published()), shards.listed.kept
+        counts = download_slice(run, shards)
+        assert counts.total() == kept, (counts, shards)
+        _write_done(shards, counts)
         seconds = time.monotonic() - start
-    made = len(published(part, listed)) - before
-    speed = f", {made} of them now, {listed.kept / seconds:.0f} img/s" if made and not before else ""
-    print(f"{part.out}: slice {part.number}/{part.slices} is done, {len(published(part, listed))} shards{speed}")
+    made = len(shards.numbers) - before
+    speed = f", {made} of them now, {kept / seconds:.0f} img/s" if made and not before else ""
+    print(f"{part.out}: slice {part.number}/{part.slices} is done, {len(shards.numbers)} shards{speed}")
 
 
-def _write_done(part: Slice, listed: Listed, counts: Counter[str]) -> None:
+def _write_done(shards: SliceShards, counts: Counter[str]) -> None:
+    listed = shards.listed
     content = {
         "list": {"rows": listed.rows, "kept": listed.kept, "dropped": listed.dropped},
         "download": {"rows": listed.kept, "kept": counts[SUCCESS], "dropped": _without_success(counts)},
     }
-    write_json(part.done, content)
+    write_json(shards.part.done, content)
 
 
 def _without_success(counts: Counter[str]) -> dict[str, int]:

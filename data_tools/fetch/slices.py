@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from data_tools.fetch.reasons import SUCCESS, reason_of
 from data_tools.lists.reading import List
 from data_tools.ownership import owned
-from pretrain.files import beside, move, write_json
+from pretrain.files import beside, move, sync, write_json
 
 WORK = "download"
 _PART_ROWS = 200_000  # of one parquet file of the list; img2dataset holds one in memory
@@ -61,8 +61,8 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Listed:
-    """The slice's part of the list, as it was written."""
+class ListedRows:
+    """The slice's part of the list, as it was written: what list.json holds."""
 
     rows: int
     kept: int
@@ -70,21 +70,70 @@ class Listed:
     first: int  # shard
     digits: int  # of a shard's number
 
-    def shards(self, samples_per_shard: int) -> range:
-        return range(self.first, self.first + -(-self.kept // samples_per_shard))
 
-    def path(self, out: Path, shard: int, ending: str) -> Path:
-        return out / f"{shard:0{self.digits}d}{ending}"
+@dataclass(frozen=True)
+class SliceShards:
+    """The shards that a slice consists of: their numbers, their rows of the list, and which of them stand in DIR."""
 
-    def rows_of(self, shard: int, samples_per_shard: int) -> int:
-        return min(samples_per_shard, self.kept - (shard - self.first) * samples_per_shard)
+    part: Slice
+    listed: ListedRows
+
+    @property
+    def numbers(self) -> range:
+        first = self.listed.first
+        return range(first, first + -(-self.listed.kept // self.part.samples_per_shard))
+
+    def rows_of(self, shard: int) -> int:
+        size = self.part.samples_per_shard
+        return min(size, self.listed.kept - (shard - self.listed.first) * size)
+
+    def path(self, shard: int, ending: str, directory: Path | None = None) -> Path:
+        """In DIR, or in another directory."""
+        return (directory or self.part.out) / f"{shard:0{self.listed.digits}d}{ending}"
+
+    def published(self) -> list[int]:
+        endings = (".tar", ".parquet", "_stats.json")
+        return [shard for shard in self.numbers if all(self.path(shard, ending).exists() for ending in endings)]
+
+    def missing(self) -> list[int]:
+        return sorted({*self.numbers} - {*self.published()})
+
+    def counts(self) -> Counter[str]:
+        """What became of the rows of the published shards."""
+        return sum((account(self.path(shard, ".parquet")) for shard in self.published()), Counter[str]())
+
+    def remove_halves(self) -> None:
+        """Of a publication that was interrupted, or of a person who removed a file."""
+        for shard in self.missing():
+            for ending in ("_stats.json", ".parquet", ".tar", ".idx"):
+                self.path(shard, ending).unlink(missing_ok=True)
+
+    def publish(self, attempt: Path) -> Counter[str]:
+        """Moves the finished shards of an attempt to DIR, each with its _stats.json last; a shard that lost rows stays,
+        to be made again. -> what became of the rows of the shards that it moved."""
+        counts: Counter[str] = Counter()
+        for stats in sorted(attempt.glob("*_stats.json")):
+            shard = int(stats.name.removesuffix("_stats.json"))
+            tables = (self.path(shard, ".parquet", attempt), self.path(shard, ".parquet"))
+            try:
+                json.loads(stats.read_bytes())
+                rows = account(next(path for path in tables if path.exists()))
+            except (ValueError, StopIteration):  # it is being written, or was when the worker was killed
+                continue
+            if rows.total() != self.rows_of(shard):
+                continue
+            for ending in (".tar", ".parquet", "_stats.json"):
+                if (source := self.path(shard, ending, attempt)).exists():
+                    move(source, self.path(shard, ending))
+            counts += rows
+        return counts
 
 
-def write_list(rows: List, part: Slice) -> Listed:
+def write_list(rows: List, part: Slice) -> SliceShards:
     """Writes the canonical rows of the slice, unless they are there. They appear when they are whole."""
     record = part.list / "list.json"
     if record.exists():
-        return Listed(**json.loads(record.read_bytes()))
+        return SliceShards(part, ListedRows(**json.loads(record.read_bytes())))
     # Only slices need to know how many rows there are, which costs a pass over a text file.
     numbers = part.shards(rows.rows) if part.slices > 1 else None
     first, stop = (0, None) if numbers is None else (numbers.start, numbers.stop)
@@ -96,15 +145,17 @@ def write_list(rows: List, part: Slice) -> Listed:
     )
     kept = 0
     for number, table in enumerate(_parts(read, part.samples_per_shard)):
-        pq.write_table(table, growing / f"{number:05d}.parquet")
+        path = growing / f"{number:05d}.parquet"
+        pq.write_table(table, path)
+        sync(path)
         kept += table.num_rows
     shards = -(-(rows.rows if part.slices > 1 else kept) // part.samples_per_shard)
     dropped = dict(sorted(rows.dropped.items()))
-    listed = Listed(kept + sum(dropped.values()), kept, dropped, first, max(5, len(str(max(0, shards - 1)))))
+    listed = ListedRows(kept + sum(dropped.values()), kept, dropped, first, max(5, len(str(max(0, shards - 1)))))
     write_json(growing / "list.json", vars(listed))
     shutil.rmtree(part.list, ignore_errors=True)
     move(growing, part.list)
-    return listed
+    return SliceShards(part, listed)
 
 
 def _parts(batches: Iterator[pa.RecordBatch], samples_per_shard: int) -> Iterator[pa.Table]:
@@ -147,46 +198,3 @@ def account(parquet: Path) -> Counter[str]:
         reason = SUCCESS if found["status"] == SUCCESS else reason_of(found["error_message"] or "no message")
         counts[reason] += found["count_all"]
     return counts
-
-
-def publish(attempt: Path, part: Slice, listed: Listed) -> Counter[str]:
-    """Moves the finished shards of an attempt to DIR, each with its _stats.json last; a shard that lost rows is left,
-    to be made again. -> what became of the rows of the shards that it moved."""
-    counts: Counter[str] = Counter()
-    for stats in sorted(attempt.glob("*_stats.json")):
-        shard = int(stats.name.removesuffix("_stats.json"))
-        try:
-            json.loads(stats.read_bytes())
-        except ValueError:  # it is being written, or was when the worker was killed
-            continue
-        parquet = next(
-            (
-                path
-                for path in (listed.path(attempt, shard, ".parquet"), listed.path(part.out, shard, ".parquet"))
-                if path.exists()
-            ),
-            None,
-        )
-        if parquet is None:
-            continue
-        try:
-            found = account(parquet)
-        except ValueError:
-            continue
-        if found.total() != listed.rows_of(shard, part.samples_per_shard):
-            continue
-        for ending in (".tar", ".parquet", "_stats.json"):
-            source = listed.path(attempt, shard, ending)
-            if source.exists():
-                move(source, listed.path(part.out, shard, ending))
-        counts += found
-    return counts
-
-
-def published(part: Slice, listed: Listed) -> list[int]:
-    """The slice's shards that stand in DIR."""
-    return [
-        shard
-        for shard in listed.shards(part.samples_per_shard)
-        if all(listed.path(part.out, shard, ending).exists() for ending in (".tar", ".parquet", "_stats.json"))
-    ]

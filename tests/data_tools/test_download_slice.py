@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools import download
-from data_tools.fetch.slices import Listed, Slice, account, owned_slice, publish, published, write_list
+from data_tools.fetch.slices import ListedRows, Slice, SliceShards, account, owned_slice, write_list
 from data_tools.lists.reading import open_list
 
 
@@ -39,11 +39,11 @@ def test_slices_share_no_row_and_no_shard(tmp_path, rows, per_shard, slices):
     numbers: list[int] = []
     for number in range(slices):
         part = Slice(tmp_path / "out", number, slices, per_shard)
-        listed = write_list(open_list([path], "canonical"), part)
+        shards = write_list(open_list([path], "canonical"), part)
         for file in sorted(part.list.glob("*.parquet")):
             seen += pq.read_table(file).column("row").to_pylist()
-        numbers += listed.shards(per_shard)
-        assert write_list(open_list([path], "canonical"), part) == listed  # as it was written
+        numbers += shards.numbers
+        assert write_list(open_list([path], "canonical"), part) == shards  # as it was written
     assert seen == list(range(rows))
     assert numbers == list(range(-(-rows // per_shard)))
 
@@ -51,35 +51,35 @@ def test_slices_share_no_row_and_no_shard(tmp_path, rows, per_shard, slices):
 def test_files_of_a_list_hold_whole_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("data_tools.fetch.slices._PART_ROWS", 25)
     part = Slice(tmp_path, 0, 1, 10)
-    listed = write_list(open_list([a_list(tmp_path / "l.parquet", 47)], "canonical"), part)
+    shards = write_list(open_list([a_list(tmp_path / "l.parquet", 47)], "canonical"), part)
     assert [pq.read_metadata(file).num_rows for file in sorted(part.list.glob("*.parquet"))] == [20, 20, 7]
-    assert [listed.rows_of(shard, 10) for shard in listed.shards(10)] == [10, 10, 10, 10, 7]
+    assert [shards.rows_of(shard) for shard in shards.numbers] == [10, 10, 10, 10, 7]
 
 
 def test_only_whole_shards_are_published(tmp_path):
-    part, attempt = Slice(tmp_path, 0, 1, 10), tmp_path / "attempt"
-    listed = Listed(rows=44, kept=44, dropped={}, first=0, digits=5)
+    attempt = tmp_path / "attempt"
+    shards = SliceShards(Slice(tmp_path, 0, 1, 10), ListedRows(rows=44, kept=44, dropped={}, first=0, digits=5))
     finished(attempt, 0, 10)
     finished(attempt, 1, 9)  # a row got lost, as on a full disk
     finished(attempt, 2, 10, stats='{"count": 1')  # being written
     finished(attempt, 3, 10)
     (attempt / "00003_stats.json").unlink()
     finished(attempt, 4, 4)  # the last, which is shorter
-    assert publish(attempt, part, listed) == {"success": 7, "http_404": 7}
-    assert published(part, listed) == [0, 4]
+    assert shards.publish(attempt) == {"success": 7, "http_404": 7}
+    assert shards.published() == [0, 4]
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["00000.tar", "00004.tar"]
 
 
 @pytest.mark.parametrize("moved", [1, 2])
 def test_a_publication_that_was_cut_short_is_finished(tmp_path, moved):
-    part, attempt = Slice(tmp_path, 0, 1, 10), tmp_path / "attempt"
-    listed = Listed(rows=10, kept=10, dropped={}, first=0, digits=5)
+    attempt = tmp_path / "attempt"
+    shards = SliceShards(Slice(tmp_path, 0, 1, 10), ListedRows(rows=10, kept=10, dropped={}, first=0, digits=5))
     finished(attempt, 0, 10)
     for ending in (".tar", ".parquet")[:moved]:
         (attempt / f"00000{ending}").rename(tmp_path / f"00000{ending}")
-    assert published(part, listed) == []
-    publish(attempt, part, listed)
-    assert published(part, listed) == [0]
+    assert shards.published() == []
+    shards.publish(attempt)
+    assert shards.published() == [0]
 
 
 def test_a_damaged_table_is_told(tmp_path):
