@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.distributed import device
+from pretrain.distributed import all_gather, device
 
 if TYPE_CHECKING:
     from pretrain.parallel.mesh import Mesh
@@ -96,9 +96,7 @@ def _join(value: Tensor, part: Tensor, mesh: Mesh | None) -> Tensor:
     """All tensor ranks' parts side by side."""
     if split_dim(value) is None or mesh is None or mesh.tensor.size == 1:
         return part
-    parts = [torch.empty_like(part) for _ in range(mesh.tensor.size)]
-    dist.all_gather(parts, part.contiguous(), group=mesh.tensor.group)
-    return torch.cat(parts, split_dim(value))
+    return torch.cat(all_gather(part, mesh.tensor.group), split_dim(value))
 
 
 def _on_rank_0(value: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.distributed import gather_own
+from pretrain.distributed import all_gather, gather_own
 from pretrain.layers import Layers
 from pretrain.parallel.mesh import Axis, Mesh
 from pretrain.parallel.sequence import over_rows
@@ -67,7 +67,7 @@ class _SplitNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, tensor: Axis) -> Tensor:
         own = x.float().mean(-1)
         variance = (x.float() - own.unsqueeze(-1)).square_().mean(-1)
-        means, variances = torch.stack(all_gather(torch.stack([own, variance]), tensor)).unbind(1)  # [ranks, ...]
+        means, variances = torch.stack(all_gather(torch.stack([own, variance]), tensor.group)).unbind(1)  # [ranks, ...]
         mean = means.mean(0)
         scale = (variances + (means - mean).square()).mean(0).add_(eps).rsqrt_().unsqueeze(-1)
         mean = mean.unsqueeze(-1)
@@ -104,7 +104,7 @@ class _OwnHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return torch.cat(all_gather(grads[0], ctx.tensor), -1), None
+        return torch.cat(all_gather(grads[0], ctx.tensor.group), -1), None
 
 
 def best_class(logits: Tensor, tensor: Axis) -> Tensor:
@@ -112,16 +112,8 @@ def best_class(logits: Tensor, tensor: Axis) -> Tensor:
     value, place = logits.float().max(-1)
     # As fp32 in one collective: exact up to 16 million classes.
     own = torch.stack([value, (place + tensor.rank * logits.shape[-1]).float()])
-    values, places = torch.stack(all_gather(own, tensor)).unbind(1)
+    values, places = torch.stack(all_gather(own, tensor.group)).unbind(1)
     return places.gather(0, values.argmax(0, keepdim=True)).squeeze(0).long()
-
-
-def all_gather(own: Tensor, tensor: Axis) -> list[Tensor]:
-    """Every rank's tensor, in rank order."""
-    own = own.contiguous()
-    parts = [torch.empty_like(own) for _ in range(tensor.size)]
-    dist.all_gather(parts, own, group=tensor.group)
-    return parts
 
 
 def mark_split(parameter: nn.Parameter, dim: int) -> nn.Parameter:

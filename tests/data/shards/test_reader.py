@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data.shards import reader as shards_module
+from pretrain.data.shards import open_files
 from pretrain.data.shards.reader import BadSample, ShardError, ShardReader, load_manifest
 from tests.data.tar_files import numbered_source, read_all, write_tar
 
@@ -29,7 +29,7 @@ def test_samples_are_read_by_number(source):
 
 
 def test_few_files_stay_open_and_a_pickled_reader_opens_its_own(source, monkeypatch):
-    monkeypatch.setattr(shards_module, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(open_files, "MOST", 2)
     reader = ShardReader(load_manifest(str(source)))
     before = len(os.listdir("/proc/self/fd"))
     everything = read_all(reader)
