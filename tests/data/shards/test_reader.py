@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.data.shards import open_files
+from pretrain.data.shards import reader as reader_module
 from pretrain.data.shards.reader import BadSample, ShardError, ShardReader, load_manifest
 from tests.data.tar_files import numbered_source, read_all, write_tar
 
@@ -87,7 +88,7 @@ def test_an_index_of_another_shard_is_refused(source):
 
 
 def test_a_member_that_is_too_large_is_a_bad_sample(source, monkeypatch):
-    monkeypatch.setattr(shards_module, "MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr(reader_module, "MAX_IMAGE_BYTES", 1000)
     reader = ShardReader(load_manifest(str(source)))
     with pytest.raises(BadSample, match=r"000000000.jpg in .*00000.tar has 5100 bytes; at most 1000"):
         reader.read(0, 0)
