@@ -22,13 +22,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data_tools.command import add_workers, make_parser, run
 from data_tools.fetch.guarded_fetch import Limits
 from data_tools.fetch.reasons import SUCCESS
 from data_tools.fetch.run_img2dataset import ROOT, Run, download_slice
 from data_tools.fetch.slices import WORK, Slice, SliceShards, owned_slice, write_list
 from data_tools.lists.reading import EXTRA, PRESETS, fingerprint, open_list
 from data_tools.shards.steps import STEPS, Step, write_step
+from pretrain.command import add_workers, make_parser, run
 from pretrain.data.shards.indexing import index_directory
 from pretrain.files import write_file, write_json
 
@@ -187,7 +187,9 @@ def _slice(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("download", __doc__, "--list cc12m.tsv --preset cc12m --out data/cc12m --workers 16")
+    parser = make_parser(
+        "data_tools.download", __doc__, "--list cc12m.tsv --preset cc12m --out data/cc12m --workers 16"
+    )
     add = parser.add_argument
     add("--list", nargs="+", type=Path, metavar="FILE", help="the list: files, or directories of them")
     add(

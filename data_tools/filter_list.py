@@ -33,13 +33,13 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
-from data_tools.command import make_parser, run
 from data_tools.lists.filters import Filter, ListSettings, chosen, shown
 from data_tools.lists.parts import SCHEMA, Judged, dropped_path, home, owned_parts, work_path
 from data_tools.lists.reading import EXTRA, PRESETS, REASONS, List, fingerprint, open_list
 from data_tools.lists.url_set import UrlSet
 from data_tools.shards.step_table import step_table
 from data_tools.shards.steps import Step, read_steps, write_step
+from pretrain.command import make_parser, run
 
 STEP = "filter_list"
 DUPLICATE = "duplicate_url"
@@ -197,7 +197,7 @@ def read_domains(path: Path) -> tuple[str, ...]:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(
-        "filter_list",
+        "data_tools.filter_list",
         __doc__,
         "--list laion.parquet --preset laion --min-similarity 0.3 "
         "--max-punsafe 0.1 --max-pwatermark 0.8 --min-side 200 --max-aspect 3 --unique-urls --out clean/kept.parquet",

@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from data_tools.command import add_directories, add_workers, make_parser, run
+from pretrain.command import add_directories, add_workers, make_parser, run
 from pretrain.data.shards.indexing import index_directory
 from pretrain.data.shards.manifest import MANIFEST
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser("index", __doc__, "data/cc12m --workers 8")
+    parser = make_parser("data_tools.index", __doc__, "data/cc12m --workers 8")
     add_directories(parser)
     add_workers(parser)
     parser.add_argument("--skip-broken", action="store_true", help="leave out tars that are cut off or damaged")

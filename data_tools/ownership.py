@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import multiprocessing
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,6 +67,19 @@ def owned(
             _empty(work)
             write_json(stamp, settings)
         yield found and found.get(DONE)
+
+
+def end_with_parent() -> None:
+    """In a worker: a killed process must leave no one behind that holds its lock, or writes beside its successor."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:

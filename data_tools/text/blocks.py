@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
 import signal
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.lists.languages import detector, language_code
+from data_tools.ownership import end_with_parent
 from data_tools.text.chunks import cut, limits_of
 from data_tools.text.clean import TextRules, clean, why_dropped
 from data_tools.text.documents import Block, Input, Raw, text_of_document
@@ -103,15 +101,7 @@ def start_worker(work: BlockWork, directory: Path, own_process: bool = False) ->
     _cutter, _directory = Cutter(work), directory / "blocks"
     if own_process:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-        threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """A parent that was killed cannot stop its workers: they would wait for work for ever."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+        end_with_parent()
 
 
 def cut_block(block: Block) -> Path:

@@ -1,4 +1,4 @@
-"""data_tools.command: how commands end; and that the example each of them shows is one that it takes."""
+"""pretrain.command: how commands end; and that the example each of them shows is one that it takes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 
 import data_tools
 from data_tools import sample_corpus
-from data_tools.command import run
+from pretrain.command import run
 
 PLACE = Path(data_tools.__file__).parent
-HELPERS = ("__init__", "command", "ownership")
+HELPERS = ("__init__", "ownership")
 TOOLS = sorted(f"data_tools.{path.stem}" for path in PLACE.glob("*.py") if path.stem not in HELPERS)
 COMMANDS = ["pretrain.encode_images", "pretrain.evaluate", "pretrain.export", *TOOLS]
 KILLED = "error: a worker process was killed, perhaps for want of memory; use fewer --workers (all is kept)\n"
