@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import resource
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from pretrain.distributed import rank
+from pretrain.files import write_file
 from pretrain.flops import peak_flops
 
 log = logging.getLogger(__name__)
@@ -169,9 +169,4 @@ def _cut(path: Path, resume_step: int) -> None:
         resume_step,
         len(data) - len(new),
     )
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        file.write(new)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_file(path, new)

@@ -22,7 +22,7 @@ import sentencepiece
 from PIL import Image
 
 from data_tools import download
-from data_tools.index import index_directory
+from pretrain.data.shards.indexing import index_directory
 from pretrain.data.shards.reader import ShardReader, load_manifest
 
 # What the loader's tests ask for: pixels of a crop and of a patch, sequences of a global batch.

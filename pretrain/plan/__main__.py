@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from pretrain.command import about, run, write
+from pretrain.command import about, make_parser, run, write
 from pretrain.config import Stage
 from pretrain.parallel.ds_config import load_ds_config
 from pretrain.parallel.legal import problems
@@ -195,14 +195,9 @@ def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain.plan",
-        description="Layouts of a stage ranked by predicted step time, with memory per GPU by part; and why others do "
-        "not do. Builds nothing and needs no GPU.",
-        epilog="example: python -m pretrain.plan --recipe beit3_giant --stage pretrain --gpus 64 --gpu a100-80g "
-        "--set model.vocab_size=64064",
-        allow_abbrev=False,
-    )
+    example = "--recipe beit3_giant --stage pretrain --gpus 64 --gpu a100-80g --set model.vocab_size=64064"
+    parser = make_parser("pretrain.plan", __doc__, example)
+    parser.allow_abbrev = False
     parser.add_argument("--recipe", required=True, help="a name in pretrain/recipes, or a .py file with RECIPE = ...")
     parser.add_argument("--stage", default="pretrain", help="a stage of the recipe (%(default)s)")
     parser.add_argument("--gpus", type=int, required=True, help="all of them")

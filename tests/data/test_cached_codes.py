@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.encode_images import encode_directory, load_encoder
 from pretrain.batch import Batch
 from pretrain.checkpoint.weights import write_weights
 from pretrain.config import BatchSize, Recipe, Stage, to_json
 from pretrain.data.codes import Coding, StoredCodes, file_head
 from pretrain.data.shards.reader import BadSample, ShardError, ShardReader, load_manifest
 from pretrain.data.sources import ImageShards
+from pretrain.encode_images import encode_directory, load_encoder
 from pretrain.parallel.mesh import Place
 from pretrain.recipes import find_recipe
 from pretrain.run.build import build_task
-from pretrain.run.inputs import build_loader
 from pretrain.run.image_targets import image_targets
+from pretrain.run.inputs import build_loader
 from tests.small_run import train_stage, write_data
 from tests.toys import image_sample, write_source
 

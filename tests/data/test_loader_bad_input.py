@@ -150,7 +150,10 @@ def test_an_empty_source_is_refused_at_once(build, tmp_path: Path) -> None:
         ({"tokenizer": None}, r"mix\.pairs needs a text tokenizer"),
         ({"mix": {}, "counts": {}}, "no source"),
         ({"mix": {"pictures": None}, "counts": {"pictures": 4}}, r"mix\.pictures"),
-        ({"mix": {"pairs": ImageShards("x")}, "counts": {"pairs": 4}}, r"mix\.pairs=ImageShards\(\.\.\.\) is wrong because that fills images; use it there"),
+        (
+            {"mix": {"pairs": ImageShards("x")}, "counts": {"pairs": 4}},
+            "that fills images; use it there",
+        ),
         (
             {"mix": {"dual": PairShards("x"), "texts": TextShards("x")}, "counts": {"dual": 4, "texts": 4}},
             r"mix\.texts\.text_len=196 and mix\.dual\.text_len=64 differ",

@@ -174,7 +174,7 @@ def test_training_takes_exactly_these_samples(alone, recipe, tmp_path):
     clean, runs = alone[0] / "clean", tmp_path / "runs"
     done = train_stage(recipe, runs, "tokenizer")
     assert done.returncode == 0, done.stderr
-    line = [sys.executable, "-m", "data_tools.encode_images", str(clean), "--tokenizer", str(runs / "tokenizer")]
+    line = [sys.executable, "-m", "pretrain.encode_images", str(clean), "--tokenizer", str(runs / "tokenizer")]
     line += ["--crops", "2", "--recipe", str(recipe / "recipe.py"), "--stage", "fusion", "--workers", "0"]
     assert "cannot be decoded" not in run(line, recipe)
     keys = {f"{shard.stem}/{sample.key}" for shard in clean.glob("*.tar") for sample in samples_of(shard)}

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools import download
-from data_tools.fetch.attempt import ROOT, Run, download_slice
 from data_tools.fetch.guarded_fetch import Limits
 from data_tools.fetch.reasons import reason_of
+from data_tools.fetch.run_img2dataset import ROOT, Run, download_slice
 from data_tools.fetch.slices import Slice, write_list
 from data_tools.lists.reading import open_list
 from data_tools.shards.steps import Step, read_steps, write_step
@@ -185,7 +185,7 @@ def test_a_stall_is_an_error_and_no_hang(server, tmp_path):
     limits = Limits(deadline=600, allow=("127.0.0.1/32",))
     run = Run(download.find_python(), arguments, limits, 2**26, stall_seconds=6, attempts=1)
     with pytest.raises(OSError, match=r"1 of 1 shards are missing \(0\): no picture was tried for 6 s \(--stall"):
-        download_slice(run, part, write_list(open_list([rows], "laion"), part))
+        download_slice(run, write_list(open_list([rows], "laion"), part))
     assert "/jpg/0" in server.requests and "/slow_drip/1" in server.requests
 
 
@@ -214,4 +214,4 @@ def test_slices_make_what_one_run_makes(server, tmp_path, capsys):
     assert read_steps(out)["download"].rows == 45 and load_manifest(str(out)).samples == 30
     assert download.main(["--merge", "--out", str(out)]) == 0
     assert download.main(command(rows, out, *small, "--slice", "0/3")) == 2
-    assert "was begun with slices=2, and now it is 3" in capsys.readouterr().err
+    assert "was begun with slices=2 (now 3)" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import pytest
 from data_tools import filter_list as tool
 from data_tools.filter_list import filter_list, main, read_domains
 from data_tools.lists.filters import ListSettings
+from data_tools.lists.parts import Parts, owned_parts
 from data_tools.lists.reading import open_list
 from data_tools.shards.steps import read_steps
 
@@ -95,7 +96,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(listed, tmp_path, name, monkeypa
     whole = tmp_path / "whole" / name
     filtered(listed, whole)
     out, done = tmp_path / "killed" / name, []
-    original = tool.Parts.write
+    original = Parts.write
 
     def write(self, part, *more):
         if len(done) in (1, 3):
@@ -104,7 +105,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(listed, tmp_path, name, monkeypa
         done.append(part)
         return original(self, part, *more)
 
-    monkeypatch.setattr(tool.Parts, "write", write)
+    monkeypatch.setattr(Parts, "write", write)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             filtered(listed, out)
@@ -146,10 +147,16 @@ def test_a_second_call_does_nothing_and_other_thresholds_are_refused(listed, tmp
 
 def test_begun_work_of_other_thresholds_is_not_gone_on_with(listed, tmp_path, monkeypatch):
     out = tmp_path / "clean" / "kept.parquet"
-    monkeypatch.setattr(tool.Parts, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Parts, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run(listed, out) == 130
     assert run(listed, out, "--max-aspect", "2") == 2
     assert not out.exists()
+
+
+def test_two_at_once_are_refused(listed, tmp_path, capsys):
+    with owned_parts(tmp_path / "kept.parquet", {}, overwrite=True):
+        assert run(listed, tmp_path / "kept.parquet", "--overwrite") == 2
+    assert "is writing to" in capsys.readouterr().err
 
 
 def test_errors_are_sentences(listed, tmp_path, capsys):

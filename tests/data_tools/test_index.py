@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data_tools import index
-from data_tools.index import index_directory, main, write_atomically
+from data_tools.index import main
+from pretrain.data.shards.indexing import index_directory
 from pretrain.data.shards.reader import ShardReader, load_manifest
 from tests.toys import numbered_samples, refused, write_shard, write_tar
 
@@ -118,17 +118,3 @@ def test_several_directories_in_one_call(source, tmp_path):
     write(tmp_path / "second", 0, 4)
     assert main([str(source), str(tmp_path / "second")]) == 0
     assert load_manifest((str(source), str(tmp_path / "second"))).counts == [1, 2, 3, 4]
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    target = tmp_path / "manifest.json"
-    write_atomically(target, b"old")
-
-    def full(handle):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(index.os, "fsync", full)
-    with pytest.raises(OSError, match=r"could not be written: No space.*manifest\.json"):
-        write_atomically(target, b"new")
-    assert target.read_bytes() == b"old"
-    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]

@@ -221,7 +221,7 @@ def test_blocks_of_other_settings_are_not_taken(corpus, tokenizer, tmp_path, pac
 
 
 def test_a_full_disk_is_named_and_what_was_done_is_kept(corpus, tokenizer, tmp_path, packed, monkeypatch, capsys):
-    calls, write = [], text_blocks.write_atomically
+    calls, write = [], text_blocks.write_file
 
     def full(path, data):
         calls.append(path)
@@ -230,7 +230,7 @@ def test_a_full_disk_is_named_and_what_was_done_is_kept(corpus, tokenizer, tmp_p
         write(path, data)
 
     monkeypatch.setattr(text_packing, "read_blocks", partial(read_blocks, most_documents=4))
-    monkeypatch.setattr(text_blocks, "write_atomically", full)
+    monkeypatch.setattr(text_blocks, "write_file", full)
     assert main(command(corpus, tokenizer, tmp_path / "texts")) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert finished_blocks(tmp_path / "texts") == 4 and not (tmp_path / "texts").exists()
@@ -250,7 +250,7 @@ def test_a_killed_worker_is_named(corpus, tokenizer, tmp_path, monkeypatch, caps
 def test_two_at_once_are_refused(corpus, tokenizer, tmp_path, capsys):
     with text_packing._work_directory(tmp_path / "texts", {"near": 1.0}):
         assert main(command(corpus, tokenizer, tmp_path / "texts")) == 2
-    assert "another pack_text" in capsys.readouterr().err
+    assert "is writing to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_mistakes_are_one_sentence(corpus, tokenizer, tmp_path, capsys, inputs, 
 def test_an_out_of_other_settings_is_kept(corpus, tokenizer, packed, capsys):
     before = content(packed)
     assert main(command(corpus, tokenizer, packed, "--near", "1", "--budget", "1M")) == 2
-    assert "packed with another near, budget" in capsys.readouterr().err
+    assert "packed with budget=None (now 1000000), near=0.8 (now 1.0); remove it" in capsys.readouterr().err
     assert content(packed) == before
 
 

@@ -202,9 +202,12 @@ def test_a_second_call_does_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--samples-per-shard", "6"], "another rewriting (other samples_per_shard)"),
-        (["--shuffle-seed", "0"], "another rewriting (other shuffle_seed)"),
-        (["--drop", "{drops}"], "another rewriting (other drops)"),
+        (
+            ["--samples-per-shard", "6"],
+            "was begun with samples_per_shard=10000 (now 6); go on with the same settings",
+        ),
+        (["--shuffle-seed", "0"], "shuffle_seed=None (now 0)"),
+        (["--drop", "{drops}"], "drops=[] (now ["),
         (["--samples-per-shard", "0"], "--samples-per-shard 0 is below 1"),
         (["--max-side", "0"], "--max-side 0 is below 1"),
         (["--quality", "101"], "--quality 101 lies outside 1 to 100"),

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_tools.index import index_directory
 from data_tools.verify import Finding, main, verify_directory
+from pretrain.data.shards.indexing import index_directory
 from tests import toys
 from tests.toys import Sample, black_png, encoded, refused
 

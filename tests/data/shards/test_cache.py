@@ -15,6 +15,7 @@ import pytest
 from pretrain.data.shards import cache as cache_module
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.reader import ShardError, ShardReader, load_manifest
+from pretrain.files import beside
 from tests.toys import read_all
 
 
@@ -81,7 +82,7 @@ def test_an_interrupted_download_leaves_nothing_behind(source, server, tmp_path)
     with pytest.raises(ShardError, match=r"00001.tar"):  # remembered, not asked for again
         reader.read(1, 1)
     assert asked.count("/00001.tar") == cache_module.ATTEMPTS
-    assert not list((tmp_path / "cache").glob("*.tmp"))
+    assert not list((tmp_path / "cache").glob(".*"))
     assert len(list((tmp_path / "cache").glob("*.shard"))) == 1  # the index, which is whole
     asked.remove("halve")
     assert ShardReader(reader.manifest, tmp_path / "cache").read(1, 0)["txt"] == b"000010000"
@@ -101,7 +102,7 @@ def test_an_interrupted_download_leaves_nothing_behind(source, server, tmp_path)
 def test_what_cannot_be_fetched_is_named(tmp_path, url, words):
     with pytest.raises(ShardError, match=words):
         ShardCache(tmp_path, 1.0).open(url, 2000)
-    assert not list(tmp_path.glob("*.shard")) and not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.shard")) and not list(tmp_path.glob(".*"))
 
 
 def test_s3_goes_through_the_aws_command(tmp_path, monkeypatch):
@@ -147,9 +148,10 @@ def test_the_least_recently_used_is_evicted_and_the_cache_stays_bounded(tmp_path
 def test_what_a_killed_process_left_is_swept_or_taken_over(tmp_path):
     cache = ShardCache(tmp_path / "cache", 2500 / 2**30)
     url = blob(tmp_path, "a.tar", 1000)
-    half = cache._path(url, " 1000").with_suffix(".tmp")
+    half = beside(cache._path(url, " 1000"))
     half.write_bytes(b"half")
-    (tmp_path / "cache" / "other.tmp").write_bytes(bytes(2400))
+    (tmp_path / "cache" / ".other.shard.writing").write_bytes(bytes(1200))
+    (tmp_path / "cache" / "other.tmp").write_bytes(bytes(1200))  # of an earlier version
     os.close(cache.open(url, 1000))
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir() if path.name != "lock") == [".shard"]
 
@@ -188,7 +190,7 @@ def test_several_processes_share_a_cache_that_is_too_small(tmp_path):
     urls = [blob(tmp_path, f"{i}.tar", 1000) for i in range(5)]
     hammer_together(tmp_path / "cache", urls, 3500 / 2**30, 12)
     assert len(list((tmp_path / "cache").glob("*.shard"))) <= 3 + 3  # the bound, and downloads that were in flight
-    assert not list((tmp_path / "cache").glob("*.tmp"))
+    assert not list((tmp_path / "cache").glob(".*"))
 
 
 def test_processes_that_want_one_shard_fetch_it_once(tmp_path):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools import encode_images
-from data_tools.encode_images import Encoder, encode_directory, main
+from pretrain import encode_images
 from pretrain.data.codes import NO_CODE, Coding, StoredCodes, look_rng, plain
 from pretrain.data.shards.reader import ShardReader, load_manifest
 from pretrain.data.transforms import ImageTransform
+from pretrain.encode_images import Encoder, encode_directory, main
 from pretrain.models.visual_tokenizer.vqkd import VQKD, VQKDConfig
 from tests.small_run import RECIPE
 from tests.toys import image_sample, refused, text_sample, write_source
