@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submit the stages of a recipe one after another, each when the one before has ended well; prints the job ids:
+# Submit the stages of a recipe as a chain of jobs, each after the previous one has succeeded; prints the job ids:
 #   bash launch/chain.sh "tokenizer vision language fusion retrieval" \
 #       --recipe beit3_base --ds ds_configs/zero2_bf16.json --run-dir runs/base
 # SBATCH_OPTIONS goes to sbatch: SBATCH_OPTIONS="--nodes=4 --partition=a100" bash launch/chain.sh ...
@@ -14,7 +14,7 @@ stages=$1
 shift
 before=
 for stage in $stages; do
-    # --kill-on-invalid-dep: after a stage that failed the rest leaves the queue, where it would wait for ever.
+    # --kill-on-invalid-dep: if a stage fails, remove the later ones, which would otherwise wait forever.
     # shellcheck disable=SC2086  # several options in one variable
     before=$(sbatch --parsable --kill-on-invalid-dep=yes ${SBATCH_OPTIONS:-} \
         ${before:+--dependency=afterok:$before} \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One stage on this machine, one process per GPU (or one on the CPU); what follows goes to pretrain.train:
+# Run one stage on this machine, one process per GPU (or one on the CPU); all arguments go to pretrain.train:
 #   bash launch/local.sh --recipe beit3_base --stage vision --ds ds_configs/zero2_bf16.json --run-dir runs/base
-# The same with DeepSpeed's launcher: deepspeed --module pretrain.train --recipe ... (see README.md).
+# With DeepSpeed's own launcher: deepspeed --module pretrain.train --recipe ... (see README.md).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env/setup.sh"
 

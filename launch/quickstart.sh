@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Everything once, small: environment, drawn corpus, tokenizers, stages under DeepSpeed, evaluation, report page.
-# A second call resumes what was interrupted, or finishes at once. Other places: QUICKSTART_DIR=/data/q bash launch/quickstart.sh
-# What follows goes to the training of every stage: bash launch/quickstart.sh --set seed=1
+# Everything once, on a small scale: environment, drawn corpus, tokenizers, stages under DeepSpeed, evaluation, report.
+# Another call resumes an interrupted run. QUICKSTART_DIR=/data/q bash launch/quickstart.sh writes to another place.
+# All arguments go to the training of every stage: bash launch/quickstart.sh --set seed=1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/env/setup.sh
@@ -11,7 +11,7 @@ export DATA=$run/corpus
 SECONDS=0
 say() { printf '\n== %s (%d:%02d)\n' "$1" $((SECONDS / 60)) $((SECONDS % 60)); }
 
-# A power of two divides its batches.
+# A power of two, which divides the batches.
 gpus=$("$PYTHON" -c 'import torch; n = min(torch.cuda.device_count(), 16); print(1 << n.bit_length() - 1 if n else 0)')
 if [ "$gpus" -gt 0 ]; then
     ds=ds_configs/zero1_bf16.json
@@ -24,7 +24,7 @@ fi
 say "corpus"
 "$PYTHON" -m data_tools.sample_corpus --out "$DATA"
 say "text tokenizer"
-[ -f "$DATA/text.model" ] || # few words: BPE keeps them whole
+[ -f "$DATA/text.model" ] || # with few different words BPE keeps them whole
     "$PYTHON" -m data_tools.train_text_tokenizer "$DATA/pairs/train" "$DATA/texts/train" \
         --vocab-size 256 --model-type bpe --out "$DATA/text.model"
 
