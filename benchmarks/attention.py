@@ -1,10 +1,10 @@
-"""The encoder's speed against the sum of its matrix products, on whatever device is at hand.
+"""The encoder's speed compared with the sum of its matrix products, on the available device.
 
     python -m benchmarks.attention --size quickstart --images 64 --pairs 64 --texts 64
     python -m benchmarks.attention --size base --images 32 --pairs 32 --texts 32 --dtype bf16
 
-Times forward and backward of one packed pass, the same rows in three separate passes, and the bare products of the same
-shapes, and prints JSON.
+Times forward and backward of one packed pass, of the same rows in three separate passes, and of the bare products of
+the same shapes. Prints JSON.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def flops(cfg: MultiwayConfig, layout: Layout) -> int:
 
 
 def bare_products(cfg: MultiwayConfig, layout: Layout, device: str, dtype: torch.dtype) -> Callable[[], None]:
-    """The projections alone: per shape x w, then both gradients' products. Attention's own products are left out."""
+    """Only the projections: for each shape x w, then both gradients' products. Without attention's own products."""
     work = []
     for rows, inputs, outputs in products(cfg, layout):
         if rows:
@@ -109,7 +109,7 @@ def bare_products(cfg: MultiwayConfig, layout: Layout, device: str, dtype: torch
 
 
 def seconds(run: Callable[[], None], repeats: int, device: str) -> float:
-    """The best of `repeats`, after one warm-up."""
+    """The fastest of `repeats` runs, after one warm-up."""
     times = []
     for _ in range(repeats + 1):
         if device == "cuda":
@@ -143,12 +143,12 @@ def measure(args: argparse.Namespace) -> dict:
     dtype = DTYPES[args.dtype]
     model = MultiwayEncoder(cfg).to(device, dtype)
     whole = Layout(args.images, args.pairs, args.texts, cfg.patches, args.pair_len, args.text_len)
-    none = dict.fromkeys(KINDS, 0)
-    apart = [replace(whole, **(none | {kind: n})) for kind in KINDS if (n := getattr(whole, kind))]
-    batches = [random_batch(cfg, layout, device, padded=not args.no_padding) for layout in (whole, *apart)]
+    zero = dict.fromkeys(KINDS, 0)
+    separate_layouts = [replace(whole, **(zero | {kind: n})) for kind in KINDS if (n := getattr(whole, kind))]
+    batches = [random_batch(cfg, layout, device, padded=not args.no_padding) for layout in (whole, *separate_layouts)]
 
-    def step(some: list[Batch]) -> None:
-        for batch in some:
+    def step(batches: list[Batch]) -> None:
+        for batch in batches:
             model(batch).float().square().mean().backward()
         model.zero_grad()
 
@@ -173,7 +173,7 @@ KINDS = ("images", "pairs", "texts")
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return run(lambda: _run(args, argv), left="nothing was written")
+    return run(lambda: _run(args, argv), state="nothing was written")
 
 
 def _run(args: argparse.Namespace, argv: list[str] | None) -> None:

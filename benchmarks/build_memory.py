@@ -1,15 +1,15 @@
-"""What building a recipe's task under ZeRO-3 costs each rank: every parameter is split over the ranks as it is made, so
-that no rank ever holds the whole model. Starts its own CPU ranks (gloo), on one machine.
+"""The memory that each rank needs to build a recipe's task under ZeRO-3, which splits every parameter over the ranks as
+it is created, so that no rank ever has the whole model. Starts its own CPU ranks (gloo) on one machine.
 
     python -m benchmarks.build_memory --recipe beit3_giant --ranks 4
 
-Peak is the process's highest resident memory (ru_maxrss) above what it held before building, with everything imported;
-the whole is the bytes of all parameters in fp32, as a process without ZeRO-3 would hold them. While a matrix is drawn,
-torch's trunc_normal_ holds up to four copies of it (it draws again what falls outside): with few ranks and a wide
-vocabulary that, and not the share, is the peak.
+The peak is the process's highest resident memory (ru_maxrss) above that before building, with everything imported. The
+whole is the bytes of all parameters in fp32, as in a process without ZeRO-3. While torch's trunc_normal_ initialises a
+matrix it needs up to four copies of it (it redraws values outside the bounds): with few ranks and a large vocabulary
+the peak is that, not the rank's share.
 
-The ranks run with MALLOC_MMAP_THRESHOLD_=1048576: glibc by itself soon keeps pieces of up to 32 MB when they are freed,
-and counted those holes would be most of the peak. The same line helps a real run.
+The ranks run with MALLOC_MMAP_THRESHOLD_=1048576: by default glibc does not return freed blocks of up to 32 MB, and
+these holes would dominate the peak. The same setting helps a real run.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from pretrain.command import about, run, write
 
 GIB = 2**30
 CONFIG = {"zero_optimization": {"stage": 3}}
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # read by glibc as a process starts
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}  # read by glibc as a process starts
 
 
 def measure(recipe: str, stage: str, settings: list[str], ranks: int, timeout_s: float) -> dict[str, Any]:
     """Peak GiB of each rank and of the whole model. Raises ValueError when a rank fails or does not finish in time."""
     context = multiprocessing.get_context("spawn")
-    os.environ.update(GIVE_BACK)
+    os.environ.update(RETURN_MEMORY)
     with tempfile.TemporaryDirectory(prefix="build_memory") as name:
         place = Path(name)
         (place / "zero3.json").write_text(json.dumps(CONFIG))
@@ -50,7 +50,7 @@ def measure(recipe: str, stage: str, settings: list[str], ranks: int, timeout_s:
         try:
             while any(process.is_alive() for process in processes) and not list(place.glob("*.error")):
                 if time.monotonic() > deadline:
-                    raise ValueError(f"{ranks} ranks did not finish in {timeout_s:.0f} s; give more --timeout")
+                    raise ValueError(f"{ranks} ranks did not finish in {timeout_s:.0f} s; use a larger --timeout")
                 time.sleep(0.1)
         finally:
             for process in processes:
@@ -60,17 +60,17 @@ def measure(recipe: str, stage: str, settings: list[str], ranks: int, timeout_s:
                     process.join()
         errors = [path.read_text() for path in sorted(place.glob("*.error"))]
         if errors or any(process.exitcode for process in processes):
-            raise ValueError(f"a rank failed: {(errors or ['it was killed, perhaps for memory'])[0]}")
-        found = [json.loads((place / f"{number}.json").read_text()) for number in range(ranks)]
-    whole = found[0]["parameters"] * 4
-    peaks = [each["peak_bytes"] for each in found]
+            raise ValueError(f"a rank failed: {(errors or ['it was killed, perhaps because memory ran out'])[0]}")
+        results = [json.loads((place / f"{number}.json").read_text()) for number in range(ranks)]
+    whole = results[0]["parameters"] * 4
+    peaks = [result["peak_bytes"] for result in results]
     return {
-        "parameters": found[0]["parameters"],
+        "parameters": results[0]["parameters"],
         "whole_gib": round(whole / GIB, 3),
         "peak_gib": [round(peak / GIB, 3) for peak in peaks],
-        "share_gib": [round(each["share_bytes"] / GIB, 3) for each in found],
+        "share_gib": [round(result["share_bytes"] / GIB, 3) for result in results],
         "peak_of_whole": round(max(peaks) / whole, 3),
-        "build_s": round(max(each["seconds"] for each in found), 1),
+        "build_s": round(max(result["seconds"] for result in results), 1),
     }
 
 
@@ -89,26 +89,26 @@ def _rank(number: int, place: Path, recipe_name: str, stage_name: str, settings:
         recipe, stage = load_recipe(recipe_name, stage_name, settings)
         config = load_ds_config(place / "zero3.json", micro=1, accumulation=1, world=ranks, clip=0)
         with partitioned_init(config):
-            torch.nn.Linear(8, 8)  # what is imported and set up at first use is no part of the model
+            torch.nn.Linear(8, 8)  # imports and sets up what is not part of the model
         dist.barrier()
-        before, began = peak_bytes(), time.monotonic()
+        before, start = peak_bytes(), time.monotonic()
         with partitioned_init(config):
             task = PretrainTask(recipe.model_of(stage), stage.experts, stage.objectives)
-        seconds = time.monotonic() - began
-        found = {
+        seconds = time.monotonic() - start
+        result = {
             "parameters": sum(value.ds_numel for value in task.parameters()),
             "share_bytes": sum(value.ds_tensor.nbytes for value in task.parameters()),
             "peak_bytes": peak_bytes() - before,
             "seconds": seconds,
         }
-        (place / f"{number}.json").write_text(json.dumps(found))
+        (place / f"{number}.json").write_text(json.dumps(result))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
         last = traceback.format_exc().strip().splitlines()[-1]
         (place / f"{number}.writing").write_text(last)
         (place / f"{number}.writing").rename(place / f"{number}.error")
-        os._exit(1)  # without waiting for the others: the parent ends them
+        os._exit(1)  # without waiting for the other ranks, which the parent ends
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds (%(default)g)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args(argv)
-    return run(lambda: _run(args, argv), left="nothing was written")
+    return run(lambda: _run(args, argv), state="nothing was written")
 
 
 def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
@@ -136,7 +136,7 @@ def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
         raise ValueError(f"--stage {args.stage} trains a visual tokenizer; name one that trains the encoder")
     result = measure(args.recipe, args.stage, args.set, args.ranks, args.timeout)
     facts = about("benchmarks.build_memory", argv) | machine("torch")
-    write({**facts, "ranks": args.ranks, "environment": GIVE_BACK, **result}, args.out)
+    write({**facts, "ranks": args.ranks, "environment": RETURN_MEMORY, **result}, args.out)
 
 
 if __name__ == "__main__":

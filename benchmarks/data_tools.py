@@ -1,10 +1,10 @@
-"""The speed of preparing data, all of it in one run: the guard, the filters and the search for near duplicates.
+"""The speed of all data preparation in one run: the guard, the filters and the search for near duplicates.
 
     python -m benchmarks.data_tools --out benchmarks/results/data_tools.json
 
-Runs benchmarks.download_guard, benchmarks.filters and benchmarks.dedup one after another, each as its own command, and
-puts their figures into one JSON and one table beside what was asked for: some ten minutes on two cores that do nothing
-else. --quick tries every part in a minute; its figures mean nothing.
+Runs benchmarks.download_guard, benchmarks.filters and benchmarks.dedup, each as its own command, and puts their figures
+beside the targets into one JSON and one table. Takes about ten minutes on two otherwise idle cores. --quick tries every
+part in a minute; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from benchmarks.record import machine
 from pretrain.command import about, run, write
 
-# Arguments of each part: of a whole run, and of --quick.
+# Arguments of each part, in a full run and with --quick.
 PARTS = {
     "download_guard": ("--pictures 4000 --repeats 5", "--pictures 400 --repeats 1"),
     "filters": ("--rows 1e7 --pictures 4000", "--rows 2e5 --pictures 200"),
@@ -33,27 +33,27 @@ MOST_GUARD_PERCENT, MOST_MIB = 5, 2048
 
 
 class Figure(NamedTuple):
-    what: str
+    name: str
     value: str
-    asked: str = ""
+    target: str = ""
 
 
 def measure(part: str, arguments: str) -> dict[str, Any]:
-    """The JSON of one part. Raises ValueError if it failed; it has said why."""
+    """The JSON of one part. Raises ValueError if it failed, after it has printed why."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "part.json")
         line = [sys.executable, "-m", f"benchmarks.{part}", *arguments.split(), "--out", str(out)]
         command = " ".join(["python", *line[1:-2]])
         print(f"running {command}", file=sys.stderr, flush=True)
-        load = os.getloadavg()[0]  # of other work, which makes every figure worse
+        load = os.getloadavg()[0]  # of other processes, which make every figure worse
         if code := subprocess.run(line, stdout=subprocess.DEVNULL, check=False).returncode:
             raise ValueError(f"benchmarks.{part} ended with code {code}; run it alone: {command}")
         return {**json.loads(out.read_bytes()), "command": command, "load_before": round(load, 2)}
 
 
-def figures(found: dict[str, dict[str, Any]]) -> list[Figure]:
-    """What the table shows of all parts."""
-    guard, filters, dedup = (found[part] for part in PARTS)
+def figures(results: dict[str, dict[str, Any]]) -> list[Figure]:
+    """The lines of the table."""
+    guard, filters, dedup = (results[part] for part in PARTS)
     rows, pictures = filters["filter_list"], filters["filter_shards"]
     lines = [
         Figure("download, img2dataset alone", f"{guard['alone_img_per_s']:.0f} img/s"),
@@ -69,8 +69,8 @@ def figures(found: dict[str, dict[str, Any]]) -> list[Figure]:
         value = f"{size['cpu_seconds']:.2f} s of CPU, {size['memory_mib']:,.0f} MiB"
         lines.append(Figure(f"near duplicates of {size['hashes']:,} hashes", value))
     for small, large in itertools.pairwise(sizes):
-        what = f"growth from {small['hashes']:,} to {large['hashes']:,} hashes"
-        lines.append(Figure(what, f"n^{_exponent(small, large):.2f} in CPU time", "near n^1"))
+        name = f"growth from {small['hashes']:,} to {large['hashes']:,} hashes"
+        lines.append(Figure(name, f"n^{_exponent(small, large):.2f} in CPU time", "near n^1"))
     return lines
 
 
@@ -85,20 +85,20 @@ def main(arguments: list[str] | None = None) -> int:
         description="Times the tools that prepare data, part by part, into one table and one JSON.",
         epilog="example: python -m benchmarks.data_tools --out benchmarks/results/data_tools.json",
     )
-    parser.add_argument("--quick", action="store_true", help="try every part on little; the figures mean nothing")
+    parser.add_argument("--quick", action="store_true", help="try every part on little data; the figures mean nothing")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args(arguments)
-    return run(lambda: _run(args, arguments), left="nothing was written")
+    return run(lambda: _run(args, arguments), state="nothing was written")
 
 
 def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
-    found = {part: measure(part, words[args.quick]) for part, words in PARTS.items()}
-    lines = figures(found)
-    width = max(len(line.what) for line in lines)
+    results = {part: measure(part, words[args.quick]) for part, words in PARTS.items()}
+    lines = figures(results)
+    width = max(len(line.name) for line in lines)
     for line in lines:
-        print(f"{line.what:{width}}  {line.value:>30}  {line.asked}".rstrip())
+        print(f"{line.name:{width}}  {line.value:>30}  {line.target}".rstrip())
     facts = about("benchmarks.data_tools", arguments) | machine("pyarrow", "numpy")
-    write({**found, **facts}, args.out, shown=False)
+    write({**results, **facts}, args.out, show=False)
 
 
 if __name__ == "__main__":

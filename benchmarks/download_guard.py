@@ -1,10 +1,10 @@
-"""What the guard costs: img2dataset alone and img2dataset guarded, in turns, on the same list and local server.
+"""The cost of the guard: img2dataset alone and guarded, alternately, on the same list and local server.
 
     python -m benchmarks.download_guard --pictures 4000 --repeats 5 --out benchmarks/results/download_guard.json
 
-Both run as commands, as they are used. Time is from the start of the first shard to the end of the last, by
-img2dataset's own statistics; CPU time is of the whole command with its start (alone, that includes img2dataset's logger
-process, which data_tools.download does not start), and less at the mercy of other work on the machine.
+Both run as commands, as in real use. The time is that from the start of the first shard to the end of the last, by
+img2dataset's own statistics. CPU time is that of the whole command including its start (alone, that includes
+img2dataset's logger process, which data_tools.download does not start); it depends less on other processes.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ import json, sys, img2dataset
 if __name__ == "__main__":
     img2dataset.download(**json.loads(sys.argv[1]))
 """
-_KINDS = 64  # pictures that the server holds
+_KINDS = 64  # different pictures of the server
 
 
 @contextmanager
 def picture_server(side: int) -> Iterator[int]:
-    """The port of a server on this machine that answers every request with a JPEG. In one thread."""
+    """Runs a local server, in one thread, that answers every request with a JPEG. -> its port."""
     answers = [_answer(number, side) for number in range(_KINDS)]
     loop = asyncio.new_event_loop()
 
@@ -70,9 +70,9 @@ def picture_server(side: int) -> Iterator[int]:
 
 
 def _answer(number: int, side: int) -> bytes:
-    rough = np.random.default_rng(number).integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
+    noise = np.random.default_rng(number).integers(0, 256, (side // 8, side // 8, 3), dtype=np.uint8)
     file = io.BytesIO()
-    Image.fromarray(rough).resize((side, side), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
     head = f"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: {file.tell()}\r\nConnection: close\r\n\r\n"
     return head.encode() + file.getvalue()
 
@@ -84,20 +84,20 @@ def measure(pictures: int, repeats: int, processes: int, threads: int, side: int
     with picture_server(side) as port, tempfile.TemporaryDirectory() as home:
         rows = _write_list(Path(home, "list.parquet"), port, pictures)
         for repeat in tqdm(range(repeats), unit=" repeats", disable=None):
-            for name in sorted(runs, reverse=bool(repeat % 2)):  # neither is always the first
+            for name in sorted(runs, reverse=bool(repeat % 2)):  # so that neither is always first
                 runs[name].append(_download(name, python, rows, Path(home), processes, threads))
-    found: dict[str, object] = {}
+    figures: dict[str, object] = {}
     for what, place in (("img_per_s", 0), ("cpu_ms_per_img", 1)):
         values = {name: [round(run[place], 3) for run in runs[name]] for name in runs}
         alone, guarded = (statistics.median(values[name]) for name in ("alone", "guarded"))
         cost = 1 - guarded / alone if what == "img_per_s" else guarded / alone - 1
-        found |= {
+        figures |= {
             f"alone_{what}": alone,
             f"guarded_{what}": guarded,
             f"guard_costs_percent_of_{what}": round(100 * cost, 2),
         }
-        found[f"runs_{what}"] = values
-    return found
+        figures[f"runs_{what}"] = values
+    return figures
 
 
 def _write_list(path: Path, port: int, count: int) -> Path:
@@ -132,16 +132,17 @@ def _download(name: str, python: str, rows: Path, home: Path, processes: int, th
         done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
         cpu = _cpu_seconds() - before
         shards = [json.loads(path.read_bytes()) for path in Path(out).glob("*_stats.json")]
-    came, count = sum(shard["successes"] for shard in shards), pq.read_metadata(rows).num_rows
-    if done.returncode or came != count:
-        raise ValueError(f"{name}: {came} of {count} came, code {done.returncode}: {done.stderr.strip()[-300:]}")
+    successes, count = sum(shard["successes"] for shard in shards), pq.read_metadata(rows).num_rows
+    if done.returncode or successes != count:
+        message = done.stderr.strip()[-300:]
+        raise ValueError(f"{name}: downloaded {successes} of {count}, exit code {done.returncode}: {message}")
     seconds = max(shard["end_time"] for shard in shards) - min(shard["start_time"] for shard in shards)
     return count / seconds, 1000 * cpu / count
 
 
 def _cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -150,14 +151,14 @@ def main(arguments: list[str] | None = None) -> int:
         description="Times img2dataset alone and guarded by data_tools.download, side by side on a local server.",
         epilog="example: python -m benchmarks.download_guard --pictures 4000 --repeats 5",
     )
-    parser.add_argument("--pictures", type=int, default=4000, help="of one measurement (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="of both, in turns (%(default)s)")
+    parser.add_argument("--pictures", type=int, default=4000, help="per measurement (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="of each, alternating (%(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="of img2dataset (%(default)s)")
     parser.add_argument("--threads", type=int, default=32, help="per process (%(default)s)")
     parser.add_argument("--side", type=int, default=384, help="pixels of the pictures (%(default)s)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args(arguments)
-    return run(lambda: _run(args, arguments), left="nothing was written")
+    return run(lambda: _run(args, arguments), state="nothing was written")
 
 
 def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:

@@ -1,5 +1,5 @@
-"""What the filters cost: rows/s and peak memory of filter_list on a generated LAION-like parquet, and what each filter
-takes of it; pictures/s of filter_shards on drawn pictures.
+"""The cost of the filters: rows/s and peak memory of filter_list on a generated LAION-like parquet, the time of each
+filter, and pictures/s of filter_shards on drawn pictures.
 
 python -m benchmarks.filters --rows 1e7 --pictures 5000 --out benchmarks/results/filters.json
 """
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.record import machine, peak_bytes
 from data_tools.filter_shards import filter_shards
-from data_tools.lists.filters import ListSettings, chosen
+from data_tools.lists.filters import ListSettings, make_filters
 from data_tools.lists.reading import open_list
 from data_tools.lists.url_set import UrlSet
 from data_tools.pictures.filters import PictureSettings
@@ -42,23 +42,25 @@ _JUNK = ["IMG_1234.jpg", "stock photo", "123-456", "click to enlarge", "http://a
 
 
 def batches(rows: int) -> Iterator[pa.RecordBatch]:
-    """Rows like LAION's: 2 to 18 words, one of 20 captions junk, one of 50 URLs seen before."""
+    """Rows like LAION's: 2 to 18 words, one caption in 20 is junk, one URL in 50 repeats an earlier one."""
     rng = np.random.default_rng(0)
     words = np.array(_WORDS.split())
     for first in range(0, rows, GROUP):
         n = min(GROUP, rows - first)
         lengths = rng.integers(2, 19, n)
-        drawn = words[rng.integers(0, len(words), int(lengths.sum()))].tolist()
+        random_words = words[rng.integers(0, len(words), int(lengths.sum()))].tolist()
         ends = np.cumsum(lengths).tolist()
-        captions = [" ".join(drawn[end - length : end]) for end, length in zip(ends, lengths.tolist(), strict=True)]
+        captions = [
+            " ".join(random_words[end - length : end]) for end, length in zip(ends, lengths.tolist(), strict=True)
+        ]
         for row in rng.integers(0, n, n // 20).tolist():
             captions[row] = _JUNK[row % len(_JUNK)]
         numbers = np.arange(first, first + n)
-        again = rng.random(n) < 0.02
-        numbers[again] = rng.integers(0, first + n, int(again.sum()))
+        repeats = rng.random(n) < 0.02
+        numbers[repeats] = rng.integers(0, first + n, int(repeats.sum()))
         hosts = (numbers**2 % 50_021).tolist()
-        named = zip(numbers.tolist(), hosts, strict=True)
-        urls = [f"https://img{host % 7}.site{host}.example/media/{i}/p_{i}.jpg" for i, host in named]
+        pages = zip(numbers.tolist(), hosts, strict=True)
+        urls = [f"https://img{host % 7}.site{host}.example/media/{i}/p_{i}.jpg" for i, host in pages]
         columns: dict[str, Any] = {"URL": urls, "TEXT": captions}
         columns |= {name: rng.random(n) for name in ("punsafe", "pwatermark")}
         columns["similarity"] = 0.22 + 0.2 * rng.random(n)
@@ -76,7 +78,7 @@ def write_list(path: Path, rows: int) -> None:
 
 
 def whole(path: Path, out: Path) -> dict[str, float]:
-    """The real command in a process of its own, whose peak memory the kernel tells."""
+    """Times the real command in a process of its own, for its peak memory."""
     command = [
         sys.executable,
         "-m",
@@ -87,10 +89,10 @@ def whole(path: Path, out: Path) -> dict[str, float]:
         "laion",
         *OPTIONS.split(),
     ]
-    started = time.perf_counter()
+    start = time.perf_counter()
     pid = os.spawnv(os.P_NOWAIT, sys.executable, [*command, "--out", str(out)])
     _, status, usage = os.wait4(pid, 0)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - start
     if status:
         raise ValueError(f"filter_list failed with status {os.waitstatus_to_exitcode(status)}; see its message above")
     step = json.loads((out.parent / "steps" / "filter_list.json").read_bytes())
@@ -105,46 +107,46 @@ def whole(path: Path, out: Path) -> dict[str, float]:
 
 
 def each(path: Path) -> dict[str, float]:
-    """Nanoseconds per row of every filter on rows that nothing was dropped from, on one core."""
+    """Nanoseconds per row of every filter, on unfiltered rows and one core."""
     rows = open_list([path], "laion")
     batch = next(rows.batches(65_536))
     settings = ListSettings(0.28, 0.9, 0.8, 200, 3.0, 3, 5, blocked_domains=("site7.example", "nowhere.example"))
-    found = {}
-    for filter_ in chosen(settings, rows.columns):
-        found[filter_.name] = _nanoseconds(lambda drops=filter_.drops: drops(batch), len(batch))
-    found["duplicate_url"] = _nanoseconds(lambda: UrlSet().add(batch["url"]), len(batch))
+    nanoseconds = {}
+    for filter_ in make_filters(settings, rows.columns):
+        nanoseconds[filter_.name] = _nanoseconds(lambda drops=filter_.drops: drops(batch), len(batch))
+    nanoseconds["duplicate_url"] = _nanoseconds(lambda: UrlSet().add(batch["url"]), len(batch))
     try:
-        language = chosen(ListSettings(keep_junk_captions=True, language=("en",)), rows.columns)[-1]
+        language = make_filters(ListSettings(keep_junk_captions=True, language=("en",)), rows.columns)[-1]
         part = batch.slice(0, 4096)
-        found["other_language (py3langid)"] = _nanoseconds(lambda: language.drops(part), len(part))
+        nanoseconds["other_language (py3langid)"] = _nanoseconds(lambda: language.drops(part), len(part))
     except ValueError:  # not installed
         pass
-    return found
+    return nanoseconds
 
 
 def _nanoseconds(function, rows: int) -> float:
     times = []
     for _ in range(3):
-        started = time.process_time()
+        start = time.process_time()
         function()
-        times.append(time.process_time() - started)
+        times.append(time.process_time() - start)
     return round(1e9 * min(times) / rows, 1)
 
 
 def pictures(directory: Path, number: int, size: int, workers: int) -> dict[str, float]:
-    """The first look at drawn pictures, and the second, which only reads what was measured."""
+    """The first pass over drawn pictures, and the second, which only reads the stored measures."""
     write_corpus(directory, Corpus(number, 0, 0, 4, size, samples_per_shard=max(1, number // 8)), workers=workers)
     shards = directory / "pairs" / "train"
-    _, measured = filter_shards(shards, PictureSettings(), workers)
-    started = time.perf_counter()
+    _, measures = filter_shards(shards, PictureSettings(), workers)
+    start = time.perf_counter()
     filter_shards(shards, PictureSettings(min_side=2 * size), workers)
-    again = time.perf_counter() - started
+    second = time.perf_counter() - start
     return {
-        "pictures": measured.pictures,
+        "pictures": measures.pictures,
         "side": size,
         "workers": workers,
-        "pictures_per_s": round(measured.pictures / measured.seconds),
-        "other_thresholds_s": round(again, 3),
+        "pictures_per_s": round(measures.pictures / measures.seconds),
+        "other_thresholds_s": round(second, 3),
     }
 
 
@@ -157,11 +159,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=float, default=1e7, help="of the list (%(default)g)")
     parser.add_argument("--pictures", type=int, default=2000, help="of the shards (%(default)s)")
     parser.add_argument("--side", type=int, default=256, help="pixels of a picture's side (%(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="for pictures (%(default)s)")
-    parser.add_argument("--dir", type=Path, help="where to write lists and shards (the system's temporary directory)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="for the pictures (%(default)s)")
+    parser.add_argument("--dir", type=Path, help="for lists and shards (the system's temporary directory)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args(arguments)
-    return run(lambda: _run(args, arguments), left="nothing was written")
+    return run(lambda: _run(args, arguments), state="nothing was written")
 
 
 def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:

@@ -1,4 +1,4 @@
-"""How many samples per second the loader hands over, and where its time goes: reading, decoding, transforming, masking.
+"""The loader's samples per second, and where its time goes: reading, decoding, transforming, masking.
 
 python -m benchmarks.loader --workers 0 1 2
 python -m benchmarks.loader --shards data/cc12m --kind pairs --tokenizer data/text.model --out cc12m.json
@@ -31,12 +31,12 @@ from pretrain.data.sources import ImageShards, PairShards, picture
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform, decode_image, sample_rng
 
-# How many pictures the parts are timed on, over and over.
-KEPT = 256
+# The parts are timed on this many pictures, repeatedly.
+PICTURES = 256
 
 
 def write_synthetic(directory: Path, samples: int, side: int) -> None:
-    """A shard of JPEGs that compress like photographs (about 1 bit a pixel): noise at every scale, fading upwards."""
+    """Writes a shard of JPEGs that compress like photographs (1 bit per pixel): noise at all scales, fading upwards."""
     rng = np.random.default_rng(0)
     with tarfile.open(directory / "00000.tar", "w") as tar:
         for number in range(samples):
@@ -55,7 +55,7 @@ def write_synthetic(directory: Path, samples: int, side: int) -> None:
 
 
 def rate(work: Callable[[int], object], count: int, seconds: float) -> float:
-    """Calls per second of work(0), work(1), ..., work(count - 1), work(0), ... for about so many seconds."""
+    """Calls per second of work(0), work(1), ..., work(count - 1), work(0), ..., measured for about `seconds`."""
     for i in range(min(count, 8)):
         work(i)
     done, start = 0, time.perf_counter()
@@ -66,10 +66,10 @@ def rate(work: Callable[[int], object], count: int, seconds: float) -> float:
 
 
 def parts(shards: str, transform: ImageTransform, patch_size: int, seconds: float) -> dict[str, float]:
-    """Samples per second of each part alone, in one process."""
+    """Samples per second of each part separately, in one process."""
     manifest = load_manifest(shards)
     reader = ShardReader(manifest)
-    places = [(shard, i) for shard, entry in enumerate(manifest.shards) for i in range(entry.samples)][:KEPT]
+    places = [(shard, i) for shard, entry in enumerate(manifest.shards) for i in range(entry.samples)][:PICTURES]
     pictures = []
     for place in places:
         try:
@@ -79,7 +79,9 @@ def parts(shards: str, transform: ImageTransform, patch_size: int, seconds: floa
         except BadSample:
             continue
     if not pictures:
-        raise ValueError(f"--shards={shards} has no picture that can be decoded among its first {len(places)} samples")
+        raise ValueError(
+            f"--shards={shards}: none of the first {len(places)} samples can be decoded; give other shards"
+        )
     full = [decode_image(data) for data in pictures]
 
     def finish(i: int) -> np.ndarray:
@@ -99,14 +101,14 @@ def parts(shards: str, transform: ImageTransform, patch_size: int, seconds: floa
 
 
 def loader_rate(args: argparse.Namespace, shards: str, transform: ImageTransform, workers: int) -> float:
-    """Samples per second that arrive in the main process, whose own work is nothing."""
+    """Samples per second that arrive in the main process, which does nothing else."""
     source = ImageShards(shards) if args.kind == "images" else PairShards(shards)
     loader = Loader(
         Mixture({args.kind: source}, {args.kind: args.batch}, loading=Loading(workers=workers)),
         View(TextTokenizer(args.tokenizer) if args.tokenizer else None, transform, Masking(), args.patch_size),
     )
     batches = loader.batches(0, sys.maxsize // 2)
-    for _ in range(2 * max(workers, 1) * Loading.prefetch):  # what was made ahead does not count
+    for _ in range(2 * max(workers, 1) * Loading.prefetch):  # not counting prefetched batches
         next(batches)
     steps, start = 0, time.perf_counter()
     while (spent := time.perf_counter() - start) < args.seconds:
@@ -137,28 +139,28 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shards", help="an indexed directory or pattern (default: synthetic JPEGs)")
     parser.add_argument("--kind", choices=("images", "pairs"), default="images", help="pairs need --tokenizer")
     parser.add_argument("--tokenizer", help="a SentencePiece file")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of workers to try")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of workers to measure")
     parser.add_argument("--batch", type=int, default=64, help="samples per step")
     parser.add_argument("--size", type=int, default=224, help="pixels of the crop")
     parser.add_argument("--patch-size", type=int, default=16)
     parser.add_argument("--side", type=int, default=256, help="pixels of a synthetic JPEG")
     parser.add_argument("--samples", type=int, default=512, help="how many synthetic JPEGs")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each number")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
-    return run(lambda: _run(args, arguments), left="nothing was written")
+    return run(lambda: _run(args, arguments), state="nothing was written")
 
 
 def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
     with tempfile.TemporaryDirectory() as directory:
         if args.shards is None:
             write_synthetic(Path(directory), args.samples, args.side)
-        found = measure(args, args.shards or directory)
-    write({**about("benchmarks.loader", arguments), **found}, args.out)
+        result = measure(args, args.shards or directory)
+    write({**about("benchmarks.loader", arguments), **result}, args.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the plan of the data order costs: time to build it, memory, time to seek. Reads no data.
+"""The cost of the plan of the data order: build time, memory, seek time. Reads no data.
 
 python -m benchmarks.order --samples 5e9 --shards 50000 --out benchmarks/results/order.json
 """
@@ -20,7 +20,7 @@ from pretrain.data.order import Order
 
 def measure(samples: int, shards: int, streams: int, block_shards: int, batch: int, seeks: int) -> dict[str, float]:
     """Seconds and MiB of one plan over shards of unequal size, and of `seeks` seeks to random steps."""
-    # Unequal, as downloads are: between 0.8 and 1.2 of the mean.
+    # Unequal, like downloads: 0.8 to 1.2 times the mean.
     weights = np.linspace(0.8, 1.2, shards)
     counts = np.diff(np.round(np.concatenate([[0], np.cumsum(weights)]) * (samples / weights.sum())).astype(np.int64))
     before = peak_bytes()
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeks", type=int, default=100, help="to random steps (%(default)s)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args(arguments)
-    return run(lambda: _run(args, arguments), left="nothing was written")
+    return run(lambda: _run(args, arguments), state="nothing was written")
 
 
 def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:

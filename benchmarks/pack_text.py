@@ -1,4 +1,4 @@
-"""What packing text costs: MB/s and documents/s of the whole command, memory, and how many planted duplicates it finds.
+"""The cost of packing text: MB/s and documents/s of the whole command, memory, and its recall of planted duplicates.
 
 python -m benchmarks.pack_text --megabytes 200 --workers 2 --out benchmarks/results/pack_text.json
 """
@@ -37,14 +37,14 @@ CHUNK_TOKENS = 196
 
 
 class Corpus:
-    """Documents of made-up words, as frequent as words are (Zipf), so that they are like prose and nothing repeats but
-    what is planted."""
+    """Documents of invented words with the frequencies of real ones (Zipf), like prose, but without repetitions except
+    the planted ones."""
 
     def __init__(self, seed: int, words: int = 50_000):
         rng = random.Random(seed)
         syllables = [a + b for a in "bcdfghklmnprstvw" for b in ("a", "e", "i", "o", "u", "an", "er", "in", "or")]
-        made = ("".join(rng.choices(syllables, k=rng.choice((1, 2, 2, 3, 3, 4)))) for _ in range(words))
-        self._words = ["the", "of", "and", "to", "that", *dict.fromkeys(made)]
+        invented = ("".join(rng.choices(syllables, k=rng.choice((1, 2, 2, 3, 3, 4)))) for _ in range(words))
+        self._words = ["the", "of", "and", "to", "that", *dict.fromkeys(invented)]
         self._weights = list(accumulate(1 / (rank + 3) for rank in range(len(self._words))))
         self._rng = rng
 
@@ -55,8 +55,8 @@ class Corpus:
         return self.words(int(min(self._rng.lognormvariate(6, 0.8), 20_000)) + 100)
 
     def near(self, words: list[str], similarity: float) -> list[str]:
-        """A copy with a stretch of other words, so long that the runs have this similarity: of n runs each, s shared,
-        it is s / (2n - s)."""
+        """A copy with a stretch of other words, whose length gives this similarity of the runs: with n runs each and s
+        in common it is s / (2n - s)."""
         runs = len(words) - RUN + 1
         lost = round(runs * (1 - similarity) / (1 + similarity))
         stretch = max(1, lost - RUN + 1)
@@ -71,7 +71,7 @@ def as_text(words: list[str]) -> str:
 
 
 def write_corpus(path: Path, megabytes: float, seed: int) -> dict[int, float]:
-    """JSONL; -> the planted duplicates' numbers and their similarities (1 for an exact one)."""
+    """Writes JSONL. -> the planted duplicates' numbers and similarities (1 for an exact one)."""
     corpus, planted, sources, size = Corpus(seed), dict[int, float](), list[list[str]](), 0
     rng = random.Random(seed + 1)
     with path.open("w") as file:
@@ -79,14 +79,14 @@ def write_corpus(path: Path, megabytes: float, seed: int) -> dict[int, float]:
         while size < megabytes * 1e6 or not planted:
             if number % PLANTED_EVERY == PLANTED_EVERY - 1:
                 planted[number] = rng.choice((1.0, *SIMILARITIES))
-                # Each original has one copy: which of several is the nearest would be a matter of chance.
+                # Each original has only one copy: of several the nearest would be random.
                 words = sources.pop(rng.randrange(len(sources)))
                 if planted[number] < 1:
                     words = corpus.near(words, planted[number])
             else:
                 words = corpus.document()
                 sources.append(words)
-                if len(sources) > 1000:  # copies stand up to some thousands of documents behind their originals
+                if len(sources) > 1000:  # copies come up to some thousands of documents after their originals
                     sources.pop(0)
             size += file.write(json.dumps({"text": as_text(words)}) + "\n")
             number += 1
@@ -102,8 +102,8 @@ def train_tokenizer(path: Path, seed: int) -> None:
     path.write_bytes(model.getvalue())
 
 
-def packed_once(directory: Path, workers: int) -> float:
-    """Seconds of the whole command, its start included."""
+def time_pack(directory: Path, workers: int) -> float:
+    """Seconds of the whole command, including its start."""
     out = Path(tempfile.mkdtemp(dir=directory)) / "texts"
     line = [sys.executable, "-m", "data_tools.pack_text", str(directory / "corpus.jsonl"), "--out", str(out)]
     line += ["--tokenizer", str(directory / "text.model"), "--workers", str(workers), "--near", str(NEAR)]
@@ -118,17 +118,17 @@ def packed_once(directory: Path, workers: int) -> float:
 
 
 def recall(directory: Path, planted: dict[int, float]) -> dict[str, float]:
-    """The share of the planted ones that was dropped, for each similarity, and of all others."""
+    """The dropped share of the planted documents, for each similarity, and of all others."""
     drops = read_drops([directory / "last" / "steps" / "pack_text_dropped.parquet"])
-    found = {int(drop.key) for drop in drops if drop.reason in ("duplicate", "near_duplicate")}
+    dropped = {int(drop.key) for drop in drops if drop.reason in ("duplicate", "near_duplicate")}
     rows = read_steps(directory / "last")["pack_text"].rows
-    total, hits = Counter(planted.values()), Counter(planted[number] for number in found & planted.keys())
+    total, hits = Counter(planted.values()), Counter(planted[number] for number in dropped & planted.keys())
     shares = {f"{similarity:g}": round(hits[similarity] / total[similarity], 4) for similarity in sorted(total)}
-    return shares | {"others": round(len(found - planted.keys()) / max(rows - len(planted), 1), 6)}
+    return shares | {"others": round(len(dropped - planted.keys()) / max(rows - len(planted), 1), 6)}
 
 
 def parts(directory: Path, repeats: int, megabytes: float = 2) -> dict[str, float]:
-    """MB/s of the single steps on one core, without reading and writing: the median."""
+    """MB/s of each step on one core, without reading and writing; medians."""
     with (directory / "corpus.jsonl").open() as file:
         texts = [json.loads(line)["text"] for line in file.readlines(int(megabytes * 1e6))]
     tokenizer, limits, size = TextTokenizer(directory / "text.model"), limits_of(CHUNK_TOKENS), sum(map(len, texts))
@@ -157,7 +157,7 @@ def measure(megabytes: float, workers: int, repeats: int, seed: int) -> dict:
         planted = write_corpus(directory / "corpus.jsonl", megabytes, seed)
         train_tokenizer(directory / "text.model", seed)
         size = (directory / "corpus.jsonl").stat().st_size / 1e6
-        seconds = [packed_once(directory, workers) for _ in range(repeats)]
+        seconds = [time_pack(directory, workers) for _ in range(repeats)]
         peak = peak_bytes(resource.getrusage(resource.RUSAGE_CHILDREN)) / 2**20
         steps = read_steps(directory / "last")
         documents, chunks, median = steps["pack_text"], steps["pack_text_chunks"], statistics.median(seconds)
@@ -181,7 +181,7 @@ def measure(megabytes: float, workers: int, repeats: int, seed: int) -> dict:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.pack_text",
-        description="Times data_tools.pack_text on a corpus of made-up prose with planted duplicates. Medians.",
+        description="Times data_tools.pack_text on a corpus of invented prose with planted duplicates. Medians.",
         epilog="example: python -m benchmarks.pack_text --megabytes 200 --workers 2 --repeats 5",
     )
     parser.add_argument("--megabytes", type=float, default=100, help="of the corpus (%(default)g)")
@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the corpus (%(default)s)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args(arguments)
-    return run(lambda: _run(args, arguments), left="nothing was written")
+    return run(lambda: _run(args, arguments), state="nothing was written")
 
 
 def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:

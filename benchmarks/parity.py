@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="also write a JSON with every cell here")
     parser.add_argument("--readme", type=Path, help="put the table between the marks in this file")
     args = parser.parse_args(arguments)
-    return run(lambda: _run(args, arguments), left="nothing was written")
+    return run(lambda: _run(args, arguments), state="nothing was written")
 
 
 def _run(args: argparse.Namespace, arguments: list[str] | None) -> int:
@@ -63,7 +63,7 @@ def _run(args: argparse.Namespace, arguments: list[str] | None) -> int:
             str(cell): " ".join(f"{n} {v:.1e}" for n, v in each._asdict().items()) for cell, each in found.items()
         },
     }
-    write(results, args.out, shown=False)
+    write(results, args.out, show=False)
     if args.readme:
         _put(args.readme, rows, facts)
     for line in (said := failures(found)):

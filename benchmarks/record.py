@@ -1,4 +1,4 @@
-"""What every benchmark writes down beside its figures, so that they can be measured again."""
+"""The facts that every benchmark records beside its figures, so that these can be reproduced."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """Its cores, and the versions of Python and of the packages whose speed counts."""
+    """The number of cores, and the versions of Python and of the packages that matter."""
     versions = {name: version(name) for name in packages}
     return {"cpu_cores": os.cpu_count(), "python": platform.python_version(), **versions}
 

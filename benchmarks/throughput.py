@@ -52,7 +52,7 @@ WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "tu", "re", "so") for b in ("n", 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
-    return command.run(lambda: _run(args, argv), left="nothing was written")
+    return command.run(lambda: _run(args, argv), state="nothing was written")
 
 
 def _run(args: argparse.Namespace, argv: list[str] | None) -> None:

@@ -1,11 +1,11 @@
-"""Downloads the pictures of a list with img2dataset, guarded, into shards that training reads.
+"""Downloads the pictures of a list safely, with img2dataset, into shards that training reads.
 
     python -m data_tools.download --list laion/part-00000.parquet --preset laion --out data/laion
 
-Runs img2dataset in an environment of its own (bash launch/env/download.sh makes it). The same command goes on where a
-killed one stopped. With --slice I/N it makes the I-th (from 0) of N slices of the list into the same --out, on any
-machine; the slice that is done last writes the manifest. Servers are strangers: only http and https, only public
-addresses, a limit on bytes, time, redirects and pixels; X-Robots-Tag is heeded.
+Runs img2dataset in an environment of its own (bash launch/env/download.sh makes it). After a kill, run the same command
+to continue. --slice I/N downloads the I-th (from 0) of N slices of the list into the same --out, on any machine; the
+slice that finishes last writes the manifest. Servers are untrusted: only http and https, only public addresses, limits
+on bytes, time, redirects and pixels. X-Robots-Tag is respected.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _PASSED_ON = ("row", *(name for name in EXTRA if name not in ("width", "height")
 
 
 def find_python() -> str:
-    """The interpreter that has img2dataset. Raises ValueError if there is none."""
-    if given := os.environ.get("IMGLISH_DOWNLOAD_PYTHON"):
-        if shutil.which(given) is None:
-            raise ValueError(f"IMGLISH_DOWNLOAD_PYTHON={given} is no program; unset it, or give a Python")
-        return given
+    """The Python that has img2dataset. Raises ValueError if there is none."""
+    if python := os.environ.get("IMGLISH_DOWNLOAD_PYTHON"):
+        if shutil.which(python) is None:
+            raise ValueError(f"IMGLISH_DOWNLOAD_PYTHON={python} is not a program; unset it, or set it to a Python")
+        return python
     home = Path(os.environ.get("IMGLISH_DOWNLOAD_ENV") or ROOT / ".venv-download")
     if (home / "bin" / "python").exists():
         return str(home / "bin" / "python")
@@ -55,7 +55,7 @@ def find_python() -> str:
 
 
 def download(args: argparse.Namespace, part: Slice) -> None:
-    """Makes the slice `part`, and notes what became of each of its rows in its done.json."""
+    """Downloads the slice `part` and writes the outcome of its rows to its done.json."""
     run = Run(find_python(), _arguments(args), _limits(args), args.max_pixels, args.stall_seconds)
     rows = open_list(args.list, args.preset, args.url_col, args.caption_col)
     with owned_slice(part, _plan(args, part)):
@@ -63,13 +63,13 @@ def download(args: argparse.Namespace, part: Slice) -> None:
         shards = write_list(rows, part)
         passed_on = [name for name in rows.columns if name in _PASSED_ON]
         run.img2dataset["save_additional_columns"] = passed_on
-        before, kept = len(shards.published()), shards.listed.kept
+        before, rows_to_fetch = len(shards.published()), shards.listed.kept
         counts = download_slice(run, shards)
-        assert counts.total() == kept, (counts, shards)
+        assert counts.total() == rows_to_fetch, (counts, shards)
         _write_done(shards, counts)
         seconds = time.monotonic() - start
-    made = len(shards.numbers) - before
-    speed = f", {made} of them now, {kept / seconds:.0f} img/s" if made and not before else ""
+    new = len(shards.numbers) - before
+    speed = f", {new} of them now, {rows_to_fetch / seconds:.0f} img/s" if new and not before else ""
     print(f"{part.out}: slice {part.number}/{part.slices} is done, {len(shards.numbers)} shards{speed}")
 
 
@@ -87,12 +87,12 @@ def _without_success(counts: Counter[str]) -> dict[str, int]:
 
 
 def merge(out: Path, workers: int = 1) -> list[int]:
-    """Writes the step records over all slices and the manifest, unless slices are not done: -> their numbers. Raises
-    ValueError where nothing was begun, or no picture came."""
+    """Writes the step records of all slices together, and the manifest. If some slices are not done, writes nothing and
+    returns their numbers. Raises ValueError if no download was started, or no picture could be downloaded."""
     try:
         plan = json.loads((out / WORK / "plan.json").read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"--out={out} holds no download; give the --out of one that was begun") from None
+        raise ValueError(f"--out={out} has no download; give the --out of a download that was started") from None
     parts = [Slice(out, number, plan["slices"], plan["samples_per_shard"]) for number in range(plan["slices"])]
     if missing := [part.number for part in parts if not part.done.exists()]:
         return missing
@@ -101,30 +101,33 @@ def merge(out: Path, workers: int = 1) -> list[int]:
     rest = {name: value for name, value in plan.items() if name not in _OF_LIST}
     result = _write_step(out, "download", done, rest, plan["list"])
     if not result.kept:
-        raise ValueError(f"--out={out}: none of {result.rows:,} pictures came ({_shown(result.dropped)})")
+        raise ValueError(
+            f"--out={out}: none of {result.rows:,} pictures could be downloaded ({_describe_drops(result.dropped)}); "
+            "check the list and the network"
+        )
     indexed = index_directory(out, workers)
     print(
         f"{out}: {result.kept:,} of {result.rows:,} pictures ({100 * result.kept / result.rows:.1f} %) in "
-        f"{len(indexed.manifest.shards):,} shards; {_shown(result.dropped)}"
+        f"{len(indexed.manifest.shards):,} shards; {_describe_drops(result.dropped)}"
     )
     return []
 
 
 def _write_step(out: Path, name: str, done: list[dict], settings: dict[str, Any], inputs: list[str]) -> Step:
     dropped: Counter[str] = sum((Counter(part[name]["dropped"]) for part in done), Counter())
-    rows, kept = (sum(part[name][what] for part in done) for what in ("rows", "kept"))
+    rows, kept = (sum(part[name][key] for part in done) for key in ("rows", "kept"))
     step = Step("data_tools.download", rows, kept, dict(sorted(dropped.items())), settings, inputs, "rows")
     write_step(out, name, step)
     return step
 
 
-def _shown(dropped: dict[str, int]) -> str:
+def _describe_drops(dropped: dict[str, int]) -> str:
     reasons = [f"{reason} {count:,}" for reason, count in Counter(dropped).most_common()]
     return "dropped: " + (", ".join(reasons) or "none")
 
 
 def carry_steps(lists: list[Path], out: Path) -> None:
-    """The records of what was done to the list before, such as filter_list's, come along."""
+    """Copies the step records of the list, such as filter_list's, to `out`."""
     for home in dict.fromkeys(path if path.is_dir() else path.parent for path in lists):
         for record in sorted((home / STEPS).glob("*.json")):
             (out / STEPS).mkdir(parents=True, exist_ok=True)
@@ -132,7 +135,7 @@ def carry_steps(lists: list[Path], out: Path) -> None:
 
 
 def _plan(args: argparse.Namespace, part: Slice) -> dict[str, Any]:
-    """What all slices, and every run that goes on, must agree on: it decides what is in the shards."""
+    """The settings that determine the shards: all slices, and every run that continues one, must agree on them."""
     names: tuple[str, ...] = (
         "preset",
         "url_col",
@@ -148,7 +151,7 @@ def _plan(args: argparse.Namespace, part: Slice) -> dict[str, Any]:
 
 
 def _arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """Of img2dataset.download."""
+    """The arguments of img2dataset.download."""
     return {
         "input_format": "parquet",
         "output_format": "webdataset",
@@ -180,7 +183,7 @@ def _slice(text: str) -> tuple[int, int]:
     try:
         number, slices = (int(word) for word in text.split("/"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no I/N, such as 0/16") from None
+        raise argparse.ArgumentTypeError(f"{text!r} does not have the form I/N, such as 0/16") from None
     if not 0 <= number < slices:
         raise argparse.ArgumentTypeError(f"{text}: I counts from 0 to N-1")
     return number, slices
@@ -194,73 +197,62 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--preset", choices=PRESETS, metavar="NAME", help="; ".join(f"{name} ({p.what})" for name, p in PRESETS.items())
     )
-    add("--url-col", metavar="NAME", help="the column of the URLs, if the preset does not know it")
+    add("--url-col", metavar="NAME", help="the column of the URLs, if the preset does not name it")
     add("--caption-col", metavar="NAME", help="the column of the captions")
-    add("--out", type=Path, required=True, metavar="OUT", help="where 00000.tar, 00001.tar, ... go")
-    add(
-        "--slice", type=_slice, default=(0, 1), metavar="I/N", help="make only the I-th (from 0) of N parts of the list"
-    )
-    add("--merge", action="store_true", help="only write the manifest and the records over all slices of --out")
+    add("--out", type=Path, required=True, metavar="OUT", help="the directory of 00000.tar, 00001.tar, ...")
+    add("--slice", type=_slice, default=(0, 1), metavar="I/N", help="only the I-th (from 0) of N parts of the list")
+    add("--merge", action="store_true", help="only write the manifest and the step records of all slices of --out")
     work = parser.add_argument_group("work")
     add = work.add_argument
     add_workers(work, most=16)
-    add("--threads", type=int, default=64, metavar="N", help="requests at a time of each (%(default)s)")
+    add("--threads", type=int, default=64, metavar="N", help="simultaneous requests per worker (%(default)s)")
     add("--samples-per-shard", type=int, default=10_000, metavar="N", help="rows of the list per shard (%(default)s)")
-    stalled = "start again when nothing moved for so long (%(default)s)"
-    add("--stall-seconds", type=float, default=300, metavar="S", help=stalled)
+    stall = "restart after this long without progress (%(default)s)"
+    add("--stall-seconds", type=float, default=300, metavar="S", help=stall)
     picture = parser.add_argument_group("pictures")
     add = picture.add_argument
-    add(
-        "--image-size",
-        type=int,
-        default=256,
-        metavar="PIXELS",
-        help="of the shorter side; smaller ones stay (%(default)s)",
-    )
+    sides = "of the shorter side; smaller pictures stay as they are (%(default)s)"
+    add("--image-size", type=int, default=256, metavar="PIXELS", help=sides)
     modes = ("no", "keep_ratio", "keep_ratio_largest", "center_crop", "border")
     add("--resize-mode", choices=modes, default="keep_ratio", help="img2dataset's (%(default)s)")
     add("--encode-format", choices=("jpg", "png", "webp"), default="jpg", help="(%(default)s)")
     add("--encode-quality", type=int, default=95, metavar="Q", help="(%(default)s; png: 0 to 9)")
-    add("--reencode", action="store_true", help="also what has the format and needs no resizing")
-    add("--min-image-size", type=int, default=32, metavar="PIXELS", help="drop what is smaller (%(default)s)")
-    add("--max-aspect-ratio", type=float, default=8, metavar="R", help="drop what is longer (%(default)s)")
+    add("--reencode", action="store_true", help="also re-encode pictures that have the format and need no resizing")
+    add("--min-image-size", type=int, default=32, metavar="PIXELS", help="drop smaller pictures (%(default)s)")
+    add("--max-aspect-ratio", type=float, default=8, metavar="R", help="drop longer pictures (%(default)s)")
     guard = parser.add_argument_group("guard")
     add = guard.add_argument
-    add("--timeout", type=float, default=10, metavar="S", help="of connecting and of each read (%(default)s)")
-    add("--deadline", type=float, default=30, metavar="S", help="of a request with its redirects (%(default)s)")
-    add("--retries", type=int, default=0, metavar="N", help="of a request that failed (%(default)s)")
+    add("--timeout", type=float, default=10, metavar="S", help="for connecting and for each read (%(default)s)")
+    add("--deadline", type=float, default=30, metavar="S", help="for a request with its redirects (%(default)s)")
+    add("--retries", type=int, default=0, metavar="N", help="of a failed request (%(default)s)")
     add("--max-bytes", type=int, default=20 * 2**20, metavar="N", help="of one picture (%(default)s)")
-    add(
-        "--max-pixels",
-        type=int,
-        default=2**26,
-        metavar="N",
-        help="by a picture's header, before decoding (%(default)s)",
-    )
+    add("--max-pixels", type=int, default=2**26, metavar="N", help="by the picture's header (%(default)s)")
     add("--max-redirects", type=int, default=5, metavar="N", help="(%(default)s)")
-    add("--allow-address", action="append", default=[], metavar="NETWORK", help="reach this though it is not public")
-    add("--user-agent-token", metavar="WORD", help="what X-Robots-Tag and servers may call you by")
+    add("--allow-address", action="append", default=[], metavar="NETWORK", help="allow it though it is not public")
+    add("--user-agent-token", metavar="WORD", help="your name in User-Agent and X-Robots-Tag")
     return parser
 
 
 def _check(args: argparse.Namespace) -> None:
     if not args.list or not args.preset:
-        raise ValueError("--list and --preset say what to download; or --merge, for slices that are done")
+        raise ValueError("--list or --preset is missing; give both, or --merge if all slices are done")
     if any(sign in str(args.out) for sign in "*?["):
-        raise ValueError(f"--out={args.out} holds one of * ? [, which img2dataset takes for a pattern; rename it")
+        raise ValueError(f"--out={args.out} contains one of * ? [, which img2dataset reads as a pattern; rename it")
     least = {"workers": 1, "threads": 1, "samples_per_shard": 2, "stall_seconds": 1, "image_size": 1, "timeout": 0.01}
     least |= {"min_image_size": 0, "max_aspect_ratio": 1, "retries": 0, "max_pixels": 1, "encode_quality": 0}
     for name, value in least.items():
         if not getattr(args, name) >= value:
-            raise ValueError(f"--{name.replace('_', '-')}={getattr(args, name)} is below {value}; use more")
+            raise ValueError(f"--{name.replace('_', '-')}={getattr(args, name)} is below {value}; use {value} or more")
     best = 9 if args.encode_format == "png" else 100
     if args.encode_quality > best:
-        raise ValueError(f"--encode-quality={args.encode_quality} is above {best}, the most for {args.encode_format}")
+        raise ValueError(
+            f"--encode-quality={args.encode_quality} is above the maximum for {args.encode_format}; use at most {best}"
+        )
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
-    return run(lambda: _run(args), left="the shards that are done are kept, the same command goes on from there")
+    return run(lambda: _run(args), state="finished shards stay; run the same command to continue")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -271,12 +263,12 @@ def _run(args: argparse.Namespace) -> None:
         download(args, Slice(args.out, number, slices, args.samples_per_shard))
         carry_steps(args.list, args.out)
     if missing := merge(args.out, args.workers):
-        shown = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        numbers = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
         if args.merge:
-            raise ValueError(f"--out={args.out}: slices {shown} are not done; run them, then merge")
-        print(f"{args.out}: to be merged when the other slices are done ({shown})")
+            raise ValueError(f"--out={args.out}: slices {numbers} are not done; run them, then merge")
+        print(f"{args.out}: will be merged when the other slices are done ({numbers})")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that img2dataset ends, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that img2dataset is stopped too
     sys.exit(main())

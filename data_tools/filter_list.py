@@ -1,19 +1,19 @@
-"""Filters a list of URLs and captions before anything is downloaded: by scores, size, domain, caption and language.
+"""Filters a list of URLs and captions before the download: by scores, size, domain, caption and language.
 
     python -m data_tools.filter_list --list laion.parquet --preset laion --min-similarity 0.3 --out clean/kept.parquet
 
 writes clean/kept.parquet (the canonical columns), clean/dropped/kept.parquet (row, url, reason, detail) and
-clean/steps/filter_list.json (the thresholds, and how many rows each reason dropped). An --out that does not end in
+clean/steps/filter_list.json (the thresholds, and the rows dropped for each reason). An --out that does not end in
 .parquet is a directory of many files. Each row counts once, under the first filter that drops it, in this order:
 
-    bad_row empty_url long_url long_caption not_utf8 nul_byte           what no list may hold, always
+    bad_row empty_url long_url long_caption not_utf8 nul_byte           always: such rows cannot be used
     empty_caption bad_url caption_too_long                              always
     low_similarity unsafe watermark too_small extreme_aspect            with their thresholds
     blocked_domain                                                      with a file of domains
     caption_is_url caption_is_filename caption_without_letters ...      unless --keep-junk-captions (caption_rules)
-    caption_too_short other_language duplicate_url                      where asked for
+    caption_too_short other_language duplicate_url                      with their options
 
-Of equal URLs the first that no other filter drops is kept. A killed run goes on where it was.
+Of equal URLs, the first that no other filter drops is kept. After a kill, run the same command to continue.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
-from data_tools.lists.filters import Filter, ListSettings, chosen, shown
-from data_tools.lists.parts import SCHEMA, Judged, dropped_path, home, owned_parts, work_path
+from data_tools.lists.filters import Filter, ListSettings, describe_values, make_filters
+from data_tools.lists.parts import SCHEMA, Filtered, dropped_path, home, owned_parts, work_path
 from data_tools.lists.reading import EXTRA, PRESETS, REASONS, List, fingerprint, open_list
 from data_tools.lists.url_set import UrlSet
 from data_tools.shards.step_table import step_table
@@ -43,22 +43,22 @@ from pretrain.command import make_parser, run
 
 STEP = "filter_list"
 DUPLICATE = "duplicate_url"
-# Those options that are ListSettings as they stand.
+# The options that are ListSettings unchanged.
 PLAIN_OPTIONS = sorted({field.name for field in fields(ListSettings)} - {"language", "blocked_domains"})
-BATCH = 16_384  # rows at a time; more are hardly faster, and captions may be of megabytes
-PART = 4_194_304  # rows between two points that a killed run can go on from
+BATCH = 16_384  # rows at a time; more are hardly faster, and captions may have megabytes
+PART = 4_194_304  # rows between two checkpoints of a run
 
 
-def judge(batch: pa.RecordBatch, filters: list[Filter]) -> Judged:
-    """Each filter sees the rows that those before it left."""
-    dropped, counts = [], Counter[str]()
+def apply_filters(batch: pa.RecordBatch, filters: list[Filter]) -> Filtered:
+    """Each filter sees only the rows that passed the filters before it."""
+    drops, counts = [], Counter[str]()
     for each in filters:
         mask = each.drops(batch)
         if mask.any():
-            gone, batch = batch.filter(pa.array(mask)), batch.filter(pa.array(~mask))
-            dropped.append(_dropped(gone, each.name, each.tells(gone)))
-            counts[each.name] += len(gone)
-    return Judged(batch, dropped, counts)
+            bad, batch = batch.filter(pa.array(mask)), batch.filter(pa.array(~mask))
+            drops.append(_drop_lines(bad, each.name, each.details(bad)))
+            counts[each.name] += len(bad)
+    return Filtered(batch, drops, counts)
 
 
 def filter_list(
@@ -71,27 +71,28 @@ def filter_list(
     overwrite: bool = False,
     part: int = PART,
 ) -> tuple[Step, bool]:
-    """-> (the record of the step, False if `out` was complete already). `inputs` are the files of the list, `read_as`
-    the names of its columns that were given. Raises ValueError for a column that is missing, or an `out` that holds
-    something else (and not `overwrite`)."""
-    filters = chosen(settings, rows.columns)
+    """-> (the step record, False if `out` was complete already). `inputs` are the files of the list, `read_as` its
+    column names from the command line. Raises ValueError for a missing column, or (unless `overwrite`) if `out`
+    contains something else."""
+    filters = make_filters(settings, rows.columns)
     order = [each.name for each in filters] + [DUPLICATE] * settings.unique_urls
     read = {"preset": rows.preset, **(read_as or {})}
-    used = {"out": out.name, "list": fingerprint(inputs), **read, "filters": order, **_told(settings)}
+    used = {"out": out.name, "list": fingerprint(inputs), **read, "filters": order, **_settings_in_use(settings)}
     if (done := _done(out, used, overwrite=overwrite)) is not None:
         return done, False
     with owned_parts(out, {**used, "part": part}, overwrite=overwrite) as parts:
         counts = parts.done()
         total = math.ceil(rows.rows / part)
-        seen = UrlSet() if settings.unique_urls else None
-        if seen is not None and len(counts) < total:
-            for urls in (urls for number in range(len(counts)) for urls in parts.urls(number)):
-                seen.add(urls)
+        url_set = UrlSet() if settings.unique_urls else None
+        if url_set is not None and len(counts) < total:
+            for number in range(len(counts)):
+                for urls in parts.urls(number):
+                    url_set.add(urls)
         skip = sum(each["rows"] for each in counts)
         with tqdm(total=rows.rows, initial=skip, desc=f"filtering to {out.name}", unit=" rows", disable=None) as bar:
             for number in range(len(counts), total):
-                judged = _judged(_taken(rows, number * part, (number + 1) * part), filters)
-                counts.append(parts.write(number, _watched(judged, seen, bar), schema_of(rows.columns)))
+                batches = _filter_batches(_read_batches(rows, number * part, (number + 1) * part), filters)
+                counts.append(parts.write(number, _drop_duplicates(batches, url_set, bar), schema_of(rows.columns)))
         totals = sum(counts, Counter[str]())
         dropped = {name: totals[name] for name in (*REASONS, *order) if totals[name]}
         parts.publish(len(counts))
@@ -102,96 +103,98 @@ def filter_list(
 
 
 def schema_of(columns: Sequence[str]) -> pa.Schema:
-    """Of the batches of a list."""
+    """The schema of a list's batches."""
     kinds = {"row": pa.int64(), "url": pa.string(), "caption": pa.string(), **EXTRA}
     return pa.schema([(name, kinds[name]) for name in columns])
 
 
-def _taken(rows: List, first: int, stop: int) -> Iterator[tuple[pa.RecordBatch, Judged]]:
-    """(batch, what the list itself refused of its rows)."""
-    for batch, refused in rows.judged(BATCH, first, stop):
-        blank = pa.array([""] * len(refused))
-        lines = pa.RecordBatch.from_arrays([refused["row"], blank, refused["reason"], blank], schema=SCHEMA)
-        yield batch, Judged(batch.slice(0, 0), [lines], Counter(refused["reason"].to_pylist()))
+def _read_batches(rows: List, first: int, stop: int) -> Iterator[tuple[pa.RecordBatch, Filtered]]:
+    """(batch, the rows beside it that cannot be used)."""
+    for batch, unusable in rows.batches_and_drops(BATCH, first, stop):
+        blank = pa.array([""] * len(unusable))
+        lines = pa.RecordBatch.from_arrays([unusable["row"], blank, unusable["reason"], blank], schema=SCHEMA)
+        yield batch, Filtered(batch.slice(0, 0), [lines], Counter(unusable["reason"].to_pylist()))
 
 
-def _judged(taken: Iterable[tuple[pa.RecordBatch, Judged]], filters: list[Filter]) -> Iterator[Judged]:
-    """`judge` in the order of the batches, in threads: the kernels of pyarrow let go of Python's lock."""
+def _filter_batches(batches: Iterable[tuple[pa.RecordBatch, Filtered]], filters: list[Filter]) -> Iterator[Filtered]:
+    """`apply_filters` in threads, in the order of the batches: pyarrow's kernels release Python's lock."""
     threads = min(4, os.cpu_count() or 1)
-    waiting: deque[tuple[Judged, Future[Judged]]] = deque()
+    pending: deque[tuple[Filtered, Future[Filtered]]] = deque()
 
-    def next_one() -> Judged:
-        refused, future = waiting.popleft()
-        kept, dropped, counts = future.result()
-        return Judged(kept, refused.dropped + dropped, refused.counts + counts)
+    def next_batch() -> Filtered:
+        unusable, future = pending.popleft()
+        rows, drops, counts = future.result()
+        return Filtered(rows, unusable.drops + drops, unusable.counts + counts)
 
     with ThreadPoolExecutor(threads) as pool:
-        for batch, refused in taken:
-            waiting.append((refused, pool.submit(judge, batch, filters)))
-            if len(waiting) > threads:
-                yield next_one()
-        while waiting:
-            yield next_one()
+        for batch, unusable in batches:
+            pending.append((unusable, pool.submit(apply_filters, batch, filters)))
+            if len(pending) > threads:
+                yield next_batch()
+        while pending:
+            yield next_batch()
 
 
-def _watched(judged: Iterable[Judged], seen: UrlSet | None, bar: tqdm) -> Iterator[Judged]:
-    """Without the URLs that were there before, which only one thread in the order of the list can tell."""
-    for kept, dropped, counts in judged:
-        rows = len(kept) + counts.total()
-        if seen is not None:
-            again = seen.add(kept["url"])
-            if again.any():
-                gone, kept = kept.filter(pa.array(again)), kept.filter(pa.array(~again))
-                dropped.append(_dropped(gone, DUPLICATE, shown(gone, ("caption",))))
-                counts[DUPLICATE] += len(gone)
-        yield Judged(kept, dropped, counts)
-        bar.update(rows)
+def _drop_duplicates(batches: Iterable[Filtered], url_set: UrlSet | None, bar: tqdm) -> Iterator[Filtered]:
+    """Drops repeated URLs. In one thread and in the order of the list, because the first of equal URLs is kept."""
+    for rows, drops, counts in batches:
+        total = len(rows) + counts.total()
+        if url_set is not None:
+            repeats = url_set.add(rows["url"])
+            if repeats.any():
+                duplicates, rows = rows.filter(pa.array(repeats)), rows.filter(pa.array(~repeats))
+                drops.append(_drop_lines(duplicates, DUPLICATE, describe_values(duplicates, ("caption",))))
+                counts[DUPLICATE] += len(duplicates)
+        yield Filtered(rows, drops, counts)
+        bar.update(total)
 
 
-def _dropped(gone: pa.RecordBatch, reason: str, details: list[str]) -> pa.RecordBatch:
-    texts = (shown(gone, ("url",)), [reason] * len(gone), details)
-    return pa.RecordBatch.from_arrays([gone["row"], *(pa.array(text, pa.string()) for text in texts)], schema=SCHEMA)
+def _drop_lines(rows: pa.RecordBatch, reason: str, details: list[str]) -> pa.RecordBatch:
+    texts = (describe_values(rows, ("url",)), [reason] * len(rows), details)
+    return pa.RecordBatch.from_arrays([rows["row"], *(pa.array(text, pa.string()) for text in texts)], schema=SCHEMA)
 
 
 def _done(out: Path, used: dict[str, Any], *, overwrite: bool) -> Step | None:
-    """The record of what stands at `out`, if it is what is asked for."""
+    """The step record of a complete `out` with these settings; None if there is work to do."""
     step = read_steps(home(out)).get(STEP)
     if overwrite or work_path(out).exists() or (step is None and not out.exists()):
         return None
     if step is not None and step.settings.get("out") != out.name:
         raise ValueError(
-            f"{home(out)} holds the record of another list, {step.settings.get('out')}; give each its own directory"
+            f"{home(out)} has the step record of another list, {step.settings.get('out')}; give each its own directory"
         )
     if not out.exists():
         return None
     if step is None or step.settings != used:
-        raise ValueError(f"{out} holds another list or other thresholds; choose another --out, or --overwrite")
+        raise ValueError(f"{out} was made from another list or thresholds; choose another --out, or --overwrite")
     return step
 
 
-def _told(settings: ListSettings) -> dict[str, Any]:
-    """The thresholds that are in use, for the record; of a long list of domains its number and hash."""
-    told = {name: value for name, value in asdict(settings).items() if value not in (None, (), False)}
-    if domains := told.get("blocked_domains"):
+def _settings_in_use(settings: ListSettings) -> dict[str, Any]:
+    """The thresholds in use, for the step record. Of the blocked domains only their number and a hash."""
+    in_use = {name: value for name, value in asdict(settings).items() if value not in (None, (), False)}
+    if domains := in_use.get("blocked_domains"):
         digest = hashlib.sha256("\n".join(sorted(domains)).encode()).hexdigest()
-        told["blocked_domains"] = {"domains": len(domains), "sha256": digest}
-    if languages := told.get("language"):
-        told["language"] = list(languages)
-    return told
+        in_use["blocked_domains"] = {"domains": len(domains), "sha256": digest}
+    if languages := in_use.get("language"):
+        in_use["language"] = list(languages)
+    return in_use
 
 
 def read_domains(path: Path) -> tuple[str, ...]:
-    """One domain per line, in lower case; # begins a comment. Raises ValueError for a line that is no domain."""
+    """The domains of a file, one per line, in lower case; # begins a comment. Raises ValueError for any other line."""
     domains = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         domain = line.partition("#")[0].strip().lower().removeprefix("*.").strip(".")
         if not domain:
             continue
         if any(c in domain for c in "/:@? \t"):
-            raise ValueError(f"line {number} of {path} is no domain ({domain[:80]!r}); write example.com, one per line")
+            raise ValueError(
+                f"line {number} of {path} is not a domain ({domain[:80]!r}); write example.com, one per line"
+            )
         domains.append(domain)
     if not domains:
-        raise ValueError(f"{path} names no domain; write one per line, or leave --blocked-domains out")
+        raise ValueError(f"{path} contains no domain; write one per line, or omit --blocked-domains")
     return tuple(sorted(set(domains)))
 
 
@@ -205,29 +208,40 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--list", nargs="+", type=Path, required=True, metavar="FILE", help="parquet, TSV, ... or a directory of them")
     presets = ", ".join(PRESETS)
-    add("--preset", required=True, metavar="NAME", help=f"what the list looks like: {presets}")
-    add("--url-col", metavar="NAME", help="the column of the URLs, where no preset fits")
-    add("--caption-col", metavar="NAME", help="the column of the captions, where no preset fits")
+    add("--preset", required=True, metavar="NAME", help=f"the kind of list: {presets}")
+    add("--url-col", metavar="NAME", help="the column of the URLs, if no preset fits")
+    add("--caption-col", metavar="NAME", help="the column of the captions, if no preset fits")
     add("--out", type=Path, required=True, help="FILE.parquet, or a directory for many files")
-    add("--min-similarity", type=float, metavar="COSINE", help="of picture and caption, as the list says")
-    add("--max-punsafe", type=float, metavar="P", help="probability that a picture is unsafe, as the list says")
-    add("--max-pwatermark", type=float, metavar="P", help="probability of a watermark, as the list says")
-    add("--min-side", type=int, metavar="PIXELS", help="of the shorter side, as the list says")
-    add("--max-aspect", type=float, metavar="RATIO", help="of the longer side to the shorter, as the list says")
-    add("--min-caption-words", type=int, metavar="N", help="fewer words are dropped")
-    add("--min-caption-chars", type=int, metavar="N", help="fewer characters are dropped")
-    add("--max-caption-chars", type=int, metavar="N", default=ListSettings.max_caption_chars, help="(%(default)s)")
+    add("--min-similarity", type=float, metavar="COSINE", help="of picture and caption, by the list's column")
+    add("--max-punsafe", type=float, metavar="P", help="probability that a picture is unsafe, by the list's column")
+    add("--max-pwatermark", type=float, metavar="P", help="probability of a watermark, by the list's column")
+    add("--min-side", type=int, metavar="PIXELS", help="of the shorter side, by the list's columns")
+    add("--max-aspect", type=float, metavar="RATIO", help="of the longer side to the shorter, by the list's columns")
+    add("--min-caption-words", type=int, metavar="N", help="drop captions with fewer words")
+    add("--min-caption-chars", type=int, metavar="N", help="drop captions with fewer characters")
+    add(
+        "--max-caption-chars",
+        type=int,
+        metavar="N",
+        default=ListSettings.max_caption_chars,
+        help="drop longer captions (%(default)s)",
+    )
     add("--keep-junk-captions", action="store_true", help="keep file names, addresses, boilerplate, template code, ...")
-    add("--language", default="", metavar="en,de", help="by the list's column, else by py3langid (about 40,000 rows/s)")
-    add("--blocked-domains", type=Path, metavar="FILE", help="a domain per line; what is below it is blocked too")
-    add("--unique-urls", action="store_true", help="each URL once (16 bytes of memory for each that is kept)")
-    add("--overwrite", action="store_true", help="replace what stands at --out")
+    add(
+        "--language",
+        default="",
+        metavar="en,de",
+        help="by the list's column, otherwise by py3langid (about 40,000 rows/s)",
+    )
+    add("--blocked-domains", type=Path, metavar="FILE", help="one domain per line; subdomains are blocked too")
+    add("--unique-urls", action="store_true", help="drop repeated URLs (16 bytes of memory per URL)")
+    add("--overwrite", action="store_true", help="replace an existing --out")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
-    return run(lambda: _run(args), left="what was filtered is kept, the same command goes on from there")
+    return run(lambda: _run(args), state="finished parts are stored; run the same command to continue")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -241,7 +255,7 @@ def _run(args: argparse.Namespace) -> None:
     inputs = [str(path) for path in args.list]
     step, new = filter_list(rows, settings, args.out, inputs, read_as=read_as, overwrite=args.overwrite)
     print(step_table(step))
-    print(f"{args.out}: {'written' if new else 'complete already'}; the rest is listed in {dropped_path(args.out)}")
+    print(f"{args.out}: {'written' if new else 'complete already'}; {dropped_path(args.out)} lists the dropped rows")
 
 
 if __name__ == "__main__":

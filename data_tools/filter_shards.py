@@ -1,14 +1,14 @@
-"""Filters downloaded shards by their pictures: broken, tiny, narrow, blank; and by captions that repeat.
+"""Filters downloaded shards by picture (broken, tiny, narrow, blank) and by repeated captions.
 
     python -m data_tools.filter_shards data/cc12m --min-side 64 --max-aspect 3 --max-caption-repeats 100
 
-Nothing is changed: DIR/drops/filter_shards.parquet names the samples to leave out (data_tools.rewrite does it), and
-DIR/steps/filter_shards.json says how many for which reason, with the thresholds. What was measured of a shard is kept
-in DIR/measures, so a killed run goes on, and other thresholds need no second look. A sample counts once, in this order:
+Changes nothing: DIR/drops/filter_shards.parquet names the samples to drop (data_tools.rewrite drops them), and
+DIR/steps/filter_shards.json has their number by reason, with the thresholds. The measures of a shard are stored in
+DIR/measures, so a killed run continues, and other thresholds need no second pass. A sample counts under the first of:
 
     undecodable too_small extreme_aspect blank low_entropy one_colour caption_repeats
 
-Of a caption that stands under more than --max-caption-repeats pictures, the first ones (by shard and key) are kept.
+Of a caption with more than --max-caption-repeats pictures, the first ones (by shard and key) are kept.
 """
 
 from __future__ import annotations
@@ -44,43 +44,43 @@ FOLDER, VERSION = "measures", 1
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("picture", pa.bool_()),  # has one; the measures of the others are null
+        ("picture", pa.bool_()),  # whether it has one; otherwise its measures are null
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("contrast", pa.float32()),
         ("entropy", pa.float32()),
         ("one_colour", pa.float32()),
         ("problem", pa.string()),
-        ("caption", pa.uint64()),  # hash of the words; null without any
+        ("caption", pa.uint64()),  # hash of the words; null if there are none
     ]
 )
 _NUMBERS = ("width", "height", "contrast", "entropy", "one_colour")
 
 
 @dataclass(frozen=True)
-class Measured:
-    """The files of measures, one for each shard, by name."""
+class MeasureFiles:
+    """The files of measures, one per shard, sorted by name."""
 
     files: tuple[Path, ...]
-    pictures: int  # that were decoded in this run; the others were up to date
+    pictures: int  # decoded in this run; the others were up to date
     seconds: float
 
 
-def filter_shards(directory: Path, settings: PictureSettings, workers: int = 1) -> tuple[Step, Measured]:
-    """Writes the drops and the record of the step. Raises ValueError where there is no shard, ShardError (a ValueError)
-    for a broken one, naming it."""
-    measured = measure_shards(directory, workers)
+def filter_shards(directory: Path, settings: PictureSettings, workers: int = 1) -> tuple[Step, MeasureFiles]:
+    """Writes the drops and the step record. Raises ValueError if there is no shard, ShardError (a ValueError) for a
+    broken one, naming it."""
+    measures = measure_shards(directory, workers)
     path = directory / DROPS / f"{STEP}.parquet"
     total = Counter[str]()
-    dropped = write_drops(path, _drops(measured.files, settings, total))
+    dropped = write_drops(path, _drops(measures.files, settings, total))
     order = {name: dropped[name] for name in (*REASONS, REPEATED) if dropped[name]}
     step = Step(STEP, total["samples"], total["samples"] - dropped.total(), order, asdict(settings), [str(directory)])
     write_step(directory, STEP, step)
-    return step, measured
+    return step, measures
 
 
-def measure_shards(directory: Path, workers: int = 1) -> Measured:
-    """Measures of all complete shards; those that are up to date in DIRECTORY/measures are not taken again."""
+def measure_shards(directory: Path, workers: int = 1) -> MeasureFiles:
+    """Measures all complete shards, except those whose file in DIRECTORY/measures is up to date."""
     tars = complete_shards(directory)[0]
     (directory / FOLDER).mkdir(exist_ok=True)
     jobs = [(tar, directory / FOLDER / f"{tar.stem}.parquet") for tar in tars]
@@ -88,46 +88,46 @@ def measure_shards(directory: Path, workers: int = 1) -> Measured:
     with map_in_order(_up_to_date, jobs, workers) as results:
         for fresh in tqdm(results, total=len(jobs), desc=f"measuring {directory}", unit=" shards", disable=None):
             pictures += fresh
-    return Measured(tuple(file for _, file in jobs), pictures, time.perf_counter() - started)
+    return MeasureFiles(tuple(file for _, file in jobs), pictures, time.perf_counter() - started)
 
 
 def _drops(files: tuple[Path, ...], settings: PictureSettings, total: Counter[str]) -> Iterator[Drop]:
-    """What is dropped, in the order of shards and keys. `total` counts the samples on the way."""
+    """The drops, in the order of shards and keys. Counts the samples in `total` on the way."""
     frequent = _frequent(files, settings)
-    seen: Counter[int] = Counter()
+    occurrences: Counter[int] = Counter()
     for file in files:
         table = pq.read_table(file)
         total["samples"] += len(table)
-        found, captions = _judged(table, settings)
+        reason_index, captions = _reasons(table, settings)
         drops: dict[int, Drop] = {}
-        for row in np.flatnonzero(found >= 0).tolist():
+        for row in np.flatnonzero(reason_index >= 0).tolist():
             sample = table.slice(row, 1).to_pylist()[0]
-            reason = REASONS[found[row]]
+            reason = REASONS[reason_index[row]]
             drops[row] = Drop(file.stem, sample["key"], reason, _detail(reason, sample))
         for row in np.flatnonzero(np.isin(captions, list(frequent))).tolist() if frequent else ():
             caption = int(captions[row])
-            seen[caption] += 1
-            if seen[caption] > settings.max_caption_repeats:
+            occurrences[caption] += 1
+            if occurrences[caption] > settings.max_caption_repeats:
                 key = table["key"][row].as_py()
                 drops[row] = Drop(file.stem, key, REPEATED, f"under {frequent[caption]} pictures")
         yield from (drops[row] for row in sorted(drops))
 
 
-def _judged(table: pa.Table, settings: PictureSettings) -> tuple[np.ndarray, np.ndarray]:
-    """(index in REASONS or -1; the caption's hash of pictures that pass, else 0), [samples] each."""
+def _reasons(table: pa.Table, settings: PictureSettings) -> tuple[np.ndarray, np.ndarray]:
+    """(index in REASONS or -1; the caption's hash if the picture passes, otherwise 0), [samples] each."""
     measures = {name: pc.fill_null(table[name], 0).to_numpy() for name in _NUMBERS}
     measures["problem"] = table["problem"].is_valid().to_numpy()
     pictures = table["picture"].to_numpy()
-    found = np.where(pictures, reasons(measures, settings), -1)  # texts alone are not judged
+    reason_index = np.where(pictures, reasons(measures, settings), -1)  # samples without picture pass
     captions = pc.fill_null(table["caption"], 0).to_numpy()
-    return found, np.where(pictures & (found == -1), captions, 0).astype(np.uint64)
+    return reason_index, np.where(pictures & (reason_index == -1), captions, 0).astype(np.uint64)
 
 
 def _frequent(files: tuple[Path, ...], settings: PictureSettings) -> dict[int, int]:
-    """The captions of more pictures than are allowed: hash -> how many. Takes 8 bytes for each sample."""
+    """The captions that have too many pictures: hash -> number of pictures. Takes 8 bytes per sample."""
     if not settings.max_caption_repeats:
         return {}
-    captions = [captions[captions > 0] for _, captions in (_judged(pq.read_table(f), settings) for f in files)]
+    captions = [captions[captions > 0] for _, captions in (_reasons(pq.read_table(f), settings) for f in files)]
     hashes, counts = np.unique(np.concatenate(captions), return_counts=True)
     many = counts > settings.max_caption_repeats
     return dict(zip(hashes[many].tolist(), counts[many].tolist(), strict=True))
@@ -144,12 +144,12 @@ def _detail(reason: str, sample: dict) -> str:
 
 
 def _up_to_date(job: tuple[Path, Path]) -> int:
-    """Makes sure that the measures of one shard are there -> how many pictures were decoded for it."""
-    table = make_table(*job, _SCHEMA, VERSION, _measured)
+    """Brings the measures of one shard up to date. -> how many pictures it decoded."""
+    table = make_table(*job, _SCHEMA, VERSION, _measure_shard)
     return 0 if table is None else sum(table["picture"].to_pylist())
 
 
-def _measured(tar: Path) -> Iterator[dict]:
+def _measure_shard(tar: Path) -> Iterator[dict]:
     with open(tar, "rb") as file:
         for sample in samples_of(tar):
             row: dict = {"key": sample.key, "picture": sample.picture is not None}
@@ -163,41 +163,41 @@ def _measured(tar: Path) -> Iterator[dict]:
 
 def _measure_member(file: BinaryIO, picture: Member) -> Measures:
     if picture.size > MAX_IMAGE_BYTES:
-        return Measures(problem=f"{picture.size} bytes are more than the {MAX_IMAGE_BYTES} that are read")
+        return Measures(problem=f"{picture.size} bytes are more than the limit of {MAX_IMAGE_BYTES}")
     file.seek(picture.offset)
     return measure(file.read(picture.size))
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser("data_tools.filter_shards", __doc__, "data/cc12m --min-side 200 --workers 8")
-    parser.add_argument("directory", type=Path, metavar="DIR", help="holds 00000.tar, 00001.tar, ...")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="contains 00000.tar, 00001.tar, ...")
     for name, kind, metavar, text in (
-        ("min_side", int, "PIXELS", "shorter side"),
-        ("max_aspect", float, "RATIO", "longer side to the shorter; inf: any"),
-        ("min_contrast", float, "LEVELS", "standard deviation of a channel, of 255; 0: any"),
-        ("min_entropy", float, "BITS", "of the brightness's histogram, of 8; 0: any"),
-        ("max_one_colour", float, "SHARE", "of the pixels in one colour; 1: any"),
-        ("max_caption_repeats", int, "N", "pictures under one caption; 0: any number"),
+        ("min_side", int, "PIXELS", "of the shorter side"),
+        ("max_aspect", float, "RATIO", "of the longer side to the shorter; inf: any"),
+        ("min_contrast", float, "LEVELS", "standard deviation of a channel, out of 255; 0: any"),
+        ("min_entropy", float, "BITS", "of the brightness histogram, out of 8; 0: any"),
+        ("max_one_colour", float, "SHARE", "of the pixels that have one colour; 1: any"),
+        ("max_caption_repeats", int, "N", "pictures with the same caption; 0: any number"),
     ):
         flag = f"--{name.replace('_', '-')}"
         default = getattr(PictureSettings, name)
         parser.add_argument(flag, type=kind, metavar=metavar, default=default, help=f"{text} (%(default)s)")
     add_workers(parser)
     args = parser.parse_args(arguments)
-    return run(lambda: _run(args), left="what was measured is kept, the same command goes on from there")
+    return run(lambda: _run(args), state="finished measures are stored; run the same command to continue")
 
 
 def _run(args: argparse.Namespace) -> None:
     settings = PictureSettings(**{field.name: getattr(args, field.name) for field in fields(PictureSettings)})
-    step, measured = filter_shards(args.directory, settings, args.workers)
+    step, measures = filter_shards(args.directory, settings, args.workers)
     for path in complete_shards(args.directory)[1]:
-        print(f"note: {path.name} is partial (no {stats_path(path).name}) and not filtered")
+        print(f"note: {path.name} is partial (no {stats_path(path).name}) and was not filtered")
     print(step_table(step))
-    if measured.pictures:
-        rate = measured.pictures / measured.seconds
-        print(f"{measured.pictures:,} pictures measured in {measured.seconds:.1f} s, {rate:,.0f} pictures/s")
+    if measures.pictures:
+        rate = measures.pictures / measures.seconds
+        print(f"{measures.pictures:,} pictures measured in {measures.seconds:.1f} s, {rate:,.0f} pictures/s")
     path = args.directory / DROPS / f"{STEP}.parquet"
-    print(f"{path} names {step.rows - step.kept:,} samples; leave them out with python -m data_tools.rewrite")
+    print(f"{path} names {step.rows - step.kept:,} samples to drop; drop them with python -m data_tools.rewrite")
 
 
 if __name__ == "__main__":

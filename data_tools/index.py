@@ -2,8 +2,8 @@
 
     python -m data_tools.index data/cc12m data/laion --workers 8
 
-Shards whose index is up to date are skipped, so the tool may run after every download. Where img2dataset left
-_stats.json files, only the tars that have one are taken: a tar without it was cut short by a killed download.
+Shards whose index is up to date are not read again, so the tool may run after every download. If the directory has
+_stats.json files of img2dataset, only tars with one are indexed: a tar without it is the rest of a killed download.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser("data_tools.index", __doc__, "data/cc12m --workers 8")
     add_directories(parser)
     add_workers(parser)
-    parser.add_argument("--skip-broken", action="store_true", help="leave out tars that are cut off or damaged")
+    parser.add_argument("--skip-broken", action="store_true", help="skip truncated and damaged tars")
     args = parser.parse_args(arguments)
-    return run(lambda: _run(args), left="what was indexed is kept, the same command goes on from there")
+    return run(lambda: _run(args), state="finished indexes stay; run the same command to continue")
 
 
 def _run(args: argparse.Namespace) -> None:
     for directory in args.directories:
         result = index_directory(directory, args.workers, args.skip_broken)
         manifest = result.manifest
-        for line in result.left_out:
-            print(f"left out: {line}", file=sys.stderr)
+        for line in result.skipped:
+            print(f"skipped: {line}", file=sys.stderr)
         gib = sum(shard.bytes for shard in manifest.shards) / 2**30
         print(
             f"{directory / MANIFEST}: {len(manifest.shards)} shards ({result.scanned} read, the rest up to date), "

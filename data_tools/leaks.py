@@ -1,14 +1,14 @@
-"""Finds pictures and captions of evaluation sets in training shards, so that they can be left out.
+"""Finds pictures and captions of evaluation sets in training shards, so that they can be dropped.
 
     python -m data_tools.leaks data/cc12m --against coco=coco/val2014 --captions coco=annotations/captions_val2014.json
 
-Changes nothing: DIR/drops/leaks.parquet names what to leave out, and `data_tools.rewrite` does it.
+Changes nothing: DIR/drops/leaks.parquet names the samples to drop, and `data_tools.rewrite` drops them.
 
-A picture has leaked if its bytes equal those of an evaluation picture, or if at most --distance bits of the 64 of
-their perceptual hashes differ (pictures/hashes.py) and their thumbnails agree; evaluation pictures count in a mirror
-too. The distance is wider than dedup's, because a leak that is missed costs more than a sample that is lost. A caption
-has leaked if it equals an evaluation caption but for case, punctuation and blanks, and has at least --caption-words
-words: shorter ones are equal by chance. Not found: greyscale copies of coloured pictures, and crops of over some 2 %.
+A picture has leaked if its bytes equal those of an evaluation picture, or if at most --distance of the 64 bits of their
+perceptual hashes differ (pictures/hashes.py) and their thumbnails agree; mirror images count too. The distance is wider
+than dedup's, because a missed leak costs more than a lost sample. A caption has leaked if it equals an evaluation
+caption, ignoring case, punctuation and blanks, and has at least --caption-words words: shorter ones are equal by
+chance. Undetected: greyscale copies of coloured pictures, and crops of more than about 2 %.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from pretrain.data.shards.indexing import complete_shards
 
 NAME = "leaks"
 DISTANCE, LEAST_WORDS = 6, 6
-_NAMED = 5  # damaged pictures that are named; the others are counted
+_MAX_NAMED = 5  # damaged pictures that are named; the others are only counted
 
 
 @dataclass
 class Leaks:
-    """What of one evaluation set is in one directory. [N] are the directory's samples."""
+    """The leaks of one evaluation set in one directory. [N] are the directory's samples."""
 
     evaluation: EvaluationSet
-    picture: np.ndarray  # int64 [N]: index into the set's hashes, -1 none; where `equal`, nothing is said
+    match: np.ndarray  # int64 [N]: index of a similar picture in the set's hashes, -1: none; independent of `equal`
     distance: np.ndarray  # uint8 [N]
     equal: np.ndarray  # bool [N]: the same bytes
     caption: np.ndarray  # bool [N]
-    pictures_hit: set[int] = field(default_factory=set)
+    matched_pictures: set[int] = field(default_factory=set)
 
     @property
-    def found(self) -> np.ndarray:
-        return self.equal | (self.picture >= 0)
+    def picture(self) -> np.ndarray:
+        return self.equal | (self.match >= 0)
 
     def detail(self, row: int) -> str:
-        index, pictures = int(self.picture[row]), len(self.evaluation.names)
-        if self.equal[row]:  # a flat picture is found by its bytes alone
+        index, pictures = int(self.match[row]), len(self.evaluation.names)
+        if self.equal[row]:  # index -1: a flat picture, which has only its bytes to compare
             return f"{self.evaluation.names[index % pictures]} equal bytes" if index >= 0 else "equal bytes"
         mirrored = " mirrored" if index >= pictures else ""
         return f"{self.evaluation.names[index % pictures]} distance={self.distance[row]}{mirrored}"
@@ -62,33 +62,33 @@ def find_leaks(hashes: Hashes, evaluation: EvaluationSet, distance: int, least_w
     """`least_words` 0: captions are not compared."""
     usable = np.flatnonzero(hashes.usable)
 
-    def alike(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    def similar(one: np.ndarray, other: np.ndarray) -> np.ndarray:
         return look_alike(hashes.thumbnails[usable[one]], evaluation.thumbnails[other])
 
-    near = nearest(hashes.phash[usable], evaluation.phash, distance, alike)
-    picture, bits = np.full(len(hashes), -1, np.int64), np.zeros(len(hashes), np.uint8)
-    picture[usable], bits[usable] = near.by, near.distance
-    halves = {bytes(row) for row in evaluation.sha256}
+    near = nearest(hashes.phash[usable], evaluation.phash, distance, similar)
+    match, bits = np.full(len(hashes), -1, np.int64), np.zeros(len(hashes), np.uint8)
+    match[usable], bits[usable] = near.item, near.distance
+    digests = {bytes(row) for row in evaluation.sha256}
     candidates = np.flatnonzero(hashes.pictures & np.isin(hashes.sha256[:, 0], evaluation.sha256[:, 0]))
     equal = np.zeros(len(hashes), bool)
-    equal[candidates] = [bytes(row) in halves for row in hashes.sha256[candidates]]
+    equal[candidates] = [bytes(row) in digests for row in hashes.sha256[candidates]]
     caption = np.isin(hashes.caption, evaluation.captions) & (hashes.words >= max(least_words, 1))
-    hit = set((picture[picture >= 0] % max(len(evaluation.names), 1)).tolist())
-    return Leaks(evaluation, picture, bits, equal, caption & bool(least_words), hit)
+    matched_pictures = set((match[match >= 0] % max(len(evaluation.names), 1)).tolist())
+    return Leaks(evaluation, match, bits, equal, caption & bool(least_words), matched_pictures)
 
 
 def _drops(hashes: Hashes, leaks: list[Leaks]) -> Iterator[Drop]:
-    """One line for each sample: the first set that holds its picture, else the first that holds its caption."""
-    found = np.any([leak.found | leak.caption for leak in leaks], axis=0)
+    """One line per sample: the first set with its picture, otherwise the first set with its caption."""
+    leaked = np.any([leak.picture | leak.caption for leak in leaks], axis=0)
     for low, high in zip(hashes.starts[:-1], hashes.starts[1:], strict=True):
-        rows = np.arange(low, high)[found[low:high]]
+        rows = np.arange(low, high)[leaked[low:high]]
         for row, (shard, key, _, _) in zip(rows.tolist(), hashes.locate(rows), strict=True):
             yield _drop(shard, key, row, leaks)
 
 
 def _drop(shard: str, key: str, row: int, leaks: list[Leaks]) -> Drop:
     for leak in leaks:
-        if leak.found[row]:
+        if leak.picture[row]:
             return Drop(shard, key, f"leak:{leak.evaluation.name}:picture", leak.detail(row))
     leak = next(leak for leak in leaks if leak.caption[row])
     return Drop(shard, key, f"leak:{leak.evaluation.name}:caption", "")
@@ -109,41 +109,53 @@ def write_result(hashes: Hashes, leaks: list[Leaks], settings: dict) -> Step:
     return step
 
 
-def _named(values: list[str], option: str) -> dict[str, Path]:
-    """NAME=PATH of the command line."""
-    named: dict[str, Path] = {}
+def _parse_paths(values: list[str], option: str) -> dict[str, Path]:
+    """The NAME=PATH arguments of an option."""
+    paths: dict[str, Path] = {}
     for value in values:
         name, equals, path = value.partition("=")
         if not (equals and path and name.isidentifier()):
             raise ValueError(f"{option}={value} is wrong because it is not NAME=PATH with a name of letters and digits")
-        if name in named:
+        if name in paths:
             raise ValueError(f"{option} {name}=... is given twice; use another name")
-        named[name] = Path(path)
-    return named
+        paths[name] = Path(path)
+    return paths
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser("data_tools.leaks", __doc__, "data/cc12m --against coco=coco/val2014 --against f30k=flickr30k")
     add_directories(parser)
     parser.add_argument(
-        "--against", action="append", required=True, metavar="NAME=PATH", help="a folder of pictures, or of shards"
+        "--against",
+        action="append",
+        required=True,
+        metavar="NAME=PATH",
+        help="an evaluation set: a folder of pictures or of shards",
     )
     parser.add_argument(
-        "--captions", action="append", default=[], metavar="NAME=FILE", help="of that set: COCO's JSON, a CSV, ..."
+        "--captions",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="the captions of that set: COCO's JSON, a CSV, ...",
     )
     parser.add_argument(
-        "--distance", type=int, default=DISTANCE, metavar="BITS", help="of 64 that may differ (%(default)s)"
+        "--distance",
+        type=int,
+        default=DISTANCE,
+        metavar="BITS",
+        help="of the 64 hash bits, how many may differ (%(default)s)",
     )
     parser.add_argument(
         "--caption-words",
         type=int,
         default=LEAST_WORDS,
         metavar="N",
-        help="a caption must have; 0 compares none (%(default)s)",
+        help="minimum length of captions to compare; 0 compares none (%(default)s)",
     )
     add_workers(parser)
     args = parser.parse_args(arguments)
-    return run(lambda: _run(args), left="shards that were hashed stay so, the same command goes on from there")
+    return run(lambda: _run(args), state="finished hashes are stored; run the same command to continue")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -161,8 +173,8 @@ def _run(args: argparse.Namespace) -> None:
         for leak in leaks:
             one = leak.evaluation
             print(
-                f"  {one.name}: {int(leak.found.sum()):,} samples with one of its pictures "
-                f"({len(leak.pictures_hit):,} of {one.pictures:,} alike, {int(leak.equal.sum()):,} with equal bytes), "
+                f"  {one.name}: {int(leak.picture.sum()):,} samples with one of its pictures "
+                f"({len(leak.matched_pictures):,} of {one.pictures:,} match, {int(leak.equal.sum()):,} by bytes),  "
                 f"{int(leak.caption.sum()):,} with one of its captions"
             )
         print(f"  by reason: {dict(Counter(step.dropped)) or 'nothing'}; see {directory / 'drops' / NAME}.parquet")
@@ -170,7 +182,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _evaluation_sets(args: argparse.Namespace) -> list[EvaluationSet]:
     check_distance(args.distance)
-    against, captions = _named(args.against, "--against"), _named(args.captions, "--captions")
+    against, captions = _parse_paths(args.against, "--against"), _parse_paths(args.captions, "--captions")
     if unknown := set(captions) - set(against):
         raise ValueError(
             f"--captions {min(unknown)}=... belongs to no set; those of --against are {', '.join(against)}"
@@ -179,20 +191,20 @@ def _evaluation_sets(args: argparse.Namespace) -> list[EvaluationSet]:
         raise ValueError(f"--caption-words={args.caption_words} is wrong because it counts words; use 6, or 0 for none")
     check_directories([*args.directories, *against.values()])
     for directory in args.directories:
-        complete_shards(directory)  # a wrong name is told before the evaluation sets are read
+        complete_shards(directory)  # reports a wrong path before the evaluation sets are read
     sets = []
     for name, path in against.items():
         folder = args.directories[0] / FOLDER / NAME / name
         one = read_evaluation_set(name, path, captions.get(name), args.caption_words, args.workers, folder)
         print(
-            f"{name}: {one.pictures:,} pictures, {one.flat:,} of them too flat for more than their bytes, "
-            f"{len(one.damaged):,} damaged; {len(one.captions):,} captions, {one.short:,} shorter ones not compared"
-            + (f"; {one.left_out:,} pictures of its training split left out" if one.left_out else "")
+            f"{name}: {one.pictures:,} pictures, {one.flat:,} of them too flat to compare more than their bytes, "
+            f"{len(one.damaged):,} damaged; {len(one.captions):,} captions, {one.short:,} shorter ones are not compared"
+            + (f"; {one.excluded:,} pictures of its training split are excluded" if one.excluded else "")
         )
-        for line in one.damaged[:_NAMED]:
+        for line in one.damaged[:_MAX_NAMED]:
             print(f"damaged: {line}", file=sys.stderr)
-        if len(one.damaged) > _NAMED:
-            print(f"damaged: {len(one.damaged) - _NAMED} more", file=sys.stderr)
+        if len(one.damaged) > _MAX_NAMED:
+            print(f"damaged: {len(one.damaged) - _MAX_NAMED} more", file=sys.stderr)
         sets.append(one)
     return sets
 

@@ -1,7 +1,7 @@
-"""An output directory belongs to one piece of work, and to one process at a time.
+"""An output directory belongs to one task, and to one process at a time.
 
-A stamp, a JSON file, says which settings the work was begun with. A lock file keeps a second process out; the kernel
-lets go of it when its process ends, also by kill -9, so the same command can go on.
+A stamp, a JSON file, has the settings with which the task was started. A lock file keeps other processes out; the
+kernel releases it when the process ends, even by kill -9, so that the same command can continue.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from typing import Any, TextIO
 from pretrain.files import write_json
 
 LOCK = "lock"
-DONE = "done"  # in a stamp, beside the settings: what is to be remembered of work that has ended
-_SHOWN = 60  # characters of a setting
+DONE = "done"  # in a stamp, beside the settings: the result of a finished task
+_MAX_SHOWN = 60  # characters of a setting in messages
 
 
 @contextmanager
@@ -33,44 +33,44 @@ def owned(
     *,
     stamp: Path,
     work: Path,
-    stranger: Callable[[], bool] = lambda: False,
+    has_other_files: Callable[[], bool] = lambda: False,
     restart: Callable[[], bool] = lambda: False,
     patience: float = 0.0,
     way_out: str = "choose another --out",
 ) -> Iterator[Any]:
-    """Makes `out` the home of the work that `settings` describe, and gives what its stamp holds as DONE.
+    """Reserves `out` for the task that `settings` describe, and yields the DONE of its stamp, None if it is not done.
 
-    `work`: the directory of what is in progress, with the lock; emptied when work begins. `stranger`: whether an `out`
-    without a stamp holds files of something else. `restart`: whether work of other settings may be thrown away.
-    `patience`: seconds for the workers of a killed process to notice and let go of its lock. Raises ValueError if
-    `out` belongs to something else, or another process is writing to it.
+    `work`: the directory for unfinished files and the lock; emptied when the task starts. `has_other_files`: whether
+    an `out` without a stamp contains files of something else. `restart`: whether the work of other settings may be
+    deleted. `patience`: seconds for the workers of a killed process to notice and release its lock. Raises ValueError
+    if `out` belongs to something else, or another process is writing to it.
     """
-    settings = json.loads(json.dumps(settings))  # as a stamp gives it back
+    settings = json.loads(json.dumps(settings))  # with the types that a stamp has
 
-    def begun() -> dict[str, Any] | None:
-        """The stamp of the same work; None where it has to be begun."""
-        found = _read(stamp)
-        if found is None and stranger():
-            raise ValueError(f"{out} holds files of something else; choose an empty directory for --out")
-        changed = differences(found or {}, settings)
-        if found is not None and changed and not restart():
-            raise ValueError(f"{out} was begun with {changed}; go on with the same settings, or {way_out}")
-        return None if changed else found
+    def matching_stamp() -> dict[str, Any] | None:
+        """The stamp of the same task; None if the task has to be started."""
+        content = _read(stamp)
+        if content is None and has_other_files():
+            raise ValueError(f"{out} contains other files; choose an empty directory for --out")
+        changed = differences(content or {}, settings)
+        if content is not None and changed and not restart():
+            raise ValueError(f"{out} was started with {changed}; continue with the same settings, or {way_out}")
+        return None if changed else content
 
-    found = begun()  # before anything is made in a directory that is not ours
-    if found is not None and DONE in found:
-        yield found[DONE]
+    content = matching_stamp()  # before anything is written to a directory that is not ours
+    if content is not None and DONE in content:
+        yield content[DONE]
         return
     with _locked(work, out, patience):
-        found = begun()  # once more: the process before may have ended meanwhile
-        if found is None:
+        content = matching_stamp()  # again, because another process may have finished in the meantime
+        if content is None:
             _empty(work)
             write_json(stamp, settings)
-        yield found and found.get(DONE)
+        yield content and content.get(DONE)
 
 
 def end_with_parent() -> None:
-    """In a worker: a killed process must leave no one behind that holds its lock, or writes beside its successor."""
+    """Ends a worker with its parent: the workers of a killed process must not hold its lock or write any more."""
     parent = multiprocessing.parent_process()
 
     def wait() -> None:
@@ -83,20 +83,20 @@ def end_with_parent() -> None:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between the settings of two pieces of work, in words; "" if nothing does."""
+    """The differences between the settings of two tasks, in words; "" if there are none."""
     changed = [name for name in sorted({*before, *now} - {DONE}) if before.get(name) != now.get(name)]
     return ", ".join(f"{name}={_short(before.get(name))} (now {_short(now.get(name))})" for name in changed)
 
 
 def _read(stamp: Path) -> dict[str, Any] | None:
-    """{}: a damaged one."""
+    """The stamp's content; None: it does not exist, {}: it is damaged."""
     try:
-        found = json.loads(stamp.read_bytes())
+        content = json.loads(stamp.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def _locked(work: Path, out: Path, patience: float) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
         if time.monotonic() >= deadline:
-            raise ValueError(f"{holder} is writing to {out} ({work / LOCK}); wait for it, or end it")
+            raise ValueError(f"{holder} is writing to {out} ({work / LOCK}); wait for it, or stop it")
         time.sleep(0.1)
 
 
@@ -136,4 +136,4 @@ def _empty(work: Path) -> None:
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

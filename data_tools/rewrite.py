@@ -1,11 +1,11 @@
-"""Writes shards anew: without what other tools dropped, in even sizes, in an order that can be repeated.
+"""Rewrites shards: without the samples that other tools dropped, in even sizes, in a reproducible order.
 
     python -m data_tools.rewrite data/cc12m --drop data/cc12m/drops/*.parquet --out data/clean --max-side 256
 
-Samples stand in the order of their shards and keys, or with --shuffle-seed in a random one. The new tars are equal
-byte for byte for any number of --workers, and after any number of kills: finished shards are kept. A key that came
-before in the input gets a number behind it. Steps of the input are carried on into OUT/steps, so that the audit shows
-the whole way, and OUT/steps/rewrite.parquet lists what had to be left out here.
+Samples are in the order of their shards and keys, or with --shuffle-seed in a random order. The new tars are identical
+byte for byte for any number of --workers, and after any number of kills, because finished shards stay. A key that
+occurred before in the input gets a number appended. Step records of the input are copied to OUT/steps, so that the
+audit shows the complete history, and OUT/steps/rewrite.parquet lists the samples that had to be dropped here.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from pretrain.data.shards.indexing import complete_shards, index_directory
 from pretrain.files import WRITING, sweep, write_json
 
 VERSION = 1
-STAMP, WORK = "rewrite.json", ".rewrite"  # of OUT: what was asked for, and what is removed in the end
+STAMP, WORK = "rewrite.json", ".rewrite"  # in OUT: the settings, and the directory for unfinished files
 LOCK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the new shards, besides the old ones and the drops."""
+    """The settings that determine the new shards, besides the old ones and the drops."""
 
     samples_per_shard: int | None = 10_000
-    bytes_per_shard: int | None = None  # a little more or less
+    bytes_per_shard: int | None = None  # approximately
     shuffle_seed: int | None = None
     max_side: int | None = None
     format: str = "keep"
@@ -56,7 +56,7 @@ class Settings:
                 raise ValueError(f"--{name.replace('_', '-')} {value} is below 1; use 10000 samples, or 1e9 bytes")
         if self.bytes_per_shard is not None and not self.recode.keeps_all:
             raise ValueError(
-                "--bytes-per-shard is wrong with --max-side or --format, because sizes are known after encoding only; "
+                "--bytes-per-shard is wrong with --max-side or --format, because sizes are only known after encoding; "
                 "use --samples-per-shard"
             )
         if self.shuffle_seed is not None and self.shuffle_seed < 0:
@@ -67,47 +67,47 @@ class Settings:
         return Recode(self.max_side, self.format, self.quality)
 
 
-class Rewritten(NamedTuple):
+class Result(NamedTuple):
     step: Step
     shards: int
-    notes: list[str]  # what a user should know
-    fresh: bool  # False: it was complete already
+    notes: list[str]  # for the user
+    new: bool  # False: it was complete already
 
 
-def rewrite(inputs: list[Path], out: Path, settings: Settings, drops: list[Path], workers: int = 1) -> Rewritten:
-    """Writes what is missing in `out`. Raises ValueError if `out` holds anything else, if no sample is left, or for
-    drops that are not of these inputs; ShardError for a broken shard."""
+def rewrite(inputs: list[Path], out: Path, settings: Settings, drops: list[Path], workers: int = 1) -> Result:
+    """Writes the missing shards of `out`. Raises ValueError if `out` contains anything else, if no sample remains, or
+    for drops that do not belong to these inputs; ShardError for a broken shard."""
     if any(out.resolve() == directory.resolve() for directory in inputs):
         raise ValueError(f"--out {out} is one of the inputs; choose a new directory")
     manifests = [index_directory(directory, workers).manifest for directory in inputs]
-    asked = {
+    request = {
         "version": VERSION,
         "inputs": [manifest.digest for manifest in manifests],
         "drops": [hashlib.sha256(path.read_bytes()).hexdigest() for path in drops],
         **asdict(settings),
     }
-    with _owned_out(out, asked) as done:
-        if fresh := done is None:
+    with _owned_out(out, request) as summary:
+        if new := summary is None:
             sweep(out)
             tars = [[Path(shard.url) for shard in manifest.shards] for manifest in manifests]
             plan = _plan(inputs, tars, out, settings, drops, workers)
             _write_all([path for part in tars for path in part], plan, out, settings, workers)
-            done = _finish(inputs, drops, out, settings, plan)
-            write_json(out / STAMP, asked | {DONE: done})
+            summary = _finish(inputs, drops, out, settings, plan)
+            write_json(out / STAMP, request | {DONE: summary})
         shutil.rmtree(out / WORK, ignore_errors=True)
-    step = read_steps(out)[done["step"]]
-    return Rewritten(step, len(complete_shards(out)[0]), done["notes"], fresh)
+    step = read_steps(out)[summary["step"]]
+    return Result(step, len(complete_shards(out)[0]), summary["notes"], new)
 
 
-def _owned_out(out: Path, asked: dict[str, Any]) -> AbstractContextManager[dict[str, Any] | None]:
-    """Gives what was noted when this rewriting was finished."""
+def _owned_out(out: Path, request: dict[str, Any]) -> AbstractContextManager[dict[str, Any] | None]:
+    """Yields the summary of a finished rewrite with these settings; None if there is work to do."""
     return owned(
         out,
-        asked,
+        request,
         stamp=out / STAMP,
         work=out / WORK,
-        stranger=lambda: out.exists() and any(not path.name.endswith((WORK, WRITING)) for path in out.iterdir()),
-        restart=lambda: not any(out.glob("*.tar")),  # nothing was written: a mistake came to light first
+        has_other_files=lambda: out.exists() and any(not path.name.endswith((WORK, WRITING)) for path in out.iterdir()),
+        restart=lambda: not any(out.glob("*.tar")),  # no shard was written, because an error came first
         patience=LOCK_SECONDS,
     )
 
@@ -115,10 +115,10 @@ def _owned_out(out: Path, asked: dict[str, Any]) -> AbstractContextManager[dict[
 def _plan(
     inputs: list[Path], tars: list[list[Path]], out: Path, settings: Settings, drops: list[Path], workers: int
 ) -> Plan:
-    """The plan, and its places in a file that all workers map."""
+    """Makes the plan, and writes its places to a file that all workers map."""
     plan = make_plan(
         [path for part in tars for path in part],
-        [(files, tars[k]) for k, files in enumerate(_owned(drops, inputs))],
+        [(files, tars[k]) for k, files in enumerate(_drops_by_input(drops, inputs))],
         samples_per_shard=settings.samples_per_shard if settings.bytes_per_shard is None else None,
         bytes_per_shard=settings.bytes_per_shard,
         shuffle_seed=settings.shuffle_seed,
@@ -131,20 +131,20 @@ def _plan(
     return plan
 
 
-def _owned(drops: list[Path], inputs: list[Path]) -> list[list[Path]]:
-    """The drops files of each input. Shards of several inputs have the same names, so that a file must lie in one."""
+def _drops_by_input(drops: list[Path], inputs: list[Path]) -> list[list[Path]]:
+    """The drops files of each input. Shards of different inputs have the same names, so each file must lie in one."""
     if len(inputs) == 1:
         return [drops]
-    owned: list[list[Path]] = [[] for _ in inputs]
+    by_input: list[list[Path]] = [[] for _ in inputs]
     for path in drops:
         homes = [k for k, directory in enumerate(inputs) if path.resolve().is_relative_to(directory.resolve())]
         if len(homes) != 1:
             raise ValueError(
-                f"--drop {path} lies in none of the directories, so that it is not clear whose samples it names; move "
-                "it to DIR/drops, or rewrite the directories one by one"
+                f"--drop {path} lies in none of the directories, so it is unclear whose samples it names; move it to "
+                "DIR/drops, or rewrite the directories one by one"
             )
-        owned[homes[0]].append(path)
-    return owned
+        by_input[homes[0]].append(path)
+    return by_input
 
 
 def _write_all(tars: list[Path], plan: Plan, out: Path, settings: Settings, workers: int) -> None:
@@ -156,11 +156,11 @@ def _write_all(tars: list[Path], plan: Plan, out: Path, settings: Settings, work
     todo = [job for job in jobs if not job.is_done]
     with tqdm(total=len(plan.places), desc=f"writing {out}", unit=" samples", disable=None) as bar:
         bar.update(len(plan.places) - sum(job.last - job.first for job in todo))
-        for job in _written(todo, workers):
+        for job in _write(todo, workers):
             bar.update(job.last - job.first)
 
 
-def _written(jobs: list[NewShard], workers: int) -> Iterator[NewShard]:
+def _write(jobs: list[NewShard], workers: int) -> Iterator[NewShard]:
     if min(workers, len(jobs)) <= 1:
         yield from map(write_shard, jobs)
         return
@@ -174,16 +174,16 @@ def _written(jobs: list[NewShard], workers: int) -> Iterator[NewShard]:
 
 
 def _finish(inputs: list[Path], drops: list[Path], out: Path, settings: Settings, plan: Plan) -> dict[str, Any]:
-    """Index, steps and the list of what was left out here. -> the name of the step and the notes, for the stamp."""
+    """Writes the index, the step records and the list of samples dropped here. -> the summary for the stamp."""
     pieces = [out / WORK / "duplicates.parquet", *sorted((out / WORK).glob("?????*.left.parquet"))]
-    left_out = write_drops(out / STEPS / "rewrite.parquet", read_drops(pieces))
-    dropped = plan.dropped + left_out
-    dropped["duplicate_key"] -= len(plan.duplicates)  # they stand in both
+    own_drops = write_drops(out / STEPS / "rewrite.parquet", read_drops(pieces))
+    dropped = plan.dropped + own_drops
+    dropped["duplicate_key"] -= len(plan.duplicates)  # they are in both
     kept = plan.rows - dropped.total()
     if not kept:
-        raise ValueError(f"nothing is left: all {plan.rows} samples are dropped ({_counts(dropped)})")
+        raise ValueError(f"no sample remains: all {plan.rows} are dropped ({_counts(dropped)}); give fewer drops")
     index_directory(out)
-    for path in (out / STEPS).glob("*.json"):  # of a kill in this very place
+    for path in (out / STEPS).glob("*.json"):  # of a run that was killed here
         path.unlink()
     for directory in inputs:
         for name, step in read_steps(directory).items():
@@ -210,11 +210,13 @@ def _free_name(out: Path, name: str) -> str:
 def _notes(plan: Plan) -> list[str]:
     notes = []
     if plan.renamed:
-        notes.append(f"{plan.renamed:,} samples had the key of an earlier one; they are called KEY{plan.dashes}1, ...")
+        notes.append(
+            f"{plan.renamed:,} samples had the key of an earlier one; they are now called KEY{plan.dashes}1, ..."
+        )
     if plan.unused:
-        notes.append(f"{plan.unused:,} drops name no sample of these shards")
+        notes.append(f"{plan.unused:,} drops match no sample of these shards")
     if plan.others:
-        notes.append(f"left out, because no reader knows their endings: {_counts(plan.others)}")
+        notes.append(f"members with unknown endings were dropped: {_counts(plan.others)}")
     return notes
 
 
@@ -230,25 +232,27 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     )
     add_directories(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="a new directory")
-    parser.add_argument("--drop", nargs="*", type=Path, default=[], metavar="FILE", help="leave out what these name")
+    parser.add_argument(
+        "--drop", nargs="*", type=Path, default=[], metavar="FILE", help="drop the samples that these files name"
+    )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="at most (%(default)s)")
-    size.add_argument("--bytes-per-shard", type=float, metavar="N", help="about; such as 1e9")
+    size.add_argument("--samples-per-shard", type=int, default=10_000, metavar="N", help="maximum (%(default)s)")
+    size.add_argument("--bytes-per-shard", type=float, metavar="N", help="approximate, such as 1e9")
     parser.add_argument(
-        "--shuffle-seed", type=int, metavar="N", help="a random order of all samples (that of the input)"
+        "--shuffle-seed", type=int, metavar="N", help="shuffle all samples (default: the order of the input)"
     )
-    parser.add_argument("--max-side", type=int, metavar="PIXELS", help="make larger pictures smaller")
-    parser.add_argument("--format", choices=FORMATS, default="keep", help="encode other pictures anew (%(default)s)")
+    parser.add_argument("--max-side", type=int, metavar="PIXELS", help="shrink larger pictures")
     parser.add_argument(
-        "--quality", type=int, default=95, metavar="Q", help="of pictures that are encoded anew (%(default)s)"
+        "--format", choices=FORMATS, default="keep", help="re-encode pictures of other formats (%(default)s)"
     )
+    parser.add_argument("--quality", type=int, default=95, metavar="Q", help="of re-encoded pictures (%(default)s)")
     add_workers(parser)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
-    return run(lambda: _run(args), left="finished shards are kept, the same command goes on from there")
+    return run(lambda: _run(args), state="finished shards stay; run the same command to continue")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -261,12 +265,13 @@ def _run(args: argparse.Namespace) -> None:
         args.format,
         args.quality,
     )
-    done = rewrite(args.directories, args.out, settings, args.drop, args.workers)
-    for note in done.notes:
+    result = rewrite(args.directories, args.out, settings, args.drop, args.workers)
+    for note in result.notes:
         print(f"note: {note}")
-    dropped = f"; dropped: {_counts(done.step.dropped)}" if done.step.dropped else ""
-    already = "" if done.fresh else " (complete already)"
-    print(f"{args.out}: {done.step.kept:,} of {done.step.rows:,} samples in {done.shards:,} shards{already}{dropped}")
+    dropped = f"; dropped: {_counts(result.step.dropped)}" if result.step.dropped else ""
+    already = "" if result.new else " (complete already)"
+    kept, rows = result.step.kept, result.step.rows
+    print(f"{args.out}: {kept:,} of {rows:,} samples in {result.shards:,} shards{already}{dropped}")
 
 
 if __name__ == "__main__":

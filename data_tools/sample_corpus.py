@@ -1,13 +1,13 @@
-"""Draws a small corpus of scenes, in the shard format of img2dataset, for trying the whole system at home.
+"""Draws a small corpus of scenes, in img2dataset's shard format, for trying out the whole system.
 
     python -m data_tools.sample_corpus --out runs/quickstart/corpus
 
     OUT/pairs/train   OUT/images/train   OUT/texts/train      what the stages train on
     OUT/pairs/heldout OUT/images/heldout OUT/texts/heldout    only scenes with held-out (colour, shape) combinations
 
-Each directory holds 00000.tar (KEY.jpg, KEY.txt, KEY.json; pictures without text, texts without picture), 00000.parquet
-and 00000_stats.json, which is written last: a shard without it is not finished. Everything follows from --seed, for
-any number of workers. A second call with the same arguments does what is missing, or nothing.
+Each directory contains 00000.tar (KEY.jpg, KEY.txt, KEY.json; pictures without text, texts without picture),
+00000.parquet and 00000_stats.json, which is written last: a shard without it is not finished. --seed determines
+everything, for any number of workers. Another call with the same arguments writes only what is missing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pretrain.command import add_workers, make_parser, run
 from pretrain.data.shards.indexing import index_directory, map_in_order, stats_path
 from pretrain.files import write_json
 
-VERSION = 1  # another drawing or another wording is another corpus
+VERSION = 1  # increase it if the drawings or the wording change
 STAMP = "sample_corpus.json"
 KINDS = ("pairs", "images", "texts")
 SPLITS = ("train", "heldout")
@@ -45,7 +45,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Corpus:
-    """All that decides the corpus's bytes."""
+    """The settings that determine the corpus's bytes."""
 
     pairs: int = 12_000
     images: int = 6_000
@@ -64,7 +64,7 @@ class Corpus:
             if value < least:
                 raise ValueError(f"{name}={value} is too small; use {least} or more")
         if self.size > 1024:
-            raise ValueError(f"size={self.size} is wrong because scenes are drawn at up to 1024 pixels; use 64 to 1024")
+            raise ValueError(f"size={self.size} is above 1024 pixels, the maximum for scenes; use 64 to 1024")
 
     def count(self, kind: str, split: str) -> int:
         return self.held_out if split == "heldout" else getattr(self, kind)
@@ -90,10 +90,10 @@ class Sample:
 
 
 def write_corpus(out: Path, corpus: Corpus, *, workers: int = 2, overwrite: bool = False) -> bool:
-    """Write what is missing of the corpus under `out`; False if nothing was. Raises ValueError if `out` holds another
-    corpus (and not `overwrite`) or other files, or if no `held_out` distinguishable pairs can be drawn."""
+    """Writes the missing parts of the corpus under `out`. -> whether there were any. Raises ValueError if `out` has
+    another corpus (unless `overwrite`) or other files, or if there are no `held_out` distinguishable pairs."""
     if workers < 1:
-        raise ValueError(f"workers={workers} is wrong because somebody has to draw; use 1 or more")
+        raise ValueError(f"workers={workers} is below 1; use 1 or more")
     _claim(out, corpus, overwrite=overwrite)
     jobs = missing(out, corpus)
     bar = tqdm(total=sum(len(job.numbers) for job in jobs), desc="drawing scenes", unit=" samples", disable=None)
@@ -103,12 +103,12 @@ def write_corpus(out: Path, corpus: Corpus, *, workers: int = 2, overwrite: bool
     changed = {job.directory for job in jobs}
     for directory in (out / kind / split for kind, split in product(KINDS, SPLITS) if corpus.count(kind, split)):
         if directory in changed or not (directory / "manifest.json").exists():
-            index_directory(directory)  # the manifest that the loader reads
+            index_directory(directory)  # writes the manifest that the loader reads
     return bool(jobs)
 
 
 def missing(out: Path, corpus: Corpus) -> list[Job]:
-    """The shards that are not finished yet."""
+    """The shards that are not finished."""
     jobs = []
     for kind, split in product(KINDS, SPLITS):
         directory, count = out / kind / split, corpus.count(kind, split)
@@ -117,8 +117,8 @@ def missing(out: Path, corpus: Corpus) -> list[Job]:
             for shard, first in enumerate(range(0, count, corpus.samples_per_shard))
             if not stats_path(directory / f"{shard:05d}.tar").exists()
         ]
-        chosen = (kind, split) == ("pairs", "heldout") and starts
-        numbers = distinguishable(corpus.seed, count) if chosen else range(count)
+        needs_distinct = (kind, split) == ("pairs", "heldout") and starts
+        numbers = distinguishable(corpus.seed, count) if needs_distinct else range(count)
         jobs += [
             Job(corpus, kind, split, shard, tuple(numbers[first : first + corpus.samples_per_shard]), directory)
             for shard, first in starts
@@ -141,7 +141,7 @@ def make_sample(corpus: Corpus, kind: str, split: str, number: int) -> Sample:
 
 def write_shard(job: Job) -> int:
     """Write one shard. Returns the number of samples."""
-    digits = math.ceil(math.log10(max(2, job.corpus.samples_per_shard)))  # as img2dataset makes its keys
+    digits = math.ceil(math.log10(max(2, job.corpus.samples_per_shard)))  # of a key, as in img2dataset
     with ShardWriter(job.directory, samples_per_shard=len(job.numbers), first=job.shard, schema=_SCHEMA) as shard:
         for position, number in enumerate(job.numbers):
             key = f"{job.shard:05d}{position:0{digits}d}"
@@ -158,7 +158,7 @@ def write_shard(job: Job) -> int:
 
 
 def _row(job: Job, key: str, number: int, sample: Sample) -> dict:
-    """The columns of img2dataset for one sample. The address says where it comes from: nobody can download it."""
+    """The columns of img2dataset for one sample. The URL names its origin; it cannot be downloaded."""
     size = job.corpus.size if sample.picture else None
     return {
         "url": f"drawn:{job.kind}/{job.split}/{job.corpus.seed}/{number}",
@@ -176,32 +176,34 @@ def _row(job: Job, key: str, number: int, sample: Sample) -> dict:
 
 
 def _claim(out: Path, corpus: Corpus, *, overwrite: bool) -> None:
-    """Make `out` the home of this corpus, or raise ValueError if it is another's."""
-    stamp, mine = out / STAMP, {"version": VERSION, **asdict(corpus)}
+    """Reserves `out` for this corpus. Raises ValueError if it contains something else."""
+    stamp, wanted = out / STAMP, {"version": VERSION, **asdict(corpus)}
     if stamp.exists():
         try:
-            theirs = json.loads(stamp.read_text())
+            existing = json.loads(stamp.read_text())
         except ValueError:
-            theirs = {}
-        if theirs == mine:
+            existing = {}
+        if existing == wanted:
             return
         if not overwrite:
-            differs = ", ".join(
-                f"{name}={theirs.get(name) if theirs else '?'}" for name in mine if theirs.get(name) != mine[name]
+            differences = ", ".join(
+                f"{name}={existing.get(name) if existing else '?'}"
+                for name in wanted
+                if existing.get(name) != wanted[name]
             )
             raise ValueError(
-                f"out={out} is wrong because it holds a corpus made with other arguments ({differs}); choose another "
-                "directory, or --overwrite"
+                f"out={out} contains a corpus made with other arguments ({differences}); choose another directory, or "
+                "--overwrite"
             )
         _remove_shards(out)
     elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"out={out} is wrong because files of somebody else are there; choose an empty directory")
+        raise ValueError(f"out={out} contains other files; choose an empty directory")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(stamp, mine)
+    write_json(stamp, wanted)
 
 
 def _remove_shards(out: Path) -> None:
-    """Remove what this tool and the indexer wrote, and nothing else."""
+    """Removes the files of this tool and of the indexer, and nothing else."""
     for kind, split in product(KINDS, SPLITS):
         for pattern in ("?????_stats.json", "?????.tar", "?????.parquet", "?????.idx", "manifest.json"):
             for path in (out / kind / split).glob(pattern):
@@ -217,9 +219,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         ("images", "pictures alone to train on"),
         ("texts", "documents to train on"),
         ("held_out", "held-out samples of each kind"),
-        ("size", "pixels of a picture's side"),
-        ("seed", "another seed, another corpus"),
-        ("samples_per_shard", "at most"),
+        ("size", "side of a picture in pixels"),
+        ("seed", "determines the corpus"),
+        ("samples_per_shard", "maximum"),
     ):
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=int, default=getattr(Corpus, name), metavar="N", help=f"{text} (%(default)s)")
@@ -230,7 +232,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
-    return run(lambda: _run(args), left="finished shards are kept, the same command goes on from there")
+    return run(lambda: _run(args), state="finished shards stay; run the same command to continue")
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -3,7 +3,7 @@
     python -m data_tools.train_text_tokenizer data/pairs data/wiki.jsonl.gz --vocab-size 64000 --out data/text.model
 
 The settings are those of XLM-R's model (unigram, nmt_nfkc, no byte fallback, character coverage 0.9995), so that
-BEiT-3's id layout holds. Equal shards and options give an equal file, on any machine.
+BEiT-3's id layout applies. The same shards and options give the same file on any machine.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from pretrain.data.sources import TEXT, text_of
 from pretrain.data.text_tokenizer import OFFSET
 from pretrain.files import write_file
 
-# The trainer drops sentences above 4192 bytes; documents are cut before that, at a space where there is one.
+# The trainer drops sentences above 4192 bytes, so longer texts are split, at a space if possible.
 MAX_CHARACTERS = 1000
-# EM sums in an order that depends on the number of threads, so it is fixed and not the machine's number of cores.
+# Fixed, not the machine's number of cores, because EM sums in an order that depends on the number of threads.
 THREADS = 8
 REPORT_SECONDS = 5.0
 
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             model_type=args.model_type,
             verbose=args.verbose,
         ),
-        left="nothing was written",
+        state="nothing was written",
     )
 
 
@@ -59,24 +59,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="INPUT",
         help="indexed shards (directories, or patterns such as 'cc12m/{00000..00009}.tar') and files of documents as "
-        "pack_text reads them: .txt, .jsonl (also packed), .parquet",
+        "pack_text reads them: .txt, .jsonl (also compressed), .parquet",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="to write, such as data/text.model")
-    parser.add_argument("--text-col", default="text", metavar="NAME", help="of parquet and .jsonl (%(default)s)")
     parser.add_argument(
-        "--vocab-size", type=int, default=64000, metavar="N", help="with <unk>, <s>, </s> (%(default)s)"
+        "--out", type=Path, required=True, metavar="FILE", help="the model to write, such as data/text.model"
+    )
+    parser.add_argument(
+        "--text-col", default="text", metavar="NAME", help="the column in parquet, the key in .jsonl (%(default)s)"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=64000, metavar="N", help="including <unk>, <s>, </s> (%(default)s)"
     )
     parser.add_argument(
         "--model-type",
         choices=("unigram", "bpe"),
         default="unigram",
-        help="unigram as XLM-R and BEiT-3; bpe keeps whole words where they are few, as in quickstart (%(default)s)",
+        help="unigram, as XLM-R and BEiT-3; bpe keeps words whole if there are few, as in quickstart (%(default)s)",
     )
     parser.add_argument(
         "--max-texts",
         type=int,
         metavar="N",
-        help="read so many texts of the shards, spread evenly, and the first so many of the documents (all)",
+        help="read N texts of the shards, evenly spread, and the first N documents (all)",
     )
     parser.add_argument("--verbose", action="store_true", help="show SentencePiece's own log, one line per EM step")
     return parser.parse_args(argv)
@@ -92,22 +96,22 @@ def train(
     model_type: str = "unigram",
     verbose: bool = False,
 ) -> None:
-    """Writes `out` at once or not at all. ValueError if the texts cannot give that vocabulary; ShardError, OSError."""
+    """Writes `out` atomically. ValueError if the texts do not suffice for that vocabulary; ShardError, OSError."""
     from sentencepiece import SentencePieceTrainer
 
     if vocab_size < 8:
-        raise ValueError(f"--vocab-size={vocab_size} is wrong because it leaves no room for pieces; use 64000")
+        raise ValueError(f"--vocab-size={vocab_size} leaves no room for pieces; use 64000")
     if max_texts is not None and max_texts < 1:
-        raise ValueError(f"--max-texts={max_texts} is wrong because it leaves no text; use 10000000, or leave it out")
+        raise ValueError(f"--max-texts={max_texts} is below 1; use 10000000, or omit it")
     _check_out(out)
     documents = find_inputs([Path(name) for name in inputs if kind_of(Path(name))], column)
     shards = tuple(name for name in inputs if not kind_of(Path(name)))
-    read = [sentences(load_manifest(shards), max_texts)] if shards else []
-    read += [document_sentences(documents, max_texts)] if documents else []
+    texts = [sentences(load_manifest(shards), max_texts)] if shards else []
+    texts += [document_sentences(documents, max_texts)] if documents else []
     model = io.BytesIO()
     try:
         SentencePieceTrainer.Train(
-            sentence_iterator=chain(*read),
+            sentence_iterator=chain(*texts),
             model_writer=model,
             model_type=model_type,
             vocab_size=vocab_size,
@@ -118,22 +122,22 @@ def train(
             minloglevel=0 if verbose else 2,
         )
     except RuntimeError as error:
-        raise _explained(error, vocab_size, inputs) from None
+        raise _explain(error, vocab_size, inputs) from None
     write_file(out, model.getvalue())
     print(f"{out}: {vocab_size} pieces, {vocab_size + OFFSET + 1} ids with <pad> and <mask>")
 
 
 def _check_out(out: Path) -> None:
-    """Said before hours of reading, not after them. ValueError, OSError."""
+    """Checks `out` before the hours of reading. Raises ValueError, OSError."""
     if out.is_dir():
         raise ValueError(f"--out={out} is a directory; give the path of a file, such as {out / 'text.model'}")
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK):
-        raise ValueError(f"--out={out}: nothing can be written to {out.parent}; choose another place")
+        raise ValueError(f"--out={out}: {out.parent} is not writable; choose another place")
 
 
 def sentences(manifest: Manifest, max_texts: int | None) -> Iterator[str]:
-    """The shards' texts in pieces of at most MAX_CHARACTERS; bad samples are counted and left out."""
+    """The shards' texts in pieces of at most MAX_CHARACTERS; bad samples are skipped and counted."""
     reader, bad, texts, last = ShardReader(manifest), 0, 0, time.monotonic()
     every = max(1, -(-manifest.samples // max_texts)) if max_texts else 1
     number = -1
@@ -144,7 +148,7 @@ def sentences(manifest: Manifest, max_texts: int | None) -> Iterator[str]:
                 continue
             try:
                 members = reader.read(shard, sample, (TEXT,))
-                if TEXT not in members:  # a picture alone
+                if TEXT not in members:  # a picture without text
                     continue
                 text = text_of(members)
             except BadSample:
@@ -155,12 +159,12 @@ def sentences(manifest: Manifest, max_texts: int | None) -> Iterator[str]:
         if time.monotonic() - last > REPORT_SECONDS:
             last = time.monotonic()
             print(f"read {shard + 1} of {len(manifest.shards)} shards, {texts} texts", file=sys.stderr, flush=True)
-    left_out = f", {bad} bad samples left out" if bad else ""
-    print(f"read {texts} texts of {len(manifest.shards)} shards{left_out}", file=sys.stderr, flush=True)
+    skipped = f", skipped {bad} bad samples" if bad else ""
+    print(f"read {texts} texts of {len(manifest.shards)} shards{skipped}", file=sys.stderr, flush=True)
 
 
 def document_sentences(inputs: list[Input], max_texts: int | None) -> Iterator[str]:
-    """The documents' texts in pieces of at most MAX_CHARACTERS; what cannot be used is counted and left out."""
+    """The documents' texts in pieces of at most MAX_CHARACTERS; unusable documents are skipped and counted."""
     texts = bad = 0
     for block in read_blocks(inputs):
         for raw in block.documents:
@@ -174,12 +178,12 @@ def document_sentences(inputs: list[Input], max_texts: int | None) -> Iterator[s
                 break
         if texts == max_texts:
             break
-    left_out = f", {bad} that cannot be used left out" if bad else ""
-    print(f"read {texts} documents of {len(inputs)} files{left_out}", file=sys.stderr, flush=True)
+    skipped = f", skipped {bad} unusable ones" if bad else ""
+    print(f"read {texts} documents of {len(inputs)} files{skipped}", file=sys.stderr, flush=True)
 
 
 def split_text(text: str) -> Iterator[str]:
-    """Lines, and long lines in parts."""
+    """The lines of a text; long lines are split."""
     for line in text.splitlines():
         while len(line) > MAX_CHARACTERS:
             space = line.rfind(" ", MAX_CHARACTERS // 2, MAX_CHARACTERS)
@@ -190,16 +194,16 @@ def split_text(text: str) -> Iterator[str]:
             yield line
 
 
-def _explained(error: RuntimeError, vocab_size: int, inputs: list[str]) -> Exception:
-    """SentencePiece's message as one sentence with the way out."""
+def _explain(error: RuntimeError, vocab_size: int, inputs: list[str]) -> Exception:
+    """SentencePiece's error as one sentence with the way out."""
     text = str(error)
-    if found := re.search(r"set it to a value <= (\d+)", text):
-        return ValueError(f"--vocab-size={vocab_size} is more than these texts can give; use {found[1]} or less")
-    if found := re.search(r"required_chars\. \d+ vs (\d+)", text):
-        return ValueError(f"--vocab-size={vocab_size} is less than the texts' characters need; use {found[1]} or more")
+    if most := re.search(r"set it to a value <= (\d+)", text):
+        return ValueError(f"--vocab-size={vocab_size} is more than these texts can give; use {most[1]} or less")
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", text):
+        return ValueError(f"--vocab-size={vocab_size} is less than the texts' characters need; use {least[1]} or more")
     if "sentences_.empty()" in text:
-        return ValueError(f"{' '.join(inputs)}: no text in these; give shards with txt members, or documents")
-    return ValueError(f"SentencePiece could not be trained on {' '.join(inputs)}: {text.splitlines()[0]}")
+        return ValueError(f"{' '.join(inputs)}: these contain no text; give shards with txt members, or documents")
+    return ValueError(f"cannot train SentencePiece on {' '.join(inputs)}: {text.splitlines()[0]}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Checks shards: that they fit their manifest, and that each sample can be used. Names what is wrong, a line each.
+"""Checks that shards match their manifest and that each sample can be used. Prints one line per problem.
 
     python -m data_tools.verify data/cc12m --decode --workers 8
 
-Without --decode a picture's header is read (format, size, decompression bombs), with it every pixel. Nothing is
-changed. Exit code 0: clean, 1: something is wrong, 2: there is nothing to check.
+Without --decode only a picture's header is read (format, size, decompression bombs), with it every pixel. Changes
+nothing. Exit code 0: no problems, 1: problems, 2: nothing to check.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pretrain.data.shards.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, index_s
 from pretrain.data.transforms import decode_image, read_header
 
 KINDS = ("auto", "images", "pairs", "texts")
-# Shards whose members tell what a source is meant to hold.
-_LOOK_AT = 16
+# The number of shards from which the kind of a source is guessed.
+_GUESS_FROM = 16
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Finding:
 
 class Job(NamedTuple):
     path: Path
-    listed: Shard | None  # what the manifest says of it
+    entry: Shard | None  # its entry in the manifest
     decode: bool
     kind: str
 
 
-class Checked(NamedTuple):
+class ShardReport(NamedTuple):
     findings: list[Finding]
     samples: int
 
@@ -63,23 +63,23 @@ class Report:
 def verify_directory(directory: Path, *, kind: str = "auto", decode: bool = False, workers: int = 1) -> Report:
     """Checks every complete shard of a directory. ValueError if it has none."""
     complete, _ = complete_shards(directory)
-    listed, findings = _listed(directory)
-    missing = sorted(set(listed) - {path.name for path in complete})
+    entries, findings = _manifest_entries(directory)
+    missing = sorted(set(entries) - {path.name for path in complete})
     findings += [Finding(name, "", f"is in {MANIFEST}, but missing or partial") for name in missing]
     if kind == "auto":
-        kind = _kind(complete)
-    jobs = [Job(path, listed.get(path.name), decode, kind) for path in complete]
+        kind = _guess_kind(complete)
+    jobs = [Job(path, entries.get(path.name), decode, kind) for path in complete]
     samples = 0
     with map_in_order(check_shard, jobs, workers) as results:
-        for checked in tqdm(results, total=len(jobs), desc=f"verifying {directory}", unit=" shards", disable=None):
-            findings += checked.findings
-            samples += checked.samples
-    if listed:
-        findings += [Finding(j.path.name, "", f"is not in {MANIFEST}; index again") for j in jobs if j.listed is None]
+        for shard_report in tqdm(results, total=len(jobs), desc=f"verifying {directory}", unit=" shards", disable=None):
+            findings += shard_report.findings
+            samples += shard_report.samples
+    if entries:
+        findings += [Finding(j.path.name, "", f"is not in {MANIFEST}; index again") for j in jobs if j.entry is None]
     return Report(findings, len(jobs), samples)
 
 
-def _listed(directory: Path) -> tuple[dict[str, Shard], list[Finding]]:
+def _manifest_entries(directory: Path) -> tuple[dict[str, Shard], list[Finding]]:
     try:
         manifest = read_manifest((directory / MANIFEST).read_bytes(), os.path.join(directory, ""))
     except FileNotFoundError:
@@ -89,26 +89,26 @@ def _listed(directory: Path) -> tuple[dict[str, Shard], list[Finding]]:
     return {shard.name: shard for shard in manifest.shards}, []
 
 
-def _kind(tars: list[Path]) -> str:
-    """What the shards are meant to hold: a source where some samples have a picture and some a text holds pairs."""
-    found = set()
-    for path in tars[:_LOOK_AT]:
+def _guess_kind(tars: list[Path]) -> str:
+    """The kind of the source: pairs if there are pictures and texts, even in different samples."""
+    extensions = set()
+    for path in tars[:_GUESS_FROM]:
         try:
             for member in tar_members(path):
-                found.add(split_name(member.name)[1])
-                if "txt" in found and found.intersection(IMAGE_EXTENSIONS):
+                extensions.add(split_name(member.name)[1])
+                if "txt" in extensions and extensions.intersection(IMAGE_EXTENSIONS):
                     return "pairs"
         except ShardError:
-            continue  # named when it is checked
-    return "texts" if "txt" in found else "images"
+            continue  # reported when it is checked
+    return "texts" if "txt" in extensions else "images"
 
 
-def check_shard(job: Job) -> Checked:
-    """What is wrong with one shard. A tar that is cut off is checked as far as it goes."""
+def check_shard(job: Job) -> ShardReport:
+    """The problems of one shard. A truncated tar is checked up to its end."""
     name, findings = job.path.name, []
     size = job.path.stat().st_size
-    if job.listed is not None and job.listed.bytes != size:
-        what = f"has {size} bytes, {MANIFEST} says {job.listed.bytes}; run python -m data_tools.index again"
+    if job.entry is not None and job.entry.bytes != size:
+        what = f"has {size} bytes but {MANIFEST} says {job.entry.bytes}; run python -m data_tools.index again"
         findings.append(Finding(name, "", what))
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     whole = True
@@ -118,34 +118,34 @@ def check_shard(job: Job) -> Checked:
             if not key or extension not in EXTENSIONS or not member.isreg() or member.issparse():
                 continue
             if extension in samples.setdefault(key, {}):
-                again = Finding(name, _fit(key), f".{extension} is there more than once; the last one is used")
-                findings += [] if again in findings[-len(EXTENSIONS) :] else [again]
+                repeat = Finding(name, _printable(key), f".{extension} occurs more than once; the last one is used")
+                findings += [] if repeat in findings[-len(EXTENSIONS) :] else [repeat]
             samples[key][extension] = member.offset_data, member.size
     except ShardError as error:
         findings.append(Finding(name, "", str(error).removeprefix(f"{job.path} ")))
         whole = False
         if samples:
-            samples.popitem()  # its other members may be what was lost
+            samples.popitem()  # its other members may be missing
     if whole:
         findings += _index_findings(job, len(samples))
     with open(job.path, "rb") as file:
         for key, members in samples.items():
-            findings += [Finding(name, _fit(key), what) for what in _sample_findings(file, members, job)]
-    return Checked(findings, len(samples))
+            findings += [Finding(name, _printable(key), what) for what in _sample_findings(file, members, job)]
+    return ShardReport(findings, len(samples))
 
 
 def _index_findings(job: Job, samples: int) -> Iterator[Finding]:
     name = job.path.name
     if samples == 0:
-        yield Finding(name, "", "holds no sample")
-    if job.listed is not None:
-        if job.listed.samples != samples:
-            yield Finding(name, "", f"holds {samples} samples, {MANIFEST} says {job.listed.samples}; index again")
+        yield Finding(name, "", "contains no sample")
+    if job.entry is not None:
+        if job.entry.samples != samples:
+            yield Finding(name, "", f"has {samples} samples but {MANIFEST} says {job.entry.samples}; index again")
         index = job.path.with_suffix(".idx")
         if not index.exists():
             yield Finding(name, "", f"has no {index.name}; run python -m data_tools.index again")
         elif index.read_bytes() != index_shard(job.path).data:
-            yield Finding(name, "", f"{index.name} does not fit it; run python -m data_tools.index again")
+            yield Finding(name, "", f"{index.name} does not match it; run python -m data_tools.index again")
     if stats_path(job.path).exists():
         try:
             successes = json.loads(stats_path(job.path).read_bytes())["successes"]
@@ -153,7 +153,7 @@ def _index_findings(job: Job, samples: int) -> Iterator[Finding]:
             yield Finding(name, "", f"{stats_path(job.path).name} is damaged")
             return
         if successes != samples:
-            yield Finding(name, "", f"holds {samples} samples, {stats_path(job.path).name} says {successes}")
+            yield Finding(name, "", f"has {samples} samples but {stats_path(job.path).name} says {successes}")
 
 
 def _sample_findings(file: BinaryIO, members: dict[str, tuple[int, int]], job: Job) -> Iterator[str]:
@@ -169,7 +169,7 @@ def _sample_findings(file: BinaryIO, members: dict[str, tuple[int, int]], job: J
         if size == 0:
             yield f".{extension} has 0 bytes"
         elif size > limit:
-            yield f".{extension} has {size} bytes; at most {limit} are read"
+            yield f".{extension} has {size} bytes; the limit is {limit}"
         elif extension != "json":
             file.seek(offset)
             yield from _content_findings(extension, file.read(size), job.decode)
@@ -192,8 +192,8 @@ def _content_findings(extension: str, data: bytes, decode: bool) -> Iterator[str
         yield f".{extension}: {error}"
 
 
-def _fit(key: str) -> str:
-    """A key fit to print on one line."""
+def _printable(key: str) -> str:
+    """The key as printable text on one line."""
     text = key.encode(errors="surrogateescape").decode(errors="backslashreplace")
     return text if text.isprintable() else repr(text)
 
@@ -201,12 +201,12 @@ def _fit(key: str) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser("data_tools.verify", __doc__, "data/cc12m --decode --json findings.json")
     add_directories(parser)
-    parser.add_argument("--kind", choices=KINDS, default="auto", help="what each sample must hold (%(default)s)")
+    parser.add_argument("--kind", choices=KINDS, default="auto", help="what each sample must contain (%(default)s)")
     parser.add_argument("--decode", action="store_true", help="decode every picture, not only its header")
     add_workers(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings here")
     args = parser.parse_args(arguments)
-    return run(lambda: _run(args), left="no findings were written")
+    return run(lambda: _run(args), state="no findings were written")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -215,7 +215,7 @@ def _run(args: argparse.Namespace) -> int:
     for directory in args.directories:
         report = verify_directory(directory, kind=args.kind, decode=args.decode, workers=args.workers)
         for path in complete_shards(directory)[1]:
-            print(f"note: {directory / path.name} is partial (no {stats_path(path).name}) and not checked")
+            print(f"note: {directory / path.name} is partial (no {stats_path(path).name}) and was not checked")
         for finding in report.findings:
             print(f"{directory}{os.sep}{finding}")
             findings.append({"directory": str(directory), **asdict(finding)})

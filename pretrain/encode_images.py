@@ -3,12 +3,12 @@
     python -m pretrain.encode_images data/cc12m --tokenizer runs/base/tokenizer --crops 4 --recipe beit3_base \\
         --stage fusion
 
-A stage then sees each picture in CROPS ways, one an epoch, and reads their codes: set `crops` and `codes` of its
-sources. They are the codes that training would make itself: the same pixels, by the recipe's transform and seed,
-through the same function (in bf16 on a GPU, else in fp32). pretrain/data/codes.py says what the files hold.
+A stage then sees CROPS fixed crops of each picture, one per epoch, and reads their codes: set `crops` and `codes` of
+its sources. The codes are those that training would compute itself: the same pixels, from the recipe's transform and
+seed, through the same function (in bf16 on a GPU, otherwise in fp32). pretrain/data/codes.py describes the files.
 
-Finished shards are kept: the same command goes on after a kill. Many machines share the work with --part 0/8, 1/8, ...
-Encode after data_tools.rewrite: codes belong to the places of the samples and to the bytes of the pictures.
+Finished shards stay: after a kill, run the same command to continue. Several machines share the work with --part 0/8,
+1/8, ... Encode after data_tools.rewrite: codes depend on the order of the samples and on the bytes of the pictures.
 """
 
 from __future__ import annotations
@@ -46,25 +46,25 @@ from pretrain.run.stored_weights import weights_path
 
 
 class Encoder(NamedTuple):
-    """The tokenizer on its device, and what its codes are of."""
+    """The tokenizer on its device, and the coding that its codes follow."""
 
     tokenizer: VQKD
     transform: ImageTransform
     coding: Coding
-    name: str  # ending of the files
+    name: str  # extension of the files
 
 
-class Encoded(NamedTuple):
-    """What came of one directory. `left`: shards that other parts still have to encode."""
+class Result(NamedTuple):
+    """The result for one directory. `remaining`: shards that other parts still have to encode."""
 
     shards: int
     pictures: int
     bad: int
-    left: int
+    remaining: int
 
 
 class _Stretch(NamedTuple):
-    """Neighbours in a shard whose looks go through the tokenizer together."""
+    """Neighbouring samples of a shard whose looks go through the tokenizer together."""
 
     shard: int
     first: int
@@ -72,7 +72,7 @@ class _Stretch(NamedTuple):
 
 
 class _Looks(Dataset):
-    """Stretch -> (uint8 [good * crops, 3, size, size], bool [count]: which pictures could be decoded)."""
+    """Stretch -> (uint8 [decodable * crops, 3, size, size], bool [count]: which pictures could be decoded)."""
 
     def __init__(self, reader: ShardReader, stretches: list[_Stretch], transform: ImageTransform, coding: Coding):
         self.reader, self.stretches, self.transform, self.coding = reader, stretches, transform, coding
@@ -82,32 +82,32 @@ class _Looks(Dataset):
 
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor] | Exception:
         shard, first, count = self.stretches[item]
-        looks, good = list[np.ndarray](), list[bool]()
+        looks, decodable = list[np.ndarray](), list[bool]()
         for sample in range(first, first + count):
             try:
                 looks += self._looks(shard, sample)
-                good.append(True)
+                decodable.append(True)
             except BadSample:
-                good.append(False)
-            except (ValueError, OSError) as error:  # torch would wrap it and its traceback into one long message
+                decodable.append(False)
+            except (ValueError, OSError) as error:  # torch would wrap the error and its traceback into one long message
                 return error
         size = self.transform.size
         pixels = np.stack(looks) if looks else np.zeros((0, 3, size, size), np.uint8)
-        return torch.from_numpy(pixels), torch.tensor(good)
+        return torch.from_numpy(pixels), torch.tensor(decodable)
 
     def _looks(self, shard: int, sample: int) -> list[np.ndarray]:
         members = self.reader.read(shard, sample, IMAGE_EXTENSIONS)
         data, key, seed = picture(members), members["__key__"], self.coding.seed
-        # Each look is decoded for itself: a JPEG comes at the size that the look needs, and pixels must be equal.
+        # Decode once per look: the size at which a JPEG is decoded depends on it, and pixels must equal training's.
         return [self.transform(data, look_rng(seed, key, look)) for look in range(self.coding.crops)]
 
 
 def encode_directory(
     directory: Path, encoder: Encoder, *, part: int = 0, parts: int = 1, batch: int = 256, workers: int = 2
-) -> Encoded:
-    """Writes NNNNN.NAME beside the shards part, part + parts, ... and NAME.json when every shard has its codes.
-    `batch`: looks that the tokenizer sees at once. Raises ValueError if there are codes of another making under this
-    name, or if no picture can be decoded."""
+) -> Result:
+    """Writes NNNNN.NAME beside the shards part, part + parts, ..., and NAME.json once every shard has its codes.
+    `batch`: looks per pass of the tokenizer. Raises ValueError if other codes already have this name, or if no picture
+    can be decoded."""
     index_directory(directory)
     reader = ShardReader(load_manifest(str(directory)))
     shards = reader.manifest.shards
@@ -125,12 +125,14 @@ def encode_directory(
     if pictures and bad == pictures and len(todo) == len(shards):
         for shard in todo:
             paths[shard].unlink()
-        raise ValueError(f"none of the {bad} samples of {directory} has a picture that can be decoded; give pictures")
-    left = sum(not _is_done(paths[k], heads[k], encoder, shards[k].samples) for k in range(len(shards)))
-    if not left:
+        raise ValueError(
+            f"none of the {bad} samples of {directory} has a picture that can be decoded; give other shards"
+        )
+    remaining = sum(not _is_done(paths[k], heads[k], encoder, shards[k].samples) for k in range(len(shards)))
+    if not remaining:
         done = {shard.name: shard.samples for shard in shards}
         write_file(directory / f"{encoder.name}.json", summary(encoder.coding, done))
-    return Encoded(len(todo), pictures, bad, left)
+    return Result(len(todo), pictures, bad, remaining)
 
 
 def _codes(
@@ -152,14 +154,14 @@ def _codes(
         codes = np.full((samples[shard], coding.crops, coding.patches), NO_CODE, DTYPE)
         filled = 0
         while filled < samples[shard]:
-            stretch, found = next(items)
-            if isinstance(found, Exception):
-                raise found
-            pixels, good = found
+            stretch, looks = next(items)
+            if isinstance(looks, Exception):
+                raise looks
+            pixels, decodable = looks
             if len(pixels):
-                made = picture_codes(encoder.tokenizer, pixels.to(on, non_blocking=True)).cpu().numpy()
-                places = np.flatnonzero(good.numpy()) + stretch.first
-                codes[places] = made.reshape(len(places), coding.crops, coding.patches)
+                computed = picture_codes(encoder.tokenizer, pixels.to(on, non_blocking=True)).cpu().numpy()
+                samples_in_shard = np.flatnonzero(decodable.numpy()) + stretch.first
+                codes[samples_in_shard] = computed.reshape(len(samples_in_shard), coding.crops, coding.patches)
             filled += stretch.samples
             bar.update(stretch.samples)
         yield shard, codes
@@ -178,23 +180,23 @@ def _refuse_others(directory: Path, encoder: Encoder) -> None:
     path = directory / f"{encoder.name}.json"
     if not path.exists():
         return
-    there, _ = read_summary(path.read_bytes(), str(path))
-    if differs := there.against(encoder.coding, "this call"):
+    existing, _ = read_summary(path.read_bytes(), str(path))
+    if differences := existing.differences(encoder.coding, "this call"):
         raise ValueError(
-            f"{path} says that there are other codes already: {differs}; choose another --name, or remove them "
+            f"{path} says that other codes already exist: {differences}; choose another --name, or remove them "
             f"(*.{encoder.name} and {path.name})"
         )
 
 
 def load_encoder(recipe: Recipe, stage: Stage, tokenizer: str, crops: int, name: str) -> Encoder:
-    """What encodes pictures as the stage would. Raises ValueError for what does not fit together."""
+    """The encoder that makes the codes which the stage would make. Raises ValueError if the arguments do not match."""
     if stage.masking is None:
-        raise ValueError("--stage names one that predicts no codes; name one that does")
+        raise ValueError("--stage names a stage that predicts no codes; name one that does")
     if not stage.transform.train:
-        raise ValueError("transform.train=False, so the stage takes no crops; set transform.train=True")
+        raise ValueError("transform.train=False, so the stage has no random crops; set transform.train=True")
     if crops < 1:
-        raise ValueError(f"--crops {crops} is below 1; use as many as pictures should be seen in different ways")
-    ImageShards("", crops, name)  # raises for a name that recipes do not take
+        raise ValueError(f"--crops {crops} is below 1; use the number of crops per picture, such as 4")
+    ImageShards("", crops, name)  # raises for a name that recipes do not accept
     stage = replace(stage, visual_tokenizer=tokenizer)
     model = load_visual_tokenizer(recipe, stage, Path())
     if model.cfg.codes > NO_CODE:
@@ -220,17 +222,21 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         "--tokenizer", required=True, metavar="PATH", help="a stage's directory, or its weights.safetensors"
     )
     parser.add_argument(
-        "--crops", required=True, type=int, metavar="N", help="ways in which training sees each picture"
+        "--crops", required=True, type=int, metavar="N", help="crops of each picture, one per epoch of training"
     )
     parser.add_argument("--recipe", required=True, metavar="NAME", help="as in training: a name, or a .py file")
     parser.add_argument(
-        "--stage", required=True, metavar="NAME", help="the stage that will read the codes: its transform counts"
+        "--stage", required=True, metavar="NAME", help="the stage that will read the codes (its transform is used)"
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in training")
-    parser.add_argument("--name", default="codes", metavar="NAME", help="ending of the files, codes... (%(default)s)")
-    parser.add_argument("--part", default="0/1", metavar="I/N", help="encode every N-th shard from I on (%(default)s)")
     parser.add_argument(
-        "--batch", type=int, default=256, metavar="N", help="crops that are encoded at once (%(default)s)"
+        "--name", default="codes", metavar="NAME", help="extension of the files, codes... (%(default)s)"
+    )
+    parser.add_argument(
+        "--part", default="0/1", metavar="I/N", help="encode every N-th shard from the I-th on, from 0 (%(default)s)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=256, metavar="N", help="crops per pass of the tokenizer (%(default)s)"
     )
     add_workers(parser)
     return parser.parse_args(arguments)
@@ -238,7 +244,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
-    return run(lambda: _run(args), left="finished shards are kept, the same command goes on from there")
+    return run(lambda: _run(args), state="finished shards stay; run the same command to continue")
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -249,7 +255,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"--batch {args.batch} or --workers {args.workers} is too small; use 256 and 2")
     encoder = load_encoder(*load_recipe(args.recipe, args.stage, args.set), args.tokenizer, args.crops, args.name)
     for directory in args.directories:
-        done = encode_directory(
+        result = encode_directory(
             directory,
             encoder,
             part=int(part[1]),
@@ -258,12 +264,12 @@ def _run(args: argparse.Namespace) -> None:
             workers=args.workers,
         )
         print(
-            f"{directory}: {done.pictures:,} pictures in {done.shards} shards encoded"
-            + (f", {done.bad:,} of them cannot be decoded" if done.bad else "")
-            + (f"; {done.left} shards are left to other parts" if done.left else "")
+            f"{directory}: {result.pictures:,} pictures in {result.shards} shards encoded"
+            + (f", {result.bad:,} of them cannot be decoded" if result.bad else "")
+            + (f"; {result.remaining} shards remain for other parts" if result.remaining else "")
         )
-    if not done.left:
-        print(f"now set crops={args.crops}, codes={args.name!r} of the recipe's sources of these shards")
+    if not result.remaining:
+        print(f"now set crops={args.crops}, codes={args.name!r} in the recipe's sources of these shards")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
     log.setLevel(logging.INFO)
-    return command.run(lambda: run(args), left="an earlier evaluation is intact")
+    return command.run(lambda: run(args), state="an earlier evaluation is intact")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -1,11 +1,11 @@
-"""Weights in and out: our own directory (weights.safetensors + config.json) and the released BEiT-3's naming.
+"""Converts weights between our directories (weights.safetensors + config.json) and the released BEiT-3's naming.
 
     python -m pretrain.export from-released beit3_base_patch16_224.pth runs/beit3_base
     python -m pretrain.export to-released runs/mine/fusion beit3_mine.pth
     python -m pretrain.export resize runs/beit3_base runs/beit3_base_384 --image-size 384
 
-The released naming is torchscale's (A: vision, B: language) under `beit3.`, with the heads beside it as unilm's beit3
-code calls them: `mlm_head`, `mim_head` (pretraining), `language_head`, `vision_head`, `logit_scale` (retrieval).
+The released naming is torchscale's (A: vision, B: language) under `beit3.`; the heads have the names of unilm's beit3
+code: `mlm_head`, `mim_head` (pretraining), `language_head`, `vision_head`, `logit_scale` (retrieval).
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ State = dict[str, Tensor]
 CONFIG = "config.json"
 # Every released size has heads of this width (unilm beit3/modeling_utils.py: 768 / 12, 1024 / 16).
 RELEASED_HEAD_DIM = 64
-# torchscale's position tables begin with two rows that nothing reads (fairseq's padding offset).
+# torchscale's position tables begin with two unused rows (fairseq's padding offset).
 UNUSED_POSITIONS = 2
 MODALITIES = {"A": "vision", "B": "language"}
-# Inside a block: ours -> torchscale's, for layers that exist once per modality; {m} is a modality.
+# Inside a block, our names -> torchscale's, for layers that exist once per modality; {m}, {M} are the modality.
 BLOCK = {
     "norm.{m}": "self_attn_layer_norm.{M}",
     "attention.q.{m}": "self_attn.q_proj.{M}",
@@ -67,8 +67,8 @@ HEADS = {
 
 
 def names(depth: int) -> dict[str, str]:
-    """Our name -> the released name of every tensor of a released model with `depth` blocks, without its heads."""
-    found = {
+    """Our name -> the released name, of every tensor of a released model with `depth` blocks, without its heads."""
+    table = {
         "vision_embed.proj.weight": "vision_embed.proj.weight",
         "vision_embed.proj.bias": "vision_embed.proj.bias",
         "vision_embed.cls_token": "vision_embed.cls_token",
@@ -82,20 +82,20 @@ def names(depth: int) -> dict[str, str]:
         for i in range(depth):
             for ours, theirs in BLOCK.items():
                 layers[f"blocks.{i}.{ours.format(m=small)}"] = f"encoder.layers.{i}.{theirs.format(M=big)}"
-        found |= {f"{a}.{part}": f"{b}.{part}" for a, b in layers.items() for part in ("weight", "bias")}
-    return {f"encoder.{ours}": f"beit3.{theirs}" for ours, theirs in found.items()}
+        table |= {f"{a}.{part}": f"{b}.{part}" for a, b in layers.items() for part in ("weight", "bias")}
+    return {f"encoder.{ours}": f"beit3.{theirs}" for ours, theirs in table.items()}
 
 
 def to_released(state: State, cfg: MultiwayConfig) -> State:
-    """Our tensors (names of `PretrainTask`) under the released names. A shared attention is written twice, which is the
-    same function. Raises ValueError for a model that the released architecture cannot express."""
+    """Our tensors (names of `PretrainTask`) under the released names. Shared attention is written once per modality,
+    which computes the same. Raises ValueError for a model that the released architecture cannot express."""
     _check_expressible(state, cfg)
     released = {}
     for ours, theirs in names(cfg.depth).items():
         shared = re.sub(r"\.(norm|q|k|v|inner_norm|out)\.(vision|language)\.", r".\1.shared.", ours)
         source = ours if ours in state else shared
         if source not in state:
-            raise ValueError(f"the weights have no {ours}; the released format needs a model with vision and language")
+            raise ValueError(f"the weights have no {ours}; the released format needs a model of vision and language")
         released[theirs] = state[source].clone()
     _patch_weights(released, "beit3.vision_embed.proj.weight", (cfg.dim, 3, cfg.patch_size, cfg.patch_size))
     for key in ("A", "B"):
@@ -108,18 +108,16 @@ def to_released(state: State, cfg: MultiwayConfig) -> State:
 
 
 def from_released(state: State, heads: int | None = None) -> tuple[State, MultiwayConfig]:
-    """Released tensors -> (ours, the configuration read off their shapes). `heads` is not in the shapes: None takes the
-    released models' 64 per head. Tensors of fine-tuning heads are left out with a log line."""
+    """Released tensors -> (ours, the configuration inferred from their shapes). The shapes do not tell `heads`: None
+    means the released models' 64 per head. Tensors of fine-tuning heads are dropped with a log line."""
     if missing := [key for key in ("beit3.text_embed.weight", "beit3.vision_embed.proj.weight") if key not in state]:
-        raise ValueError(f"there is no {missing[0]} in these weights; a BEiT-3 checkpoint of unilm's is wanted")
+        raise ValueError(f"these weights have no {missing[0]}; give a BEiT-3 checkpoint from unilm")
     cfg = _guess_config(state, heads)
     ours = {}
     for mine, theirs in names(cfg.depth).items():
         if theirs not in state:
             hint = " (image classification and VQA checkpoints have no final norm)" if "layer_norm" in theirs else ""
-            raise ValueError(
-                f"there is no {theirs} in these weights{hint}; take the pretrained or retrieval checkpoint"
-            )
+            raise ValueError(f"these weights have no {theirs}{hint}; use the pretrained or the retrieval checkpoint")
         ours[mine] = state[theirs].clone()
     _patch_weights(ours, "encoder.vision_embed.proj.weight", (cfg.dim, 3 * cfg.patch_size**2))
     for mine in ("encoder.vision_embed.positions", "encoder.text_embed.positions"):
@@ -127,14 +125,14 @@ def from_released(state: State, heads: int | None = None) -> tuple[State, Multiw
     ours |= {mine: state[theirs].clone() for mine, theirs in HEADS.items() if theirs in state}
     if "objectives.contrastive.logit_scale" in ours:
         ours["objectives.contrastive.logit_scale"] = ours["objectives.contrastive.logit_scale"].reshape(1)
-    known = {*names(cfg.depth).values(), *HEADS.values()}
-    if left := sorted(set(state) - known):
-        log.info("left out %d tensors that have no place here: %s ...", len(left), ", ".join(left[:5]))
+    convertible = {*names(cfg.depth).values(), *HEADS.values()}
+    if dropped := sorted(set(state) - convertible):
+        log.info("dropped %d tensors that have no counterpart here: %s ...", len(dropped), ", ".join(dropped[:5]))
     return ours, cfg
 
 
 def resize_positions(state: State, cfg: MultiwayConfig, image_size: int) -> tuple[State, MultiwayConfig]:
-    """The same model for another picture size, with its positions interpolated."""
+    """The same model for another picture size, with interpolated positions."""
     new = dataclasses.replace(cfg, image_size=image_size)
     if cfg.relative_position:
         raise ValueError("model.relative_position=True has no position grid to resize; train at the new size instead")
@@ -147,11 +145,12 @@ def resize_positions(state: State, cfg: MultiwayConfig, image_size: int) -> tupl
 def _check_expressible(state: State, cfg: MultiwayConfig) -> None:
     if any(".experts.fusion." in key for key in state):
         raise ValueError(
-            "the released BEiT-3 has no fusion experts (model.fusion_layers); it cannot hold these weights"
+            "the released BEiT-3 has no fusion experts (model.fusion_layers), so these weights cannot be converted"
         )
-    for name, wanted in (("sub_norm", True), ("relative_position", False), ("layer_scale", None), ("text_norm", False)):
-        if getattr(cfg, name) != wanted:
-            raise ValueError(f"model.{name}={getattr(cfg, name)} cannot be written as BEiT-3; it needs {wanted}")
+    required = {"sub_norm": True, "relative_position": False, "layer_scale": None, "text_norm": False}
+    for name, value in required.items():
+        if getattr(cfg, name) != value:
+            raise ValueError(f"model.{name}={getattr(cfg, name)} cannot be written as BEiT-3; it needs {value}")
     if not cfg.key_bias:
         raise ValueError("model.key_bias=False cannot be written as BEiT-3; it needs True")
 
@@ -166,7 +165,7 @@ def _guess_config(state: State, heads: int | None) -> MultiwayConfig:
     up = state.get("beit3.encoder.layers.0.ffn.A.fc1.weight")
     tables = [state.get(f"beit3.encoder.embed_positions.{key}.weight") for key in ("A", "B")]
     if up is None or tables[0] is None or tables[1] is None:
-        raise ValueError("these weights have no layers or no position tables; a whole BEiT-3 checkpoint is wanted")
+        raise ValueError("these weights have no layers or no position tables; give a whole BEiT-3 checkpoint")
     grid = round((len(tables[0]) - UNUSED_POSITIONS - 1) ** 0.5)
     return MultiwayConfig(
         dim=dim,
@@ -185,45 +184,45 @@ def _guess_config(state: State, heads: int | None) -> MultiwayConfig:
 
 def read_tensors(path: Path) -> State:
     """The tensors of a .safetensors or torch file. Nothing in a torch file is executed: only tensors and plain values
-    are read, everything else is a ValueError."""
+    are loaded, anything else raises ValueError."""
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is no whole safetensors file ({error}); fetch or write it again") from None
+            raise ValueError(f"{path} is not a complete safetensors file ({error}); fetch or write it again") from None
     try:
-        # unilm's fine-tuning checkpoints carry their command line: a Namespace holds plain values only.
+        # unilm's fine-tuning checkpoints contain their command line, a Namespace, which has only plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can fail in any way
         first = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is damaged or holds more than tensors, so it is not read ({first})") from None
+        raise ValueError(f"{path} is damaged or contains more than tensors, so it is not loaded ({first})") from None
     for key in ("model", "module"):  # unilm's own, DeepSpeed's
         content = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no dictionary of tensors, neither itself nor under 'model' or 'module'")
+        raise ValueError(f"{path} has no dictionary of tensors, neither at the top nor under 'model' or 'module'")
     return content
 
 
 def read_model(directory: Path) -> tuple[State, MultiwayConfig, dict]:
-    """A stage's weights, its model's configuration, and all that the weights say of themselves."""
+    """A stage's weights, its model's configuration, and the whole config stored with the weights."""
     state, config = read_weights(directory)
-    if not config:  # weights of other origin: their config.json stands beside them
+    if not config:  # weights of other origin: their config.json lies beside them
         if not (directory / CONFIG).is_file():
-            raise ValueError(f"{directory} holds no {CONFIG}; give the directory of a stage that has ended")
+            raise ValueError(f"{directory} has no {CONFIG}; give the directory of a finished stage")
         config = json.loads((directory / CONFIG).read_text())
     model = model_in(config, directory)
     if not isinstance(model, MultiwayConfig):
-        raise ValueError(f"{directory} holds a {type(model).__name__} and no encoder; give the directory of an encoder")
+        raise ValueError(f"{directory} has a {type(model).__name__}, not an encoder; give the directory of an encoder")
     return state, model, config
 
 
 def write_tensors(path: Path, state: State) -> None:
-    """A whole file or none. `.safetensors`, or a torch file as unilm's code reads it."""
+    """Writes a `.safetensors`, or a torch file as unilm's code reads it, atomically."""
     if path.is_dir() or not path.parent.is_dir():
-        raise ValueError(f"{path} cannot be written: it is a directory, or lies in none; give a file's path")
+        raise ValueError(f"cannot write {path}: it is a directory, or its directory does not exist; give a file's path")
     state = {key: value.contiguous() for key, value in state.items()}
     try:
         with written_in_one_step(path) as growing:
@@ -233,7 +232,7 @@ def write_tensors(path: Path, state: State) -> None:
                 torch.save({"model": state}, growing)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError for a full disk
         reason = str(error).partition("\n")[0]
-        raise OSError(f"{path} could not be written ({reason}); free space, or give another path") from None
+        raise OSError(f"cannot write {path} ({reason}); free some space, or give another path") from None
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -242,10 +241,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     reading = commands.add_parser("from-released", help="a released BEiT-3 file -> a directory of ours")
     reading.add_argument("file", type=Path, help=".pth or .safetensors with the released names")
-    reading.add_argument("out", type=Path, help="directory for weights.safetensors and config.json")
-    reading.add_argument("--heads", type=int, help="attention heads; default: width / 64, as all released sizes")
+    reading.add_argument("out", type=Path, help="new directory for weights.safetensors and config.json")
+    reading.add_argument("--heads", type=int, help="attention heads; default: width / 64, as in all released sizes")
     writing = commands.add_parser("to-released", help="a directory of ours -> a file with the released names")
-    writing.add_argument("directory", type=Path, help="holds weights.safetensors and config.json (a stage's directory)")
+    writing.add_argument("directory", type=Path, help="a stage's directory, with weights.safetensors and config.json")
     writing.add_argument("out", type=Path, help=".pth (as unilm's code loads it) or .safetensors")
     resizing = commands.add_parser("resize", help="interpolate the positions for another picture size")
     resizing.add_argument("directory", type=Path)
@@ -271,7 +270,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return command.run(lambda: run(args), left="nothing was written")
+    return command.run(lambda: run(args), state="nothing was written")
 
 
 if __name__ == "__main__":

@@ -66,9 +66,9 @@ def test_workers_batches_and_parts_change_nothing(shards, encoder, tmp_path):
     whole = files(shards)
     for path in shards.glob("*codes*"):
         path.unlink()
-    assert encode_directory(shards, encoder, part=1, parts=2, batch=1, workers=2).left == 2
+    assert encode_directory(shards, encoder, part=1, parts=2, batch=1, workers=2).remaining == 2
     assert "codes.json" not in files(shards)
-    assert encode_directory(shards, encoder, part=0, parts=2, batch=4, workers=1).left == 0
+    assert encode_directory(shards, encoder, part=0, parts=2, batch=4, workers=1).remaining == 0
     assert files(shards) == whole
 
 
@@ -114,10 +114,10 @@ def test_a_broken_shard_is_one_sentence_from_a_worker_too(shards, encoder):
     ("change", "message"),
     [
         (["--crops", "0"], "--crops 0 is below 1"),
-        (["--stage", "tokenizer"], "names one that predicts no codes"),
+        (["--stage", "tokenizer"], "names a stage that predicts no codes"),
         (["--stage", "fussion"], "did you mean fusion?"),
         (["--tokenizer", "nowhere"], "run the stage 'nowhere' to its end first"),
-        (["--name", "../x"], "no ending of stored codes"),
+        (["--name", "../x"], "not a valid name of stored codes"),
         (["--part", "2/2"], "--part 2/2 is wrong"),
         (["--batch", "0"], "--batch 0"),
         (["--set", "transform.train=false"], "transform.train=False"),

@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(data, run, t
     (tmp_path / "vision" / "weights.safetensors").unlink()  # with it the stage would be finished
     again = train_stage(data, tmp_path, "vision", *settings)
     assert again.returncode == 0, again.stderr
-    assert f"checkpoint refused: {victim}" in again.stderr or victim.name in again.stderr
+    assert f"checkpoint rejected: {victim}" in again.stderr or victim.name in again.stderr
     assert "resumed from" in again.stderr and "step_00000003" in again.stderr
     got = (tmp_path / "vision" / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(got)["loss"] == json.loads(want)["loss"]

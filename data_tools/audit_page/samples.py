@@ -1,6 +1,6 @@
-"""The sections of the audit page that show samples: a wall drawn at random, and what was dropped, reason by reason.
+"""The sections of the audit page that show samples: a wall of random ones, and examples of dropped ones by reason.
 
-Pictures are made anew and small, so that no byte of a stranger's file gets into the page.
+Pictures are re-encoded as thumbnails, so that no byte of an untrusted file gets into the page.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ class Card(NamedTuple):
 
 
 def wall(facts: Facts, seed: int) -> Section | None:
-    places = facts.wall.things()
+    places = facts.wall.items()
     if not places:
         return None
-    about = f"{len(places)} of {facts.samples:,}, drawn at random (--seed {seed})"
+    about = f"{len(places)} of {facts.samples:,}, at random (--seed {seed})"
     cards = [_card([place], place.caption, "", _shard(place), place.key) for place in places]
     return {"title": "Samples", "about": about, "cards": cards}
 
 
 def dropped(facts: Facts) -> Section | None:
-    """The samples that drops files name, with examples that are still in the shards."""
+    """The samples that drops files name, with examples, as far as these are still in the shards."""
     counts = sum(facts.dropped.values(), Counter[str]())
     if not counts:
         return None
     files = ", ".join(f"{name} {counter.total():,}" for name, counter in facts.dropped.items())
-    twice = facts.dropped_samples.again()
+    repeats = facts.dropped_samples.count()
     reasons = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return {
         "title": "Dropped",
-        "about": f"named in drops files: {files}" + (f"; {twice:,} more than once" if twice else ""),
+        "about": f"named in drops files: {files}" + (f"; {repeats:,} more than once" if repeats else ""),
         "reasons": [(reason, n, [_example(each) for each in facts.examples.get(reason, [])]) for reason, n in reasons],
     }
 
@@ -78,15 +78,15 @@ def _frame(place: Place) -> tuple[str, str, str]:
     except BadSample:
         return "", "cannot be decoded", ""
     except OSError:
-        return "", "its tar is gone", ""
+        return "", "its tar is missing", ""
     return url, "", size
 
 
 def thumbnail(place: Place) -> tuple[str, str]:
-    """(the picture as a data: URL, "512 x 384"). Raises BadSample for one that cannot be decoded, OSError for a tar
-    that is gone."""
+    """(the picture as a data: URL, "512 x 384"). Raises BadSample if it cannot be decoded, OSError if the tar is
+    missing."""
     if place.size > MAX_IMAGE_BYTES:
-        raise BadSample(f"{place.size:,} bytes are too many to read")
+        raise BadSample(f"{place.size:,} bytes are above the limit")
     with open(place.tar, "rb") as file:
         file.seek(place.offset)
         data = file.read(place.size)

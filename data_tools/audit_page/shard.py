@@ -1,4 +1,4 @@
-"""What an audit reads of one shard: its tar's headers and captions, and its parquet with the rows that failed."""
+"""Reads what an audit needs of one shard: its tar's headers and captions, and its parquet with the failed rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.audit_page.sketches import Drawn, lot
+from data_tools.audit_page.sketches import RandomSample, lot
 from data_tools.fetch.reasons import SUCCESS, reason_of
 from data_tools.pictures.hashes import caption_hash
 from data_tools.shards.samples import samples_of
@@ -21,16 +21,16 @@ from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSamp
 from pretrain.data.shards.tar_index import IMAGE_EXTENSIONS, Member
 from pretrain.data.transforms import read_header
 
-CAPTION_CHARS = 300  # of a caption that is shown
-COUNTED_CHARS = 2000  # of a caption whose words are counted
-LANGUAGE_SAMPLES = 2000  # captions of one shard whose language may be told
+CAPTION_CHARS = 300  # of a caption on the page
+COUNTED_CHARS = 2000  # of a caption, for counting its words
+LANGUAGE_SAMPLES = 2000  # captions of one shard whose language may be detected
 _WORD = re.compile(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)*")
 _SERVER = re.compile(r"^https?://(?:[^/?#@\\]*@)?([^/?#:\\]+)", re.IGNORECASE)
 _COLUMNS = ("key", "status", "error_message", "url", "width", "height", "sha256")
 
 
 class Place(NamedTuple):
-    """Where a sample's picture lies, and what is written under it."""
+    """The place of a sample's picture, and its caption."""
 
     tar: str
     key: str
@@ -43,18 +43,18 @@ class Job(NamedTuple):
     tar: Path
     seed: int
     wall: int  # samples to draw
-    wanted: frozenset[str]  # keys whose places are asked for
+    wanted: frozenset[str]  # keys whose places are needed
 
 
 @dataclass
 class ShardFacts:
     samples: int = 0
     tar_bytes: int = 0
-    unreadable: int = 0  # pictures whose header says nothing
+    unreadable: int = 0  # pictures whose header cannot be read
     rows: int | None = None  # of the parquet, None without one
     failures: Counter[str] = field(default_factory=Counter)  # reason -> rows
-    served: Counter[str] = field(default_factory=Counter)  # server -> rows that came
-    failed: Counter[str] = field(default_factory=Counter)  # server -> rows that did not
+    server_successes: Counter[str] = field(default_factory=Counter)  # server -> rows
+    server_failures: Counter[str] = field(default_factory=Counter)  # server -> rows
     formats: Counter[str] = field(default_factory=Counter)
     vocabulary: Counter[str] = field(default_factory=Counter)
     captions: Counter[str] = field(default_factory=Counter)
@@ -63,15 +63,15 @@ class ShardFacts:
     words: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # of each caption
     picture_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
     caption_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
-    wall: Drawn = field(default_factory=lambda: Drawn(0))  # Places
-    texts: Drawn = field(default_factory=lambda: Drawn(LANGUAGE_SAMPLES))  # captions
-    found: dict[str, Place] = field(default_factory=dict)  # of the wanted
+    wall: RandomSample = field(default_factory=lambda: RandomSample(0))  # Places
+    texts: RandomSample = field(default_factory=lambda: RandomSample(LANGUAGE_SAMPLES))  # captions
+    places: dict[str, Place] = field(default_factory=dict)  # of the wanted keys
 
 
 def read_shard(job: Job) -> ShardFacts:
-    """Raises ShardError for a tar that is cut off, and ValueError for a parquet that is damaged, naming them."""
-    facts = ShardFacts(tar_bytes=job.tar.stat().st_size, wall=Drawn(job.wall))
-    known = _read_parquet(job.tar.with_suffix(".parquet"), facts)
+    """Raises ShardError for a truncated tar, ValueError for a damaged parquet, naming it."""
+    facts = ShardFacts(tar_bytes=job.tar.stat().st_size, wall=RandomSample(job.wall))
+    rows = _read_parquet(job.tar.with_suffix(".parquet"), facts)
     sizes, lengths, words, pictures, captions = [], [], [], [], []
     with open(job.tar, "rb") as file:
         for sample in samples_of(job.tar):
@@ -81,20 +81,20 @@ def read_shard(job: Job) -> ShardFacts:
             facts.formats.update(extension for extension in sample.members if extension in IMAGE_EXTENSIONS)
             where = (picture.offset, picture.size) if picture is not None else (0, 0)
             place = Place(str(job.tar), key, *where, (text or "")[:CAPTION_CHARS])
-            drawn = lot(job.seed, job.tar.stem, key)
-            facts.wall.add(drawn, f"{job.tar}\0{key}", place)
+            random_number = lot(job.seed, job.tar.stem, key)
+            facts.wall.add(random_number, f"{job.tar}\0{key}", place)
             if key in job.wanted:
-                facts.found[key] = place
+                facts.places[key] = place
             if text is not None:
                 digest, number = caption_hash(text)
                 words.append(number)
                 captions.append(digest)
                 facts.vocabulary.update(_WORD.findall(text[:COUNTED_CHARS].lower()))
                 facts.captions[" ".join(text.split())[:CAPTION_CHARS]] += 1
-                facts.texts.add(drawn, key, text[:COUNTED_CHARS])
+                facts.texts.add(random_number, key, text[:COUNTED_CHARS])
             if picture is not None:
                 lengths.append(picture.size)
-                size, digest = _looked_up(known.get(key, {}), file, picture)
+                size, digest = _size_and_hash(rows.get(key, {}), file, picture)
                 pictures.append(digest)
                 sizes += [size] if size else []
                 facts.unreadable += size is None
@@ -105,58 +105,58 @@ def read_shard(job: Job) -> ShardFacts:
 
 
 def _text(file: BinaryIO, member: Member) -> str:
-    """Its beginning, where it is too long for training: the page shows such captions, too."""
+    """A caption, or its beginning if it is too long for training: the page shows such captions too."""
     file.seek(member.offset)
     return file.read(min(member.size, MAX_TEXT_BYTES)).decode(errors="replace")
 
 
-def _looked_up(row: dict[str, Any], file: BinaryIO, picture: Member) -> tuple[tuple[int, int] | None, int]:
-    """(width and height, None if nobody can tell; 64 bits of a hash): from the parquet, else from the picture."""
+def _size_and_hash(row: dict[str, Any], file: BinaryIO, picture: Member) -> tuple[tuple[int, int] | None, int]:
+    """(width and height, None if unknown; 64 bits of a hash): from the parquet, otherwise from the picture."""
     width, height, digest = row.get("width"), row.get("height"), row.get("sha256")
-    known = isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0
-    if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) and known:
+    has_size = isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0
+    if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) and has_size:
         return (width, height), int(digest[:16], 16)  # type: ignore[return-value]
     if picture.size > MAX_IMAGE_BYTES:
-        return None, picture.offset  # like no other
+        return None, picture.offset  # counts as unique
     file.seek(picture.offset)
     data = file.read(picture.size)
     try:
         header = read_header(data)
-        found = header.width, header.height
+        size = header.width, header.height
     except BadSample:
-        found = None
-    return found, int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
+        size = None
+    return size, int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
 def _read_parquet(path: Path, facts: ShardFacts) -> dict[str, dict[str, Any]]:
-    """Counts the rows and their failures. -> what it says of the samples that came, by key."""
+    """Counts the rows and the failures. -> the rows of the downloaded samples, by key."""
     if not path.exists():
         return {}
-    facts.rows, known = 0, {}
+    facts.rows, rows = 0, {}
     try:
         with pq.ParquetFile(path) as file:
             columns = [name for name in _COLUMNS if name in file.schema_arrow.names]
             for batch in file.iter_batches(columns=columns):
                 facts.rows += len(batch)
                 for row in batch.to_pylist():
-                    known.update(_counted(row, facts))
+                    rows.update(_count(row, facts))
     except (pa.ArrowException, OSError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(f"{path} is damaged ({first}); download its shard again, or remove the file") from None
-    return known
+    return rows
 
 
-def _counted(row: dict[str, Any], facts: ShardFacts) -> dict[str, dict[str, Any]]:
+def _count(row: dict[str, Any], facts: ShardFacts) -> dict[str, dict[str, Any]]:
     server = server_of(row.get("url"))
     if row.get("status", SUCCESS) == SUCCESS:
-        facts.served[server] += 1
+        facts.server_successes[server] += 1
         return {str(row.get("key")): row}
-    facts.failed[server] += 1
+    facts.server_failures[server] += 1
     facts.failures[reason_of(row.get("error_message") or str(row["status"]))] += 1
     return {}
 
 
 def server_of(url: object) -> str:
-    """The server's name in lower case; "" for what is no URL."""
-    found = _SERVER.match(url) if isinstance(url, str) else None
-    return found[1].lower()[:120] if found else ""
+    """The server's name in lower case; "" for anything but a URL."""
+    match = _SERVER.match(url) if isinstance(url, str) else None
+    return match[1].lower()[:120] if match else ""

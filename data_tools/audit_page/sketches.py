@@ -1,4 +1,4 @@
-"""Counts over any number of samples in bounded memory; each says how far it may be off."""
+"""Counts over any number of samples in bounded memory; each knows its possible error."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 
 
 class TopCounter:
-    """The most frequent of many things (Misra and Gries, 1982): of more than `limit`, the rare ones are forgotten. A
-    count may then be too low, by at most `error`."""
+    """The most frequent of many names (Misra and Gries, 1982): of more than `limit`, the rare ones are forgotten. Then
+    counts may be too low, by at most `error`."""
 
     def __init__(self, limit: int):
         self.limit, self.error, self._counts = limit, 0, Counter[str]()
@@ -22,14 +22,14 @@ class TopCounter:
     def add(self, counts: Mapping[str, int]) -> None:
         self._counts.update(counts)
         if len(self._counts) > self.limit:
-            # Half of the limit stays, so that this happens seldom.
+            # Cut to half of the limit, so that this happens seldom.
             ordered = sorted(self._counts.values(), reverse=True)
             cut = ordered[self.limit // 2]
             self.error += cut
             self._counts = Counter({name: count - cut for name, count in self._counts.items() if count > cut})
 
     def most(self, number: int) -> list[tuple[str, int]]:
-        """(thing, count), the most frequent first, equal ones by name."""
+        """(name, count), the most frequent first, equal ones by name."""
         return heapq.nsmallest(number, self._counts.items(), key=lambda item: (-item[1], item[0]))
 
     def __len__(self) -> int:
@@ -37,13 +37,13 @@ class TopCounter:
 
 
 class Repeats:
-    """How many of many things came before, by 64-bit hash. Above `limit` different things only those whose hash ends in
-    enough zeros are counted, and the result is scaled up: an estimate from `limit` / 2 of them or more."""
+    """How many of many things repeat an earlier one, by 64-bit hash. Beyond `limit` different things only those whose
+    hash ends in enough zeros are counted, and the result is scaled up: an estimate from at least about `limit` / 2."""
 
     def __init__(self, limit: int = 4_000_000):
         self.limit, self.total, self._zeros = limit, 0, 0
         self._hashes, self._counts = np.zeros(0, np.uint64), np.zeros(0, np.int64)
-        self._waiting: list[np.ndarray] = []  # merging costs a sort of everything, so it is done seldom
+        self._pending: list[np.ndarray] = []  # merging sorts everything, so it is done seldom
 
     @property
     def exact(self) -> bool:
@@ -52,70 +52,70 @@ class Repeats:
     def add(self, hashes: np.ndarray) -> None:
         """uint64 [N]"""
         self.total += len(hashes)
-        self._waiting.append(hashes[self._chosen(hashes)])
-        if sum(map(len, self._waiting)) > self.limit // 4:
+        self._pending.append(hashes[self._is_counted(hashes)])
+        if sum(map(len, self._pending)) > self.limit // 4:
             self._merge()
 
-    def again(self) -> int:
-        """How many were there before."""
+    def count(self) -> int:
+        """The number of repeats."""
         self._merge()
         if not self.total:
             return 0
         return round(self.total * (1 - len(self._hashes) / max(int(self._counts.sum()), 1)))
 
     def _merge(self) -> None:
-        new, counts = np.unique(np.concatenate([*self._waiting, self._hashes[:0]]), return_counts=True)
-        self._waiting.clear()
+        new, counts = np.unique(np.concatenate([*self._pending, self._hashes[:0]]), return_counts=True)
+        self._pending.clear()
         merged, place = np.unique(np.concatenate([self._hashes, new]), return_inverse=True)
         total = np.zeros(len(merged), np.int64)
         np.add.at(total, place, np.concatenate([self._counts, counts]))
         self._hashes, self._counts = merged, total
         while len(self._hashes) > self.limit:
             self._zeros += 1
-            stay = self._chosen(self._hashes)
-            self._hashes, self._counts = self._hashes[stay], self._counts[stay]
+            counted = self._is_counted(self._hashes)
+            self._hashes, self._counts = self._hashes[counted], self._counts[counted]
 
-    def _chosen(self, hashes: np.ndarray) -> np.ndarray:
+    def _is_counted(self, hashes: np.ndarray) -> np.ndarray:
         return (hashes & np.uint64(2**self._zeros - 1)) == 0
 
 
-class Drawn:
-    """At most `limit` things, drawn at random: those of the lowest lots. The same whatever the order they come in."""
+class RandomSample:
+    """At most `limit` random items: those with the lowest lots, so that their order does not matter."""
 
     def __init__(self, limit: int):
         self.limit = limit
-        self._heap: list[tuple[float, str, Any]] = []  # the highest lot on top
+        self._heap: list[tuple[float, str, Any]] = []  # (-lot, name, item): the highest lot on top
 
-    def add(self, lot: float, name: str, thing: Any) -> None:
+    def add(self, lot: float, name: str, item: Any) -> None:
         """`name` is unique: it decides between equal lots."""
         if len(self._heap) < self.limit:
-            heapq.heappush(self._heap, (-lot, name, thing))
+            heapq.heappush(self._heap, (-lot, name, item))
         elif self._heap and -lot > self._heap[0][0]:
-            heapq.heapreplace(self._heap, (-lot, name, thing))
+            heapq.heapreplace(self._heap, (-lot, name, item))
 
-    def merge(self, other: Drawn) -> None:
-        for lot, name, thing in other._heap:
-            self.add(-lot, name, thing)
+    def merge(self, other: RandomSample) -> None:
+        for negative_lot, name, item in other._heap:
+            self.add(-negative_lot, name, item)
 
-    def things(self) -> list[Any]:
+    def items(self) -> list[Any]:
         """In the order of their lots, lowest first."""
-        return [thing for _, _, thing in sorted(self._heap, key=lambda item: (-item[0], item[1]))]
+        return [item for _, _, item in sorted(self._heap, key=lambda entry: (-entry[0], entry[1]))]
 
 
 def hash_of(*names: str) -> int:
-    """64 bits that follow from the names, the same on every machine."""
+    """64 bits that depend only on the names, the same on every machine."""
     text = "\0".join(names).encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
 def lot(seed: int, *names: str) -> float:
-    """A number from 0 to 1 to draw samples by."""
+    """A sample's random number from 0 to 1: the samples with the lowest are drawn."""
     return hash_of(str(seed), *names) / 2**64
 
 
 @dataclass
 class Histogram:
-    """How many values fall between each two edges; the first and the last bin take what lies beyond."""
+    """The number of values between each two edges; the first and the last bin include values beyond."""
 
     edges: Sequence[float]
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -134,7 +134,7 @@ class Histogram:
         return int(self.counts.sum())
 
     def bin_of(self, share: float) -> tuple[float, float]:
-        """The edges of the bin that holds the value below which `share` of all lie."""
+        """The edges of the bin with the quantile `share`."""
         if not self.total:
             return 0.0, 0.0
         at = int(np.searchsorted(np.cumsum(self.counts), share * self.total, side="right"))

@@ -1,7 +1,7 @@
-"""What is said about a drawn scene: captions with the claim they make, short documents, and whether a claim is true.
+"""Describes drawn scenes: captions with their claims, short documents, and whether a claim is true of a scene.
 
-A caption always names every thing's colour and shape, their relation and the background; size and texture when it
-likes. Its `Claim` is the same in facts, so that the corpus can check which other pictures a caption would also fit.
+A caption always names every thing's colour and shape, their relation and the background; sometimes size and texture.
+Its `Claim` says the same as data, so that the corpus can check which other pictures a caption would also fit.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import permutations
 
 from data_tools.drawn.scenes import PLACES, RELATIONS, Scene, Thing
 
-WORDS_AT_MOST = (16, 16, 18)  # by the number of things
+WORDS_AT_MOST = (16, 16, 18)  # for one, two and three things
 
 SIZE_WORDS = {"small": ("small", "little", "tiny"), "big": ("big", "large")}
 TEXTURE_WORDS = {"plain": ("plain", "solid"), "striped": ("striped",), "dotted": ("dotted", "spotted")}
@@ -74,7 +74,7 @@ SHAPE_FACTS = {
 
 
 @dataclass(frozen=True)
-class Named:
+class Description:
     """What a caption says about one thing; None where it says nothing."""
 
     colour: str
@@ -93,28 +93,28 @@ class Named:
 
 @dataclass(frozen=True)
 class Claim:
-    """All that a caption says: `relations` are (i, relation, j) over `things`, `place` is where a single thing is."""
+    """Everything a caption says: `relations` are (i, relation, j) over `things`, `place` is that of a single thing."""
 
     background: str
-    things: tuple[Named, ...]
+    things: tuple[Description, ...]
     relations: tuple[tuple[int, str, int], ...]
     place: str | None
 
 
 def is_true(claim: Claim, scene: Scene) -> bool:
-    """Whether the claim could pass for a description of the scene. Generous where words are vague: "left of" fits
-    any thing whose centre is further left, and a scene may hold more than is claimed."""
+    """Whether the claim could describe the scene. Generous where words are vague: "left of" fits any thing whose centre
+    is further left, and a scene may contain more than is claimed."""
     if claim.background != scene.background or len(claim.things) > len(scene.things):
         return False
     return any(
-        all(named.fits(thing) for named, thing in zip(claim.things, chosen, strict=True))
-        and all(_stands(chosen[i], relation, chosen[j]) for i, relation, j in claim.relations)
-        and (claim.place is None or _is_at(chosen[0], claim.place))
-        for chosen in permutations(scene.things, len(claim.things))
+        all(description.fits(thing) for description, thing in zip(claim.things, things, strict=True))
+        and all(_is_related(things[i], relation, things[j]) for i, relation, j in claim.relations)
+        and (claim.place is None or _is_at(things[0], claim.place))
+        for things in permutations(scene.things, len(claim.things))
     )
 
 
-def _stands(a: Thing, relation: str, b: Thing) -> bool:
+def _is_related(a: Thing, relation: str, b: Thing) -> bool:
     return {"left": a.x < b.x, "right": a.x > b.x, "above": a.y < b.y, "below": a.y > b.y}[relation]
 
 
@@ -132,17 +132,17 @@ def describe(scene: Scene, rng: random.Random) -> tuple[str, Claim]:
 
 
 def _describe(scene: Scene, rng: random.Random) -> tuple[str, Claim]:
-    named = tuple(_name(thing, rng, chance=(0.8, 0.4, 0.12)[len(scene.things) - 1]) for thing in scene.things)
+    descriptions = tuple(_name(thing, rng, chance=(0.8, 0.4, 0.12)[len(scene.things) - 1]) for thing in scene.things)
     background = scene.background
     words = {
         "on": rng.choice(ON_BACKGROUND).format(background),
         "scene": article(rng.choice(SCENES).format(background)),
-        "a_bare": (phrases := [phrase(thing, rng) for thing in named])[0],
+        "a_bare": (phrases := [phrase(thing, rng) for thing in descriptions])[0],
         **{letter: article(text) for letter, text in zip("abc", phrases, strict=False)},
     }
-    if len(named) == 1:
+    if len(descriptions) == 1:
         words["place"] = rng.choice(PLACE_WORDS[scene.relation])
-        return rng.choice(ONE).format(**words), Claim(background, named, (), scene.relation)
+        return rng.choice(ONE).format(**words), Claim(background, descriptions, (), scene.relation)
     words["a_short"], words["b_short"] = short_names(scene.things[0], scene.things[1])
     words["rel"] = rng.choice(RELATION_WORDS[scene.relation])
     relations = [(0, scene.relation, 1)]
@@ -150,23 +150,23 @@ def _describe(scene: Scene, rng: random.Random) -> tuple[str, Claim]:
         words["rel3"] = rng.choice(RELATION_WORDS[scene.third])
         relations += [(2, scene.third, 0), (2, scene.third, 1)]
     template = rng.choice(THREE if scene.third else TWO)
-    return template.format(**words), Claim(background, named, tuple(relations), None)
+    return template.format(**words), Claim(background, descriptions, tuple(relations), None)
 
 
-def _name(thing: Thing, rng: random.Random, chance: float) -> Named:
+def _name(thing: Thing, rng: random.Random, chance: float) -> Description:
     size = thing.size if rng.random() < chance else None
-    # "plain" goes mostly without saying.
+    # "plain" is rarely worth saying.
     texture = thing.texture if rng.random() < chance * (0.3 if thing.texture == "plain" else 1) else None
-    return Named(thing.colour, thing.shape, size, texture)
+    return Description(thing.colour, thing.shape, size, texture)
 
 
-def phrase(named: Named, rng: random.Random) -> str:
+def phrase(description: Description, rng: random.Random) -> str:
     """The thing's name without an article: "big striped red circle"."""
-    words = [named.colour, named.shape]
-    if named.texture:
-        words.insert(0, rng.choice(TEXTURE_WORDS[named.texture]))
-    if named.size:
-        words.insert(0, rng.choice(SIZE_WORDS[named.size]))
+    words = [description.colour, description.shape]
+    if description.texture:
+        words.insert(0, rng.choice(TEXTURE_WORDS[description.texture]))
+    if description.size:
+        words.insert(0, rng.choice(SIZE_WORDS[description.size]))
     return " ".join(words)
 
 
@@ -182,8 +182,8 @@ def short_names(a: Thing, b: Thing) -> tuple[str, str]:
 
 
 def write_document(scenes: tuple[Scene, ...], rng: random.Random) -> str:
-    """A few sentences about each scene, and perhaps a fact about a shape in it. Sentences about one scene repeat and
-    turn around its facts, so that what is hidden in one can be found in another."""
+    """A few sentences about each scene, and perhaps a fact about a shape in it. They repeat and rephrase the scene's
+    facts, so that a masked word can be inferred from another sentence."""
     ordinals = ("first", "second", "third")
     sentences = []
     for number, scene in enumerate(scenes):

@@ -1,4 +1,4 @@
-"""The pairs of the sample corpus by their number, and the held-out ones that captions can tell apart."""
+"""The pairs of the sample corpus by number, and the held-out pairs that their captions can tell apart."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import random
 from data_tools.drawn.captions import Claim, describe, is_true
 from data_tools.drawn.scenes import Scene, random_scene
 
-REFUSED_AT_MOST = 200  # held-out pairs in a row, before the drawn world counts as full
+MAX_CLASHES = 200  # held-out pairs in a row that clash with earlier ones, before giving up
 
 
 def sample_rng(seed: int, *names: str | int) -> random.Random:
-    """A generator of one sample's own: who draws it, and when, changes nothing."""
+    """One sample's own generator, so that it does not matter which process draws it, and when."""
     return random.Random("/".join(map(str, (seed, *names))))
 
 
 def pair(seed: int, split: str, number: int) -> tuple[Scene, str, Claim, random.Random]:
-    """Pair `number`: its scene, its caption, what the caption claims, and the generator that goes on to draw it."""
+    """Pair `number`: its scene, its caption, the caption's claim, and the generator with which to draw it."""
     rng = sample_rng(seed, "pairs", split, number)
     scene = random_scene(rng, held_out=split == "heldout")
     caption, claim = describe(scene, rng)
@@ -24,30 +24,30 @@ def pair(seed: int, split: str, number: int) -> tuple[Scene, str, Claim, random.
 
 
 def distinguishable(seed: int, count: int) -> list[int]:
-    """Numbers of `count` held-out pairs of which no caption is true of another's picture, so that R@1 is well defined.
-    Raises ValueError when the drawn world has no room for so many."""
-    chosen: list[int] = []
-    # By what a scene has and a claim asks first: another background, or a scene without that thing, never fits.
+    """Numbers of `count` held-out pairs such that no caption is true of another's picture, so that R@1 is well defined.
+    Raises ValueError if there are not that many."""
+    numbers: list[int] = []
+    # Both indexed by background and a thing's colour and shape: a claim can only be true of scenes under its own key.
     scenes: dict[tuple, list[Scene]] = {}
     claims: dict[tuple, list[Claim]] = {}
-    number = refused = 0
-    while len(chosen) < count and refused < REFUSED_AT_MOST:
+    number = clashes = 0
+    while len(numbers) < count and clashes < MAX_CLASHES:
         scene, _, claim, _ = pair(seed, "heldout", number)
-        has = [(scene.background, thing.colour, thing.shape) for thing in scene.things]
-        asks = (claim.background, claim.things[0].colour, claim.things[0].shape)
-        clash = any(is_true(claim, other) for other in scenes.get(asks, ())) or any(
-            is_true(their, scene) for key in has for their in claims.get(key, ())
+        scene_keys = [(scene.background, thing.colour, thing.shape) for thing in scene.things]
+        claim_key = (claim.background, claim.things[0].colour, claim.things[0].shape)
+        clash = any(is_true(claim, other) for other in scenes.get(claim_key, ())) or any(
+            is_true(other_claim, scene) for key in scene_keys for other_claim in claims.get(key, ())
         )
-        refused = refused + 1 if clash else 0
+        clashes = clashes + 1 if clash else 0
         if not clash:
-            chosen.append(number)
-            claims.setdefault(asks, []).append(claim)
-            for key in has:
+            numbers.append(number)
+            claims.setdefault(claim_key, []).append(claim)
+            for key in scene_keys:
                 scenes.setdefault(key, []).append(scene)
         number += 1
-    if len(chosen) < count:
+    if len(numbers) < count:
         raise ValueError(
-            f"held_out={count} is too large because only {len(chosen)} drawn scenes can be told apart by their "
+            f"held_out={count} is too large because only {len(numbers)} drawn scenes can be told apart by their "
             "captions; use fewer"
         )
-    return chosen
+    return numbers

@@ -1,8 +1,8 @@
-"""The drawn world of the sample corpus: what a scene is, how one is chosen at random, and how it is drawn.
+"""The drawn scenes of the sample corpus: what a scene is, random scenes, and how to draw one.
 
-A scene has one to three things before a background. Each thing has a colour, a shape, a size and a texture. Some
-(colour, shape) combinations are held out: no training scene has them, every held-out scene has at least one. Each
-colour and each shape alone is common in training, so a model that composes can name what it has never seen together.
+A scene has one to three things in front of a background. Each thing has a colour, a shape, a size and a texture. Some
+(colour, shape) combinations are held out: no training scene has them, and every held-out scene has at least one. Each
+colour and each shape alone is common in training, so a model that composes can name combinations it has never seen.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ BACKGROUNDS = {
 RELATIONS = {"left": "right", "right": "left", "above": "below", "below": "above"}  # each with its converse
 PLACES = {"left": (0.25, 0.5), "right": (0.75, 0.5), "top": (0.5, 0.25), "bottom": (0.5, 0.75), "middle": (0.5, 0.5)}
 
-# One shape of each colour, each shape at least once: a held-out thing is never given away by its colour or shape.
+# One shape of each colour, each shape at least once: neither colour nor shape alone reveals a held-out thing.
 HELD_OUT = frozenset((colour, SHAPES[(2 * i + i // 3) % 6]) for i, colour in enumerate(COLOURS))
 COMBINATIONS = tuple(product(COLOURS, SHAPES))
-KNOWN = tuple(pair for pair in COMBINATIONS if pair not in HELD_OUT)
-UNKNOWN = tuple(pair for pair in COMBINATIONS if pair in HELD_OUT)
+TRAINING = tuple(pair for pair in COMBINATIONS if pair not in HELD_OUT)
+HELD_OUT_PAIRS = tuple(pair for pair in COMBINATIONS if pair in HELD_OUT)
 
 SUPERSAMPLING = 4
-COUNTS, COUNT_WEIGHTS = (1, 2, 3), (20, 65, 15)  # percent of the scenes with so many things
+COUNTS, COUNT_WEIGHTS = (1, 2, 3), (20, 65, 15)  # things in a scene; percent of the scenes
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """The things of a picture. With two or three, things[0] stands in `relation` to things[1]; with three, things[2]
-    stands in `third` to both. With one, `relation` is its place (a key of PLACES)."""
+    """The things of a picture. Of two or three, things[0] has the `relation` to things[1]; of three, things[2] has the
+    relation `third` to both. Of one, `relation` is its place (a key of PLACES)."""
 
     background: str
     things: tuple[Thing, ...]
@@ -77,14 +77,14 @@ class Scene:
 
 
 def random_scene(rng: random.Random, *, held_out: bool) -> Scene:
-    """A scene of the training world, or of the held-out one (at least one thing is a held-out combination)."""
+    """A training scene, or a held-out one (at least one thing is a held-out combination)."""
     count = rng.choices(COUNTS, COUNT_WEIGHTS)[0]
-    pool = COMBINATIONS if held_out else KNOWN
+    pool = COMBINATIONS if held_out else TRAINING
     pairs = rng.sample(pool, count)
     if held_out and not any(pair in HELD_OUT for pair in pairs):
-        pairs[rng.randrange(count)] = rng.choice(UNKNOWN)
+        pairs[rng.randrange(count)] = rng.choice(HELD_OUT_PAIRS)
     relation = rng.choice(tuple(PLACES if count == 1 else RELATIONS))
-    # The third thing stands across the line of the other two, so that its relation to both is plain.
+    # The third thing is off the line of the other two, so that its relation to both is clear.
     across = ("above", "below") if relation in ("left", "right") else ("left", "right")
     third = rng.choice(across) if count == 3 else None
     centres = _centres(rng, count, relation, third)
@@ -97,7 +97,7 @@ def random_scene(rng: random.Random, *, held_out: bool) -> Scene:
 
 
 def _centres(rng: random.Random, count: int, relation: str, third: str | None) -> list[tuple[float, float]]:
-    """Centres that keep the things apart (the biggest is 27.5/64 wide) and inside the picture."""
+    """Centres at which the things are apart (the biggest is 27.5/64 wide) and inside the picture."""
 
     def near(x: float, y: float, by: float = 2 / 64) -> tuple[float, float]:
         return x + rng.uniform(-by, by), y + rng.uniform(-by, by)
@@ -142,8 +142,8 @@ def _outline(shape: str, width: int) -> Image.Image:
 
 @cache
 def _ink(texture: str, shape: str, width: int, pixel: int) -> Image.Image:
-    """Where the texture's dark ink goes, as a mask; `pixel` is 1/64 of the picture's width. The ink leaves a rim of
-    the pure colour, so that the outline stays what it is before a dark background."""
+    """A mask of the texture's dark ink; `pixel` is 1/64 of the picture's width. A rim stays in the pure colour, so that
+    the outline remains visible on a dark background."""
     ink, pitch = Image.new("L", (width, width), 0), 6 * pixel
     draw = ImageDraw.Draw(ink)
     if texture == "striped":
@@ -162,7 +162,7 @@ def _ink(texture: str, shape: str, width: int, pixel: int) -> Image.Image:
 
 
 def draw_scene(scene: Scene, size: int, rng: random.Random) -> Image.Image:
-    """The scene as an antialiased picture of size x size pixels. `rng` varies the light, never the facts."""
+    """The scene as an antialiased picture of size x size pixels. `rng` varies only the shades of the colours."""
 
     def vary(rgb: tuple[int, int, int], by: int) -> tuple[int, int, int]:
         shift = rng.randint(-by, by)

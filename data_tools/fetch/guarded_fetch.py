@@ -1,8 +1,8 @@
-"""Fetching from strangers: what urllib opens inside img2dataset's workers, and where the connection goes.
+"""Safe fetching from untrusted servers: what urllib opens inside img2dataset's workers, and where it connects.
 
-`install` replaces urllib's opener by one that knows http and https only, connects to the very address that it judged
-(so neither redirects nor DNS tricks pass), ignores proxies, and cuts a request off by time and by bytes. No thread and
-no second request per picture. Standard library only: it runs in the environment of img2dataset.
+`install` replaces urllib's opener with one that supports only http and https, connects to exactly the address that it
+checked (so neither redirects nor DNS tricks get past it), ignores proxies, and limits a request's time and bytes. It
+needs no thread and no second request per picture. Standard library only: it runs in img2dataset's environment.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _GLOBAL_V6 = ipaddress.ip_network("2000::/3")
 # Inside 2000::/3, but special (IANA's registry): protocol assignments with Teredo, documentation, 6to4.
 _SPECIAL_V6 = tuple(map(ipaddress.ip_network, ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")))
-# What is_global takes for public in some Pythons: protocol assignments, 6to4 relays.
+# is_global is True for these in some Python versions: protocol assignments, 6to4 relays.
 _SPECIAL_V4 = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24")))
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # how an IPv6-only network reaches IPv4
-# A progressive JPEG has about ten scans; each of thousands would cost a pass over all its pixels.
+# A progressive JPEG has about ten scans. Thousands would each cost a pass over all its pixels.
 MAX_SCANS = 100
 _JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"
 _READ = 2**16
 
 
 class Refused(OSError):
-    """A request that the guard ends. Its first word is the reason."""
+    """A request that the guard stopped. The first word of the message is the reason."""
 
     def __init__(self, reason: str, detail: object = ""):
         super().__init__(f"guard: {reason} {detail}".strip())
@@ -43,17 +43,19 @@ class Refused(OSError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may do."""
+    """The limits of one request."""
 
     max_bytes: int = 20 * 2**20  # of a body
-    deadline: float = 30.0  # seconds, redirects and all
+    deadline: float = 30.0  # seconds, including redirects
     max_redirects: int = 5
-    allow: tuple[str, ...] = ()  # networks that are reached though they are not public
+    allow: tuple[str, ...] = ()  # networks that are allowed though they are not public
 
     def __post_init__(self) -> None:
         for name, least in (("max_bytes", 1), ("deadline", 0.01), ("max_redirects", 0)):
             if not getattr(self, name) >= least:
-                raise ValueError(f"--{name.replace('_', '-')}={getattr(self, name)} is below {least}; use more")
+                raise ValueError(
+                    f"--{name.replace('_', '-')}={getattr(self, name)} is below {least}; use {least} or more"
+                )
         for network in self.allow:
             try:
                 ipaddress.ip_network(network)
@@ -82,36 +84,36 @@ def _is_public(ip: Address) -> bool:
 
 
 class _Deadline:
-    """When a request has to be over, and how often it was redirected; its redirects share it."""
+    """The end of a request's time, and its number of redirects; a request shares it with its redirects."""
 
     __slots__ = ("at", "redirects", "step")
 
     def __init__(self, seconds: float, step: float):
         self.at, self.step, self.redirects = time.monotonic() + seconds, step, 0
 
-    def left(self) -> float:
-        """Seconds for the next operation. Raises Refused when there are none."""
-        left = self.at - time.monotonic()
-        if left <= 0:
+    def remaining(self) -> float:
+        """Seconds for the next operation. Raises Refused if there are none."""
+        seconds = self.at - time.monotonic()
+        if seconds <= 0:
             raise Refused("deadline")
-        return left if left < self.step else self.step
+        return min(seconds, self.step)
 
 
 class _Timed:
-    """Each read and write gets what is left: a drip of bytes would renew a plain timeout for ever."""
+    """Limits each read and write to the remaining time: a slow drip of bytes would renew a plain timeout forever."""
 
     deadline: _Deadline
 
     def recv_into(self, *args: Any) -> int:
-        self.settimeout(self.deadline.left())  # type: ignore[attr-defined]
+        self.settimeout(self.deadline.remaining())  # type: ignore[attr-defined]
         try:
             return super().recv_into(*args)  # type: ignore[misc]
         except TimeoutError:
-            self.deadline.left()  # raises, if it was the deadline that cut this read short
+            self.deadline.remaining()  # raises if it was the deadline that ended this read
             raise
 
     def sendall(self, *args: Any) -> None:
-        self.settimeout(self.deadline.left())  # type: ignore[attr-defined]
+        self.settimeout(self.deadline.remaining())  # type: ignore[attr-defined]
         super().sendall(*args)  # type: ignore[misc]
 
 
@@ -123,8 +125,8 @@ class _TlsSocket(_Timed, ssl.SSLSocket):
     pass
 
 
-def _connected(host: str, port: int, deadline: _Deadline, allow: tuple[str, ...]) -> _Socket:
-    """A connection to one of the host's addresses. The name is looked up once, and what was judged is what is used."""
+def _connect(host: str, port: int, deadline: _Deadline, allow: tuple[str, ...]) -> _Socket:
+    """Connects to one of the host's addresses. The name is looked up once, so the checked address is the one used."""
     failure: OSError | None = None
     refused = ""
     for family, kind, protocol, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
@@ -134,7 +136,7 @@ def _connected(host: str, port: int, deadline: _Deadline, allow: tuple[str, ...]
         sock = _Socket(family, kind, protocol)
         sock.deadline = deadline
         try:
-            sock.settimeout(deadline.left())
+            sock.settimeout(deadline.remaining())
             sock.connect(place)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return sock
@@ -158,14 +160,14 @@ class _Response(http.client.HTTPResponse):
             raise Refused("too_many_bytes", self.length)
         parts: list[bytes] = []
         size = 0
-        # In parts: asking for `limit` bytes at once would reserve them.
+        # In parts, because asking for `limit` bytes at once would allocate them.
         while part := super().read(self.length if self.length else min(_READ, self.limit + 1 - size)):
             parts.append(part)
             size += len(part)
             if size > self.limit:
                 raise Refused("too_many_bytes", f"over {self.limit}")
         data = parts[0] if len(parts) == 1 else b"".join(parts)
-        if self.length:  # fewer than were promised: urllib says so, too
+        if self.length:  # fewer bytes than announced: as in urllib
             raise http.client.IncompleteRead(data, self.length)
         if data.startswith(_JPEG) and data.count(_SCAN) > MAX_SCANS:
             raise Refused("too_many_scans", data.count(_SCAN))
@@ -179,7 +181,7 @@ class _Connection(http.client.HTTPConnection):
         self.response_class = partial(_response, limits.max_bytes)  # type: ignore[assignment]
 
     def connect(self) -> None:
-        self.sock = _connected(self.host, self.port, self.deadline, self.limits.allow)
+        self.sock = _connect(self.host, self.port, self.deadline, self.limits.allow)
 
 
 class _TlsConnection(_Connection):
@@ -189,8 +191,8 @@ class _TlsConnection(_Connection):
         super().connect()
         plain = self.sock
         try:
-            plain.settimeout(self.deadline.left())
-            # The handshake as a whole is bound by this timeout.
+            plain.settimeout(self.deadline.remaining())
+            # This timeout limits the handshake as a whole.
             tls = _tls().wrap_socket(plain, server_hostname=self.host, do_handshake_on_connect=False)
             tls.deadline = self.deadline  # type: ignore[attr-defined]
             self.sock = tls
@@ -240,9 +242,9 @@ class _Handler(urllib.request.AbstractHTTPHandler):
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Redirects share the deadline of their first request; there may be so many of them."""
+    """Limits the redirects of a request, which share its deadline."""
 
-    max_redirections = max_repeats = 1000  # urllib's own limits: ours come first
+    max_redirections = max_repeats = 1000  # urllib's own limits, above any of ours
 
     def __init__(self, most: int):
         self.most = most
@@ -258,7 +260,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def opener(limits: Limits) -> urllib.request.OpenerDirector:
-    """urllib's opener without proxies, files, ftp and data: URLs, its connections guarded by `limits`."""
+    """urllib's opener without proxies, files, ftp and data: URLs; its connections obey `limits`."""
     director = urllib.request.OpenerDirector()
     for handler in (
         _Handler(limits),
@@ -272,5 +274,5 @@ def opener(limits: Limits) -> urllib.request.OpenerDirector:
 
 
 def install(limits: Limits) -> None:
-    """From now on urllib.request.urlopen of this process fetches as `limits` say."""
+    """Makes urllib.request.urlopen obey `limits` in this process from now on."""
     urllib.request.install_opener(opener(limits))

@@ -1,7 +1,7 @@
-"""img2dataset with the guard inside its workers: what data_tools.download starts, in the environment of img2dataset.
+"""img2dataset with the guard in its workers; data_tools.download starts it, in the environment of img2dataset.
 
-Reads its settings as one line of JSON from stdin. The line stays open: when it closes, whoever started this is gone,
-and this process ends with all its workers. Imports nothing that the environment of img2dataset lacks.
+Reads its settings as one line of JSON from stdin. When stdin closes, the parent process is dead, and this process ends
+with all its workers. Imports nothing that the environment of img2dataset lacks.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from data_tools.fetch.reasons import reason_of
 from data_tools.ownership import end_with_parent
 
 WORKER_DIED = 70  # exit code
-LIVE = "live"  # DIRECTORY/live/PID: what a worker has counted
-MAX_PIXELS = "OPENCV_IO_MAX_IMAGE_PIXELS"  # OpenCV looks at the header first and refuses what is larger
+LIVE = "live"  # DIRECTORY/live/PID: a worker's counts
+MAX_PIXELS = "OPENCV_IO_MAX_IMAGE_PIXELS"  # OpenCV reads the header first and rejects larger pictures
 _EVERY = 0.5  # seconds
 
 
 class GuardedDownloader(img2dataset.downloader.Downloader):
-    """img2dataset's own, carrying its guard with it: no worker can run it without."""
+    """img2dataset's downloader together with its guard, so that no worker can run without it."""
 
     limits: Limits
     max_pixels: int
@@ -47,55 +47,55 @@ _prepared = False
 
 
 def _prepare(limits: Limits, max_pixels: int, live: str) -> None:
-    """Once in each worker process, before its first shard."""
+    """Runs once in each worker process, before its first shard."""
     global _prepared
     if _prepared:
         return
     if os.environ.get(MAX_PIXELS) != str(max_pixels):
-        raise RuntimeError(f"{MAX_PIXELS} has to be {max_pixels} in the environment before OpenCV is loaded")
+        raise RuntimeError(f"{MAX_PIXELS} must be {max_pixels} in the environment before OpenCV is imported")
     install(limits)
     count = _Live(Path(live, str(os.getpid())))
 
-    class Counted(img2dataset.downloader.CappedCounter):  # img2dataset makes one per shard
+    class LiveCounter(img2dataset.downloader.CappedCounter):  # img2dataset makes one per shard
         def increment(self, key: str) -> None:
             super().increment(key)
             count.add(key)
 
     write_stats = img2dataset.downloader.write_stats
 
-    def counted_stats(*args: Any) -> None:
+    def write_stats_and_counts(*args: Any) -> None:
         count.write()
         write_stats(*args)
 
-    img2dataset.downloader.CappedCounter = Counted
-    img2dataset.downloader.write_stats = counted_stats
+    img2dataset.downloader.CappedCounter = LiveCounter
+    img2dataset.downloader.write_stats = write_stats_and_counts
     end_with_parent()
     _prepared = True
 
 
 class _Live:
-    """Counts of this process's pictures by reason, in a file for the progress bar."""
+    """Counts this process's pictures by reason, in a file for the progress bar."""
 
     def __init__(self, path: Path):
-        self._path, self._counts, self._written = path, Counter[str](), 0.0
+        self._path, self._counts, self._last_write = path, Counter[str](), 0.0
 
     def add(self, message: str) -> None:
         self._counts[reason_of(message)] += 1
-        if time.monotonic() - self._written > _EVERY:
+        if time.monotonic() - self._last_write > _EVERY:
             self.write()
 
     def write(self) -> None:
-        self._written = time.monotonic()
+        self._last_write = time.monotonic()
         beside = self._path.with_suffix(".writing")
         try:
             beside.write_text(json.dumps(self._counts))
             os.replace(beside, self._path)
-        except OSError:  # a full disk is told by what cannot do without
+        except OSError:  # a full disk: the files that matter will raise
             pass
 
 
 class _NoLogger:
-    """In place of img2dataset's process that prints the statistics of finished shards."""
+    """Replaces img2dataset's process that prints the statistics of finished shards."""
 
     def __init__(self, *args: Any):
         self.done_shards: set[int] = set()
@@ -127,7 +127,8 @@ def _end_with_stdin() -> None:
 
 
 def _watch_workers() -> None:
-    """multiprocessing replaces a worker that was killed, but not its shard: img2dataset would wait for it for ever."""
+    """Ends this process when a worker is killed: multiprocessing replaces the worker but not its shard, and img2dataset
+    would wait for that shard forever."""
     workers: dict[int, Any] = {}
     while True:
         time.sleep(_EVERY)
@@ -139,8 +140,8 @@ def _watch_workers() -> None:
 
 
 def run(settings: dict[str, Any]) -> None:
-    """img2dataset.download with the keys `img2dataset`, its shards numbered from `first` without those that are `done`,
-    guarded by `limits` and `max_pixels`."""
+    """Runs img2dataset.download with the arguments `img2dataset`, on the shards from number `first` on that are not in
+    `done`, guarded by `limits` and `max_pixels`."""
     limits = Limits(**settings["limits"] | {"allow": tuple(settings["limits"]["allow"])})
     main: Any = importlib.import_module("img2dataset.main")  # img2dataset.main is a function of that name
     main.Downloader = partial(_downloader, limits, settings["max_pixels"])
@@ -151,7 +152,7 @@ def run(settings: dict[str, Any]) -> None:
 
 def main() -> None:
     line = bytearray()
-    while not line.endswith(b"\n"):  # not through sys.stdin, which would read ahead
+    while not line.endswith(b"\n"):  # not sys.stdin, which would read ahead
         byte = os.read(0, 1)
         if not byte:
             return
@@ -161,7 +162,7 @@ def main() -> None:
     threading.Thread(target=_watch_workers, daemon=True).start()
     run(json.loads(line))
     sys.stdout.flush()
-    os._exit(0)  # without waiting for what the pool left behind
+    os._exit(0)  # without waiting for remains of the pool
 
 
 if __name__ == "__main__":

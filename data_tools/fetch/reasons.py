@@ -1,4 +1,4 @@
-"""Why a picture did not come: the messages of urllib, img2dataset, OpenCV and the guard -> a few names to count by."""
+"""Why a download failed: the messages of urllib, img2dataset, OpenCV and the guard -> a few names to count by."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ SUCCESS = "success"
 OTHER = "other"
 _GUARD = re.compile(r"guard: (\w+)")
 _HTTP = re.compile(r"HTTP Error (\d{3})")
-# The first that is found in a message, in lower case, gives the name.
+# The first of these that occurs in a message (in lower case) gives the name.
 _WORDS = (
-    ("redirection to url", "not_http"),  # before the status code that its message begins with
+    ("redirection to url", "not_http"),  # before the status code with which its message begins
     ("x-robots-tag", "robots"),
     ("timed out", "timeout"),
     ("image too small", "too_small"),
@@ -49,9 +49,11 @@ def reason_of(message: str | None) -> str:
     """A short name for an error message; "success" for none."""
     if message is None or message == SUCCESS:
         return SUCCESS
-    if found := _GUARD.search(message):
-        return found[1]
+    if guard := _GUARD.search(message):
+        return guard[1]
     lower = message.lower()
-    found = _HTTP.search(message)
-    other = f"http_{found[1]}" if found else OTHER
-    return next((name for word, name in _WORDS if word in lower), other)
+    for words, name in _WORDS:
+        if words in lower:
+            return name
+    status = _HTTP.search(message)
+    return f"http_{status[1]}" if status else OTHER

@@ -1,7 +1,7 @@
-"""Runs img2dataset on a slice until every shard is there: watches it, shows what comes, begins again where it died.
+"""Runs img2dataset on a slice until every shard exists: watches it, shows its progress, restarts it when it fails.
 
-A worker that was killed, a run that stalls and a shard that lost rows lead to another attempt, which makes only the
-shards that are missing; after some attempts without a new shard it is an error that says why.
+A killed worker, a stalled run or a shard with missing rows leads to another attempt, which makes only the missing
+shards. Several attempts in a row without a new shard are an error that says why.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LEAST_FREE = 2**20  # bytes; with less, pictures no longer fit
 
 @dataclass(frozen=True)
 class Run:
-    """How img2dataset is to be run."""
+    """How to run img2dataset."""
 
     python: str
     img2dataset: dict[str, Any]  # arguments of img2dataset.download
@@ -51,19 +51,19 @@ class Run:
 
 class DiskFull(OSError):
     def __init__(self, out: Path):
-        super().__init__(errno.ENOSPC, "is full; free some space and run the same command again, it goes on", str(out))
+        super().__init__(errno.ENOSPC, "is full; free some space and run the same command to continue", str(out))
 
 
 def download_slice(run: Run, shards: SliceShards) -> Counter[str]:
-    """Makes the shards of a slice that are missing. -> what became of every row. Raises OSError when it cannot."""
-    for left in shards.part.work.glob("attempt-*"):  # of a run that was killed
-        shards.publish(left)
-        shutil.rmtree(left, ignore_errors=True)
+    """Makes the missing shards of a slice. -> the outcome of all its rows. Raises OSError if it fails."""
+    for attempt in shards.part.work.glob("attempt-*"):  # of a killed run
+        shards.publish(attempt)
+        shutil.rmtree(attempt, ignore_errors=True)
     log = shards.part.work / "log.txt"
     fruitless = 0
     with _bar(shards.listed.kept, shards.counts(), shards.part) as bar:
         while before := len(shards.missing()):
-            shards.remove_halves()
+            shards.remove_incomplete()
             why, hopeless = _attempt(run, shards, bar, log)
             missing = shards.missing()
             if not missing:
@@ -71,15 +71,15 @@ def download_slice(run: Run, shards: SliceShards) -> Counter[str]:
             fruitless = fruitless + 1 if len(missing) == before else 0
             if fruitless and (hopeless or fruitless == run.attempts):
                 raise OSError(
-                    f"{len(missing)} of {len(shards.numbers)} shards are missing ({_some(missing)}): {why}; what is "
-                    f"done is kept, the same command goes on from there; img2dataset's own words are in {log}"
+                    f"{len(missing)} of {len(shards.numbers)} shards are missing ({_some(missing)}): {why}; finished "
+                    f"shards stay, run the same command to continue; img2dataset's own output is in {log}"
                 )
-            bar.note(f"{why}; going on with the {len(missing)} shards that are missing")
+            bar.note(f"{why}; continuing with the {len(missing)} missing shards")
     return shards.counts()
 
 
 def _attempt(run: Run, shards: SliceShards, bar: _Progress, log: Path) -> tuple[str, bool]:
-    """One run of img2dataset in a directory of its own. -> why it ended, and whether another would end the same."""
+    """One run of img2dataset in a directory of its own. -> why it ended, and whether another attempt is hopeless."""
     part = shards.part
     attempt = Path(tempfile.mkdtemp(prefix="attempt-", dir=part.work))
     (attempt / "live").mkdir()
@@ -92,27 +92,27 @@ def _attempt(run: Run, shards: SliceShards, bar: _Progress, log: Path) -> tuple[
         "first": shards.listed.first,
         "done": shards.published(),
     }
-    bar.begin()
+    bar.reset()
     try:
-        with _started(run, log) as process:
+        with _process(run, log) as process:
             assert process.stdin is not None
             try:
                 process.stdin.write(json.dumps(settings).encode() + b"\n")
                 process.stdin.flush()
-            except BrokenPipeError:  # it ended before it read; its log tells why
+            except BrokenPipeError:  # it ended before it read; its log says why
                 pass
             why = _watch(run, process, attempt, shards, bar, log, start)
-        bar.moved(shards.publish(attempt))
+        bar.publish(shards.publish(attempt))
     finally:
         shutil.rmtree(attempt, ignore_errors=True)
-    # It ended by itself, before the first picture: a broken environment.
-    hopeless = process.returncode not in (0, WORKER_DIED, -signal.SIGKILL) and not bar.came
-    bar.begin()
+    # It ended by itself before the first picture, so the environment is broken.
+    hopeless = process.returncode not in (0, WORKER_DIED, -signal.SIGKILL) and not bar.tried
+    bar.reset()
     return why, hopeless
 
 
 @contextmanager
-def _started(run: Run, log: Path) -> Iterator[subprocess.Popen]:
+def _process(run: Run, log: Path) -> Iterator[subprocess.Popen]:
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
@@ -120,7 +120,7 @@ def _started(run: Run, log: Path) -> Iterator[subprocess.Popen]:
         "NO_ALBUMENTATIONS_UPDATE": "1",
         "WANDB_MODE": "disabled",
         "OPENCV_IO_MAX_IMAGE_PIXELS": str(run.max_pixels),
-        # A name server that does not answer must not hold a thread for minutes.
+        # A name server that does not answer must not block a thread for minutes.
         "RES_OPTIONS": os.environ.get("RES_OPTIONS", "timeout:3 attempts:2"),
     }
     with log.open("ab") as output:
@@ -130,7 +130,7 @@ def _started(run: Run, log: Path) -> Iterator[subprocess.Popen]:
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # its workers end with it, and Ctrl-C comes here first
+            start_new_session=True,  # so that its workers end with it, and Ctrl-C reaches this process first
         )
     try:
         yield process
@@ -145,26 +145,26 @@ def _started(run: Run, log: Path) -> Iterator[subprocess.Popen]:
 def _watch(
     run: Run, process: subprocess.Popen, attempt: Path, shards: SliceShards, bar: _Progress, log: Path, start: int
 ) -> str:
-    """Until it ends or stalls. Raises DiskFull."""
-    out, seen, since = shards.part.out, -1, time.monotonic()
+    """Waits until img2dataset ends or stalls. -> why. Raises DiskFull."""
+    out, tried, since = shards.part.out, -1, time.monotonic()
     while True:
         code = process.poll()
-        bar.moved(shards.publish(attempt))
+        bar.publish(shards.publish(attempt))
         bar.show(_live(attempt))
-        words = _words(log, start)
-        if any(sign in words for sign in _DISK_FULL) or shutil.disk_usage(out).free < _LEAST_FREE:
+        output = _output(log, start)
+        if any(sign in output for sign in _DISK_FULL) or shutil.disk_usage(out).free < _LEAST_FREE:
             raise DiskFull(out)
         if code is not None:
-            return f"img2dataset ended with code {code}" + (f" ({_last(words)})" if code or words else "")
-        if bar.came != seen:
-            seen, since = bar.came, time.monotonic()
+            return f"img2dataset ended with code {code}" + (f" ({_last_line(output)})" if code or output else "")
+        if bar.tried != tried:
+            tried, since = bar.tried, time.monotonic()
         elif time.monotonic() - since > run.stall_seconds:
-            return f"no picture was tried for {run.stall_seconds:g} s (--stall-seconds)"
+            return f"no picture was fetched for {run.stall_seconds:g} s (--stall-seconds)"
         time.sleep(_POLL)
 
 
 def _live(attempt: Path) -> Counter[str]:
-    """What the workers have counted since the attempt began."""
+    """The workers' counts since the attempt started."""
     counts: Counter[str] = Counter()
     for path in (attempt / "live").glob("*"):
         if path.suffix:  # it is being written
@@ -176,8 +176,8 @@ def _live(attempt: Path) -> Counter[str]:
     return counts
 
 
-def _words(log: Path, start: int) -> str:
-    """The end of what this attempt has written."""
+def _output(log: Path, start: int) -> str:
+    """The end of this attempt's output."""
     try:
         with log.open("rb") as file:
             file.seek(max(start, file.seek(0, os.SEEK_END) - 2**16))
@@ -186,8 +186,8 @@ def _words(log: Path, start: int) -> str:
         return ""
 
 
-def _last(words: str) -> str:
-    lines = [line.strip() for line in words.replace("\r", "\n").splitlines() if line.strip()]
+def _last_line(output: str) -> str:
+    lines = [line.strip() for line in output.replace("\r", "\n").splitlines() if line.strip()]
     return lines[-1][:200] if lines else "it wrote nothing"
 
 
@@ -203,31 +203,31 @@ def _bar(rows: int, counts: Counter[str], part: Slice) -> Iterator[_Progress]:
 
 
 class _Progress:
-    """Pictures tried, as a bar on a terminal, and as a line now and then elsewhere."""
+    """The number of pictures tried: a bar on a terminal, otherwise a line every now and then."""
 
     def __init__(self, bar: tqdm, counts: Counter[str], rows: int, description: str):
         self._bar, self._rows, self._description = bar, rows, description
         self._counts = Counter(counts)  # of the shards that are done
-        self._moved: Counter[str] = Counter()  # of these, in this attempt
+        self._published: Counter[str] = Counter()  # of these, the shards of this attempt
         self._first, self._start = counts.total(), time.monotonic()
         self._line = time.monotonic()
-        self.came = 0  # pictures tried in this attempt
+        self.tried = 0  # pictures, in this attempt
 
-    def begin(self) -> None:
-        """Of an attempt, or its end: what was tried for shards that are not done does not count."""
-        self._moved.clear()
-        self.came = 0
+    def reset(self) -> None:
+        """At the start and the end of an attempt: pictures of unfinished shards no longer count."""
+        self._published.clear()
+        self.tried = 0
         self._set(self._counts)
 
-    def moved(self, counts: Counter[str]) -> None:
+    def publish(self, counts: Counter[str]) -> None:
         self._counts += counts
-        self._moved += counts
+        self._published += counts
 
     def show(self, live: Counter[str]) -> None:
-        """`live`: of this attempt, done or not."""
-        self.came = max(self.came, live.total(), self._moved.total())
-        # The files of the workers may be a moment behind the shards.
-        self._set(self._counts + (live - self._moved))
+        """`live`: all counts of this attempt, including unfinished shards."""
+        self.tried = max(self.tried, live.total(), self._published.total())
+        # The workers' files may lag behind the shards.
+        self._set(self._counts + (live - self._published))
 
     def _set(self, counts: Counter[str]) -> None:
         text = _summary(counts)
@@ -253,4 +253,4 @@ def _summary(counts: Counter[str]) -> str:
         return "nothing yet"
     failed = Counter({reason: count for reason, count in counts.items() if reason != SUCCESS})
     reasons = [f"{reason} {count:,}" for reason, count in failed.most_common(_SHOWN)]
-    return ", ".join([f"{100 * counts[SUCCESS] / tried:.1f} % came", *reasons])
+    return ", ".join([f"{100 * counts[SUCCESS] / tried:.1f} % succeeded", *reasons])

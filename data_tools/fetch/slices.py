@@ -1,9 +1,9 @@
-"""One slice of a download: its part of the list as canonical parquet, its shard numbers, and what became of each row.
+"""One slice of a download: its part of the list as canonical parquet, its shard numbers, and the outcome of each row.
 
 DIR/list/00000-of-00004/     the rows of the slice, as img2dataset reads them, and list.json
-DIR/download/plan.json       what all slices agree on
-DIR/download/00000-of-00004/ log.txt, the shards in work, and done.json when the slice is done
-DIR/00012.tar .parquet _stats.json    finished shards; the numbers of two slices never meet
+DIR/download/plan.json       the settings of all slices
+DIR/download/00000-of-00004/ log.txt, unfinished shards, and done.json when the slice is done
+DIR/00012.tar .parquet _stats.json    finished shards; no two slices share a number
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from data_tools.ownership import owned
 from pretrain.files import beside, move, sync, write_json
 
 WORK = "download"
-_PART_ROWS = 200_000  # of one parquet file of the list; img2dataset holds one in memory
+_PART_ROWS = 200_000  # per parquet file of the list; img2dataset loads one at a time
 
 
 @dataclass(frozen=True)
 class Slice:
-    """The I-th of N contiguous slices of a list of `rows` rows."""
+    """The I-th of N contiguous slices of a list."""
 
     out: Path
     number: int
@@ -55,25 +55,25 @@ class Slice:
         return self.work / "done.json"
 
     def shards(self, rows: int) -> range:
-        """The numbers that this slice's shards may have; whole shards, so that no two slices share one."""
+        """The numbers that this slice's shards may have, in a list of `rows` rows. No two slices share a shard."""
         shards = -(-rows // self.samples_per_shard)
         return range(self.number * shards // self.slices, (self.number + 1) * shards // self.slices)
 
 
 @dataclass(frozen=True)
 class ListedRows:
-    """The slice's part of the list, as it was written: what list.json holds."""
+    """The slice's part of the list: the content of list.json."""
 
     rows: int
     kept: int
     dropped: dict[str, int]
-    first: int  # shard
+    first: int  # number of the first shard
     digits: int  # of a shard's number
 
 
 @dataclass(frozen=True)
 class SliceShards:
-    """The shards that a slice consists of: their numbers, their rows of the list, and which of them stand in DIR."""
+    """The shards of a slice: their numbers, their rows of the list, and which of them are in DIR."""
 
     part: Slice
     listed: ListedRows
@@ -88,7 +88,7 @@ class SliceShards:
         return min(size, self.listed.kept - (shard - self.listed.first) * size)
 
     def path(self, shard: int, ending: str, directory: Path | None = None) -> Path:
-        """In DIR, or in another directory."""
+        """A shard's file in DIR, or in another directory."""
         return (directory or self.part.out) / f"{shard:0{self.listed.digits}d}{ending}"
 
     def published(self) -> list[int]:
@@ -99,18 +99,18 @@ class SliceShards:
         return sorted({*self.numbers} - {*self.published()})
 
     def counts(self) -> Counter[str]:
-        """What became of the rows of the published shards."""
+        """The outcome of the rows of the published shards."""
         return sum((account(self.path(shard, ".parquet")) for shard in self.published()), Counter[str]())
 
-    def remove_halves(self) -> None:
-        """Of a publication that was interrupted, or of a person who removed a file."""
+    def remove_incomplete(self) -> None:
+        """Removes the remaining files of missing shards: `publish` was interrupted, or a user removed a file."""
         for shard in self.missing():
             for ending in ("_stats.json", ".parquet", ".tar", ".idx"):
                 self.path(shard, ending).unlink(missing_ok=True)
 
     def publish(self, attempt: Path) -> Counter[str]:
-        """Moves the finished shards of an attempt to DIR, each with its _stats.json last; a shard that lost rows stays,
-        to be made again. -> what became of the rows of the shards that it moved."""
+        """Moves the finished shards of an attempt to DIR, each with its _stats.json last. A shard with missing rows is
+        not moved, so it is made again. -> the outcome of the rows of the moved shards."""
         counts: Counter[str] = Counter()
         for stats in sorted(attempt.glob("*_stats.json")):
             shard = int(stats.name.removesuffix("_stats.json"))
@@ -118,7 +118,7 @@ class SliceShards:
             try:
                 json.loads(stats.read_bytes())
                 rows = account(next(path for path in tables if path.exists()))
-            except (ValueError, StopIteration):  # it is being written, or was when the worker was killed
+            except (ValueError, StopIteration):  # it is being written, or the worker was killed while writing it
                 continue
             if rows.total() != self.rows_of(shard):
                 continue
@@ -130,11 +130,11 @@ class SliceShards:
 
 
 def write_list(rows: List, part: Slice) -> SliceShards:
-    """Writes the canonical rows of the slice, unless they are there. They appear when they are whole."""
+    """Writes the canonical rows of the slice, unless they exist. They appear all at once."""
     record = part.list / "list.json"
     if record.exists():
         return SliceShards(part, ListedRows(**json.loads(record.read_bytes())))
-    # Only slices need to know how many rows there are, which costs a pass over a text file.
+    # Only slices need the number of rows, which costs a pass over a text file.
     numbers = part.shards(rows.rows) if part.slices > 1 else None
     first, stop = (0, None) if numbers is None else (numbers.start, numbers.stop)
     growing = beside(part.list)
@@ -159,42 +159,42 @@ def write_list(rows: List, part: Slice) -> SliceShards:
 
 
 def _parts(batches: Iterator[pa.RecordBatch], samples_per_shard: int) -> Iterator[pa.Table]:
-    """Tables of a whole number of shards each, but the last."""
+    """Tables that each contain a whole number of shards, except the last."""
     size = samples_per_shard * max(1, _PART_ROWS // samples_per_shard)
-    held: list[pa.RecordBatch] = []
+    pending: list[pa.RecordBatch] = []
     count = 0
     for batch in batches:
         while batch.num_rows:
-            held.append(batch.slice(0, size - count))
-            batch = batch.slice(held[-1].num_rows)
-            count += held[-1].num_rows
+            pending.append(batch.slice(0, size - count))
+            batch = batch.slice(pending[-1].num_rows)
+            count += pending[-1].num_rows
             if count == size:
-                yield pa.Table.from_batches(held)
-                held, count = [], 0
-    if held:
-        yield pa.Table.from_batches(held)
+                yield pa.Table.from_batches(pending)
+                pending, count = [], 0
+    if pending:
+        yield pa.Table.from_batches(pending)
 
 
 def owned_slice(part: Slice, plan: dict[str, Any]) -> AbstractContextManager:
-    """The slice, for this process alone; `plan` is what all slices of DIR agree on. Raises ValueError if DIR holds
-    something else, or another process makes this slice."""
+    """Reserves the slice for this process; `plan` are the settings of all slices of DIR. Raises ValueError if DIR
+    contains something else, or another process is making this slice."""
     return owned(
         part.out,
         plan,
         stamp=part.out / WORK / "plan.json",
         work=part.work,
-        stranger=lambda: any(part.out.glob("*.tar")),
+        has_other_files=lambda: any(part.out.glob("*.tar")),
     )
 
 
 def account(parquet: Path) -> Counter[str]:
-    """What became of each row of a shard: success, or the reason. Raises ValueError for a file that is not whole."""
+    """The outcome of a shard's rows: success, or the reason. Raises ValueError for an incomplete file."""
     try:
         table = pq.read_table(parquet, columns=["status", "error_message"], partitioning=None)
     except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
-        raise ValueError(f"{parquet} cannot be read ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"cannot read {parquet} ({str(error).splitlines()[0]})") from None
     counts: Counter[str] = Counter()
-    for found in table.group_by(["status", "error_message"]).aggregate([([], "count_all")]).to_pylist():
-        reason = SUCCESS if found["status"] == SUCCESS else reason_of(found["error_message"] or "no message")
-        counts[reason] += found["count_all"]
+    for group in table.group_by(["status", "error_message"]).aggregate([([], "count_all")]).to_pylist():
+        reason = SUCCESS if group["status"] == SUCCESS else reason_of(group["error_message"] or "no message")
+        counts[reason] += group["count_all"]
     return counts

@@ -1,7 +1,7 @@
-"""Rules for captions that say nothing of their picture: pyarrow text array -> bool [rows], True = junk.
+"""Rules for captions that say nothing about their picture: pyarrow text array -> bool [rows], True = junk.
 
-Each rule has a name, the reason that the captions count under. They look for what alt texts of the web really hold:
-names of files, addresses, template code, "click to enlarge".
+Each rule has a name, which is the reason that dropped captions count under. The rules look for what alt texts on the
+web really contain: file names, addresses, template code, "click to enlarge".
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-FEWEST_LETTERS = 0.4  # of the characters that are not blank
-REPEATS_FROM = 6  # words; below, a repetition may be a name
-MOST_WORDS_PER_KIND = 3  # a text of ordinary words uses each less often on the average
+FEWEST_LETTERS = 0.4  # share of the non-blank characters
+REPEATS_FROM = 6  # words; in shorter captions a repetition may be a name
+MOST_WORDS_PER_KIND = 3  # ordinary text uses each word less often on average
 SAME_CHARACTER = 8  # in a row
 LONG_TOKEN = 40  # characters; the longest English words have 30
 
 _ADDRESS = r"(?i)^\s*(?:(?:https?://|www\.)\S*|[\w@.-]+\.(?:com|net|org|info|biz|io|edu|gov|ru|de|fr|cn|jp|co\.uk)(?:/\S*)?)\s*$"
 _FILE = (
     r"(?i)^\s*\S+\.(?:jpe?g|jfif|png|gif|webp|bmp|tiff?|svg|heic|avif|psd|raw|pdf|html?|php|aspx?|mp4|mov)\s*$"
-    # what cameras and telephones call their files: IMG_1234, DSC 0042, Screenshot 2020-03-01 at 12.03.12
+    # names that cameras and phones give: IMG_1234, DSC 0042, Screenshot 2020-03-01 at 12.03.12
     r"|^\s*(?:img|image|dscn?|dscf|pict?|pxl|photo|screen ?shot|gopr|cimg|hpim|sam|mvc|wp|vid|p|untitled)"
     r"[\s_#(-]*\d[\d\s_.:()T-]*(?:at[\d\s.:]+|copy|edit(?:ed)?)?\s*$"
 )
-# A caption of these words alone, and of digits and signs, is furniture of the page.
-_FURNITURE = (
+# A caption made only of these words, digits and symbols belongs to the page, not to the picture.
+_PAGE_WORDS = (
     r"photo|photos|photograph|photography|picture|pictures|pic|pics|image|images|img|thumbnail|thumb|logo|icon|banner|"
     r"avatar|slide|slideshow|gallery|cover|poster|stock|product|products|main|featured|feature|profile|header|hero|"
     r"default|background|article|post|blog|related|additional|alternate|full|large|larger|big|small|no|missing|the|a|"
@@ -36,11 +36,11 @@ _FURNITURE = (
     r"untitled|unnamed|undefined|null|none|nan|na|test|blank|empty|attachment|file|upload|uploaded|screenshot|close|"
     r"next|previous|open|share|print|menu|home|advertisement|ad|sponsored|watermark|coming|soon|is|it|item|number"
 )
-_BOILERPLATE = rf"(?i)^[^\p{{L}}]*(?:(?:{_FURNITURE})(?:[^\p{{L}}]+|$))+$"
+_BOILERPLATE = rf"(?i)^[^\p{{L}}]*(?:(?:{_PAGE_WORDS})(?:[^\p{{L}}]+|$))+$"
 _MARKUP = r"(?i)</?[a-z!][^<>]*>|&lt;|\{\{|\}\}|\$\{|\{%|<\?php|javascript:|\bfunction\s*\(|\[/?caption"
 _SAME = "|".join(rf"{c}{{{SAME_CHARACTER},}}" for c in ascii_lowercase) + rf"|[[:punct:]]{{{2 * SAME_CHARACTER},}}"
 
-# A character beyond ASCII counts once, by its first byte.
+# A non-ASCII character counts once, by its first byte.
 _BYTES = np.arange(256)
 _FIRST = (_BYTES < 0x80) | (_BYTES >= 0xC0)
 _SOLID = _FIRST & (_BYTES > 0x20) & (_BYTES != 0x7F)
@@ -48,7 +48,7 @@ _LETTERS = (_BYTES >= 0xC0) | np.array([chr(b).isalpha() and b < 0x80 for b in r
 
 
 def is_address(captions: pa.Array) -> np.ndarray:
-    """The whole caption is a URL or the name of a server."""
+    """The whole caption is a URL or a server name."""
     return _matches(captions, _ADDRESS)
 
 
@@ -58,19 +58,20 @@ def is_filename(captions: pa.Array) -> np.ndarray:
 
 
 def without_letters(captions: pa.Array) -> np.ndarray:
-    """Digits and punctuation only. Not the empty text: a list of pictures alone has no other."""
+    """Only digits and punctuation. Not the empty text, which is the only caption in a list of pictures alone."""
     return ~_matches(captions, r"^$|\p{L}")
 
 
 def few_letters(captions: pa.Array) -> np.ndarray:
-    """Less than FEWEST_LETTERS of what is not blank are letters: 12x18cm 3/4 (004). All beyond ASCII passes as one."""
+    """Less than FEWEST_LETTERS of the non-blank characters are letters: 12x18cm 3/4 (004). All characters outside ASCII
+    count as letters."""
     letters, solid = count_bytes(captions, _LETTERS), count_bytes(captions, _SOLID)
     return letters < FEWEST_LETTERS * solid
 
 
 def count_bytes(texts: pa.Array, wanted: np.ndarray) -> np.ndarray:
-    """int64 [rows]: how many bytes of each text are `wanted` (bool [256]). Ten times as fast as a regular expression
-    that counts."""
+    """int64 [rows]: how many bytes of each text are `wanted` (bool [256]). Ten times faster than counting by a regular
+    expression."""
     _, ends, data = texts.buffers()
     if len(texts) == 0 or data is None:
         return np.zeros(len(texts), np.int64)
@@ -82,12 +83,12 @@ def count_bytes(texts: pa.Array, wanted: np.ndarray) -> np.ndarray:
 
 
 def is_boilerplate(captions: pa.Array) -> np.ndarray:
-    """Every word is one of the page's furniture: "image for", "Stock Photo", "click to view larger image"."""
+    """Every word is one of _PAGE_WORDS: "image for", "Stock Photo", "click to view larger image"."""
     return _matches(captions, _BOILERPLATE)
 
 
 def has_markup(captions: pa.Array) -> np.ndarray:
-    """Tags, templates and script that a page failed to fill in."""
+    """Tags, script, and templates that were not filled in."""
     return _matches(captions, _MARKUP)
 
 
@@ -97,7 +98,7 @@ def same_character(captions: pa.Array) -> np.ndarray:
 
 
 def repeats_words(captions: pa.Array) -> np.ndarray:
-    """REPEATS_FROM words or more, each of them MOST_WORDS_PER_KIND times or more on the average: buy now buy now ..."""
+    """At least REPEATS_FROM words, each at least MOST_WORDS_PER_KIND times on average: buy now buy now ..."""
     junk = np.zeros(len(captions), bool)
     blanks = pc.count_substring(captions, " ")
     candidates = np.flatnonzero(_true(pc.greater_equal(blanks, REPEATS_FROM - 1)))
@@ -108,11 +109,11 @@ def repeats_words(captions: pa.Array) -> np.ndarray:
 
 
 def long_token(captions: pa.Array) -> np.ndarray:
-    """A run of LONG_TOKEN letters and digits without a blank: a hash, base64, the slug of a page."""
+    """A run of LONG_TOKEN letters and digits without a blank: a hash, base64, a URL slug."""
     return _matches(captions, rf"[A-Za-z0-9+/=_-]{{{LONG_TOKEN},}}")
 
 
-# In the order in which they are applied; a caption counts under the first that finds it.
+# In the order in which they are applied; a caption counts under the first that matches.
 JUNK: dict[str, Callable[[pa.Array], np.ndarray]] = {
     "caption_is_url": is_address,
     "caption_is_filename": is_filename,

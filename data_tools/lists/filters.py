@@ -1,9 +1,8 @@
 """Filters of a list of URLs and captions: each a small pure function, pyarrow.RecordBatch -> bool [rows], True = drop.
 
-Batches are those of lists.reading (url, caption, and similarity, punsafe, pwatermark, width, height, language where
-the list has them): their texts are UTF-8 without NUL. `chosen` puts the filters that were asked for in their order; a
-row counts under the first that drops it. A row whose number or language is missing cannot be judged and is dropped by
-the filter that asks for it.
+Batches are those of lists.reading (url, caption, and similarity, punsafe, pwatermark, width, height, language if the
+list has them); their texts are UTF-8 without NUL. `make_filters` returns the requested filters in their order; a row
+counts under the first that drops it. A filter also drops the rows that lack the number or language it needs.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ import pyarrow.compute as pc
 from data_tools.lists.caption_rules import JUNK
 from data_tools.lists.languages import UNKNOWN, detector, language_code
 
-_MOST_WORDS = 500  # RE2, the engine below, takes up to 1000 repetitions
-_SHOWN = 200  # characters of a value that a drop tells
-# The name of the server, after a user name that nobody should trust.
+_MOST_WORDS = 500  # RE2, the engine below, allows up to 1000 repetitions
+_DETAIL = 200  # characters of a value in a drop's detail
+# The server's name, after an optional user name, which might imitate one.
 _HOST = r"^(?i:https?)://(?:[^/?#\\@]*@)?(?P<host>[^/?#\\:@]+)"
 # Scripts without blanks between words: each character counts as a word.
 _SOLID_SCRIPTS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}"
@@ -34,12 +33,12 @@ Drops = Callable[[pa.RecordBatch], np.ndarray]
 class Filter(NamedTuple):
     name: str  # the reason that dropped rows count under
     drops: Drops
-    tells: Callable[[pa.RecordBatch], list[str]]  # of dropped rows: what was found
+    details: Callable[[pa.RecordBatch], list[str]]  # of dropped rows: the value that was too low, too long ...
 
 
 @dataclass(frozen=True)
 class ListSettings:
-    """Which filters are used, with which thresholds; None, () and False: not used."""
+    """The thresholds of the filters; None, () and False turn one off."""
 
     min_similarity: float | None = None
     max_punsafe: float | None = None
@@ -57,32 +56,32 @@ class ListSettings:
     def __post_init__(self) -> None:
         for name in ("min_side", "max_aspect", "min_caption_words", "min_caption_chars", "max_caption_chars"):
             if (value := getattr(self, name)) is not None and not value >= 1:
-                raise ValueError(f"--{name.replace('_', '-')}={value} is below 1; use 1 or more, or leave it out")
+                raise ValueError(f"--{name.replace('_', '-')}={value} is below 1; use 1 or more, or omit it")
         if (self.min_caption_words or 0) > _MOST_WORDS:
             raise ValueError(
-                f"--min-caption-words={self.min_caption_words} is above {_MOST_WORDS}; no caption has as many"
+                f"--min-caption-words={self.min_caption_words} is above {_MOST_WORDS}; no caption has that many"
             )
         for name in ("max_punsafe", "max_pwatermark"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
-                raise ValueError(f"--{name.replace('_', '-')}={value} is no probability; use 0 to 1")
+                raise ValueError(f"--{name.replace('_', '-')}={value} is not a probability; use 0 to 1")
         if (value := self.min_similarity) is not None and not -1 <= value <= 1:
-            raise ValueError(f"--min-similarity={value} is no cosine; use -1 to 1, such as 0.3")
+            raise ValueError(f"--min-similarity={value} is not a cosine; use -1 to 1, such as 0.3")
 
 
-def chosen(settings: ListSettings, columns: Sequence[str]) -> list[Filter]:
-    """The filters that `settings` ask for, in the order in which they are applied. Raises ValueError for a column that
-    the list does not have, naming those it has. Duplicate URLs are not among them: see UrlSet."""
+def make_filters(settings: ListSettings, columns: Sequence[str]) -> list[Filter]:
+    """The filters that `settings` turn on, in the order in which they are applied. Raises ValueError for a column that
+    the list does not have, naming those it has. UrlSet, not a filter, finds duplicate URLs."""
 
     def needs(option: str, *names: str) -> None:
         if missing := [name for name in names if name not in columns]:
             raise ValueError(
-                f"--{option} needs the column {' and '.join(missing)}, but the list has {', '.join(columns)}; leave "
+                f"--{option} needs the column {' and '.join(missing)}, but the list has {', '.join(columns)}; omit "
                 "the option out, or choose the --preset that fits the list"
             )
 
     s = settings
     filters = [
-        Filter("bad_url", bad_url, partial(shown, names=("caption",))),
+        Filter("bad_url", bad_url, partial(describe_values, names=("caption",))),
         Filter("caption_too_long", partial(caption_too_long, most=s.max_caption_chars), caption_length),
     ]
     for option, reason, drops, column, threshold in (
@@ -93,9 +92,11 @@ def chosen(settings: ListSettings, columns: Sequence[str]) -> list[Filter]:
         if threshold is not None:
             needs(option, column)
             filters.append(
-                Filter(reason, partial(drops, name=column, threshold=threshold), partial(shown, names=(column,)))
+                Filter(
+                    reason, partial(drops, name=column, threshold=threshold), partial(describe_values, names=(column,))
+                )
             )
-    sides = partial(shown, names=("width", "height"))
+    sides = partial(describe_values, names=("width", "height"))
     if s.min_side is not None:
         needs("min-side", "width", "height")
         filters.append(Filter("too_small", partial(too_small, least=s.min_side), sides))
@@ -104,13 +105,13 @@ def chosen(settings: ListSettings, columns: Sequence[str]) -> list[Filter]:
         filters.append(Filter("extreme_aspect", partial(extreme_aspect, most=s.max_aspect), sides))
     if s.blocked_domains:
         blocked = frozenset(s.blocked_domains)
-        filters.append(Filter("blocked_domain", partial(blocked_domain, domains=blocked), told_hosts))
+        filters.append(Filter("blocked_domain", partial(blocked_domain, domains=blocked), describe_hosts))
     return filters + _caption_filters(s, columns)
 
 
 def _caption_filters(s: ListSettings, columns: Sequence[str]) -> list[Filter]:
     filters = []
-    caption = partial(shown, names=("caption",))
+    caption = partial(describe_values, names=("caption",))
     if not s.keep_junk_captions:
         filters += [Filter(name, partial(_on_captions, rule), caption) for name, rule in JUNK.items()]
     if s.min_caption_chars is not None or s.min_caption_words is not None:
@@ -119,8 +120,8 @@ def _caption_filters(s: ListSettings, columns: Sequence[str]) -> list[Filter]:
     if s.language:
         wanted = frozenset(language_code(code) for code in s.language)
         if "language" in columns:
-            listed = partial(other_language_listed, wanted=wanted)
-            filters.append(Filter("other_language", listed, partial(shown, names=("language",))))
+            by_column = partial(other_language_listed, wanted=wanted)
+            filters.append(Filter("other_language", by_column, partial(describe_values, names=("language",))))
         else:
             detect = detector()
             filters.append(
@@ -134,7 +135,7 @@ def _caption_filters(s: ListSettings, columns: Sequence[str]) -> list[Filter]:
 
 
 def bad_url(batch: pa.RecordBatch) -> np.ndarray:
-    """What is not http(s)://SERVER..., or has white space inside."""
+    """URLs that are not http(s)://SERVER..., or contain white space."""
     return ~_true(pc.match_substring_regex(batch["url"], _HOST + r"\S*$"))
 
 
@@ -147,7 +148,7 @@ def caption_too_short(batch: pa.RecordBatch, words: int, chars: int) -> np.ndarr
     captions = batch["caption"]
     short = _true(pc.less(pc.utf8_length(captions), chars))
     if words > 1:
-        # Most captions have words enough between their blanks, and counting is ten times as slow as matching.
+        # Most captions have enough words separated by blanks, and counting is ten times slower than matching.
         enough = pc.match_substring_regex(captions, rf"\S(?:\S*\s+\S){{{words - 1}}}")
         few = np.flatnonzero(~_true(enough))
         counts = pc.count_substring_regex(captions.take(pa.array(few)), _WORD)
@@ -156,7 +157,7 @@ def caption_too_short(batch: pa.RecordBatch, words: int, chars: int) -> np.ndarr
 
 
 def below(batch: pa.RecordBatch, name: str, threshold: float) -> np.ndarray:
-    return ~(_numbers(batch, name) >= threshold)  # not (a >= b): NaN, the missing number, is dropped
+    return ~(_numbers(batch, name) >= threshold)  # not (a >= b), so that NaN, a missing number, is dropped
 
 
 def above(batch: pa.RecordBatch, name: str, threshold: float) -> np.ndarray:
@@ -174,7 +175,7 @@ def extreme_aspect(batch: pa.RecordBatch, most: float) -> np.ndarray:
 
 
 def blocked_domain(batch: pa.RecordBatch, domains: frozenset[str]) -> np.ndarray:
-    """The server is one of `domains` (lower case) or below one of them: "b.c" blocks b.c and a.b.c, not ab.c."""
+    """The server is one of `domains` (lower case) or a subdomain: "b.c" blocks b.c and a.b.c, but not ab.c."""
     hosts = hosts_of(batch["url"]).dictionary_encode()
     blocked = np.array([is_below(host or "", domains) for host in hosts.dictionary.to_pylist()] + [False])
     return blocked[pc.fill_null(hosts.indices, len(blocked) - 1).to_numpy(zero_copy_only=False)]
@@ -186,13 +187,13 @@ def is_below(host: str, domains: frozenset[str]) -> bool:
 
 
 def hosts_of(urls: pa.Array) -> pa.Array:
-    """The servers of http(s) URLs in lower case, without port; null for what is no such URL."""
-    found = pc.extract_regex(urls, _HOST)
-    return pc.utf8_rtrim(pc.utf8_lower(pc.struct_field(found, "host")), ".")
+    """The servers of http(s) URLs in lower case, without port; null for any other text."""
+    match = pc.extract_regex(urls, _HOST)
+    return pc.utf8_rtrim(pc.utf8_lower(pc.struct_field(match, "host")), ".")
 
 
 def other_language_listed(batch: pa.RecordBatch, wanted: frozenset[str]) -> np.ndarray:
-    """The list names another language, or none."""
+    """The list's column has another language, or none."""
     codes = batch["language"].dictionary_encode()
     other = np.array([language_code(code or "") not in wanted for code in codes.dictionary.to_pylist()] + [True])
     return other[pc.fill_null(codes.indices, len(other) - 1).to_numpy(zero_copy_only=False)]
@@ -201,31 +202,31 @@ def other_language_listed(batch: pa.RecordBatch, wanted: frozenset[str]) -> np.n
 def other_language_detected(
     batch: pa.RecordBatch, wanted: frozenset[str], detect: Callable[[Iterable[str]], list[str]]
 ) -> np.ndarray:
-    """The caption is in another language. One whose language cannot be told (a name, two words) is kept."""
+    """The caption is in another language. A caption whose language is uncertain (a name, two words) passes."""
     return np.array([code not in wanted and code != UNKNOWN for code in detect(_texts(batch, "caption"))], bool)
 
 
-def shown(batch: pa.RecordBatch, names: Sequence[str]) -> list[str]:
-    """The values of the columns, cut short and fit to be written: "512 x 90"."""
-    return [" x ".join(values) for values in zip(*(_shown(batch[name]) for name in names), strict=True)]
+def describe_values(batch: pa.RecordBatch, names: Sequence[str]) -> list[str]:
+    """The values of the columns, shortened, for a drop's detail: "512 x 90"."""
+    return [" x ".join(values) for values in zip(*(_describe(batch[name]) for name in names), strict=True)]
 
 
 def caption_length(batch: pa.RecordBatch) -> list[str]:
     return [f"{length} characters" for length in pc.utf8_length(batch["caption"]).to_pylist()]
 
 
-def told_hosts(batch: pa.RecordBatch) -> list[str]:
-    return [(host or "")[:_SHOWN] for host in hosts_of(batch["url"]).to_pylist()]
+def describe_hosts(batch: pa.RecordBatch) -> list[str]:
+    return [(host or "")[:_DETAIL] for host in hosts_of(batch["url"]).to_pylist()]
 
 
 def _on_captions(rule: Callable[[pa.Array], np.ndarray], batch: pa.RecordBatch) -> np.ndarray:
     return rule(batch["caption"])
 
 
-def _shown(column: pa.Array) -> list[str]:
+def _describe(column: pa.Array) -> list[str]:
     values = column.to_pylist()
     if pa.types.is_string(column.type):
-        return ["null" if value is None else value[:_SHOWN] for value in values]
+        return ["null" if value is None else value[:_DETAIL] for value in values]
     return ["null" if value is None else f"{value:.6g}" for value in values]
 
 

@@ -1,7 +1,7 @@
-"""Files of URLs and captions as raw columns, a batch at a time: parquet, csv, tsv, jsonl, and JSON in one piece.
+"""Reads files of URLs and captions as raw columns in batches: parquet, csv, tsv, jsonl, and whole JSON documents.
 
-Texts come as bytes as they stand in the file: data_tools.lists.reading judges them. A table has `columns`, `rows()` and
-`batches(columns, size, first)`; a row that cannot be taken apart has its reason in the column PROBLEM.
+Texts are the raw bytes of the file; data_tools.lists.reading decodes and checks them. A table has `columns`, `rows()`
+and `batches(columns, size, first)`; the column PROBLEM has the reason of a row that cannot be parsed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 PROBLEM = "_problem"
 BAD_ROW = "bad_row"
-Row = tuple[Any, ...] | None  # None: it cannot be taken apart
-_LINE = 2**20  # a longer one is cut; what is cut is too long for a caption anyway
+Row = tuple[Any, ...] | None  # None: it cannot be parsed
+_LINE = 2**20  # longer lines are truncated; such captions are too long anyway
 _ELEMENT = 2**26  # characters of one JSON element or one csv cell
 _CHUNK = 2**20
 _WHITE = " \t\r\n"
@@ -35,7 +35,7 @@ class ParquetTable:
                 self.columns = tuple(file.schema_arrow.names)
                 self._groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{path} is no parquet file ({str(error).splitlines()[0]}); get it again") from None
+            raise ValueError(f"{path} is not a parquet file ({str(error).splitlines()[0]}); get it again") from None
 
     def rows(self) -> int:
         return sum(self._groups)
@@ -45,7 +45,7 @@ class ParquetTable:
         while groups and self._groups[groups[0]] <= first:
             first -= self._groups[groups.pop(0)]
         try:
-            # pre_buffer would hold whole column chunks in memory.
+            # pre_buffer would load whole column chunks into memory.
             with pq.ParquetFile(self.path, pre_buffer=False) as file:
                 for batch in file.iter_batches(size, groups, columns=list(columns)):
                     skipped = min(first, batch.num_rows)
@@ -57,7 +57,7 @@ class ParquetTable:
 
 
 class TextTable:
-    """Rows out of a text file. `read` gives the rows, as tuples in the order of `columns`."""
+    """The rows of a text file. `read` returns them as tuples in the order of `columns`."""
 
     def __init__(self, path: Path, columns: Sequence[str], read: Callable[[], Iterator[Row]]):
         self.path, self.columns, self._read = path, tuple(columns), read
@@ -80,7 +80,7 @@ class TextTable:
 def _bytes(value: Any) -> bytes | None:
     if value is None or isinstance(value, bytes):
         return value
-    # A lone surrogate becomes bytes that are no UTF-8, and counts as such.
+    # A lone surrogate becomes invalid UTF-8, and counts as such.
     return (value if isinstance(value, str) else json.dumps(value)).encode("utf-8", "surrogatepass")
 
 
@@ -89,7 +89,7 @@ def open_text(path: Path) -> BinaryIO:
 
 
 def lines(file: BinaryIO, limit: int = _LINE) -> Iterator[bytes]:
-    """The lines without their ends. One of more than `limit` bytes is cut to them."""
+    """The lines without their ends, truncated to `limit` bytes."""
     while line := file.readline(limit):
         rest = line
         while not rest.endswith(b"\n") and (rest := file.readline(limit)):
@@ -98,7 +98,7 @@ def lines(file: BinaryIO, limit: int = _LINE) -> Iterator[bytes]:
 
 
 def tab_separated(path: Path, names: Sequence[str] | None) -> TextTable:
-    """A .tsv: no quotes, a line is a row. `names` are its columns where it has no header."""
+    """A .tsv: no quotes, each line is a row. `names` are its columns if it has no header."""
     with open_text(path) as file:
         header = next(lines(file), b"") if names is None else None
     columns = _header(path, header.split(b"\t")) if header is not None else list(names or ())
@@ -109,7 +109,7 @@ def tab_separated(path: Path, names: Sequence[str] | None) -> TextTable:
                 if number == 0 and header is not None:
                     continue
                 cells = tuple(line.split(b"\t"))
-                # A file without header may have more columns than those that are named.
+                # A file without header may have more columns than `names`.
                 good = len(cells) == len(columns) or (len(cells) > len(columns) and header is None)
                 yield cells if good else None
 
@@ -117,11 +117,11 @@ def tab_separated(path: Path, names: Sequence[str] | None) -> TextTable:
 
 
 def comma_separated(path: Path) -> TextTable:
-    """A .csv with header; cells in quotes may hold line ends."""
+    """A .csv with header; quoted cells may contain line ends."""
     csv.field_size_limit(_ELEMENT)
 
     def raw() -> Iterator[list[str] | None]:
-        # latin-1: one character per byte, whatever the bytes are.
+        # latin-1 maps every byte to one character.
         with io.TextIOWrapper(open_text(path), encoding="latin-1", newline="") as file:
             reader = csv.reader(file)
             while True:
@@ -146,12 +146,12 @@ def comma_separated(path: Path) -> TextTable:
 def _header(path: Path, cells: list[bytes]) -> list[str]:
     names = [cell.decode("utf-8", "replace").strip().removeprefix("\ufeff") for cell in cells]
     if not any(names):
-        raise ValueError(f"{path} is empty; it should begin with the names of its columns")
+        raise ValueError(f"{path} is empty; its first line should be the names of its columns")
     return names
 
 
 def json_lines(path: Path) -> TextTable:
-    """A .jsonl: an object per line. Its columns are those of the first 100 objects."""
+    """A .jsonl: one object per line. The columns are those of the first 100 objects."""
 
     def objects() -> Iterator[dict[str, Any] | None]:
         with open_text(path) as file:
@@ -191,36 +191,36 @@ def _of_objects(path: Path, objects: Callable[[], Iterable[dict[str, Any] | None
 
 
 def json_elements(path: Path, keys: Iterable[str] | None = None) -> Iterator[tuple[str, Any]]:
-    """The elements of the array that the file is ("", element), or of the arrays that stand in its object (key,
-    element); only under `keys` if given. Holds one element in memory. Raises ValueError where it is no JSON."""
+    """The elements of a file that is one array: ("", element); or of the arrays in a file that is one object: (key,
+    element), only for `keys` if given. Has one element in memory at a time. Raises ValueError if it is not JSON."""
     wanted = None if keys is None else set(keys)
     with io.TextIOWrapper(open_text(path), encoding="utf-8", errors="surrogateescape") as file:
-        scan = _Scanner(path, file)
-        opening = scan.mark()
+        scanner = _Scanner(path, file)
+        opening = scanner.next_character()
         if opening == "[":
-            yield from (("", value) for value in scan.elements())
+            yield from (("", value) for value in scanner.elements())
         elif opening == "{":
-            for key in scan.members():
-                if scan.peek() != "[":
-                    scan.value()
+            for key in scanner.members():
+                if scanner.peek() != "[":
+                    scanner.value()
                     continue
-                scan.mark()
-                for value in scan.elements():
+                scanner.next_character()
+                for value in scanner.elements():
                     if wanted is None or key in wanted:
                         yield key, value
         else:
-            raise ValueError(f"{path} begins with {opening!r}, so it is no JSON list; check the file and --preset")
+            raise ValueError(f"{path} begins with {opening!r}, so it is not a JSON list; check the file and --preset")
 
 
 class _Scanner:
-    """Takes JSON values one by one from a file of any size."""
+    """Reads JSON values one by one from a file of any size."""
 
     def __init__(self, path: Path, file: io.TextIOWrapper):
         self._path, self._file = path, file
         self._text, self._at, self._decode = "", 0, json.JSONDecoder().raw_decode
 
     def peek(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """The next non-blank character, without consuming it; "" at the end."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in _WHITE + "\ufeff":
                 self._at += 1
@@ -229,7 +229,7 @@ class _Scanner:
             if not self._more(_CHUNK):
                 return ""
 
-    def mark(self) -> str:
+    def next_character(self) -> str:
         character = self.peek()
         self._at += 1
         return character
@@ -240,44 +240,46 @@ class _Scanner:
         while True:
             try:
                 value, end = self._decode(self._text, self._at)
-                # A number at the end of what was read may go on.
+                # A number at the end of the buffer may continue.
                 if end < len(self._text) or not self._more(_CHUNK):
                     self._at = end
                     return value
             except (ValueError, RecursionError) as error:
                 if len(self._text) - self._at > _ELEMENT or not self._more(more):
-                    raise ValueError(f"{self._path} is no whole JSON file ({error}); get it again") from None
-                more *= 2  # so that a large element costs a linear number of characters
+                    raise ValueError(f"{self._path} is not a complete JSON file ({error}); get it again") from None
+                more *= 2  # so that the work is linear in the size of an element
 
     def elements(self) -> Iterator[Any]:
-        """The rest of an array whose bracket was read."""
+        """The rest of an array, after its bracket."""
         if self.peek() == "]":
-            self.mark()
+            self.next_character()
             return
         while True:
             yield self.value()
-            if self._then("]"):
+            if self._ends_with("]"):
                 return
 
     def members(self) -> Iterator[str]:
-        """The keys of an object whose brace was read; the value of each is to be taken before the next."""
+        """The keys of an object, after its brace; the caller reads each key's value before the next key."""
         if self.peek() == "}":
             return
         while True:
             key = self.value()
-            if self.mark() != ":":
-                raise ValueError(f"{self._path} is no JSON file: no colon after {key!r:.50}; get it again")
+            if self.next_character() != ":":
+                raise ValueError(f"{self._path} is not a JSON file: no colon after {key!r:.50}; get it again")
             yield str(key)
-            if self._then("}"):
+            if self._ends_with("}"):
                 return
 
-    def _then(self, closing: str) -> bool:
-        found = self.mark()
-        if found not in (",", closing):
-            raise ValueError(f"{self._path} is no whole JSON file: {found!r} in place of a comma; get it again")
-        return found == closing
+    def _ends_with(self, closing: str) -> bool:
+        character = self.next_character()
+        if character not in (",", closing):
+            raise ValueError(
+                f"{self._path} is not a complete JSON file: {character!r} instead of a comma; get it again"
+            )
+        return character == closing
 
     def _more(self, size: int) -> bool:
-        read = self._file.read(size)
-        self._text, self._at = self._text[self._at :] + read, 0
-        return bool(read)
+        text = self._file.read(size)
+        self._text, self._at = self._text[self._at :] + text, 0
+        return bool(text)

@@ -1,4 +1,4 @@
-"""The annotation files of COCO, SBU and Visual Genome as tables of url and caption. They are large: read as streams."""
+"""The annotation files of COCO, SBU and Visual Genome as tables of url and caption. They are large, so streamed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LOOK_AT = 20
 
 
 def coco_captions(path: Path) -> TextTable:
-    """captions_train2017.json: a row per annotation, its URL by the image's id. Holds the URLs in memory (118,287)."""
+    """captions_train2017.json: a row per annotation; its URL is that of its image's id. 118,287 URLs in memory."""
     images: dict[Any, tuple[Any, ...]] = {}
 
     def read() -> Iterator[Row]:
@@ -40,19 +40,19 @@ def sbu_captions(path: Path) -> TextTable:
         captions = (value for _, value in json_elements(path, ("captions",)))
         for url, caption in zip_longest(urls, captions, fillvalue=missing):
             if url is missing or caption is missing:
-                raise ValueError(f"{path} does not hold as many captions as image_urls; get it again")
+                raise ValueError(f"{path} has different numbers of captions and image_urls; get it again")
             yield url, caption
 
     return TextTable(path, ("url", "caption"), read)
 
 
 def visual_genome(paths: Sequence[Path]) -> TextTable:
-    """region_descriptions.json and image_data.json: a row per region, its URL by the image's id. Holds the URLs of the
-    images in memory (108,077)."""
+    """region_descriptions.json and image_data.json: a row per region; its URL is that of its image's id. Has all
+    108,077 URLs in memory."""
     regions = [path for path in paths if any("regions" in value for _, value in islice(_objects(path), _LOOK_AT))]
     images: dict[Any, tuple[Any, ...]] = {}
     if not regions:
-        raise ValueError(f"none of {', '.join(map(str, paths))} holds regions; give region_descriptions.json, too")
+        raise ValueError(f"none of {', '.join(map(str, paths))} has regions; give region_descriptions.json too")
 
     def read() -> Iterator[Row]:
         if not images:
@@ -71,7 +71,7 @@ def visual_genome(paths: Sequence[Path]) -> TextTable:
                     yield (url, region.get("phrase"), width, height) if good else None
 
     if not any(row and row[0] for row in islice(read(), _LOOK_AT)):
-        raise ValueError(f"{regions[0]} names pictures by number alone; give image_data.json with it, for their URLs")
+        raise ValueError(f"{regions[0]} has only the numbers of pictures; give image_data.json too, for their URLs")
     return TextTable(regions[0], _COLUMNS, read)
 
 

@@ -1,7 +1,7 @@
-"""The parts of a list that is being filtered: what a killed run goes on from, put together when all are there.
+"""The parts of a list that is being filtered: a killed run continues after the last one; at the end they are joined.
 
-Beside OUT grows .OUT.parts/ with NNNNN.kept.parquet, NNNNN.dropped.parquet and, last of each part, NNNNN.json with its
-counts. A part without counts does not exist.
+.OUT.parts/, beside OUT, has NNNNN.kept.parquet, NNNNN.dropped.parquet and, written last, NNNNN.json with the counts of
+each part. A part without counts is incomplete and ignored.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ SCHEMA = pa.schema([("row", pa.int64()), ("url", pa.string()), ("reason", pa.str
 BATCH = 65_536
 
 
-class Judged(NamedTuple):
-    kept: pa.RecordBatch
-    dropped: list[pa.RecordBatch]  # of SCHEMA
-    counts: Counter[str]  # of what was dropped
+class Filtered(NamedTuple):
+    """One batch of the list after filtering."""
+
+    rows: pa.RecordBatch
+    drops: list[pa.RecordBatch]  # of SCHEMA
+    counts: Counter[str]  # drops by reason
 
 
 @contextmanager
 def owned_parts(out: Path, run: dict[str, Any], *, overwrite: bool) -> Iterator[Parts]:
-    """The parts of `out`, for this process alone. `run` says what is being done: parts of another run are an error, or
-    thrown away."""
+    """The parts of `out`, reserved for this process. `run` are the settings: parts of other settings are an error, or
+    deleted if `overwrite`."""
     work, way_out = work_path(out), "choose another --out, or --overwrite"
     with owned(out, run, stamp=work / "run.json", work=work, restart=lambda: overwrite, way_out=way_out):
         yield Parts(out)
@@ -48,47 +50,47 @@ class Parts:
         self._single = out.suffix == ".parquet"
 
     def done(self) -> list[Counter[str]]:
-        """The counts of each part that is whole: rows, kept, and each reason."""
-        found: list[Counter[str]] = []
-        while (path := self._path(len(found), "json")).exists():
-            found.append(Counter(json.loads(path.read_bytes())))
-        return found
+        """The counts of each complete part: rows, kept, and each reason."""
+        counts: list[Counter[str]] = []
+        while (path := self._path(len(counts), "json")).exists():
+            counts.append(Counter(json.loads(path.read_bytes())))
+        return counts
 
     def urls(self, part: int) -> Iterator[pa.Array]:
-        """The URLs that a whole part keeps."""
+        """The URLs of a complete part's kept rows."""
         for batch in pq.ParquetFile(self._path(part, "kept.parquet")).iter_batches(BATCH, columns=["url"]):
             yield batch["url"]
 
-    def write(self, part: int, judged: Iterable[Judged], schema: pa.Schema) -> Counter[str]:
-        """Takes all batches of a part -> its counts."""
+    def write(self, part: int, batches: Iterable[Filtered], schema: pa.Schema) -> Counter[str]:
+        """Writes all batches of a part -> its counts."""
         counts: Counter[str] = Counter(rows=0, kept=0)
         kept_path, dropped_path = self._path(part, "kept.parquet"), self._path(part, "dropped.parquet")
         with pq.ParquetWriter(kept_path, schema) as keep, pq.ParquetWriter(dropped_path, SCHEMA) as drop:
-            for kept, dropped, reasons in judged:
-                keep.write_batch(kept)
-                if dropped:
-                    drop.write_table(pa.Table.from_batches(dropped, SCHEMA).sort_by("row"))
+            for rows, drops, reasons in batches:
+                keep.write_batch(rows)
+                if drops:
+                    drop.write_table(pa.Table.from_batches(drops, SCHEMA).sort_by("row"))
                 counts.update(reasons)
-                counts["kept"] += len(kept)
+                counts["kept"] += len(rows)
         counts["rows"] = counts.total()
         write_json(self._path(part, "json"), counts)
         return counts
 
     def publish(self, parts: int) -> None:
-        """Moves the rows to where they belong. Done again after a kill, it ends the same."""
+        """Moves the rows to their final place. Safe to repeat after a kill."""
         dropped = dropped_path(self.out)
         dropped.parent.mkdir(parents=True, exist_ok=True)
         _join([self._path(part, "dropped.parquet") for part in range(parts)], dropped)
-        kept = [self._path(part, "kept.parquet") for part in range(parts)]
+        kept_paths = [self._path(part, "kept.parquet") for part in range(parts)]
         if self._single:
-            _join(kept, self.out)
+            _join(kept_paths, self.out)
             return
         self.out.mkdir(exist_ok=True)
         for path in self.out.glob("?????.parquet"):
             if path.stem not in {f"{part:05d}" for part in range(parts)}:
-                path.unlink()  # of a longer list that is written over
-        for part, path in enumerate(kept):
-            if path.exists():  # else the run before came as far as this
+                path.unlink()  # of a longer list that is being replaced
+        for part, path in enumerate(kept_paths):
+            if path.exists():  # otherwise a killed run has moved it already
                 move(path, self.out / f"{part:05d}.parquet")
 
     def remove(self) -> None:
@@ -99,12 +101,12 @@ class Parts:
 
 
 def work_path(out: Path) -> Path:
-    """Where the parts grow. It goes last: where it is, `out` is not finished."""
+    """The directory of the parts. It is removed last: while it exists, `out` is not finished."""
     return out.with_name(f".{out.name}.parts")
 
 
 def home(out: Path) -> Path:
-    """The directory with the step record: of a single file its own, of a directory of files itself."""
+    """The directory of the step record: `out` itself, or the directory of `out` if that is a single file."""
     return out.parent if out.suffix == ".parquet" else out
 
 
@@ -113,7 +115,7 @@ def dropped_path(out: Path) -> Path:
 
 
 def _join(paths: list[Path], out: Path) -> None:
-    """One file of the rows of all, which appears when it is whole."""
+    """Concatenates parquet files into one, atomically."""
     with written_in_one_step(out) as growing:
         if len(paths) == 1:
             shutil.copyfile(paths[0], growing)

@@ -1,7 +1,7 @@
-"""Lists of URLs and captions in the formats that the web serves them in -> canonical batches.
+"""Reads lists of URLs and captions, in the formats in which they are published, as canonical batches.
 
-Canonical columns: row (its number in the list, over all files), url, caption, and those of similarity, punsafe,
-pwatermark, width, height and language that the list has. A row that cannot be used is counted under its reason.
+Canonical columns: row (its number in the list, over all files), url, caption, and whichever of similarity, punsafe,
+pwatermark, width, height and language the list has. An unusable row is dropped and counted under its reason.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from data_tools.lists.formats import (
 )
 from data_tools.lists.json_formats import coco_captions, sbu_captions, visual_genome
 
-# Servers refuse longer ones; what is longer is mostly a data: URL.
+# Servers reject longer ones; longer ones are mostly data: URLs.
 MAX_URL_BYTES = 8192
 MAX_CAPTION_BYTES = 65_536
 REASONS = (BAD_ROW, "empty_url", "long_url", "long_caption", "not_utf8", "nul_byte", "empty_caption")
 NUMBERS = {"similarity": pa.float64(), "punsafe": pa.float64(), "pwatermark": pa.float64()}
 NUMBERS |= {"width": pa.int64(), "height": pa.int64()}
 EXTRA = {**NUMBERS, "language": pa.string()}
-# What each is called elsewhere, in lower case; the first that a list has counts.
+# The names of each in published lists, in lower case; the first that a list has is used.
 _NAMES = {
     "similarity": ("similarity", "clip_similarity_vitl14", "clip_similarity_vitb32"),
     "punsafe": ("punsafe", "nsfw_score_opennsfw2"),
@@ -46,19 +46,19 @@ _NAMES = {
     "language": ("language", "lang"),
 }
 _LOOK_AT = 100
-Judged = tuple[pa.RecordBatch, pa.RecordBatch]  # what is kept of a batch; (row, reason) of what is dropped
+BatchAndDrops = tuple[pa.RecordBatch, pa.RecordBatch]  # the usable rows; (row, reason) of the others
 
 
 class Preset(NamedTuple):
     what: str
-    url: tuple[str, ...] = ("url",)  # names in lower case; the first that a list has counts
+    url: tuple[str, ...] = ("url",)  # names in lower case; the first that a list has is used
     caption: tuple[str, ...] = ("caption",)
-    header: tuple[str, ...] | None = None  # of a .tsv that has none itself
+    header: tuple[str, ...] | None = None  # of a .tsv without one
 
 
 PRESETS = {
     "laion": Preset("LAION-400M, -5B, -COCO, Re-LAION: parquet", caption=("text", "caption")),
-    # Order of the columns: google-research-datasets/conceptual-12m; its predecessor has them the other way round.
+    # Order of the columns: google-research-datasets/conceptual-12m; its predecessor has them in reverse.
     "cc12m": Preset("Conceptual 12M: .tsv, url<TAB>caption, no header", header=("url", "caption")),
     "cc3m": Preset("Conceptual Captions: .tsv, caption<TAB>url, no header", header=("caption", "url")),
     "coyo": Preset("COYO-700M: parquet", caption=("text",)),
@@ -84,33 +84,33 @@ class Table(Protocol):
 
 @dataclass
 class List:
-    """An opened list. Reading it fills `dropped`."""
+    """An open list. Reading it fills `dropped`."""
 
     preset: str
-    _tables: list[tuple[Table, Mapping[str, str]]]  # and its column for each canonical one
-    dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows, of all batches that were taken so far
+    _tables: list[tuple[Table, Mapping[str, str]]]  # (table, canonical column -> the table's column)
+    dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows, of all batches read so far
 
     @cached_property
     def rows(self) -> int:
-        """Rows as they stand in the files. Parquet knows; other files are read once for it."""
+        """The rows of the files. Parquet files store their number; other files are read once to count."""
         return sum(table.rows() for table, _ in self._tables)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Of every batch: row, url, caption, then what all files have."""
+        """The columns of every batch: row, url, caption, then those that all files have."""
         return ("row", "url", "caption", *(x for x in EXTRA if all(x in names for _, names in self._tables)))
 
     def batches(self, size: int = 65_536, first: int = 0, stop: int | None = None) -> Iterator[pa.RecordBatch]:
-        """The rows from `first` to `stop` in batches of at most `size`, without those that are dropped."""
-        return (kept for kept, _ in self.judged(size, first, stop))
+        """The usable rows from `first` to `stop`, in batches of at most `size`."""
+        return (batch for batch, _ in self.batches_and_drops(size, first, stop))
 
-    def judged(self, size: int = 65_536, first: int = 0, stop: int | None = None) -> Iterator[Judged]:
-        """The same batches, each with what was dropped of it."""
+    def batches_and_drops(self, size: int = 65_536, first: int = 0, stop: int | None = None) -> Iterator[BatchAndDrops]:
+        """The same batches, each with its unusable rows."""
         start = 0  # of this file
         for number, (table, names) in enumerate(self._tables):
             if stop is not None and start >= stop:
                 return
-            # Only a parquet file knows its rows without being read.
+            # Only a parquet file's rows can be counted without reading it.
             rows = table.rows() if isinstance(table, ParquetTable) or first > start else None
             if rows is not None and start + rows <= first:
                 start += rows
@@ -127,31 +127,31 @@ class List:
             assert rows is None or row == start + rows, f"file {number} changed while it was read"
             start = row
 
-    def _canonical(self, raw: pa.RecordBatch, names: Mapping[str, str], row: int) -> Judged:
-        reasons, url, caption = _judged(raw, names)
+    def _canonical(self, raw: pa.RecordBatch, names: Mapping[str, str], row: int) -> BatchAndDrops:
+        reasons, url, caption = _check(raw, names)
         numbers = raw.column(names["row"]) if "row" in names else pa.array(np.arange(row, row + raw.num_rows))
         columns = [numbers.cast(pa.int64()), url, caption]
         for name in self.columns[3:]:
             columns.append(_extra(raw.column(names[name]), EXTRA[name]))
-        kept = pa.array(reasons < 0)
+        usable = pa.array(reasons < 0)
         why = [REASONS[index] for index in reasons[reasons >= 0]]
         self.dropped.update(why)
-        lines = [columns[0].filter(pc.invert(kept)), pa.array(why, pa.string())]
-        dropped = pa.RecordBatch.from_arrays(lines, names=["row", "reason"])
-        good = pa.RecordBatch.from_arrays([column.filter(kept) for column in columns], names=list(self.columns))
-        return good, dropped
+        lines = [columns[0].filter(pc.invert(usable)), pa.array(why, pa.string())]
+        drops = pa.RecordBatch.from_arrays(lines, names=["row", "reason"])
+        batch = pa.RecordBatch.from_arrays([column.filter(usable) for column in columns], names=list(self.columns))
+        return batch, drops
 
 
-def _judged(raw: pa.RecordBatch, names: Mapping[str, str]) -> tuple[np.ndarray, pa.Array, pa.Array]:
-    """(index of its reason for each row that is dropped, -1 for the others; urls; captions)."""
+def _check(raw: pa.RecordBatch, names: Mapping[str, str]) -> tuple[np.ndarray, pa.Array, pa.Array]:
+    """(for each row the index of the reason why it is unusable, or -1; urls; captions)."""
     url, no_url, long_url = _text(raw.column(names["url"]), MAX_URL_BYTES)
     if "caption" in names:
         caption, no_caption, long_caption = _text(raw.column(names["caption"]), MAX_CAPTION_BYTES)
     else:  # pictures alone
         caption = pa.array([""] * raw.num_rows, pa.string())
         no_caption = long_caption = np.zeros(raw.num_rows, bool)
-    url, url_broken, url_nul = _decoded(url)
-    caption, caption_broken, caption_nul = _decoded(caption)
+    url, url_broken, url_nul = _decode(url)
+    caption, caption_broken, caption_nul = _decode(caption)
     url, caption = pc.utf8_trim_whitespace(url), pc.utf8_trim_whitespace(caption)
     no_url |= _true(pc.equal(url, "")) & ~(url_broken | url_nul | long_url)
     if "caption" in names:
@@ -164,7 +164,7 @@ def _judged(raw: pa.RecordBatch, names: Mapping[str, str]) -> tuple[np.ndarray, 
 
 
 def _text(column: pa.Array, limit: int) -> tuple[pa.Array, np.ndarray, np.ndarray]:
-    """(bytes without those that are too long, which are null, which are too long)."""
+    """(bytes, empty where they were too long; which are null; which were too long)."""
     if isinstance(column.type, pa.DictionaryType):
         column = column.dictionary_decode()
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
@@ -173,13 +173,13 @@ def _text(column: pa.Array, limit: int) -> tuple[pa.Array, np.ndarray, np.ndarra
         column = column.cast(pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary())
     long = _true(pc.greater(pc.binary_length(column), limit))
     empty = _true(column.is_null())
-    if long.any():  # 10 MB captions go here, and not into what follows
+    if long.any():  # drop 10 MB captions before they slow down the rest
         column = pc.if_else(pa.array(long), pa.scalar(b"", column.type), column)
     return column, empty, long
 
 
-def _decoded(column: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
-    """(strings, which are not UTF-8, which hold a NUL)."""
+def _decode(column: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
+    """(strings; which are not UTF-8; which contain a NUL)."""
     broken = np.zeros(len(column), bool)
     if not pa.types.is_string(column.type):
         try:
@@ -199,10 +199,10 @@ def _utf8(value: bytes | None) -> str | None:
 
 
 def _extra(column: pa.Array, kind: pa.DataType) -> pa.Array:
-    """The column as `kind`; what does not fit is null."""
+    """The column as `kind`; values that cannot be converted are null."""
     if pa.types.is_string(kind):
         text, _, long = _text(column, 64)
-        text, broken, _ = _decoded(text)
+        text, broken, _ = _decode(text)
         return pc.if_else(pa.array(long | broken | _true(pc.equal(text, ""))), pa.scalar(None, kind), text)
     if not (pa.types.is_floating(column.type) or pa.types.is_integer(column.type)):
         column = pa.array([_number(value) for value in column.to_pylist()], pa.float64())
@@ -227,30 +227,30 @@ def _true(mask: pa.Array) -> np.ndarray:
 def open_list(
     paths: Sequence[str | Path], preset: str, url_col: str | None = None, caption_col: str | None = None
 ) -> List:
-    """The list that stands in `paths` (files, or directories of them). Raises ValueError for an unknown preset, wrong
-    columns (it names those that it found), a header where there should be none and the other way round, no rows."""
+    """Opens the list in `paths` (files, or directories of them). Raises ValueError for an unknown preset, wrong columns
+    (naming the existing ones), an unexpected or missing header, and a list without rows."""
     if preset not in PRESETS:
-        raise ValueError(f"--preset={preset} is none of {', '.join(PRESETS)}")
-    chosen = PRESETS[preset]
+        raise ValueError(f"--preset={preset} does not exist; use one of {', '.join(PRESETS)}")
+    names = PRESETS[preset]
     if url_col is not None or caption_col is not None:
-        chosen = chosen._replace(
-            url=(url_col.lower(),) if url_col else chosen.url,
-            caption=(caption_col.lower(),) if caption_col else chosen.caption,
+        names = names._replace(
+            url=(url_col.lower(),) if url_col else names.url,
+            caption=(caption_col.lower(),) if caption_col else names.caption,
         )
-    if not chosen.url:
-        raise ValueError("--preset=generic needs --url-col, and --caption-col where there are captions")
+    if not names.url:
+        raise ValueError("--preset=generic needs --url-col, and --caption-col if there are captions")
     files = _files(paths)
-    tables = _special(files, preset) or [_open(path, chosen) for path in files]
-    found = List(preset, [(table, _columns(table, chosen, preset)) for table in tables])
+    tables = _special(files, preset) or [_open(path, names) for path in files]
+    opened = List(preset, [(table, _columns(table, names, preset)) for table in tables])
     if not any(_first(table) for table in tables):
-        raise ValueError(f"{_shown(files)} holds no row; check the file, and that it was downloaded whole")
-    for table, names in found._tables:
-        _check_urls(table, names, chosen, preset)
-    return found
+        raise ValueError(f"{_describe(files)} has no rows; check the file, and that it was downloaded completely")
+    for table, columns in opened._tables:
+        _check_urls(table, columns, names, preset)
+    return opened
 
 
 def fingerprint(paths: Sequence[str | Path]) -> str:
-    """Changes with the files of a list and with their sizes, not with where they lie."""
+    """Changes with the names and sizes of a list's files, not with their location."""
     lines = (f"{path.name}\t{path.stat().st_size}\n" for path in _files(paths))
     return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
@@ -262,10 +262,10 @@ def _files(paths: Sequence[str | Path]) -> list[Path]:
             raise ValueError(f"--list={path} does not exist; check the path")
         if path.is_dir():
             inside = sorted(entry for entry in path.iterdir() if entry.is_file() and _format(entry) in FORMATS)
-            # A step's record, or the files of one, may lie beside parquet files.
+            # Step records and similar files may lie beside parquet files.
             inside = [entry for entry in inside if _format(entry) == ".parquet"] or inside
             if not inside:
-                raise ValueError(f"--list={path} holds no file of {', '.join(FORMATS)}; give the files themselves")
+                raise ValueError(f"--list={path} contains no file of {', '.join(FORMATS)}; give the files themselves")
             files += inside
         else:
             files.append(path)
@@ -298,23 +298,23 @@ def _open(path: Path, preset: Preset) -> Table:
         return json_lines(path)
     if kind == ".json":
         return json_array(path)
-    raise ValueError(f"--list={path} ends in {kind or 'nothing'}; lists end in {', '.join(FORMATS)}, or those with .gz")
+    raise ValueError(f"--list={path} ends in {kind or 'nothing'}; give a list of {', '.join(FORMATS)}, or one with .gz")
 
 
 def _columns(table: Table, preset: Preset, name: str) -> dict[str, str]:
     """Canonical name -> the table's name."""
     lower = {column.lower(): column for column in reversed(table.columns)}
-    found = {"url": _pick(lower, preset.url), "caption": _pick(lower, preset.caption)}
-    if found["url"] is None or (found["caption"] is None and preset.caption):
-        missing = " or ".join(preset.url if found["url"] is None else preset.caption)
+    columns = {"url": _pick(lower, preset.url), "caption": _pick(lower, preset.caption)}
+    if columns["url"] is None or (columns["caption"] is None and preset.caption):
+        missing = " or ".join(preset.url if columns["url"] is None else preset.caption)
         raise ValueError(
             f"{table.path} has no column {missing}; it has {', '.join(map(repr, table.columns)) or 'none'}; "
-            "choose another --preset, or name them by --url-col and --caption-col"
+            "choose another --preset, or name them with --url-col and --caption-col"
         )
-    found |= {canonical: _pick(lower, names) for canonical, names in _NAMES.items()}
+    columns |= {canonical: _pick(lower, names) for canonical, names in _NAMES.items()}
     if name == "canonical" and "row" in lower:
-        found["row"] = lower["row"]
-    return {canonical: column for canonical, column in found.items() if column is not None}
+        columns["row"] = lower["row"]
+    return {canonical: column for canonical, column in columns.items() if column is not None}
 
 
 def _pick(columns: Mapping[str, str], names: Sequence[str]) -> str | None:
@@ -326,25 +326,25 @@ def _first(table: Table) -> bool:
 
 
 def _check_urls(table: Table, names: Mapping[str, str], preset: Preset, name: str) -> None:
-    """A list whose columns are taken for one another fails here and not after a million requests."""
+    """Makes a list with swapped columns fail here and not after a million requests."""
     batch = next(table.batches(tuple(dict.fromkeys(names.values())), _LOOK_AT), None)
     if batch is None or batch.num_rows == 0:
         return
-    _, urls, captions = _judged(batch, names)
+    _, urls, captions = _check(batch, names)
     if preset.header and urls[0].as_py().lower() in ("url", "image_url"):
         raise ValueError(
-            f"{table.path} begins with a header ({urls[0]}, {captions[0]}), and --preset={name} is a file without; use "
+            f"{table.path} begins with a header ({urls[0]}, {captions[0]}), but --preset={name} expects none; use "
             f"--preset=generic --url-col={urls[0]} --caption-col={captions[0]}"
         )
     if any("://" in url for url in urls.to_pylist()):
         return
     swapped = any("://" in caption for caption in captions.to_pylist())
-    hint = "its captions are URLs, so the columns are the other way round" if swapped else "check the columns"
+    hint = "its captions are URLs, so the columns are swapped" if swapped else "check the columns"
     raise ValueError(
         f"{table.path} has no URL among the first {len(urls)} of {names['url']!r} (the first is "
         f"{urls[0].as_py()!r:.60}); {hint}: choose another --preset, or --url-col and --caption-col"
     )
 
 
-def _shown(files: Sequence[Path]) -> str:
+def _describe(files: Sequence[Path]) -> str:
     return str(files[0]) if len(files) == 1 else f"--list ({files[0]} and {len(files) - 1} more)"

@@ -1,4 +1,4 @@
-"""One picture of pairs of pictures side by side, to look at what was called alike."""
+"""One picture with pairs of pictures side by side, for looking at near duplicates."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _thumbnail(place: Place) -> Image.Image:
         data = file.read(size)
     try:
         pixels = decode_image(data, _SIDE)
-    except BadSample:  # it was decoded when it was hashed, but files change
+    except BadSample:  # it could be decoded when it was hashed, but files change
         return Image.new("RGB", (_SIDE, _SIDE), "grey")
     scale = _SIDE / max(pixels.shape[:2])
     shape = max(1, round(pixels.shape[1] * scale)), max(1, round(pixels.shape[0] * scale))

@@ -1,8 +1,7 @@
-"""Reads an evaluation set as people have it: a folder of pictures with or without a file of captions, or shards.
+"""Reads an evaluation set: a folder of pictures, with or without a file of captions, or shards.
 
-Files of captions that are understood: COCO's captions_*.json, Karpathy's dataset_*.json, a table with a header (CSV,
-TSV or with |), Flickr30K's NAME#0<tab>caption lines. Without one, a picture's captions are the lines of the .txt beside
-it.
+Supported files of captions: COCO's captions_*.json, Karpathy's dataset_*.json, a table with a header (CSV, TSV or with
+|), Flickr30K's NAME#0<tab>caption lines. Without one, a picture's captions are the lines of the .txt beside it.
 """
 
 from __future__ import annotations
@@ -32,31 +31,33 @@ _TOKEN = re.compile(r"(?P<name>[^\t]+?)#\d+\t(?P<caption>.*)")
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """P usable pictures, each as it is and, from P on, in a mirror: 2 P hashes."""
+    """P usable pictures and, from index P on, their mirror images: 2 P hashes."""
 
     name: str
     pictures: int  # all of them
     damaged: tuple[str, ...]  # "NAME: why"
-    flat: int  # compared by their bytes alone
+    flat: int  # pictures without detail; only their bytes are compared
     names: tuple[str, ...]  # [P]
     phash: np.ndarray  # uint64 [2 P]
     thumbnails: np.ndarray  # uint8 [2 P, 192]
     sha256: np.ndarray  # uint64 [pictures, 2]
     captions: np.ndarray  # uint64, sorted: hashes of those with enough words
-    short: int  # captions that are too short to tell anything
-    left_out: int = 0  # pictures of the set's own training split
+    short: int  # captions that are too short to compare
+    excluded: int = 0  # pictures of the set's own training split
 
 
 def read_evaluation_set(
     name: str, path: Path, captions: Path | None, least_words: int, workers: int, folder: Path
 ) -> EvaluationSet:
-    """`folder`: where hashes of shards are kept; nothing is written to `path`. Raises ValueError where there are no
-    pictures, or captions that name none of them."""
+    """`folder`: the cache for hashes of shards; nothing is written to `path`. Raises ValueError if there are no
+    pictures, or if the captions belong to none of them."""
     if not path.is_dir():
-        raise ValueError(f"--against {name}={path}: there is no such directory; give a folder of pictures or of shards")
+        raise ValueError(
+            f"--against {name}={path}: the directory does not exist; give a folder of pictures or of shards"
+        )
     if any(path.glob("*.tar")):
         if captions is not None:
-            raise ValueError(f"--captions {name}={captions}: the shards in {path} hold their own; leave the option out")
+            raise ValueError(f"--captions {name}={captions}: the shards in {path} have their own; omit the option")
         return _from_shards(name, path, least_words, workers, folder)
     return _from_pictures(name, path, captions, least_words, workers)
 
@@ -64,11 +65,11 @@ def read_evaluation_set(
 def _from_shards(name: str, path: Path, least_words: int, workers: int, folder: Path) -> EvaluationSet:
     hashes = hash_shards(path, workers, folder)
     if not (hashes.pictures.any() or hashes.words.any()):
-        raise ValueError(f"--against {name}={path}: the shards hold neither pictures nor captions")
+        raise ValueError(f"--against {name}={path}: the shards contain neither pictures nor captions; give others")
     usable = np.flatnonzero(hashes.usable)
     bad = np.flatnonzero(hashes.pictures & (hashes.pixels == 0))
     damaged = tuple(f"{shard}/{key}: cannot be decoded" for shard, key, _, _ in hashes.locate(bad))
-    telling = hashes.words >= max(least_words, 1)
+    long_enough = hashes.words >= max(least_words, 1)
     thumbnails = hashes.thumbnails[usable]
     return EvaluationSet(
         name,
@@ -79,30 +80,32 @@ def _from_shards(name: str, path: Path, least_words: int, workers: int, folder: 
         np.concatenate([hashes.phash[usable], hashes.mirrored[usable]]),
         np.concatenate([thumbnails, mirrored_thumbnails(thumbnails)]),
         hashes.sha256[hashes.pictures],
-        np.unique(hashes.caption[telling]),
-        int((hashes.words > 0).sum() - telling.sum()),
+        np.unique(hashes.caption[long_enough]),
+        int((hashes.words > 0).sum() - long_enough.sum()),
     )
 
 
 def _from_pictures(name: str, path: Path, captions: Path | None, least_words: int, workers: int) -> EvaluationSet:
     files = sorted(_picture_files(path))
     if not files:
-        raise ValueError(f"--against {name}={path}: there is no .{', .'.join(IMAGE_EXTENSIONS)} file in it")
-    left_out, texts = 0, list(_sidecars(files))
+        raise ValueError(
+            f"--against {name}={path}: it contains no .{', .'.join(IMAGE_EXTENSIONS)} file; give another folder"
+        )
+    excluded, texts = 0, list(_sidecars(files))
     if captions is not None:
-        texts, training = _annotated(captions, files)
-        kept = [file for file in files if file.name not in training]
-        left_out, files = len(files) - len(kept), kept
-    hashed: list[tuple[bytes, tuple | None, str]] = []
+        texts, training = _read_captions(captions, files)
+        evaluated = [file for file in files if file.name not in training]
+        excluded, files = len(files) - len(evaluated), evaluated
+    hashes: list[tuple[bytes, tuple | None, str]] = []
     with map_in_order(_hash_file, files, workers) as results:
-        hashed = list(tqdm(results, total=len(files), desc=f"hashing {name}", unit=" pictures", disable=None))
-    looks = [(file, look) for file, (_, look, _) in zip(files, hashed, strict=True) if look and look[2] >= LEAST_CLEAR]
-    damaged = tuple(f"{file}: {why}" for file, (_, _, why) in zip(files, hashed, strict=True) if why)
+        hashes = list(tqdm(results, total=len(files), desc=f"hashing {name}", unit=" pictures", disable=None))
+    looks = [(file, look) for file, (_, look, _) in zip(files, hashes, strict=True) if look and look[2] >= LEAST_CLEAR]
+    damaged = tuple(f"{file}: {why}" for file, (_, _, why) in zip(files, hashes, strict=True) if why)
     if len(damaged) == len(files):
         raise ValueError(f"--against {name}={path}: none of its {len(files)} pictures can be decoded ({damaged[0]})")
     phash = np.array([look[:2] for _, look in looks], np.uint64).reshape(-1, 2)
     thumbnails = np.frombuffer(b"".join(look[3] for _, look in looks), np.uint8).reshape(len(looks), -1)
-    counted = [caption_hash(text) for text in texts]
+    caption_hashes = [caption_hash(text) for text in texts]
     return EvaluationSet(
         name,
         len(files),
@@ -111,10 +114,10 @@ def _from_pictures(name: str, path: Path, captions: Path | None, least_words: in
         tuple(os.path.relpath(file, path) for file, _ in looks),
         np.concatenate([phash[:, 0], phash[:, 1]]),
         np.concatenate([thumbnails, mirrored_thumbnails(thumbnails)]) if looks else np.zeros((0, 192), np.uint8),
-        np.frombuffer(b"".join(digest[:16] for digest, _, _ in hashed if digest), np.uint64).reshape(-1, 2),
-        np.unique(np.array([number for number, words in counted if words >= max(least_words, 1)], np.uint64)),
-        sum(0 < words < least_words for _, words in counted),
-        left_out,
+        np.frombuffer(b"".join(digest[:16] for digest, _, _ in hashes if digest), np.uint64).reshape(-1, 2),
+        np.unique(np.array([number for number, words in caption_hashes if words >= max(least_words, 1)], np.uint64)),
+        sum(0 < words < least_words for _, words in caption_hashes),
+        excluded,
     )
 
 
@@ -126,10 +129,10 @@ def _picture_files(path: Path) -> Iterator[Path]:
 
 
 def _hash_file(path: Path) -> tuple[bytes, tuple | None, str]:
-    """(SHA-256, look, why there is none)."""
+    """(SHA-256, look, why it has none)."""
     try:
         if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
-            return b"", None, f"{size} bytes are more than the {MAX_IMAGE_BYTES} that are read"
+            return b"", None, f"{size} bytes are more than the limit of {MAX_IMAGE_BYTES}"
         data = path.read_bytes()
     except OSError as error:
         return b"", None, f"cannot be read ({error.strerror})"
@@ -146,28 +149,33 @@ def _sidecars(files: list[Path]) -> Iterator[str]:
             yield from filter(str.strip, beside.read_bytes().decode(errors="replace").splitlines())
 
 
-def _annotated(path: Path, files: list[Path]) -> tuple[list[str], set[str]]:
-    """(captions of the pictures that are there, names of pictures in a training split)."""
+def _read_captions(path: Path, files: list[Path]) -> tuple[list[str], set[str]]:
+    """(captions of the existing pictures, names of pictures in a training split)."""
     if not path.is_file():
-        raise ValueError(f"--captions {path}: there is no such file")
+        raise ValueError(f"--captions {path}: the file does not exist; check the path")
     if path.stat().st_size > MAX_ANNOTATIONS:
-        raise ValueError(f"--captions {path} has {path.stat().st_size} bytes; at most {MAX_ANNOTATIONS} are read")
+        raise ValueError(
+            f"--captions {path} has {path.stat().st_size} bytes; the limit is {MAX_ANNOTATIONS}, so give a smaller file"
+        )
     try:
         data = path.read_bytes().decode("utf-8-sig")
         rows = list(_rows_of_json(json.loads(data)) if path.suffix.lower() == ".json" else _rows_of_text(data))
     except (ValueError, KeyError, TypeError, AttributeError, csv.Error, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"--captions {path} cannot be read ({reason}); give COCO's or Karpathy's JSON, or a table whose header "
+            f"cannot read --captions {path} ({reason}); give COCO's or Karpathy's JSON, or a table whose header "
             f"names the picture ({', '.join(_PICTURES)}) and the caption ({', '.join(_CAPTIONS)})"
         ) from None
-    there = {file.name for file in files}
+    names = {file.name for file in files}
     training = {name for name, _, split in rows if split in ("train", "restval")}
-    found = [caption for name, caption, _ in rows if name in there and name not in training]
-    if not found:
+    captions = [caption for name, caption, _ in rows if name in names and name not in training]
+    if not captions:
         example = rows[0][0] if rows else "nothing"
-        raise ValueError(f"--captions {path} names {example!r} and so on, none of the pictures such as {files[0].name}")
-    return found, training
+        raise ValueError(
+            f"--captions {path} has captions of other pictures, such as {example!r}; the set has {files[0].name} ...; "
+            "give the file of this set"
+        )
+    return captions, training
 
 
 def _rows_of_json(content: dict) -> Iterator[tuple[str, str, str]]:
@@ -194,7 +202,7 @@ def _rows_of_text(data: str) -> Iterator[tuple[str, str, str]]:
     delimiter = max("\t|,;", key=lines[0].count)
     table = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
     header = {str(name).strip().lower(): name for name in table.fieldnames or ()}
-    picture, caption = (next((n for n in known if n in header), None) for known in (_PICTURES, _CAPTIONS))
+    picture, caption = (next((n for n in names if n in header), None) for names in (_PICTURES, _CAPTIONS))
     if picture is None or caption is None:
         raise ValueError(f"its columns are {', '.join(header)}")
     for row in table:

@@ -1,7 +1,7 @@
-"""Filters of pictures that have been downloaded: what is measured of each, and which measures are refused.
+"""Filters for downloaded pictures: the measures of a picture, and the measures that are rejected.
 
-The measures are pure functions of uint8 [H, W, 3] RGB; `reasons` holds them against thresholds, for many samples at
-once. So other thresholds need no second look at the pictures.
+The measures are pure functions of uint8 [H, W, 3] RGB; `reasons` compares them with thresholds, for many samples at
+once, so that other thresholds need no second pass over the pictures.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import numpy as np
 from pretrain.data.shards.reader import BadSample
 from pretrain.data.transforms import decode_image, read_header
 
-# A picture is measured at this size: the shorter side when it is decoded, the longer when it is looked at. Contrast
-# and colours of a smaller copy are those of the picture, and a copy costs a tenth.
+# Pictures are measured as small copies: at least this shorter side when decoded, then this longer side. A small copy
+# has the same contrast and colours, and costs a tenth.
 DECODED_SIDE, MEASURED_SIDE = 96, 128
-# Levels of 255 in each channel that still are the same colour: JPEG's noise on a flat ground has 3 to 8.
+# Difference per channel, out of 255, that counts as the same colour: JPEG noise on a flat ground has 3 to 8.
 SAME_COLOUR = 12
 
-REASONS = ("undecodable", "too_small", "extreme_aspect", "blank", "low_entropy", "one_colour")  # in their order
+REASONS = ("undecodable", "too_small", "extreme_aspect", "blank", "low_entropy", "one_colour")  # in this order
 REPEATED = "caption_repeats"
 
 
 class Measures(NamedTuple):
-    """`problem`: why the picture cannot be decoded; the other measures are then 0."""
+    """`problem`: why the picture cannot be decoded; then the other measures are 0."""
 
     width: int = 0
     height: int = 0
@@ -40,7 +40,7 @@ class Measures(NamedTuple):
 
 @dataclass(frozen=True)
 class PictureSettings:
-    """The thresholds. Each has a value that lets everything pass: 1, inf, 0, 0, 1, 0."""
+    """The thresholds. Values that let everything pass: 1, inf, 0, 0, 1, 0."""
 
     min_side: int = 64
     max_aspect: float = 3.0
@@ -63,7 +63,7 @@ class PictureSettings:
 
 
 def measure(data: bytes) -> Measures:
-    """The measures of an encoded picture; never raises for what is in it."""
+    """The measures of an encoded picture; never raises, whatever the bytes are."""
     try:
         header = read_header(data)
         pixels = decode_image(data, DECODED_SIDE)
@@ -75,13 +75,13 @@ def measure(data: bytes) -> Measures:
 
 def contrast(pixels: np.ndarray) -> float:
     """Standard deviation of the channel that differs most, in levels of 255: 0 for a blank picture, 40 to 80 for
-    photos. Not of the brightness: a red star on green can be as bright as its ground."""
+    photos. Not of the brightness: a red star can be as bright as its green ground."""
     return float(cv2.meanStdDev(pixels)[1].max())
 
 
 def entropy(pixels: np.ndarray) -> float:
-    """Bits of the brightness's histogram: 0 for one level, 8 for all alike. Photos have 6.5 to 7.8, drawings of plain
-    shapes 0.5 to 4."""
+    """Entropy of the brightness histogram in bits: 0 for one level, 8 for a uniform one. Photos have 6.5 to 7.8,
+    drawings of plain shapes 0.5 to 4."""
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     counts = np.bincount(grey.ravel(), minlength=256)
     shares = counts[counts > 0] / counts.sum()
@@ -89,17 +89,17 @@ def entropy(pixels: np.ndarray) -> float:
 
 
 def one_colour(pixels: np.ndarray) -> float:
-    """The share of pixels within SAME_COLOUR of the median colour, which is the ground's where there is one."""
-    median = np.median(pixels[::2, ::2].reshape(-1, 3), axis=0)  # a quarter of the pixels tells it as well
+    """The share of pixels within SAME_COLOUR of the median colour, which is the ground's if there is one."""
+    median = np.median(pixels[::2, ::2].reshape(-1, 3), axis=0)  # a quarter of the pixels is enough
     low, high = np.ceil(median - SAME_COLOUR), np.floor(median + SAME_COLOUR)
     return cv2.countNonZero(cv2.inRange(pixels, low, high)) / (pixels.shape[0] * pixels.shape[1])
 
 
 def reasons(measures: Mapping[str, np.ndarray], settings: PictureSettings) -> np.ndarray:
-    """int [N]: the index in REASONS of the first that refuses each sample, -1 for what passes. `measures`: [N] each,
-    by the names of Measures; `problem` as bool."""
+    """int [N]: the index in REASONS of the first reason to reject a sample, -1 if it passes. `measures`: [N] each, by
+    the names of Measures; `problem` as bool."""
     width, height = (measures[name].astype(np.float64) for name in ("width", "height"))
-    refused = (
+    rejections = (
         measures["problem"],
         np.minimum(width, height) < settings.min_side,
         np.maximum(width, height) > settings.max_aspect * np.minimum(width, height),
@@ -107,7 +107,7 @@ def reasons(measures: Mapping[str, np.ndarray], settings: PictureSettings) -> np
         measures["entropy"] < settings.min_entropy,
         measures["one_colour"] > settings.max_one_colour,
     )
-    return np.select(refused, range(len(REASONS)), -1)
+    return np.select(rejections, range(len(REASONS)), -1)
 
 
 def _small(pixels: np.ndarray) -> np.ndarray:

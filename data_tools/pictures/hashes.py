@@ -1,13 +1,12 @@
-"""What is compared of each sample: a perceptual hash of its picture, its bytes' SHA-256, a hash of its caption.
+"""The hashes by which samples are compared: perceptual hash and SHA-256 of the picture, hash of the caption.
 
-The perceptual hash is pHash's (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010,
-3.2.1): shrink to 32 x 32 grey levels, take the DCT, keep one bit for each of 64 low waves; alike pictures differ in few
-bits. Two things differ from there, because they measured better on drawings and on noise with a photo's spectrum:
-the 64 lowest waves in order of their frequency are taken, not a square of 8 x 8, and a bit says whether its wave is
-above CLEAR, not above the median: a wave that is not there has the same bit whatever noise a codec adds, and
-distances are not always even.
+The perceptual hash is pHash (Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions", 2010,
+3.2.1): shrink to 32 x 32 grey levels, take the DCT, keep one bit for each of 64 low waves; similar pictures differ in
+few bits. There are two changes, because they measured better on drawings and on noise with a photo's spectrum: we use
+the 64 waves of the lowest frequencies instead of a square of 8 x 8, and a bit says whether its wave is above CLEAR
+instead of the median. So an absent wave has the same bit whatever noise a codec adds, and distances need not be even.
 
-A shard's hashes are kept in DIR/hashes/NAME.parquet and computed again when the tar's size or time changes.
+A shard's hashes are stored in DIR/hashes/NAME.parquet and computed again if the tar's size or time changes.
 """
 
 from __future__ import annotations
@@ -37,19 +36,19 @@ from pretrain.data.transforms import decode_image, read_header
 
 FOLDER, VERSION = "hashes", 1
 SIDE, BITS, THUMB = 32, 64, 8
-# Of an orthonormal 32 x 32 DCT: a wave of a quarter of a grey level. Recoding moves waves by less than that.
+# Coefficient of an orthonormal 32 x 32 DCT: a wave of a quarter of a grey level. Recoding changes waves by less.
 CLEAR = 4.0
-# A picture with fewer clear waves (blank, a gradient, shapes as bright as their ground) has no telling hash: it is
-# compared by its bytes alone. Photos have 56 and more of 64, 99 % of drawn scenes 19 and more.
+# A picture with fewer clear waves (blank, a gradient, shapes as bright as their ground) has no meaningful hash: only
+# its bytes are compared. Photos have 56 or more of 64, 99 % of drawn scenes 19 or more.
 LEAST_CLEAR = 12
-# Of the shorter side, decoded: twice what the hash looks at, so that a reduced JPEG hashes as a full one does.
+# The shorter side when decoded: twice what the hash needs, so that a reduced JPEG has the same hash as a full one.
 MIN_SIDE = 64
-# Two hashes that are close are a hint; the thumbnails decide. Largest difference (of 255) in any of the 8 x 8 fields:
-# of the grey levels once brightness and contrast are taken out, of Cr and Cb, and of the grey levels as they are.
-# Measured: recoded, brightened (0.8 to 1.3) and contrasted (0.7) pictures stay below 23, 29 and 52, crops of 1 and 2 %
-# below 25, 17 and 25; of drawn scenes with close hashes that are not the same 90 % differ by over 35 in Cr or Cb.
+# Close hashes are only a hint; the thumbnails decide. Largest allowed difference (of 255) in any of the 8 x 8 fields:
+# of the grey levels with normalised brightness and contrast, of Cr and Cb, and of the raw grey levels. Measured:
+# recoded pictures and pictures of other brightness (0.8 to 1.3) or contrast (0.7) stay below 23, 29 and 52, crops of 1
+# and 2 % below 25, 17 and 25; 90 % of different drawn scenes with close hashes differ by more than 35 in Cr or Cb.
 MOST_GREY, MOST_COLOUR, MOST_LIGHT = 26, 30, 56
-_AT_ONCE = 2**13
+_BATCH = 2**13
 
 _BY_FREQUENCY = sorted(((u, v) for u in range(BITS) for v in range(BITS) if u + v), key=lambda w: (sum(w), w))[:BITS]
 _ROWS, _COLUMNS = (np.array(waves) for waves in zip(*_BY_FREQUENCY, strict=True))
@@ -57,13 +56,13 @@ _MIRROR = np.where(_COLUMNS % 2, -1, 1).astype(np.float32)  # odd waves along x 
 _SCHEMA = pa.schema(
     [
         ("key", pa.string()),
-        ("offset", pa.int64()),  # of the picture's bytes in the tar; null where the sample has no picture
+        ("offset", pa.int64()),  # of the picture's bytes in the tar; null if the sample has no picture
         ("size", pa.int64()),
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("sha256", pa.binary(32)),
-        ("phash", pa.uint64()),  # null where the picture cannot be decoded
-        ("mirrored", pa.uint64()),  # the hash of the picture seen in a mirror
+        ("phash", pa.uint64()),  # null if the picture cannot be decoded
+        ("mirrored", pa.uint64()),  # the hash of the mirror image
         ("clear", pa.uint8()),
         ("thumbnail", pa.binary(3 * THUMB**2)),
         ("caption", pa.uint64()),
@@ -71,7 +70,7 @@ _SCHEMA = pa.schema(
         ("problem", pa.string()),  # why the picture cannot be decoded
     ]
 )
-# A CJK sign counts as a word, because those scripts put no blanks between theirs.
+# A CJK character counts as a word, because those scripts put no blanks between words.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
 
 
@@ -80,8 +79,8 @@ class Look(NamedTuple):
 
     phash: int
     mirrored: int
-    clear: int  # how many of the 64 waves are there at all
-    thumbnail: bytes  # 8 x 8 fields of Y, Cr, Cb: the hash sees no colours, and little of small things
+    clear: int  # how many of the 64 waves are above CLEAR
+    thumbnail: bytes  # 8 x 8 fields of Y, Cr, Cb: the hash ignores colours, and most of small things
     width: int
     height: int
 
@@ -94,7 +93,7 @@ def picture_hash(image: Image.Image | np.ndarray) -> int:
 
 
 def look_at(data: bytes) -> Look:
-    """The look of an encoded picture. Raises BadSample for what cannot be decoded."""
+    """The look of an encoded picture. Raises BadSample if it cannot be decoded."""
     header = read_header(data)
     small = cv2.resize(decode_image(data, MIN_SIDE), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
     waves = _waves(small)
@@ -111,10 +110,10 @@ def mirrored_thumbnails(thumbnails: np.ndarray) -> np.ndarray:
 
 
 def look_alike(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """bool [N]: which pairs of thumbnails, uint8 [N, 192] each, may be of the same picture."""
+    """bool [N]: which pairs of thumbnails, uint8 [N, 192] each, may show the same picture."""
     good = np.zeros(len(one), bool)
-    for at in range(0, len(one), _AT_ONCE):
-        fields = np.stack([part[at : at + _AT_ONCE] for part in (one, other)])
+    for at in range(0, len(one), _BATCH):
+        fields = np.stack([part[at : at + _BATCH] for part in (one, other)])
         fields = fields.reshape(2, -1, THUMB**2, 3).astype(np.float32)
         grey = fields[..., 0] - fields[..., 0].mean(axis=2, keepdims=True)
         spread = np.sqrt((grey**2).mean(axis=2, keepdims=True)) + 1
@@ -122,19 +121,19 @@ def look_alike(one: np.ndarray, other: np.ndarray) -> np.ndarray:
         colours = np.abs(np.diff(fields[..., 1:], axis=0)[0]).max(axis=(1, 2))
         light = np.abs(np.diff(fields[..., 0], axis=0)[0]).max(axis=1)
         fits = (unlike <= MOST_GREY) & (colours <= MOST_COLOUR) & (light <= MOST_LIGHT)
-        good[at : at + _AT_ONCE] = fits
+        good[at : at + _BATCH] = fits
     return good
 
 
 def caption_hash(text: str) -> tuple[int, int]:
-    """(64 bits, number of words) of a caption; neither case, punctuation, blanks nor the form of its letters count."""
+    """(64 bits, number of words) of a caption; ignores case, punctuation, blanks and compatible forms of letters."""
     words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
     digest = hashlib.blake2b(" ".join(words).encode(errors="replace"), digest_size=8).digest()
     return int.from_bytes(digest, "little"), len(words)
 
 
 def _waves(small: np.ndarray) -> np.ndarray:
-    """float32 [64], the lowest waves but the mean, of a picture uint8 [32, 32, 3]."""
+    """float32 [64]: the lowest waves, without the mean, of a picture uint8 [32, 32, 3]."""
     grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.float32)
     return cv2.dct(grey)[_ROWS, _COLUMNS]
 
@@ -145,16 +144,16 @@ def _bits(waves: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Hashes:
-    """Of one directory's samples, N in the order of (shard, key), whatever their order in the tars. 250 bytes each
-    in memory; keys stay on the disk."""
+    """The hashes of one directory's N samples in the order of (shard, key), whatever their order in the tars. 250 bytes
+    of memory each; the keys stay on disk."""
 
     directory: Path
-    files: tuple[Path, ...]  # one of hashes for each shard, by name
+    files: tuple[Path, ...]  # the file of hashes of each shard, sorted by name
     starts: np.ndarray  # [shards + 1], the number of each shard's first sample
     pictures: np.ndarray  # bool [N]: has one, decodable or not
-    usable: np.ndarray  # bool [N]: the perceptual hash tells something
-    pixels: np.ndarray  # int64 [N], 0 where nothing could be decoded
-    sha256: np.ndarray  # uint64 [N, 2], half of it
+    usable: np.ndarray  # bool [N]: the perceptual hash is meaningful
+    pixels: np.ndarray  # int64 [N], 0 if the picture cannot be decoded
+    sha256: np.ndarray  # uint64 [N, 2], the first half of it
     phash: np.ndarray  # uint64 [N]
     mirrored: np.ndarray  # uint64 [N]
     thumbnails: np.ndarray  # uint8 [N, 192]
@@ -170,21 +169,21 @@ class Hashes:
         return int((self.pictures & (self.pixels == 0)).sum())
 
     def locate(self, rows: np.ndarray) -> list[tuple[str, str, int, int]]:
-        """(shard, key, offset and size of the picture in the tar) of samples. Reads one shard's file at a time."""
+        """(shard, key, offset and size of the picture in the tar) of each row. Reads one shard's file at a time."""
         shards = np.searchsorted(self.starts, rows, side="right") - 1
-        found: list = [None] * len(rows)
+        samples: list = [None] * len(rows)
         for shard in np.unique(shards):
             places = np.flatnonzero(shards == shard)
             table = pq.read_table(self.files[shard], columns=["key", "offset", "size"])
-            taken = table.take(rows[places] - self.starts[shard]).to_pylist()
-            for place, row in zip(places.tolist(), taken, strict=True):
-                found[place] = self.files[shard].stem, row["key"], row["offset"] or 0, row["size"] or 0
-        return found
+            shard_rows = table.take(rows[places] - self.starts[shard]).to_pylist()
+            for place, row in zip(places.tolist(), shard_rows, strict=True):
+                samples[place] = self.files[shard].stem, row["key"], row["offset"] or 0, row["size"] or 0
+        return samples
 
 
 def hash_shards(directory: Path, workers: int = 1, folder: Path | None = None) -> Hashes:
-    """The hashes of all complete shards. What is up to date in `folder` (None: DIRECTORY/hashes) is not computed
-    again, so a killed run goes on. Raises ValueError where there is no shard, ShardError for a broken one."""
+    """The hashes of all complete shards. Files in `folder` (None: DIRECTORY/hashes) that are up to date are not
+    computed again, so a killed run continues. Raises ValueError if there is no shard, ShardError for a broken one."""
     tars = complete_shards(directory)[0]
     folder = directory / FOLDER if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -201,7 +200,7 @@ def _columns(table: pa.Table) -> dict[str, np.ndarray]:
         return pc.fill_null(table[name], 0).to_numpy()
 
     def fixed(name: str) -> np.ndarray:
-        """uint8 [N, bytes], 0 where there is none."""
+        """uint8 [N, bytes], 0 for null."""
         column = table[name].combine_chunks()
         width, start = column.type.byte_width, column.offset
         flat = np.frombuffer(column.buffers()[1] or b"", np.uint8)[: (start + len(column)) * width].reshape(-1, width)
@@ -236,7 +235,7 @@ def _hash_shard(tar: Path) -> Iterator[dict]:
 def _hash_picture(file: BinaryIO, picture: Member) -> dict:
     row: dict = {"offset": picture.offset, "size": picture.size}
     if picture.size > MAX_IMAGE_BYTES:
-        return row | {"problem": f"{picture.size} bytes are more than the {MAX_IMAGE_BYTES} that are read"}
+        return row | {"problem": f"{picture.size} bytes are more than the limit of {MAX_IMAGE_BYTES}"}
     file.seek(picture.offset)
     data = file.read(picture.size)
     row["sha256"] = hashlib.sha256(data).digest()

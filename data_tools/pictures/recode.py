@@ -1,4 +1,4 @@
-"""One sample on its way from an old shard to a new one: its picture made smaller or encoded anew, its metadata kept."""
+"""Converts one sample for a new shard: shrinks or re-encodes its picture and updates its metadata."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ FORMATS = ("keep", "jpg", "webp")
 
 @dataclass(frozen=True)
 class Recode:
-    """Pictures whose longer side has more than `max_side` pixels are made smaller, pictures in another format than
-    `format` ("keep": any is right) are encoded anew; all others keep their bytes."""
+    """Shrinks pictures whose longer side has more than `max_side` pixels, and re-encodes pictures in other formats than
+    `format` ("keep": any is fine); all others keep their bytes."""
 
     max_side: int | None = None
     format: str = "keep"
@@ -39,15 +39,15 @@ class Recode:
         return self.max_side is None and self.format == "keep"
 
     def members(self, members: Mapping[str, bytes]) -> tuple[dict[str, bytes], dict[str, Any]]:
-        """The members with their pictures as asked for, and what changed in the metadata. Raises BadSample for a
-        picture that must be changed and cannot be decoded."""
+        """The members with converted pictures, and the changed metadata. Raises BadSample for a
+        picture that must be converted and cannot be decoded."""
         out, facts = dict(members), dict[str, Any]()
         for extension in IMAGE_EXTENSIONS if not self.keeps_all else ():
-            if extension not in members or (made := self.picture(members[extension])) is None:
+            if extension not in members or (new := self.picture(members[extension])) is None:
                 continue
-            data, ending, width, height = made
+            data, ending, width, height = new
             ending = extension if (extension, ending) == ("jpeg", "jpg") else ending
-            if ending != extension and ending in members:  # a second picture, of which readers take the first
+            if ending != extension and ending in members:  # a second picture; readers take the first
                 continue
             out = {
                 (ending if name == extension else name): (data if name == extension else part)
@@ -57,13 +57,13 @@ class Recode:
         return out, facts
 
     def picture(self, data: bytes) -> tuple[bytes, str, int, int] | None:
-        """(bytes, ending, width, height) of the picture that takes its place; None: it may stay as it is."""
+        """(bytes, ending, width, height) of the converted picture; None: it stays as it is."""
         header = read_header(data)
-        is_now = ENDINGS[str(header.image.format)]
-        ending = is_now if self.format == "keep" else self.format
+        current = ENDINGS[str(header.image.format)]
+        ending = current if self.format == "keep" else self.format
         longer, shorter = max(header.width, header.height), min(header.width, header.height)
         scale = 1.0 if self.max_side is None else min(1.0, self.max_side / longer)
-        if scale == 1.0 and ending == is_now:
+        if scale == 1.0 and ending == current:
             return None
         width, height = (max(1, round(side * scale)) for side in (header.width, header.height))
         pixels = decode_image(data, max(1, round(shorter * scale)))
@@ -80,7 +80,7 @@ def _encode(pixels: np.ndarray, ending: str, quality: int) -> bytes:
 
 
 def with_facts(data: bytes, facts: Mapping[str, Any]) -> bytes:
-    """A sample's JSON with those facts that it holds brought up to date; what is no JSON object stays as it is."""
+    """A sample's JSON with those of its values that `facts` has updated; anything but a JSON object stays as it is."""
     try:
         content = json.loads(data)
     except (ValueError, RecursionError):

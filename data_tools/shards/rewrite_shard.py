@@ -1,4 +1,4 @@
-"""Writes one new shard of data_tools.rewrite from samples that lie anywhere in the old ones."""
+"""Writes one new shard of data_tools.rewrite, from samples of any old shards."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class NewShard(NamedTuple):
     recode: Recode
 
     @property
-    def left_out(self) -> Path:
-        """What was dropped on the way; written before the shard is finished."""
+    def drops(self) -> Path:
+        """The samples that could not be written; this file is written before the shard is finished."""
         return self.work / f"{self.number:05d}.left.parquet"
 
     @property
     def is_done(self) -> bool:
-        if not self.left_out.exists():
+        if not self.drops.exists():
             return False
         whole = stats_path(self.out / f"{self.number:05d}.tar").exists()
-        return whole or pq.read_metadata(self.left_out).num_rows == self.last - self.first
+        return whole or pq.read_metadata(self.drops).num_rows == self.last - self.first
 
 
 class _Sample(NamedTuple):
@@ -57,19 +57,19 @@ class _Sample(NamedTuple):
 
 
 def write_shard(job: NewShard) -> NewShard:
-    """Raises ShardError for a tar that is not what its index says, ValueError for a broken parquet."""
+    """Raises ShardError for a tar that does not match its index, ValueError for a broken parquet."""
     places = np.load(job.work / "places.npy", mmap_mode="r")[job.first : job.last]
     files = _Files()
     samples = [_sample(files, job, place) for place in places]
     rows = _rows(job, samples)
-    left_out: list[Drop] = []
+    drops: list[Drop] = []
     with ShardWriter(job.out, samples_per_shard=len(samples), first=job.number, schema=_schema(job)) as writer:
         for sample in samples:
             try:
                 members, facts = job.recode.members(_read(files, job, sample))
             except BadSample as error:
                 path = Path(job.tars[sample.tar])
-                left_out.append(Drop(path.stem, sample.key, _reason(error), f"{path.parent}: {error}"))
+                drops.append(Drop(path.stem, sample.key, _reason(error), f"{path.parent}: {error}"))
                 continue
             key = f"{sample.key}{job.dashes}{sample.copy}" if sample.copy else sample.key
             if key != sample.key:
@@ -77,13 +77,13 @@ def write_shard(job: NewShard) -> NewShard:
             if facts and "json" in members:
                 members["json"] = with_facts(members["json"], facts)
             row = rows.get((sample.tar, sample.key))
-            writer.write(key, members, None if row is None else _updated(row, facts))
-        write_drops(job.left_out, left_out)
+            writer.write(key, members, None if row is None else _update(row, facts))
+        write_drops(job.drops, drops)
     return job
 
 
-def _updated(row: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    """Facts take the place of values of their kind only: the columns keep their types."""
+def _update(row: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """Replaces only values of the same type, so that the columns keep their types."""
     return {
         name: facts[name] if name in facts and isinstance(facts[name], type(value)) else value
         for name, value in row.items()
@@ -107,25 +107,25 @@ def _sample(files: _Files, job: NewShard, place: np.void) -> _Sample:
 
 
 def _read(files: _Files, job: NewShard, sample: _Sample) -> dict[str, bytes]:
-    """The members in one order for all samples, whatever the order in their tar."""
+    """The members, in the same order for all samples, whatever their order in the tar."""
     members = {}
     for member in sorted(sample.members, key=lambda member: EXTENSIONS.index(member.extension)):
         limit = MAX_IMAGE_BYTES if member.extension in IMAGE_EXTENSIONS else MAX_TEXT_BYTES
         if member.size > limit:
-            raise _TooLarge(f"its {member.extension} has {member.size} bytes; at most {limit} are read")
+            raise _TooLarge(f"its {member.extension} has {member.size} bytes; the limit is {limit}")
         members[member.extension] = _read_at(files, job.tars[sample.tar], member.offset, member.size)
     return members
 
 
 def _read_at(files: _Files, path: str, offset: int, size: int) -> bytes:
-    data = os.pread(files.opened(path, lambda: Descriptor(path)).fd, size, offset)
+    data = os.pread(files.get_or_open(path, lambda: Descriptor(path)).fd, size, offset)
     if len(data) != size:
         raise ShardError(f"{path} ends before byte {offset + size}; run python -m data_tools.index again")
     return data
 
 
 def _rows(job: NewShard, samples: list[_Sample]) -> dict[tuple[int, str], dict[str, Any]]:
-    """(tar, key) -> the sample's row in the parquet of its old shard, where there is one."""
+    """(tar, key) -> the sample's row in the parquet of its old shard, if there is one."""
     wanted: dict[int, list[str]] = {}
     for sample in samples:
         wanted.setdefault(sample.tar, []).append(sample.key)
@@ -142,7 +142,7 @@ def _rows_of(path: Path, keys: list[str]) -> Iterator[dict[str, Any]]:
     except FileNotFoundError:
         return
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}); restore it, or remove it") from None
+        raise ValueError(f"cannot read {path} ({str(error).splitlines()[0]}); restore it, or remove it") from None
     if "key" in table.column_names:
         yield from table.filter(pc.is_in(table["key"].cast(pa.string()), value_set=pa.array(keys))).to_pylist()
 

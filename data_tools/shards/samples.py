@@ -1,4 +1,4 @@
-"""The samples of a shard and where their members lie; and tables about them that are made once for each tar."""
+"""The samples of a shard and the places of their members, and tables about them that are made once per tar."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pretrain.files import write_file
 
 
 class Sample(NamedTuple):
-    key: str  # fit to print: bytes that are not UTF-8 are written as \xNN
+    key: str  # printable: bytes that are not UTF-8 become \xNN
     members: dict[str, Member]  # by extension
 
     @property
@@ -25,7 +25,7 @@ class Sample(NamedTuple):
         return next((self.members[name] for name in IMAGE_EXTENSIONS if name in self.members), None)
 
     def text(self, file: BinaryIO) -> str | None:
-        """The .txt, read from its tar. None where there is none, an empty one, or one that is too long to be read."""
+        """The .txt, read from the tar `file`. None if it is missing, empty, or too long."""
         member = self.members.get("txt")
         if member is None or not 0 < member.size <= MAX_TEXT_BYTES:
             return None
@@ -34,8 +34,8 @@ class Sample(NamedTuple):
 
 
 def samples_of(tar: Path) -> Iterator[Sample]:
-    """As training finds them, by key: a tar follows the order of its download. Reads headers alone and takes some 300
-    bytes a sample. ShardError for a tar that is cut off or damaged."""
+    """The samples that training reads, but sorted by key, because a tar has the order of its download. Reads only
+    headers, and takes about 300 bytes per sample. ShardError for a tar that is truncated or damaged."""
     index = index_shard(tar)
     for key, number in sorted((index.key(number), number) for number in range(index.samples)):
         yield Sample(key, {member.extension: member for member in index.members(number)})
@@ -44,15 +44,15 @@ def samples_of(tar: Path) -> Iterator[Sample]:
 def make_table(
     tar: Path, file: Path, schema: pa.Schema, version: int, rows: Callable[[Path], Iterable[dict]]
 ) -> pa.Table | None:
-    """Writes `rows(tar)` to a parquet file. -> None where that is done: for this version, and this size and time of the
-    tar."""
+    """Writes `rows(tar)` to a parquet file. -> the table; None if the file is up to date, that is made by this version
+    from a tar of this size and time."""
     state = os.stat(tar)
     stamp = json.dumps({"version": version, "bytes": state.st_size, "mtime_ns": state.st_mtime_ns}).encode()
     try:
-        found = pq.read_schema(file)
-        if found.equals(schema) and (found.metadata or {}).get(b"shard") == stamp:
+        existing = pq.read_schema(file)
+        if existing.equals(schema) and (existing.metadata or {}).get(b"shard") == stamp:
             return None
-    except (OSError, pa.ArrowException):  # not there, or damaged: it is written again
+    except (OSError, pa.ArrowException):  # missing or damaged
         pass
     table = pa.Table.from_pylist(list(rows(tar)), schema=schema).replace_schema_metadata({b"shard": stamp})
     sink = pa.BufferOutputStream()

@@ -6,7 +6,7 @@ from data_tools.shards.steps import Step
 
 
 def step_table(step: Step) -> str:
-    """Rows, then a line for each reason, then what was kept, each with its share of the rows."""
+    """A line for the rows, for each reason, and for the kept rows, each with its share of the rows."""
     lines = [(step.unit, step.rows), *step.dropped.items(), ("kept", step.kept)]
     width = max(len(name) for name, _ in lines)
     shares = (f"{100 * count / step.rows:6.2f} %" if step.rows else "" for _, count in lines)

@@ -1,7 +1,7 @@
-"""What each step of preparing data kept and dropped, and why: one JSON per step, one parquet of dropped samples.
+"""Records what each step of preparing data kept and dropped, and why: a JSON per step, a parquet of dropped samples.
 
-A step record stands in DIR/steps/NAME.json. Its rows always equal kept + dropped, so nothing gets lost between two
-steps without a reason. A drops file names samples of shards; `data_tools.rewrite` leaves them out.
+A step record is DIR/steps/NAME.json. Its rows always equal kept + dropped, so nothing is lost between two steps without
+a reason. A drops file names samples of shards; `data_tools.rewrite` drops them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BATCH = 65_536
 
 @dataclass(frozen=True)
 class Step:
-    """One tool's account of its input. `settings` are the filters that were used with their thresholds."""
+    """The record of one tool's run. `settings` are the filters in use, with their thresholds."""
 
     tool: str
     rows: int
@@ -35,7 +35,7 @@ class Step:
     settings: dict[str, Any] = field(default_factory=dict)
     inputs: list[str] = field(default_factory=list)
     unit: str = "samples"
-    time: float = field(default_factory=time.time)  # seconds since 1970; records are shown in this order
+    time: float = field(default_factory=time.time)  # seconds since 1970; the order of the records
 
     def __post_init__(self) -> None:
         lost = self.rows - self.kept - sum(self.dropped.values())
@@ -43,7 +43,7 @@ class Step:
 
 
 def write_step(directory: Path, name: str, step: Step) -> Path:
-    """DIRECTORY/steps/NAME.json, in one piece."""
+    """Writes DIRECTORY/steps/NAME.json atomically."""
     path = directory / STEPS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, asdict(step))
@@ -51,13 +51,13 @@ def write_step(directory: Path, name: str, step: Step) -> Path:
 
 
 def read_steps(directory: Path) -> dict[str, Step]:
-    """The records of a directory by name, oldest first. Raises ValueError for one that is damaged."""
+    """The records of a directory by name, oldest first. Raises ValueError for a damaged one."""
     steps = {}
     for path in sorted((directory / STEPS).glob("*.json")):
         try:
             steps[path.stem] = Step(**json.loads(path.read_bytes()))
         except (ValueError, TypeError, AssertionError) as error:
-            raise ValueError(f"{path} is no step record ({error}); remove it, or run its tool again") from None
+            raise ValueError(f"{path} is not a step record ({error}); remove it, or run its tool again") from None
     return dict(sorted(steps.items(), key=lambda item: item[1].time))
 
 
@@ -65,11 +65,11 @@ class Drop(NamedTuple):
     shard: str  # the tar's name without .tar
     key: str
     reason: str  # a short name, such as near_duplicate
-    detail: str = ""  # what was found, such as the key it equals
+    detail: str = ""  # such as the measured value, or the sample that it repeats
 
 
 def write_drops(path: Path, drops: Iterable[Drop]) -> Counter[str]:
-    """Streams `drops` to a parquet file that appears when it is whole. -> how many for each reason."""
+    """Streams `drops` to a parquet file, atomically. -> the number of drops by reason."""
     counts: Counter[str] = Counter()
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_in_one_step(path) as growing, pq.ParquetWriter(growing, _SCHEMA) as writer:
@@ -85,7 +85,7 @@ def write_drops(path: Path, drops: Iterable[Drop]) -> Counter[str]:
 
 
 def read_drops(paths: Iterable[Path]) -> Iterator[Drop]:
-    """Every line of the files, in their order. Raises ValueError for a file that is no drops file."""
+    """Every line of the files, in order. Raises ValueError for a file that is not a drops file."""
     for path in paths:
         try:
             with pq.ParquetFile(path) as file:
@@ -95,8 +95,8 @@ def read_drops(paths: Iterable[Path]) -> Iterator[Drop]:
                     yield from (Drop(*row) for row in zip(*(column.to_pylist() for column in batch), strict=True))
         except (pa.ArrowInvalid, pa.ArrowKeyError, FileNotFoundError) as error:
             raise ValueError(
-                f"{path} is no drops file ({str(error).splitlines()[0]}); give one that dedup, leaks or filter_shards "
-                "wrote"
+                f"{path} is not a drops file ({str(error).splitlines()[0]}); give one that dedup, leaks or "
+                "filter_shards wrote"
             ) from None
 
 

@@ -1,7 +1,8 @@
-"""Writes samples to shards as img2dataset does: 00000.tar, 00000.parquet (a row for each sample), 00000_stats.json.
+"""Writes samples to shards as img2dataset does: 00000.tar, 00000.parquet (a row per sample), 00000_stats.json.
 
-A shard is seen when it is whole: its tar grows under a name that begins with a dot, and the _stats.json comes last.
-The bytes of tars and parquets follow from what is written, so equal samples make equal shards wherever they are made.
+A shard is visible only when it is complete: its tar grows under a name that begins with a dot, and _stats.json is
+written last. The bytes of tars and parquets depend only on the samples, so equal samples make equal shards on any
+machine.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ _BUFFER = 2**20
 
 
 class ShardWriter:
-    """A context manager: `write` each sample, and each full shard is finished, the last one by `close`.
+    """A context manager: `write` each sample; full shards are finished automatically, the last one by `close`.
 
-    A shard is full at `samples_per_shard`, or when the next sample would take its tar over `bytes_per_shard` (a larger
-    sample stands alone). `first` is the first shard's number. An exception leaves the shard at hand unwritten, and
-    those before it whole. Raises ValueError for a key that no reader would find again, OSError naming the file.
+    A shard is full at `samples_per_shard`, or when the next sample would make its tar larger than `bytes_per_shard` (a
+    larger sample gets a shard of its own). `first` is the first shard's number. After an exception the current shard is
+    removed, and earlier ones are complete. Raises ValueError for a key that readers cannot parse, OSError naming the
+    file.
     """
 
     def __init__(
@@ -42,15 +44,15 @@ class ShardWriter:
         samples_per_shard: int | None,
         bytes_per_shard: int | None = None,
         first: int = 0,
-        schema: pa.Schema | None = None,  # of the rows; None: what the rows of each shard hold
+        schema: pa.Schema | None = None,  # of the rows; None: inferred for each shard
     ):
         for name, value in {"samples_per_shard": samples_per_shard, "bytes_per_shard": bytes_per_shard}.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is below 1; use 1 or more")
         if samples_per_shard is None and bytes_per_shard is None:
-            raise ValueError("neither samples_per_shard nor bytes_per_shard is set; say when a shard is full")
+            raise ValueError("neither samples_per_shard nor bytes_per_shard is set; set one of them")
         directory.mkdir(parents=True, exist_ok=True)
-        self.directory, self.samples, self.paths = directory, 0, list[Path]()  # samples, paths: of whole shards
+        self.directory, self.samples, self.paths = directory, 0, list[Path]()  # samples, paths: of finished shards
         self._samples_per_shard, self._bytes_per_shard, self._first, self._schema = (
             samples_per_shard,
             bytes_per_shard,
@@ -69,10 +71,10 @@ class ShardWriter:
             self._abandon()
 
     def write(self, key: str, members: Mapping[str, bytes], row: Mapping[str, Any] | None = None) -> None:
-        """One sample: extension -> content, in the order of the tar; `row` is its line of the parquet, to which its
-        key is added, and status "success" where it says nothing. A key may come once in a shard."""
+        """Writes one sample: extension -> content, in the order of the tar. `row` is its line of the parquet, to which
+        the key is added; None: only a status "success". A key must be unique in its shard."""
         if not members:
-            raise ValueError(f"sample {key!r} has no members; write one at least, such as {key}.txt")
+            raise ValueError(f"sample {key!r} has no members; write at least one, such as {key}.txt")
         for extension in members:
             if not key or split_name(f"{key}.{extension}") != (key, extension):
                 raise ValueError(
@@ -86,10 +88,10 @@ class ShardWriter:
         try:
             self._open.add(key, members, {"status": "success", "error_message": None} if row is None else row)
         except OSError as error:
-            raise self._named(error, self._open.path) from None
+            raise self._with_name(error, self._open.path) from None
 
     def close(self) -> None:
-        """Finishes the shard at hand; the directory then holds all that was written."""
+        """Finishes the current shard; then all samples are in the directory."""
         if self._open is not None:
             self._finish()
 
@@ -105,7 +107,7 @@ class ShardWriter:
         try:
             shard.finish(self._schema)
         except OSError as error:
-            raise self._named(error, shard.path) from None
+            raise self._with_name(error, shard.path) from None
         finally:
             self._abandon()
         self.paths.append(shard.path)
@@ -116,30 +118,32 @@ class ShardWriter:
             self._open.abandon()
             self._open = None
 
-    def _named(self, error: OSError, path: Path) -> OSError:
+    def _with_name(self, error: OSError, path: Path) -> OSError:
         if error.filename is not None:
             return error
-        return OSError(error.errno, f"could not be written: {error.strerror}", str(path))
+        return OSError(error.errno, f"cannot be written: {error.strerror}", str(path))
 
 
 class _OpenShard:
-    """The shard that grows."""
+    """The current, unfinished shard."""
 
     def __init__(self, path: Path):
         self.path, self.rows, self.bytes, self.started = path, list[dict[str, Any]](), 0, time.time()
         self._keys = set[str]()
-        # A process of its own name: what a killed parent left behind may still write to the same shard.
+        # The process id in the name, because a worker of a killed parent may still write to the same shard.
         self._growing = beside(path, str(os.getpid()))
         self._file: BinaryIO = open(self._growing, "wb", buffering=_BUFFER)  # noqa: SIM115 (closed in finish, abandon)
-        # PAX is plain ustar but for names that ustar cannot hold.
+        # PAX is plain ustar except for names that do not fit ustar.
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
 
     def add(self, key: str, members: Mapping[str, bytes], row: Mapping[str, Any]) -> None:
         if key in self._keys:
-            raise ValueError(f"key {key!r} comes twice in {self.path}; rename one of the two, or leave it out")
+            raise ValueError(f"key {key!r} occurs twice in {self.path}; rename or remove one of the two")
         self._keys.add(key)
         for extension, content in members.items():
-            member = tarfile.TarInfo(f"{key}.{extension}")  # time and owner 0: the same bytes at any time and place
+            member = tarfile.TarInfo(
+                f"{key}.{extension}"
+            )  # time and owner are 0, so that the bytes are always the same
             member.size, member.mode = len(content), 0o444
             self._tar.addfile(member, io.BytesIO(content))
             self.bytes += tar_bytes(len(content))
@@ -156,14 +160,14 @@ class _OpenShard:
         write_file(stats_path(self.path), _stats(len(self.rows), self.started))
 
     def abandon(self) -> None:
-        with suppress(OSError):  # it writes what is left in its buffer, and a full disk was said before
+        with suppress(OSError):  # it flushes its buffer, and a full disk was reported before
             self._file.close()
         self._growing.unlink(missing_ok=True)
 
 
 def rows_table(rows: list[dict[str, Any]]) -> pa.Table:
-    """Rows of any columns as a table: columns stand as they first come, absent values are null, nested ones are JSON,
-    and a column of numbers and words is of words."""
+    """A table of rows with any columns: columns in the order of their first occurrence, missing values null, nested
+    ones JSON, and a column of numbers and strings as strings."""
     names = dict.fromkeys(name for row in rows for name in row)
     return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
 
@@ -172,7 +176,7 @@ def _column(values: list[Any]) -> pa.Array:
     plain = [json.dumps(value) if isinstance(value, dict | list) else value for value in values]
     try:
         return pa.array(plain)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # rows come from strangers' files
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # rows come from untrusted files
         return pa.array([None if value is None else str(value) for value in plain], pa.string())
 
 
@@ -192,5 +196,5 @@ def _stats(samples: int, started: float) -> bytes:
 
 
 def tar_bytes(content: int) -> int:
-    """What a member takes in a tar: a header and whole blocks."""
+    """The bytes of a member in a tar: a header and whole blocks."""
     return tarfile.BLOCKSIZE * (1 - -content // tarfile.BLOCKSIZE)

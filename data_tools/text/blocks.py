@@ -1,4 +1,4 @@
-"""One block of documents, in a worker of `data_tools.pack_text`: decoded, cleaned, judged, cut, and put on disk."""
+"""Processes one block of documents in a worker of `data_tools.pack_text`: decode, clean, filter, split, store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SCHEMA = pa.schema(
     {
         "source": pa.int64(),
         "number": pa.int64(),
-        "reason": pa.string(),  # "": kept so far
+        "reason": pa.string(),  # "": not dropped so far
         "detail": pa.string(),
         "digest": pa.binary(),
         "signature": pa.binary(),
@@ -33,31 +33,31 @@ _SCHEMA = pa.schema(
         "tokens": pa.list_(pa.int64()),
     }
 )
-_LANGUAGE_CHARACTERS = 500  # of a document's middle: its first lines may be a title
+_LANGUAGE_CHARACTERS = 500  # from a document's middle, because its first lines may be a title
 
 
 @dataclass(frozen=True)
 class BlockWork:
-    """All that decides what becomes of a block."""
+    """The settings that determine the result of a block."""
 
     inputs: tuple[Input, ...]
     tokenizer: Path
     chunk_tokens: int
     language: str | None
-    near: bool  # whether near duplicates will be looked for
+    near: bool  # whether near duplicates will be dropped
     rules: TextRules
 
     def check(self) -> None:
-        """Raises ValueError where the language cannot be told."""
+        """Raises ValueError for an unknown language code, or if no detector is installed."""
         if self.language is None:
             return
         if len(code := language_code(self.language)) not in (2, 3) or not code.isalpha():
-            raise ValueError(f"--language={self.language} is no code of ISO 639-1; use one such as en, de, fr, zh")
+            raise ValueError(f"--language={self.language} is not a code of ISO 639-1; use one such as en, de, fr, zh")
         detector()
 
 
 class Cutter:
-    """What a worker keeps between blocks."""
+    """The state of a worker: its tokenizer and language detector."""
 
     def __init__(self, work: BlockWork):
         self.work, self.limits, self.tokenizer = work, limits_of(work.chunk_tokens), TextTokenizer(work.tokenizer)
@@ -68,16 +68,16 @@ class Cutter:
         return len(self.tokenizer.pieces(text))
 
     def row(self, raw: Raw) -> dict[str, Any]:
-        """One document's line of the block."""
+        """One document's row in the block's file."""
         row: dict[str, Any] = {"source": raw.source, "number": raw.number, "reason": "", "detail": ""}
         text, row["reason"] = text_of_document(raw, self.work.inputs[raw.source])
         if row["reason"]:
             return row
         text = clean(text)
-        if text and self.detect is not None and (found := self.language(text)) != self.wanted:
-            return row | {"reason": "language", "detail": found}
-        if broken := why_dropped(text, self.work.rules, english=self.wanted == "en"):
-            return row | dict(zip(("reason", "detail"), broken, strict=True))
+        if text and self.detect is not None and (language := self.language(text)) != self.wanted:
+            return row | {"reason": "language", "detail": language}
+        if violation := why_dropped(text, self.work.rules, english=self.wanted == "en"):
+            return row | dict(zip(("reason", "detail"), violation, strict=True))
         chunks = cut(text, self.count, self.limits)
         if len(chunks) == 1 and chunks[0].tokens < self.limits.least:
             return row | {"reason": "too_few_tokens", "detail": f"{chunks[0].tokens}"}
@@ -105,7 +105,7 @@ def start_worker(work: BlockWork, directory: Path, own_process: bool = False) ->
 
 
 def cut_block(block: Block) -> Path:
-    """The file of the block's rows; one that a killed run left is taken as it is."""
+    """The file of the block's rows; one of a killed run is reused."""
     path = _directory / f"{block.number:08d}.parquet"
     if not path.exists():
         table = pa.Table.from_pylist([_cutter.row(raw) for raw in block.documents], _SCHEMA)

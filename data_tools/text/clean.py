@@ -1,7 +1,8 @@
-"""Cleaning a document and saying why it is not worth training on: small pure functions after C4 and Gopher.
+"""Cleans a document, and says why it is not worth training on: small pure functions after C4 and Gopher.
 
-C4 is arXiv 1910.10683, section 2.2; Gopher is arXiv 2112.11446, appendix A1. Not taken from C4: that a line must end in
-a full stop (it empties books with hard line breaks), its list of bad words, and that a curly bracket drops the page.
+C4 is arXiv 1910.10683, section 2.2; Gopher is arXiv 2112.11446, appendix A1. Three rules of C4 are not used: that a
+line must end in a full stop (it empties books with hard line breaks), its list of bad words, and that a curly bracket
+drops the page.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from functools import cache
 
 import numpy as np
 
-# Controls, soft hyphens, zero-width spaces, marks of direction, lone surrogates, byte order marks, non-characters.
-# The zero-width joiners stay: Persian, Hindi and emoji are written with them.
+# Controls, soft hyphens, zero-width spaces, direction marks, lone surrogates, byte order marks, non-characters.
+# Not the zero-width joiners, which Persian, Hindi and emoji need.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ud800-\udfff"
     "\ufdd0-\ufdef\ufeff\ufff9-\ufffb\ufffe\uffff]"
 )
-_MARKS = 30  # combining ones in a row, as in stream-safe text (UAX 15); sorting them takes the square of their number
+_MARKS = 30  # combining marks in a row, as in stream-safe text (UAX 15); sorting them is quadratic
 _ABOVE_16_BITS = re.compile("[\U00010000-\U0010ffff]")
 _LINE_BREAK = re.compile("\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 _BLANKS = re.compile(r"[^\S\n]+")
@@ -34,7 +35,7 @@ _BOILERPLATE = (
     *("javascript", "terms of use", "privacy policy"),
     *("cookie policy", "uses cookies", "use of cookies", "use cookies"),
 )
-# A whole document in one line is no line of boilerplate, whatever it mentions.
+# A longer line, such as a whole document in one line, is not boilerplate, whatever it mentions.
 _BOILERPLATE_WORDS = 60
 _BULLETS = ("•", "‣", "◦", "▪", "●", "-", "*", "\u2013")
 _ELLIPSES = ("...", "…")
@@ -42,15 +43,15 @@ _SYMBOLS = re.compile(r"#|\.\.\.|…")
 _LETTER = re.compile(r"[^\W\d_]")
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 
-# Gopher's table A1: words in a run -> the largest share of the document's characters.
+# Gopher's table A1: words in a run -> the largest allowed share of the document's characters.
 TOP_RUN = {2: 0.20, 3: 0.18, 4: 0.16}
 REPEATED_RUNS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
 @dataclass(frozen=True)
 class TextRules:
-    """The bounds of a good document, all Gopher's; None turns one off. Words are what blanks part, so for languages
-    without blanks between words turn off those on words."""
+    """The limits for a good document, all Gopher's; None turns one off. Words are separated by blanks, so turn off the
+    rules on words for languages without blanks."""
 
     min_words: float | None = 50
     min_word_length: float | None = 3  # characters, the mean of the document
@@ -66,68 +67,68 @@ class TextRules:
 
 
 def normalise(text: str) -> str:
-    """Composed Unicode (NFC) without invisible characters; every kind of line break is a newline, two at most in a row;
-    every run of blanks is one space, none at the ends of a line."""
+    """Composed Unicode (NFC) without invisible characters; every kind of line break is a newline, at most two in a row;
+    every run of blanks is one space, with none at the ends of a line."""
     text = _INVISIBLE.sub("", _LINE_BREAK.sub("\n", text))
     if not text.isascii():
-        # Up to 16 bits a class is a bitmap, beyond a list that is searched: 30 times as slow.
-        marks = _heaps_of_marks(sys.maxunicode if _ABOVE_16_BITS.search(text) else 0xFFFF)
+        # In `re`, a character class up to 16 bits is a bitmap, beyond that a list to search, 30 times slower.
+        marks = _excess_marks(sys.maxunicode if _ABOVE_16_BITS.search(text) else 0xFFFF)
         text = unicodedata.normalize("NFC", marks.sub(r"\1", text))
     text = _AROUND_BREAK.sub("\n", _BLANKS.sub(" ", text))
     return _GAPS.sub("\n\n", text).strip()
 
 
 @cache
-def _heaps_of_marks(highest: int) -> re.Pattern[str]:
-    """What stands behind the first 30 of a run of combining marks, none above `highest`."""
+def _excess_marks(highest: int) -> re.Pattern[str]:
+    """Matches a run of more than 30 combining marks, none above `highest`; group 1 are the first 30."""
     marks = "".join(char for char in map(chr, range(highest + 1)) if unicodedata.combining(char))
     return re.compile(f"([{marks}][{marks}]{{{_MARKS - 1}}})[{marks}]+")
 
 
 def without_markers(text: str) -> str:
-    """C4: Wikipedia's [12], [edit] and [citation needed] are taken out."""
+    """C4: removes Wikipedia's [12], [edit] and [citation needed]."""
     return _MARKERS.sub("", text)
 
 
 def without_boilerplate(text: str) -> str:
-    """C4: lines that speak of JavaScript, cookies or terms of use are taken out, unless they are longer than any
-    such notice."""
-    if not _speaks_of_boilerplate(text):
+    """C4: removes lines that mention JavaScript, cookies or terms of use, unless they are longer than such notices
+    are."""
+    if not _mentions_boilerplate(text):
         return text
     lines = text.split("\n")
     return "\n".join(
-        line for line in lines if not _speaks_of_boilerplate(line) or len(line.split()) > _BOILERPLATE_WORDS
+        line for line in lines if not _mentions_boilerplate(line) or len(line.split()) > _BOILERPLATE_WORDS
     )
 
 
-def _speaks_of_boilerplate(text: str) -> bool:
+def _mentions_boilerplate(text: str) -> bool:
     lower = text.lower()
     return any(notice in lower for notice in _BOILERPLATE)
 
 
 def clean(text: str) -> str:
-    """All of the above. Twice is not always the same as once: what is taken out may bring two halves together."""
+    """Applies all of the above. Not idempotent: removing a text may join its neighbours into a new match."""
     text = normalise(text)
-    less = without_boilerplate(without_markers(text))
-    return text if less == text else normalise(less)
+    shorter = without_boilerplate(without_markers(text))
+    return text if shorter == text else normalise(shorter)
 
 
 def why_dropped(text: str, rules: TextRules, english: bool) -> tuple[str, str] | None:
-    """(reason, what was measured) of the first rule that a cleaned text breaks; None for a good one."""
+    """(reason, measured value) of the first rule that a cleaned text breaks; None for a good text."""
     if not text:
         return "empty", ""
     if "lorem ipsum" in text.lower():  # C4
         return "placeholder", "lorem ipsum"
     for reason, value, least, most in _measures(text, rules, english):
         if least is not None and value < least:
-            return reason, f"{value:.3g}, and {least:g} is the least"
+            return reason, f"{value:.3g}, the minimum is {least:g}"
         if most is not None and value > most:
-            return reason, f"{value:.3g}, and {most:g} is the most"
+            return reason, f"{value:.3g}, the maximum is {most:g}"
     return None
 
 
 def _measures(text: str, rules: TextRules, english: bool) -> Iterator[tuple[str, float, float | None, float | None]]:
-    """(reason, value, least, most), what costs least first."""
+    """(reason, value, minimum, maximum), the cheapest first."""
     words = text.split()
     yield "too_short", len(words), rules.min_words, None
     yield "word_length", mean_word_length(words), rules.min_word_length, rules.max_word_length
@@ -161,14 +162,14 @@ def share(lines: list[str], marks: tuple[str, ...], test) -> float:
 
 
 def stop_words(words: list[str]) -> int:
-    """How many of Gopher's eight English words come at all."""
-    found: set[str] = set()
+    """How many of Gopher's eight English words occur."""
+    occurring: set[str] = set()
     for word in words:
         if (lower := word.lower()) in STOP_WORDS:
-            found.add(lower)
-            if len(found) == len(STOP_WORDS):
+            occurring.add(lower)
+            if len(occurring) == len(STOP_WORDS):
                 break
-    return len(found)
+    return len(occurring)
 
 
 def share_with_letter(words: list[str]) -> float:
@@ -176,38 +177,38 @@ def share_with_letter(words: list[str]) -> float:
 
 
 def repeated(parts: list[str]) -> tuple[float, float]:
-    """Of lines or paragraphs that stood before in the same document: their share of all, and of all characters."""
+    """The share of lines or paragraphs that repeat an earlier one of the document, by number and by characters."""
     counts = Counter(parts)
-    again = sum((count - 1) * len(part) for part, count in counts.items())
+    repeats = sum((count - 1) * len(part) for part, count in counts.items())
     characters = sum(map(len, parts))
-    return (len(parts) - len(counts)) / max(len(parts), 1), again / max(characters, 1)
+    return (len(parts) - len(counts)) / max(len(parts), 1), repeats / max(characters, 1)
 
 
 def repeated_runs(words: list[str]) -> float:
-    """The most that runs of 2 to 10 words exceed Gopher's shares: at 1 the document is at the bound.
+    """How much repeated runs of 2 to 10 words exceed Gopher's limits: the largest share / limit, 1 at the limit.
 
-    For 2 to 4 words it is the most frequent run's characters, for 5 to 10 those of all runs that stood before (each
-    character once), over all characters; blanks do not count.
+    The share of all characters, without blanks: for 2 to 4 words that of the most frequent run, for 5 to 10 that of all
+    runs that repeat an earlier one (each character counted once).
     """
     numbers: dict[str, int] = {}
     ids = np.array([numbers.setdefault(word, len(numbers)) for word in words], np.int64)
     lengths = np.array([len(word) for word in words], np.int64)
     total, worst, runs = max(int(lengths.sum()), 1), 0.0, ids
     for n in range(2, min(max(REPEATED_RUNS), len(words)) + 1):
-        # A run's number is exact, no hash: that of its first n - 1 words and that of the word behind them.
+        # A run's number is exact, not a hash: it combines the number of its first n - 1 words and of its last word.
         joined = runs[:-1] * len(numbers) + ids[n - 1 :]
         _, first, runs, counts = np.unique(joined, return_index=True, return_inverse=True, return_counts=True)
-        if len(counts) == len(joined):  # all different, and so are all longer ones
+        if len(counts) == len(joined):  # all are different, and so are longer runs
             break
         if n in TOP_RUN:
             top = first[counts.argmax()]
             if counts.max() > 1:
                 worst = max(worst, counts.max() * lengths[top : top + n].sum() / total / TOP_RUN[n])
         else:
-            again = np.ones(len(joined), bool)
-            again[first] = False
+            repeats = np.ones(len(joined), bool)
+            repeats[first] = False
             covered = np.zeros(len(words), bool)
             for shift in range(n):
-                covered[shift : shift + len(again)] |= again
+                covered[shift : shift + len(repeats)] |= repeats
             worst = max(worst, lengths[covered].sum() / total / REPEATED_RUNS[n])
     return float(worst)

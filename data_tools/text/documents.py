@@ -1,7 +1,7 @@
 """Reads documents from plain text, JSONL and parquet files, in order and in bounded memory.
 
-What cannot be used is not an error but a document with a reason: `too_long` (over 8 MiB), `not_utf8`, `not_json`,
-`no_text` (null, missing or no string), `empty`. A file that cannot be read, and a column that is not there, are errors.
+An unusable document is not an error but gets a reason: `too_long` (over 8 MiB), `not_utf8`, `not_json`, `no_text`
+(null, missing or not a string), `empty`. An unreadable file and a missing column are errors.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple
 
-MAX_BYTES = 2**23  # of a document: four times the longest novels; more is no document but a file of them
+MAX_BYTES = 2**23  # of a document: four times the longest novels; larger texts are collections of documents
 TEXT, JSONL, PARQUET = "text", "jsonl", "parquet"
 KINDS = {".txt": TEXT, ".jsonl": JSONL, ".ndjson": JSONL, ".json": JSONL, ".parquet": PARQUET}
-PACKED = (".gz", ".bz2", ".xz", ".zst")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 SUPPORTED = ".txt, .jsonl (also with .gz, .bz2, .xz, .zst) and .parquet"
 _ROWS = 256  # of parquet at a time
-_FIRST_LINES = 1000  # of JSONL that are looked at for the column before the work begins
-_SHOWN = 20  # names of columns in a message
+_FIRST_LINES = 1000  # of JSONL, in which the column is searched before the work begins
+_MAX_NAMES = 20  # columns in a message
 
 
 class Input(NamedTuple):
     path: Path
-    name: str  # as shards and records call it
+    name: str  # in shards and step records
     kind: str  # TEXT, JSONL or PARQUET
     column: str
     split: str  # of plain text: "file" or "blank"
 
 
 class Raw(NamedTuple):
-    """A document as it stands in its file: not decoded yet, or a reason why there is none."""
+    """A document before decoding, or the reason why it is unusable."""
 
     source: int  # number of the input
     number: int  # within the input, from 0
@@ -48,37 +48,37 @@ class Raw(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """Documents that are worked on together. Where blocks begin and end follows from the inputs alone."""
+    """Documents that are processed together. The division into blocks depends only on the inputs."""
 
     number: int
     documents: list[Raw]
-    position: int  # bytes of the inputs that were read up to its end
+    position: int  # bytes of the inputs up to its end
 
 
 def find_inputs(paths: list[Path], column: str = "text", split: str = "file") -> list[Input]:
-    """Files, and the files of directories by name, in this order. Raises ValueError for what is none of SUPPORTED, and
+    """Files, and the files of directories by name, in this order. Raises ValueError for unsupported files, and
     for a file without the column, naming those it has; OSError."""
-    found: list[tuple[Path, str]] = []
+    files: list[tuple[Path, str]] = []
     for path in paths:
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.is_file() and kind_of(p) and not _hidden(p, path))
             if not inside:
-                raise ValueError(f"{path} holds no documents; give files or directories of {SUPPORTED}")
-            found += [(p, p.relative_to(path).as_posix()) for p in inside]
+                raise ValueError(f"{path} contains no documents; give files or directories of {SUPPORTED}")
+            files += [(p, p.relative_to(path).as_posix()) for p in inside]
         elif not path.is_file():
-            raise ValueError(f"{path} is wrong because there is no such file; give documents in {SUPPORTED}")
+            raise ValueError(f"{path} does not exist; give documents in {SUPPORTED}")
         elif not kind_of(path):
-            raise ValueError(f"{path} is of no kind that is read here; give {SUPPORTED}")
+            raise ValueError(f"{path} has an unsupported format; give {SUPPORTED}")
         else:
-            found.append((path, path.name))
-    known: set[Path] = set()
-    for path, _ in found:
-        if (file := path.resolve()) in known:
+            files.append((path, path.name))
+    distinct: set[Path] = set()
+    for path, _ in files:
+        if (resolved := path.resolve()) in distinct:
             raise ValueError(f"{path} is given twice; give each file once")
-        known.add(file)
-    short = [name for _, name in found]
-    names = short if len(set(short)) == len(short) else [path.as_posix() for path, _ in found]
-    inputs = [Input(p, name, kind_of(p), column, split) for (p, _), name in zip(found, names, strict=True)]
+        distinct.add(resolved)
+    short = [name for _, name in files]
+    names = short if len(set(short)) == len(short) else [path.as_posix() for path, _ in files]
+    inputs = [Input(p, name, kind_of(p), column, split) for (p, _), name in zip(files, names, strict=True)]
     for source in inputs:
         _check_column(source)
     return inputs
@@ -89,9 +89,9 @@ def _hidden(path: Path, root: Path) -> bool:
 
 
 def kind_of(path: Path) -> str:
-    """TEXT, JSONL or PARQUET by the ending; "" for others."""
+    """TEXT, JSONL or PARQUET, by the file's ending; "" for others."""
     name = path.name.lower()
-    for ending in PACKED:
+    for ending in COMPRESSED:
         if name.endswith(ending):
             kind = KINDS.get(Path(name.removesuffix(ending)).suffix, "")
             return "" if kind == PARQUET else kind
@@ -99,7 +99,7 @@ def kind_of(path: Path) -> str:
 
 
 def read_blocks(inputs: list[Input], most_bytes: int = 2**22, most_documents: int = 2000) -> Iterator[Block]:
-    """All documents in order. Raises ValueError, OSError naming the file that is damaged or cannot be read."""
+    """All documents in order. Raises ValueError or OSError, naming the file, if one is damaged or unreadable."""
     documents: list[Raw] = []
     number = size = before = 0
     for index, source in enumerate(inputs):
@@ -140,19 +140,19 @@ def _read(source: Input) -> Iterator[tuple[bytes | str, str, int]]:
         if source.kind == PARQUET:
             yield from _parquet(source)
             return
-        with open(source.path, "rb") as raw, _unpacked(raw, source.path) as file:
+        with open(source.path, "rb") as raw, _decompress(raw, source.path) as file:
             read = _lines if source.kind == JSONL else _paragraphs if source.split == "blank" else _whole
             for content, reason in read(file):
                 yield content, reason, raw.tell()
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{source.path} is cut off or damaged ({error}); fetch it again or leave it out") from None
+        raise ValueError(f"{source.path} is truncated or damaged ({error}); fetch it again or omit it") from None
     except OSError as error:
-        if error.filename is None and error.errno is None:  # a decompressor's own complaint
-            raise ValueError(f"{source.path} is cut off or damaged ({error}); fetch it again or leave it out") from None
+        if error.filename is None and error.errno is None:  # a decompressor's own error
+            raise ValueError(f"{source.path} is truncated or damaged ({error}); fetch it again or omit it") from None
         raise
 
 
-def _unpacked(raw: IO[bytes], path: Path) -> IO[bytes]:
+def _decompress(raw: IO[bytes], path: Path) -> IO[bytes]:
     ending = path.suffix.lower()
     if ending == ".gz":
         return gzip.open(raw)  # type: ignore[return-value]
@@ -168,7 +168,7 @@ def _unpacked(raw: IO[bytes], path: Path) -> IO[bytes]:
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[bytes, str]]:
-    """Every line that is not blank. Of one that is too long only the end is looked for."""
+    """Every non-blank line. A line that is too long is skipped to its end."""
     while line := file.readline(MAX_BYTES + 1):
         if len(line) <= MAX_BYTES:
             if line.strip():
@@ -180,23 +180,23 @@ def _lines(file: IO[bytes]) -> Iterator[tuple[bytes, str]]:
 
 
 def _paragraphs(file: IO[bytes]) -> Iterator[tuple[bytes, str]]:
-    """What stands between blank lines."""
+    """The paragraphs between blank lines."""
     lines: list[bytes] = []
     size = 0
     while line := file.readline(MAX_BYTES + 1):
         if line.isspace() and (not lines or lines[-1].endswith(b"\n")):
             if lines:
-                yield _joined(lines, size)
+                yield _join(lines, size)
             lines, size = [], 0
             continue
         size += len(line)
-        # Of what is too long the last part stays, to know where its line ends.
+        # Of a paragraph that is too long only the last part is stored, to know where its line ends.
         lines = [*lines, line] if size <= MAX_BYTES else [line]
     if lines:
-        yield _joined(lines, size)
+        yield _join(lines, size)
 
 
-def _joined(lines: list[bytes], size: int) -> tuple[bytes, str]:
+def _join(lines: list[bytes], size: int) -> tuple[bytes, str]:
     return (b"".join(lines), "") if size <= MAX_BYTES else (b"", "too_long")
 
 
@@ -214,7 +214,7 @@ def _parquet(source: Input) -> Iterator[tuple[bytes | str, str, int]]:
         with pq.ParquetFile(source.path) as file:
             rows = max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(_ROWS, columns=[source.column]):
-                # Bytes, not text: a string column may hold what is no UTF-8, and one bad row must not end the file.
+                # Bytes, not text: a string column may contain invalid UTF-8, and one bad row must not end the file.
                 for value in batch.column(0).cast(pa.large_binary()).to_pylist():
                     done += 1
                     at = size * done // rows
@@ -226,11 +226,11 @@ def _parquet(source: Input) -> Iterator[tuple[bytes | str, str, int]]:
                         yield value, "", at
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
         why = str(error).splitlines()[0]
-        raise ValueError(f"{source.path} is cut off or damaged ({why}); fetch it again or leave it out") from None
+        raise ValueError(f"{source.path} is truncated or damaged ({why}); fetch it again or omit it") from None
 
 
 def _check_column(source: Input) -> None:
-    """Before hours of work. Raises ValueError."""
+    """Checks the column before the hours of work. Raises ValueError."""
     if source.kind == PARQUET:
         _check_parquet(source)
     elif source.kind == JSONL:
@@ -238,11 +238,11 @@ def _check_column(source: Input) -> None:
             assert isinstance(content, bytes)
             text = content.decode("utf-8-sig", "replace").lstrip()
             if text.startswith("["):
-                raise ValueError(f"{source.path} holds a JSON list and no lines of objects; write one object per line")
+                raise ValueError(f"{source.path} is a JSON list instead of lines of objects; write one object per line")
             try:
                 row = json.loads(text)
             except (ValueError, RecursionError):
-                continue  # the first line that is an object decides
+                continue  # the first line with an object decides
             if isinstance(row, dict) and source.column not in row:
                 raise _no_column(source, list(row))
             if isinstance(row, dict):
@@ -257,7 +257,7 @@ def _check_parquet(source: Input) -> None:
         schema = pq.read_schema(source.path)
     except (pa.ArrowInvalid, OSError) as error:
         why = str(error).splitlines()[0]
-        raise ValueError(f"{source.path} is no parquet file ({why}); fetch it again or leave it out") from None
+        raise ValueError(f"{source.path} is not a parquet file ({why}); fetch it again or omit it") from None
     if source.column not in schema.names:
         raise _no_column(source, schema.names)
     kind = schema.field(source.column).type
@@ -265,18 +265,18 @@ def _check_parquet(source: Input) -> None:
         kind = kind.value_type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)):
         raise ValueError(
-            f"--text-col={source.column} of {source.path} holds {kind} and not text; its columns are "
-            f"{_shown(schema.names)}"
+            f"--text-col={source.column} of {source.path} has the type {kind}, not text; its columns are "
+            f"{_list_names(schema.names)}"
         )
 
 
 def _no_column(source: Input, names: list[str]) -> ValueError:
-    return ValueError(f"--text-col={source.column} is not in {source.path}; its columns are {_shown(names)}")
+    return ValueError(f"--text-col={source.column} is not in {source.path}; its columns are {_list_names(names)}")
 
 
-def _shown(names: list[str]) -> str:
-    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(name[:60] for name in names[:_SHOWN]) + more or "none"
+def _list_names(names: list[str]) -> str:
+    more = f", and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(name[:60] for name in names[:_MAX_NAMES]) + more or "none"
 
 
 def total_bytes(inputs: list[Input]) -> int:

@@ -1,7 +1,7 @@
 """The work of `data_tools.pack_text`: documents -> blocks of cut documents (by workers) -> shards (in order).
 
-A block's result is a parquet file in the work directory, so a run that was killed goes on behind the last one. What
-depends on the documents before, duplicates and the budget, is decided afterwards, in the order of the input.
+A block's result is a parquet file in the work directory, so a killed run continues after the last one. What depends on
+earlier documents (duplicates and the budget) is decided afterwards, in the order of the input.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from data_tools.text.blocks import BlockWork, cut_block, start_worker
 from data_tools.text.chunks import limits_of
 from data_tools.text.clean import TextRules
 from data_tools.text.documents import MAX_BYTES, TEXT, Block, Input, find_inputs, read_blocks, total_bytes
-from data_tools.text.duplicates import SeenTexts
+from data_tools.text.duplicates import KeptTexts
 from pretrain.data.shards.indexing import index_directory
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.files import move
 
-VERSION = 1  # other rules in the code make other shards
+VERSION = 1  # increase it when a change of the code changes the shards
 NAME, CHUNKS = "pack_text", "pack_text_chunks"
-_DOCUMENT_BITS = 40  # of a number that names input and document
+_DOCUMENT_BITS = 40  # of a number that combines input and document
 
 
 @dataclass(frozen=True)
 class Packing:
-    """All that decides the shards."""
+    """The settings that determine the shards."""
 
     paths: tuple[Path, ...]
     tokenizer: Path
@@ -62,7 +62,7 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class Packed:
+class Result:
     documents: Step
     chunks: Step
     shards: int
@@ -81,21 +81,21 @@ class _Tally:
     over_budget: int = 0  # chunks
 
 
-def pack(packing: Packing, workers: int = 1) -> Packed:
-    """Writes `packing.out`, or finds it written. Raises ValueError for settings that cannot be, inputs that cannot be
-    read, an `out` that holds something else, and where no document is left; OSError."""
+def pack(packing: Packing, workers: int = 1) -> Result:
+    """Writes `packing.out`, unless it is complete. Raises ValueError for invalid settings, unreadable inputs, an `out`
+    that contains something else, and if no document remains; OSError."""
     if workers < 1:
         raise ValueError(f"--workers={workers} is below 1; use 1 or more")
     if packing.samples_per_shard < 1:
         raise ValueError(f"--samples-per-shard={packing.samples_per_shard} is below 1; use 10000")
     limits_of(packing.chunk_tokens)
     TextTokenizer(packing.tokenizer)
-    SeenTexts(packing.near)
+    KeptTexts(packing.near)
     out = packing.out.resolve()
     for path in packing.paths:
         if path.is_dir() and out.is_relative_to(path.resolve()):
             raise ValueError(
-                f"--out={out} lies in the input {path}, and would be read as documents; choose another place"
+                f"--out={out} lies in the input {path} and would be read as documents; choose another place"
             )
     inputs = find_inputs(list(packing.paths), packing.column, packing.split)
     if packing.seed is not None:
@@ -105,19 +105,19 @@ def pack(packing: Packing, workers: int = 1) -> Packed:
     )
     work.check()
     settings = _settings(packing, inputs)
-    if (packed := _finished(out, settings, inputs)) is not None:
+    if (result := _finished(out, settings, inputs)) is not None:
         shutil.rmtree(_beside(out), ignore_errors=True)  # of a run that was killed at the very end
-        return packed
+        return result
     with _work_directory(out, settings) as directory:
-        packed = _pack(packing, settings, work, directory, workers)
-        move(directory / "shards", out)  # synced before the blocks go
+        result = _pack(packing, settings, work, directory, workers)
+        move(directory / "shards", out)  # synced before the blocks are removed
         shutil.rmtree(directory)
-    return packed
+    return result
 
 
-def _pack(packing: Packing, settings: dict[str, Any], work: BlockWork, directory: Path, workers: int) -> Packed:
+def _pack(packing: Packing, settings: dict[str, Any], work: BlockWork, directory: Path, workers: int) -> Result:
     shards = directory / "shards"
-    shutil.rmtree(shards, ignore_errors=True)  # of a run that was killed: written again, from the blocks
+    shutil.rmtree(shards, ignore_errors=True)  # of a killed run; they are written again from the blocks
     room, tally = limits_of(packing.chunk_tokens).tokens, _Tally()
     with ShardWriter(shards, samples_per_shard=packing.samples_per_shard) as writer:
         drops = _write_chunks(packing, work, directory, workers, writer, tally)
@@ -126,7 +126,7 @@ def _pack(packing: Packing, settings: dict[str, Any], work: BlockWork, directory
         why = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items()) or "the inputs are empty"
         kinds = frozenset(source.kind for source in work.inputs)
         hint = too_long_hint(dropped, packing, kinds) or "loosen the rules by --rule, or give other documents"
-        raise ValueError(f"none of {tally.documents:,} documents is kept ({why}); {hint}")
+        raise ValueError(f"all {tally.documents:,} documents are dropped ({why}); {hint}")
     index_directory(shards, workers)
     names = [source.name for source in work.inputs]
     documents = Step(NAME, tally.documents, tally.kept, dropped, settings, names, "documents")
@@ -136,15 +136,15 @@ def _pack(packing: Packing, settings: dict[str, Any], work: BlockWork, directory
     chunks = Step(NAME, tally.chunks + tally.over_budget, tally.chunks, over, results, names, "chunks")
     write_step(shards, CHUNKS, chunks)
     write_step(shards, NAME, documents)
-    return _packed(documents, chunks, work.inputs)
+    return _result(documents, chunks, work.inputs)
 
 
 def too_long_hint(dropped: dict[str, int], packing: Packing, kinds: frozenset[str]) -> str:
-    """Said where whole .txt files are too long for a document."""
+    """A hint for the user if whole .txt files are too long for one document; "" otherwise."""
     if not dropped.get("too_long") or packing.split != "file" or TEXT not in kinds:
         return ""
     return (
-        f"documents over {MAX_BYTES >> 20} MiB are dropped; if a .txt file holds many, part them by blank lines and "
+        f"documents over {MAX_BYTES >> 20} MiB are dropped; if a .txt file has many, separate them by blank lines and "
         "use --txt blank"
     )
 
@@ -152,8 +152,8 @@ def too_long_hint(dropped: dict[str, int], packing: Packing, kinds: frozenset[st
 def _write_chunks(
     packing: Packing, work: BlockWork, directory: Path, workers: int, writer: ShardWriter, tally: _Tally
 ) -> Iterator[Drop]:
-    """Writes the chunks of what is kept, and yields what is dropped."""
-    seen = SeenTexts(packing.near)
+    """Writes the chunks of the kept documents, and yields the drops."""
+    kept_texts = KeptTexts(packing.near)
     bar = tqdm(total=total_bytes(list(work.inputs)), unit="B", unit_scale=True, desc="packing", disable=None)
     with bar, _cut_blocks(work, directory, workers) as blocks:
         for block, rows in blocks:
@@ -165,11 +165,11 @@ def _write_chunks(
                     yield drop(row["reason"], row["detail"])
                     continue
                 number = row["source"] << _DOCUMENT_BITS | row["number"]
-                if earlier := seen.add(number, row["digest"], row["signature"]):
+                if earlier := kept_texts.add(number, row["digest"], row["signature"]):
                     first = work.inputs[earlier[1] >> _DOCUMENT_BITS].name
                     yield drop(earlier[0], f"{first} {earlier[1] & (1 << _DOCUMENT_BITS) - 1}")
                     continue
-                fits = _fitting(row["tokens"], packing.budget, tally.tokens)
+                fits = _count_fitting(row["tokens"], packing.budget, tally.tokens)
                 _write_document(writer, name, row, fits, tally)
                 if fits < len(row["tokens"]):
                     tally.over_budget += len(row["tokens"]) - fits
@@ -180,8 +180,8 @@ def _write_chunks(
             bar.set_postfix(kept=tally.kept, tokens=f"{tally.tokens:.3g}", refresh=False)
 
 
-def _fitting(tokens: list[int], budget: int | None, before: int) -> int:
-    """How many of a document's chunks stay within the budget."""
+def _count_fitting(tokens: list[int], budget: int | None, before: int) -> int:
+    """How many of a document's chunks are within the budget."""
     for number, count in enumerate(tokens):
         before += count
         if budget is not None and before > budget:
@@ -193,21 +193,21 @@ def _write_document(writer: ShardWriter, name: str, row: dict[str, Any], chunks:
     tally.kept += chunks > 0
     for number in range(chunks):
         tokens = row["tokens"][number]
-        about = {"source": name, "document": row["number"], "chunk": number, "tokens": tokens}
-        members = {"txt": row["chunks"][number].encode(), "json": json.dumps(about).encode()}
-        writer.write(f"{tally.chunks:09d}", members, {"status": "success", "error_message": None, **about})
+        facts = {"source": name, "document": row["number"], "chunk": number, "tokens": tokens}
+        members = {"txt": row["chunks"][number].encode(), "json": json.dumps(facts).encode()}
+        writer.write(f"{tally.chunks:09d}", members, {"status": "success", "error_message": None, **facts})
         tally.chunks += 1
         tally.tokens += tokens
 
 
 @contextmanager
 def _cut_blocks(work: BlockWork, directory: Path, workers: int) -> Iterator[Iterator[tuple[Block, list[dict]]]]:
-    """(block, its rows) in order; the workers are a few blocks ahead, no more."""
+    """(block, its rows) in order; the workers are at most a few blocks ahead."""
     if workers == 1:
         start_worker(work, directory)
         yield ((block, _rows(cut_block(block))) for block in read_blocks(list(work.inputs)))
         return
-    # Not forked: there are threads of pyarrow's.
+    # Not forked, because pyarrow has started threads.
     with ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (work, directory, True)) as pool:
         try:
             yield _ahead(pool, work, 2 * workers)
@@ -218,13 +218,13 @@ def _cut_blocks(work: BlockWork, directory: Path, workers: int) -> Iterator[Iter
 def _ahead(pool: ProcessPoolExecutor, work: BlockWork, most: int) -> Iterator[tuple[Block, list[dict]]]:
     pending: deque = deque()
     for block in read_blocks(list(work.inputs)):
-        done = pool.submit(cut_block, block)
-        pending.append((Block(block.number, [], block.position), done))
+        future = pool.submit(cut_block, block)
+        pending.append((Block(block.number, [], block.position), future))
         if len(pending) > most:
-            block, done = pending.popleft()
-            yield block, _rows(done.result())
-    for block, done in pending:
-        yield block, _rows(done.result())
+            block, future = pending.popleft()
+            yield block, _rows(future.result())
+    for block, future in pending:
+        yield block, _rows(future.result())
 
 
 def _rows(path: Path) -> list[dict]:
@@ -237,7 +237,7 @@ def _rows(path: Path) -> list[dict]:
 
 
 def _settings(packing: Packing, inputs: list[Input]) -> dict[str, Any]:
-    """All that decides the shards, as it stands in the step's record."""
+    """The settings that determine the shards, as in the step record."""
     files = hashlib.sha256()
     for source in inputs:
         stat = source.path.stat()
@@ -258,29 +258,29 @@ def _settings(packing: Packing, inputs: list[Input]) -> dict[str, Any]:
     }
 
 
-def _finished(out: Path, settings: dict[str, Any], inputs: list[Input]) -> Packed | None:
-    """What an earlier run of the same settings left. Raises ValueError if `out` holds anything else."""
+def _finished(out: Path, settings: dict[str, Any], inputs: list[Input]) -> Result | None:
+    """The result of an earlier run with the same settings. Raises ValueError if `out` contains anything else."""
     if not out.exists():
         return None
     if not out.is_dir():
         raise ValueError(f"--out={out} is a file; give a directory that does not exist yet")
     if os.path.ismount(out):
-        raise ValueError(f"--out={out} is where a disk is mounted and cannot appear at once; give a directory in it")
+        raise ValueError(f"--out={out} is a mount point, which cannot be replaced; give a directory in it")
     if not any(out.iterdir()):
         return None
     steps = read_steps(out)
     if NAME not in steps or CHUNKS not in steps:
-        raise ValueError(f"--out={out} holds other files; give a directory that does not exist yet")
+        raise ValueError(f"--out={out} contains other files; give a directory that does not exist yet")
     if changed := differences(steps[NAME].settings, settings):
-        raise ValueError(f"--out={out} holds shards that were packed with {changed}; remove it, or choose another")
-    return _packed(steps[NAME], steps[CHUNKS], tuple(inputs))
+        raise ValueError(f"--out={out} contains shards that were packed with {changed}; remove it, or choose another")
+    return _result(steps[NAME], steps[CHUNKS], tuple(inputs))
 
 
-def _packed(documents: Step, chunks: Step, inputs: tuple[Input, ...]) -> Packed:
-    made = chunks.settings
+def _result(documents: Step, chunks: Step, inputs: tuple[Input, ...]) -> Result:
+    results = chunks.settings
     kinds = frozenset(source.kind for source in inputs)
-    return Packed(
-        documents, chunks, made["shards"], made["tokens"], made["fill"], "over_budget" in chunks.dropped, kinds
+    return Result(
+        documents, chunks, results["shards"], results["tokens"], results["fill"], "over_budget" in chunks.dropped, kinds
     )
 
 
@@ -290,11 +290,11 @@ def _beside(out: Path) -> Path:
 
 @contextmanager
 def _work_directory(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
-    """.OUT.packing, for this process alone, with the blocks of a killed run if they are of the same work."""
+    """.OUT.packing, reserved for this process, with the blocks of a killed run if they have the same settings."""
     directory = _beside(out)
-    # What is decided behind the blocks may change without their being worked on again.
-    before = {name: value for name, value in settings.items() if name not in ("budget", "samples_per_shard")}
-    before["near"] = settings["near"] < 1
-    with owned(out, before, stamp=directory / "settings.json", work=directory, restart=lambda: True):
+    # Settings that do not affect the blocks may change without making the blocks again.
+    block_settings = {name: value for name, value in settings.items() if name not in ("budget", "samples_per_shard")}
+    block_settings["near"] = settings["near"] < 1
+    with owned(out, block_settings, stamp=directory / "settings.json", work=directory, restart=lambda: True):
         (directory / "blocks").mkdir(exist_ok=True)
         yield directory

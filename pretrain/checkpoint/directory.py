@@ -1,4 +1,4 @@
-"""A directory of checkpoints: what is complete, what is damaged, what goes."""
+"""A directory of checkpoints: which are complete, which are damaged, which are pruned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
 DELETING = ".deleting_"
-# What a killed save leaves; an earlier version wrote into .saving_step_N.
+# The leftovers of a killed save; an earlier version wrote into .saving_step_N.
 LEFTOVERS = (f".step_*{WRITING}", f"{DELETING}step_*", ".saving_step_*")
 
 
@@ -28,10 +28,10 @@ def prepare(directory: Path, beside: Path) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Removes what a killed save left behind."""
+    """Remove the leftovers of a killed save."""
     for pattern in LEFTOVERS:
         for leftover in directory.glob(pattern):
-            log.info("removing the leftover %s of a save that did not end", leftover)
+            log.info("removing %s, the leftover of an interrupted save", leftover)
             shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -39,7 +39,7 @@ def publish(body: dict[str, Any], beside: Path, final: Path) -> None:
     for folder in {(beside / name).parent for name in body["files"]} | {beside}:
         sync(folder)
     write_json(beside / MANIFEST, body | {"sha256": _hash_json(body)})
-    if final.exists():  # the same step again, after its first copy was refused as damaged
+    if final.exists():  # this step was saved before, and that copy was rejected as damaged
         _remove(final)
     move(beside, final)
 
@@ -50,11 +50,11 @@ def prune(directory: Path, step: int, keep: int) -> None:
         try:
             _remove(path)
         except OSError as error:
-            log.warning("the old checkpoint %s could not be removed: %s", path, error)
+            log.warning("cannot remove the old checkpoint %s: %s", path, error)
 
 
 def _remove(path: Path) -> None:
-    # Renamed first: a directory that is half removed must not look like a damaged checkpoint.
+    # Rename first: a half-removed directory must not look like a damaged checkpoint.
     doomed = path.with_name(DELETING + path.name)
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
@@ -70,14 +70,14 @@ def complete(directory: Path) -> Iterator[tuple[str, dict]]:
             if digest == _hash_json(manifest) and manifest["step"] == _step(path):
                 yield path.name, manifest
                 continue
-            reason = "is not what was written"
+            reason = "does not match its checksum"
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"cannot be read ({error})"
-        log.warning("checkpoint refused: %s %s; trying the one before", path / MANIFEST, reason)
+        log.warning("checkpoint rejected: %s %s; trying the previous one", path / MANIFEST, reason)
 
 
 def damage(path: Path, files: dict[str, dict]) -> list[str]:
-    """One line for each of these files that is not what the manifest says."""
+    """One line for each of these files that differs from its manifest entry."""
     lines = []
     for name, entry in files.items():
         try:
@@ -87,7 +87,7 @@ def damage(path: Path, files: dict[str, dict]) -> list[str]:
             with open(path / name, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest != entry["sha256"]:
-                lines.append(f"{path / name} is not what was written (its hash differs)")
+                lines.append(f"{path / name} is damaged (its hash differs)")
         except OSError as error:
             lines.append(f"{path / name} cannot be read ({error.strerror})")
     return lines

@@ -1,9 +1,9 @@
-"""Save, verify and resume one stage; between stages it is pretrain/weights.py.
+"""Save, verify and resume one stage. The hand-over between stages is weights.py.
 
-A checkpoint is a directory step_00000100 that was written as .step_00000100.writing beside its place: the whole model
-(weights.safetensors), each rank's part of the optimizer's moments and its random state, all synced, then MANIFEST.json
-with their sizes and hashes, then one rename. A directory without a valid manifest does not exist for `newest`. Nothing
-in it depends on the layout that wrote it: any other may go on from there.
+A checkpoint is a directory, step_00000100, which is first written as .step_00000100.writing: the whole model
+(weights.safetensors) and each rank's part of the optimizer's moments and its random state, all synced, then
+MANIFEST.json with their sizes and hashes, then one rename. `newest` ignores a directory without a valid manifest.
+Nothing in it depends on the layout of the run that wrote it: any other layout can resume from it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of the manifest; 2: without the teacher in data_digest
+VERSION = 3  # of the manifest; version 2 had no teacher in data_digest
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,16 @@ def save(
     data_digest: str = "",
     extra: dict[str, Any] | None = None,
 ) -> Path:
-    """Write step_STEP into `directory` (seen by all nodes) and then remove all but the newest `keep` up to it.
+    """Write step_STEP into `directory` (shared by all nodes), then remove all but the newest `keep` up to that step.
 
     Every rank must call it. `weights` is (full_state, config) on rank 0; `extra` is JSON and comes back from `newest`.
-    Raises SaveError on every rank when one cannot write, with the checkpoints before it left as they were.
+    Raises SaveError on every rank if any rank cannot write; earlier checkpoints stay intact.
     """
     final = directory / f"step_{step:08d}"
     beside = files.beside(final)
     try:
         fail_together(lambda: prepare(directory, beside) if rank() == 0 else None)
-        fail_together(lambda: _see(beside))
+        fail_together(lambda: _check_shared(beside))
         own = fail_together(lambda: _write_share(engine, mesh, beside))
         own |= fail_together(lambda: _write_weights(*weights, beside) if rank() == 0 else {})
         body = {
@@ -92,8 +92,8 @@ def save(
             shutil.rmtree(beside, ignore_errors=True)
         raise SaveError(
             error.errno,
-            f"step {step} could not be saved to {directory}: {error.strerror}; "
-            "free space or repair that disk and start again, the checkpoints before this one are untouched",
+            f"cannot save step {step} to {directory}: {error.strerror}; "
+            "free some space or repair that disk, then start again; earlier checkpoints are intact",
         ) from error
     if rank() == 0:
         prune(directory, step, keep)
@@ -101,10 +101,10 @@ def save(
 
 
 def newest(directory: Path, *, precision: str, recipe_hash: str = "", data_digest: str = "") -> Checkpoint | None:
-    """The newest undamaged checkpoint of `directory`, or None; a damaged one is refused with one log line and the one
-    before it is taken. Every rank must call it.
+    """The newest undamaged checkpoint of `directory`, or None. A damaged one costs a log line, and the previous one is
+    tried. Every rank must call it.
 
-    Raises ValueError for one of another recipe, data or precision ("fp32", "bf16").
+    Raises ValueError for a checkpoint of another recipe, data or precision ("fp32", "bf16").
     """
     candidates: list[tuple[str, dict]] = []
     if rank() == 0:
@@ -116,9 +116,9 @@ def newest(directory: Path, *, precision: str, recipe_hash: str = "", data_diges
         _check_same_run(path, manifest, now)
         names = sorted(manifest["files"])
         share = {key: manifest["files"][key] for key in names[rank() :: world_size()]}
-        lines = [line for some in gather_objects(damage(path, share)) for line in some]
+        lines = [line for from_rank in gather_objects(damage(path, share)) for line in from_rank]
         if lines:
-            log.warning("checkpoint refused: %s; trying the one before", lines[0])
+            log.warning("checkpoint rejected: %s; trying the previous one", lines[0])
             continue
         return Checkpoint(manifest["step"], path, manifest["world"], manifest["layout"], manifest["extra"])
     log.info("no checkpoint to resume from in %s", directory)
@@ -126,8 +126,8 @@ def newest(directory: Path, *, precision: str, recipe_hash: str = "", data_diges
 
 
 def resume(engine, checkpoint: Checkpoint, mesh: Mesh | None = None) -> None:
-    """Fill the engine's optimizer and counters and this rank's generators, before the first step. Its weights are those
-    of `checkpoint.weights`, loaded before it was built. Every rank must call it."""
+    """Restore the engine's optimizer and counters and this rank's random generators, before the first step. The engine
+    was built with the weights of `checkpoint.weights`. Every rank must call it."""
     read_moments(engine, mesh, sorted(checkpoint.path.glob("moments_rank*.safetensors")))
     set_progress(engine, checkpoint.step)
     layout = _layout(engine, mesh)
@@ -136,8 +136,8 @@ def resume(engine, checkpoint: Checkpoint, mesh: Mesh | None = None) -> None:
         log.info("resumed from %s", checkpoint.path)
         return
     log.info(
-        "resumed from %s, saved on %d ranks (%s), on %d ranks (%s): the same samples, the same losses to rounding",
-        *(checkpoint.path, checkpoint.world, _spelled(checkpoint.layout), world_size(), _spelled(layout)),
+        "resumed from %s, saved on %d ranks (%s), on %d ranks (%s): same samples, same losses up to rounding",
+        *(checkpoint.path, checkpoint.world, _describe(checkpoint.layout), world_size(), _describe(layout)),
     )
 
 
@@ -150,7 +150,7 @@ def newest_weights(directory: Path) -> tuple[int, Path] | None:
 
 
 class _Writer:
-    """Hashed, synced files, and errors kept till the end."""
+    """Writes hashed, synced files; the first error is stored, to be raised at the end."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -166,9 +166,10 @@ class _Writer:
         self.files[name] = {"bytes": file.bytes, "sha256": file.digest.hexdigest()}
 
 
-def _see(beside: Path) -> None:
+def _check_shared(beside: Path) -> None:
     if not beside.is_dir():
-        raise OSError(errno.ENOENT, "rank 0 made this directory and this rank does not see it: not shared", str(beside))
+        reason = "rank 0 created this directory but this rank cannot see it, so the disk is not shared"
+        raise OSError(errno.ENOENT, reason, str(beside))
 
 
 def _write_share(engine, mesh: Mesh | None, beside: Path) -> dict[str, dict]:
@@ -188,7 +189,7 @@ def _write_weights(state: dict[str, torch.Tensor], config: dict[str, Any], besid
 
 
 def _random_state() -> dict[str, Any]:
-    """This rank's generators, as what torch.load(weights_only=True) reads."""
+    """The state of this rank's generators, in types that torch.load(weights_only=True) accepts."""
     name, keys, *rest = np.random.get_state()
     state = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
@@ -219,7 +220,7 @@ def _check_same_run(path: Path, manifest: dict, now: dict) -> None:
     }
     if manifest.get("version") not in (2, VERSION):
         raise ValueError(f"{path} was written by another version of this program; use another --run-dir")
-    if manifest["version"] == 2:  # its digest knew no teacher
+    if manifest["version"] == 2:  # its digest has no teacher
         parts = str(now["data_digest"]).split(" ")
         now = now | {"data_digest": " ".join(part for part in parts if not part.startswith("teacher:"))}
     for key, way_out in ways_out.items():
@@ -232,10 +233,10 @@ def _precision(engine) -> str:
 
 
 def _layout(engine, mesh: Mesh | None) -> dict[str, int]:
-    """What decides which rank holds which part."""
+    """The sizes that decide which rank holds which part of the state."""
     sizes = {} if mesh is None else {"tensor": mesh.tensor.size, "pipe": mesh.pipe.size, "sequence": mesh.sequence.size}
     return {"zero": int(engine.zero_optimization_stage()), **{name: size for name, size in sizes.items() if size > 1}}
 
 
-def _spelled(layout: dict[str, int]) -> str:
+def _describe(layout: dict[str, int]) -> str:
     return ", ".join(f"{name} {size}" for name, size in layout.items())

@@ -21,12 +21,12 @@ HEADER = "imglish"  # the one metadata key of our safetensors: several would be 
 WEIGHTS = "weights.safetensors"
 
 
-# (tensors that do not fit, the header's config, the shapes that are wanted) -> tensors
+# (tensors of a wrong shape, the header's config, the shapes required) -> tensors
 Adapt = Callable[[dict[str, Tensor], dict[str, Any], dict[str, tuple[int, ...]]], dict[str, Tensor]]
 
 
 class SaveError(OSError):
-    """A checkpoint or weights file could not be written; what was there before is untouched."""
+    """A checkpoint or weights file could not be written; earlier files are intact."""
 
     def __str__(self) -> str:
         return str(self.strerror)  # one sentence, without "[Errno 28]"
@@ -34,8 +34,8 @@ class SaveError(OSError):
 
 @dataclass(frozen=True)
 class Handover:
-    """What `load_handover` did with each name: filled, not in the file, or in the file but not built here; `adapted`
-    are those that were filled with another shape than the file's."""
+    """What `load_handover` did with each name: loaded, missing from the file, or unexpected, that is in the file but
+    not built here. `adapted` are the loaded ones whose shape differs from the file's."""
 
     loaded: list[str]
     missing: list[str]
@@ -45,8 +45,8 @@ class Handover:
 
 
 def write_weights(state: dict[str, Tensor], path: Path, config: dict[str, Any]) -> str:
-    """Write `state` and what is needed to build it to `path` (weights.safetensors) in one step, config.json beside it;
-    returns the content's sha256. For one rank. Raises SaveError."""
+    """Write `state` and the config that rebuilds its model to `path` (weights.safetensors) atomically, with config.json
+    beside it; returns the content's sha256. For one rank. Raises SaveError."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -63,17 +63,15 @@ def write_weights(state: dict[str, Tensor], path: Path, config: dict[str, Any]) 
         write_json(path.with_name("config.json"), config | {"weights_sha256": digest.hexdigest()})
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None) or errno.EIO
-        raise SaveError(
-            number, f"{path} could not be written: {error}; free space or choose another run-dir"
-        ) from error
+        raise SaveError(number, f"cannot write {path}: {error}; free some space or choose another run-dir") from error
     return digest.hexdigest()
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a weights.safetensors (or of the directory that holds it) and its config. Raises ValueError when
-    it is missing, not safetensors, or not what was written."""
+    """All tensors of a weights.safetensors (or of the directory that contains it) and its config. Raises ValueError if
+    it is missing, damaged or not safetensors."""
     state = {}
-    with _opened(path) as (file, header):
+    with _open_safetensors(path) as (file, header):
         digest = hashlib.sha256()
         for name in sorted(file.keys()):
             state[name] = file.get_tensor(name)
@@ -83,13 +81,13 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def weights_header(path: Path) -> dict[str, Any]:
-    """What a weights.safetensors says of itself: `config` and `sha256`; {} for a file of other origin."""
-    with _opened(path) as (_, header):
+    """Our header of a weights.safetensors: `config` and `sha256`; {} for a file of other origin."""
+    with _open_safetensors(path) as (_, header):
         return header
 
 
 def weights_digest(path: Path) -> str:
-    """The sha256 that a weights.safetensors says of itself; '' for a file of other origin."""
+    """The sha256 in our header of a weights.safetensors; '' for a file of other origin."""
     return weights_header(path).get("sha256", "")
 
 
@@ -101,12 +99,12 @@ def load_handover(
     fill: Callable[[Tensor, Tensor], Any] = Tensor.copy_,
     adapt: Adapt | None = None,
 ) -> Handover:
-    """Fill a module's parameters and buffers, or the tensors given by name, from a weights.safetensors. Where a rank
-    holds only parts, `shape_of(tensor)` is the whole's shape and `fill(tensor, whole)` takes the part. `adapt` may
-    change tensors of another shape than is wanted (see contracts.Model.adapt). Raises ValueError when one still has
-    another shape (with its name and both shapes) or the file is damaged."""
+    """Fill a module's parameters and buffers, or a dictionary of tensors, from a weights.safetensors. Where a rank has
+    only parts of tensors, `shape_of(tensor)` is the whole's shape and `fill(tensor, whole)` copies the part. `adapt`
+    may change tensors of a wrong shape (see contracts.Model.adapt). Raises ValueError if the file is damaged, or if a
+    shape is still wrong (with its name and both shapes)."""
     wanted = wanted.state_dict(keep_vars=True) if isinstance(wanted, nn.Module) else wanted
-    with _opened(path) as (file, header), torch.no_grad():
+    with _open_safetensors(path) as (file, header), torch.no_grad():
         names = sorted(file.keys())
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names if name in wanted}
         misfits = {name: shape_of(wanted[name]) for name, shape in shapes.items() if shape != shape_of(wanted[name])}
@@ -116,7 +114,7 @@ def load_handover(
         for name, shape in misfits.items():
             if name not in adapted or tuple(adapted[name].shape) != shape:
                 raise ValueError(
-                    f"{path}: {name} has the shape {shapes[name]} but this stage builds it as {shape}; "
+                    f"{path}: {name} has shape {shapes[name]} but this stage needs {shape}; "
                     "use the model settings those weights were trained with, or another init_from"
                 )
         digest = hashlib.sha256()
@@ -127,39 +125,43 @@ def load_handover(
                 fill(wanted[name], adapted.get(name, value))
         _check_digest(path, header, digest)
     loaded = [name for name in names if name in wanted]
-    # With attention per modality vision and language share no name: such a stage passes the other's weights on.
+    # With attention per modality, vision and language share no names: such a stage only passes the weights on.
     if not loaded and "model" not in header.get("config", {}):
-        raise ValueError(f"{path}: none of its {len(names)} names is one of this stage's, such as {next(iter(wanted))}")
+        raise ValueError(
+            f"{path}: none of its {len(names)} tensors belongs to this stage, such as {next(iter(wanted))}"
+        )
     missing = [name for name in wanted if name not in set(names)]
     unexpected = [name for name in names if name not in wanted]
     return Handover(loaded, missing, unexpected, digest.hexdigest(), sorted(misfits))
 
 
 def carry_over(state: dict[str, Tensor], path: Path | None, frozen: Collection[str] = ()) -> dict[str, Tensor]:
-    """`state` and whatever `path`, the file the stage began from, holds besides: experts and heads that the stage did
-    not build reach the next stage untouched. Of `frozen` names the file's value counts: in bf16 those in memory are
-    rounded."""
+    """`state` plus the other tensors of `path`, the file the stage started from, so that experts and heads which this
+    stage did not build reach the next one unchanged. For `frozen` names the file's tensors are taken: in bf16 those in
+    memory are rounded."""
     if path is None:
         return state
-    held = read_weights(path)[0]
-    stays = {name for name in frozen if name in held and name in state and held[name].shape == state[name].shape}
-    return held | {name: value for name, value in state.items() if name not in stays}
+    initial = read_weights(path)[0]
+    unchanged = {
+        name for name in frozen if name in initial and name in state and initial[name].shape == state[name].shape
+    }
+    return initial | {name: value for name, value in state.items() if name not in unchanged}
 
 
 class HashedFile:
-    """Hashes what is written to it and keeps its first error for later: torch's zip writer ends the process when it
-    meets one in its destructor, and a rank that leaves DeepSpeed's save half-way would leave the others waiting."""
+    """Hashes what is written to it and stores its first error instead of raising it: torch's zip writer kills the
+    process when its destructor meets one, and a rank that dropped out in the middle of a save would block the rest."""
 
     def __init__(self, path: Path):
         self.bytes, self.digest = 0, hashlib.sha256()
         self.file: BinaryIO | None = None
         self.error: OSError | None = None
-        with self._kept():
-            self.file = open(path, "wb")  # noqa: SIM115  closed in close(), where its errors are kept
+        with self._store_error():
+            self.file = open(path, "wb")  # noqa: SIM115  closed in close(), which stores errors too
 
     def write(self, data) -> int:
         size = memoryview(data).nbytes
-        with self._kept():
+        with self._store_error():
             if self.file is not None and self.error is None:
                 self.file.write(data)
                 self.digest.update(data)
@@ -167,19 +169,19 @@ class HashedFile:
         return size
 
     def flush(self) -> None:
-        """torch.save calls it; close() does the work."""
+        """For torch.save, which calls it; close() does the work."""
 
     def close(self) -> None:
         if self.file is None:
             return
-        with self._kept():
+        with self._store_error():
             self.file.flush()
             os.fsync(self.file.fileno())
-        with self._kept():
+        with self._store_error():
             self.file.close()
 
     @contextmanager
-    def _kept(self) -> Iterator[None]:
+    def _store_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -187,19 +189,19 @@ class HashedFile:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The safetensors file and what our header says: {} in files of other origin."""
+def _open_safetensors(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The open safetensors file and our header: {} in files of other origin."""
     from safetensors import SafetensorError, safe_open
 
     path = path / WEIGHTS if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; run the stage that writes it to its end first")
+        raise ValueError(f"{path} does not exist; run the stage that writes it to completion first")
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
             yield file, header
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged or not safetensors ({error}); write it again") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); write it again") from error
 
 
 def _hash_tensor(digest, name: str, value: Tensor) -> None:
@@ -210,6 +212,6 @@ def _hash_tensor(digest, name: str, value: Tensor) -> None:
 def _check_digest(path: Path, header: dict[str, Any], digest) -> None:
     if header.get("sha256", digest.hexdigest()) != digest.hexdigest():
         raise ValueError(
-            f"{path} is damaged: its tensors are not what was written; remove it and run its stage again, which "
-            "writes it from the last checkpoint"
+            f"{path} is damaged: its tensors do not match its hash; remove it and run its stage again, which rewrites "
+            "it from the last checkpoint"
         )

@@ -1,13 +1,13 @@
-"""Codes of the visual tokenizer that pretrain.encode_images stored: training reads them and runs no tokenizer.
+"""The visual tokenizer's codes as pretrain.encode_images stored them: training reads them and runs no tokenizer.
 
-A picture is then seen in `crops` ways only: epoch e takes look e mod crops, and a look follows from (seed, the
-sample's key, its number) alone. The key and not the sample's number: it stays the same when shards join a mix, leave
-it, or stand in another order, and images and pairs of one directory share their codes.
+A picture then has only `crops` looks (a look: one fixed crop, flip and jitter): epoch e uses look e mod crops. A look
+depends only on the seed, the sample's key and the look's number. The key, unlike the sample's number, stays the same
+when shards join a mix, leave it or change their order; and images and pairs of one directory share their codes.
 
-Beside 00000.tar lies 00000.codes: a line of JSON that says what they are codes of, then uint16, little-endian,
-[samples, crops, patches] in the order of 00000.idx. Beside and not inside the tar: one `pread` at a known place finds
-a code, no tar is written again for another tokenizer or more crops, and a member in the tar would cost 1 KiB more a
-sample than its 392 bytes a crop. `codes.json`, written last, lists the shards that are done.
+00000.codes lies beside 00000.tar: a line of JSON that says which codes these are, then [samples, crops, patches] as
+little-endian uint16, in the order of 00000.idx. A file of its own, not members of the tar, because then one `pread` at
+a computed offset reads a code, another tokenizer or more crops need no new tar, and a tar member would cost 1 KiB per
+sample on top of the 392 bytes per crop. `codes.json`, written last, lists the finished shards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.random import Generator
 
-from pretrain.data.shards.cache import ShardError, fetch, is_remote, shown
+from pretrain.data.shards.cache import ShardError, fetch, is_remote, redact
 from pretrain.data.shards.manifest import Manifest
 from pretrain.data.shards.open_files import Descriptor, OpenFiles
 from pretrain.data.shards.reader import BadSample, ShardReader
@@ -33,22 +33,22 @@ VERSION = 1
 DTYPE = np.dtype("<u2")
 NO_CODE = 0xFFFF  # the picture could not be decoded
 _MAX_HEAD, _MAX_SUMMARY = 2**16, 2**28
-# Apart from the streams of a mix's kinds, which are 0, 1, 2, ...
+# The random stream of looks; those of a mix's kinds are 0, 1, 2, ...
 _LOOKS = 2**32
 
 
 def look_rng(seed: int, key: bytes, look: int) -> Generator:
-    """All the randomness of one look at a picture; masks and noise have the sample's own generator."""
+    """The generator of one look at a picture; masks and draws use the sample's own generator."""
     number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
     return sample_rng(seed, look, number, _LOOKS)
 
 
 @dataclass(frozen=True)
 class Coding:
-    """All that decides a picture's codes, besides the picture and its key."""
+    """Everything that determines a picture's codes, besides the picture and its key."""
 
     tokenizer: str  # sha256 of the visual tokenizer's weights
-    transform: dict[str, Any]  # see `plain`
+    transform: dict[str, Any]  # from `plain`
     seed: int
     crops: int
     patches: int
@@ -57,25 +57,25 @@ class Coding:
     def item_bytes(self) -> int:
         return self.crops * self.patches * DTYPE.itemsize
 
-    def against(self, other: Coding, of: str) -> str:
-        """What differs, in words; "" if nothing does."""
-        mine, theirs = _flat(self), _flat(other)
+    def differences(self, other: Coding, owner: str) -> str:
+        """Where `other`, which is `owner`'s, differs, in words; "" if nowhere."""
+        mine, theirs = _flatten(self), _flatten(other)
         changed = [key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]
-        return ", ".join(f"{key}={mine.get(key)} ({of} has {theirs.get(key)})" for key in changed)
+        return ", ".join(f"{key}={mine.get(key)} ({owner} has {theirs.get(key)})" for key in changed)
 
 
 def plain(transform: ImageTransform) -> dict[str, Any]:
-    """A transform as JSON gives it back."""
+    """A transform as plain JSON values."""
     return json.loads(json.dumps(asdict(transform)))
 
 
-def _flat(coding: Coding) -> dict[str, Any]:
+def _flatten(coding: Coding) -> dict[str, Any]:
     fields = asdict(coding)
     return {f"transform.{key}": value for key, value in fields.pop("transform").items()} | fields
 
 
 def file_head(coding: Coding, index: ShardIndex) -> bytes:
-    """The first line of a shard's file of codes: equal to this, or codes of something else."""
+    """The first line of a shard's codes file. A file with another first line holds other codes."""
     place = {"samples": index.samples, "index": hashlib.sha256(index.data).hexdigest()}
     return json.dumps({"version": VERSION} | place | {"coding": asdict(coding)}, sort_keys=True).encode() + b"\n"
 
@@ -90,7 +90,7 @@ def read_summary(data: bytes, where: str) -> tuple[Coding, dict[str, int]]:
     try:
         content = json.loads(data)
         if content["version"] != VERSION:
-            raise ValueError(f"it is of version {content['version']}, not {VERSION}")
+            raise ValueError(f"its version is {content['version']}, not {VERSION}")
         coding = Coding(**content["coding"])
         return coding, {str(name): int(samples) for name, samples in content["shards"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -98,20 +98,20 @@ def read_summary(data: bytes, where: str) -> tuple[Coding, dict[str, int]]:
 
 
 def stored_coding(manifest: Manifest, ending: str) -> Coding:
-    """What the codes of a source are codes of. Raises ValueError if a shard has none, or its directories differ."""
+    """The coding of a source's stored codes. Raises ValueError if a shard has none, or its directories differ."""
     summaries: dict[str, tuple[Coding, dict[str, int]]] = {}
     for shard in manifest.shards:
         if (url := shard.beside(f"{ending}.json")) not in summaries:
-            summaries[url] = read_summary(_small_file(url), shown(url))
+            summaries[url] = read_summary(_small_file(url), redact(url))
         if summaries[url][1].get(shard.name) != shard.samples:
             raise ValueError(
-                f"{shown(url)} has no codes of {shard.name} as it is now; run python -m pretrain.encode_images again "
+                f"{redact(url)} has no codes for {shard.name} as it is now; run python -m pretrain.encode_images again "
                 "on its directory"
             )
     (first, (coding, _)), *rest = summaries.items()
     for url, (other, _) in rest:
-        if differs := other.against(coding, shown(first)):
-            raise ValueError(f"{shown(url)} holds other codes: {differs}; encode both with the same arguments")
+        if differences := other.differences(coding, redact(first)):
+            raise ValueError(f"{redact(url)} holds other codes: {differences}; encode both with the same arguments")
     return coding
 
 
@@ -122,65 +122,65 @@ def _small_file(url: str) -> bytes:
         return Path(url).read_bytes()
     except OSError as error:
         raise ValueError(
-            f"{url} cannot be read ({error.strerror}); run python -m pretrain.encode_images on its directory, or "
-            "leave the source's codes out"
+            f"cannot read {url} ({error.strerror}); run python -m pretrain.encode_images on its directory, or "
+            "remove `codes` from the source"
         ) from None
 
 
 class StoredCodes:
-    """Reads the codes of one picture by (shard, sample), beside what `reader` reads. It may be forked or pickled."""
+    """Reads a picture's codes by (shard, sample); `reader` reads their shards. It may be forked or pickled."""
 
     def __init__(self, reader: ShardReader, ending: str):
         self.coding, self.ending = stored_coding(reader.manifest, ending), ending
         self._reader = reader
-        # Shard -> (descriptor, or None for a remote one whose copy may be evicted; bytes before the codes)
+        # Shard -> (descriptor, or None for a remote file, whose local copy may be evicted; bytes before the codes)
         self._open = OpenFiles[int, tuple[Descriptor | None, int]]()
 
     def read(self, shard: int, sample: int, look: int) -> np.ndarray:
-        """int64 [patches]. BadSample if the picture had none, ShardError if the file is not this shard's."""
+        """int64 [patches]. BadSample if the picture has none, ShardError if the file does not belong to this shard."""
         assert 0 <= look < self.coding.crops, (look, self.coding)
-        file, start = self._opened(shard)
+        file, start = self._codes_file(shard)
         handle = file or Descriptor(self._handle(shard))
         size = self.coding.patches * DTYPE.itemsize
         try:
             data = os.pread(handle.fd, size, start + (sample * self.coding.crops + look) * size)
         except OSError as error:
-            raise ShardError(f"{self._shown(shard)} cannot be read ({error.strerror})") from None
+            raise ShardError(f"cannot read {self._url(shard)} ({error.strerror})") from None
         if len(data) != size:
-            raise self._damaged(shard, "it is cut off")
+            raise self._damaged(shard, "it is truncated")
         codes = np.frombuffer(data, DTYPE).astype(np.int64)
         if codes[0] == NO_CODE:
             raise BadSample("its picture could not be decoded when its codes were stored")
         return codes
 
-    def _opened(self, shard: int) -> tuple[Descriptor | None, int]:
-        return self._open.opened(shard, lambda: self._open_codes(shard))
+    def _codes_file(self, shard: int) -> tuple[Descriptor | None, int]:
+        return self._open.get_or_open(shard, lambda: self._open_codes(shard))
 
     def _open_codes(self, shard: int) -> tuple[Descriptor | None, int]:
         head = file_head(self.coding, index := self._reader.index(shard))
         file = Descriptor(self._handle(shard))
         if os.pread(file.fd, len(head), 0) != head:
-            raise self._damaged(shard, "its first line is not what its codes.json and the shard's index say")
+            raise self._damaged(shard, "its first line does not match codes.json and the shard's index")
         if os.fstat(file.fd).st_size != len(head) + index.samples * self.coding.item_bytes:
-            raise self._damaged(shard, "it has not the size that its first line says")
+            raise self._damaged(shard, "its size does not match its first line")
         remote = is_remote(self._reader.manifest.shards[shard].url)
         return (None if remote else file), len(head)
 
     def _handle(self, shard: int) -> int:
         return self._reader.open_beside(shard, self.ending, stamp=str(self.coding))
 
-    def _shown(self, shard: int) -> str:
+    def _url(self, shard: int) -> str:
         entry = self._reader.manifest.shards[shard]
-        return shown(entry.beside(f"{entry.name.removesuffix('.tar')}.{self.ending}"))
+        return redact(entry.beside(f"{entry.name.removesuffix('.tar')}.{self.ending}"))
 
     def _damaged(self, shard: int, reason: str) -> ShardError:
-        return ShardError(f"{self._shown(shard)} cannot be used: {reason}; run python -m pretrain.encode_images again")
+        return ShardError(f"cannot use {self._url(shard)}: {reason}; run python -m pretrain.encode_images again")
 
 
 def check_coding(kind: str, stored: Coding, wanted: Coding) -> None:
-    """Raises ValueError if the stored codes of a kind of the mix are not those that the run would make itself."""
-    if differs := stored.against(wanted, "this run"):
+    """Raises ValueError if the stored codes of one kind of the mix differ from those the run would compute itself."""
+    if differences := stored.differences(wanted, "this run"):
         raise ValueError(
-            f"mix.{kind}.codes: the stored codes are of {differs}; run python -m pretrain.encode_images with this "
-            "recipe and another --name, or set the recipe to what they are of"
+            f"mix.{kind}.codes: the stored codes have {differences}; run python -m pretrain.encode_images with this "
+            "recipe and another --name, or set the recipe to those values"
         )

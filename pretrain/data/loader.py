@@ -1,7 +1,7 @@
-"""The mixture -> this rank's micro-batches of every step, in an order that no rank, worker or restart can change.
+"""The mixture -> this rank's micro-batches of every step, in an order independent of ranks, workers and restarts.
 
-An item of the dataset is (step, micro-step) and makes one whole Batch, so the workers share the micro-batches out and
-torch's DataLoader hands them over in order, whatever their number. The loader has no state but the step.
+The dataset maps (step, micro-step) to one whole Batch, so each worker makes whole micro-batches and torch's DataLoader
+returns them in order, for any number of workers. The loader's only state is the step.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from pretrain.data.shards.reader import ShardReader, load_manifest
 
 log = logging.getLogger(__name__)
 
-# The first replaced samples are named in the log; the quarantine file has all of them.
+# The log names this many replaced samples; the quarantine file lists all of them.
 LOGGED = 10
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How samples are fetched; nothing here but `streams` and `block_shards` (the order) and `skip_bad_shards` changes
-    what a step sees."""
+    """How samples are fetched. Only `streams`, `block_shards` (the order) and `skip_bad_shards` change what a step
+    sees."""
 
     workers: int = 2
     streams: int = 64
@@ -54,7 +54,7 @@ class Loading:
     cache_dir: str | None = None
     cache_gib: float = 50.0
     skip_bad_shards: bool = False
-    prefetch: int = 4  # micro-batches that each worker makes ahead
+    prefetch: int = 4  # micro-batches that each worker prepares in advance
 
     def __post_init__(self) -> None:
         for name, least in {"workers": 0, "streams": 1, "block_shards": 1, "prefetch": 1}.items():
@@ -65,7 +65,7 @@ class Loading:
 
 
 class _Steps(Sampler):
-    """(step, micro-step) of steps start + 1 to stop, in order, never as a list."""
+    """(step, micro-step) of steps start + 1 to stop, in order, generated lazily."""
 
     def __init__(self, start: int, stop: int, accumulation: int):
         self.steps, self.accumulation = range(start + 1, stop + 1), accumulation
@@ -90,9 +90,9 @@ class Mixture:
 
 
 class Loader:
-    """This data rank's batches of a mixture. `trace`: a directory for samples.rankNNNNN.jsonl, the keys of each step
-    that was handed out. `quarantine`: a file that gets one JSON line for each sample that was replaced. Raises
-    ValueError for what cannot be loaded as asked."""
+    """This data rank's batches of a mixture. `trace`: a directory for samples.rankNNNNN.jsonl, which lists the keys of
+    each step. `quarantine`: a file that gets one JSON line per replaced sample. Raises ValueError for a mixture that
+    cannot be loaded."""
 
     def __init__(
         self,
@@ -122,12 +122,12 @@ class Loader:
 
     @property
     def digests(self) -> dict[str, str]:
-        """What the order depends on besides seed and step, for comparison on resume."""
+        """What the order depends on besides seed and step; compared on resume."""
         return {feed.kind: feed.reader.manifest.digest for feed in self.feeds}
 
     def batches(self, start: int, stop: int) -> Generator[list[Batch], None, None]:
-        """This rank's micro-batches of the steps start + 1 to stop, a list per step. Raises what a worker raised:
-        ShardError for a shard that cannot be read, ValueError, OSError."""
+        """This rank's micro-batches of the steps start + 1 to stop, a list per step. Raises a worker's errors:
+        ShardError for an unreadable shard, ValueError, OSError."""
         workers = self.loading.workers
         loader = DataLoader(
             self._dataset,
@@ -137,8 +137,8 @@ class Loader:
             prefetch_factor=self.loading.prefetch if workers else None,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker,
-            # Its own generator: torch would draw the workers' seed from the global generator, whose state a
-            # resumed run must find unchanged.
+            # A generator of its own: otherwise torch draws the workers' seed from the global one, and a resumed run
+            # would get other random numbers than an uninterrupted one.
             generator=torch.Generator(),
         )
         trace = self._open_trace(start)
@@ -162,13 +162,13 @@ class Loader:
         for bad in replaced:
             self.replaced += 1
             if self.replaced <= LOGGED:
-                more = "; more of them go unnamed here" if self.replaced == LOGGED else ""
+                more = "; further ones are not logged" if self.replaced == LOGGED else ""
                 log.warning("sample %d of %s replaced: %s%s", bad.sample, bad.shard, bad.error, more)
         if replaced and self.quarantine is not None:
             self.quarantine.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(self.quarantine, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                for bad in replaced:  # one write each: ranks share the file, and lines must not splice
+                for bad in replaced:  # one write per line: ranks share the file, and lines must not interleave
                     os.write(file, _json_line({"step": step, "rank": self.rank, **bad._asdict()}))
             finally:
                 os.close(file)
@@ -179,7 +179,7 @@ class Loader:
             return None
         self.trace.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.trace.glob("samples.rank*.jsonl")):
-            # Each file is cut by one rank, including the files of a run that had more ranks.
+            # One rank truncates each file, also those of a run that had more ranks.
             number = path.name.removeprefix("samples.rank").removesuffix(".jsonl")
             if number.isdigit() and int(number) % self.ranks == self.rank:
                 _cut_trace(path, start)
@@ -195,7 +195,7 @@ def _feed(kind: str, mixture: Mixture, view: View, patches: int) -> Feed:
         kind,
         source,
         mixture.counts[kind],
-        # Two kinds may read the same shards; they should not meet the same samples in one step.
+        # Two kinds may read the same shards; they should not get the same samples in one step.
         Order(
             manifest.counts,
             seed=mixture.seed + (stream << 48),
@@ -213,20 +213,20 @@ def _feed(kind: str, mixture: Mixture, view: View, patches: int) -> Feed:
 def _stored_codes(
     kind: str, source: Any, reader: ShardReader, view: View, seed: int, patches: int
 ) -> StoredCodes | None:
-    """The source's stored codes, where training needs some. ValueError if they are not this run's."""
+    """The source's stored codes, if training needs them. ValueError if they do not match this run."""
     hidden = view.masking is not None and view.masking.ratios(kind)[0]
     ending = getattr(source, "codes", None)
     if view.transform is None or not view.transform.train or not hidden or ending is None:
         return None
     codes = StoredCodes(reader, ending)
-    # Whose codes they are is checked where the tokenizer is known: run/image_targets.py.
+    # run/image_targets.py checks which tokenizer they come from: only it knows the run's.
     wanted = Coding(codes.coding.tokenizer, plain(view.transform), seed, source.crops, patches)
     check_coding(kind, codes.coding, wanted)
     return codes
 
 
 def shard_names(files: list[str]) -> tuple[str, ...]:
-    """How keys name shards: the file's name without .tar, with its number in the manifest where names repeat."""
+    """The shards' names in sample keys: the file name without .tar, plus its number in the manifest if names repeat."""
     stems = [file.removesuffix(".tar") for file in files]
     if len(set(stems)) == len(stems):
         return tuple(stems)
@@ -238,21 +238,21 @@ def _check_mix(mixture: Mixture, view: View, ranks: int) -> None:
     if unknown := sorted(set(mix) - set(KINDS)):
         raise ValueError(f"mix.{unknown[0]} is wrong because there is no such kind; use {', '.join(KINDS)}")
     if not mix:
-        raise ValueError(f"mix={{}} is wrong because it names no source; use {', '.join(KINDS)}")
+        raise ValueError(f"mix={{}} is empty; give a source for one or more of {', '.join(KINDS)}")
     if set(mix) != set(counts):
-        raise ValueError(f"batch has {sorted(counts)} where mix has {sorted(mix)}; give each kind in the mix its count")
+        raise ValueError(f"batch has {sorted(counts)} but mix has {sorted(mix)}; give each kind of the mix a count")
     for kind in mix:
         problem = slot_problem(kind, mix[kind]) or batch_problem(kind, counts[kind], ranks, mixture.accumulation)
         if problem:
             raise ValueError(problem)
         if kind != "texts" and transform is None:
-            raise ValueError(f"mix.{kind} needs a transform for its pictures, and there is none; give the stage one")
+            raise ValueError(f"mix.{kind} has pictures but the stage has no transform; set the stage's transform")
         if kind != "images" and view.tokenizer is None:
-            raise ValueError(f"mix.{kind} needs a text tokenizer, and there is none; set text_tokenizer")
+            raise ValueError(f"mix.{kind} has texts but there is no text tokenizer; set text_tokenizer")
     if len({mix[kind].text_len for kind in ("texts", "dual") if kind in mix}) > 1:
         raise ValueError(
-            f"mix.texts.text_len={mix['texts'].text_len} and mix.dual.text_len={mix['dual'].text_len} differ, but both "
-            "are texts by themselves, which have one length; set both to one"
+            f"mix.texts.text_len={mix['texts'].text_len} and mix.dual.text_len={mix['dual'].text_len} differ, but all "
+            "texts of a batch have one length; set both to the same value"
         )
     if transform is not None and transform.size % view.patch_size:
         size = transform.size // view.patch_size * view.patch_size or view.patch_size
@@ -272,20 +272,20 @@ def _json_line(line: dict) -> bytes:
 
 
 def _cut_trace(path: Path, start: int) -> None:
-    """Cuts off the lines beyond step `start`, and a line that a kill interrupted."""
-    keep = 0
+    """Truncates the file after step `start`, and before a line that a kill interrupted."""
+    size = 0
     with path.open("r+b") as file:
         for line in file:
             step = re.match(rb'{"step": (\d+),', line)
             if step is None or int(step[1]) > start or not line.endswith(b"\n"):
                 break
-            keep += len(line)
-        file.truncate(keep)
+            size += len(line)
+        file.truncate(size)
 
 
 def _start_worker(worker: int) -> None:
-    """Workers ignore the signals that ask a job to save and end, which schedulers send to every process: the main
-    process still needs the batches of the step it is in, and ends its workers itself."""
+    """Makes workers ignore the signals that ask a job to save and stop, because schedulers send them to every process:
+    the main process still needs the batches of its current step, and stops its workers itself."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

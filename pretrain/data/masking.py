@@ -1,4 +1,4 @@
-"""What the encoder does not see: block-wise image masks, and text masks by BERT's 80/10/10 rule.
+"""What is hidden from the encoder: block-wise image masks, and text masks by BERT's 80/10/10 rule.
 
 Ratios are BEiT-3's (arXiv 2208.10442, part 2.2): 40 % of an image, 15 % of a text alone, 50 % of a pair's text.
 """
@@ -18,23 +18,23 @@ from pretrain.batch import UNK
 MIN_BLOCK, ON_PATCHES = 16, 196
 ASPECT = (0.3, 1 / 0.3)
 TRIES = 10
-# Of the chosen words, what share becomes <mask> and what share another word; the rest stays (BERT, part 3.1).
+# The shares of the chosen words that become <mask> and a random word; the rest stay as they are (BERT, part 3.1).
 SHARE_MASKED, SHARE_RANDOM = 0.8, 0.1
 RATIOS = ("image_ratio", "text_ratio", "pair_text_ratio", "pair_image_ratio")
 
 
 @dataclass(frozen=True)
 class Masking:
-    """Which share of each modality is hidden; 0 turns that mask off.
+    """The share of each modality that is hidden; 0 turns that mask off.
 
-    Whether image and text of a pair are masked at once was not published; `pair_image_ratio` decides.
+    Whether BEiT-3 masks image and text of a pair at once was not published; `pair_image_ratio` decides.
     """
 
     image_ratio: float = 0.4
     text_ratio: float = 0.15
     pair_text_ratio: float = 0.5
     pair_image_ratio: float = 0.4
-    dual: bool = True  # dual pairs are hidden as images and texts alone; False: a contrast beside sees them whole
+    dual: bool = True  # mask dual pairs like images and texts; False: leave them whole for a contrastive objective
 
     def __post_init__(self) -> None:
         for name in RATIOS:
@@ -44,7 +44,7 @@ class Masking:
                 )
 
     def ratios(self, kind: str) -> tuple[float, float]:
-        """(of the picture, of the text) of one kind of a mix: images, pairs, texts or dual."""
+        """(image's, text's) ratio for one kind of a mix: images, pairs, texts or dual."""
         if kind == "pairs":
             return self.pair_image_ratio, self.pair_text_ratio
         if kind == "dual" and not self.dual:
@@ -53,7 +53,7 @@ class Masking:
 
 
 def combine(maskings: Sequence[Masking]) -> Masking | None:
-    """What the loader hides for several objectives: of each modality the largest share that one of them asks for."""
+    """What the loader hides for several objectives: for each modality, the largest ratio among them."""
     if len(maskings) < 2:
         return maskings[0] if maskings else None
     ratios = {name: max(getattr(masking, name) for masking in maskings) for name in RATIOS}
@@ -61,7 +61,7 @@ def combine(maskings: Sequence[Masking]) -> Masking | None:
 
 
 def mask_image(grid: int, ratio: float, rng: Generator) -> np.ndarray:
-    """bool [grid * grid], row by row, True where hidden: rectangles until the share is reached, then single patches,
+    """bool [grid * grid], row by row, True where hidden: rectangles as long as they fit, then single patches,
     so that the count is exact: round(ratio * patches), at least one."""
     mask = np.zeros((grid, grid), dtype=bool)
     remaining = target = count_masked(grid * grid, ratio)
@@ -105,8 +105,8 @@ def _add_block(mask: np.ndarray, room: int, least: int, rng: Generator) -> int:
 def mask_text(ids: np.ndarray, ratio: float, *, mask_id: int, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
     """(inputs int64 [L], masked bool [L]) of one text's ids int64 [L].
 
-    Special ids (BOS, PAD, EOS, UNK, <mask>) are never chosen and never put in. A text with any real word has a target;
-    short texts keep the ratio on average, by random rounding.
+    Special ids (BOS, PAD, EOS, UNK, <mask>) are never chosen, and never inserted as random words. A text with at least
+    one real word has a target; random rounding keeps the ratio of short texts right on average.
     """
     inputs, masked = ids.copy(), np.zeros(len(ids), dtype=bool)
     real = np.flatnonzero((ids > UNK) & (ids < mask_id))

@@ -1,4 +1,4 @@
-"""(step, micro-step) -> one whole Batch of this rank: the map-style dataset under the loader. Runs in the workers."""
+"""The loader's map-style dataset: (step, micro-step) -> one whole Batch of this rank. Runs in the workers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pretrain.contracts import Source
 from pretrain.data.codes import StoredCodes, look_rng
 from pretrain.data.masking import Masking, mask_image, mask_text
 from pretrain.data.order import Order, SampleRef
-from pretrain.data.shards.cache import shown
+from pretrain.data.shards.cache import redact
 from pretrain.data.shards.reader import BadSample, ShardError, ShardReader
 from pretrain.data.sources import Raw
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform, sample_rng
 
-# A kind's place here also tells its random streams from the other kinds'.
+# A kind's index here is also the number of its random stream.
 KINDS = ("images", "pairs", "dual", "texts")
-# This many bad samples in a row are not an accident.
+# This many bad samples in a row are no accident.
 MAX_ATTEMPTS = 1000
 
 
@@ -41,7 +41,7 @@ class _Sample(NamedTuple):
     key: str
     raw: Raw
     image_mask: np.ndarray | None  # bool [P]
-    codes: np.ndarray | None  # int64 [P], where they are stored
+    codes: np.ndarray | None  # int64 [P]; None: not stored
     inputs: np.ndarray | None  # int64 [L], what the encoder reads
     masked: np.ndarray | None  # bool [L]
     draws: np.ndarray  # float32 [sequences of this sample, numbers]
@@ -49,13 +49,13 @@ class _Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """How samples are seen: what becomes of pictures and texts, and what is hidden."""
+    """How samples are turned into tensors: the tokenizer, the transform, and what is hidden."""
 
     tokenizer: TextTokenizer | None = None
     transform: ImageTransform | None = None
     masking: Masking | None = None
     patch_size: int = 1
-    draws: Mapping[str, int] = field(default_factory=dict)  # random numbers of a sequence by who asks: Batch.draws
+    draws: Mapping[str, int] = field(default_factory=dict)  # random numbers per sequence, by their user: Batch.draws
 
     @property
     def grid(self) -> int:
@@ -63,7 +63,7 @@ class View:
 
 
 class Share(NamedTuple):
-    """Which part of a global batch a data rank loads, in how many micro-steps."""
+    """Which part of a global batch a data rank loads, and in how many micro-steps."""
 
     rank: int
     ranks: int
@@ -71,13 +71,13 @@ class Share(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """An error that the user must fix, on its way from a worker to the main process."""
+    """An error for the user, on its way from a worker to the main process."""
 
     error: Exception
 
 
 class Feed(NamedTuple):
-    """One source of the mix: where its samples lie and in what order they come."""
+    """One source of the mix: where its samples are and in what order they come."""
 
     kind: str
     source: Source
@@ -85,13 +85,13 @@ class Feed(NamedTuple):
     order: Order
     reader: ShardReader
     names: tuple[str, ...]  # of the shards, as keys show them
-    stream: int  # tells this kind's random numbers from the others'
+    stream: int  # this kind's random stream
     skip_bad_shards: bool
-    codes: StoredCodes | None = None  # of the pictures, instead of the visual tokenizer's work in training
+    codes: StoredCodes | None = None  # the pictures' codes; None: the visual tokenizer makes them in training
 
 
 class MicroBatches(Dataset):
-    """(step, micro-step) -> (Batch, what was replaced in it), or a Failure."""
+    """(step, micro-step) -> (Batch, its replaced samples), or a Failure."""
 
     def __init__(self, feeds: list[Feed], layout: Layout, view: View, share: Share, seed: int):
         self.feeds, self.layout, self.view, self.share, self.seed = feeds, layout, view, share, seed
@@ -113,18 +113,18 @@ class MicroBatches(Dataset):
         return [self._sample(feed, SampleRef(*row), replaced) for row in rows.tolist()]
 
     def _sample(self, feed: Feed, ref: SampleRef, replaced: list[Replaced]) -> _Sample:
-        """The sample, or its replacement by the order's rule."""
+        """The sample, or the replacement that Order.replacement chooses."""
         attempt = skipped = 0
-        walked = [ref.shard]  # shards of the stream that were tried, beginning with the sample's own
+        tried = [ref.shard]  # shards of the stream so far, beginning with the sample's own
         problem, stand_in = "", ref
         for _ in range(MAX_ATTEMPTS):
-            # Seeded by the sample that was due: its replacement is not seen twice with the same crop.
+            # Seeded by the requested sample, so that its replacement, if also read on its own, has another crop.
             rng = sample_rng(self.seed, ref.epoch, feed.order.number(ref), feed.stream)
             try:
                 members = feed.reader.read(stand_in.shard, stand_in.sample, feed.source.wanted)
                 look, number = rng, 0
                 if crops := getattr(feed.source, "crops", 0):
-                    # Seeded by the sample that is read: its stored codes are those of its own looks.
+                    # Seeded by the sample that is read: its stored codes belong to its own looks.
                     number = ref.epoch % crops
                     look = look_rng(self.seed, members["__key__"], number)
                 codes = feed.codes.read(stand_in.shard, stand_in.sample, number) if feed.codes else None
@@ -136,18 +136,18 @@ class MicroBatches(Dataset):
             except ShardError as error:
                 if not feed.skip_bad_shards:
                     raise
-                attempt, skipped, problem = 0, len(walked), str(error)
+                attempt, skipped, problem = 0, len(tried), str(error)
             shard = feed.reader.manifest.shards[stand_in.shard]
-            replaced.append(Replaced(feed.kind, shown(shard.url), stand_in.sample, problem))
+            replaced.append(Replaced(feed.kind, redact(shard.url), stand_in.sample, problem))
             try:
                 stand_in = feed.order.replacement(ref, attempt, skipped)
             except ValueError:  # there is no other sample
                 break
-            if stand_in.shard != walked[-1]:
-                walked.append(stand_in.shard)
+            if stand_in.shard != tried[-1]:
+                tried.append(stand_in.shard)
         raise ValueError(
-            f"mix.{feed.kind}: {len(replaced)} samples one after another cannot be used, the last one because: "
-            f"{problem}; run python -m data_tools.verify on its shards"
+            f"mix.{feed.kind}: {len(replaced)} samples in a row cannot be used, the last one because: {problem}; "
+            "run python -m data_tools.verify on its shards"
         )
 
     def _mask(self, kind: str, key: str, raw: Raw, codes: np.ndarray | None, rng: np.random.Generator) -> _Sample:
@@ -158,7 +158,7 @@ class MicroBatches(Dataset):
         if raw.ids is not None:
             assert view.tokenizer is not None
             inputs, masked = mask_text(raw.ids, text_ratio, mask_id=view.tokenizer.mask_id, rng=rng)
-        # A dual pair is two sequences. Drawn last: the numbers before do not depend on whether these are wanted.
+        # A dual pair is two sequences. Drawn last, so that the masks do not depend on whether draws are needed.
         draws = rng.random((2 if kind == "dual" else 1, sum(view.draws.values())), dtype=np.float32)
         return _Sample(key, raw, image_mask, codes, inputs, masked, draws)
 
@@ -184,13 +184,13 @@ class MicroBatches(Dataset):
         )
 
     def _codes(self, pictures: list[_Sample]) -> Tensor:
-        """int64 [N, P]; zeros for a kind without stored codes."""
+        """int64 [N, P]; zeros for kinds without stored codes."""
         patches = self.view.grid**2
         none = np.zeros(patches, np.int64)
         return _tensor([none if p.codes is None else p.codes for p in pictures], np.int64, patches)
 
     def _draws(self, sequences: list[np.ndarray]) -> dict[str, Tensor]:
-        """Everyone's [sequences, numbers], in the order of the layout: images, pairs, texts."""
+        """Each user's [sequences, numbers], in the order of the layout: images, pairs, texts."""
         widths = list(self.view.draws.values())
         whole = _tensor(sequences, np.float32, sum(widths))
         parts = (part.contiguous() for part in whole.split(widths, dim=1))
@@ -198,7 +198,7 @@ class MicroBatches(Dataset):
 
 
 def _extras(samples: list[_Sample]) -> dict[str, Any]:
-    """What sources add, by name: arrays and numbers of one shape as a tensor, all else as a tuple."""
+    """The sources' extra values, by name: arrays and numbers of one shape as a tensor, others as a tuple."""
     extras: dict[str, list[Any]] = {}
     for sample in samples:
         for name, value in sample.raw.extra.items():
@@ -216,11 +216,11 @@ def slot_problem(kind: str, source: Source) -> str:
     if kind in source.slots:
         return ""
     name = f"mix.{kind}={type(source).__name__}(...)"
-    return f"{name} is wrong because that fills {' or '.join(source.slots)}; use it there"
+    return f"{name} is wrong because such a source fills {' or '.join(source.slots)}; use it there"
 
 
 def micro_layout(mix: Mapping[str, Source], counts: Mapping[str, int], patches: int, parts: int) -> Layout:
-    """One micro-batch, where a step's global batch is cut into `parts` (data ranks * accumulation)."""
+    """The layout of one micro-batch; a global batch has `parts` of them (data ranks * accumulation)."""
     each = {kind: counts[kind] // parts for kind in mix}
     text_source = mix.get("texts") or mix.get("dual")
     return Layout(
@@ -235,5 +235,5 @@ def micro_layout(mix: Mapping[str, Source], counts: Mapping[str, int], patches: 
 
 
 def _tensor(rows: list, dtype, *shape: int) -> Tensor:
-    """[rows, *shape], also of no rows."""
+    """[rows, *shape], also without rows."""
     return torch.from_numpy(np.stack(rows) if rows else np.zeros((0, *shape), dtype=dtype))

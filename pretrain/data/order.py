@@ -1,20 +1,20 @@
-"""The order of the data: a pure function of (samples per shard, seed, step). It reads nothing and keeps no state.
+"""The order of the data: a pure function of (samples per shard, seed, step). It reads nothing and has no state.
 
 One epoch, from the outside in:
 
     shards  permuted by hash(seed, epoch)
-    streams each shard, in that order, goes whole to the stream that has the fewest samples so far
+    streams each whole shard, in that order, is assigned to the stream with the fewest samples so far
     blocks  `block_shards` neighbours in a stream; their samples are permuted together (Feistel, never materialised)
-    epoch   the streams are dealt out like piles of cards: one sample from each pile that is not empty, round by round
+    epoch   the streams are dealt like piles of cards: one sample from each non-empty pile, round by round
 
-A global batch is the next `size` samples of that, epoch after epoch, sorted by (epoch, stream, place in the stream);
-rank r of W takes the r-th of W equal slices. What holds about locality, and tests/data/test_order.py checks:
+A global batch is the next `size` samples of this sequence, epoch after epoch, sorted by (epoch, stream, place in the
+stream); rank r of W takes the r-th of W equal slices. Guarantees about locality, which tests/data/test_order.py checks:
 
-* A shard is open only while its block is: at any time a stream reads from one block, on its edge from two.
-* If `streams` divides `size`, then as long as no stream has run dry each step takes size / streams samples from each
-  stream, so with nodes <= streams no shard is read by more than two nodes, and by one if nodes divides streams.
-* The tail, from where the shortest stream runs dry to the end of the epoch, is shorter than streams * (largest shard)
-  samples if there are at least `streams` shards that are not empty. There slices move over the streams.
+* A shard is open only while its block is: at any time a stream reads from one block, or from two at their edge.
+* If `streams` divides `size` and no stream is exhausted yet, each step takes size / streams samples from each stream.
+  So with nodes <= streams at most two nodes read the same shard, and only one does if nodes divides streams.
+* The tail, from the end of the shortest stream to the end of the epoch, is shorter than streams * (largest shard)
+  samples if there are at least `streams` non-empty shards. There the slices shift across the streams.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ import numpy as np
 
 _WORD = (1 << 64) - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-# Even number: both halves change equally often. Eight, because four leave patterns in blocks of a few samples.
+# Even, so that both halves change equally often; eight, because four leave patterns in blocks of a few samples.
 _ROUNDS = 8
-# The purpose of a hash: the same (seed, epoch, number) must not decide two things.
+# What a hash is for: the same (seed, epoch, number) must not decide two things.
 _FOR_SHARD, _FOR_BLOCK = 1, 2
-# A step may cross the edge of an epoch, so that two plans are in use by turns.
-_PLANS_KEPT = 2
+# A step may cross the end of an epoch and then alternates between two plans.
+_MAX_PLANS = 2
 
 
 class SampleRef(NamedTuple):
-    """A sample's place: epochs and numbers count from 0, shards as in the manifest."""
+    """A sample's position: epoch and sample count from 0, shards are numbered as in the manifest."""
 
     epoch: int
     shard: int
@@ -60,10 +60,10 @@ def _hash(*words: int, over: np.ndarray) -> np.ndarray:
 
 
 def _permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Where place `index` of range(size) goes in the permutation that `key` names; all [n], elementwise.
+    """The image of `index` in a permutation of range(size) that `key` selects; all [n], elementwise.
 
-    An unbalanced Feistel network over the bits that hold size - 1, walked until it lands inside the range again
-    (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"): fewer than two turns in the mean.
+    An unbalanced Feistel network over the bits of size - 1, applied again until the result is inside the range ("cycle
+    walking": Black and Rogaway 2002, "Ciphers with arbitrary finite domains"): fewer than two applications on average.
     """
     bits = np.frexp((size - 1).astype(np.float64))[1].astype(np.uint64)  # exact below 2**53
     low_bits = bits >> np.uint64(1)
@@ -86,17 +86,17 @@ def _permute(index: np.ndarray, size: np.ndarray, key: np.ndarray) -> np.ndarray
 class _Plan:
     """One epoch. "Flat" counts samples through stream 0's shards in turn, then stream 1's, and so on.
 
-    Memory is a few words per shard and stream: nothing is as long as a block.
+    Memory is a few words per shard and stream; nothing is proportional to the samples.
     """
 
     shards: np.ndarray  # [n] shard numbers, flat
     starts: np.ndarray  # [n + 1] flat place of each shard's first sample, and the end
-    place: np.ndarray  # [all shards] where a shard stands in `shards`; -1: it is empty
+    place: np.ndarray  # [all shards] the index of a shard in `shards`; -1: it is empty
     block_starts: np.ndarray  # [blocks + 1] flat
     block_keys: np.ndarray  # [blocks]
     piles: np.ndarray  # [streams] stream numbers, shortest stream first
     pile_starts: np.ndarray  # [streams] flat place of each pile's first sample
-    phase_starts: np.ndarray  # [streams] in phase k, piles k, k + 1, ... still have samples; places in the epoch
+    phase_starts: np.ndarray  # [streams] places in the epoch; in phase k, piles k, k + 1, ... still have samples
     phase_rounds: np.ndarray  # [streams] the round in which phase k begins
 
     def rows(self, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -113,7 +113,7 @@ class _Plan:
 
 
 def _deal(counts: np.ndarray, streams: int) -> np.ndarray:
-    """The stream of each shard, in the order given: always the one with the fewest samples, the first of equals."""
+    """The stream of each shard, in the given order: the one with the fewest samples so far, the first among equals."""
     heap = [(0, stream) for stream in range(streams)]
     dealt = np.empty(len(counts), np.int64)
     for i, count in enumerate(counts.tolist()):
@@ -124,13 +124,13 @@ def _deal(counts: np.ndarray, streams: int) -> np.ndarray:
 
 
 def _block_edges(stream: np.ndarray, streams: int, block_shards: int) -> np.ndarray:
-    """Which of the flat shards begin a block; `stream` [n] is theirs, ascending."""
-    held = np.bincount(stream, minlength=streams)
-    turn = np.arange(len(stream)) - (np.cumsum(held) - held)[stream]
-    # In long streams the first blocks differ in length, so that a node does not fetch all its streams' next blocks
-    # at one moment; in short ones that would cost more mixing than it saves waiting.
-    early = np.where(held >= 4 * block_shards, np.arange(streams) % block_shards, 0)
-    return (turn == 0) | ((turn + early[stream]) % block_shards == 0)
+    """bool [n]: which of the flat shards begin a block; `stream` [n] are their streams, ascending."""
+    lengths = np.bincount(stream, minlength=streams)  # in shards
+    position = np.arange(len(stream)) - (np.cumsum(lengths) - lengths)[stream]  # of a shard in its stream
+    # In long streams the first blocks differ in length, so that a node does not fetch the next blocks of all its
+    # streams at the same moment; in short streams that would cost more in mixing than it saves in waiting.
+    shift = np.where(lengths >= 4 * block_shards, np.arange(streams) % block_shards, 0)
+    return (position == 0) | ((position + shift[stream]) % block_shards == 0)
 
 
 def _plan(counts: np.ndarray, seed: int, epoch: int, streams: int, block_shards: int) -> _Plan:
@@ -162,10 +162,10 @@ def _plan(counts: np.ndarray, seed: int, epoch: int, streams: int, block_shards:
 
 
 class Order:
-    """Names the samples of every global batch of one source. Equal arguments give equal answers, everywhere.
+    """Lists the samples of every global batch of one source. Equal arguments give equal answers on every machine.
 
-    Args: samples per shard (empty shards are skipped); `streams` and `block_shards` as above. ValueError if there is
-    no sample at all or an argument is out of range.
+    `counts` are the samples per shard (empty shards are skipped); `streams` and `block_shards` are explained above.
+    ValueError if there is no sample at all or an argument is out of range.
     """
 
     def __init__(self, counts: Sequence[int], *, seed: int, streams: int, block_shards: int):
@@ -176,7 +176,7 @@ class Order:
             raise ValueError(f"counts[{worst}]={self.counts[worst]} is negative; run python -m data_tools.index again")
         if self.samples == 0:
             raise ValueError(
-                f"the source is empty: its {self.counts.size} shards hold no sample; check its shards pattern, "
+                f"the source is empty: its {self.counts.size} shards have no samples; check its shards pattern, "
                 "and run python -m data_tools.index on the directory"
             )
         for name, value in {"streams": streams, "block_shards": block_shards}.items():
@@ -204,36 +204,36 @@ class Order:
         return [SampleRef(*row) for row in self.rows(step, size).tolist()]
 
     def number(self, ref: SampleRef) -> int:
-        """The sample's number among all of the source, counted in manifest order: what per-sample seeds use."""
+        """The sample's number within the source, counted in manifest order; per-sample seeds use it."""
         return int(self._firsts[ref.shard]) + ref.sample
 
     def replacement(self, ref: SampleRef, attempt: int, skip_shards: int = 0) -> SampleRef:
         """The replacement of `ref` when it cannot be decoded: a pure function of its arguments.
 
-        Attempt 0 is `ref` itself, 1 the sample after it in its shard (the last is followed by the first), and so on;
-        when the shard is exhausted, the next shard of the same stream in that epoch (after the stream's last, the
-        next stream's first), from the same sample number modulo its length. Neighbours in a stream are open at the
-        same time, so a bad shard costs no new fetch. `skip_shards` leaves out that many whole shards, beginning with
-        ref's own, where they cannot be read. ValueError when no sample remains.
+        Attempt 0 is `ref` itself, 1 the next sample of its shard (the first follows the last), and so on. When the
+        shard is exhausted, the next shard of the same stream in that epoch follows (after the stream's last, the next
+        stream's first), from the same sample number modulo its length. Neighbours in a stream are open at the same
+        time, so a bad shard costs no new fetch. `skip_shards` skips that many whole shards that cannot be read,
+        beginning with ref's own. ValueError when no sample remains.
         """
         plan = self._epoch(ref.epoch)
-        place, left = int(plan.place[ref.shard]), attempt
+        place, offset = int(plan.place[ref.shard]), attempt
         assert place >= 0 and attempt >= 0 and skip_shards >= 0, (ref, attempt, skip_shards)
         for turn in range(skip_shards, len(plan.shards)):
             shard = int(plan.shards[(place + turn) % len(plan.shards)])
             count = int(self.counts[shard])
-            if left < count:
-                return SampleRef(ref.epoch, shard, (ref.sample + left) % count)
-            left -= count
+            if offset < count:
+                return SampleRef(ref.epoch, shard, (ref.sample + offset) % count)
+            offset -= count
         raise ValueError(
-            f"no sample can stand in for sample {ref.sample} of shard {ref.shard}: after {attempt} attempts and "
-            f"{skip_shards} skipped shards the whole source is used up; run python -m data_tools.verify on it"
+            f"nothing can replace sample {ref.sample} of shard {ref.shard}: after {attempt} attempts and {skip_shards} "
+            "skipped shards the whole source is exhausted; run python -m data_tools.verify on it"
         )
 
     def _epoch(self, epoch: int) -> _Plan:
         if (plan := self._plans.pop(epoch, None)) is None:
             plan = _plan(self.counts, self.seed, epoch, self.streams, self.block_shards)
-        while len(self._plans) >= _PLANS_KEPT:
+        while len(self._plans) >= _MAX_PLANS:
             self._plans.pop(next(iter(self._plans)))
-        self._plans[epoch] = plan  # last in, last out
+        self._plans[epoch] = plan  # at the end: the least recently used one is dropped first
         return plan

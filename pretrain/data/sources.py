@@ -1,6 +1,6 @@
-"""The sources of a recipe's mix: shards of pictures, of pairs, of texts; and how their raw members are read.
+"""The sources of a recipe's mix (shards of pictures, of pairs, of texts) and how their raw members are decoded.
 
-Only jpg, jpeg, png, webp and txt members are looked at, and only by our own decoders: shards come from strangers.
+Only jpg, jpeg, png, webp and txt members are read, and only by our own decoders: shards are untrusted.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample
 from pretrain.data.text_tokenizer import TextTokenizer
 
 TEXT = "txt"
-# Of a long document only a stretch around the window is tokenised: four times what English needs (4 letters an id).
+# Only a stretch of a long document is tokenised: four times what English needs for a window (4 letters per id).
 WINDOW_CHARACTERS_PER_ID = 16
 
-# Encoded picture and the sample's generator -> uint8 [3, size, size]: a transforms.ImageTransform.
+# (encoded picture, the sample's generator) -> uint8 [3, size, size]: a transforms.ImageTransform.
 Transform = Callable[[bytes, Generator], np.ndarray]
 
 
 class Raw(NamedTuple):
-    """One decoded sample, not yet masked."""
+    """One decoded sample, before masking."""
 
     image: np.ndarray | None  # uint8 [3, size, size]
-    ids: np.ndarray | None  # int64 [text_len], PAD behind EOS
+    ids: np.ndarray | None  # int64 [text_len], padded with PAD after EOS
     extra: Mapping[str, Any] = {}  # labels, answers, several captions ...: see Batch.extra
 
 
 @dataclass(frozen=True)
 class ImageShards(Source):
-    """Pictures alone; captions beside them are not read.
+    """Pictures only; captions beside them are not read.
 
-    `crops`: each picture is seen in this many fixed ways, one per epoch, so that their codes can be stored; 0: another
-    crop in every epoch. `codes`: the ending of the stored codes' files (pretrain.encode_images --name), which
-    training then reads instead of running the visual tokenizer; see codes.py.
+    `crops`: the number of fixed looks at each picture, one per epoch, so that their codes can be stored; 0: a new crop
+    in every epoch. `codes`: the ending of the files of stored codes (pretrain.encode_images --name), which training
+    then reads instead of running the visual tokenizer; see codes.py.
     """
 
     shards: str | tuple[str, ...]
@@ -54,7 +54,7 @@ class ImageShards(Source):
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """The endings of the members that are read."""
+        """The extensions of the members to read."""
         return IMAGE_EXTENSIONS
 
     def decode(self, members: Mapping, transform: Transform | None, tokenizer, rng: Generator) -> Raw:
@@ -64,7 +64,7 @@ class ImageShards(Source):
 
 @dataclass(frozen=True)
 class PairShards(Source):
-    """Pictures with captions. A caption longer than `text_len` ids (BOS and EOS counted) loses its end. `crops` and
+    """Pictures with captions. A caption longer than `text_len` ids (with BOS and EOS) is truncated. `crops` and
     `codes` as for ImageShards."""
 
     shards: str | tuple[str, ...]
@@ -85,13 +85,15 @@ class PairShards(Source):
         self, members: Mapping, transform: Transform | None, tokenizer: TextTokenizer | None, rng: Generator
     ) -> Raw:
         assert transform is not None and tokenizer is not None
-        ids = caption_ids(text_of(members), tokenizer, self.text_len)  # cheaper than the picture: a bad one ends here
+        ids = caption_ids(
+            text_of(members), tokenizer, self.text_len
+        )  # before the picture, because a bad caption is cheaper to detect
         return Raw(transform(picture(members), rng), ids)
 
 
 @dataclass(frozen=True)
 class TextShards(Source):
-    """Documents. Of one longer than `text_len` ids each epoch takes another stretch."""
+    """Documents. From one longer than `text_len` ids, each epoch takes another stretch."""
 
     shards: str | tuple[str, ...]
     text_len: int = 196
@@ -131,27 +133,27 @@ def text_of(members: Mapping) -> str:
 
 
 def caption_ids(text: str, tokenizer: TextTokenizer, length: int) -> np.ndarray:
-    """int64 [length]: BOS, the beginning of the text, EOS, PAD. BadSample if nothing of the text is left."""
-    return _padded(tokenizer.encode(text, max_len=length), length)
+    """int64 [length]: BOS, the beginning of the text, EOS, PAD. BadSample if the text has no ids."""
+    return _pad(tokenizer.encode(text, max_len=length), length)
 
 
 def window_ids(text: str, tokenizer: TextTokenizer, length: int, rng: Generator) -> np.ndarray:
-    """int64 [length]: BOS, the text or a random stretch of it, EOS, PAD. BadSample if nothing of the text is left."""
+    """int64 [length]: BOS, the text or a random stretch of it, EOS, PAD. BadSample if the text has no ids."""
     where, within = rng.random(2).tolist()
     stretch = length * WINDOW_CHARACTERS_PER_ID
     if len(text) > stretch:
         start = int(where * (len(text) - stretch + 1))
-        # Begin with a whole word where one begins soon.
+        # Start at a word boundary if there is one nearby.
         space = text.find(" ", start, start + WINDOW_CHARACTERS_PER_ID) if start else -1
         text = text[max(space, start) : start + stretch]
     pieces, room = tokenizer.pieces(text), length - 2
     first = int(within * (len(pieces) - room + 1)) if len(pieces) > room else 0
-    return _padded([BOS, *pieces[first : first + room], EOS], length)
+    return _pad([BOS, *pieces[first : first + room], EOS], length)
 
 
-def _padded(ids: list[int], length: int) -> np.ndarray:
+def _pad(ids: list[int], length: int) -> np.ndarray:
     if len(ids) < 3:
-        raise BadSample("its text has nothing that the tokenizer keeps")
+        raise BadSample("its text has nothing that the tokenizer encodes")
     padded = np.full(length, PAD, dtype=np.int64)
     padded[: len(ids)] = ids
     return padded
@@ -163,11 +165,11 @@ def _names(members: Mapping) -> str:
 
 def _check_codes(kind: str, crops: int, codes: str | None) -> None:
     if crops < 0:
-        raise ValueError(f"{kind}.crops={crops} is negative; use 0 for another crop in every epoch")
+        raise ValueError(f"{kind}.crops={crops} is negative; use 0 for a new crop in every epoch")
     if codes is not None and not re.fullmatch(r"codes[\w-]*", codes):
-        raise ValueError(f"{kind}.codes={codes!r} is no ending of stored codes; use the --name of encode_images")
+        raise ValueError(f"{kind}.codes={codes!r} is not a valid name of stored codes; use the --name of encode_images")
     if codes is not None and not crops:
-        raise ValueError(f"{kind}.codes={codes!r} but crops=0; set crops to what encode_images had as --crops")
+        raise ValueError(f"{kind}.codes={codes!r} but crops=0; set crops to the --crops of encode_images")
 
 
 def _check_length(kind: str, length: int) -> None:

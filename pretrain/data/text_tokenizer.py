@@ -1,4 +1,4 @@
-"""Text <-> ids, with SentencePiece and the id layout that BEiT-3's `beit3.spm` is used with."""
+"""Text <-> ids, with SentencePiece and the id layout of BEiT-3's `beit3.spm`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pretrain.batch import BOS, EOS, UNK
 # XLM-R puts <s> <pad> </s> <unk> before the pieces; SentencePiece's own file begins with <unk> <s> </s>.
 OFFSET = 1
 SPM_SPECIALS = 3
-# Pieces have at most 16 characters by SentencePiece's default, so this many per id are more than enough to read.
+# Pieces have at most 16 characters by SentencePiece's default, so this many per id are more than enough.
 CHARACTERS_PER_ID = 64
 
 
 class TextTokenizer:
-    """A SentencePiece file with ids as `transformers.XLMRobertaTokenizer` gives them over the same file: <s> 0,
-    <pad> 1, </s> 2, <unk> 3, piece i at i + 1, <mask> last. ValueError for a file that is missing or not of this kind.
+    """A SentencePiece model with the ids that `transformers.XLMRobertaTokenizer` assigns to the same file: <s> 0,
+    <pad> 1, </s> 2, <unk> 3, piece i at i + 1, <mask> last. ValueError for a file that is missing or of another kind.
 
-    Text is only text: a "<mask>" or "</s>" in a caption is spelled out in pieces and never becomes a control id.
+    Text is only text: a "<mask>" or "</s>" in a caption is encoded as ordinary pieces and never becomes a control id.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -28,17 +28,17 @@ class TextTokenizer:
         self.path = Path(path)
         make = "write one with: python -m data_tools.train_text_tokenizer SHARDS --out text.model"
         if not self.path.is_file():
-            raise ValueError(f"tokenizer={self.path} is wrong because there is no such file; {make}")
+            raise ValueError(f"tokenizer={self.path} does not exist; {make}")
         self._sp = SentencePieceProcessor()
         try:
             self._sp.LoadFromSerializedProto(self.path.read_bytes())
         except (RuntimeError, OSError):
-            raise ValueError(f"tokenizer={self.path} is wrong because it is no SentencePiece model; {make}") from None
+            raise ValueError(f"tokenizer={self.path} is not a SentencePiece model; {make}") from None
         if (self._sp.unk_id(), self._sp.bos_id(), self._sp.eos_id()) != (0, 1, 2):
-            raise ValueError(f"tokenizer={self.path} is wrong because its <unk>, <s>, </s> are not ids 0, 1, 2; {make}")
+            raise ValueError(f"tokenizer={self.path} has other ids than 0, 1, 2 for <unk>, <s>, </s>; {make}")
 
     def __reduce__(self):
-        # Workers that are spawned read the file again.
+        # Spawned workers read the file again.
         return TextTokenizer, (self.path,)
 
     @property
@@ -50,9 +50,9 @@ class TextTokenizer:
         return len(self._sp) + OFFSET
 
     def encode(self, text: str, max_len: int | None = None) -> list[int]:
-        """BOS, the text's ids, EOS; at most `max_len` in all, the end of the text cut off.
+        """BOS, the text's ids, EOS; truncated to `max_len` ids in all.
 
-        Then only as much of the text is read as can matter, so that megabytes cost no more than a page.
+        With `max_len`, only the beginning of the text is read, so that megabytes cost no more than a page.
         """
         if max_len is None:
             return [BOS, *self.pieces(text), EOS]
@@ -65,11 +65,11 @@ class TextTokenizer:
         return [i + OFFSET if i else UNK for i in self._sp.EncodeAsIds(text)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids; specials and <mask> are left out."""
+        """The text of these ids, without specials and <mask>."""
         first, last = SPM_SPECIALS + OFFSET, self.mask_id
         return self._sp.DecodeIds([int(i) - OFFSET for i in ids if first <= i < last])
 
     def token(self, index: int) -> str:
-        """How one id is written, for pictures and reports."""
+        """The text of one id, for pictures and reports."""
         specials = {BOS: "<s>", 1: "<pad>", EOS: "</s>", UNK: "<unk>", self.mask_id: "<mask>"}
         return specials[index] if index in specials else self._sp.IdToPiece(index - OFFSET)

@@ -1,8 +1,8 @@
-"""Bytes of a picture -> uint8 [3, size, size], from a random generator that belongs to the sample.
+"""A picture's bytes -> uint8 [3, size, size], with the sample's own random generator.
 
-Decoding is what a loader spends its time on. JPEGs go through OpenCV, at half, a quarter or an eighth of their size
-where the crop still has enough pixels; everything unusual goes through Pillow. Pictures come from strangers: the
-header is judged before a pixel is decoded, and only JPEG, PNG and WebP are opened at all.
+A loader spends most of its time decoding. OpenCV decodes JPEGs, at half, a quarter or an eighth of their size if the
+crop still has enough pixels; Pillow decodes everything unusual. Pictures are untrusted: the header is checked before
+any pixel is decoded, and only JPEG, PNG and WebP are opened at all.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from PIL import Image
 
 from pretrain.data.shards.reader import BadSample
 
-# One process per core is the rule here: OpenCV's own threads would only fight over them.
+# Loaders run one process per core, so OpenCV's own threads would only compete for the cores.
 cv2.setNumThreads(0)
 
-# A picture of 64 Mpx needs 192 MiB as RGB; beyond lie decompression bombs and files no crop of 224 needs.
+# A picture of 64 Mpx needs 192 MiB as RGB; larger ones are decompression bombs, or useless for a crop of 224.
 MAX_PIXELS = 64 * 2**20
 FORMATS = ("JPEG", "PNG", "WEBP")
 REDUCED = {1: 0, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 EXIF_ORIENTATION = 0x0112
-# Where Pillow keeps what Image.getexif() reads; without any of these the picture stands upright.
-EXIF_HOLDERS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+# Where Pillow stores what Image.getexif() reads; a picture with none of these is upright.
+EXIF_KEYS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
 def sample_rng(seed: int, epoch: int, sample: int, stream: int = 0) -> Generator:
-    """The only source of randomness of one sample in one epoch. `stream` tells sources with equal numbers apart.
+    """The only source of randomness of one sample in one epoch. `stream` separates sources with equal sample numbers.
 
-    Philox counts up its lowest counter word, so that generators with other high words never overlap.
+    Philox increments the lowest word of its counter, so generators with different high words never overlap.
     """
     key = np.array([seed % 2**64, stream % 2**64], dtype=np.uint64)
     return Generator(Philox(key=key, counter=np.array([0, 0, epoch, sample], dtype=np.uint64)))
@@ -44,7 +44,7 @@ def sample_rng(seed: int, epoch: int, sample: int, stream: int = 0) -> Generator
 
 @dataclass(frozen=True)
 class Header:
-    """What a picture says of itself before it is decoded; `width` and `height` after its EXIF turn."""
+    """A picture's header; `width` and `height` are those after its EXIF rotation."""
 
     image: Image.Image  # opened, not decoded
     width: int
@@ -57,8 +57,8 @@ class Header:
 
 
 def read_header(data: bytes) -> Header:
-    """Format, size and orientation without decoding. Raises BadSample for what is no JPEG, PNG or WebP, for empty
-    data, and for more than MAX_PIXELS."""
+    """Format, size and orientation, without decoding. Raises BadSample for other formats than JPEG, PNG and WebP, for
+    empty data, and for more than MAX_PIXELS."""
     if not data:
         raise BadSample("the picture has 0 bytes")
     try:
@@ -70,7 +70,7 @@ def read_header(data: bytes) -> Header:
         raise BadSample(f"not a readable JPEG, PNG or WebP header ({_reason(error)})") from None
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise BadSample(f"{width} x {height} pixels are more than the {MAX_PIXELS} that are decoded")
+        raise BadSample(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
     orientation = _orientation(image)
     if orientation >= 5:
         width, height = height, width
@@ -78,18 +78,18 @@ def read_header(data: bytes) -> Header:
 
 
 def decode_image(data: bytes, min_side: int | None = None) -> np.ndarray:
-    """The picture as uint8 [H, W, 3] RGB, turned as its EXIF says. Raises BadSample.
+    """The picture as uint8 [H, W, 3] RGB, rotated as its EXIF says. Raises BadSample.
 
-    A JPEG may come at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps `min_side` pixels; None: full
-    size. Transparent pixels lie on white; 16 bits are scaled to 8.
+    A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side has at least `min_side` pixels;
+    None: full size. Transparent pixels are composited onto white; 16 bits are scaled to 8.
     """
     return _decode(data, read_header(data), min_side)
 
 
 def _decode(data: bytes, header: Header, min_side: int | None) -> np.ndarray:
     pixels = None
-    # Without its end marker a JPEG may be cut off. Many releases of OpenCV (not 4.14) fill up with grey and say
-    # nothing; Pillow raises, and decodes what lacks the marker alone.
+    # A JPEG without its end marker may be truncated. Many releases of OpenCV (not 4.14) then silently fill the rest
+    # with grey; Pillow raises, but decodes a JPEG that lacks only the marker.
     if header.is_plain_jpeg and data.rstrip(b"\0").endswith(b"\xff\xd9"):
         pixels = _decode_jpeg(data, _reduction(min(header.width, header.height), min_side))
     if pixels is None:
@@ -120,7 +120,7 @@ def _decode_any(image: Image.Image) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # a decoder of hostile bytes may raise anything
-        raise BadSample(f"the picture cannot be decoded ({_reason(error)})") from None
+        raise BadSample(f"cannot decode the picture ({_reason(error)})") from None
 
 
 def _reduction(side: int, min_side: int | None) -> int:
@@ -130,7 +130,7 @@ def _reduction(side: int, min_side: int | None) -> int:
 
 
 def _orientation(image: Image.Image) -> int:
-    if not any(name in image.info for name in EXIF_HOLDERS):
+    if not any(name in image.info for name in EXIF_KEYS):
         return 1
     try:
         with _without_warnings():
@@ -141,7 +141,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undoes the camera's turn; both decoders leave it in."""
+    """Undoes the camera's rotation, which both decoders ignore."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -153,21 +153,21 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Pillow warns about sloppy files, which webs are full of, and about bombs, which are an error here."""
+    """Silences Pillow's warnings about sloppy files, which are common, and about bombs, which are errors here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _reason(error: Exception) -> str:
-    """Pillow's words without the memory address that makes every message differ."""
+    """Pillow's message without the memory address, which would make each one unique."""
     text = str(error).split(" <_io", 1)[0].strip()
     return text[:200] or type(error).__name__
 
 
 @dataclass(frozen=True)
 class Box:
-    """A crop, in pixels of the upright picture at full size."""
+    """A crop, in pixels of the upright full-size picture."""
 
     top: int
     left: int
@@ -179,8 +179,8 @@ class Box:
 class ImageTransform:
     """Random resized crop, flip and colour jitter in training; otherwise the centre square, resized.
 
-    The defaults are BEiT-3's (paper, Table 11: RandomResizedCrop, flip, jitter 0.4), but for the crop's scale, which
-    was not published. Turn `flip` off where captions say left and right.
+    The defaults are BEiT-3's (paper, Table 11: RandomResizedCrop, flip, jitter 0.4), except for the crop's scale, which
+    was not published. Turn `flip` off if captions say left and right.
     """
 
     size: int = 224
@@ -210,18 +210,18 @@ class ImageTransform:
         """Encoded picture -> uint8 [3, size, size]. `rng` is needed in training only. Raises BadSample."""
         header = read_header(data)
         box = self.crop(header.height, header.width, rng)
-        # The crop's shorter side must keep `size` pixels: then no reduced decode loses detail that the result shows.
+        # The crop's shorter side must have at least `size` pixels, so that decoding at a reduced size loses no detail.
         side = min(header.height, header.width)
         pixels = _decode(data, header, math.ceil(self.size * side / min(box.height, box.width)))
         return self.finish(_cut(pixels, box, header), rng)
 
     def crop(self, height: int, width: int, rng: Generator | None) -> Box:
-        """The part of a picture of this size that is used, by `scale` and `ratio`; in evaluation its central square."""
+        """A random crop of a picture of this size, by `scale` and `ratio`; in evaluation the central square."""
         if not self.train:
             side = min(height, width)
             return Box((height - side) // 2, (width - side) // 2, side, side)
         assert rng is not None, "a training transform needs the sample's generator"
-        # Ten draws at once, used or not: what comes later in the sample never depends on how many were refused.
+        # Ten draws at once, used or not: the sample's later random numbers never depend on how many were rejected.
         areas = height * width * rng.uniform(*self.scale, size=10)
         ratios = np.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1]), size=10))
         place = rng.random(2)
@@ -229,7 +229,7 @@ class ImageTransform:
         fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
         if fits.any():
             h, w = (int(sides[fits.argmax()]) for sides in (heights, widths))
-        else:  # too long or too wide a picture: the largest crop with an allowed ratio
+        else:  # the picture is too long or too wide: the largest crop with an allowed ratio
             w = min(width, max(1, round(height * self.ratio[1])))
             h = min(height, max(1, round(width / self.ratio[0])))
         return Box(int(place[0] * (height - h + 1)), int(place[1] * (width - w + 1)), h, w)
@@ -256,8 +256,8 @@ def _cut(pixels: np.ndarray, box: Box, header: Header) -> np.ndarray:
 
 
 def _interpolation(crop: np.ndarray, size: int) -> int:
-    """Without aliases, and fast: area averaging at any factor costs ten times what the others do (640 us), and below
-    one half the linear filter averages all pixels too."""
+    """The fastest method without aliasing: area averaging costs ten times as much as the others (640 us), and down to a
+    factor of one half the linear filter averages all pixels too."""
     if crop.shape[0] * crop.shape[1] > 4 * size * size:
         return cv2.INTER_AREA
     return cv2.INTER_LINEAR if crop.shape[0] * crop.shape[1] > size * size else cv2.INTER_CUBIC

@@ -173,7 +173,7 @@ def _row(plan: Plan, row: Row) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return run(lambda: _run(args, argv), left="nothing was written")
+    return run(lambda: _run(args, argv), state="nothing was written")
 
 
 def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
@@ -191,7 +191,7 @@ def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
     facts = about("pretrain.plan", argv) | report(plan, args.top)
     if not args.json:
         print(page(facts, args))
-    write(facts, args.out, shown=args.json)
+    write(facts, args.out, show=args.json)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

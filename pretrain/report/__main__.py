@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser("pretrain.report", __doc__, "--run-dir runs/quickstart")
     parser.add_argument("--run-dir", required=True, type=Path, help="the --run-dir of pretrain.train")
     args = parser.parse_args(argv)
-    return run(lambda: _run(args.run_dir), left="a page of before is still there")
+    return run(lambda: _run(args.run_dir), state="an earlier page is intact")
 
 
 def _run(run_dir: Path) -> None:

@@ -118,8 +118,8 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(tmp_
     else:
         victim.unlink()
     assert restored_value(tmp_path) == (1, 1.0)
-    refused = [record.message for record in caplog.records if "refused" in record.message]
-    assert len(refused) == 1 and name in refused[0] and "step_00000002" in refused[0]
+    warnings = [record.message for record in caplog.records if "rejected" in record.message]
+    assert len(warnings) == 1 and name in warnings[0] and "step_00000002" in warnings[0]
     # The run goes on from step 1 and comes to step 2 again: a good copy takes the damaged one's place.
     save(StandIn(3), tmp_path, 2)
     assert restored_value(tmp_path) == (2, 3.0)
@@ -165,7 +165,7 @@ def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
-        with pytest.raises(SaveError, match=r"step 2 .*moments_rank00000.*untouched") as error:
+        with pytest.raises(SaveError, match=r"step 2 .*moments_rank00000.*intact") as error:
             save(StandIn(2), tmp_path, 2, keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

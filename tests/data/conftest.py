@@ -1,4 +1,4 @@
-"""What the loader's tests share: a tokenizer, a small source of each kind, and a Loader over them."""
+"""Fixtures of the loader's tests: a tokenizer, a small source of each kind, and a Loader for them."""
 
 from __future__ import annotations
 

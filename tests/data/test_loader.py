@@ -44,7 +44,7 @@ def by_key(batches: list[Batch]) -> list[tuple]:
                 tensors += [getattr(batch, name)[i - layout.images] for name in PARTS["pair"]]
             else:
                 tensors = [getattr(batch, name)[i - layout.images - layout.pairs] for name in PARTS["text"]]
-            tensors.append(batch.draws["drop_path"][i])  # keys and sequences stand in one order
+            tensors.append(batch.draws["drop_path"][i])  # keys and sequences have the same order
             kinds[kind].append((key, *[t.numpy().tobytes() for t in tensors]))
     return [sample for samples in kinds.values() for sample in samples]
 
@@ -64,7 +64,7 @@ def reference() -> dict:
 
 def expected(reference: dict, build) -> list[list[tuple]]:
     if "steps" not in reference:
-        reference["steps"] = steps(build, 0, 6, 1, 1)  # over the edge of an epoch
+        reference["steps"] = steps(build, 0, 6, 1, 1)  # across the end of an epoch
     return reference["steps"]
 
 
@@ -79,7 +79,7 @@ def test_ranks_workers_and_accumulation_leave_the_global_batch_as_it_is(
 
 
 @pytest.mark.parametrize("start", range(6))
-def test_a_restart_at_any_step_goes_on_as_if_nothing_had_been(build, reference, start: int) -> None:
+def test_a_restart_at_any_step_changes_nothing(build, reference, start: int) -> None:
     world = start % 3 + 1
     assert steps(build, start, 6, world, 1, workers=start % 2) == expected(reference, build)[start:]
 
@@ -89,7 +89,7 @@ def test_every_sample_comes_once_per_epoch(build) -> None:
     for kind, epoch in build().samples.items():
         seen = [key for key in keys if key.startswith(kind)]
         assert len(seen) == 24 * COUNTS[kind]
-        # A step sorts its samples, also across the edge of an epoch, so they are counted over all steps.
+        # A step sorts its samples, also across the end of an epoch, so count them over all steps.
         counts = Counter(seen)
         assert len(counts) == epoch and max(counts.values()) - min(counts.values()) <= 1
     assert len(keys) == 24 * sum(COUNTS.values())
@@ -179,7 +179,7 @@ def trace_of(directory: Path) -> dict[str, list[dict]]:
     return {path.name: [json.loads(line) for line in path.read_text().splitlines()] for path in files}
 
 
-def test_the_trace_holds_the_steps_that_were_handed_out_and_survives_a_restart(build, tmp_path: Path) -> None:
+def test_the_trace_lists_the_steps_so_far_and_survives_a_restart(build, tmp_path: Path) -> None:
     def run(start: int, stop: int, world: int, directory: Path, workers: int = 1) -> None:
         for rank in range(world):
             loader = build(ranks=world, rank=rank, trace=directory, accumulation=2, loading={"workers": workers})
@@ -197,24 +197,24 @@ def test_the_trace_holds_the_steps_that_were_handed_out_and_survives_a_restart(b
         file.write('{"step": 2, "ke')  # killed while writing
     run(2, 5, 2, tmp_path / "resumed")
     assert trace_of(tmp_path / "resumed") == whole
-    # With fewer ranks, what the others wrote beyond the restart goes too.
+    # With fewer ranks, the other ranks' lines after the restart are removed too.
     run(3, 5, 1, tmp_path / "resumed")
-    left = trace_of(tmp_path / "resumed")
-    assert [line["step"] for line in left["samples.rank00001.jsonl"]] == [1, 2, 3]
+    traces = trace_of(tmp_path / "resumed")
+    assert [line["step"] for line in traces["samples.rank00001.jsonl"]] == [1, 2, 3]
     for step in (4, 5):
-        (line,) = [line for lines in left.values() for line in lines if line["step"] == step]
+        (line,) = [line for lines in traces.values() for line in lines if line["step"] == step]
         both = [key for lines in whole.values() for line in lines if line["step"] == step for key in line["keys"]]
         assert sorted(line["keys"]) == sorted(both)
 
 
-def test_only_steps_that_were_taken_are_traced(build, tmp_path: Path) -> None:
+def test_only_steps_that_were_used_are_traced(build, tmp_path: Path) -> None:
     batches = build(trace=tmp_path, loading={"workers": 2}).batches(0, 100)
     next(batches), next(batches)
     assert [line["step"] for line in trace_of(tmp_path)["samples.rank00000.jsonl"]] == [1, 2]
     batches.close()
 
 
-def test_no_worker_is_left_behind(build) -> None:
+def test_all_workers_end_with_the_loader(build) -> None:
     batches = build(loading={"workers": 2}).batches(0, 1000)
     next(batches)
     assert len(multiprocessing.active_children()) == 2
@@ -223,13 +223,13 @@ def test_no_worker_is_left_behind(build) -> None:
     assert not multiprocessing.active_children()
 
 
-def test_workers_live_through_the_signals_that_ask_a_job_to_save(build) -> None:
+def test_workers_ignore_the_signals_that_ask_a_job_to_save(build) -> None:
     batches = build(loading={"workers": 2}).batches(0, 8)
     next(batches)
     for worker in multiprocessing.active_children():
         for number in (signal.SIGUSR1, signal.SIGINT):
             os.kill(worker.pid, number)
-        # As a scheduler does it: a SIGTERM that does not come from the worker's parent.
+        # Like a scheduler: a SIGTERM that does not come from the worker's parent.
         assert os.system(f"kill -TERM {worker.pid}") == 0
     time.sleep(0.2)
     assert len(multiprocessing.active_children()) == 2 and len(list(batches)) == 7
@@ -245,7 +245,7 @@ def test_a_worker_still_obeys_its_parent(build) -> None:
     batches.close()
 
 
-def test_loading_leaves_the_global_generators_alone(build) -> None:
+def test_loading_does_not_touch_the_global_generators(build) -> None:
     torch.manual_seed(0)
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
     for workers in (0, 1):
@@ -259,6 +259,6 @@ def test_a_batch_can_be_indexed_again_without_changing_what_was_read(build, mix:
     assert build().digests == digests and set(digests) == {"images", "pairs", "texts"}
 
 
-def test_shards_of_one_name_are_told_apart() -> None:
+def test_shards_with_the_same_name_get_different_keys() -> None:
     assert shard_names(["00000.tar", "00001.tar"]) == ("00000", "00001")
     assert len(set(shard_names(["00000.tar", "00001.tar", "00000.tar"]))) == 3

@@ -1,4 +1,4 @@
-"""The loader and what strangers' shards, broken disks and users' mistakes bring."""
+"""The loader with hostile shards, broken disks and users' mistakes."""
 
 from __future__ import annotations
 
@@ -144,15 +144,15 @@ def test_an_empty_source_is_refused_at_once(build, tmp_path: Path) -> None:
         ({"counts": COUNTS | {"pairs": 10}, "ranks": 4}, r"batch\.pairs=10 .*=4 \* 1=4; use batch\.pairs=8 or 12"),
         ({"counts": COUNTS | {"pairs": 3}, "ranks": 2, "accumulation": 2}, r"batch\.pairs=3 .*; use batch\.pairs=4$"),
         ({"counts": COUNTS | {"texts": 0}}, r"batch\.texts=0 "),
-        ({"counts": {"images": 4}}, r"batch has \['images'\] where mix has"),
+        ({"counts": {"images": 4}}, r"batch has \['images'\] but mix has"),
         ({"transform": ImageTransform(size=30)}, r"transform\.size=30 .*patch_size=8; use 24 or 32"),
-        ({"transform": None}, r"mix\.images needs a transform"),
-        ({"tokenizer": None}, r"mix\.pairs needs a text tokenizer"),
-        ({"mix": {}, "counts": {}}, "no source"),
+        ({"transform": None}, r"mix\.images has pictures but the stage has no transform"),
+        ({"tokenizer": None}, r"mix\.pairs has texts but there is no text tokenizer"),
+        ({"mix": {}, "counts": {}}, "is empty; give a source"),
         ({"mix": {"pictures": None}, "counts": {"pictures": 4}}, r"mix\.pictures"),
         (
             {"mix": {"pairs": ImageShards("x")}, "counts": {"pairs": 4}},
-            "that fills images; use it there",
+            "such a source fills images; use it there",
         ),
         (
             {"mix": {"dual": PairShards("x"), "texts": TextShards("x")}, "counts": {"dual": 4, "texts": 4}},
@@ -162,7 +162,7 @@ def test_an_empty_source_is_refused_at_once(build, tmp_path: Path) -> None:
         ({"loading": {"prefetch": 0}}, r"loading\.prefetch=0"),
     ],
 )
-def test_what_cannot_be_loaded_as_asked_is_one_sentence(build, options: dict, message: str) -> None:
+def test_an_impossible_mixture_is_one_sentence(build, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**options)
 

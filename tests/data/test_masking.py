@@ -34,18 +34,18 @@ def test_a_ratio_of_zero_masks_nothing() -> None:
 
 
 def test_the_first_block_of_a_mask_is_a_rectangle_of_the_published_shape() -> None:
-    # With room for the smallest block and no more, the blocks that are placed are single rectangles.
+    # With room only for the smallest block, the masks are single rectangles.
     for sample in range(200):
         mask = mask_image(14, 16 / 196, sample_rng(1, 0, sample)).reshape(14, 14)
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
-        if height * width == 16:  # otherwise the rounded block was smaller, and single patches filled up
+        if height * width == 16:  # otherwise the rounded block was smaller, and single patches were added
             assert mask[rows[0] : rows[0] + height, columns[0] : columns[0] + width].all()
             assert 0.3 / 1.5 < height / width < 1.5 / 0.3
 
 
 def published(generator: random.Random, grid: int = 14, target: int = 78) -> np.ndarray:
-    """BEiT's Algorithm 1 with BEiT-2's settings as REFERENCE 1.2 tells them, written for this test alone."""
+    """BEiT's Algorithm 1 with BEiT-2's settings from REFERENCE 1.2, written only for this test."""
     hidden: set[tuple[int, int]] = set()
     while len(hidden) < target:
         for _ in range(10):
@@ -89,7 +89,7 @@ def test_masks_are_spread_and_clustered_as_beit2_publishes() -> None:
 def test_a_mask_takes_less_than_100_microseconds() -> None:
     generator = sample_rng(0, 0, 0)
     times = []
-    for _ in range(20):  # the fastest of twenty: another process may hold the core
+    for _ in range(20):  # the fastest of twenty, because another process may use the core
         start = time.perf_counter()
         for _ in range(25):
             mask_image(14, 0.4, generator)
@@ -101,19 +101,19 @@ def test_a_mask_takes_less_than_100_microseconds() -> None:
 def test_bert_rule_on_texts(ratio: float) -> None:
     words = np.arange(4, 44)
     ids = np.concatenate([[BOS], words, [UNK, EOS], [PAD] * 5])
-    chosen = kept = hidden = 0
+    targets = unchanged = hidden = 0
     for sample in range(2000):
         inputs, masked = mask_text(ids, ratio, mask_id=MASK_ID, rng=sample_rng(3, 0, sample))
         assert not masked[ids <= UNK].any()
         assert (inputs[~masked] == ids[~masked]).all()
         assert ((inputs[masked] > UNK) & (inputs[masked] <= MASK_ID)).all()
-        chosen += masked.sum()
+        targets += masked.sum()
         hidden += (inputs[masked] == MASK_ID).sum()
-        kept += (inputs[masked] == ids[masked]).sum()
-    assert abs(chosen / 2000 / len(words) - ratio) < 0.003
-    assert abs(hidden / chosen - 0.8) < 0.015
+        unchanged += (inputs[masked] == ids[masked]).sum()
+    assert abs(targets / 2000 / len(words) - ratio) < 0.003
+    assert abs(hidden / targets - 0.8) < 0.015
     # One word in 97 is replaced by itself.
-    assert abs(kept / chosen - (0.1 + 0.1 / 97)) < 0.015
+    assert abs(unchanged / targets - (0.1 + 0.1 / 97)) < 0.015
 
 
 def test_short_texts_keep_the_ratio_and_have_a_target() -> None:

@@ -38,14 +38,14 @@ def test_every_sample_comes_exactly_once_per_epoch_and_none_is_dropped(source, s
     assert len(seen) == steps * size
     for epoch in range(epochs):
         assert sorted(ref for ref in seen if ref.epoch == epoch) == everything(source[0], epoch)
-    # What lies beyond belongs to the next epochs: a step crosses the edge and nothing is padded.
+    # The rest belongs to the next epochs: a step crosses the end of an epoch and nothing is padded.
     assert len([ref for ref in seen if ref.epoch >= epochs]) == steps * size - epochs * order.samples
 
 
 @few
 @given(SOURCES, st.integers(1, 3), st.integers(1, 30))
 def test_any_number_of_ranks_and_any_restart_see_the_same_global_batch(source, per_rank, step):
-    size = 24 * per_rank  # every world of WORLDS divides it
+    size = 24 * per_rank  # every one of WORLDS divides it
     walked = build(source)
     for before in range(1, step):
         walked.batch(before, size)
@@ -67,7 +67,7 @@ def test_the_sequence_does_not_depend_on_the_batch_size(source, small, factor):
 
 
 def test_a_small_order_is_pinned():
-    """Resuming a run needs the order of the code that began it: if this fails, old runs can no longer be resumed."""
+    """Resuming a run needs the order with which it started: if this fails, old runs can no longer be resumed."""
     order = Order([5, 0, 3, 1, 7, 4], seed=2026, streams=3, block_shards=2)
     got = [[tuple(ref) for ref in order.batch(step, 8)] for step in (1, 2, 3, 10)]
     assert got == GOLDEN
@@ -106,7 +106,7 @@ def test_shuffling_mixes_across_shards_and_inside_blocks():
     opened, times = np.unique(start[:, 1], return_counts=True)
     assert len(opened) == streams * block
     assert times.min() >= 3 and times.max() <= 30  # 12.5 expected
-    # Place in the epoch does not tell the number in the shard.
+    # The place in the epoch does not predict the number in the shard.
     places = np.concatenate([order.rows(step, streams)[:, 2] for step in range(1, each * block + 1)])
     assert abs(np.corrcoef(np.arange(len(places)), places)[0, 1]) < 0.1
     # Which shards share a stream and a block changes from epoch to epoch and with the seed.
@@ -124,7 +124,7 @@ def test_shuffling_mixes_across_shards_and_inside_blocks():
     st.integers(1, 4),
     st.integers(1, 3),
 )
-def test_before_the_tail_a_shard_is_read_by_one_node_or_two(counts, seed, streams, block_shards, per_stream):
+def test_before_the_tail_at_most_two_nodes_read_a_shard(counts, seed, streams, block_shards, per_stream):
     order = Order(counts, seed=seed, streams=streams, block_shards=block_shards)
     size, plan = streams * per_stream, order._epoch(0)
     tail = int(plan.phase_starts[1]) if streams > 1 else order.samples
@@ -143,7 +143,7 @@ def test_before_the_tail_a_shard_is_read_by_one_node_or_two(counts, seed, stream
 @few
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(0, 9), st.integers(1, 4), st.integers(1, 4))
 def test_a_shard_is_open_only_while_its_block_is(counts, seed, streams, block_shards):
-    """So a cache that holds two blocks per stream fetches each shard once per epoch and node."""
+    """So a cache of two blocks per stream fetches each shard once per epoch and node."""
     order = Order(counts, seed=seed, streams=streams, block_shards=block_shards)
     spans: dict[int, list[int]] = {}
     for place in range(order.samples):
@@ -169,23 +169,23 @@ def test_replacements_try_every_sample_once_beginning_with_the_same_shard(source
     assert tried[0] == ref
     assert sorted(tried) == everything(counts, ref.epoch)
     assert {other.shard for other in tried[: counts[ref.shard]]} == {ref.shard}
-    with pytest.raises(ValueError, match="used up"):
+    with pytest.raises(ValueError, match="exhausted"):
         order.replacement(ref, order.samples)
-    # Leaving out whole shards walks through the same shards, each with its first candidate.
+    # Skipping whole shards visits the same shards, each with its first candidate.
     shards = list(dict.fromkeys(other.shard for other in tried))
     for skipped, shard in enumerate(shards):
         assert build(source).replacement(ref, 0, skip_shards=skipped).shard == shard
-    with pytest.raises(ValueError, match="used up"):
+    with pytest.raises(ValueError, match="exhausted"):
         order.replacement(ref, 0, skip_shards=len(shards))
 
 
-def test_the_next_shard_is_of_the_same_block_where_there_is_one():
+def test_the_next_shard_is_in_the_same_block_if_possible():
     order = Order([3] * 8, seed=1, streams=2, block_shards=4)
     stream = [order.batch(step, 2)[0] for step in range(1, 4 * 3 + 1)]  # stream 0 has one block
     together = {ref.shard: ref for ref in stream}
     followers = [order.replacement(ref, 0, skip_shards=1).shard for ref in together.values()]
     assert len(together) == 4
-    assert sum(shard in together for shard in followers) == 3  # only the last one's stands in the other stream
+    assert sum(shard in together for shard in followers) == 3  # only that of the last one is in the other stream
 
 
 def test_sample_numbers_count_in_manifest_order():

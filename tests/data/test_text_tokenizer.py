@@ -37,7 +37,7 @@ def tokenizer(model: Path) -> TextTokenizer:
 
 
 def strings(count: int) -> list[str]:
-    """Words of the corpus, words that it never saw, spaces, signs, letters of many scripts, accents, NULs.
+    """Words of the corpus, other words, spaces, symbols, letters of many scripts, accents, NULs.
 
     Left out is what transformers' own normaliser treats otherwise than SentencePiece, which BEiT-3 ran: accents that
     stand alone (it goes by grapheme), and white space that nmt_nfkc keeps, such as NEL (it splits there).
@@ -95,12 +95,12 @@ def test_a_tokenizer_can_go_to_a_spawned_worker(tokenizer: TextTokenizer) -> Non
     assert pickle.loads(pickle.dumps(tokenizer)).encode("red star") == tokenizer.encode("red star")
 
 
-def test_files_that_are_no_tokenizer_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no such file; write one with: python -m data_tools\.train_text_tokenizer"):
+def test_files_that_are_not_a_tokenizer_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not exist; write one with: python -m data_tools\.train_text_tokenizer"):
         TextTokenizer(tmp_path / "none.model")
     for content in (b"", b"\x00garbage" * 9):
         (tmp_path / "bad.model").write_bytes(content)
-        with pytest.raises(ValueError, match=r"bad\.model is wrong"):
+        with pytest.raises(ValueError, match=r"bad\.model is not a SentencePiece model"):
             TextTokenizer(tmp_path / "bad.model")
 
 
@@ -123,13 +123,13 @@ def test_training_writes_a_file_that_does_not_depend_on_the_run(shards: Path, tm
     assert train(shards, tmp_path / "b.model", "--vocab-size", "48") == 0
     assert (tmp_path / "new" / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
     assert TextTokenizer(tmp_path / "b.model").vocab_size == 48 + 2
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.model", "new"]  # no temporary file is left
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.model", "new"]  # no temporary file remains
 
 
 def test_fewer_texts_are_spread_over_the_shards(shards: Path) -> None:
     manifest = train_text_tokenizer.load_manifest((str(shards),))
     some = list(train_text_tokenizer.sentences(manifest, 60))
-    assert len(some) <= 60 + 25  # one text is long and comes in parts
+    assert len(some) <= 60 + 25  # one text is long and is split
     everything = sentences(600)
     assert any(text in some for text in everything[300:]) and any(text in some for text in everything[:300])
 
@@ -155,14 +155,14 @@ def test_an_impossible_vocabulary_is_one_sentence(shards: Path, tmp_path: Path, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_place_that_cannot_be_written_is_said_before_anything_is_read(shards: Path, tmp_path: Path, capfd) -> None:
+def test_an_unwritable_out_is_an_error_before_anything_is_read(shards: Path, tmp_path: Path, capfd) -> None:
     assert train(shards, tmp_path, "--vocab-size", "48") == 2
     assert train(shards, shards / "00000.tar" / "x.model", "--vocab-size", "48") == 2
     errors = capfd.readouterr().err.splitlines()
     assert len(errors) == 2 and "is a directory" in errors[0] and "00000.tar" in errors[1]
 
 
-def test_the_largest_possible_vocabulary_that_is_named_works(shards: Path, tmp_path: Path, capfd) -> None:
+def test_the_suggested_largest_vocabulary_works(shards: Path, tmp_path: Path, capfd) -> None:
     assert train(shards, tmp_path / "x.model", "--vocab-size", "5000") == 2
     largest = capfd.readouterr().err.rsplit("use ", 1)[1].split()[0]
     assert train(shards, tmp_path / "x.model", "--vocab-size", largest) == 0
@@ -171,7 +171,7 @@ def test_the_largest_possible_vocabulary_that_is_named_works(shards: Path, tmp_p
 def test_shards_without_text_and_broken_shards_are_named(tmp_path: Path, capfd) -> None:
     source = write_source(tmp_path / "s", [[text_sample("a", "  ")]])
     assert train(source, tmp_path / "x.model", "--vocab-size", "48") == 2
-    assert "no text in these;" in capfd.readouterr().err
+    assert "these contain no text;" in capfd.readouterr().err
     assert train(tmp_path / "missing", tmp_path / "x.model") == 2
     assert "missing" in capfd.readouterr().err
     tar = source / "00000.tar"

@@ -1,4 +1,4 @@
-"""Pictures: every kind that shards hold, hostile ones, and the transform as a function of its generator."""
+"""Pictures: every kind that shards contain, hostile ones, and the transform as a function of its generator."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def close(a: np.ndarray, b: np.ndarray, mean: float = 3.0) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_plain_pictures_decode_as_they_were(kind: str) -> None:
+def test_plain_pictures_decode_unchanged(kind: str) -> None:
     pixels = picture(1)
     assert close(decode_image(encoded(pixels, kind)), pixels, 6)
 
 
-def test_rgba_lies_on_white() -> None:
+def test_rgba_is_composited_onto_white() -> None:
     pixels = np.dstack([picture(2), np.full((40, 48), 255, np.uint8)])
     pixels[:20, :, 3] = 0
     for kind in ("PNG", "WEBP"):
@@ -67,7 +67,7 @@ def test_the_smallest_picture_fills_a_crop() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 10))
-def test_exif_orientation_is_undone_alike_on_both_paths(orientation: int) -> None:
+def test_exif_orientation_is_undone_equally_on_both_paths(orientation: int) -> None:
     exif = Image.Exif()
     exif[transforms.EXIF_ORIENTATION] = orientation
     pixels = picture(4, 64, 80)
@@ -113,7 +113,7 @@ def test_a_crop_is_never_enlarged_when_the_picture_has_the_pixels(monkeypatch: p
     assert reduced > 20
 
 
-def test_the_reduced_path_shows_the_same_as_the_full_one() -> None:
+def test_reduced_and_full_decoding_give_the_same_picture() -> None:
     pixels = picture(8, 512, 640)
     transform = ImageTransform(size=64, jitter=0)
     for sample in range(10):
@@ -174,7 +174,7 @@ def test_random_damage_raises_bad_sample_or_nothing() -> None:
         encoded(picture(), "BMP"),
     ],
 )
-def test_what_is_no_jpeg_png_or_webp_is_refused(data: bytes) -> None:
+def test_other_formats_than_jpeg_png_and_webp_are_refused(data: bytes) -> None:
     with pytest.raises(BadSample):
         decode_image(data)
 
@@ -257,6 +257,6 @@ def test_jitter_is_brightness_contrast_and_saturation_as_pillow_does_them(order:
 
 
 @pytest.mark.parametrize("wrong", [{"scale": (0.9, 0.5)}, {"ratio": (0, 1)}, {"jitter": 1.0}, {"size": 0}])
-def test_settings_that_mean_nothing_are_named(wrong: dict) -> None:
+def test_invalid_settings_are_named(wrong: dict) -> None:
     with pytest.raises(ValueError, match=rf"transform\.{next(iter(wrong))}="):
         ImageTransform(**wrong)

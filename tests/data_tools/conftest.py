@@ -1,4 +1,4 @@
-"""What the tests of several tools share: the hostile server, and a disk that is nearly full."""
+"""Fixtures of several tools' tests: the hostile server, and a disk that is nearly full."""
 
 from __future__ import annotations
 

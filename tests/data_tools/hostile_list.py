@@ -1,7 +1,7 @@
-"""A list like LAION's that names every kind of row and picture there is, and where each of its rows must end.
+"""A list like LAION's with every kind of row and picture, and the expected outcome of each row.
 
-`make_list` plants on a HostileServer: all of its kinds; copies of pictures under other URLs; pictures and captions of
-an evaluation set; blank, tiny and narrow pictures; a caption under many of them; and rows that no list should hold.
+`make_list` uses a HostileServer with: all of its kinds; copies of pictures under other URLs; pictures and captions of
+an evaluation set; blank, tiny and narrow pictures; a caption with many pictures; and rows that cannot be used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.data_tools.hostile_server import ATTACKS, BAD, GOOD, HostileServer, p
 from tests.toys import encoded
 
 KEPT = ("kept", "")
-# What filter_list, filter_shards, dedup and leaks are told, so that the fates below come true.
+# The options of filter_list, filter_shards, dedup and leaks with which the fates below come true.
 LIST_OPTIONS = (
     "--min-similarity 0.28 --max-punsafe 0.5 --max-pwatermark 0.8 --min-side 64 --max-aspect 3 --min-caption-words 3 "
     "--language en --unique-urls"
@@ -74,7 +74,7 @@ class Row:
     pwatermark: float | None = 0.1
     width: float | None = 640.0
     height: float | None = 480.0
-    group: str = ""  # of the rows of one group the first is kept
+    group: str = ""  # of each group the first row is kept
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Planted:
     directory: Path  # of the list
     evaluation: Path  # a folder of pictures with coco.json
     rows: list[Row]
-    pictures: dict[int, bytes]  # row -> what must stand in the shards byte for byte, where that is known
+    pictures: dict[int, bytes]  # row -> its expected bytes in the shards, if known
 
 
 def make_list(place: Path, server: HostileServer, seed: int = 0) -> Planted:
@@ -96,7 +96,7 @@ def make_list(place: Path, server: HostileServer, seed: int = 0) -> Planted:
         *_that_no_list_should_hold(server, numbers),
     ]
     random.Random(seed).shuffle(rows)
-    # A shard takes as long as its slowest picture, so what is slow stands together.
+    # A shard takes as long as its slowest picture, so slow ones are next to each other.
     rows.sort(key=lambda row: row.fate != ("download", "deadline"))
     rows = _settled(rows)
     _write(place / "list", rows)
@@ -112,7 +112,7 @@ def _of_the_server(server: HostileServer, numbers: Iterator[int]) -> Iterator[Ro
     for kinds, count in ((GOOD, _PER_GOOD), (BAD, _PER_BAD), (ATTACKS, _PER_ATTACK)):
         for kind, reason in kinds.items():
             fate = KEPT if reason == "success" else ("download", reason)
-            if kind == "gray16":  # img2dataset takes them, and clips them to white
+            if kind == "gray16":  # img2dataset accepts them, and clips them to white
                 fate = ("filter_shards", "blank")
             for number in (next(numbers) for _ in range(count)):
                 at = ("filter_list", "bad_url") if kind in _NOT_HTTP else fate
@@ -120,7 +120,7 @@ def _of_the_server(server: HostileServer, numbers: Iterator[int]) -> Iterator[Ro
 
 
 def _copies(server: HostileServer, numbers: Iterator[int]) -> Iterator[Row]:
-    """Groups of the same picture: the same URL, the same bytes, and what recoding and resizing make of it."""
+    """Groups of the same picture: the same URL, the same bytes, recoded and resized."""
     for n in (next(numbers) for _ in range(10)):
         for copy in (b" once", b" twice", b" thrice"):
             yield Row(server.url("jpg", n), _words(n) + copy, ("filter_list", "duplicate_url"), group=f"url{n}")
@@ -131,8 +131,8 @@ def _copies(server: HostileServer, numbers: Iterator[int]) -> Iterator[Row]:
         for kind in ("jpg", "png", "webp", "cmyk"):
             yield Row(server.url(kind, n), _words(n) + kind.encode(), ("dedup", "near_duplicate"), group=f"near{n}")
     for n in (next(numbers) for _ in range(5)):
-        # The one with the most pixels is kept, wherever it stands.
-        large = _opened(n).resize((240, 180), Image.Resampling.BICUBIC)
+        # The one with the most pixels is kept, whatever the order.
+        large = _open_picture(n).resize((240, 180), Image.Resampling.BICUBIC)
         yield Row(server.serve(f"{n}/large", encoded(large, quality=95)), _words(n) + b" large", KEPT)
         small = encoded(large.resize((120, 90)), quality=50)
         yield Row(server.serve(f"{n}/small", small), _words(n) + b" small", ("dedup", "near_duplicate"))
@@ -163,12 +163,12 @@ def _dull(server: HostileServer, numbers: Iterator[int]) -> Iterator[Row]:
 
 
 def _leaks(folder: Path, server: HostileServer, numbers: Iterator[int]) -> Iterator[Row]:
-    """Pictures of an evaluation set as the web has them, and one of its captions under another picture."""
+    """Copies of evaluation pictures as on the web, and another picture with one of the set's captions."""
     folder.mkdir(parents=True)
     captions = []
     for place in range(_EVALUATION):
         n = next(numbers)
-        image = _opened(n)
+        image = _open_picture(n)
         (folder / f"{n}.jpg").write_bytes(data := encoded(image, quality=92))
         captions.append((f"{n}.jpg", f"evaluation caption number {n} about a place far away"))
         forms = (
@@ -207,18 +207,18 @@ def _that_no_list_should_hold(server: HostileServer, numbers: Iterator[int]) -> 
 
 
 def _settled(rows: list[Row]) -> list[Row]:
-    """The first of each group, in the order of the list, is kept; of the repeated caption the first MOST_REPEATS."""
-    seen: defaultdict[str, int] = defaultdict(int)
+    """The first row of each group, in the list's order, is kept; of the repeated caption the first MOST_REPEATS."""
+    counts: defaultdict[str, int] = defaultdict(int)
     settled = []
     for row in rows:
-        seen[row.group] += bool(row.group)
+        counts[row.group] += bool(row.group)
         most = MOST_REPEATS if row.group == "sale" else 1
-        settled.append(replace(row, fate=KEPT) if row.group and seen[row.group] <= most else row)
+        settled.append(replace(row, fate=KEPT) if row.group and counts[row.group] <= most else row)
     return settled
 
 
 def _write(directory: Path, rows: list[Row]) -> None:
-    """Two files as LAION has them; the captions of the second are binary, as in some lists."""
+    """Writes two files like LAION's; the captions of the second are binary, as in some lists."""
     directory.mkdir(parents=True)
     middle = len(rows) // 2
     for number, part in enumerate((rows[:middle], rows[middle:])):
@@ -226,7 +226,7 @@ def _write(directory: Path, rows: list[Row]) -> None:
         table = {
             "SAMPLE_ID": pa.array(range(len(part))),
             "URL": pa.array([row.url for row in part], pa.string()),
-            "TEXT": captions if number else captions.view(pa.string()),  # a string that lies about its bytes
+            "TEXT": captions if number else captions.view(pa.string()),  # a string column with invalid UTF-8
             "WIDTH": pa.array([row.width for row in part], pa.float64()),
             "HEIGHT": pa.array([row.height for row in part], pa.float64()),
             "SIMILARITY": pa.array([row.similarity for row in part], pa.float64()),
@@ -236,5 +236,5 @@ def _write(directory: Path, rows: list[Row]) -> None:
         pq.write_table(pa.table(table), directory / f"part-{number:05d}.parquet", row_group_size=500)
 
 
-def _opened(number: int) -> Image.Image:
+def _open_picture(number: int) -> Image.Image:
     return Image.open(io.BytesIO(picture(number, "PNG"))).convert("RGB")

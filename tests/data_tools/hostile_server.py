@@ -1,10 +1,10 @@
-"""A web server on this machine with every kind of picture and of trouble that a list of URLs leads to.
+"""A local web server with every kind of picture and of trouble that a list of URLs may lead to.
 
     with HostileServer() as server:
         server.url("jpg", 7), server.url("slow_drip", 8)
 
-KINDS says what becomes of each: "success", or the reason that data_tools.fetch.reasons gives. The same kind and number
-always give the same picture, and no two numbers look alike.
+KINDS has the outcome of each: "success", or the reason that data_tools.fetch.reasons gives. The same kind and number
+always give the same picture, and different numbers look different.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BAD = {
     "long": "extreme_aspect",
     "noai": "robots",
 }
-# Each of these would hold a thread, fill the memory or reach what it should not.
+# Each of these would block a thread, fill the memory or reach a forbidden place.
 ATTACKS = {
     "huge": "too_many_pixels",
     "many_scans": "too_many_scans",
@@ -87,7 +87,7 @@ def picture(number: int, form: str = "JPEG", mode: str = "RGB", size: tuple[int,
         size, Image.Resampling.BICUBIC
     )
     if mode == "I;16":
-        # No level of 0: img2dataset clips all others to white.
+        # No level 0, because img2dataset clips all other levels to white.
         blotches = Image.fromarray(np.asarray(blotches.convert("L")).clip(1).astype(np.uint16) * 257)
     elif mode != "RGB":
         blotches = blotches.convert(mode)
@@ -102,7 +102,7 @@ def huge() -> bytes:
 
 def _many_scans(number: int) -> bytes:
     data = picture(number)
-    # A scan of no use, many times: a decoder goes over the picture for each.
+    # The same useless scan many times: for each a decoder processes the whole picture.
     return data[:-2] + b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00\x00" * 5000 + b"\xff\xd9"
 
 
@@ -171,7 +171,7 @@ class _Handler(socketserver.BaseRequestHandler):
             self._drip(head + b"Content-Length: %d\r\n\r\n" % len(body), body)
         elif kind == "slow_headers":
             self._drip(b"", head + b"X: y\r\n" * 90 + b"\r\n" + body)
-        # reset: the connection just ends
+        # reset: just close the connection
 
     def _drip(self, at_once: bytes, slowly: bytes) -> None:
         self.request.sendall(at_once)
@@ -227,12 +227,12 @@ class _Server(socketserver.ThreadingTCPServer):
 
 
 class HostileServer:
-    """Serves on 127.0.0.1 while the context is open. `requests` are the paths that were asked for."""
+    """Serves on 127.0.0.1 while the context is open. `requests` are the requested paths."""
 
     def __enter__(self) -> HostileServer:
-        huge(), _gzip_bomb()  # before anyone waits for them with a deadline
+        huge(), _gzip_bomb()  # in advance, because requests have a deadline
         self._server = _Server()
-        self._closed = socket.socket()  # bound, and nobody listens
+        self._closed = socket.socket()  # bound, but not listening
         self._closed.bind(("127.0.0.1", 0))
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -255,6 +255,6 @@ class HostileServer:
         return f"http://127.0.0.1:{self.port}/{kind}/{number}"
 
     def serve(self, name: str, body: bytes) -> str:
-        """The URL of a picture that a test brings itself."""
+        """The URL of a test's own picture."""
         self._server.own[f"/own/{name}"] = body
         return f"http://127.0.0.1:{self.port}/own/{name}"

@@ -1,4 +1,4 @@
-"""Drawn pictures, their copies as the web makes them, and small shards, for the tests of duplicates and leaks."""
+"""Drawn pictures, copies as on the web, and small shards, for the tests of duplicates and leaks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.toys import encoded
 
 @cache
 def scenes(n: int, size: int = 128, seed: int = 0) -> list[Image.Image]:
-    """Kept, because drawing is the slowest thing in these tests."""
+    """Cached, because drawing is the slowest part of these tests."""
     rng = random.Random(seed)
     return [draw_scene(random_scene(rng, held_out=False), size, rng) for _ in range(n)]
 
@@ -27,7 +27,7 @@ def cut(image: Image.Image, part: float) -> Image.Image:
     return image.crop(tuple(round(side) for side in box))
 
 
-# What happens to a picture on its way through the web; each is to be found.
+# What happens to pictures on the web; each of these copies must be found.
 COPIES: dict[str, Callable[[Image.Image], bytes]] = {
     "png": lambda image: encoded(image, "PNG"),
     "jpeg_30": lambda image: encoded(image, quality=30),

@@ -1,4 +1,4 @@
-"""What can befall any tool on shards: huge captions, NUL bytes, a key twice, a full disk, a worker that is killed."""
+"""What can happen to any tool on shards: huge captions, NUL bytes, a repeated key, a full disk, a killed worker."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def run(tool: str, shards: Path, evaluation: Path, workers: int = 1, more: Seque
     return importlib.import_module(f"data_tools.{tool}").main(arguments)
 
 
-def test_captions_and_keys_of_strangers(tmp_path, evaluation, capsys):
-    """Of eight samples one is hidden by a later one of its name, and one has more text than is ever read."""
+def test_hostile_captions_and_keys(tmp_path, evaluation, capsys):
+    """Of eight samples one is replaced by a later one with its name, and one has more text than the limit."""
     texts = {"good": "a plain caption", "nul": "a\0b", "10 MB": "x" * 10_000_000, "<b>": "a caption\n\n"}
     texts["long"] = "y" * (MAX_TEXT_BYTES + 1)
     samples = [pair_sample(key, number, text) for number, (key, text) in enumerate(texts.items())]
@@ -55,8 +55,8 @@ def test_captions_and_keys_of_strangers(tmp_path, evaluation, capsys):
             step = read_steps(shards)[tool]
             assert (step.rows, step.kept) == (7, 7), tool
     assert run("verify", shards, evaluation) == 1
-    told = capsys.readouterr().out
-    assert f"long\t.txt has {MAX_TEXT_BYTES + 1} bytes" in told and "twice\t.jpg is there more than once" in told
+    output = capsys.readouterr().out
+    assert f"long\t.txt has {MAX_TEXT_BYTES + 1} bytes" in output and "twice\t.jpg occurs more than once" in output
     assert run("rewrite", shards, evaluation) == 0
     step = read_steps(tmp_path / "clean")["rewrite"]
     assert (step.rows, step.kept) == (8, 6) and step.dropped == {"duplicate_key": 1, "member_too_large": 1}
@@ -66,7 +66,7 @@ def test_captions_and_keys_of_strangers(tmp_path, evaluation, capsys):
 
 @pytest.fixture
 def small_disk(mount) -> Path:
-    """A disk with shards on it; `filled` leaves no byte free."""
+    """A small disk with shards; `filled` uses up its free space."""
     disk = mount("2m")
     for number in range(2):
         samples = [pair_sample(f"{number}{place}", 10 * number + place, height=90, width=80) for place in range(6)]
@@ -75,7 +75,7 @@ def small_disk(mount) -> Path:
 
 
 def filled(disk: Path) -> Path:
-    """The file whose removal makes room again."""
+    """The file that fills the disk; remove it to make room."""
     ballast = disk / "ballast"
     with ballast.open("wb", buffering=0) as file, suppress(OSError):
         while True:
@@ -113,12 +113,12 @@ def test_a_filtered_list_on_a_full_disk(small_disk, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("tool", WRITERS)
-def test_a_shard_that_is_cut_off_is_named(tmp_path, evaluation, capsys, tool):
+def test_a_truncated_shard_is_named(tmp_path, evaluation, capsys, tool):
     shards = write_source(tmp_path / "shards", [[pair_sample(f"{shard}{n}") for n in range(2)] for shard in range(2)])
     os.truncate(shards / "00001.tar", 1000)
     assert run(tool, shards, evaluation) == 2
     error = capsys.readouterr().err
-    assert "00001.tar is cut off at byte 1000" in error and error.count("error: ") == 1 and "Traceback" not in error
+    assert "00001.tar is truncated at byte 1000" in error and error.count("error: ") == 1 and "Traceback" not in error
 
 
 @pytest.mark.parametrize("tool", [*WRITERS, "verify"])

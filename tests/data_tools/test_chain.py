@@ -1,5 +1,5 @@
-"""The whole way as README describes it: from a list of strangers' URLs to training, every row accounted for, and the
-same samples however often it was killed."""
+"""The whole chain of README, from a list of untrusted URLs to training: every row is accounted for, and the samples are
+the same however often the commands are killed."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ BATCH = 64
 
 
 def commands(planted: Planted, place: Path) -> dict[str, list[str]]:
-    """The commands from the list to clean shards, in their order."""
-    kept, shards, clean = place / "kept" / "kept.parquet", place / "shards", place / "clean"
+    """The commands from the list to clean shards, in order."""
+    filtered, shards, clean = place / "kept" / "kept.parquet", place / "shards", place / "clean"
     blocked = planted.directory.parent / "blocked.txt"
     blocked.write_text("blocked.example  # and what is below it\n")
     guard = "--allow-address 127.0.0.1/32 --deadline 4 --timeout 4 --max-bytes 2000000 --workers 2 --threads 32"
@@ -41,8 +41,8 @@ def commands(planted: Planted, place: Path) -> dict[str, list[str]]:
     heldout = planted.evaluation
     lines = {
         "filter_list": f"--list {planted.directory} --preset laion --blocked-domains {blocked} {LIST_OPTIONS} "
-        f"--out {kept}",
-        "download": f"--list {kept} --preset canonical --out {shards} --samples-per-shard 100 {guard}",
+        f"--out {filtered}",
+        "download": f"--list {filtered} --preset canonical --out {shards} --samples-per-shard 100 {guard}",
         "filter_shards": f"{shards} --max-aspect {MOST_ASPECT} --max-caption-repeats {MOST_REPEATS}",
         "dedup": f"{shards}",
         "leaks": f"{shards} --against heldout={heldout} --captions heldout={heldout}/coco.json",
@@ -64,7 +64,7 @@ def planted(server, tmp_path_factory) -> Planted:
 
 @pytest.fixture(scope="module")
 def alone(planted, tmp_path_factory) -> tuple[Path, dict[str, float]]:
-    """Where the undisturbed chain ran, and the seconds that each command took."""
+    """The directory of an undisturbed chain, and the seconds that each command took."""
     place, seconds = tmp_path_factory.mktemp("alone"), {}
     for name, line in commands(planted, place).items():
         start = time.monotonic()
@@ -74,35 +74,35 @@ def alone(planted, tmp_path_factory) -> tuple[Path, dict[str, float]]:
 
 
 def fates(place: Path) -> dict[int, tuple[str, str]]:
-    """Row of the list -> (the step that dropped it, its reason), or KEPT, as the files of the chain tell. Each row
+    """Row of the list -> (the step that dropped it, its reason), or KEPT, by the files of the chain. Each row occurs
     once."""
-    found: list[tuple[int, tuple[str, str]]] = []
+    actual: list[tuple[int, tuple[str, str]]] = []
     for row in pq.read_table(place / "kept" / "dropped" / "kept.parquet").to_pylist():
-        found.append((row["row"], ("filter_list", row["reason"])))
+        actual.append((row["row"], ("filter_list", row["reason"])))
     rows = {}
     for path in sorted((place / "shards").glob("*.parquet")):
         for row in pq.read_table(path).to_pylist():
             if (reason := reason_of(row["error_message"])) == "success":
                 rows[path.stem, row["key"]] = row["row"]
             else:
-                found.append((row["row"], ("download", reason)))
+                actual.append((row["row"], ("download", reason)))
     for path in sorted((place / "shards" / "drops").glob("*.parquet")):
-        found += [(rows[drop.shard, drop.key], (path.stem, drop.reason)) for drop in read_drops([path])]
+        actual += [(rows[drop.shard, drop.key], (path.stem, drop.reason)) for drop in read_drops([path])]
     clean = read_members(place / "clean")
-    found += [(json.loads(data)["row"], KEPT) for name, data in clean.items() if name.endswith(".json")]
-    assert len(dict(found)) == len(found), Counter(row for row, _ in found).most_common(3)
-    return dict(found)
+    actual += [(json.loads(data)["row"], KEPT) for name, data in clean.items() if name.endswith(".json")]
+    assert len(dict(actual)) == len(actual), Counter(row for row, _ in actual).most_common(3)
+    return dict(actual)
 
 
 @pytest.mark.slow
 def test_every_row_ends_where_it_should(server, planted, alone):
     place, _ = alone
     wanted = {number: row.fate for number, row in enumerate(planted.rows)}
-    found = fates(place)
-    wrong = [n for n in wanted if wanted[n] != found.get(n)]
-    assert not wrong, [(str(planted.rows[n].url)[:60], wanted[n], found.get(n)) for n in wrong[:20]]
-    assert found.keys() == wanted.keys()
-    # The records say the same: what one step kept is what the next was given.
+    actual = fates(place)
+    wrong = [n for n in wanted if wanted[n] != actual.get(n)]
+    assert not wrong, [(str(planted.rows[n].url)[:60], wanted[n], actual.get(n)) for n in wrong[:20]]
+    assert actual.keys() == wanted.keys()
+    # The records agree: what one step kept is the input of the next.
     steps, counts = read_steps(place / "clean"), Counter(wanted.values())
     assert list(steps) == ["filter_list", "list", "download", "filter_shards", "dedup", "leaks", "rewrite"]
     for name in ("filter_list", "download", "filter_shards", "dedup", "leaks"):
@@ -124,7 +124,7 @@ def test_no_attack_reaches_a_shard(server, planted, alone):
         assert clean[f"{key}.txt"] == planted.rows[row].caption
         assert row not in planted.pictures or clean[f"{key}.jpg"] == planted.pictures[row]
     assert {name.rsplit(".", 1)[1] for name in clean} == {"jpg", "txt", "json"} and len(clean) == 3 * len(rows)
-    # What is not public was not even asked for, though these addresses lead to this very server.
+    # Addresses that are not public were not even requested, though these lead to this server.
     asked = Counter(server.requests)
     for row in planted.rows:
         if row.fate[1] in ("credentials_in_url", "not_public_address") and str(server.port) in row.url.split("/")[2]:
@@ -155,7 +155,7 @@ def test_the_page_and_the_checks(planted, alone, tmp_path):
 
 @pytest.fixture
 def recipe(alone, tmp_path) -> Path:
-    """The small recipe with every kind read from the clean shards, and codes stored in them."""
+    """The small recipe, with every kind read from the clean shards, and stored codes."""
     clean = alone[0] / "clean"
     (tmp_path / "data").mkdir()
     for name in ("images", "pairs", "texts"):
@@ -190,18 +190,18 @@ def test_training_takes_exactly_these_samples(alone, recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_the_samples_are_the_same(planted, alone, tmp_path):
+def test_kills_at_random_moments_do_not_change_the_samples(planted, alone, tmp_path):
     place, seconds = alone
     rng, killed = random.Random(11), 0
     for name, line in commands(planted, tmp_path).items():
         before = {*tmp_path.rglob("*")}
-        shards = sorted(rng.sample(range(10), KILLS[name]))  # of the 12 that a download makes
+        shards = sorted(rng.sample(range(10), KILLS[name]))  # of the 12 of a download
         longest = 0.9 * seconds[name]
         for number in range(KILLS[name]):
             least = shards[number] if name == "download" else 0
             later = rng.uniform(0, 0.5 if name == "download" else longest)
             while not killed_after(line, tmp_path / "shards", least, later):
-                # It was faster than when it was left alone: once more from where it began, and killed sooner.
+                # It finished before the kill: start again from the same state and kill earlier.
                 for path in sorted({*tmp_path.rglob("*")} - before, reverse=True):
                     path.rmdir() if path.is_dir() else path.unlink()
                 least, later = least // 2, later / 2
@@ -217,8 +217,8 @@ def test_killed_at_random_moments_the_samples_are_the_same(planted, alone, tmp_p
 
 
 def killed_after(line: list[str], shards: Path, least: int, later: float) -> bool:
-    """kill -9 of a command and all of its group, when there are so many shards and a moment has passed; False if it
-    had ended before."""
+    """kill -9 of a command and its whole group, a moment after there are this many shards; False if it had already
+    ended."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(line, cwd=ROOT, env=environment(ROOT), start_new_session=True, **quiet)
     while process.poll() is None and len(list(shards.glob("*_stats.json"))) < least:

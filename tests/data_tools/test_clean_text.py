@@ -1,4 +1,4 @@
-"""data_tools.text.clean: what cleaning takes out, and that each rule drops what it is about and nothing else."""
+"""data_tools.text.clean: what cleaning removes, and that each rule drops its documents and nothing else."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ GOOD = "\n\n".join(map(line, range(8)))
         ("\x00\u200b \n\t", ""),
     ],
 )
-def test_what_is_taken_out(raw, cleaned):
+def test_what_cleaning_removes(raw, cleaned):
     assert clean(raw) == cleaned
 
 
-def test_a_document_in_one_line_is_no_boilerplate():
+def test_a_document_in_one_line_is_not_boilerplate():
     whole = GOOD.replace("\n", " ") + " They wrote it in JavaScript."
     assert clean(whole) == normalise(whole)
 
@@ -56,15 +56,15 @@ def test_normalising_twice_is_normalising_once(text):
 
 
 @given(st.text())
-def test_nothing_that_can_be_seen_is_lost(text):
+def test_no_visible_character_is_lost(text):
     seen = "".join(char for char in text if char.isalnum())
     assert len("".join(normalise(text).split())) >= len("".join(normalise(seen).split()))
 
 
-def test_a_megabyte_of_combining_marks_is_no_trap():
+def test_a_megabyte_of_combining_marks_is_fast():
     start = time.perf_counter()
     assert len(normalise("a" + "\u0315\u0300" * 250_000 + "\U0001d165" * 100_000)) <= 31
-    assert time.perf_counter() - start < 5  # sorted as they stand they would take an hour
+    assert time.perf_counter() - start < 5  # sorting all of them would take an hour
 
 
 def test_good_prose_passes():
@@ -98,20 +98,20 @@ RULES = {
 
 
 @pytest.mark.parametrize("reason", BAD)
-def test_each_rule_drops_what_it_is_about_and_can_be_turned_off(reason):
+def test_each_rule_drops_its_documents_and_can_be_turned_off(reason):
     text = clean(BAD[reason])
-    found = why_dropped(text, TextRules(), english=True)
-    assert found is not None and found[0] == reason, found
+    violation = why_dropped(text, TextRules(), english=True)
+    assert violation is not None and violation[0] == reason, violation
     if reason in RULES:
         assert why_dropped(text, replace(TextRules(), **RULES[reason]), english=True) is None
 
 
-def test_stop_words_are_asked_of_english_alone():
+def test_stop_words_are_required_only_in_english():
     assert why_dropped(BAD["stop_words"], replace(TextRules(), max_repeated_runs=None), english=False) is None
 
 
-def test_the_detail_says_what_was_measured_and_allowed():
-    assert why_dropped("five words are too few", TextRules(), english=True) == ("too_short", "5, and 50 is the least")
+def test_the_detail_says_what_was_measure_shard_and_allowed():
+    assert why_dropped("five words are too few", TextRules(), english=True) == ("too_short", "5, the minimum is 50")
 
 
 def _slow_repeated_runs(words: list[str]) -> float:
@@ -129,5 +129,5 @@ def _slow_repeated_runs(words: list[str]) -> float:
 
 
 @given(st.lists(st.sampled_from(["aa", "bb", "cc"]), min_size=1, max_size=40))
-def test_repeated_runs_are_counted_as_one_would_by_hand(words):
+def test_repeated_runs_match_a_literal_count(words):
     assert repeated_runs(words) == pytest.approx(_slow_repeated_runs(words))

@@ -1,4 +1,4 @@
-"""pretrain.command: how commands end; and that the example each of them shows is one that it takes."""
+"""pretrain.command: how commands end; and that the example in each command's help works."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLACE = Path(data_tools.__file__).parent
 HELPERS = ("__init__", "ownership")
 TOOLS = sorted(f"data_tools.{path.stem}" for path in PLACE.glob("*.py") if path.stem not in HELPERS)
 COMMANDS = ["pretrain.encode_images", "pretrain.evaluate", "pretrain.export", *TOOLS]
-KILLED = "error: a worker process was killed, perhaps for want of memory; use fewer --workers (all is kept)\n"
+KILLED = "error: a worker process was killed, perhaps because memory ran out; use fewer --workers (no work is lost)\n"
 
 
 @pytest.mark.parametrize(
@@ -27,31 +27,31 @@ KILLED = "error: a worker process was killed, perhaps for want of memory; use fe
         (FileNotFoundError(2, "No such file", "list"), 2, "error: [Errno 2] No such file: 'list'\n"),
         (BrokenProcessPool("A process was terminated abruptly"), 2, KILLED),
         (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. "), 2, KILLED),
-        (KeyboardInterrupt(), 130, "stopped; all is kept\n"),
+        (KeyboardInterrupt(), 130, "stopped; no work is lost\n"),
     ],
 )
 def test_how_commands_end(error, code, says, capsys):
     def action() -> None:
         raise error
 
-    assert run(action, left="all is kept") == code
+    assert run(action, state="no work is lost") == code
     assert capsys.readouterr().err == says
 
 
-def test_a_fault_of_the_program_keeps_its_traceback():
+def test_an_error_of_the_program_has_its_traceback():
     with pytest.raises(RuntimeError, match="size mismatch"):
-        run(lambda: (_ for _ in ()).throw(RuntimeError("size mismatch")), left="")
-    assert run(lambda: None, left="") == 0 and run(lambda: 1, left="") == 1
+        run(lambda: (_ for _ in ()).throw(RuntimeError("size mismatch")), state="")
+    assert run(lambda: None, state="") == 0 and run(lambda: 1, state="") == 1
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_example_is_taken(name, tmp_path, monkeypatch, capsys):
+def test_the_example_of_the_help_works(name, tmp_path, monkeypatch, capsys):
     main = importlib.import_module(name).main
     with pytest.raises(SystemExit):
         main(["--help"])
     command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("example: "))
     assert command[:3] == ["python", "-m", name]
-    monkeypatch.chdir(tmp_path)  # none of the files that it names are here
+    monkeypatch.chdir(tmp_path)  # where the files that it names do not exist
     monkeypatch.setattr(sample_corpus, "write_corpus", lambda *_, **__: (_ for _ in ()).throw(ValueError("drawn")))
     assert main(command[3:]) == 2
     assert capsys.readouterr().err.startswith("error: ")

@@ -1,4 +1,4 @@
-"""data_tools.dedup: what is there twice is named once, whatever the order of files, workers and directories."""
+"""data_tools.dedup: every duplicate is named once, for any order of files, workers and directories."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def test_each_copy_is_dropped_for_the_largest(tmp_path, pictures, capsys):
     write_shard(tmp_path, 0, [(f"o{n:02d}", data, "x") for n, data in enumerate(pictures)])
     write_shard(tmp_path, 1, [(f"c{n:02d}", COPIES[copies[n % 10]](originals[n]), "y") for n in range(30)])
     assert main([str(tmp_path), "--workers", "1"]) == 0
-    found = drops(tmp_path)
-    right = [drop for drop in found if drop.key[1:] == drop.detail.split()[0][-2:]]
-    assert len(right) >= 25 and len(found) - len(right) <= 2
-    assert {drop.reason for drop in found} == {"near_duplicate"}
+    dropped = drops(tmp_path)
+    right = [drop for drop in dropped if drop.key[1:] == drop.detail.split()[0][-2:]]
+    assert len(right) >= 25 and len(dropped) - len(right) <= 2
+    assert {drop.reason for drop in dropped} == {"near_duplicate"}
     # "larger" copies win, all others lose against the original.
     for drop in right:
         enlarged = copies[int(drop.key[1:]) % 10] == "larger"
         assert drop.shard == ("00000" if enlarged else "00001"), drop
         assert f"{tmp_path}/{'00001' if enlarged else '00000'}/" in drop.detail and "distance=" in drop.detail
     step = read_steps(tmp_path)["dedup"]
-    assert step.rows == 60 and step.kept == 60 - len(found) and step.settings["distance"] == 4
-    assert f"{len(found):,}" in capsys.readouterr().out
+    assert step.rows == 60 and step.kept == 60 - len(dropped) and step.settings["distance"] == 4
+    assert f"{len(dropped):,}" in capsys.readouterr().out
 
 
 def test_equal_bytes_are_exact_duplicates_of_the_first(tmp_path, pictures):
@@ -54,7 +54,7 @@ def test_equal_bytes_are_exact_duplicates_of_the_first(tmp_path, pictures):
     ]
 
 
-def test_an_exact_duplicate_of_a_near_duplicate_goes_for_the_one_that_stays(tmp_path):
+def test_an_exact_duplicate_of_a_near_duplicate_names_the_kept_one(tmp_path):
     picture = scenes(1)[0]
     large, small = encoded(picture, quality=95), COPIES["half"](picture)
     write_shard(tmp_path, 0, [("a", small, None), ("b", small, None), ("c", large, None)])
@@ -95,16 +95,16 @@ def test_blank_pictures_are_duplicates_only_if_their_bytes_are(tmp_path):
     assert [(drop.key, drop.reason) for drop in drops(tmp_path)] == [("b", "exact_duplicate")]
 
 
-def test_nothing_is_dropped_for_a_sample_that_goes_too(tmp_path, pictures, capsys):
+def test_nothing_is_dropped_in_favour_of_a_dropped_sample(tmp_path, pictures, capsys):
     write_shard(tmp_path, 0, [("a", pictures[0], None), ("b", pictures[0], None), ("c", pictures[0], None)])
     write_drops(tmp_path / "drops" / "filter_shards.parquet", [Drop("00000", "a", "repeated_caption")])
     assert main([str(tmp_path)]) == 0
     assert drops(tmp_path) == [Drop("00000", "c", "exact_duplicate", f"{tmp_path}/00000/b")]
     assert read_steps(tmp_path)["dedup"].rows == 2
-    assert "1 samples that other files in drops/ name" in capsys.readouterr().out
+    assert "1 samples were not compared because other files in drops/ name" in capsys.readouterr().out
 
 
-def test_a_killed_run_goes_on(tmp_path, pictures, monkeypatch, capsys):
+def test_a_killed_run_continues(tmp_path, pictures, monkeypatch, capsys):
     for number in range(2):
         write_shard(tmp_path, number, [(f"{number}", pictures[number], None)])
     calls = []
@@ -115,7 +115,7 @@ def test_a_killed_run_goes_on(tmp_path, pictures, monkeypatch, capsys):
 
     monkeypatch.setattr(dedup, "find_duplicates", stop)
     assert main([str(tmp_path)]) == 130 and calls
-    assert "the same command goes on" in capsys.readouterr().err and not (tmp_path / "drops").exists()
+    assert "run the same command to continue" in capsys.readouterr().err and not (tmp_path / "drops").exists()
     assert len(list((tmp_path / "hashes").glob("*.parquet"))) == 2
     monkeypatch.undo()
     assert main([str(tmp_path)]) == 0 and drops(tmp_path) == []
@@ -137,7 +137,7 @@ def test_the_pairs_are_shown(tmp_path, pictures):
     ("arguments", "message"),
     [
         (["{tmp}/none"], "none is not a directory"),
-        (["{tmp}"], "holds no .tar file"),
+        (["{tmp}"], "contains no .tar file"),
         (["{tmp}/shards", "{tmp}/shards/"], "is given twice"),
         (["{tmp}/shards", "--distance", "17"], "--distance=17 is wrong"),
         (["{tmp}/shards", "--show", "x.html"], "use x.png"),

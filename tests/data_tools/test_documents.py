@@ -1,4 +1,4 @@
-"""documents: every format gives the same documents, and what cannot be used is counted and never fatal."""
+"""documents: every format gives the same documents; unusable ones are counted and never fatal."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_bom_and_windows_lines_are_read(tmp_path):
     assert read(write(tmp_path / "a.jsonl", data)) == good(["one", "two"])
 
 
-def test_what_cannot_be_used_has_a_reason(tmp_path):
+def test_unusable_documents_have_a_reason(tmp_path):
     lines = [
         *(b'{"text": "good"}', b"{broken", b'{"text": null}', b'{"text": 5}', b'{"other": "x"}', b'["text"]'),
         *(
@@ -75,16 +75,16 @@ def test_what_cannot_be_used_has_a_reason(tmp_path):
         ),
         *(b'{"text": "' + b"x" * MAX_BYTES + b'"}', b'{"text": "last"}'),
     ]
-    found = read(write(tmp_path / "a.jsonl", b"\n".join(lines)))
+    documents = read(write(tmp_path / "a.jsonl", b"\n".join(lines)))
     reasons = ["", "not_json", "no_text", "no_text", "no_text", "no_text", "empty", "not_utf8", "not_json", "", "empty"]
-    assert [reason for _, reason in found] == [*reasons, "too_long", ""]
-    assert found[9] == ("nul \0 stays", "") and found[-1] == ("last", "")
+    assert [reason for _, reason in documents] == [*reasons, "too_long", ""]
+    assert documents[9] == ("nul \0 stays", "") and documents[-1] == ("last", "")
 
 
 def test_bad_rows_of_parquet_are_counted(tmp_path):
     values = pa.array([b"good", None, b"\xff\xfe", b"", b"x" * (MAX_BYTES + 1)]).cast(pa.binary())
     pq.write_table(pa.table({"text": values}), tmp_path / "a.parquet")
-    # A string column with bytes that are no UTF-8, as some writers leave them.
+    # A string column with invalid UTF-8, as some writers make it.
     lying = pa.Array.from_buffers(pa.string(), 5, values.buffers(), null_count=1)
     pq.write_table(pa.table({"text": lying}), tmp_path / "b.parquet")
     for name in ("a.parquet", "b.parquet"):
@@ -96,8 +96,8 @@ def test_documents_between_blank_lines_that_are_too_long(tmp_path, monkeypatch):
     data = (
         b"\n\nshort\n\n" + b"a line of it\n" * 5 + b"\n" + b"x" * 90 + b"\nits rest\n\n \nend" + b"\n" * 30 + b"y" * 21
     )
-    found = read(write(tmp_path / "a.txt", data), split="blank")
-    assert [(text.strip(), reason) for text, reason in found] == [
+    texts = read(write(tmp_path / "a.txt", data), split="blank")
+    assert [(text.strip(), reason) for text, reason in texts] == [
         ("short", ""),
         ("", "too_long"),
         ("", "too_long"),
@@ -136,7 +136,7 @@ def test_blocks_are_bounded_and_cover_everything_in_order(tmp_path):
     assert all(len(block.documents) == 1 for block in small)
 
 
-def test_names_are_short_where_they_are_clear(tmp_path):
+def test_names_are_short_if_unambiguous(tmp_path):
     for name in ("x/deep/b.txt", "x/a.txt.gz", "y/a.txt", "x/.hidden.txt", "x/readme.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"" if name.endswith("gz") else b"text")
@@ -166,17 +166,17 @@ def cut_gzip(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda d: d / "none.txt", "no such file"),
-        (lambda d: write(d / "a.tar", b""), "of no kind"),
-        (lambda d: d, "holds no documents"),
+        (lambda d: d / "none.txt", "does not exist"),
+        (lambda d: write(d / "a.tar", b""), "unsupported format"),
+        (lambda d: d, "contains no documents"),
         (lambda d: write(d / "a.jsonl", b"broken\n" + jsonl([{"Body": "x", "id": 1}])), "columns are Body, id"),
         (lambda d: write(d / "a.json", b' [{"text": "x"}]'), "one object per line"),
-        (lambda d: write(d / "a.parquet", b"PAR1"), "is no parquet file"),
-        (lambda d: write(d / "a.txt.gz", b"no gzip"), "cut off or damaged"),
-        (lambda d: write(d / "a.txt.zst", b"no zstd at all"), "cut off or damaged"),
-        (lambda d: write(d / "a.txt.bz2", b"no bzip2"), "cut off or damaged"),
-        (lambda d: write(d / "a.txt.xz", b"no xz at all"), "cut off or damaged"),
-        (lambda d: cut_gzip(d / "a.jsonl.gz"), "cut off or damaged"),
+        (lambda d: write(d / "a.parquet", b"PAR1"), "is not a parquet file"),
+        (lambda d: write(d / "a.txt.gz", b"no gzip"), "truncated or damaged"),
+        (lambda d: write(d / "a.txt.zst", b"no zstd at all"), "truncated or damaged"),
+        (lambda d: write(d / "a.txt.bz2", b"no bzip2"), "truncated or damaged"),
+        (lambda d: write(d / "a.txt.xz", b"no xz at all"), "truncated or damaged"),
+        (lambda d: cut_gzip(d / "a.jsonl.gz"), "truncated or damaged"),
     ],
 )
 def test_mistakes_are_named(tmp_path, make, message):
@@ -186,11 +186,11 @@ def test_mistakes_are_named(tmp_path, make, message):
     assert str(path) in str(error.value)
 
 
-def test_a_column_that_is_not_there_or_no_text_is_named(tmp_path):
+def test_a_missing_column_or_one_without_text_is_named(tmp_path):
     pq.write_table(pa.table({"id": [1], "caption": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"text-col=text is not in .*columns are id, caption"):
         find_inputs([tmp_path])
-    with pytest.raises(ValueError, match="holds int64 and not text"):
+    with pytest.raises(ValueError, match="has the type int64, not text"):
         find_inputs([tmp_path], column="id")
 
 
@@ -199,7 +199,7 @@ def test_a_parquet_that_is_damaged_inside_is_named(tmp_path):
     data = bytearray((tmp_path / "a.parquet").read_bytes())
     data[1000 : len(data) // 2] = bytes(len(data) // 2 - 1000)
     write(tmp_path / "a.parquet", bytes(data))
-    with pytest.raises(ValueError, match=r"a\.parquet is cut off or damaged"):
+    with pytest.raises(ValueError, match=r"a\.parquet is truncated or damaged"):
         read(tmp_path / "a.parquet")
 
 

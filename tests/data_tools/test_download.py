@@ -1,4 +1,4 @@
-"""data_tools.download with the real img2dataset and a hostile server: every row is accounted for, nothing gets lost."""
+"""data_tools.download with the real img2dataset and a hostile server: every row is accounted for."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def command(rows: Path, out: Path, *more: str) -> list[str]:
 
 
 def outcomes(out: Path) -> dict[int, str]:
-    """Row of the list -> success, or the reason; each row once."""
+    """Row of the list -> success, or the reason; each row occurs once."""
     rows = [row for path in sorted(out.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
     assert len({row["row"] for row in rows}) == len(rows)
     return {row["row"]: reason_of(row["error_message"]) for row in rows}
@@ -70,14 +70,16 @@ def test_every_kind_of_picture_ends_as_it_should(server, tmp_path, capsys):
     expected = Counter(KINDS[kind] for kind in kinds)
     assert steps["download"].kept == expected.pop("success") == load_manifest(str(out)).samples
     assert steps["download"].dropped == expected
-    found = read_members(out)
-    texts = {json.loads(data)["row"]: found[name[:-4] + "txt"] for name, data in found.items() if name.endswith("json")}
+    members = read_members(out)
+    texts = {
+        json.loads(data)["row"]: members[name[:-4] + "txt"] for name, data in members.items() if name.endswith("json")
+    }
     assert texts == {n: caption(n).encode() for n, kind in enumerate(kinds) if kind in GOOD}
     assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
     assert f"{2 * len(GOOD)} of {len(kinds)} pictures" in capsys.readouterr().out
-    # Again: nothing is left to do.
+    # Again: there is nothing to do.
     assert download.main(command(rows, out, "--samples-per-shard", "40")) == 0
-    assert server.requests[before:] == asked and read_members(out) == found
+    assert server.requests[before:] == asked and read_members(out) == members
 
 
 @pytest.mark.slow
@@ -100,14 +102,14 @@ def test_good_pictures_are_what_img2dataset_alone_writes(server, tmp_path):
 
 def start(rows: Path, out: Path, *more: str) -> subprocess.Popen:
     line = [sys.executable, "-m", "data_tools.download", *command(rows, out, *more)]
-    # As from a terminal: what starts tests in the background may have them ignore Ctrl-C, and children inherit that.
+    # As from a terminal: tests in the background may ignore Ctrl-C, and their children inherit that.
     as_ever = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     pipe = subprocess.PIPE
     return subprocess.Popen(line, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=as_ever)
 
 
 def descendants(pid: int) -> list[int]:
-    """Of a process, on Linux: children before grandchildren."""
+    """The descendants of a process, on Linux: children before grandchildren."""
     try:
         children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except OSError:
@@ -116,18 +118,18 @@ def descendants(pid: int) -> list[int]:
 
 
 def workers(pid: int) -> list[int]:
-    found = []
+    processes = []
     for process in descendants(pid):
         try:
             if b"spawn_main" in Path(f"/proc/{process}/cmdline").read_bytes():
-                found.append(process)
+                processes.append(process)
         except OSError:
             continue
-    return found
+    return processes
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_ends_as_if_it_was_left_alone(server, tmp_path):
+def test_repeated_kills_do_not_change_the_result(server, tmp_path):
     kinds = [("late", "png", "not_found", "late", "html", "late")[number % 6] for number in range(120)]
     rows = write_rows(tmp_path / "list.parquet", server, kinds)
     small = ("--samples-per-shard", "8", "--threads", "2")
@@ -140,7 +142,7 @@ def test_killed_again_and_again_it_ends_as_if_it_was_left_alone(server, tmp_path
         everyone = descendants(process.pid)
         process.kill()
         process.communicate()
-        # Nobody goes on writing behind the next one's back.
+        # No process continues to write beside the next one.
         wait_for(lambda everyone=everyone: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in everyone), 10)
     assert len(list(out.glob("*.tar"))) < 15
     process = start(rows, out, *small)
@@ -152,7 +154,7 @@ def test_killed_again_and_again_it_ends_as_if_it_was_left_alone(server, tmp_path
 
 
 @pytest.mark.slow
-def test_a_killed_worker_is_replaced_with_its_work(server, tmp_path):
+def test_the_shard_of_a_killed_worker_is_made_again(server, tmp_path):
     kinds = ["slow_drip" if number % 10 == 9 else "jpg" for number in range(60)]
     rows = write_rows(tmp_path / "list.parquet", server, kinds)
     process = start(rows, tmp_path / "out", "--samples-per-shard", "10", "--threads", "2", "--deadline", "2")
@@ -164,7 +166,7 @@ def test_a_killed_worker_is_replaced_with_its_work(server, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on_and_leaves_nobody(server, tmp_path):
+def test_ctrl_c_says_how_to_continue_and_ends_all_processes(server, tmp_path):
     rows = write_rows(tmp_path / "list.parquet", server, ["slow_drip"] * 40)
     process = start(rows, tmp_path / "out", "--threads", "1")
     wait_for(lambda: workers(process.pid))
@@ -172,30 +174,34 @@ def test_ctrl_c_says_how_to_go_on_and_leaves_nobody(server, tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert "the same command goes on" in error and "Traceback" not in error
+    assert "run the same command to continue" in error and "Traceback" not in error
     wait_for(lambda: not any(Path(f"/proc/{pid}/cmdline").exists() for pid in everyone), 10)
 
 
 @pytest.mark.slow
-def test_a_stall_is_an_error_and_no_hang(server, tmp_path):
+def test_a_stall_is_an_error(server, tmp_path):
     rows = write_rows(tmp_path / "list.parquet", server, ["jpg", "slow_drip", "slow_drip"])
-    part = Slice(tmp_path / "out", 0, 1, 10)
-    part.work.mkdir(parents=True)
     arguments = {"input_format": "parquet", "output_format": "webdataset", "caption_col": "caption"}
     limits = Limits(deadline=600, allow=("127.0.0.1/32",))
-    run = Run(download.find_python(), arguments, limits, 2**26, stall_seconds=6, attempts=1)
-    with pytest.raises(OSError, match=r"1 of 1 shards are missing \(0\): no picture was tried for 6 s \(--stall"):
-        download_slice(run, write_list(open_list([rows], "laion"), part))
+    for seconds in (6, 30, 120):  # under load img2dataset may not even start within the first
+        part = Slice(tmp_path / f"out{seconds}", 0, 1, 10)
+        part.work.mkdir(parents=True)
+        run = Run(download.find_python(), arguments, limits, 2**26, stall_seconds=seconds, attempts=1)
+        message = rf"1 of 1 shards are missing \(0\): no picture was fetched for {seconds} s \(--stall"
+        with pytest.raises(OSError, match=message):
+            download_slice(run, write_list(open_list([rows], "laion"), part))
+        if "/jpg/0" in server.requests:
+            break
     assert "/jpg/0" in server.requests and "/slow_drip/1" in server.requests
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_said_and_what_is_done_is_kept(server, mount, tmp_path, capsys):
+def test_a_full_disk_is_an_error_and_finished_shards_stay(server, mount, tmp_path, capsys):
     out = mount("3m") / "out"
     rows = write_rows(tmp_path / "list.parquet", server, ["big"] * 300)
     assert download.main(command(rows, out, "--samples-per-shard", "20")) == 2
     error = capsys.readouterr().err
-    assert "is full; free some space and run the same command again" in error and "Traceback" not in error
+    assert "is full; free some space and run the same command to continue" in error and "Traceback" not in error
     assert all((out / f"{path.stem}_stats.json").exists() for path in out.glob("*.tar"))
 
 
@@ -205,7 +211,7 @@ def test_slices_make_what_one_run_makes(server, tmp_path, capsys):
     small = ("--samples-per-shard", "10", "--workers", "1")
     out = tmp_path / "out"
     assert download.main(command(rows, out, *small, "--slice", "1/2")) == 0
-    assert "to be merged when the other slices are done (0)" in capsys.readouterr().out
+    assert "will be merged when the other slices are done (0)" in capsys.readouterr().out
     assert download.main(["--merge", "--out", str(out)]) == 2
     assert "slices 0 are not done" in capsys.readouterr().err
     assert download.main(command(rows, out, *small, "--slice", "0/2")) == 0
@@ -214,4 +220,4 @@ def test_slices_make_what_one_run_makes(server, tmp_path, capsys):
     assert read_steps(out)["download"].rows == 45 and load_manifest(str(out)).samples == 30
     assert download.main(["--merge", "--out", str(out)]) == 0
     assert download.main(command(rows, out, *small, "--slice", "0/3")) == 2
-    assert "was begun with slices=2 (now 3)" in capsys.readouterr().err
+    assert "was started with slices=2 (now 3)" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""data_tools.download without the network: its errors, its slices, and which shards count as whole."""
+"""data_tools.download without the network: its errors, its slices, and which shards are complete."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def a_list(path: Path, count: int) -> Path:
 
 
 def finished(directory: Path, shard: int, rows: int, stats: str | None = None) -> None:
-    """A shard as img2dataset leaves it."""
+    """Writes a shard like img2dataset's."""
     directory.mkdir(parents=True, exist_ok=True)
     statuses = ["success", "failed_to_download"] * rows
     errors = [None, "HTTP Error 404: Not Found"] * rows
@@ -49,7 +49,7 @@ def test_slices_share_no_row_and_no_shard(tmp_path, rows, per_shard, slices):
     assert numbers == list(range(-(-rows // per_shard)))
 
 
-def test_files_of_a_list_hold_whole_shards(tmp_path, monkeypatch):
+def test_files_of_a_list_contain_whole_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("data_tools.fetch.slices._PART_ROWS", 25)
     part = Slice(tmp_path, 0, 1, 10)
     shards = write_list(open_list([a_list(tmp_path / "l.parquet", 47)], "canonical"), part)
@@ -61,18 +61,18 @@ def test_only_whole_shards_are_published(tmp_path):
     attempt = tmp_path / "attempt"
     shards = SliceShards(Slice(tmp_path, 0, 1, 10), ListedRows(rows=44, kept=44, dropped={}, first=0, digits=5))
     finished(attempt, 0, 10)
-    finished(attempt, 1, 9)  # a row got lost, as on a full disk
+    finished(attempt, 1, 9)  # a row is missing, as on a full disk
     finished(attempt, 2, 10, stats='{"count": 1')  # being written
     finished(attempt, 3, 10)
     (attempt / "00003_stats.json").unlink()
-    finished(attempt, 4, 4)  # the last, which is shorter
+    finished(attempt, 4, 4)  # the last one, which is shorter
     assert shards.publish(attempt) == {"success": 7, "http_404": 7}
     assert shards.published() == [0, 4]
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["00000.tar", "00004.tar"]
 
 
 @pytest.mark.parametrize("moved", [1, 2])
-def test_a_publication_that_was_cut_short_is_finished(tmp_path, moved):
+def test_an_interrupted_publication_is_finished(tmp_path, moved):
     attempt = tmp_path / "attempt"
     shards = SliceShards(Slice(tmp_path, 0, 1, 10), ListedRows(rows=10, kept=10, dropped={}, first=0, digits=5))
     finished(attempt, 0, 10)
@@ -83,13 +83,13 @@ def test_a_publication_that_was_cut_short_is_finished(tmp_path, moved):
     assert shards.published() == [0]
 
 
-def test_a_damaged_table_is_told(tmp_path):
+def test_a_damaged_table_is_named(tmp_path):
     (tmp_path / "00000.parquet").write_text("no table")
-    with pytest.raises(ValueError, match=r"00000\.parquet cannot be read"):
+    with pytest.raises(ValueError, match=r"cannot read .*00000\.parquet"):
         account(tmp_path / "00000.parquet")
 
 
-def test_a_slice_has_one_master(tmp_path):
+def test_a_slice_belongs_to_one_process(tmp_path):
     part = Slice(tmp_path, 0, 1, 10)
     plan = {"slices": 1}
     with owned_slice(part, plan), pytest.raises(ValueError, match=r"process \d+ on "), owned_slice(part, plan):
@@ -114,7 +114,7 @@ def python(monkeypatch):
         (("--samples-per-shard", "1"), "--samples-per-shard=1 is below 2"),
         (("--max-bytes", "0"), "--max-bytes=0 is below 1"),
         (("--allow-address", "here"), "--allow-address=here"),
-        (("--encode-quality", "101"), "--encode-quality=101 is above 100"),
+        (("--encode-quality", "101"), "--encode-quality=101 is above the maximum"),
         (("--max-aspect-ratio", "nan"), "--max-aspect-ratio=nan"),
     ],
 )
@@ -133,30 +133,30 @@ def test_wrong_slices(tmp_path, capsys, wrong):
 
 
 def test_nothing_to_do(tmp_path, capsys, python):
-    assert "--list and --preset" in refused(capsys, download.main, "--out", tmp_path)
-    assert "holds no download" in refused(capsys, download.main, "--merge", "--out", tmp_path)
+    assert "--list or --preset is missing" in refused(capsys, download.main, "--out", tmp_path)
+    assert "has no download" in refused(capsys, download.main, "--merge", "--out", tmp_path)
     rows = a_list(tmp_path / "l.parquet", 0)
-    assert "holds no row" in refusal(capsys, rows, tmp_path / "out")
-    assert "takes for a pattern" in refusal(capsys, rows, tmp_path / "o[u]t")
+    assert "has no rows" in refusal(capsys, rows, tmp_path / "out")
+    assert "reads as a pattern" in refusal(capsys, rows, tmp_path / "o[u]t")
 
 
-def test_shards_of_something_else_are_left_alone(tmp_path, capsys, python):
+def test_other_shards_are_not_touched(tmp_path, capsys, python):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "00000.tar").write_bytes(b"mine")
     rows = a_list(tmp_path / "l.parquet", 3)
     error = refusal(capsys, rows, tmp_path / "out")
-    assert "holds files of something else" in error
+    assert "contains other files" in error
 
 
-def test_another_list_does_not_go_on_in_the_same_place(tmp_path, capsys, python):
-    """The environment is broken here (this Python has no img2dataset), and that is said, too."""
+def test_another_list_cannot_continue_in_the_same_place(tmp_path, capsys, python):
+    """The environment is broken (this Python has no img2dataset), and that is reported too."""
     rows, out = a_list(tmp_path / "l.parquet", 3), tmp_path / "out"
     error = refusal(capsys, rows, out)
     if "img2dataset ended with code 1" not in error:
         pytest.skip("this environment has img2dataset")
     assert "No module named 'img2dataset'" in error and "log.txt" in error
     a_list(rows, 300)
-    assert "was begun with fingerprint=" in refusal(capsys, rows, out)
+    assert "was started with fingerprint=" in refusal(capsys, rows, out)
     a_list(rows, 3)
     assert "image_size=256 (now 384)" in refusal(capsys, rows, out, "--image-size", "384")
 

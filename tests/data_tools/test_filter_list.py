@@ -1,4 +1,4 @@
-"""data_tools.filter_list: every row of a list is kept or dropped under one reason, also after kills."""
+"""data_tools.filter_list: every row of a list is kept, or dropped for one reason, also after kills."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from data_tools.lists.parts import Parts, owned_parts
 from data_tools.lists.reading import open_list
 from data_tools.shards.steps import read_steps
 
-# caption, similarity, width -> the reason it counts under, or None
+# caption, similarity, width -> the reason, or None
 ROWS = [
     ("a red bicycle on a wall", 0.4, 300, None),
     ("a blue bicycle on a wall", 0.1, 300, "low_similarity"),
@@ -36,7 +36,7 @@ SETTINGS = ListSettings(min_similarity=0.3, min_side=100, min_caption_words=3, u
 
 @pytest.fixture
 def listed(tmp_path) -> Path:
-    """ROWS twice: of the second half, the good row has an URL that was there before."""
+    """ROWS twice: in the second half, the good row has the URL of an earlier one."""
     path = tmp_path / "list.parquet"
     rows = [
         {"URL": f"http://a.example/{i}.jpg", "TEXT": text, "similarity": score, "WIDTH": width, "HEIGHT": 300}
@@ -63,9 +63,9 @@ def test_every_row_is_kept_or_dropped_under_one_reason(listed, tmp_path, capsys)
     step = read_steps(tmp_path / "clean")["filter_list"]
     assert step.dropped == expected and step.rows == 23 and step.kept == 1 and step.unit == "rows"
     assert step.settings["min_similarity"] == 0.3 and "watermark" not in step.settings["filters"]
-    kept = pq.read_table(out)
-    assert kept.column_names == ["row", "url", "caption", "similarity", "width", "height"]
-    assert kept["row"].to_pylist() == [0]
+    table = pq.read_table(out)
+    assert table.column_names == ["row", "url", "caption", "similarity", "width", "height"]
+    assert table["row"].to_pylist() == [0]
     dropped = pq.read_table(tmp_path / "clean" / "dropped" / "kept.parquet").to_pylist()
     assert sorted(line["row"] for line in dropped) == list(range(1, 23))
     assert {"row": 4, "url": "http://a.example/4.jpg", "reason": "too_small", "detail": "30 x 300"} in dropped
@@ -88,7 +88,7 @@ SETTINGS_URLS = ListSettings(unique_urls=True)
 
 
 @pytest.mark.parametrize("name", ["kept.parquet", "kept"])
-def test_a_killed_run_goes_on_and_ends_the_same(listed, tmp_path, name, monkeypatch):
+def test_a_killed_run_continues_with_the_same_result(listed, tmp_path, name, monkeypatch):
     def rows(out: Path) -> list:
         paths = [out] if out.is_file() else sorted(out.glob("*.parquet"))
         return [row for path in paths for row in pq.read_table(path).to_pylist()]
@@ -120,7 +120,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(listed, tmp_path, name, monkeypa
 
 
 @pytest.mark.parametrize("name", ["kept.parquet", "kept"])
-def test_a_run_killed_in_its_last_moment_goes_on(listed, tmp_path, name, monkeypatch):
+def test_a_run_killed_at_its_very_end_continues(listed, tmp_path, name, monkeypatch):
     out = tmp_path / "o" / name
     with monkeypatch.context() as patch:
         patch.setattr(tool, "write_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -139,13 +139,13 @@ def test_a_second_call_does_nothing_and_other_thresholds_are_refused(listed, tmp
     assert run(listed, out) == 0 and "complete already" in capsys.readouterr().out
     assert out.stat().st_mtime_ns == before
     assert run(listed, out, "--max-aspect", "2") == 2
-    assert "other thresholds; choose another --out, or --overwrite" in capsys.readouterr().err
+    assert "thresholds; choose another --out, or --overwrite" in capsys.readouterr().err
     assert run(listed, out.with_name("other.parquet")) == 2
     assert "give each its own directory" in capsys.readouterr().err
     assert run(listed, out, "--max-aspect", "2", "--overwrite") == 0
 
 
-def test_begun_work_of_other_thresholds_is_not_gone_on_with(listed, tmp_path, monkeypatch):
+def test_work_with_other_thresholds_is_not_continued(listed, tmp_path, monkeypatch):
     out = tmp_path / "clean" / "kept.parquet"
     monkeypatch.setattr(Parts, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run(listed, out) == 130
@@ -153,7 +153,7 @@ def test_begun_work_of_other_thresholds_is_not_gone_on_with(listed, tmp_path, mo
     assert not out.exists()
 
 
-def test_two_at_once_are_refused(listed, tmp_path, capsys):
+def test_a_second_process_is_refused(listed, tmp_path, capsys):
     with owned_parts(tmp_path / "kept.parquet", {}, overwrite=True):
         assert run(listed, tmp_path / "kept.parquet", "--overwrite") == 2
     assert "is writing to" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""data_tools.filter_shards: names the samples to drop, in their order, and changes nothing."""
+"""data_tools.filter_shards: names the samples to drop, in order, and changes nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def picture(seed: int, height: int = 100, width: int = 120) -> bytes:
 
 
 def write(directory: Path, samples: list[tuple[bytes | None, str | None]]) -> Path:
-    """Four samples a shard."""
+    """Four samples per shard."""
     keyed = [(f"s{number:03d}", *sample) for number, sample in enumerate(samples)]
     for start in range(0, len(keyed), 4):
         write_shard(directory, start // 4, keyed[start : start + 4])
@@ -49,17 +49,17 @@ def drops(directory: Path) -> list[tuple[str, ...]]:
     return [tuple(drop) for drop in read_drops([directory / "drops" / "filter_shards.parquet"])]
 
 
-def test_each_bad_sample_is_named_once_with_what_was_found(directory, capsys):
+def test_each_bad_sample_is_named_once_with_its_value(directory, capsys):
     tars = {path: path.read_bytes() for path in directory.glob("*.tar")}
     assert main([str(directory), "--max-caption-repeats", "2", "--workers", "2"]) == 0
-    found = drops(directory)
-    assert [line[:3] for line in found] == [
+    dropped = drops(directory)
+    assert [line[:3] for line in dropped] == [
         ("00000", "s001", "too_small"),
         ("00000", "s002", "blank"),
         ("00000", "s003", "undecodable"),
-        ("00001", "s006", "caption_repeats"),  # the third that passes; neither case nor signs make another caption
+        ("00001", "s006", "caption_repeats"),  # the third that passes; case and punctuation are ignored
     ]
-    assert found[0][3] == "20 x 20" and found[1][3].startswith("contrast 0") and found[3][3] == "under 3 pictures"
+    assert dropped[0][3] == "20 x 20" and dropped[1][3].startswith("contrast 0") and dropped[3][3] == "under 3 pictures"
     step = read_steps(directory)["filter_shards"]
     assert (step.rows, step.kept) == (9, 5) and step.settings["max_caption_repeats"] == 2
     assert list(step.dropped) == ["undecodable", "too_small", "blank", "caption_repeats"]
@@ -67,11 +67,11 @@ def test_each_bad_sample_is_named_once_with_what_was_found(directory, capsys):
     assert "8 pictures measured" in capsys.readouterr().out
 
 
-def test_other_thresholds_need_no_second_look_and_a_new_tar_does(directory, monkeypatch):
+def test_a_new_tar_is_measured_again_and_other_thresholds_need_no_measuring(directory, monkeypatch):
     filter_shards(directory, PictureSettings())
     looked: list[Path] = []
-    original = tool._measured
-    monkeypatch.setattr(tool, "_measured", lambda tar: looked.append(tar) or original(tar))
+    original = tool._measure_shard
+    monkeypatch.setattr(tool, "_measure_shard", lambda tar: looked.append(tar) or original(tar))
     step, measured = filter_shards(directory, PictureSettings(min_side=101))
     assert not looked and measured.pictures == 0 and step.dropped["too_small"] == 7
     write(directory, [(picture(9), "new")])
@@ -79,22 +79,22 @@ def test_other_thresholds_need_no_second_look_and_a_new_tar_does(directory, monk
     assert [path.name for path in looked] == ["00000.tar"] and step.rows == 1 + 5
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(directory, monkeypatch):
+def test_a_killed_run_continues_with_the_same_result(directory, monkeypatch):
     filter_shards(directory, PictureSettings())
     expected = drops(directory)
     for path in [*directory.glob("measures/*"), *directory.glob("drops/*")]:
         path.unlink()
-    original = tool._measured
+    original = tool._measure_shard
 
     def measured(tar: Path):
         if tar.stem == "00001":
             raise KeyboardInterrupt
         return original(tar)
 
-    monkeypatch.setattr(tool, "_measured", measured)
+    monkeypatch.setattr(tool, "_measure_shard", measured)
     assert main([str(directory), "--workers", "1"]) == 130
     assert [path.name for path in directory.glob("measures/*")] == ["00000.parquet"] and not drops_there(directory)
-    (directory / "measures" / "00000.parquet").write_bytes(b"cut short")  # is measured again
+    (directory / "measures" / "00000.parquet").write_bytes(b"cut short")  # will be measured again
     monkeypatch.undo()
     filter_shards(directory, PictureSettings())
     assert drops(directory) == expected

@@ -1,4 +1,4 @@
-"""guarded_fetch against a real server: each attack is refused, what is good comes as it would without."""
+"""guarded_fetch against a real server: each attack is refused, good pictures arrive as without the guard."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.data_tools.hostile_server import ATTACKS, GOOD, KINDS, picture
 
 HERE = ("127.0.0.1/32",)
 LIMITS = Limits(max_bytes=2_000_000, deadline=0.6, allow=HERE)
-# What only a decoder can tell: tests/data_tools/test_download.py.
+# Attacks that only a decoder detects are in tests/data_tools/test_download.py.
 DECODED = {"huge", "truncated", "html", "empty", "tiny", "long", "gzip_bomb", "noai"}
 
 
@@ -32,7 +32,7 @@ def fetched(url: str, limits: Limits = LIMITS, timeout: float = 5) -> bytes:
 
 
 def refusal(url: str, limits: Limits = LIMITS, timeout: float = 5) -> str:
-    """The reason that a fetch ends with, within its deadline."""
+    """The reason with which a fetch ends, within its deadline."""
     start = time.monotonic()
     with pytest.raises((OSError, ValueError, urllib.error.URLError, Exception)) as raised:
         fetched(url, limits, timeout)
@@ -46,7 +46,7 @@ def test_each_attack_is_refused_with_its_reason(server, kind):
 
 
 @pytest.mark.parametrize("kind", [*GOOD, "truncated", "html", "empty", "gzip_bomb"])
-def test_what_is_good_comes_byte_for_byte(server, kind):
+def test_good_pictures_arrive_byte_for_byte(server, kind):
     plain = urllib.request.build_opener(urllib.request.ProxyHandler({})).open(server.url(kind, 3), timeout=5)
     assert fetched(server.url(kind, 3)) == plain.read()
 
@@ -92,7 +92,7 @@ def test_an_intranet_may_be_allowed():
 
 
 def answered(monkeypatch, addresses: list[list[str]], error: OSError) -> tuple[list, list]:
-    """(names looked up, places connected to); the n-th look-up gives the n-th addresses, and a connection the error."""
+    """(names looked up, places connected to); the n-th look-up gives the n-th addresses, and connections the error."""
     lookups, places = [], []
 
     def getaddrinfo(host, port, *args, **kwargs):
@@ -126,8 +126,8 @@ def test_of_several_addresses_only_the_public_ones_are_tried(monkeypatch):
     assert places == [("8.8.8.8", 80)]
 
 
-def test_proxies_of_the_environment_are_not_asked(server, monkeypatch):
-    """A proxy would connect to what the guard never sees."""
+def test_proxies_of_the_environment_are_ignored(server, monkeypatch):
+    """A proxy would connect to addresses that the guard never sees."""
     before = len(server.requests)
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{server.port}")
@@ -137,7 +137,7 @@ def test_proxies_of_the_environment_are_not_asked(server, monkeypatch):
     assert fetched(server.url("jpg", 1)) == picture(1)
 
 
-def test_the_cap_is_on_bytes_that_come(server):
+def test_the_limit_is_on_received_bytes(server):
     for kind in ("jpg", "no_length", "chunked"):
         size = len(picture(5))
         assert len(fetched(server.url(kind, 5), Limits(max_bytes=size, allow=HERE))) == size
@@ -202,14 +202,15 @@ def secure(tmp_path, pem: str, answer: bytes, pause: float = 0, handshake: bool 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "server.pem")
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        held = []
+        connections = []  # so that they stay open
 
         def serve() -> None:
             with contextlib.suppress(OSError):
                 while True:
-                    held.append(listening.accept()[0])
+                    connection = listening.accept()[0]
+                    connections.append(connection)
                     if handshake:
-                        with contextlib.suppress(OSError), context.wrap_socket(held[-1], server_side=True) as tls:
+                        with contextlib.suppress(OSError), context.wrap_socket(connection, server_side=True) as tls:
                             tls.recv(65_536)
                             for at in range(0, len(answer), 1 if pause else len(answer)):
                                 tls.sendall(answer[at : at + 1] if pause else answer)
@@ -229,7 +230,7 @@ def trusted(monkeypatch, pem):
     monkeypatch.setattr(guarded_fetch, "_tls", lambda: context)
 
 
-def test_https_comes(tmp_path, pem, trusted):
+def test_https_works(tmp_path, pem, trusted):
     with secure(tmp_path, pem, ANSWER) as url:
         assert fetched(url) == b"x" * 20
         assert refusal(url, Limits(deadline=5)) == "not_public_address"
@@ -240,11 +241,11 @@ def test_an_unknown_certificate_is_refused(tmp_path, pem):
         assert refusal(url) == "tls"
 
 
-def test_a_drip_through_tls_is_cut(tmp_path, pem, trusted):
+def test_a_slow_drip_through_tls_is_stopped(tmp_path, pem, trusted):
     with secure(tmp_path, pem, ANSWER, pause=0.1) as url:
         assert refusal(url) == "deadline"
 
 
-def test_a_handshake_that_never_comes_is_cut(tmp_path, pem, trusted):
+def test_a_missing_handshake_is_stopped(tmp_path, pem, trusted):
     with secure(tmp_path, pem, ANSWER, handshake=False) as url:
         assert refusal(url) in ("timeout", "deadline")

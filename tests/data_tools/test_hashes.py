@@ -1,4 +1,4 @@
-"""pictures.hashes: copies of a picture hash alike, other pictures do not, and what is computed once is kept."""
+"""pictures.hashes: copies of a picture have close hashes, other pictures do not, and hashes are cached."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_other_pictures_do_not():
     small = thumbnails(looks)
     assert 20 < np.median(apart) < 40
     assert ((apart <= 4) & look_alike(small[one], small[other])).mean() < 2e-4
-    # The hash alone would not do: it is of grey levels, and small things hardly move it.
+    # The hash is not enough: it is of grey levels, and small things hardly change it.
     assert (apart <= 4).sum() > ((apart <= 4) & look_alike(small[one], small[other])).sum()
 
 
@@ -49,7 +49,7 @@ def test_thumbnails_agree_but_for_brightness_and_contrast(what):
     other = fields.copy()
     if what == "brighter":
         other[..., 0] = (fields[..., 0] * 1.3).astype(np.uint8)
-    elif what == "far brighter":  # a shape before white is not that shape before grey
+    elif what == "far brighter":  # a shape on white is not the same as that shape on grey
         other[..., 0] += 60
     elif what.startswith("one field"):
         other[0, 9, 0 if what == "one field" else 2] += 50

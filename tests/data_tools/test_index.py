@@ -1,4 +1,4 @@
-"""data_tools.index: what it writes, what it leaves out, what it refuses, and that it only does what is missing."""
+"""data_tools.index: what it writes, skips and refuses, and that it only does what is missing."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def test_a_shard_that_is_newer_than_its_index_is_read_again_though_its_size_is_t
     assert ShardReader(load_manifest(str(source))).read(2, 2)["__key__"] == b"000020006"
 
 
-def test_partial_shards_are_left_out_and_named(source, capsys):
+def test_partial_shards_are_skipped_and_named(source, capsys):
     path = write(source, 7, 4, stats=False)
-    os.truncate(path, 700)  # as a killed download leaves it
+    os.truncate(path, 700)  # like a killed download
     assert main([str(source)]) == 0
-    assert "left out: 00007.tar: partial, it has no 00007_stats.json" in capsys.readouterr().err
+    assert "skipped: 00007.tar: partial, it has no 00007_stats.json" in capsys.readouterr().err
     assert load_manifest(str(source)).counts == [1, 2, 3]
 
 
@@ -83,21 +83,21 @@ def test_without_any_stats_every_tar_counts(tmp_path):
     assert index_directory(tmp_path).manifest.counts == [2, 2]
 
 
-def test_a_broken_shard_stops_it_or_is_left_out_if_one_says_so(source, capsys):
+def test_a_broken_shard_is_an_error_or_skipped_on_request(source, capsys):
     os.truncate(source / "00001.tar", 700)
     error = refused(capsys, main, source)
     assert f"error: {source}/00001.tar is" in error and "700" in error and "--skip-broken" in error
     assert not (source / "manifest.json").exists()
     assert main([str(source), "--skip-broken"]) == 0
-    assert "left out: 00001.tar" in capsys.readouterr().err
+    assert "skipped: 00001.tar" in capsys.readouterr().err
     assert load_manifest(str(source)).counts == [1, 3]
 
 
-def test_a_shard_without_samples_is_no_error_but_a_source_without_any_is(source, tmp_path, capsys):
+def test_a_shard_without_samples_is_fine_but_a_source_without_any_is_an_error(source, tmp_path, capsys):
     write(source, 0, 0)
     assert index_directory(source).manifest.counts == [0, 2, 3]
     write_tar(tmp_path / "empty.tar", {"a.gif": b""})
-    assert "hold no sample" in refused(capsys, main, tmp_path)
+    assert "contain no sample" in refused(capsys, main, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_shard_without_samples_is_no_error_but_a_source_without_any_is(source,
     [
         (lambda path: None, "is not a directory"),
         (lambda path: path.write_text("file"), "is not a directory"),
-        (lambda path: path.mkdir(), "holds no .tar file"),
+        (lambda path: path.mkdir(), "contains no .tar file"),
         (lambda path: (write(path, 0, 1, stats=False), (path / "00009_stats.json").touch()), "all are partial"),
     ],
 )

@@ -1,4 +1,4 @@
-"""data_tools.leaks: planted pictures and captions are found in each form, unrelated ones are left alone."""
+"""data_tools.leaks: planted pictures and captions are found in each form, unrelated ones are not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.data_tools.pictures import COPIES, mirrored, scenes, write_shard
 from tests.toys import encoded, refused
 
 LONG = "a small dog sleeps under the kitchen table"
-EVAL = 12  # evaluation pictures, drawn with this seed too
+EVAL = 12  # evaluation pictures; also the seed to draw them
 
 
 def drops(directory) -> dict[str, Drop]:
@@ -22,7 +22,7 @@ def drops(directory) -> dict[str, Drop]:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twelve pictures in two folders, one with a caption beside it, and two files that are no pictures."""
+    """Twelve pictures in two folders, one with a caption beside it, and two other files."""
     path = tmp_path / "eval"
     for number, picture in enumerate(scenes(EVAL, seed=EVAL)):
         file = path / ("a" if number % 2 else "b/c") / f"pic{number:02d}.{'png' if number % 3 else 'jpg'}"
@@ -42,15 +42,15 @@ def test_planted_pictures_are_found_and_others_are_not(folder, tmp_path, capsys)
     write_shard(tmp_path / "train", 0, [*others[:75], *planted])
     write_shard(tmp_path / "train", 1, others[75:])
     assert main([str(tmp_path / "train"), "--against", f"coco={folder}", "--workers", "2"]) == 0
-    found = drops(tmp_path / "train")
-    leaked = {key for key in found if not key.startswith("own")}
+    dropped = drops(tmp_path / "train")
+    leaked = {key for key in dropped if not key.startswith("own")}
     assert leaked == {sample[0] for sample in planted}
-    assert len(found) - len(leaked) <= 3  # 2 % of scenes that look much alike
-    assert {drop.reason for drop in found.values()} == {"leak:coco:picture"}
-    assert found["leak10"].detail.startswith("a/pic10.png") or "mirrored" in found["leak10"].detail
-    assert found["same"].detail == "b/c/pic00.jpg equal bytes"
+    assert len(dropped) - len(leaked) <= 3  # 2 % of scenes, which look very similar
+    assert {drop.reason for drop in dropped.values()} == {"leak:coco:picture"}
+    assert dropped["leak10"].detail.startswith("a/pic10.png") or "mirrored" in dropped["leak10"].detail
+    assert dropped["same"].detail == "b/c/pic00.jpg equal bytes"
     step = read_steps(tmp_path / "train")["leaks"]
-    assert step.rows == 162 and step.dropped == {"leak:coco:picture": len(found)}
+    assert step.rows == 162 and step.dropped == {"leak:coco:picture": len(dropped)}
     captured = capsys.readouterr()
     assert "12 of them" not in captured.out and "coco: 13 pictures" in captured.out and "1 damaged" in captured.out
     assert "broken.jpg: not a readable JPEG" in captured.err
@@ -70,7 +70,7 @@ def test_captions_are_found_if_they_are_long_enough(folder, tmp_path):
 
 
 def annotations(tmp_path, kind: str) -> str:
-    """The caption LONG of pic02.png, one of a picture that is not there, and where it says so, one of training."""
+    """The caption LONG of pic02.png, one of a missing picture, and in some kinds one of the training split."""
     coco = {"images": [{"id": 7, "file_name": "pic02.png"}, {"id": 8, "file_name": "gone.jpg"}]}
     texts = {7: LONG, 8: "another text that is long enough to tell"}
     coco["annotations"] = [{"image_id": number, "caption": text} for number, text in texts.items()]
@@ -96,11 +96,11 @@ def test_files_of_captions(folder, tmp_path, kind, capsys):
     write_shard(tmp_path / "train", 0, [("a", None, LONG), ("b", third, "b c d e f g h")])
     arguments = ["--against", f"f30k={folder}", "--captions", f"f30k={annotations(tmp_path, kind)}"]
     assert main([str(tmp_path / "train"), *arguments]) == 0
-    found = drops(tmp_path / "train")
-    assert found["a"].reason == "leak:f30k:caption"
+    dropped = drops(tmp_path / "train")
+    assert dropped["a"].reason == "leak:f30k:caption"
     training = kind in ("karpathy.json", "table.csv")
-    assert ("b" in found) == (not training)
-    assert ("1 pictures of its training split left out" in capsys.readouterr().out) == training
+    assert ("b" in dropped) == (not training)
+    assert ("1 pictures of its training split are excluded" in capsys.readouterr().out) == training
 
 
 def test_shards_can_be_the_evaluation_set(tmp_path):
@@ -111,9 +111,9 @@ def test_shards_can_be_the_evaluation_set(tmp_path):
     write_shard(tmp_path / "train", 0, [*leaked, ("c", None, f"{LONG} 5")])
     before = sorted(tmp_path.joinpath("eval").iterdir())
     assert main([str(tmp_path / "train"), "--against", f"mine={tmp_path / 'eval'}"]) == 0
-    found = drops(tmp_path / "train")
-    assert found["a"].detail.startswith("00000/k3 distance=") and found["c"].reason == "leak:mine:caption"
-    assert found["b"].detail.startswith("00000/k4 distance=") and found["b"].detail.endswith("mirrored")
+    dropped = drops(tmp_path / "train")
+    assert dropped["a"].detail.startswith("00000/k3 distance=") and dropped["c"].reason == "leak:mine:caption"
+    assert dropped["b"].detail.startswith("00000/k4 distance=") and dropped["b"].detail.endswith("mirrored")
     assert sorted(tmp_path.joinpath("eval").iterdir()) == before
 
 
@@ -130,17 +130,17 @@ def test_of_two_sets_the_first_is_the_reason(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--against", "coco={tmp}/none"], "there is no such directory"),
-        (["--against", "coco={tmp}/empty"], "there is no .jpg, .jpeg, .png, .webp file in it"),
+        (["--against", "coco={tmp}/none"], "the directory does not exist"),
+        (["--against", "coco={tmp}/empty"], "contains no .jpg, .jpeg, .png, .webp file"),
         (["--against", "coco={tmp}/bad"], "none of its 1 pictures can be decoded"),
         (["--against", "{tmp}/eval"], "is not NAME=PATH"),
         (["--against", "a={tmp}/eval", "--against", "a={tmp}/bad"], "is given twice"),
         (["--against", "a={tmp}/train"], "is given twice"),
         (["--against", "a={tmp}/eval", "--captions", "b={tmp}/x.json"], "belongs to no set"),
-        (["--against", "a={tmp}/eval", "--captions", "a={tmp}/x.json"], "there is no such file"),
-        (["--against", "a={tmp}/eval", "--captions", "a={tmp}/list.json"], "cannot be read"),
+        (["--against", "a={tmp}/eval", "--captions", "a={tmp}/x.json"], "the file does not exist"),
+        (["--against", "a={tmp}/eval", "--captions", "a={tmp}/list.json"], "cannot read --captions"),
         (["--against", "a={tmp}/eval", "--captions", "a={tmp}/columns.csv"], "its columns are foo, bar"),
-        (["--against", "a={tmp}/eval", "--captions", "a={tmp}/others.csv"], "none of the pictures"),
+        (["--against", "a={tmp}/eval", "--captions", "a={tmp}/others.csv"], "has captions of other pictures"),
         (["--against", "a={tmp}/eval", "--caption-words", "-1"], "--caption-words=-1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""data_tools.lists.filters and caption_rules: each filter drops what it names and nothing beside it."""
+"""data_tools.lists.filters and caption_rules: each filter drops what its name says and nothing else."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from data_tools.lists.filters import (
     blocked_domain,
     caption_too_long,
     caption_too_short,
-    chosen,
+    describe_values,
     extreme_aspect,
     hosts_of,
+    make_filters,
     other_language_detected,
     other_language_listed,
-    shown,
     too_small,
 )
 from data_tools.lists.languages import UNKNOWN, detector
@@ -69,10 +69,10 @@ def batch(**columns) -> pa.RecordBatch:
 @pytest.mark.parametrize("name", JUNK)
 def test_each_junk_rule_finds_its_captions_first_and_no_good_one(name):
     captions = pa.array(BAD[name])
-    found = np.full(len(captions), "", object)
+    reasons = np.full(len(captions), "", object)
     for rule in reversed(JUNK):
-        found[JUNK[rule](captions)] = rule
-    assert found.tolist() == [name] * len(captions)
+        reasons[JUNK[rule](captions)] = rule
+    assert reasons.tolist() == [name] * len(captions)
     assert JUNK[name](pa.array([*GOOD, ""])).tolist() == [False] * (len(GOOD) + 1)
 
 
@@ -83,7 +83,7 @@ def test_junk_rules_work_on_slices_and_on_nothing():
         assert rule(pa.array([], pa.string())).tolist() == []
 
 
-def test_urls_that_no_server_answers_are_bad():
+def test_urls_without_a_server_are_bad():
     bad = [
         "file:///etc/passwd",
         "data:image/png;base64,AA",
@@ -102,7 +102,7 @@ def test_urls_that_no_server_answers_are_bad():
     assert bad_url(batch(url=bad + good)).tolist() == [True] * len(bad) + [False] * len(good)
 
 
-def test_a_domain_blocks_what_is_below_it_and_not_what_ends_alike():
+def test_a_domain_blocks_its_subdomains_and_not_similar_names():
     urls = ["http://b.example/x", "https://A.B.EXAMPLE:80/x", "http://ab.example/x", "http://b.example.org/x"]
     urls += ["http://b.example@c.example/x", "http://c.example/b.example", "http://b.example./x", "no url"]
     blocked = blocked_domain(batch(url=urls), frozenset({"b.example"}))
@@ -117,7 +117,7 @@ def test_thresholds_keep_their_own_value_and_drop_what_is_missing():
     sizes = batch(width=[200, 199, 600, 601, None, 0], height=[200, 900, 200, 200, 200, 0])
     assert too_small(sizes, 200).tolist() == [False, True, False, False, True, True]
     assert extreme_aspect(sizes, 3).tolist() == [False, True, False, True, True, False]
-    assert shown(sizes, ("width", "height"))[3:5] == ["601 x 200", "null x 200"]
+    assert describe_values(sizes, ("width", "height"))[3:5] == ["601 x 200", "null x 200"]
 
 
 def test_lengths_of_captions():
@@ -133,12 +133,10 @@ def test_the_language_of_the_list_counts_in_any_spelling():
     assert other_language_listed(languages, wanted).tolist() == [False, False, True, True, True, True]
 
 
-def test_captions_whose_language_cannot_be_told_are_kept():
+def test_captions_of_uncertain_language_pass():
     fake = {"ein Hund": "de", "a dog": "en", "Paris": UNKNOWN}
-    found = other_language_detected(
-        batch(caption=list(fake)), frozenset({"en"}), lambda texts: [fake[t] for t in texts]
-    )
-    assert found.tolist() == [True, False, False]
+    mask = other_language_detected(batch(caption=list(fake)), frozenset({"en"}), lambda texts: [fake[t] for t in texts])
+    assert mask.tolist() == [True, False, False]
 
 
 def test_the_detector_tells_languages_apart():
@@ -156,24 +154,26 @@ def test_the_detector_tells_languages_apart():
 def test_without_the_detector_the_filter_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "py3langid.langid", None)
     with pytest.raises(ValueError, match=r"py3langid.*not installed; pip install"):
-        chosen(ListSettings(language=("en",)), ("row", "url", "caption"))
-    assert chosen(ListSettings(language=("en",)), ("row", "url", "caption", "language"))[-1].name == "other_language"
+        make_filters(ListSettings(language=("en",)), ("row", "url", "caption"))
+    assert (
+        make_filters(ListSettings(language=("en",)), ("row", "url", "caption", "language"))[-1].name == "other_language"
+    )
 
 
-def test_a_missing_column_is_named_with_those_that_are_there():
+def test_a_missing_column_is_named_with_the_existing_ones():
     with pytest.raises(
         ValueError, match=r"--min-similarity needs the column similarity, but the list has row, url, cap"
     ):
-        chosen(ListSettings(min_similarity=0.3), ("row", "url", "caption"))
+        make_filters(ListSettings(min_similarity=0.3), ("row", "url", "caption"))
     with pytest.raises(ValueError, match="--min-side needs the column height, but"):
-        chosen(ListSettings(min_side=10), ("row", "url", "caption", "width"))
+        make_filters(ListSettings(min_side=10), ("row", "url", "caption", "width"))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_punsafe": 2}, r"--max-punsafe=2 is no probability"),
-        ({"min_similarity": 30}, "--min-similarity=30 is no cosine"),
+        ({"max_punsafe": 2}, r"--max-punsafe=2 is not a probability"),
+        ({"min_similarity": 30}, "--min-similarity=30 is not a cosine"),
         ({"max_aspect": float("nan")}, "--max-aspect=nan is below 1"),
         ({"min_caption_words": 501}, "above 500"),
     ],
@@ -188,7 +188,7 @@ def test_the_first_of_equal_urls_stays_however_they_are_cut_into_batches():
     urls = [f"http://a.example/{i}" for i in rng.integers(0, 900, 3000)]
     expected = [url in urls[:i] for i, url in enumerate(urls)]
     for size in (7, 100, 3000):
-        seen = UrlSet()
-        found = [seen.add(pa.array(urls[i : i + size])) for i in range(0, len(urls), size)]
-        assert np.concatenate(found).tolist() == expected
-        assert len(seen) == len(set(urls))
+        url_set = UrlSet()
+        repeats = [url_set.add(pa.array(urls[i : i + size])) for i in range(0, len(urls), size)]
+        assert np.concatenate(repeats).tolist() == expected
+        assert len(url_set) == len(set(urls))

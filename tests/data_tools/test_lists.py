@@ -1,5 +1,4 @@
-"""reading: each preset reads its format, hostile rows are counted and cost nothing, wrong files say what they
-are."""
+"""reading: each preset reads its format, hostile rows are counted and harmless, and errors explain wrong files."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ def parquet(path: Path, **columns) -> Path:
     return path
 
 
-def everything(found: List, size: int = 3, **part) -> list[dict]:
-    return [row for batch in found.batches(size, **part) for row in batch.to_pylist()]
+def everything(url_list: List, size: int = 3, **part) -> list[dict]:
+    return [row for batch in url_list.batches(size, **part) for row in batch.to_pylist()]
 
 
 def urls(count: int) -> list[str]:
@@ -43,10 +42,10 @@ def test_laion_in_any_case_with_its_numbers(tmp_path, upper):
         "hash": [1, 2],
     }
     named = {name.upper() if upper else name.lower(): column for name, column in columns.items()}
-    found = open_list([parquet(tmp_path / "part.parquet", **named)], "laion")
+    url_list = open_list([parquet(tmp_path / "part.parquet", **named)], "laion")
     names = ("row", "url", "caption", "similarity", "punsafe", "pwatermark", "width", "height", "language")
-    assert found.columns == names and found.rows == 2
-    first, second = everything(found)
+    assert url_list.columns == names and url_list.rows == 2
+    first, second = everything(url_list)
     assert list(first.values()) == [0, urls(1)[0], "a cat", 0.3, pytest.approx(0.1), None, 640, 480, "en"]
     assert list(second.values())[2:] == ["a dog", None, pytest.approx(0.2), 0.5, None, None, None]
 
@@ -58,9 +57,9 @@ def test_conceptual_captions_have_no_header_and_no_quotes(tmp_path, preset, orde
     path = tmp_path / ("list.tsv.gz" if packed else "list.tsv")
     data = ("\r\n".join(lines) + "\n").encode()
     path.write_bytes(gzip.compress(data) if packed else data)
-    found = open_list([path], preset)
-    assert found.rows == 4
-    assert everything(found) == [
+    url_list = open_list([path], preset)
+    assert url_list.rows == 4
+    assert everything(url_list) == [
         {"row": number, "url": url, "caption": f'say "hi {number}'} for number, url in enumerate(urls(4))
     ]
 
@@ -79,10 +78,13 @@ def test_coco_joins_annotations_to_images(tmp_path, images_first):
     (tmp_path / "c.json").write_text(
         json.dumps({"info": {"x": [1]}} | (images | notes if images_first else notes | images))
     )
-    found = open_list([tmp_path / "c.json"], "coco")
-    assert found.rows == 3
-    assert [(row["row"], row["caption"], row["width"]) for row in everything(found)] == [(0, "one", 3), (1, "two", 3)]
-    assert found.dropped == {"empty_url": 1}
+    url_list = open_list([tmp_path / "c.json"], "coco")
+    assert url_list.rows == 3
+    assert [(row["row"], row["caption"], row["width"]) for row in everything(url_list)] == [
+        (0, "one", 3),
+        (1, "two", 3),
+    ]
+    assert url_list.dropped == {"empty_url": 1}
 
 
 def test_sbu_is_two_arrays(tmp_path):
@@ -90,7 +92,7 @@ def test_sbu_is_two_arrays(tmp_path):
     path.write_text(json.dumps({"image_urls": urls(3), "user_ids": [1, 2.5, 3], "captions": ["a", "b", "c"]}))
     assert [row["caption"] for row in everything(open_list([path], "sbu"))] == ["a", "b", "c"]
     path.write_text(json.dumps({"image_urls": urls(3), "captions": ["a", "b"]}))
-    with pytest.raises(ValueError, match="as many captions as image_urls"):
+    with pytest.raises(ValueError, match="different numbers of captions and image_urls"):
         everything(open_list([path], "sbu"))
 
 
@@ -98,12 +100,12 @@ def test_visual_genome_joins_regions_to_images(tmp_path):
     regions, images = tmp_path / "region_descriptions.json", tmp_path / "image_data.json"
     regions.write_text(json.dumps([{"id": 5, "regions": [{"phrase": "a cat"}, {"phrase": "a mat"}, "broken"]}]))
     images.write_text(json.dumps([{"image_id": 5, "url": urls(1)[0], "width": 8, "height": 6}]))
-    found = open_list([regions, images], "visual_genome")
-    assert [(row["url"], row["caption"]) for row in everything(found)] == [
+    url_list = open_list([regions, images], "visual_genome")
+    assert [(row["url"], row["caption"]) for row in everything(url_list)] == [
         (urls(1)[0], "a cat"),
         (urls(1)[0], "a mat"),
     ]
-    assert found.dropped == {"bad_row": 1}
+    assert url_list.dropped == {"bad_row": 1}
     with pytest.raises(ValueError, match=r"image_data\.json"):
         open_list([regions], "visual_genome")
 
@@ -121,8 +123,8 @@ def test_generic_reads_every_format(tmp_path, ending):
     else:
         mark = {"csv": ",", "tsv": "\t"}[ending]
         path.write_text("\ufeff" + "\n".join(mark.join(map(str, row)) for row in [rows[0], *map(dict.values, rows)]))
-    found = open_list([path], "generic", "link", "alt")
-    assert everything(found) == [
+    url_list = open_list([path], "generic", "link", "alt")
+    assert everything(url_list) == [
         {"row": 0, "url": urls(2)[0], "caption": "one"},
         {"row": 1, "url": urls(2)[1], "caption": "two"},
     ]
@@ -132,9 +134,9 @@ def test_generic_reads_every_format(tmp_path, ending):
 
 def test_csv_cells_may_hold_line_ends_and_quotes(tmp_path):
     (tmp_path / "l.csv").write_text(f'url,caption\n{urls(1)[0]},"two\nlines ""quoted"""\nonly one\n{urls(2)[1]},x\n')
-    found = open_list([tmp_path / "l.csv"], "generic", "url", "caption")
-    assert [(row["row"], row["caption"]) for row in everything(found)] == [(0, 'two\nlines "quoted"'), (2, "x")]
-    assert found.dropped == {"bad_row": 1}
+    url_list = open_list([tmp_path / "l.csv"], "generic", "url", "caption")
+    assert [(row["row"], row["caption"]) for row in everything(url_list)] == [(0, 'two\nlines "quoted"'), (2, "x")]
+    assert url_list.dropped == {"bad_row": 1}
 
 
 HOSTILE = [
@@ -153,7 +155,7 @@ HOSTILE = [
 @pytest.mark.parametrize("size", [2, 100])
 def test_hostile_rows_are_counted_and_numbers_stay(tmp_path, form, size):
     path = tmp_path / f"l.{form}"
-    if form == "parquet":  # a string column that lies about its bytes
+    if form == "parquet":  # a string column with invalid UTF-8
         captions = pa.array([caption for _, caption, _ in HOSTILE], pa.binary()).view(pa.string())
         parquet(path, url=[url for url, _, _ in HOSTILE], caption=captions)
     elif form == "tsv":
@@ -162,10 +164,10 @@ def test_hostile_rows_are_counted_and_numbers_stay(tmp_path, form, size):
         escaped = (caption.decode("utf-8", "surrogateescape") for _, caption, _ in HOSTILE)
         lines = [json.dumps({"url": url, "caption": text}) for (url, _, _), text in zip(HOSTILE, escaped, strict=True)]
         path.write_text("\n".join(lines))
-    found = open_list([path], "generic", "url", "caption")
-    assert [row["row"] for row in everything(found, size)] == [0, 7]
-    assert found.dropped == {reason: 1 for _, _, reason in HOSTILE if reason}
-    assert found.rows == len(HOSTILE)
+    url_list = open_list([path], "generic", "url", "caption")
+    assert [row["row"] for row in everything(url_list, size)] == [0, 7]
+    assert url_list.dropped == {reason: 1 for _, _, reason in HOSTILE if reason}
+    assert url_list.rows == len(HOSTILE)
 
 
 def test_any_part_of_a_list_over_several_files(tmp_path):
@@ -199,12 +201,12 @@ def test_rows_of_a_filtered_list_keep_their_numbers(tmp_path):
     assert [row["row"] for row in everything(open_list([path], "canonical"))] == [5, 70]
 
 
-def test_a_stream_of_json_holds_no_file_in_memory(tmp_path, monkeypatch):
+def test_a_stream_of_json_does_not_load_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(list_formats, "_CHUNK", 7)
     content = {"skip": {"deep": [1, {"a": "]"}]}, "numbers": [12345678901, -1.5e3, 0], "empty": [], "s": ["}", 'é\\"']}
     (tmp_path / "j.json").write_text(json.dumps(content, indent=2))
-    found = list(json_elements(tmp_path / "j.json"))
-    assert found == [(key, value) for key in ("numbers", "s") for value in content[key]]
+    elements = list(json_elements(tmp_path / "j.json"))
+    assert elements == [(key, value) for key in ("numbers", "s") for value in content[key]]
     for end in range(1, 40):
         (tmp_path / "cut.json").write_text(json.dumps([{"a": "b" * 10}, [1, 2, 3], "xyz"])[:-end])
         with pytest.raises(ValueError, match="JSON"):
@@ -215,32 +217,32 @@ def test_a_stream_of_json_holds_no_file_in_memory(tmp_path, monkeypatch):
     ("name", "content", "preset", "words"),
     [
         ("l.tsv", "url\tcaption\nhttp://a/1\tb\n", "cc12m", "begins with a header .*--preset=generic --url-col=url"),
-        ("l.tsv", "a cat\thttp://a/1\n", "cc12m", "the other way round"),
+        ("l.tsv", "a cat\thttp://a/1\n", "cc12m", "the columns are swapped"),
         ("l.tsv", "http://a/1\ta cat\n", "laion", "has no column url; it has 'http://a/1', 'a cat'"),
         ("l.csv", "link,alt\nhttp://a/1,b\n", "laion", "has no column url; it has 'link', 'alt'"),
         ("l.csv", "url,alt\nhttp://a/1,b\n", "laion", "has no column text or caption; it has 'url', 'alt'"),
         ("l.csv", "", "laion", "is empty"),
-        ("l.csv", "url,text\n", "laion", "holds no row"),
-        ("l.tsv", "", "cc12m", "holds no row"),
-        ("l.parquet", "no parquet", "laion", "is no parquet file"),
-        ("l.json", '{"a": 1', "coco", "no (whole )?JSON"),
-        ("l.json", "hello", "sbu", "no JSON list"),
+        ("l.csv", "url,text\n", "laion", "has no rows"),
+        ("l.tsv", "", "cc12m", "has no rows"),
+        ("l.parquet", "no parquet", "laion", "is not a parquet file"),
+        ("l.json", '{"a": 1', "coco", "not a (complete )?JSON"),
+        ("l.json", "hello", "sbu", "not a JSON list"),
         ("l.xlsx", "x", "laion", r"ends in \.xlsx"),
         ("l.csv", "url,text\nhttp://a,b\n", "generic", "needs --url-col"),
-        ("l.csv", "url,text\nhttp://a,b\n", "imagenet", "none of laion, cc12m"),
+        ("l.csv", "url,text\nhttp://a,b\n", "imagenet", "use one of laion, cc12m"),
     ],
 )
-def test_wrong_lists_say_what_they_are(tmp_path, name, content, preset, words):
+def test_wrong_lists_are_explained(tmp_path, name, content, preset, words):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=words) as raised:
         open_list([tmp_path / name], preset)
     assert "\n" not in str(raised.value)
 
 
-def test_a_list_that_is_not_there(tmp_path):
+def test_a_missing_list(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         open_list([tmp_path / "nix.parquet"], "laion")
-    with pytest.raises(ValueError, match="holds no file of"):
+    with pytest.raises(ValueError, match="contains no file of"):
         open_list([tmp_path], "laion")
 
 

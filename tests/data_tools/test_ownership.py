@@ -1,4 +1,4 @@
-"""data_tools.ownership: who may write to a directory, and what becomes of work that was begun before."""
+"""data_tools.ownership: who may write to a directory, and what happens to unfinished work."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def own(out: Path, settings: dict, **options) -> AbstractContextManager:
     return owned(out, settings, stamp=out / "stamp.json", work=out / ".work", **options)
 
 
-def test_the_same_work_goes_on_and_other_settings_are_named(tmp_path):
+def test_the_same_task_continues_and_other_settings_are_named(tmp_path):
     with own(tmp_path, {"size": 1, "sides": (1, 2)}) as done:
         assert done is None
         (tmp_path / ".work" / "part").touch()
     with own(tmp_path, {"size": 1, "sides": (1, 2)}):
         assert (tmp_path / ".work" / "part").exists()
-    refused = pytest.raises(ValueError, match=r"was begun with size=1 \(now 2\); .*, or choose another --out$")
+    refused = pytest.raises(ValueError, match=r"was started with size=1 \(now 2\); .*, or choose another --out$")
     with refused, own(tmp_path, {"size": 2, "sides": (1, 2)}):
         pass
-    refused = pytest.raises(ValueError, match=r"was begun with sides=\[1, 2\] \(now None\)")
+    refused = pytest.raises(ValueError, match=r"was started with sides=\[1, 2\] \(now None\)")
     with refused, own(tmp_path, {"size": 1}):
         pass
     with own(tmp_path, {"size": 2}, restart=lambda: True):
@@ -36,20 +36,20 @@ def test_the_same_work_goes_on_and_other_settings_are_named(tmp_path):
     assert json.loads((tmp_path / "stamp.json").read_bytes()) == {"size": 2}
 
 
-def test_what_was_noted_of_finished_work_comes_back(tmp_path):
+def test_the_result_of_a_finished_task_comes_back(tmp_path):
     (tmp_path / "stamp.json").write_text('{"size": 1, "done": {"rows": 3}}')  # in the format of any version
     with own(tmp_path, {"size": 1}) as done:
         assert done == {"rows": 3} and os.listdir(tmp_path) == ["stamp.json"]
 
 
-def test_nothing_is_made_in_a_directory_of_something_else(tmp_path):
+def test_nothing_is_written_to_a_directory_of_something_else(tmp_path):
     (tmp_path / "holiday.jpg").touch()
-    with pytest.raises(ValueError, match="holds files of something else"), own(tmp_path, {}, stranger=lambda: True):
+    with pytest.raises(ValueError, match="contains other files"), own(tmp_path, {}, has_other_files=lambda: True):
         pass
     assert os.listdir(tmp_path) == ["holiday.jpg"]
 
 
-def test_a_damaged_stamp_is_no_stamp_of_this_work(tmp_path):
+def test_a_damaged_stamp_does_not_match(tmp_path):
     (tmp_path / "stamp.json").write_text("[1")
     with pytest.raises(ValueError, match=r"size=None \(now 1\)"), own(tmp_path, {"size": 1}):
         pass
@@ -61,7 +61,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
     first = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True)
     assert first.stdout is not None and first.stdout.readline() == "begun\n"
     refused = pytest.raises(
-        ValueError, match=rf"process {first.pid} on .* is writing to .*lock\); wait for it, or end it"
+        ValueError, match=rf"process {first.pid} on .* is writing to .*lock\); wait for it, or stop it"
     )
     with refused, own(tmp_path, {}):
         pass

@@ -1,4 +1,4 @@
-"""data_tools.pack_text: documents to shards that training takes whole, every document accounted for, come what may."""
+"""data_tools.pack_text: documents become chunks that training reads whole; every document is accounted for."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WORDS = ["the", "small", "river", "of", "stone", "and", "long", "house", "to", "
 
 def document(number: int, length: int = 120) -> str:
     rng = random.Random(number)
-    # The random ends of words make every document its own: near duplicates are planted, not met by chance.
+    # Random word endings make every document different, so that the only near duplicates are planted ones.
     drawn = [rng.choice(WORDS) + "aeiou"[rng.randrange(5)] * rng.randrange(3) for _ in range(length)]
     return "".join(word + (". The " if n % 12 == 11 else " ") for n, word in enumerate(drawn)).strip() + "."
 
@@ -123,9 +123,9 @@ def test_training_takes_every_chunk_whole(packed, tokenizer):
         assert about["tokens"] <= 46
 
 
-def test_the_table_says_what_became_of_the_documents(corpus, tokenizer, packed, capsys):
+def test_the_table_has_the_outcome_of_the_documents(corpus, tokenizer, packed, capsys):
     before = content(packed)
-    assert main(command(corpus, tokenizer, packed)) == 0  # and a second call finds the work done
+    assert main(command(corpus, tokenizer, packed)) == 0  # and a second call has nothing to do
     out = capsys.readouterr().out
     assert content(packed) == before
     assert "documents read" in out and "dropped: near_duplicate" in out and "% full" in out
@@ -141,12 +141,12 @@ def test_the_shards_are_the_same_for_any_number_of_workers(corpus, tokenizer, pa
     assert [path.name for path in tmp_path.iterdir()] == ["texts"]
 
 
-def test_the_budget_is_never_passed_and_used_up_to_a_chunk(corpus, tokenizer, tmp_path, packed, capsys):
+def test_the_budget_is_never_exceeded_and_used_up_to_a_chunk(corpus, tokenizer, tmp_path, packed, capsys):
     all_tokens = [about["tokens"] for _, about in samples(packed)]
     budget = sum(all_tokens[:40]) + 1
     out = tmp_path / "texts"
     assert main(command(corpus, tokenizer, out, "--budget", str(budget))) == 0
-    assert "the budget is reached" in capsys.readouterr().out
+    assert "the budget is exhausted" in capsys.readouterr().out
     assert [about["tokens"] for _, about in samples(out)] == all_tokens[:40]
     chunks = read_steps(out)["pack_text_chunks"]
     assert chunks.kept == 40 and chunks.dropped["over_budget"] >= 1
@@ -181,9 +181,9 @@ def finished_blocks(out: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "kills"), [("1", 3), ("2", 1)])
-def test_killed_at_any_moment_the_same_command_goes_on(corpus, tokenizer, tmp_path, packed, workers, kills):
+def test_after_a_kill_at_any_moment_the_same_command_continues(corpus, tokenizer, tmp_path, packed, workers, kills):
     out, worked, rng = tmp_path / "texts", [], random.Random(0)
-    # Blocks of four documents, and a moment for each document that is written: kills hit every part of the work.
+    # Blocks of four documents, and a pause after each written one, so that kills hit every part of the work.
     code = (
         "import functools, sys, time; from data_tools import pack_text; "
         "from data_tools.text import packing as t, documents as d; "
@@ -207,20 +207,22 @@ def test_killed_at_any_moment_the_same_command_goes_on(corpus, tokenizer, tmp_pa
     assert 0 < worked[0] < 17 and not list(tmp_path.glob(".*"))
 
 
-def test_blocks_of_other_settings_are_not_taken(corpus, tokenizer, tmp_path, packed, monkeypatch):
+def test_blocks_of_other_settings_are_not_reused(corpus, tokenizer, tmp_path, packed, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(text_packing, "index_directory", stop)
-        assert main(command(corpus, tokenizer, tmp_path / "texts", "--rule", "min_words=500")) == 2  # nothing is left
+        assert (
+            main(command(corpus, tokenizer, tmp_path / "texts", "--rule", "min_words=500")) == 2
+        )  # no document remains
         assert main(command(corpus, tokenizer, tmp_path / "texts", "--rule", "min_words=60")) == 130
     assert not (tmp_path / "texts").exists()
     assert main(command(corpus, tokenizer, tmp_path / "texts")) == 0
     assert content(tmp_path / "texts") == content(packed)
 
 
-def test_a_full_disk_is_named_and_what_was_done_is_kept(corpus, tokenizer, tmp_path, packed, monkeypatch, capsys):
+def test_a_full_disk_is_named_and_finished_blocks_stay(corpus, tokenizer, tmp_path, packed, monkeypatch, capsys):
     calls, write = [], text_blocks.write_file
 
     def full(path, data):
@@ -247,7 +249,7 @@ def test_a_killed_worker_is_named(corpus, tokenizer, tmp_path, monkeypatch, caps
     assert "a worker process was killed" in capsys.readouterr().err
 
 
-def test_two_at_once_are_refused(corpus, tokenizer, tmp_path, capsys):
+def test_a_second_process_is_refused(corpus, tokenizer, tmp_path, capsys):
     with text_packing._work_directory(tmp_path / "texts", {"near": 1.0}):
         assert main(command(corpus, tokenizer, tmp_path / "texts")) == 2
     assert "is writing to" in capsys.readouterr().err
@@ -256,14 +258,14 @@ def test_two_at_once_are_refused(corpus, tokenizer, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("inputs", "more", "message"),
     [
-        ("{tmp}/nothing.txt", [], "no such file"),
-        ("{tmp}/in", [], "holds no documents"),
-        ("{tmp}/short.txt", [], "none of 1 documents is kept (too_short 1)"),
-        (None, ["--out", "{tmp}/taken"], "holds other files"),
+        ("{tmp}/nothing.txt", [], "does not exist"),
+        ("{tmp}/in", [], "contains no documents"),
+        ("{tmp}/short.txt", [], "all 1 documents are dropped (too_short 1)"),
+        (None, ["--out", "{tmp}/taken"], "contains other files"),
         (None, ["--out", "{tmp}/taken/00000.tar"], "is a file"),
         ("{tmp}", [], "lies in the input"),
         (None, ["--text-col", "body"], "columns are text"),
-        (None, ["--tokenizer", "none.model"], "there is no such file"),
+        (None, ["--tokenizer", "none.model"], "does not exist"),
         (None, ["--budget", "lots"], "--budget=lots"),
         (None, ["--budget", "0"], "--budget=0"),
         (None, ["--chunk-tokens", "4"], "--chunk-tokens=4"),
@@ -272,8 +274,8 @@ def test_two_at_once_are_refused(corpus, tokenizer, tmp_path, capsys):
         (None, ["--near", "80"], "--near=80"),
         (None, ["--language", "english"], "--language=english"),
         (None, ["--rule", "max_cats=3"], "there is no rule 'max_cats'"),
-        (None, ["--rule", "min_words=many"], "is no number"),
-        (None, ["--rule", "min_words=-1"], "is no bound"),
+        (None, ["--rule", "min_words=many"], "is not a number"),
+        (None, ["--rule", "min_words=-1"], "is not a valid limit"),
     ],
 )
 def test_mistakes_are_one_sentence(corpus, tokenizer, tmp_path, capsys, inputs, more, message):
@@ -285,14 +287,14 @@ def test_mistakes_are_one_sentence(corpus, tokenizer, tmp_path, capsys, inputs, 
     assert not list(tmp_path.glob("out/*.parquet"))
 
 
-def test_an_out_of_other_settings_is_kept(corpus, tokenizer, packed, capsys):
+def test_an_out_of_other_settings_is_not_touched(corpus, tokenizer, packed, capsys):
     before = content(packed)
     assert main(command(corpus, tokenizer, packed, "--near", "1", "--budget", "1M")) == 2
     assert "packed with budget=None (now 1000000), near=0.8 (now 1.0); remove it" in capsys.readouterr().err
     assert content(packed) == before
 
 
-def test_a_file_of_many_documents_is_hinted_at(tokenizer, corpus, tmp_path, capsys):
+def test_a_file_of_many_documents_gets_a_hint(tokenizer, corpus, tmp_path, capsys):
     texts = tmp_path / "texts"
     texts.mkdir()
     (texts / "all.txt").write_text("\n\n".join([document(n) for n in range(10)] * 1300))

@@ -15,7 +15,7 @@ def test_budgets(text, tokens):
 
 
 @pytest.mark.parametrize("text", ["", "B", "-3B", "3 billion", "nan", "inf", "0.1", "1e400"])
-def test_budgets_that_are_none(text):
+def test_invalid_budgets(text):
     with pytest.raises(ValueError, match="budget"):
         parse_budget(text)
 

@@ -1,4 +1,4 @@
-"""data_tools.pictures.filters: the measures of pictures whose answer is known, and what thresholds make of them."""
+"""data_tools.pictures.filters: the measures of pictures with known answers, and the effect of thresholds."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def judged(*measures: Measures, settings: PictureSettings | None = None) -> list
     names = ("width", "height", "contrast", "entropy", "one_colour")
     columns = {name: np.array([getattr(m, name) for m in measures]) for name in names}
     columns["problem"] = np.array([m.problem is not None for m in measures])
-    found = reasons(columns, settings or PictureSettings())
-    return ["" if i < 0 else REASONS[i] for i in found]
+    indexes = reasons(columns, settings or PictureSettings())
+    return ["" if i < 0 else REASONS[i] for i in indexes]
 
 
 def test_measures_of_pictures_whose_answer_is_known():
@@ -69,24 +69,24 @@ def test_colours_as_bright_as_each_other_are_not_blank():
         (np.clip(flat(200, 200) + np.random.default_rng(0).integers(0, 5, (200, 200, 3)), 0, 255), "PNG", "blank"),
     ],
 )
-def test_each_picture_falls_under_its_reason(pixels, kind, reason):
+def test_each_picture_gets_its_reason(pixels, kind, reason):
     assert judged(measure(encoded(np.asarray(pixels, np.uint8), kind))) == [reason]
 
 
 def test_a_page_with_a_stroke_has_low_entropy_or_one_colour():
     page = flat(400, 400, (255, 255, 255))
     page[195:205, 100:240] = 0
-    found = measure(encoded(page, "PNG"))
-    assert judged(found) == ["low_entropy"]
-    assert judged(found, settings=PictureSettings(min_entropy=0)) == ["one_colour"]
-    assert judged(found, settings=PictureSettings(min_entropy=0, max_one_colour=1)) == [""]
+    measures = measure(encoded(page, "PNG"))
+    assert judged(measures) == ["low_entropy"]
+    assert judged(measures, settings=PictureSettings(min_entropy=0)) == ["one_colour"]
+    assert judged(measures, settings=PictureSettings(min_entropy=0, max_one_colour=1)) == [""]
 
 
-def test_what_cannot_be_decoded_says_why_and_comes_first():
+def test_undecodable_comes_first_and_says_why():
     whole = encoded(scene(1000, 1000))
     for data in (b"", b"<html>", whole[: len(whole) // 2], b"GIF89a" + bytes(100)):
-        found = measure(data)
-        assert found.problem and judged(found) == ["undecodable"]
+        measures = measure(data)
+        assert measures.problem and judged(measures) == ["undecodable"]
 
 
 def test_a_large_picture_measures_as_its_small_copy_does():

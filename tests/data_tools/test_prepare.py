@@ -1,4 +1,4 @@
-"""launch/prepare.sbatch: a task of the array downloads its slice, and nothing starts with a wrong number of slices."""
+"""launch/prepare.sbatch: each task of the array downloads its slice, and a wrong number of slices is an error."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ ARGUMENTS = ("--list", "a b.parquet", "--preset", "laion", "--out", "D")
 
 @pytest.fixture
 def prepare(tmp_path):
-    """-> run(arguments, environment): what the script ended with, and the words that Python got."""
+    """-> run(arguments, environment): the script's outcome, and the arguments that Python got."""
     python = tmp_path / "python"
     python.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" >{tmp_path}/words\n')
     python.chmod(0o755)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SLICES", "SBATCH_"))}
-    kept |= {"IMGLISH_PYTHON": str(python), "IMGLISH_DOWNLOAD_PYTHON": str(python)}
+    base = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SLICES", "SBATCH_"))}
+    base |= {"IMGLISH_PYTHON": str(python), "IMGLISH_DOWNLOAD_PYTHON": str(python)}
 
     def run(*words: str, cwd: Path = ROOT, **environment: str):
         script = ROOT / "launch" / "prepare.sbatch"
         line = ["bash", str(script), *words]
-        done = subprocess.run(line, cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(line, cwd=cwd, env=base | environment, capture_output=True, text=True, timeout=20)
         called = tmp_path / "words"
         return done, called.read_text().splitlines() if called.exists() else None
 
@@ -44,20 +44,20 @@ def test_a_task_takes_the_slice_of_its_number(prepare):
     assert words == ["-m", "data_tools.download", "--workers", "16", "--slice", "3/16", *ARGUMENTS]
 
 
-def test_some_tasks_again_need_the_number_of_slices(prepare):
+def test_restarted_tasks_need_the_number_of_slices(prepare):
     done, words = prepare("--out", "D", **array(7, 2, highest=7))
     assert done.returncode == 2 and words is None and "SLICES=N sbatch" in done.stderr
     done, words = prepare("--out", "D", SLICES="16", **array(7, 2, highest=7))
     assert done.returncode == 0 and "7/16" in words
 
 
-def test_a_job_that_is_no_array_may_only_merge(prepare):
+def test_a_job_without_array_may_only_merge(prepare):
     done, words = prepare("--out", "D")
     assert done.returncode == 2 and words is None and "--array" in done.stderr
     done, words = prepare("--merge", "--out", "D")
     assert done.returncode == 0 and words == ["-m", "data_tools.download", "--workers", "1", "--merge", "--out", "D"]
 
 
-def test_it_says_when_it_is_not_in_the_checkout(prepare, tmp_path):
+def test_it_must_run_in_the_checkout(prepare, tmp_path):
     done, words = prepare("--out", "D", cwd=tmp_path, **array(0, 1))
     assert done.returncode == 2 and words is None and "not the checkout" in done.stderr

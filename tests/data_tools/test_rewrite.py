@@ -1,4 +1,4 @@
-"""Rewritten shards: what was dropped is gone and counted, the rest is there once, in an order that can be repeated."""
+"""Rewritten shards: dropped samples are counted, all others occur once, in a reproducible order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.toys import encoded, image_sample, pair_sample, picture, read_all, re
 
 
 def source(directory: Path, shards: int = 3, samples: int = 7, **size: int) -> Path:
-    """Shards with rows, in an order that is not that of the keys."""
+    """Shards with rows, not in the order of the keys."""
     keys = [[f"{shard:05d}{i:04d}" for i in range(samples)] for shard in range(shards)]
     for number, row in enumerate(keys):
         random.Random(number).shuffle(row)
@@ -91,7 +91,7 @@ def test_shards_by_bytes(tmp_path):
     assert all(shard.bytes < size * 1.4 for shard in shards)
 
 
-def test_drops_are_left_out_and_counted(tmp_path):
+def test_drops_are_not_written_but_counted(tmp_path):
     old = source(tmp_path / "old")
     first, second = old / "drops" / "a.parquet", old / "drops" / "b.parquet"
     write_drops(first, [Drop("00000", "000000001", "blank"), Drop("00001", "000010002", "near_duplicate")])
@@ -99,10 +99,10 @@ def test_drops_are_left_out_and_counted(tmp_path):
     write_step(old, "download", Step("download", 30, 21, {"failed_to_download": 9}))
     done = rewrite([old], tmp_path / "new", Settings(samples_per_shard=100), [first, second])
     assert done.step.dropped == {"blank": 1, "near_duplicate": 1} and done.step.kept == 19
-    assert done.notes == ["1 drops name no sample of these shards"]  # 000000003 is not in shard 00001
+    assert done.notes == ["1 drops match no sample of these shards"]  # 000000003 is not in shard 00001
     assert contents(old).keys() - contents(tmp_path / "new").keys() == {"000000001", "000010002"}
     assert list(read_steps(tmp_path / "new")) == ["download", "rewrite"]
-    # Once more: the record of the first rewriting is carried on too.
+    # Once more: the record of the first rewrite is copied too.
     rewrite([tmp_path / "new"], tmp_path / "newer", Settings(), [])
     assert list(read_steps(tmp_path / "newer")) == ["download", "rewrite", "rewrite-2"]
 
@@ -126,18 +126,18 @@ def test_two_directories_with_equal_keys_lose_nothing(tmp_path):
         rewrite([one, two], tmp_path / "other", Settings(), [stray])
 
 
-def test_hidden_duplicates_and_unknown_members_are_said(tmp_path):
+def test_hidden_duplicates_and_unknown_members_are_reported(tmp_path):
     samples = [pair_sample("a", 1), pair_sample("b", 2), pair_sample("a", 3), {"key": "b", "cls": b"7"}]
     write_source(tmp_path / "old", [samples])
     done = rewrite([tmp_path / "old"], tmp_path / "new", Settings(), [])
     assert done.step.rows == 3 and done.step.kept == 2 and done.step.dropped == {"duplicate_key": 1}
-    assert done.notes == ["left out, because no reader knows their endings: cls 1"]
+    assert done.notes == ["members with unknown endings were dropped: cls 1"]
     (drop,) = read_drops([tmp_path / "new" / "steps" / "rewrite.parquet"])
     assert drop[:3] == ("00000", "a", "duplicate_key")
     assert contents(tmp_path / "new")["a"]["jpg"] == pair_sample("a", 3)["jpg"]
 
 
-def test_pictures_are_made_smaller_and_encoded_anew(tmp_path):
+def test_pictures_are_shrunk_and_re_encoded(tmp_path):
     facts = json.dumps({"key": "big", "width": 90, "height": 60, "url": "u"}).encode()
     turned = Image.fromarray(picture(1, 60, 90)).getexif()
     turned[0x0112] = 6
@@ -160,14 +160,14 @@ def test_pictures_are_made_smaller_and_encoded_anew(tmp_path):
     assert json.loads(new["big"]["json"]) == {"key": "big", "width": 45, "height": 30, "url": "u"}
     assert done.step.dropped == {"undecodable": 1}
     (drop,) = read_drops([tmp_path / "keep" / "steps" / "rewrite.parquet"])
-    assert drop.key == "broken" and "decoded" in drop.detail
+    assert drop.key == "broken" and "cannot decode" in drop.detail
     rewrite([old], tmp_path / "webp", Settings(format="webp", quality=80), [])
     kinds = {Image.open(io.BytesIO(sample["webp"])).format for sample in contents(tmp_path / "webp").values()}
     assert kinds == {"WEBP"}
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_in_the_same_bytes(tmp_path):
+def test_kills_at_random_moments_do_not_change_the_bytes(tmp_path):
     old = source(tmp_path / "old", 4, 40, height=300, width=400)
     line = [str(old), "--samples-per-shard", "8", "--max-side", "200", "--shuffle-seed", "1", "--workers", "2"]
     assert main([*line, "--out", str(tmp_path / "whole")]) == 0
@@ -204,7 +204,7 @@ def test_a_second_call_does_nothing(tmp_path, capsys):
     [
         (
             ["--samples-per-shard", "6"],
-            "was begun with samples_per_shard=10000 (now 6); go on with the same settings",
+            "was started with samples_per_shard=10000 (now 6); continue with the same settings",
         ),
         (["--shuffle-seed", "0"], "shuffle_seed=None (now 0)"),
         (["--drop", "{drops}"], "drops=[] (now ["),
@@ -213,8 +213,8 @@ def test_a_second_call_does_nothing(tmp_path, capsys):
         (["--quality", "101"], "--quality 101 lies outside 1 to 100"),
         (["--bytes-per-shard", "1e6", "--max-side", "9"], "use --samples-per-shard"),
         (["--out", "{old}"], "is one of the inputs"),
-        (["--out", "{old}/drops"], "holds files of something else"),
-        (["--drop", "{old}/00000.tar"], "is no drops file"),
+        (["--out", "{old}/drops"], "contains other files"),
+        (["--drop", "{old}/00000.tar"], "is not a drops file"),
         (["--drop", "nowhere.parquet"], "nowhere.parquet"),
     ],
 )
@@ -229,13 +229,13 @@ def test_wrong_arguments_are_one_sentence(tmp_path, capsys, change, message):
     assert message in refused(capsys, main, old, "--out", tmp_path / "new", *words)
 
 
-def test_drops_of_nothing_and_of_everything_are_refused(tmp_path):
+def test_drops_that_match_nothing_or_everything_are_refused(tmp_path):
     old = source(tmp_path / "old", 1, 2)
     strange, everything = tmp_path / "s.parquet", tmp_path / "e.parquet"
     write_drops(strange, [Drop("00009", "k", "blank")])
     write_drops(everything, [Drop("00000", f"00000000{i}", "blank") for i in range(2)])
     with pytest.raises(ValueError, match="none of the 1 drops names a sample"):
         rewrite([old], tmp_path / "new", Settings(), [strange])
-    with pytest.raises(ValueError, match="nothing is left to write: 2 samples"):
+    with pytest.raises(ValueError, match="no sample remains: all 2 are dropped"):
         rewrite([old], tmp_path / "new", Settings(), [everything])
-    assert rewrite([old], tmp_path / "new", Settings(), []).step.kept == 2  # the directory is not spoilt
+    assert rewrite([old], tmp_path / "new", Settings(), []).step.kept == 2  # the directory can still be used

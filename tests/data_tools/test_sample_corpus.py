@@ -80,7 +80,7 @@ def test_combinations_are_held_out_and_their_parts_are_not(corpus):
         assert {shape for _, shape in seen} == set(SHAPES)
 
 
-def test_training_texts_do_not_speak_of_held_out_combinations(corpus):
+def test_training_texts_do_not_mention_held_out_combinations(corpus):
     texts = [
         sample["txt"].decode().lower()
         for kind in ("pairs", "texts")
@@ -115,8 +115,8 @@ def test_a_claim_is_true_of_its_scene_and_false_when_a_fact_changes():
             assert not is_true(claim, replace(scene, things=mirrored)), caption
 
 
-def test_what_is_drawn_is_what_is_said():
-    """The colour at a thing's centre (a ring: on its band) is nearest to the colour that the facts name."""
+def test_pictures_match_their_facts():
+    """The colour at a thing's centre (of a ring: on its band) is closest to the colour in its facts."""
     rng = random.Random(1)
     for _ in range(100):
         scene = random_scene(rng, held_out=False)
@@ -143,7 +143,7 @@ def test_things_do_not_touch():
                 assert max(abs(a.x - b.x), abs(a.y - b.y)) >= (a.width + b.width) / 2 + 1 / 64, (a, b)
 
 
-def test_bytes_follow_from_the_seed_for_any_number_of_workers(corpus, tmp_path):
+def test_the_seed_determines_the_bytes_for_any_number_of_workers(corpus, tmp_path):
     write_corpus(tmp_path / "again", SMALL, workers=2)
     for kind in sample_corpus.KINDS:
         for path in (corpus / kind).rglob("*.tar"):
@@ -155,12 +155,12 @@ def test_bytes_follow_from_the_seed_for_any_number_of_workers(corpus, tmp_path):
     assert all(a[key]["jpg"] != b[key]["jpg"] for key in a)
 
 
-def test_a_second_call_does_what_is_missing_and_no_more(corpus, tmp_path):
+def test_a_second_call_writes_only_what_is_missing(corpus, tmp_path):
     assert not write_corpus(corpus, SMALL, workers=1)
     tiny, out = Corpus(pairs=25, images=0, texts=5, held_out=12, samples_per_shard=10), tmp_path / "corpus"
     write_corpus(out, tiny, workers=1)
     tars = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.rglob("*.tar")}
-    # A killed run leaves a tar without statistics.
+    # As after a killed run: a tar without statistics.
     broken = out / "pairs" / "train" / "00001.tar"
     broken.write_bytes(broken.read_bytes()[:700])
     (out / "pairs" / "train" / "00001_stats.json").unlink()
@@ -186,6 +186,6 @@ def test_user_errors_are_one_sentence_and_code_2(tmp_path, capsys):
 
 
 def test_too_many_held_out_pairs_are_refused(monkeypatch):
-    monkeypatch.setattr(drawn_pairs, "REFUSED_AT_MOST", 1)
+    monkeypatch.setattr(drawn_pairs, "MAX_CLASHES", 1)
     with pytest.raises(ValueError, match="held_out=400 is too large"):
         distinguishable(0, 400)

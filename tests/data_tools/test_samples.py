@@ -1,4 +1,4 @@
-"""data_tools.shards.samples: the samples of a tar as training finds them, and tables that are made once."""
+"""data_tools.shards.samples: the samples of a tar as training reads them, and tables that are made once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCHEMA = pa.schema([("key", pa.string())])
 
 @pytest.fixture
 def shard(tmp_path):
-    """Members out of order, one there twice, a key that is not UTF-8, endings that nobody reads."""
+    """Members out of order, a repeated one, a key that is not UTF-8, unknown endings."""
     members = [("b.TXT", b"old"), ("a.jpg", b"jpg"), ("b.png", b"png"), ("b.txt", b"new\xff"), ("a.exe", b"exe")]
     members += [("a.webp", b"webp"), ("\udcff.txt", b""), (".hidden", b"x"), ("c.txt", bytes(MAX_TEXT_BYTES + 1))]
     return write_tar(tmp_path / "00000.tar", members, format=tarfile.GNU_FORMAT)
@@ -34,7 +34,7 @@ def test_samples_by_key(shard):
         ("c", ["txt"]),
     ]
     with open(shard, "rb") as file:
-        # Empty, none at all, the later of two, too long.
+        # Empty, missing, the later of two, too long.
         assert [sample.text(file) for sample in samples] == [None, None, "new\N{REPLACEMENT CHARACTER}", None]
         contents = []
         for picture in (samples[1].picture, samples[2].picture):
@@ -49,7 +49,7 @@ def test_a_broken_tar_is_named(shard):
         next(samples_of(shard))
 
 
-def test_a_table_is_made_once_for_each_state_of_its_tar(shard, tmp_path):
+def test_a_table_is_made_once_per_state_of_its_tar(shard, tmp_path):
     file = tmp_path / "00000.parquet"
 
     def rows(tar):

@@ -1,4 +1,4 @@
-"""Shards are img2dataset's, their bytes follow from the samples, and no half-written one is seen."""
+"""Shards have img2dataset's format, their bytes depend only on the samples, and unfinished ones are invisible."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def digests(directory: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir() if "stats" not in p.name}
 
 
-def test_what_is_written_is_read_back(tmp_path):
+def test_samples_are_read_back_unchanged(tmp_path):
     writer = write(tmp_path, 10)
     assert [path.name for path in writer.paths] == ["00000.tar", "00001.tar", "00002.tar"] and writer.samples == 10
     index_directory(tmp_path)
@@ -50,7 +50,7 @@ def test_equal_samples_make_equal_bytes(tmp_path):
     assert digests(tmp_path / "a") == digests(tmp_path / "b")
 
 
-def test_a_limit_of_bytes_is_kept_but_for_a_sample_that_is_larger(tmp_path):
+def test_a_limit_of_bytes_holds_except_for_larger_samples(tmp_path):
     with ShardWriter(tmp_path, samples_per_shard=None, bytes_per_shard=4096) as writer:
         for i, size in enumerate((1000, 1000, 9000, 100, 100)):
             writer.write(f"k{i}", {"txt": b"x" * size})
@@ -62,7 +62,7 @@ def test_shards_are_numbered_from_first(tmp_path):
     assert [path.name for path in write(tmp_path, 5, first=7).paths] == ["00007.tar", "00008.tar"]
 
 
-def test_an_error_leaves_whole_shards_only(tmp_path):
+def test_after_an_error_only_complete_shards_exist(tmp_path):
     def stopped() -> None:
         with ShardWriter(tmp_path, samples_per_shard=2) as writer:
             for i in range(5):
@@ -75,7 +75,7 @@ def test_an_error_leaves_whole_shards_only(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_the_shard_at_hand_is_not_seen(tmp_path):
+def test_the_current_shard_is_not_visible(tmp_path):
     with ShardWriter(tmp_path, samples_per_shard=2) as writer:
         for i in range(3):
             writer.write(f"k{i}", {"txt": b"x"})
@@ -92,10 +92,10 @@ def test_the_shard_at_hand_is_not_seen(tmp_path):
         ("a", {"TXT": b""}, "cannot be the name"),
         ("a", {"x/y": b""}, "cannot be the name"),
         ("a", {}, "has no members"),
-        ("twice", {"txt": b""}, "'twice' comes twice"),
+        ("twice", {"txt": b""}, "'twice' occurs twice"),
     ],
 )
-def test_names_that_no_reader_finds_are_refused(tmp_path, key, members, message):
+def test_names_that_readers_cannot_parse_are_refused(tmp_path, key, members, message):
     with ShardWriter(tmp_path, samples_per_shard=4) as writer:
         writer.write("twice", {"txt": b"1"})
         with pytest.raises(ValueError, match=message):
@@ -119,7 +119,7 @@ def test_unusual_keys_survive(tmp_path, key):
     assert ShardReader(load_manifest(str(tmp_path))).read(0, 0)["__key__"].decode() == key
 
 
-def test_rows_of_strangers_become_a_table(tmp_path):
+def test_rows_of_any_columns_become_a_table(tmp_path):
     odd = [{"n": 1, "exif": {}}, {"n": "two", "big": 2**80}, {"tags": ["a"]}, None]
     with ShardWriter(tmp_path, samples_per_shard=9) as writer:
         for i, row in enumerate(odd):
@@ -140,7 +140,7 @@ def test_a_full_disk_names_the_file(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
     try:
-        with pytest.raises(OSError, match=r"could not be written: .*00000\.tar"):
+        with pytest.raises(OSError, match=r"cannot be written: .*00000\.tar"):
             write(tmp_path, 2, samples_per_shard=10**6, size=2**20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,4 +1,4 @@
-"""data_tools.text.chunks: nothing is lost, every chunk is taken whole by training, and chunks are well filled."""
+"""data_tools.text.chunks: nothing is lost, training reads every chunk whole, and chunks are well filled."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def prose(length: int, seed: int = 0) -> str:
 
 
 def check(text: str, tokenizer: TextTokenizer, chunk_tokens: int) -> list:
-    """All that holds for any text."""
+    """The invariants for any text."""
     limits = limits_of(chunk_tokens)
     chunks = cut(text, lambda part: len(tokenizer.pieces(part)), limits)
     assert "".join(chunk.text for chunk in chunks) == text
@@ -47,7 +47,7 @@ def check(text: str, tokenizer: TextTokenizer, chunk_tokens: int) -> list:
         assert limits.hold(chunk.tokens, len(chunk.text))
         if chunk.text.strip() and pieces:
             ids = source.decode({"txt": chunk.text.encode()}, None, tokenizer, rng).ids
-            assert ids is not None and ids[1 : len(pieces) + 1].tolist() == pieces  # whole, never a stretch of it
+            assert ids is not None and ids[1 : len(pieces) + 1].tolist() == pieces  # all of it, never a stretch
     return chunks
 
 
@@ -85,7 +85,7 @@ def test_words_longer_than_a_chunk_are_split(tokenizer, text):
     check(text, tokenizer, 64)
 
 
-def test_a_short_end_is_shared_with_the_chunk_before(tokenizer):
+def test_a_short_last_chunk_is_merged_or_balanced(tokenizer):
     count, limits = (lambda part: len(part.split())), Limits(tokens=10, characters=1000, least=3)
     text = "One two three four five. Six seven eight nine ten. Eleven."
     assert [chunk.tokens for chunk in cut(text, count, limits)] == [5, 6]
@@ -101,7 +101,7 @@ def test_a_sentence_that_does_not_fit_goes_to_the_next_chunk_if_this_one_is_full
     assert [chunk.tokens for chunk in cut(empty, count, limits)] == [10, 3]
 
 
-def test_a_tokenizer_that_counts_more_together_than_apart_is_believed():
+def test_tokens_are_counted_for_the_whole_chunk():
     text = "ab cd ef gh ij kl mn op qr st."
     chunks = cut(text, lambda part: len(part.split()) ** 2, Limits(tokens=9, characters=100, least=1))
     assert "".join(chunk.text for chunk in chunks) == text

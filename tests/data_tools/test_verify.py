@@ -1,4 +1,4 @@
-"""data_tools.verify: each kind of fault is named with its shard and key, and a clean source is clean."""
+"""data_tools.verify: each kind of problem is reported with its shard and key, and a clean source has none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def picture(mode: str = "RGB", size: tuple[int, int] = (20, 16), kind: str = "JP
 
 
 def write_shard(directory: Path, number: int, samples: list[Sample]) -> Path:
-    """As other tools leave them: nothing says how many samples there should be."""
+    """Shards of other tools: nothing says how many samples there should be."""
     return toys.write_shard(directory, number, samples, stats=False)
 
 
@@ -43,7 +43,7 @@ def test_a_clean_source_is_clean(source, capsys, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text()) == {"shards": 2, "samples": 4, "findings": []}
 
 
-def test_unusual_but_usable_pictures_are_no_fault(source):
+def test_unusual_but_usable_pictures_are_not_reported(source):
     samples = [pair("gray", picture("L")), pair("cmyk", picture("CMYK")), pair("tiny", picture(size=(1, 1)))]
     samples += [{"key": "rgba", "png": picture("RGBA", kind="PNG"), "txt": "x"}]
     samples += [{"key": "deep", "png": picture("I;16", kind="PNG"), "txt": "bjørn"}]
@@ -61,7 +61,7 @@ def test_every_bad_sample_is_named(source, capsys):
         pair("latin", text="caf\xe9".encode("latin-1")),
         pair("blank", text=b" \n"),
         pair("zero", image=b""),
-        pair("html", image=b"<html>404 not found</html>"),
+        pair("html", image=b"<html>404 not findings</html>"),
         pair("half", image=half[: len(half) // 2]),
         {"key": "bomb", "png": black_png(10_000, 10_000, rows=0), "txt": "boom"},
         {"key": "huge", "png": black_png(50_000, 50_000, rows=0), "txt": "boom"},
@@ -72,10 +72,10 @@ def test_every_bad_sample_is_named(source, capsys):
     ]
     write_shard(source, 1, samples)
     index_directory(source)
-    found = verify_directory(source, workers=2).findings
-    assert {finding.shard for finding in found} == {"00001.tar"}
+    findings = verify_directory(source, workers=2).findings
+    assert {finding.shard for finding in findings} == {"00001.tar"}
     by_key: dict[str, list[str]] = {}
-    for finding in found:
+    for finding in findings:
         by_key.setdefault(finding.key, []).append(finding.what)
     assert by_key["no_caption"] == ["has no caption (.txt)"]
     assert by_key["latin"] == [".txt is not UTF-8 (byte 3 of 4)"]
@@ -86,11 +86,11 @@ def test_every_bad_sample_is_named(source, capsys):
     assert "2500000000 pixels" in by_key["huge"][0] or "50000 x 50000 pixels" in by_key["huge"][0]
     assert by_key["no_picture"] == ["has no picture"]
     assert by_key["two"] == ["has 2 pictures (.jpg, .png)"]
-    assert len(by_key["twice"]) == 3 and "is there more than once" in by_key["twice"][0]
+    assert len(by_key["twice"]) == 3 and "occurs more than once" in by_key["twice"][0]
     assert set(by_key) == {"no_caption", "latin", "blank", "zero", "html", "bomb", "huge", "no_picture", "two", "twice"}
-    # Its header is whole: only decoding shows that the pixels are not.
+    # Its header is complete: only decoding shows that the pixels are not.
     decoded = verify_directory(source, decode=True).findings
-    assert [finding.key for finding in decoded if finding not in found] == ["half"]
+    assert [finding.key for finding in decoded if finding not in findings] == ["half"]
     assert main([str(source)]) == 1
     assert f"{source}/00001.tar\tlatin\t.txt is not UTF-8 (byte 3 of 4)\n" in capsys.readouterr().out
 
@@ -110,24 +110,24 @@ def test_every_bad_shard_is_named(source, capsys, tmp_path):
     what: dict[str, str] = {}
     for finding in findings:
         what[finding["shard"]] = what.get(finding["shard"], "") + finding["what"] + "\n"
-    assert "manifest.json says" in what["00000.tar"] and "is cut off at byte 3000" in what["00000.tar"]
+    assert "manifest.json says" in what["00000.tar"] and "is truncated at byte 3000" in what["00000.tar"]
     assert "missing" in what["00001.tar"]
     assert "has no 00002.idx" in what["00002.tar"]
-    assert "holds 3 samples, manifest.json says 1" in what["00003.tar"]
+    assert "has 3 samples but manifest.json says 1" in what["00003.tar"]
     assert "is not in manifest.json" in what["00004.tar"]
 
 
-def test_an_index_that_does_not_fit_and_a_count_that_differs_are_found(source):
+def test_a_wrong_index_and_a_wrong_count_are_reported(source):
     (source / "00000.idx").write_bytes((source / "00001.idx").read_bytes())
     for number in range(2):
         (source / f"{number:05d}_stats.json").write_text(json.dumps({"successes": 2 + number}))
     assert verify_directory(source).findings == [
-        Finding("00000.tar", "", "00000.idx does not fit it; run python -m data_tools.index again"),
-        Finding("00001.tar", "", "holds 2 samples, 00001_stats.json says 3"),
+        Finding("00000.tar", "", "00000.idx does not match it; run python -m data_tools.index again"),
+        Finding("00001.tar", "", "has 2 samples but 00001_stats.json says 3"),
     ]
 
 
-def test_a_source_that_was_not_indexed_is_checked_all_the_same(tmp_path):
+def test_a_source_without_index_is_checked_too(tmp_path):
     write_shard(tmp_path, 0, [pair("a"), pair("b", text=b"\xff")])
     findings = verify_directory(tmp_path).findings
     assert [(finding.shard, finding.key) for finding in findings] == [("manifest.json", ""), ("00000.tar", "b")]
@@ -159,4 +159,4 @@ def test_a_key_that_would_break_the_line_is_quoted(source):
 
 
 def test_nothing_to_check_is_exit_code_2(tmp_path, capsys):
-    assert "holds no .tar file" in refused(capsys, main, tmp_path)
+    assert "contains no .tar file" in refused(capsys, main, tmp_path)

@@ -68,7 +68,7 @@ def test_page_has_every_stage_table_and_chart(run):
     assert names == ["total", "image", "text"]
 
 
-def test_nothing_from_outside_is_more_than_text(run):
+def test_untrusted_text_stays_text(run):
     assert check_inert(write_report(run).read_text(encoding="utf-8")).inline["script"]
 
 

@@ -1,4 +1,4 @@
-"""Makes the manifest.json and the .idx files of a directory of shards, and tells which of its shards are whole."""
+"""Writes the manifest.json and the .idx files of a directory of shards, and says which of its shards are complete."""
 
 from __future__ import annotations
 
@@ -17,28 +17,26 @@ from pretrain.files import write_file
 
 
 @dataclass(frozen=True)
-class Indexed:
-    """What came of one directory."""
+class IndexResult:
+    """The result for one directory."""
 
     manifest: Manifest
     scanned: int  # shards whose headers were read; the others were up to date
-    left_out: list[str] = field(default_factory=list)  # "NAME: why"
+    skipped: list[str] = field(default_factory=list)  # "NAME: why"
 
 
 def complete_shards(directory: Path) -> tuple[list[Path], list[Path]]:
-    """(complete, partial) tars of a directory, sorted by name. ValueError if there is none that is complete."""
+    """(complete, partial) tars of a directory, sorted by name. ValueError if none is complete."""
     if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory; give the one that holds 00000.tar, 00001.tar, ...")
+        raise ValueError(f"{directory} is not a directory; give the one that contains 00000.tar, 00001.tar, ...")
     tars = sorted(path for path in directory.glob("*.tar") if path.is_file())
     if not tars:
-        raise ValueError(f"{directory} holds no .tar file; give the directory that img2dataset wrote to")
+        raise ValueError(f"{directory} contains no .tar file; give the directory that img2dataset wrote to")
     if not any(directory.glob("*_stats.json")):
         return tars, []
     complete = [path for path in tars if stats_path(path).exists()]
     if not complete:
-        raise ValueError(
-            f"none of the tars in {directory} has its _stats.json, so all are partial; download them again"
-        )
+        raise ValueError(f"none of the tars in {directory} has a _stats.json, so all are partial; download them again")
     return complete, [path for path in tars if path not in set(complete)]
 
 
@@ -46,74 +44,74 @@ def stats_path(tar: Path) -> Path:
     return tar.with_name(f"{tar.stem}_stats.json")
 
 
-def index_directory(directory: Path, workers: int = 1, skip_broken: bool = False) -> Indexed:
-    """Writes DIRECTORY/manifest.json and one .idx per shard. ShardError for a broken shard, naming it, unless
-    `skip_broken` leaves it out; nothing is written over until its successor is whole."""
+def index_directory(directory: Path, workers: int = 1, skip_broken: bool = False) -> IndexResult:
+    """Writes DIRECTORY/manifest.json and one .idx per shard. ShardError, naming the shard, for a broken one unless
+    `skip_broken`. Each file is replaced atomically."""
     complete, partial = complete_shards(directory)
-    left_out = [f"{path.name}: partial, it has no {stats_path(path).name}" for path in partial]
-    known = _known(directory)
-    jobs = [(path, known.get(path.name), skip_broken) for path in complete]
+    skipped = [f"{path.name}: partial, it has no {stats_path(path).name}" for path in partial]
+    previous = _previous_shards(directory)
+    jobs = [(path, previous.get(path.name), skip_broken) for path in complete]
     shards, scanned = [], 0
     with map_in_order(_index_one, jobs, workers) as results:
         bar = tqdm(results, total=len(jobs), desc=f"indexing {directory}", unit=" shards", disable=None)
         for path, result in zip(complete, bar, strict=True):
             if isinstance(result, str):
-                left_out.append(f"{path.name}: {result}")
+                skipped.append(f"{path.name}: {result}")
                 continue
             shard, fresh = result
             shards.append(shard)
             scanned += fresh
     if not any(shard.samples for shard in shards):
         raise ValueError(
-            f"the {len(shards)} shards of {directory} hold no sample: no member is called KEY.EXTENSION with an "
-            f"extension of {', '.join(EXTENSIONS)} after the first dot of its name"
+            f"the {len(shards)} shards of {directory} contain no sample: no member is called KEY.EXTENSION, with one "
+            f"of {', '.join(EXTENSIONS)} after the first dot of its name"
         )
     manifest = Manifest(tuple(shards))
     write_file(directory / MANIFEST, manifest.to_json())
-    return Indexed(manifest, scanned, left_out)
+    return IndexResult(manifest, scanned, skipped)
 
 
-def _known(directory: Path) -> dict[str, Shard]:
+def _previous_shards(directory: Path) -> dict[str, Shard]:
     try:
         content = (directory / MANIFEST).read_bytes()
         return {shard.name: shard for shard in read_manifest(content, os.path.join(directory, "")).shards}
-    except (FileNotFoundError, ValueError):  # a damaged manifest is what this tool is to replace
+    except (FileNotFoundError, ValueError):  # a damaged manifest is about to be replaced
         return {}
 
 
 def _index_one(job: tuple[Path, Shard | None, bool]) -> tuple[Shard, bool] | str:
-    """(shard, whether it had to be scanned), or why a broken one is left out."""
-    path, known, skip_broken = job
-    if _up_to_date(path, known):
-        assert known is not None
-        return known, False
+    """(shard, whether it had to be scanned), or why a broken one is skipped."""
+    path, previous, skip_broken = job
+    if _up_to_date(path, previous):
+        assert previous is not None
+        return previous, False
     try:
         size = path.stat().st_size
         index = index_shard(path)
         if path.stat().st_size != size:
-            raise ValueError(f"{path} grew while it was indexed; wait until the download is done")
+            raise ValueError(f"{path} changed while it was indexed; wait until the download is done")
     except ValueError as error:
         if skip_broken:
             return str(error)
-        raise ValueError(f"{error}; or leave broken shards out with --skip-broken") from None
+        raise ValueError(f"{error}; or skip broken shards with --skip-broken") from None
     write_file(path.with_suffix(".idx"), index.data)
     return Shard(str(path), index.samples, size), True
 
 
-def _up_to_date(path: Path, known: Shard | None) -> bool:
+def _up_to_date(path: Path, previous: Shard | None) -> bool:
     index = path.with_suffix(".idx")
     try:
         tar, idx = path.stat(), index.stat()
-        if known is None or known.bytes != tar.st_size or idx.st_mtime_ns < tar.st_mtime_ns:
+        if previous is None or previous.bytes != tar.st_size or idx.st_mtime_ns < tar.st_mtime_ns:
             return False
-        return ShardIndex(index.read_bytes(), str(index)).samples == known.samples
+        return ShardIndex(index.read_bytes(), str(index)).samples == previous.samples
     except (FileNotFoundError, ValueError):
         return False
 
 
 @contextmanager
 def map_in_order(function, jobs: list, workers: int) -> Iterator[Iterable]:
-    """`map` in the order of the jobs, in `workers` processes."""
+    """`map` in `workers` processes, with the results in the order of the jobs."""
     if workers <= 1 or len(jobs) <= 1:
         yield map(function, jobs)
         return

@@ -1,7 +1,7 @@
-"""The manifest of a source: which shards it has, and how many samples and bytes each.
+"""The manifest of a source: which shards it has, and the samples and bytes of each.
 
-`manifest.json` lies beside the shards that it lists; data_tools.index writes it. A source may join several such
-directories, or parts of them, by patterns; remote ones are read the same way.
+`manifest.json` lies beside the shards that it lists; data_tools.index writes it. Patterns may join several such
+directories, or parts of them, into one source; remote directories are read the same way.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from pretrain.data.shards.cache import fetch, is_remote, shown
+from pretrain.data.shards.cache import fetch, is_remote, redact
 from pretrain.settings import fill_variables
 
 MANIFEST, MANIFEST_VERSION = "manifest.json", 1
@@ -26,7 +26,7 @@ _MAX_MANIFEST_BYTES = 2**30
 _GLOB = re.compile(r"[*?\[]")
 # PREFIX NAME.tar SUFFIX of a remote shard: a query, or the rest of a pipe's command, may follow the name.
 _REMOTE_SHARD = re.compile(r"(?P<prefix>.*[/\s:])(?P<name>[^/\s:?'\"]+\.tar)(?P<suffix>.*)$", re.DOTALL)
-# What a remote name may hold: it becomes part of a URL, and of a pipe's command.
+# The characters allowed in a remote name, because it becomes part of a URL or of a pipe's command.
 _REMOTE_NAME = re.compile(r"[\w.,=+@~-]+", re.ASCII)
 
 
@@ -54,7 +54,7 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """The shards of a source, in the order that numbers them."""
+    """The shards of a source, in the order of their numbers."""
 
     shards: tuple[Shard, ...]
 
@@ -69,100 +69,104 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """Changes with any name, count or size, or with their order; not with where the shards lie."""
+        """Changes with any name, count or size, and with their order; not with the shards' location."""
         lines = (f"{shard.name}\t{shard.samples}\t{shard.bytes}\n" for shard in self.shards)
         return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
     def to_json(self) -> bytes:
-        """The content of manifest.json; its shards are those of one directory."""
+        """The content of manifest.json, for the shards of one directory."""
         shards = [{"name": s.name, "samples": s.samples, "bytes": s.bytes} for s in self.shards]
         content = {"version": MANIFEST_VERSION, "digest": self.digest, "samples": self.samples, "shards": shards}
         return json.dumps(content, indent=1).encode() + b"\n"
 
 
 def read_manifest(data: bytes, prefix: str, suffix: str = "") -> Manifest:
-    """manifest.json -> the shards PREFIX name SUFFIX, sorted by name. ValueError if it is damaged or of another
+    """manifest.json -> the shards "PREFIX name SUFFIX", sorted by name. ValueError if it is damaged or has another
     version."""
-    where = f"{shown(prefix)}{MANIFEST}"
+    where = f"{redact(prefix)}{MANIFEST}"
     remote = is_remote(prefix)
     try:
         content = json.loads(data)
         if content["version"] != MANIFEST_VERSION:
-            raise ValueError(f"it is of version {content['version']}, not {MANIFEST_VERSION}")
+            raise ValueError(f"its version is {content['version']}, not {MANIFEST_VERSION}")
         shards = []
         for entry in sorted(content["shards"], key=lambda entry: entry["name"]):
             name, samples, size = str(entry["name"]), int(entry["samples"]), int(entry["bytes"])
             if "/" in name or not name.endswith(".tar") or (remote and not _REMOTE_NAME.fullmatch(name)):
-                raise ValueError(f"{name!r} is no name of a shard")
+                raise ValueError(f"{name!r} is not a valid shard name")
             if samples < 0 or size < 0:
-                raise ValueError(f"{name} has a negative number")
+                raise ValueError(f"{name} has a negative count or size")
             shards.append(Shard(f"{prefix}{name}{suffix}", samples, size))
         manifest = Manifest(tuple(shards))
         if manifest.digest != content["digest"]:
-            raise ValueError("its digest does not fit its content")
+            raise ValueError("its digest does not match its content")
     except (ValueError, KeyError, TypeError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"{where} cannot be used ({reason}); {_again(prefix)}") from None
+        raise ValueError(f"cannot use {where} ({reason}); {_way_out(prefix)}") from None
     return manifest
 
 
 def load_manifest(patterns: str | tuple[str, ...]) -> Manifest:
-    """The manifest of a source: every shard that the patterns name, in their order.
+    """The manifest of a source: every shard that matches the patterns, in their order.
 
     A pattern is a directory (local, or remote and ending in a slash), or shards with {00000..00099}, *, ?, [..] and
-    $VARIABLES. ValueError for an unset variable, nothing found, a shard named twice, and a directory or shard that
-    was not indexed.
+    $VARIABLES. ValueError for an unset variable, no match, a shard named twice, and a directory or shard that was not
+    indexed.
     """
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    known: dict[tuple[str, str], dict[str, Shard]] = {}
-    shards = [shard for pattern in patterns for shard in _matches(pattern, known)]
+    indexes: dict[tuple[str, str], dict[str, Shard]] = {}
+    shards = [shard for pattern in patterns for shard in _matches(pattern, indexes)]
     if not shards:
-        raise ValueError(f"shards={list(patterns)} names no shard; give a directory or a pattern of .tar files")
-    real = {prefix: prefix if is_remote(prefix) else os.path.realpath(prefix) for prefix, _ in known}
-    seen: set[tuple[str, str]] = set()
+        raise ValueError(f"shards={list(patterns)} matches no shard; give a directory or a pattern of .tar files")
+    real_prefix = {prefix: prefix if is_remote(prefix) else os.path.realpath(prefix) for prefix, _ in indexes}
+    places: set[tuple[str, str]] = set()
     for shard in shards:
-        place = real[shard.url.rpartition(shard.name)[0]], shard.name
-        if place in seen:
-            raise ValueError(f"shards={list(patterns)} names {shown(shard.url)} twice; name each shard once")
-        seen.add(place)
+        place = real_prefix[shard.url.rpartition(shard.name)[0]], shard.name
+        if place in places:
+            raise ValueError(f"shards={list(patterns)} names {redact(shard.url)} twice; name each shard once")
+        places.add(place)
     return Manifest(tuple(shards))
 
 
-def _matches(pattern: str, known: dict[tuple[str, str], dict[str, Shard]]) -> Iterator[Shard]:
+def _matches(pattern: str, indexes: dict[tuple[str, str], dict[str, Shard]]) -> Iterator[Shard]:
     from braceexpand import braceexpand
 
     filled = fill_variables(pattern, "shards")
     try:
         urls = list(braceexpand(filled))
     except ValueError as error:
-        raise ValueError(f"shards={pattern} has braces that do not expand ({error}); write {{00000..00099}}") from None
+        raise ValueError(
+            f"the braces of shards={pattern} cannot be expanded ({error}); write {{00000..00099}}"
+        ) from None
     for url in urls:
-        chosen = [s for place in _places(url.removeprefix("file://"), known) for s in _chosen(*place, pattern, known)]
-        if not chosen:
-            raise ValueError(f"shards={pattern}: nothing found at {shown(url)}; check the path")
-        yield from chosen
+        matches = [
+            s for place in _places(url.removeprefix("file://"), indexes) for s in _select(*place, pattern, indexes)
+        ]
+        if not matches:
+            raise ValueError(f"shards={pattern}: nothing matches {redact(url)}; check the path")
+        yield from matches
 
 
-def _places(url: str, known: dict[tuple[str, str], dict[str, Shard]]) -> list[tuple[str, str, str]]:
-    """(prefix of the manifest's directory, pattern of names, suffix) of each directory that `url` speaks of."""
+def _places(url: str, indexes: dict[tuple[str, str], dict[str, Shard]]) -> list[tuple[str, str, str]]:
+    """(prefix of the manifest's directory, pattern of names, suffix) of each directory that `url` refers to."""
     if is_remote(url):
         if url.endswith("/") and not url.startswith("pipe:"):
             return [(url, "*", "")]
         if (match := _REMOTE_SHARD.match(url)) is None:
-            raise ValueError(f"shards={url} names no shard; write the name of a .tar file, or a directory and a slash")
+            raise ValueError(f"shards={url} names no shard; give a .tar file, or a directory that ends in a slash")
         return [(match["prefix"], match["name"], match["suffix"])]
     url = os.path.expanduser(url)
     directory, name = os.path.split(url) if url.endswith(".tar") else (url.rstrip("/") or "/", "*")
     prefix = os.path.join(directory, "")
-    if (prefix, "") in known or not _GLOB.search(directory) or os.path.isdir(directory):
+    if (prefix, "") in indexes or not _GLOB.search(directory) or os.path.isdir(directory):
         return [(prefix, name, "")]
     return [(os.path.join(hit, ""), name, "") for hit in sorted(glob.glob(directory)) if os.path.isdir(hit)]
 
 
-def _chosen(
-    prefix: str, name: str, suffix: str, pattern: str, known: dict[tuple[str, str], dict[str, Shard]]
+def _select(
+    prefix: str, name: str, suffix: str, pattern: str, indexes: dict[tuple[str, str], dict[str, Shard]]
 ) -> list[Shard]:
-    if (prefix, suffix) not in known:
+    if (prefix, suffix) not in indexes:
         if is_remote(prefix):
             data = fetch(f"{prefix}{MANIFEST}{suffix}", _MAX_MANIFEST_BYTES)
         elif not os.path.isdir(prefix or "."):
@@ -171,20 +175,20 @@ def _chosen(
             try:
                 data = Path(prefix, MANIFEST).read_bytes()
             except FileNotFoundError:
-                raise ValueError(f"shards={pattern}: {prefix or '.'} has no {MANIFEST}; {_again(prefix)}") from None
-        known[prefix, suffix] = {shard.name: shard for shard in read_manifest(data, prefix, suffix).shards}
-    indexed = known[prefix, suffix]
-    if name in indexed:
-        return [indexed[name]]
+                raise ValueError(f"shards={pattern}: {prefix or '.'} has no {MANIFEST}; {_way_out(prefix)}") from None
+        indexes[prefix, suffix] = {shard.name: shard for shard in read_manifest(data, prefix, suffix).shards}
+    shards = indexes[prefix, suffix]
+    if name in shards:
+        return [shards[name]]
     if not _GLOB.search(name):
         raise ValueError(
-            f"shards={pattern}: {name} is not in {shown(prefix)}{MANIFEST}: it is missing, partial, or newer than the "
-            f"manifest; {_again(prefix)}"
+            f"shards={pattern}: {name} is not in {redact(prefix)}{MANIFEST}: it is missing, partial, or newer than the "
+            f"manifest; {_way_out(prefix)}"
         )
-    return [shard for key, shard in indexed.items() if fnmatch.fnmatchcase(key, name)]
+    return [shard for key, shard in shards.items() if fnmatch.fnmatchcase(key, name)]
 
 
-def _again(prefix: str) -> str:
+def _way_out(prefix: str) -> str:
     if is_remote(prefix):
         return "run python -m data_tools.index where the shards were written, and copy manifest.json and .idx to them"
     return f"run: python -m data_tools.index {prefix or '.'}"

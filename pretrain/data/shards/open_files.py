@@ -1,4 +1,4 @@
-"""Files that stay open between reads, so that a sample costs one `pread` and no `open`."""
+"""Files that stay open between reads, so that reading a sample costs one `pread` and no `open`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Descriptor:
 
 
 class OpenFiles(OrderedDict[Key, Opened]):
-    """What was opened for each key; beyond MOST the least recently used goes. A pickle of it is empty: descriptors mean
-    nothing in another process."""
+    """The open file of each key; beyond MOST, the least recently used is closed. Pickling gives an empty one, because
+    descriptors mean nothing in another process."""
 
-    def opened(self, key: Key, open_it: Callable[[], Opened]) -> Opened:
+    def get_or_open(self, key: Key, open_it: Callable[[], Opened]) -> Opened:
         if key not in self:
             self[key] = open_it()
             if len(self) > MOST:

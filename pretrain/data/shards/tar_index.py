@@ -1,11 +1,11 @@
-"""The index of one shard: where in the tar each member of each sample lies.
+"""The index of one shard: the byte offset of each member of each sample in the tar.
 
 The format is that of DALI's wds2idx: a line `v1.2 SAMPLES`, then one line per sample with `EXTENSION OFFSET SIZE
-NAME` for each member. The format separates by blanks, so names are percent-encoded where they hold white space, a
-percent sign or anything but ASCII. Keys and extensions split as in webdataset: at the first dot of the file name.
+NAME` for each member. Fields are separated by blanks, so white space, percent signs and non-ASCII characters in names
+are percent-encoded. Keys and extensions are split as in webdataset: at the first dot of the file name.
 
-Names are data from outside: they are compared and shown, never used as a path. Members of other endings than
-EXTENSIONS are left out here, so nothing can read them by mistake.
+Names are untrusted: they are compared and printed, never used as paths. Members with endings other than EXTENSIONS do
+not enter the index, so nothing can read them by mistake.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Member(NamedTuple):
 
 
 class ShardIndex:
-    """A parsed .idx: its bytes, and where each line begins. ShardError, naming `where`, if it is damaged."""
+    """A parsed .idx: its bytes, and the start of each line. ShardError, naming `where`, if it is damaged."""
 
     def __init__(self, data: bytes, where: str):
         self.data, self._where = data, where
@@ -46,21 +46,24 @@ class ShardIndex:
         self._ends = np.flatnonzero(np.frombuffer(data, np.uint8) == _NEWLINE)
         self.samples = max(len(self._ends) - 1, 0)
         if not data.endswith(b"\n") or head != [VERSION, str(self.samples).encode()]:
-            self._damaged(f"its first line is not '{VERSION.decode()} {self.samples}', the number of lines after it")
+            self._damaged(
+                f"its first line is not '{VERSION.decode()} {self.samples}', which has the number of lines that follow"
+            )
 
     def members(self, sample: int) -> list[Member]:
-        """The members of one sample that have one of EXTENSIONS, as in the tar."""
+        """The members of one sample with one of EXTENSIONS, in the order of the tar."""
         fields = self._line(sample)
-        found = []
-        for extension, offset, size, name in zip(*(fields[i::4] for i in range(4)), strict=True):
+        members = []
+        for start in range(0, len(fields), 4):
+            extension, offset, size, name = fields[start : start + 4]
             if not (offset.isdecimal() and size.isdecimal()):
-                self._damaged(f"sample {sample} has no number where an offset or a size belongs")
+                self._damaged(f"an offset or a size of sample {sample} is not a number")
             if extension.lower() in EXTENSIONS:
-                found.append(Member(extension.lower(), int(offset), int(size), name))
-        return found
+                members.append(Member(extension.lower(), int(offset), int(size), name))
+        return members
 
     def key(self, sample: int) -> str:
-        """The key of a sample, fit to print: bytes that are not UTF-8 are written as \\xNN."""
+        """The key of a sample, printable: bytes that are not UTF-8 become \\xNN."""
         name = unquote(split_name(self._line(sample)[3])[0], errors="surrogateescape")
         return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
@@ -69,7 +72,7 @@ class ShardIndex:
         line = self.data[self._ends[sample] + 1 : self._ends[sample + 1]]
         fields = line.decode(errors="replace").split()
         if not fields or len(fields) % 4:
-            self._damaged(f"the line of sample {sample} does not have four fields per member")
+            self._damaged(f"the line of sample {sample} lacks the four fields per member")
         return fields
 
     def _damaged(self, reason: str) -> None:
@@ -77,18 +80,18 @@ class ShardIndex:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A member's name -> (key, extension in lower case). A hidden file has the key "" (or one that ends in a slash),
-    a name without a dot the extension ""."""
+    """A member's name -> (key, extension in lower case). The key of a hidden file is "" (or ends in a slash); the
+    extension of a name without a dot is ""."""
     slash = name.rfind("/") + 1
     stem, _, extension = name[slash:].partition(".")
     return name[:slash] + stem if stem else "", extension.lower()
 
 
 def index_shard(path: str | Path) -> ShardIndex:
-    """Reads the headers of a tar, not its contents. ShardError if it is cut off, damaged or no plain tar.
+    """Reads the headers of a tar, not its contents. ShardError if it is truncated, damaged or not a plain tar.
 
-    Links, directories and sparse files are left out. Members of one key make one sample, wherever they stand; of two
-    with the same name the later counts, as in unpacking.
+    Links, directories and sparse files are skipped. Members with the same key make one sample, wherever they are in the
+    tar; the later of two with the same name counts, as in unpacking.
     """
     samples: dict[str, dict[str, str]] = {}
     for member in tar_members(path):
@@ -102,20 +105,20 @@ def index_shard(path: str | Path) -> ShardIndex:
 
 
 def tar_members(path: str | Path) -> Iterator[tarfile.TarInfo]:
-    """Every member of a plain tar, from its headers alone. ShardError, naming the byte, where it is cut off or
-    damaged: tarfile itself ends silently at a bad header, and at the end of a file that lost its last members."""
-    size = end = 0  # end: of the last member that is whole, with its padding
+    """Every member of a plain tar, from its headers alone. ShardError, naming the byte, where it is truncated or
+    damaged: tarfile itself stops silently at a bad header, and at the end of a file that lost its last members."""
+    size = end = 0  # end: of the last complete member, with its padding
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            # `r:` and no other mode: a compressed tar cannot be read by offset.
+            # Only mode `r:`: a compressed tar cannot be read by offset.
             with tarfile.open(str(path), "r:", fileobj=file) as tar:
                 while (member := tar.next()) is not None:
-                    if member.size < 0 or tar.offset <= end:  # an old tarfile would walk backwards for ever
+                    if member.size < 0 or tar.offset <= end:  # an old tarfile would loop backwards forever
                         raise tarfile.ReadError(f"{member.name!r} has a size below 0")
                     if member.offset_data + member.size > size:
                         raise ShardError(
-                            f"{path} is cut off at byte {size}, inside {member.name!r}, which ends at byte "
+                            f"{path} is truncated at byte {size}, inside {member.name!r}, which ends at byte "
                             f"{member.offset_data + member.size}; {_WAY_OUT}"
                         )
                     end = tar.offset
@@ -126,13 +129,13 @@ def tar_members(path: str | Path) -> Iterator[tarfile.TarInfo]:
         if isinstance(error, ShardError):
             raise
         if size < max(end, tarfile.BLOCKSIZE):
-            what = f"is cut off at byte {size}"
+            what = f"is truncated at byte {size}"
         elif end == 0:
-            what = f"is no plain tar (compressed ones cannot be read): {error}"
+            what = f"is not a plain tar (compressed ones cannot be read): {error}"
         else:
             what = f"is damaged after byte {end}: {error}"
         raise ShardError(f"{path} {what}; {_WAY_OUT}") from None
     if len(mark) < tarfile.BLOCKSIZE:
-        raise ShardError(f"{path} is cut off at byte {size}: the end mark is missing; {_WAY_OUT}")
+        raise ShardError(f"{path} is truncated at byte {size}: the end mark is missing; {_WAY_OUT}")
     if any(mark):
         raise ShardError(f"{path} is damaged at byte {end}: there is no tar header; {_WAY_OUT}")

@@ -1,4 +1,4 @@
-"""Remote shards: fetched whole and once, kept in a bounded directory that processes share."""
+"""Remote shards: fetched completely and once, into a bounded directory that processes share."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_shards_come_over_http_once(source, server, tmp_path, ending):
     assert remote.digest == load_manifest(str(source)).digest
     everything = read_all(ShardReader(load_manifest(str(source))))
     assert read_all(ShardReader(remote, tmp_path / "cache")) == everything
-    assert read_all(ShardReader(remote, tmp_path / "cache")) == everything  # another process would find them too
+    assert read_all(ShardReader(remote, tmp_path / "cache")) == everything  # another process would use them too
     names = [f"/0000{number}.{ending}" for number in range(3) for ending in ("idx", "tar")]
     assert sorted(asked) == [*names, "/manifest.json"]
 
@@ -79,11 +79,11 @@ def test_an_interrupted_download_leaves_nothing_behind(source, server, tmp_path)
     with pytest.raises(ShardError, match=r"00001.tar"):
         reader.read(1, 0)
     assert asked.count("/00001.tar") == cache_module.ATTEMPTS
-    with pytest.raises(ShardError, match=r"00001.tar"):  # remembered, not asked for again
+    with pytest.raises(ShardError, match=r"00001.tar"):  # the failure is stored, and the shard is not requested again
         reader.read(1, 1)
     assert asked.count("/00001.tar") == cache_module.ATTEMPTS
     assert not list((tmp_path / "cache").glob(".*"))
-    assert len(list((tmp_path / "cache").glob("*.shard"))) == 1  # the index, which is whole
+    assert len(list((tmp_path / "cache").glob("*.shard"))) == 1  # the index, which is complete
     asked.remove("halve")
     assert ShardReader(reader.manifest, tmp_path / "cache").read(1, 0)["txt"] == b"000010000"
 
@@ -92,14 +92,14 @@ def test_an_interrupted_download_leaves_nothing_behind(source, server, tmp_path)
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("pipe:cat /nowhere/00000.tar", "cannot be fetched"),
-        ("pipe:head -c 10 /dev/zero", "has 10 bytes where its manifest says 2000"),
-        ("pipe:head -c 9000 /dev/zero", "has more bytes where its manifest says 2000: it was replaced"),
-        ("nosuch://host/00000.tar", "cannot be fetched"),
+        ("pipe:cat /nowhere/00000.tar", "cannot fetch"),
+        ("pipe:head -c 10 /dev/zero", "has 10 bytes but its manifest says 2000"),
+        ("pipe:head -c 9000 /dev/zero", "has more bytes but its manifest says 2000: it was replaced"),
+        ("nosuch://host/00000.tar", "cannot fetch"),
         ("https://host/it's/00000.tar", "%27"),
     ],
 )
-def test_what_cannot_be_fetched_is_named(tmp_path, url, words):
+def test_a_failed_fetch_is_named(tmp_path, url, words):
     with pytest.raises(ShardError, match=words):
         ShardCache(tmp_path, 1.0).open(url, 2000)
     assert not list(tmp_path.glob("*.shard")) and not list(tmp_path.glob(".*"))
@@ -114,7 +114,7 @@ def test_s3_goes_through_the_aws_command(tmp_path, monkeypatch):
 
 
 def test_secrets_in_a_url_are_not_shown():
-    assert cache_module.shown("https://me:secret@host/a.tar?token=secret") == "https://host/a.tar"
+    assert cache_module.redact("https://me:secret@host/a.tar?token=secret") == "https://host/a.tar"
 
 
 def blob(directory: Path, name: str, size: int) -> str:
@@ -126,26 +126,26 @@ def test_the_least_recently_used_is_evicted_and_the_cache_stays_bounded(tmp_path
     cache = ShardCache(tmp_path / "cache", 2500 / 2**30)
     urls = [blob(tmp_path, f"{i}.tar", 1000) for i in range(4)]
 
-    def held() -> list[str]:
+    def cached_shards() -> list[str]:
         return sorted(path.read_bytes()[:1].decode() for path in (tmp_path / "cache").glob("*.shard"))
 
-    for turn, i in enumerate((0, 1, 0, 2)):  # 0 is used again, so 1 has to go
+    for turn, i in enumerate((0, 1, 0, 2)):  # 0 is used again, so 1 is evicted
         os.close(cache.open(urls[i], 1000))
-        for path in (tmp_path / "cache").glob("*.shard"):  # clocks are coarse: an hour between two uses
+        for path in (tmp_path / "cache").glob("*.shard"):  # clocks are coarse, so an hour between two uses
             stat = path.stat()
             os.utime(path, (stat.st_mtime - 3600, stat.st_mtime - 3600))
-        assert len(held()) <= 2, turn
-    assert held() == ["0", "2"]
+        assert len(cached_shards()) <= 2, turn
+    assert cached_shards() == ["0", "2"]
     assert not caplog.records
     os.close(cache.open(urls[3], 1000))
     os.close(cache.open(urls[1], 1000))
     os.close(cache.open(urls[0], 1000))
     assert "cache_gib" in caplog.text and "too small" in caplog.text
-    with pytest.raises(ValueError, match=r"loading.cache_gib=.* is smaller than the one shard"):
+    with pytest.raises(ValueError, match=r"loading.cache_gib=.* is smaller than a single shard"):
         cache.open(urls[0], 5000)
 
 
-def test_what_a_killed_process_left_is_swept_or_taken_over(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed_or_reused(tmp_path):
     cache = ShardCache(tmp_path / "cache", 2500 / 2**30)
     url = blob(tmp_path, "a.tar", 1000)
     half = beside(cache._path(url, " 1000"))
@@ -156,7 +156,7 @@ def test_what_a_killed_process_left_is_swept_or_taken_over(tmp_path):
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir() if path.name != "lock") == [".shard"]
 
 
-def test_a_file_that_the_disk_cut_short_is_fetched_again(tmp_path):
+def test_a_truncated_file_is_fetched_again(tmp_path):
     cache, url = ShardCache(tmp_path / "cache", 1.0), blob(tmp_path, "a.tar", 1000)
     os.close(cache.open(url, 1000))
     (path,) = (tmp_path / "cache").glob("*.shard")
@@ -189,11 +189,11 @@ def hammer_together(*arguments) -> None:
 def test_several_processes_share_a_cache_that_is_too_small(tmp_path):
     urls = [blob(tmp_path, f"{i}.tar", 1000) for i in range(5)]
     hammer_together(tmp_path / "cache", urls, 3500 / 2**30, 12)
-    assert len(list((tmp_path / "cache").glob("*.shard"))) <= 3 + 3  # the bound, and downloads that were in flight
+    assert len(list((tmp_path / "cache").glob("*.shard"))) <= 3 + 3  # the limit, and downloads in progress
     assert not list((tmp_path / "cache").glob(".*"))
 
 
-def test_processes_that_want_one_shard_fetch_it_once(tmp_path):
+def test_processes_that_need_the_same_shard_fetch_it_once(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"a" * 1000)
     count = tmp_path / "count"
     url = f"pipe:echo x >> {shlex.quote(str(count))}; sleep 0.3; cat {shlex.quote(str(tmp_path / 'a.tar'))}"

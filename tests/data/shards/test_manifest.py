@@ -1,4 +1,4 @@
-"""Patterns of shards and the manifests they find, local and remote, good and damaged."""
+"""Patterns of shards and their manifests, local and remote, good and damaged."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_the_digest_moves_with_content_and_not_with_the_place(source, tmp_path):
     ("pattern", "words"),
     [
         ("$NOT_SET_ANYWHERE/x", r"uses \$NOT_SET_ANYWHERE, which is not set"),
-        ("{source}/nothing_here", "nothing found"),
-        ("{source}/x*.tar", "nothing found"),
+        ("{source}/nothing_here", "nothing matches"),
+        ("{source}/x*.tar", "nothing matches"),
         ("{source}/00009.tar", r"00009.tar is not in .*run: python -m data_tools.index"),
         ("{parent}", r"has no manifest.json; run: python -m data_tools.index"),
         ("{source}/{{00000..00001.tar", "braces"),
@@ -88,15 +88,15 @@ def test_a_damaged_manifest_is_refused(source, change):
     content = json.loads((source / "manifest.json").read_bytes())
     change(content)
     (source / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"manifest.json cannot be used .*run: python -m data_tools.index"):
+    with pytest.raises(ValueError, match=r"cannot use .*manifest.json .*run: python -m data_tools.index"):
         load_manifest(str(source))
     (source / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="cannot be used"):
+    with pytest.raises(ValueError, match="cannot use"):
         load_manifest(str(source))
 
 
 def test_a_remote_manifest_cannot_smuggle_a_command(tmp_path):
     manifest = Manifest((Shard("x;touch hacked;.tar", 1, 10),))
     (tmp_path / "manifest.json").write_bytes(manifest.to_json())
-    with pytest.raises(ValueError, match="no name of a shard"):
+    with pytest.raises(ValueError, match="not a valid shard name"):
         load_manifest(f"pipe:cat {tmp_path}/*.tar")

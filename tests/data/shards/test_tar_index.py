@@ -1,4 +1,4 @@
-"""The index of one shard: its format, what it leaves out, and tars that are cut off, damaged or hostile."""
+"""The index of one shard: its format, what it omits, and tars that are truncated, damaged or hostile."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_name_that_is_not_utf8_still_has_a_printable_key(tmp_path):
     assert index_shard(path).key(0) == "caf\\xe9"
 
 
-def test_only_pictures_texts_and_json_are_kept_and_links_are_not(tmp_path):
+def test_only_pictures_texts_and_json_are_indexed(tmp_path):
     members = [
         ("a.JPG", b"1"),
         ("a.pyd", b"evil"),
@@ -82,13 +82,13 @@ def test_split_name_is_webdatasets():
 @pytest.mark.parametrize(
     ("keep", "words"),
     [
-        (0, "cut off at byte 0"),
-        (300, "cut off at byte 300"),
-        (512 + 100, "cut off at byte 612, inside 'a.jpg', which ends at byte 1212"),
-        (512 + 700, "cut off at byte 1212"),  # the content is whole, its padding is not
-        (1536, "cut off at byte 1536: the end mark is missing"),  # exactly between two members
-        (1536 + 200, "cut off at byte 1736"),
-        (3 * 1024, "cut off at byte 3072: the end mark is missing"),
+        (0, "truncated at byte 0"),
+        (300, "truncated at byte 300"),
+        (512 + 100, "truncated at byte 612, inside 'a.jpg', which ends at byte 1212"),
+        (512 + 700, "truncated at byte 1212"),  # the content is complete, its padding is not
+        (1536, "truncated at byte 1536: the end mark is missing"),  # exactly between two members
+        (1536 + 200, "truncated at byte 1736"),
+        (3 * 1024, "truncated at byte 3072: the end mark is missing"),
     ],
 )
 def test_a_tar_that_is_cut_off_is_refused_by_name_and_byte(tmp_path, keep, words):
@@ -99,7 +99,7 @@ def test_a_tar_that_is_cut_off_is_refused_by_name_and_byte(tmp_path, keep, words
     assert str(path) in str(error.value)
 
 
-def test_a_damaged_header_is_refused_though_tarfile_takes_it_for_the_end(tmp_path):
+def test_a_damaged_header_is_refused_though_tarfile_stops_silently(tmp_path):
     path = write_tar(tmp_path / "a.tar", {"a.jpg": b"x", "b.jpg": b"y", "c.jpg": b"z"})
     data = bytearray(path.read_bytes())
     data[1024 + 148 : 1024 + 156] = b"0000000\0"  # the checksum of b.jpg
