@@ -28,6 +28,7 @@ from tests.toy_models import CODES, RELEASED, VQ, encoder, encoder_of, random_ba
 
 CONFIG = RELEASED
 
+
 def weights(cfg: MultiwayConfig = CONFIG, experts=("vision", "language")) -> dict[str, torch.Tensor]:
     """A task's tensors: the encoder, both masked heads and the contrastive head."""
     state = {f"encoder.{key}": value for key, value in encoder(cfg, experts).state_dict().items()}

@@ -126,7 +126,9 @@ def test_a_tied_text_head_has_the_text_embeddings_matrix_and_adds_to_its_gradien
     assert "objectives.masked.text.weight" not in names and "objectives.masked.text.bias" in names
     b = batch()
     task(b)["loss"].backward()
-    used = set(torch.cat([ids.flatten() for ids in (b.pair_inputs, b.text_inputs, b.pair_tokens, b.text_tokens)]).tolist())
+    used = set(
+        torch.cat([ids.flatten() for ids in (b.pair_inputs, b.text_inputs, b.pair_tokens, b.text_tokens)]).tolist()
+    )
     unused = [row for row in range(PAPER.vocab_size) if row not in used]
     assert table.grad[unused].abs().sum() > 0, "the softmax reaches words that are in no text"
 

@@ -82,7 +82,13 @@ def test_what_changes_no_number_may_change():
 
 def test_a_field_that_the_old_program_did_not_know_had_its_default():
     then = noted()
-    del then["drop_path"], then["trainable"], then["task"], then["model"]["key_bias"], then["objectives"][0]["text_ratio"]
+    del (
+        then["drop_path"],
+        then["trainable"],
+        then["task"],
+        then["model"]["key_bias"],
+        then["objectives"][0]["text_ratio"],
+    )
     plain = replace(VISION, drop_path=0.0)
     assert differences(then, RECIPE, plain) == {}
     now = replace(plain, model=replace(PAPER, key_bias=False), objectives=(replace(MASKED, text_ratio=0.3),))

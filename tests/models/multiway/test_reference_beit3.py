@@ -52,7 +52,9 @@ def test_outputs_and_gradients_equal_the_reference(models, kind, masked, padded)
     # The reference takes the same sequences in up to three passes.
     expected: dict[str, torch.Tensor] = {}
     if images:
-        expected["images"] = reference(visual_tokens=other[:images], vision_masked_position=masks[:images])["encoder_out"]
+        expected["images"] = reference(visual_tokens=other[:images], vision_masked_position=masks[:images])[
+            "encoder_out"
+        ]
     if pairs:
         out = reference(
             textual_tokens=pair_ids,

@@ -14,13 +14,12 @@ from pretrain.models.visual_tokenizer.teachers import (
     ClipTeacher,
     Encoder,
     EncoderTeacher,
-    PixelTeacher,
     Pixels,
+    PixelTeacher,
     onto_grid,
 )
 from pretrain.tasks.tokenizer import TrainTokenizer
 from tests.toy_models import PAPER, PATCHES, VQ, encoder, pictures
-
 
 # ---- pixels
 
