@@ -46,7 +46,7 @@ def pictures(count: int, size: int = 32, seed: int = 0) -> Tensor:
 def random_batch(
     layout: Layout, seed: int = 0, *, cfg: MultiwayConfig = PAPER, padded: bool = True, drop_path: bool = False
 ) -> Batch:
-    """With hidden patches and words, and their targets; `padded`: texts of many lengths; `drop_path`: with its draws."""
+    """With hidden patches and words and their targets; `padded`: texts of many lengths; `drop_path`: with its draws."""
     made = torch.Generator().manual_seed(seed)
     count = layout.images + layout.pairs
 

@@ -24,9 +24,7 @@ COMMON: dict[str, Any] = {
     "mix": {"images": ImageShards("images")}, "batch": BatchSize(images=8), "optim": Optim(), "steps": 3,
 }  # fmt: skip
 MASKED = MaskedData(image_codes=CODES)
-VISION = Stage(
-    **COMMON, objectives=(MASKED,), experts=("vision",), visual_tokenizer="tokenizer", drop_path=0.2
-)  # fmt: skip
+VISION = Stage(**COMMON, objectives=(MASKED,), experts=("vision",), visual_tokenizer="tokenizer", drop_path=0.2)
 TOKENIZER = Stage(**COMMON, model=VQ, task=TrainTokenizer())
 RECIPE = Recipe("toy", PAPER, {"vision": VISION, "tokenizer": TOKENIZER})
 # What the program of before 2026-11-28 (a3aa293) noted of these two stages; its model had image_codes=12, drop_path=0.1
