@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from benchmarks.throughput import run, write_shards, write_visual_tokenizer
-from data_tools.encode_images import encode_directory, load_encoder
 from pretrain import command
 from pretrain.command import about, write
 from pretrain.config import Recipe, Stage
 from pretrain.data.sources import TextShards
+from pretrain.encode_images import encode_directory, load_encoder
 from pretrain.recipes import load_recipe
 from pretrain.settings import fill_variables
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from benchmarks.record import machine
 from data_tools.download import find_python
-from data_tools.fetch.attempt import ROOT
+from data_tools.fetch.run_img2dataset import ROOT
 from pretrain.command import about, run, write
 
 _ALONE = """\

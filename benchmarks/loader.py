@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_tools.index import index_directory
 from pretrain.command import about, run, write
 from pretrain.data.loader import Loader, Loading, Mixture
 from pretrain.data.masking import Masking, mask_image
 from pretrain.data.micro_batches import View
+from pretrain.data.shards.indexing import index_directory
 from pretrain.data.shards.reader import BadSample, ShardReader, load_manifest
 from pretrain.data.sources import ImageShards, PairShards, picture
 from pretrain.data.text_tokenizer import TextTokenizer

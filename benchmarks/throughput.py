@@ -29,12 +29,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_tools.index import index_directory
 from data_tools.train_text_tokenizer import train as train_text_tokenizer
 from pretrain import command
 from pretrain.checkpoint.weights import WEIGHTS, write_weights
 from pretrain.command import about, write
 from pretrain.config import Recipe, Stage, to_json
+from pretrain.data.shards.indexing import index_directory
 from pretrain.distributed import barrier, device, rank, world_size
 from pretrain.layers import PLAIN
 from pretrain.metrics import Throughput

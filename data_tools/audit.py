@@ -15,9 +15,9 @@ from pathlib import Path
 
 from data_tools.audit_page.facts import gather
 from data_tools.audit_page.page import page
-from data_tools.command import add_directories, add_workers, make_parser, run
-from data_tools.index import write_atomically
 from data_tools.lists.languages import detector
+from pretrain.command import add_directories, add_workers, make_parser, run
+from pretrain.files import write_file
 
 
 def audit(directories: list[Path], out: Path, *, seed: int = 0, samples: int = 60, workers: int = 1) -> int:
@@ -32,12 +32,12 @@ def audit(directories: list[Path], out: Path, *, seed: int = 0, samples: int = 6
     facts = gather(directories, seed=seed, wall=samples, workers=workers, detect=detect)
     html = page(directories, facts, seed).encode()
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, html)
+    write_file(out, html)
     return len(html)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser("audit", __doc__, "data/cc12m --out audit.html --workers 8")
+    parser = make_parser("data_tools.audit", __doc__, "data/cc12m --out audit.html --workers 8")
     add_directories(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the page")
     parser.add_argument("--samples", type=int, default=60, metavar="N", help="drawn at random, to show (%(default)s)")

@@ -27,12 +27,12 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.command import add_directories, add_workers, make_parser, run
-from data_tools.index import complete_shards
 from data_tools.pictures.contact_sheet import Pair, write_contact_sheet
 from data_tools.pictures.hashes import Hashes, hash_shards, look_alike
 from data_tools.pictures.near import keep_first
 from data_tools.shards.steps import Drop, Step, read_drops, write_drops, write_step
+from pretrain.command import add_directories, add_workers, make_parser, run
+from pretrain.data.shards.indexing import complete_shards
 
 NAME = "dedup"
 EXACT, NEAR = "exact_duplicate", "near_duplicate"
@@ -190,7 +190,7 @@ def _show(parts: list[Hashes], found: Found, path: Path, most: int) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser("dedup", __doc__, "data/cc12m --distance 4 --show pairs.png")
+    parser = make_parser("data_tools.dedup", __doc__, "data/cc12m --distance 4 --show pairs.png")
     add_directories(parser)
     parser.add_argument(
         "--distance", type=int, default=DISTANCE, metavar="BITS", help="of 64 that may differ (%(default)s)"

@@ -22,14 +22,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data_tools.command import add_workers, make_parser, run
-from data_tools.fetch.attempt import ROOT, Run, download_slice
 from data_tools.fetch.guarded_fetch import Limits
 from data_tools.fetch.reasons import SUCCESS
-from data_tools.fetch.slices import WORK, Listed, Slice, agree, alone, published, write_list
-from data_tools.index import index_directory, write_atomically
+from data_tools.fetch.run_img2dataset import ROOT, Run, download_slice
+from data_tools.fetch.slices import WORK, Slice, SliceShards, owned_slice, write_list
 from data_tools.lists.reading import EXTRA, PRESETS, fingerprint, open_list
 from data_tools.shards.steps import STEPS, Step, write_step
+from pretrain.command import add_workers, make_parser, run
+from pretrain.data.shards.indexing import index_directory
+from pretrain.files import write_file, write_json
 
 # img2dataset writes its own width and height.
 _OF_LIST = ("list", "fingerprint", "preset", "url_col", "caption_col")
@@ -57,28 +58,28 @@ def download(args: argparse.Namespace, part: Slice) -> None:
     """Makes the slice `part`, and notes what became of each of its rows in its done.json."""
     run = Run(find_python(), _arguments(args), _limits(args), args.max_pixels, args.stall_seconds)
     rows = open_list(args.list, args.preset, args.url_col, args.caption_col)
-    agree(part.out, _plan(args, part))
-    with alone(part):
+    with owned_slice(part, _plan(args, part)):
         start = time.monotonic()
-        listed = write_list(rows, part)
+        shards = write_list(rows, part)
         passed_on = [name for name in rows.columns if name in _PASSED_ON]
         run.img2dataset["save_additional_columns"] = passed_on
-        before = len(published(part, listed))
-        counts = download_slice(run, part, listed)
-        assert counts.total() == listed.kept, (counts, listed)
-        _write_done(part, listed, counts)
+        before, kept = len(shards.published()), shards.listed.kept
+        counts = download_slice(run, shards)
+        assert counts.total() == kept, (counts, shards)
+        _write_done(shards, counts)
         seconds = time.monotonic() - start
-    made = len(published(part, listed)) - before
-    speed = f", {made} of them now, {listed.kept / seconds:.0f} img/s" if made and not before else ""
-    print(f"{part.out}: slice {part.number}/{part.slices} is done, {len(published(part, listed))} shards{speed}")
+    made = len(shards.numbers) - before
+    speed = f", {made} of them now, {kept / seconds:.0f} img/s" if made and not before else ""
+    print(f"{part.out}: slice {part.number}/{part.slices} is done, {len(shards.numbers)} shards{speed}")
 
 
-def _write_done(part: Slice, listed: Listed, counts: Counter[str]) -> None:
+def _write_done(shards: SliceShards, counts: Counter[str]) -> None:
+    listed = shards.listed
     content = {
         "list": {"rows": listed.rows, "kept": listed.kept, "dropped": listed.dropped},
         "download": {"rows": listed.kept, "kept": counts[SUCCESS], "dropped": _without_success(counts)},
     }
-    write_atomically(part.done, json.dumps(content, indent=1).encode())
+    write_json(shards.part.done, content)
 
 
 def _without_success(counts: Counter[str]) -> dict[str, int]:
@@ -127,7 +128,7 @@ def carry_steps(lists: list[Path], out: Path) -> None:
     for home in dict.fromkeys(path if path.is_dir() else path.parent for path in lists):
         for record in sorted((home / STEPS).glob("*.json")):
             (out / STEPS).mkdir(parents=True, exist_ok=True)
-            write_atomically(out / STEPS / record.name, record.read_bytes())
+            write_file(out / STEPS / record.name, record.read_bytes())
 
 
 def _plan(args: argparse.Namespace, part: Slice) -> dict[str, Any]:
@@ -186,7 +187,9 @@ def _slice(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser("download", __doc__, "--list cc12m.tsv --preset cc12m --out data/cc12m --workers 16")
+    parser = make_parser(
+        "data_tools.download", __doc__, "--list cc12m.tsv --preset cc12m --out data/cc12m --workers 16"
+    )
     add = parser.add_argument
     add("--list", nargs="+", type=Path, metavar="FILE", help="the list: files, or directories of them")
     add(

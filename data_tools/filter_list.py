@@ -33,13 +33,13 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
-from data_tools.command import make_parser, run
 from data_tools.lists.filters import Filter, ListSettings, chosen, shown
-from data_tools.lists.parts import SCHEMA, Judged, Parts, dropped_path, home, work_path
+from data_tools.lists.parts import SCHEMA, Judged, dropped_path, home, owned_parts, work_path
 from data_tools.lists.reading import EXTRA, PRESETS, REASONS, List, fingerprint, open_list
 from data_tools.lists.url_set import UrlSet
 from data_tools.shards.step_table import step_table
 from data_tools.shards.steps import Step, read_steps, write_step
+from pretrain.command import make_parser, run
 
 STEP = "filter_list"
 DUPLICATE = "duplicate_url"
@@ -80,24 +80,24 @@ def filter_list(
     used = {"out": out.name, "list": fingerprint(inputs), **read, "filters": order, **_told(settings)}
     if (done := _done(out, used, overwrite=overwrite)) is not None:
         return done, False
-    parts = Parts(out, {**used, "part": part}, overwrite=overwrite)
-    counts = parts.done()
-    total = math.ceil(rows.rows / part)
-    seen = UrlSet() if settings.unique_urls else None
-    if seen is not None and len(counts) < total:
-        for urls in (urls for number in range(len(counts)) for urls in parts.urls(number)):
-            seen.add(urls)
-    skip = sum(each["rows"] for each in counts)
-    with tqdm(total=rows.rows, initial=skip, desc=f"filtering to {out.name}", unit=" rows", disable=None) as bar:
-        for number in range(len(counts), total):
-            judged = _judged(_taken(rows, number * part, (number + 1) * part), filters)
-            counts.append(parts.write(number, _watched(judged, seen, bar), schema_of(rows.columns)))
-    totals = sum(counts, Counter[str]())
-    dropped = {name: totals[name] for name in (*REASONS, *order) if totals[name]}
-    parts.publish(len(counts))
-    step = Step(STEP, totals["rows"], totals["kept"], dropped, used, inputs, unit="rows")
-    write_step(home(out), STEP, step)
-    parts.remove()
+    with owned_parts(out, {**used, "part": part}, overwrite=overwrite) as parts:
+        counts = parts.done()
+        total = math.ceil(rows.rows / part)
+        seen = UrlSet() if settings.unique_urls else None
+        if seen is not None and len(counts) < total:
+            for urls in (urls for number in range(len(counts)) for urls in parts.urls(number)):
+                seen.add(urls)
+        skip = sum(each["rows"] for each in counts)
+        with tqdm(total=rows.rows, initial=skip, desc=f"filtering to {out.name}", unit=" rows", disable=None) as bar:
+            for number in range(len(counts), total):
+                judged = _judged(_taken(rows, number * part, (number + 1) * part), filters)
+                counts.append(parts.write(number, _watched(judged, seen, bar), schema_of(rows.columns)))
+        totals = sum(counts, Counter[str]())
+        dropped = {name: totals[name] for name in (*REASONS, *order) if totals[name]}
+        parts.publish(len(counts))
+        step = Step(STEP, totals["rows"], totals["kept"], dropped, used, inputs, unit="rows")
+        write_step(home(out), STEP, step)
+        parts.remove()
     return step, True
 
 
@@ -197,7 +197,7 @@ def read_domains(path: Path) -> tuple[str, ...]:
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(
-        "filter_list",
+        "data_tools.filter_list",
         __doc__,
         "--list laion.parquet --preset laion --min-similarity 0.3 "
         "--max-punsafe 0.1 --max-pwatermark 0.8 --min-side 200 --max-aspect 3 --unique-urls --out clean/kept.parquet",

@@ -28,13 +28,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_tools.command import add_workers, make_parser, run
-from data_tools.index import complete_shards, map_in_order, stats_path
 from data_tools.pictures.filters import REASONS, REPEATED, Measures, PictureSettings, measure, reasons
 from data_tools.pictures.hashes import caption_hash
 from data_tools.shards.samples import make_table, samples_of
 from data_tools.shards.step_table import step_table
 from data_tools.shards.steps import Drop, Step, write_drops, write_step
+from pretrain.command import add_workers, make_parser, run
+from pretrain.data.shards.indexing import complete_shards, map_in_order, stats_path
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES
 from pretrain.data.shards.tar_index import Member
 
@@ -169,7 +169,7 @@ def _measure_member(file: BinaryIO, picture: Member) -> Measures:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser("filter_shards", __doc__, "data/cc12m --min-side 200 --workers 8")
+    parser = make_parser("data_tools.filter_shards", __doc__, "data/cc12m --min-side 200 --workers 8")
     parser.add_argument("directory", type=Path, metavar="DIR", help="holds 00000.tar, 00001.tar, ...")
     for name, kind, metavar, text in (
         ("min_side", int, "PIXELS", "shorter side"),

@@ -22,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data_tools.command import add_directories, add_workers, make_parser, run
 from data_tools.dedup import check_directories, check_distance
-from data_tools.index import complete_shards
 from data_tools.pictures.evaluation_set import EvaluationSet, read_evaluation_set
 from data_tools.pictures.hashes import FOLDER, Hashes, hash_shards, look_alike
 from data_tools.pictures.near import nearest
 from data_tools.shards.steps import Drop, Step, write_drops, write_step
+from pretrain.command import add_directories, add_workers, make_parser, run
+from pretrain.data.shards.indexing import complete_shards
 
 NAME = "leaks"
 DISTANCE, LEAST_WORDS = 6, 6
@@ -123,7 +123,7 @@ def _named(values: list[str], option: str) -> dict[str, Path]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser("leaks", __doc__, "data/cc12m --against coco=coco/val2014 --against f30k=flickr30k")
+    parser = make_parser("data_tools.leaks", __doc__, "data/cc12m --against coco=coco/val2014 --against f30k=flickr30k")
     add_directories(parser)
     parser.add_argument(
         "--against", action="append", required=True, metavar="NAME=PATH", help="a folder of pictures, or of shards"

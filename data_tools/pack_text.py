@@ -23,9 +23,9 @@ import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
-from data_tools.command import add_workers, make_parser, run
 from data_tools.text.clean import TextRules
 from data_tools.text.packing import Packed, Packing, pack, too_long_hint
+from pretrain.command import add_workers, make_parser, run
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _RULES = ", ".join(f"{name}={value:g}" for name, value in asdict(TextRules()).items())
@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(
-        "pack_text",
+        "data_tools.pack_text",
         __doc__,
         "wiki/ books/ --tokenizer text.model --language en --budget 3B --out data/texts --workers 16",
     )

@@ -11,18 +11,12 @@ the whole way, and OUT/steps/rewrite.parquet lists what had to be left out here.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
-import json
-import multiprocessing
-import os
 import shutil
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,12 +25,14 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_tools.command import add_directories, add_workers, make_parser, run
-from data_tools.index import complete_shards, index_directory, write_atomically
+from data_tools.ownership import DONE, end_with_parent, owned
 from data_tools.pictures.recode import FORMATS, Recode
 from data_tools.shards.rewrite_plan import Plan, make_plan
 from data_tools.shards.rewrite_shard import NewShard, write_shard
 from data_tools.shards.steps import STEPS, Step, read_drops, read_steps, write_drops, write_step
+from pretrain.command import add_directories, add_workers, make_parser, run
+from pretrain.data.shards.indexing import complete_shards, index_directory
+from pretrain.files import WRITING, sweep, write_json
 
 VERSION = 1
 STAMP, WORK = "rewrite.json", ".rewrite"  # of OUT: what was asked for, and what is removed in the end
@@ -90,66 +86,30 @@ def rewrite(inputs: list[Path], out: Path, settings: Settings, drops: list[Path]
         "drops": [hashlib.sha256(path.read_bytes()).hexdigest() for path in drops],
         **asdict(settings),
     }
-    with _claimed(out, asked) as done:
-        if done is None:
+    with _owned_out(out, asked) as done:
+        if fresh := done is None:
+            sweep(out)
             tars = [[Path(shard.url) for shard in manifest.shards] for manifest in manifests]
             plan = _plan(inputs, tars, out, settings, drops, workers)
             _write_all([path for part in tars for path in part], plan, out, settings, workers)
             done = _finish(inputs, drops, out, settings, plan)
-            write_atomically(out / STAMP, json.dumps(asked | {"done": done}, indent=1).encode())
-            fresh = True
-        else:
-            fresh = False
+            write_json(out / STAMP, asked | {DONE: done})
         shutil.rmtree(out / WORK, ignore_errors=True)
     step = read_steps(out)[done["step"]]
     return Rewritten(step, len(complete_shards(out)[0]), done["notes"], fresh)
 
 
-@contextmanager
-def _claimed(out: Path, asked: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
-    """Makes `out` the home of this rewriting and of no other process; yields what was noted when it was finished."""
-    stamp = out / STAMP
-    if stamp.exists():
-        try:
-            there = json.loads(stamp.read_bytes())
-        except ValueError:
-            there = {}
-        done = there.get("done")
-        changed = [name for name in asked if there.get(name) != asked[name]]
-        if changed and any(out.glob("*.tar")):
-            names = ", ".join(changed)
-            raise ValueError(f"{out} holds shards of another rewriting (other {names}); choose another --out")
-        if changed:  # nothing was written: a mistake was found first
-            shutil.rmtree(out / WORK, ignore_errors=True)
-    else:
-        done, changed = None, ["everything"]
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"{out} holds files of something else; choose an empty directory for --out")
-        out.mkdir(parents=True, exist_ok=True)
-    if changed:
-        done = None
-        write_atomically(stamp, json.dumps(asked, indent=1).encode())
-    if done is not None:
-        yield done
-        return
-    (out / WORK).mkdir(exist_ok=True)
-    with (out / WORK / "lock").open("w") as lock:
-        _lock(lock, out)
-        for left in (*out.glob(".*.writing"), *out.glob(".*.tmp")):  # by processes that were killed
-            left.unlink(missing_ok=True)
-        yield None
-
-
-def _lock(lock, out: Path) -> None:
-    """Workers of a killed process hold its lock until they notice."""
-    deadline = time.monotonic() + LOCK_SECONDS
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ValueError(f"another process is writing to {out}; wait for it, or end it") from None
-            time.sleep(0.1)
+def _owned_out(out: Path, asked: dict[str, Any]) -> AbstractContextManager[dict[str, Any] | None]:
+    """Gives what was noted when this rewriting was finished."""
+    return owned(
+        out,
+        asked,
+        stamp=out / STAMP,
+        work=out / WORK,
+        stranger=lambda: out.exists() and any(not path.name.endswith((WORK, WRITING)) for path in out.iterdir()),
+        restart=lambda: not any(out.glob("*.tar")),  # nothing was written: a mistake came to light first
+        patience=LOCK_SECONDS,
+    )
 
 
 def _plan(
@@ -204,25 +164,13 @@ def _written(jobs: list[NewShard], workers: int) -> Iterator[NewShard]:
     if min(workers, len(jobs)) <= 1:
         yield from map(write_shard, jobs)
         return
-    with ProcessPoolExecutor(min(workers, len(jobs)), initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), initializer=end_with_parent) as pool:
         try:
             for future in as_completed([pool.submit(write_shard, job) for job in jobs]):
                 yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _end_with_parent() -> None:
-    """A killed tool must leave no worker behind that writes beside its successor."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _finish(inputs: list[Path], drops: list[Path], out: Path, settings: Settings, plan: Plan) -> dict[str, Any]:
@@ -276,7 +224,7 @@ def _counts(counts) -> str:
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = make_parser(
-        "rewrite",
+        "data_tools.rewrite",
         __doc__,
         "data/cc12m --drop data/cc12m/drops/*.parquet --out data/clean --max-side 256 --shuffle-seed 0",
     )

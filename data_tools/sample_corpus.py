@@ -24,12 +24,13 @@ from pathlib import Path
 import pyarrow as pa
 from tqdm import tqdm
 
-from data_tools.command import add_workers, make_parser, run
 from data_tools.drawn.captions import write_document
 from data_tools.drawn.pairs import distinguishable, pair, sample_rng
 from data_tools.drawn.scenes import Scene, draw_scene, encode_jpeg, random_scene
-from data_tools.index import index_directory, map_in_order, stats_path, write_atomically
 from data_tools.shards.writer import ShardWriter
+from pretrain.command import add_workers, make_parser, run
+from pretrain.data.shards.indexing import index_directory, map_in_order, stats_path
+from pretrain.files import write_json
 
 VERSION = 1  # another drawing or another wording is another corpus
 STAMP = "sample_corpus.json"
@@ -196,7 +197,7 @@ def _claim(out: Path, corpus: Corpus, *, overwrite: bool) -> None:
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"out={out} is wrong because files of somebody else are there; choose an empty directory")
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(stamp, (json.dumps(mine, indent=2) + "\n").encode())
+    write_json(stamp, mine)
 
 
 def _remove_shards(out: Path) -> None:
@@ -209,7 +210,7 @@ def _remove_shards(out: Path) -> None:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser("sample_corpus", __doc__, "--out runs/quickstart/corpus --pairs 12000 --workers 4")
+    parser = make_parser("data_tools.sample_corpus", __doc__, "--out runs/quickstart/corpus --pairs 12000 --workers 4")
     parser.add_argument("--out", type=Path, required=True, metavar="OUT", help="a new directory")
     for name, text in (
         ("pairs", "pictures with captions to train on"),

@@ -18,12 +18,12 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from data_tools.command import make_parser, run
-from data_tools.index import write_atomically
 from data_tools.text.documents import Input, find_inputs, kind_of, read_blocks, text_of_document
+from pretrain.command import make_parser, run
 from pretrain.data.shards.reader import BadSample, Manifest, ShardReader, load_manifest
 from pretrain.data.sources import TEXT, text_of
 from pretrain.data.text_tokenizer import OFFSET
+from pretrain.files import write_file
 
 # The trainer drops sentences above 4192 bytes; documents are cut before that, at a space where there is one.
 MAX_CHARACTERS = 1000
@@ -50,7 +50,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(
-        "train_text_tokenizer", __doc__, "data/pairs data/wiki.jsonl.gz --vocab-size 64000 --out data/text.model"
+        "data_tools.train_text_tokenizer",
+        __doc__,
+        "data/pairs data/wiki.jsonl.gz --vocab-size 64000 --out data/text.model",
     )
     parser.add_argument(
         "inputs",
@@ -117,7 +119,7 @@ def train(
         )
     except RuntimeError as error:
         raise _explained(error, vocab_size, inputs) from None
-    write_atomically(out, model.getvalue())
+    write_file(out, model.getvalue())
     print(f"{out}: {vocab_size} pieces, {vocab_size + OFFSET + 1} ids with <pad> and <mask>")
 
 

@@ -19,8 +19,8 @@ from typing import BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from data_tools.command import add_directories, add_workers, make_parser, run
-from data_tools.index import complete_shards, map_in_order, stats_path
+from pretrain.command import add_directories, add_workers, make_parser, run
+from pretrain.data.shards.indexing import complete_shards, map_in_order, stats_path
 from pretrain.data.shards.manifest import MANIFEST, Shard, read_manifest
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, ShardError
 from pretrain.data.shards.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, index_shard, split_name, tar_members
@@ -199,7 +199,7 @@ def _fit(key: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser("verify", __doc__, "data/cc12m --decode --json findings.json")
+    parser = make_parser("data_tools.verify", __doc__, "data/cc12m --decode --json findings.json")
     add_directories(parser)
     parser.add_argument("--kind", choices=KINDS, default="auto", help="what each sample must hold (%(default)s)")
     parser.add_argument("--decode", action="store_true", help="decode every picture, not only its header")

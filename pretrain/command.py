@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +22,16 @@ def make_parser(name: str, description: str | None, example: str) -> argparse.Ar
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"example: {command} {example}",
     )
+
+
+def add_directories(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="holds 00000.tar, 00001.tar, ...")
+
+
+def add_workers(parser: argparse._ActionsContainer, most: int = 8) -> None:
+    """`most`: the default on a machine of many cores."""
+    cores = min(most, os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes (%(default)s)")
 
 
 def run(action: Callable[[], int | None], *, left: str) -> int:

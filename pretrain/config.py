@@ -8,12 +8,12 @@ from typing import Any
 from pretrain.contracts import Evaluation, Model, Objective, Source, Task
 from pretrain.data.loader import Loading
 from pretrain.data.masking import Masking, combine
+from pretrain.data.micro_batches import KINDS, slot_problem
 from pretrain.data.transforms import ImageTransform
 from pretrain.optim import Optim
 from pretrain.parallel.sizes import Parallel
 from pretrain.tasks.pretrain import Pretrain
 
-KINDS = ("images", "pairs", "texts", "dual")
 MAX_SEED = 2**48  # the loader adds the kind of a sample above these bits
 
 
@@ -70,11 +70,8 @@ class Stage:
         for kind, source in self.mix.items():
             if kind not in KINDS:
                 raise ValueError(f"mix.{kind} is not a kind of data; use {', '.join(KINDS)}")
-            if kind not in source.slots:
-                raise ValueError(
-                    f"mix.{kind}={type(source).__name__}(...) is wrong because that fills {' or '.join(source.slots)}; "
-                    "use it there"
-                )
+            if problem := slot_problem(kind, source):
+                raise ValueError(problem)
         asked, given = set(self.batch.counts()), set(self.mix)
         if asked != given:
             raise ValueError(

@@ -82,13 +82,19 @@ def any_rank(flag: bool, on: torch.device) -> bool:
     return bool(seen.item())
 
 
+def all_gather(own: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """Every rank's tensor, in rank order and without gradients. Every rank passes the same shape."""
+    own = own.contiguous()
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, own, group=group)
+    return parts
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, group) -> Tensor:
         ctx.group, ctx.count = group, rows.shape[0]
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, rows.contiguous(), group=group)
-        return torch.cat(parts)
+        return torch.cat(all_gather(rows, group))
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:

@@ -1,7 +1,4 @@
-"""A trained stage -> its evaluations: eval.json and, for the report, samples.json with pictures.
-
-python -m pretrain.evaluate --run-dir runs/quickstart --stage retrieval
-"""
+"""A trained stage -> its evaluations: eval.json and, for the report, samples.json with pictures."""
 
 from __future__ import annotations
 
@@ -17,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain import command
 from pretrain.checkpoint.save import newest_weights
-from pretrain.checkpoint.weights import WEIGHTS, load_handover, weights_digest, write_json
+from pretrain.checkpoint.weights import WEIGHTS, load_handover, weights_digest
 from pretrain.config import Recipe, Stage, to_json
 from pretrain.data.shards.reader import load_manifest
 from pretrain.distributed import device
 from pretrain.evals.trained import Trained
+from pretrain.files import write_json
 from pretrain.models.visual_tokenizer.teachers import PixelTeacher
 from pretrain.recipes import load_recipe
 from pretrain.run.build import build_task
@@ -34,27 +33,14 @@ log = logging.getLogger("pretrain")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """-> 0, or 2 for a user's mistake (one sentence on stderr)."""
     args = parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
     log.setLevel(logging.INFO)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        log.error("error: %s", error)
-        return 2
-    except KeyboardInterrupt:
-        log.error("stopped; an evaluation before this one is kept")
-        return 130
-    return 0
+    return command.run(lambda: run(args), left="an earlier evaluation is intact")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain.evaluate",
-        description="Run a stage's evaluations on its weights; writes eval.json and samples for the report.",
-        epilog="example: python -m pretrain.evaluate --run-dir runs/quickstart --stage retrieval",
-    )
+    parser = command.make_parser("pretrain.evaluate", __doc__, "--run-dir runs/quickstart --stage retrieval")
     parser.add_argument("--run-dir", required=True, type=Path)
     parser.add_argument("--stage", required=True)
     parser.add_argument("--recipe", help="a name or a .py file (default: what the stage was trained with)")
@@ -63,7 +49,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> None:
     directory = args.run_dir / args.stage
     name, settings = _trained_with(directory, args)
     recipe, stage = load_recipe(name, args.stage, settings)
@@ -75,7 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     done = read_json(path)
     if done.get("weights") == digest and done.get("evals") == asked:
         log.info("%s: evaluated before; nothing to do", args.stage)
-        return done
+        return
     task = build_task(recipe, stage, args.run_dir)
     handover = load_handover(task, weights)
     if handover.missing:
@@ -97,7 +83,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if not args.weights:
         write_json(directory / "samples.json", samples)
     write_json(path, metrics)
-    return metrics
 
 
 def _weights(directory: Path, stage: Stage, given: Path | None) -> tuple[int | None, Path]:

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
 import re
 import sys
 from pathlib import Path
@@ -26,8 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pretrain import command
 from pretrain.checkpoint.weights import WEIGHTS, read_weights, write_weights
 from pretrain.config import to_json
+from pretrain.files import written_in_one_step
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.models.multiway.resize import resize_patch_positions
 from pretrain.run.stored_weights import model_in
@@ -220,29 +221,24 @@ def read_model(directory: Path) -> tuple[State, MultiwayConfig, dict]:
 
 
 def write_tensors(path: Path, state: State) -> None:
-    """A whole file or none: written beside, then renamed. `.safetensors`, or a torch file as unilm's code reads it."""
+    """A whole file or none. `.safetensors`, or a torch file as unilm's code reads it."""
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"{path} cannot be written: it is a directory, or lies in none; give a file's path")
-    beside = path.with_name(path.name + ".part")
     state = {key: value.contiguous() for key, value in state.items()}
     try:
-        if path.suffix == ".safetensors":
-            save_file(state, beside)
-        else:
-            torch.save({"model": state}, beside)
-        os.replace(beside, path)
+        with written_in_one_step(path) as growing:
+            if path.suffix == ".safetensors":
+                save_file(state, growing)
+            else:
+                torch.save({"model": state}, growing)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError for a full disk
-        beside.unlink(missing_ok=True)
         reason = str(error).partition("\n")[0]
         raise OSError(f"{path} could not be written ({reason}); free space, or give another path") from None
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    doc = (__doc__ or "").split("\n\n")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m pretrain.export", description=doc[0], epilog=doc[1], formatter_class=formatter
-    )
+    example = "from-released beit3_base_patch16_224.pth runs/beit3_base"
+    parser = command.make_parser("pretrain.export", __doc__, example)
     commands = parser.add_subparsers(dest="command", required=True)
     reading = commands.add_parser("from-released", help="a released BEiT-3 file -> a directory of ours")
     reading.add_argument("file", type=Path, help=".pth or .safetensors with the released names")
@@ -272,18 +268,11 @@ def run(args: argparse.Namespace) -> None:
     log.info("wrote %s", args.out)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        run(parse_args(argv))
-    except (ValueError, OSError) as error:
-        sys.exit(_complain(error))
-
-
-def _complain(error: Exception) -> int:
-    log.error("error: %s", error)
-    return 2
+    return command.run(lambda: run(args), left="nothing was written")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

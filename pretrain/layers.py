@@ -23,12 +23,12 @@ HEAD_STD = 0.02  # of a head's weights, as all of BEiT's heads
 class Linear(nn.Linear):
     """A linear layer whose weights start with a standard deviation of its own."""
 
-    def __init__(self, inputs: int, outputs: int, *, std: float = 0.02, bias: bool = True):
-        self.std = std
+    def __init__(self, inputs: int, outputs: int, *, std: float = 0.02, bias: bool = True, cut: float = 1.0):
+        self.std, self.cut = std, cut  # cut: where the normal distribution ends, in standard deviations
         super().__init__(inputs, outputs, bias=bias)
 
     def reset_parameters(self) -> None:
-        draw(self.weight, self.std)
+        _draw(self.weight, self.std, self.cut * self.std)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

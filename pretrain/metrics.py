@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import resource
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from pretrain.distributed import rank
+from pretrain.files import write_file
 from pretrain.flops import peak_flops
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Throughput:
         self._samples = self._tokens = 0
 
     def wait(self, seconds: float) -> None:
-        """So long did the step wait for its data."""
+        """Seconds that the step waited for its data."""
         self._waited += seconds
 
     def tick(self, *, samples: int, tokens: int, flops: float) -> None:
@@ -154,20 +154,19 @@ def _cut(path: Path, resume_step: int) -> None:
     if not path.exists():
         return
     data = path.read_bytes()
-    kept = []
+    lines = []
     for raw in _whole_lines(data):
         line = _parse(raw)
         if line is not None and line["step"] <= resume_step:
-            kept.append(raw + b"\n")
-    new = b"".join(kept)
+            lines.append(raw + b"\n")
+    new = b"".join(lines)
     if new == data:
         return
     log.info(
-        "%s: kept %d lines up to step %d, dropped %d bytes behind", path, len(kept), resume_step, len(data) - len(new)
+        "%s: %d lines up to step %d stay, %d bytes after them are dropped",
+        path,
+        len(lines),
+        resume_step,
+        len(data) - len(new),
     )
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        file.write(new)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_file(path, new)

@@ -1,4 +1,4 @@
-"""What the optimizer is told: its settings, parameter groups and learning rate. DeepSpeed wraps the result."""
+"""The optimizer: its settings, parameter groups and learning rate. DeepSpeed wraps the result."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
     if optim.schedule == "constant":
         return optim.lr
     progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
-    left = 1 - progress if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    return optim.min_lr + (optim.lr - optim.min_lr) * left
+    share = 1 - progress if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return optim.min_lr + (optim.lr - optim.min_lr) * share
 
 
 def schedule(optim: Optim, total_steps: int) -> Callable[[int], float]:
@@ -79,7 +79,7 @@ def parameter_groups(
 
     With `optim.layer_decay` < 1, `layer_of(name)` is 0 for embeddings, 1, 2, ... for blocks, one more than the last
     block for heads and the final norm; the rate is lr * layer_decay ** (top - layer), where `top` is the highest layer
-    that the module has, frozen or not (BEiT's LayerDecayValueAssigner), unless a stage of a pipeline is told it.
+    that the module has, frozen or not (BEiT's LayerDecayValueAssigner); a pipe stage, which lacks some, must pass it.
     Raises ValueError when nothing is trainable, or when layer decay is asked for and the model has no layers.
     """
     layers: dict[str, int] = {}

@@ -19,7 +19,12 @@ def set_values(config: Any, settings: dict[str, str]) -> Any:
     """A copy of `config` in which the field at each dotted key (fields, dict keys, tuple positions) is its text, read
     as the field's type. All at once: two changes may be valid only together. Raises ValueError that names the key, and
     the nearest known one or the type wanted."""
-    tree: dict = {}
+    return _change(config, _tree(settings), key="", hint=None)
+
+
+def _tree(settings: dict[str, str]) -> dict[str, Any]:
+    """{"optim.lr": "1", "optim.clip": "2"} -> {"optim": {"lr": "1", "clip": "2"}}."""
+    tree: dict[str, Any] = {}
     for key, text in settings.items():
         *path, last = key.split(".")
         branch = tree
@@ -30,39 +35,44 @@ def set_values(config: Any, settings: dict[str, str]) -> Any:
         if isinstance(branch.get(last), dict):
             raise ValueError(f"--set {key}: parts of it are set too; choose one")
         branch[last] = text
-    return _set(config, tree, "", None)
+    return tree
 
 
-def _set(config: Any, changes: dict | str, key: str, hint: Any) -> Any:
-    if isinstance(changes, str):
-        return _read(changes, hint, config, key)
-    if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        hints = typing.get_type_hints(type(config))
-        names = [f.name for f in dataclasses.fields(config)]
-        parts = {n: _set(_part(config, n, names, key), c, _join(key, n), hints.get(n)) for n, c in changes.items()}
-        try:
-            return dataclasses.replace(config, **parts)
-        except ValueError as error:
-            raise ValueError(f"--set {', '.join(_join(key, name) for name in parts)}: {error}") from None
-    if isinstance(config, dict):
-        return config | {
-            n: _set(_part(config, n, list(config), key), c, _join(key, n), Any) for n, c in changes.items()
-        }
-    if isinstance(config, tuple):
-        names = [str(place) for place in range(len(config))]
-        parts = {n: _set(_part(config, n, names, key), c, _join(key, n), Any) for n, c in changes.items()}
-        return tuple(parts.get(name, value) for name, value in zip(names, config, strict=True))
-    raise ValueError(
-        f"--set {_join(key, next(iter(changes)))}: {key} has no parts; there is no {next(iter(changes))!r} in it"
-    )
+def _change(value: Any, change: dict[str, Any] | str, *, key: str, hint: Any) -> Any:
+    """`value`, which stands at `key` and has the type `hint` where that is known, after a change: a text to read, or
+    the changes of its parts by name."""
+    if isinstance(change, str):
+        return _read(change, hint, value, key)
+    parts, hints = _parts(value), {}
+    if dataclasses.is_dataclass(value):
+        hints = typing.get_type_hints(type(value))
+    if parts is None:
+        name = next(iter(change))
+        raise ValueError(f"--set {_join(key, name)}: {key} has no parts; there is no {name!r} in it")
+    new: dict[str, Any] = {}
+    for name, own in change.items():
+        if name not in parts:
+            raise ValueError(f"--set {_join(key, name)}: there is no {name!r} here{nearest(name, list(parts))}")
+        new[name] = _change(parts[name], own, key=_join(key, name), hint=hints.get(name))
+    if isinstance(value, dict):
+        return value | new
+    if isinstance(value, tuple):
+        return tuple((parts | new).values())
+    try:
+        return dataclasses.replace(value, **new)
+    except ValueError as error:
+        raise ValueError(f"--set {', '.join(_join(key, name) for name in new)}: {error}") from None
 
 
-def _part(config: Any, name: str, known: list[str], key: str) -> Any:
-    if name not in known:
-        raise ValueError(f"--set {_join(key, name)}: there is no {name!r} here{nearest(name, known)}")
-    if isinstance(config, tuple):
-        return config[int(name)]
-    return config[name] if isinstance(config, dict) else getattr(config, name)
+def _parts(value: Any) -> dict[str, Any] | None:
+    """What can be set inside a value, by name; None for a value without parts."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, tuple):
+        return {str(place): part for place, part in enumerate(value)}
+    return None
 
 
 def _join(key: str, name: str) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from tests.data.shard_files import image_sample, pair_sample, text_sample, write_source
+from tests.distributed import CONTEXT
+from tests.toys import image_sample, pair_sample, text_sample, write_source
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -30,7 +33,7 @@ from pretrain.tasks.tokenizer import TrainTokenizer
 IMAGES, PAIRS = ImageShards("$DATA/images"), PairShards("$DATA/pairs", text_len=8)
 TEXTS = TextShards("$DATA/texts", text_len=10)
 LOOK = ImageTransform(size=16, scale=(0.8, 1.0), jitter=0.1)
-OPTIM = Optim(lr=1e-3, warmup_steps=2)
+OPTIM, MASKED = Optim(lr=1e-3, warmup_steps=2), MaskedData(image_codes=16)
 MODEL = MultiwayConfig(dim=32, depth=2, heads=2, ffn_dim=64, image_size=16, patch_size=4, vocab_size=64,
                        max_text_len=16, fusion_layers=1, init_std=0.1)
 VQ = VQKDConfig(dim=16, depth=1, heads=2, decoder_depth=1, image_size=16, patch_size=4, codes=16, code_dim=4,
@@ -57,43 +60,28 @@ RECIPE = Recipe(name="small", model=MODEL, text_tokenizer="$DATA/text.model", lo
 })
 """
 
+WORDS = "a red blue green big small round square dog cat runs sits on the grass table near far"
 
-def write_data(data: Path) -> None:
+
+def write_data(data: Path) -> Path:
     """Three sources of a few shards, a text tokenizer, and recipe.py."""
     from data_tools.train_text_tokenizer import train
 
-    words = [
-        "a",
-        "red",
-        "blue",
-        "green",
-        "big",
-        "small",
-        "round",
-        "square",
-        "dog",
-        "cat",
-        "runs",
-        "sits",
-        "on",
-        "the",
-        "grass",
-        "table",
-        "near",
-        "far",
-    ]
+    words = WORDS.split()
     captions = [" ".join(words[(i * k) % len(words)] for k in (1, 2, 3, 5, 7)) for i in range(1, 80)]
-    numbers = iter(range(1000))
-    write_source(data / "images", [[image_sample(f"i{s}{i}", next(numbers)) for i in range(10)] for s in range(3)])
-    write_source(
-        data / "pairs",
-        [[pair_sample(f"p{s}{i}", next(numbers), captions[s * 10 + i]) for i in range(10)] for s in range(3)],
-    )
-    write_source(
-        data / "texts", [[text_sample(f"t{s}{i}", " ".join(captions[i : i + 4])) for i in range(10)] for s in range(3)]
-    )
+    images = [[image_sample(f"i{s}{i}", s * 10 + i) for i in range(10)] for s in range(3)]
+    pairs = [[pair_sample(f"p{s}{i}", 30 + s * 10 + i, captions[s * 10 + i]) for i in range(10)] for s in range(3)]
+    texts = [[text_sample(f"t{s}{i}", " ".join(captions[i : i + 4])) for i in range(10)] for s in range(3)]
+    for name, shards in (("images", images), ("pairs", pairs), ("texts", texts)):
+        write_source(data / name, shards)
     train([str(data / "texts"), str(data / "pairs")], data / "text.model", 48, model_type="bpe")
     (data / "recipe.py").write_text(RECIPE)
+    return data
+
+
+def tokenizer_of(data: Path) -> str:
+    """The setting with which a later stage takes the tokenizer of the fixture `data`."""
+    return f"visual_tokenizer={data / 'start' / 'tokenizer' / 'weights.safetensors'}"
 
 
 def environment(data: Path) -> dict[str, str]:
@@ -112,40 +100,89 @@ def train_stage(data: Path, run_dir: Path, stage: str, *settings: str, ds: str |
     return subprocess.run(line, env=environment(data) | env, capture_output=True, text=True, timeout=120)
 
 
-class Ranks:
-    """`n` ranks of one run, as a launcher starts them; `kill` is kill -9 for all."""
+def evaluate(data: Path, run_dir: Path, stage: str) -> subprocess.CompletedProcess:
+    line = [sys.executable, "-m", "pretrain.evaluate", "--run-dir", str(run_dir), "--stage", stage]
+    return subprocess.run(line, env=environment(data), capture_output=True, text=True, timeout=120)
 
-    def __init__(self, line: list[str], data: Path, n: int, log: Path):
+
+def check_weights(stage: Path, other: Path, most: float = 0.0) -> None:
+    """The weights that two runs ended with are apart by `most` at the most; 0: equal to the bit."""
+    import torch
+
+    from pretrain.checkpoint.weights import read_weights
+
+    got, want = (read_weights(path / "weights.safetensors")[0] for path in (stage, other))
+    torch.testing.assert_close(got, want, rtol=0, atol=most)
+
+
+class Ranks:
+    """`n` ranks of one run with the arguments of a `command`; `prepare(rank)` is called in each before it begins.
+
+    They are forked with everything imported, so that a start takes a second and not five; with `launched` each is a new
+    interpreter, as a launcher starts it. What is in this process's environment they may not see: the server that they
+    are forked from may be older.
+    """
+
+    def __init__(
+        self,
+        line: list[str],
+        data: Path,
+        n: int,
+        log: Path,
+        prepare: Callable[[int], None] | None = None,
+        launched: bool = False,
+        **more: str,
+    ):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
-            port = probe.getsockname()[1]
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(n)}
-        self.log = log.open("ab")
+            port = str(probe.getsockname()[1])
+        place = environment(data) | {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(n)} | more
         self.processes = [
-            subprocess.Popen(
-                line,
-                env=environment(data) | place | {"RANK": str(r), "LOCAL_RANK": str(r)},
-                stdout=self.log,
-                stderr=self.log,
+            CONTEXT.Process(
+                target=_launched if launched else partial(_forked, prepare),
+                args=(line, place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, log),
             )
-            for r in range(n)
+            for rank in range(n)
         ]
+        for process in self.processes:
+            process.start()
 
-    def wait(self, seconds: float) -> list[int | None]:
-        """Exit codes after at most so long; None for a rank that still runs."""
+    def wait(self, seconds: float, *ranks: int) -> list[int | None]:
+        """Exit codes of `ranks` (all) after at most so long; None for one that still runs, -9 after a kill."""
         deadline = time.monotonic() + seconds
-        for process in self.processes:
-            try:
-                process.wait(max(deadline - time.monotonic(), 0.01))
-            except subprocess.TimeoutExpired:
-                return [p.poll() for p in self.processes]
-        return [p.returncode for p in self.processes]
+        chosen = [self.processes[rank] for rank in ranks] or self.processes
+        for process in chosen:
+            process.join(max(deadline - time.monotonic(), 0.01))
+        return [process.exitcode for process in chosen]
 
-    def kill(self, number: int = signal.SIGKILL) -> None:
+    def kill(self) -> None:
         for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(number)
-        if number == signal.SIGKILL:
-            for process in self.processes:
-                process.wait()
-            self.log.close()
+            process.kill()
+        self.wait(10)
+
+
+def _launched(line: list[str], environment: dict[str, str], log: Path) -> None:
+    _write_to(log)
+    os.execve(line[0], line, environment)
+
+
+def _forked(prepare: Callable[[int], None] | None, line: list[str], environment: dict[str, str], log: Path) -> None:
+    _write_to(log)
+    os.environ.update(environment)
+    import torch
+
+    from pretrain import train
+
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the data workers; a forked rank inherits "forkserver"
+    if prepare is not None:
+        prepare(int(environment["RANK"]))
+    code = train.main(line[line.index("pretrain.train") + 1 :])
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _write_to(log: Path) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)

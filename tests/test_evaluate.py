@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain import evaluate, train
+from pretrain import evaluate, export, train
 
 
 @pytest.mark.parametrize("content", ["[1]", '{"command": "x"}', "{", None])
@@ -15,12 +15,14 @@ def test_a_damaged_recipe_json_is_one_sentence_and_2(tmp_path, capsys, content):
     assert "holds no recipe.json of a training run" in said and "Traceback" not in said
 
 
-@pytest.mark.parametrize("command", [evaluate, train])
+@pytest.mark.parametrize("command", [evaluate, export, train])
 def test_ctrl_c_is_one_sentence_and_130(tmp_path, capsys, monkeypatch, command):
     def stopped(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "run", stopped)
-    argv = ["--run-dir", str(tmp_path), "--stage", "vision"]
-    assert command.main([*argv, "--recipe", "tiny", "--ds", "x"] if command is train else argv) == 130
-    assert "stopped" in capsys.readouterr().err
+    stage = ["--run-dir", str(tmp_path), "--stage", "vision"]
+    lines = {evaluate: stage, export: ["to-released", "a", "b"], train: [*stage, "--recipe", "tiny", "--ds", "x"]}
+    assert command.main(lines[command]) == 130
+    said = capsys.readouterr().err
+    assert "stopped" in said and said.count("\n") == 1

@@ -12,13 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint.weights import read_weights
-from pretrain.config import stage_hash
 from pretrain.metrics import read_metrics
 from pretrain.parallel.faults import LOST, Watch
 from pretrain.recipes import find_recipe
-from tests.forked_run import ForkedRanks
-from tests.small_run import command, train_stage, write_data
+from pretrain.run.identity import stage_hash
+from tests.small_run import Ranks, check_weights, command, tokenizer_of
 
 TIMEOUT_S = 4.0
 STEPS = 12
@@ -30,19 +28,10 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("faults")
-    write_data(path)
-    assert train_stage(path, path / "start", "tokenizer").returncode == 0
-    return path
-
-
 def line(data: Path, run: Path, layout: str, *more: str) -> list[str]:
     ds, settings = LAYOUTS[layout]
-    tokenizer = f"visual_tokenizer={data / 'start' / 'tokenizer' / 'weights.safetensors'}"
-    settings = [*settings, tokenizer, f"timeout_s={TIMEOUT_S}", f"steps={STEPS}", "save_every=4", "drop_path=0.0"]
-    return command(data, run, "fusion", *settings, *more, ds=ds)
+    settings = [*settings, tokenizer_of(data), f"timeout_s={TIMEOUT_S}", f"steps={STEPS}", "save_every=4"]
+    return command(data, run, "fusion", *settings, "drop_path=0.0", *more, ds=ds)
 
 
 def strike(number: int, victim: int, calls: int, rank: int) -> None:
@@ -71,10 +60,10 @@ def sentences(log: Path) -> list[str]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_rank_hangs_then_one_dies_and_the_run_ends_bit_equal(data, tmp_path, layout):
     log, alone, struck = tmp_path / "log", tmp_path / "alone", tmp_path / "struck"
-    assert ForkedRanks(line(data, alone, layout), data, 2, log).wait(60) == [0, 0], log.read_text()
+    assert Ranks(line(data, alone, layout), data, 2, log).wait(60) == [0, 0], log.read_text()
     log.unlink()
 
-    ranks = ForkedRanks(line(data, struck, layout), data, 2, log, partial(strike, signal.SIGSTOP, 1, 6))
+    ranks = Ranks(line(data, struck, layout), data, 2, log, partial(strike, signal.SIGSTOP, 1, 6))
     assert ranks.wait(60, 0) == [LOST], log.read_text()
     ranks.kill()
     assert sentences(log) == [
@@ -82,18 +71,16 @@ def test_a_rank_hangs_then_one_dies_and_the_run_ends_bit_equal(data, tmp_path, l
         "again"
     ]
 
-    ranks = ForkedRanks(line(data, struck, layout), data, 2, log, partial(strike, signal.SIGKILL, 0, 6))
+    ranks = Ranks(line(data, struck, layout), data, 2, log, partial(strike, signal.SIGKILL, 0, 6))
     assert ranks.wait(60) == [-signal.SIGKILL, LOST], log.read_text()
     (told,) = sentences(log)
     assert "rank 1 of 2: another rank died or hung up (in step 10; " in told
     ranks.kill()
 
-    assert ForkedRanks(line(data, struck, layout), data, 2, log).wait(60) == [0, 0], log.read_text()
+    assert Ranks(line(data, struck, layout), data, 2, log).wait(60) == [0, 0], log.read_text()
     assert "resumed from" in log.read_text()
     assert len(read_metrics(struck / "fusion" / "metrics.jsonl")) == STEPS
-    got, want = (read_weights(run / "fusion" / "weights.safetensors")[0] for run in (struck, alone))
-    assert got.keys() == want.keys()
-    assert all(torch.equal(got[name], value) for name, value in want.items())
+    check_weights(struck / "fusion", alone / "fusion")
     assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")), "69 MB each, left by killed ranks"
 
 
@@ -124,7 +111,7 @@ def fail(error: Exception, victim: int, rank: int) -> None:
 )
 def test_the_one_rank_that_fails_is_heard_first(data, tmp_path, error, code, says):
     log = tmp_path / "log"
-    ranks = ForkedRanks(line(data, tmp_path, "zero1"), data, 2, log, partial(fail, error, 1))
+    ranks = Ranks(line(data, tmp_path, "zero1"), data, 2, log, partial(fail, error, 1))
     assert ranks.wait(60) == [LOST, code], log.read_text()
     text = log.read_text()
     assert ("Traceback" in text and "KeyError: 'a bug'" in text) == (code == 1)
@@ -162,7 +149,7 @@ def lose_worker(number: int, victim: int, rank: int) -> None:
 def test_data_workers_that_die_or_hang(data, tmp_path, number, says):
     log = tmp_path / "log"
     settings = ["loading.workers=1", "loading.prefetch=1", "steps=4000"]
-    ranks = ForkedRanks(line(data, tmp_path, "zero1", *settings), data, 2, log, partial(lose_worker, number, 1))
+    ranks = Ranks(line(data, tmp_path, "zero1", *settings), data, 2, log, partial(lose_worker, number, 1))
     assert ranks.wait(60) == [LOST, LOST], log.read_text()
     told = sentences(log)
     assert any(says in sentence for sentence in told), told

@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from pretrain.checkpoint.weights import read_weights
 from pretrain.metrics import MEASURED, read_metrics
-from tests.small_run import Ranks, command, train_stage, write_data
+from tests.small_run import Ranks, check_weights, command, tokenizer_of
+from tests.toys import wait_for
 
 STEPS = 40
 KILLS = 5
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("kill")
-    write_data(path)
-    assert train_stage(path, path / "start", "tokenizer").returncode == 0
-    return path
-
-
 def settings(data: Path) -> list[str]:
-    tokenizer = data / "start" / "tokenizer" / "weights.safetensors"
-    return [f"steps={STEPS}", f"visual_tokenizer={tokenizer}", "loading.workers=1"]
+    return [f"steps={STEPS}", tokenizer_of(data), "loading.workers=1"]
 
 
 def numbers(run: Path) -> list[dict]:
@@ -41,8 +32,8 @@ def traces(run: Path) -> list[list[dict]]:
     return [[json.loads(line) for line in path.open()] for path in sorted(run.glob("samples.rank*.jsonl"))]
 
 
-def saves(run: Path) -> int:
-    return len(list((run / "fusion" / "checkpoints").glob("step_*")))
+def saves(run: Path) -> set[str]:
+    return {path.name for path in (run / "fusion" / "checkpoints").glob("step_*")}
 
 
 @pytest.mark.slow
@@ -56,12 +47,8 @@ def test_a_killed_run_ends_bit_equal(data, tmp_path, ds):
     for _ in range(KILLS):
         before = saves(killed)
         ranks = Ranks(command(data, killed, "fusion", *settings(data), ds=ds), data, 2, log)
-        deadline = time.monotonic() + 60
         # Not before it gets somewhere (its start takes seconds); then at any moment of a step or a save.
-        newest = _newest(killed)
-        while _newest(killed) == newest and saves(killed) == before and time.monotonic() < deadline:
-            if ranks.wait(0.05) == [0, 0]:
-                break
+        wait_for(lambda b=before, r=ranks: saves(killed) != b or r.wait(0.05) == [0, 0])
         time.sleep(dice.uniform(0, 0.25))
         finished = ranks.wait(0.01) == [0, 0]
         ranks.kill()
@@ -75,26 +62,17 @@ def test_a_killed_run_ends_bit_equal(data, tmp_path, ds):
     assert numbers(killed / "fusion") == numbers(left_alone / "fusion")
     assert len(numbers(killed / "fusion")) == STEPS
     assert traces(killed / "fusion") == traces(left_alone / "fusion")
-    got, want = (read_weights(run / "fusion" / "weights.safetensors")[0] for run in (killed, left_alone))
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        assert torch.equal(got[name], value), name
-
-
-def _newest(run: Path) -> str:
-    return max((path.name for path in (run / "fusion" / "checkpoints").glob("step_*")), default="")
+    check_weights(killed / "fusion", left_alone / "fusion")
 
 
 @pytest.mark.slow
 def test_a_signal_saves_at_the_next_step_and_exits_with_its_own_code(data, tmp_path):
     line = command(data, tmp_path, "fusion", *settings(data), "save_every=1000", "steps=4000", ds="zero1.json")
     log = tmp_path / "log"
-    ranks = Ranks(line, data, 2, log)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "fusion" / "metrics.jsonl").is_file() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    ranks = Ranks(line, data, 2, log, launched=True)
+    wait_for((tmp_path / "fusion" / "metrics.jsonl").is_file)
     time.sleep(0.5)
-    ranks.processes[1].send_signal(signal.SIGUSR1)  # one rank is enough
+    os.kill(ranks.processes[1].pid, signal.SIGUSR1)  # one rank is enough
     assert ranks.wait(30) == [75, 75], log.read_text()
     assert "stopped by a signal and saved at step" in log.read_text()
-    assert saves(tmp_path) == 1
+    assert len(saves(tmp_path)) == 1

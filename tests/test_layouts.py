@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint.weights import read_weights
 from pretrain.metrics import read_metrics
-from tests.small_run import Ranks, command, environment, train_stage, write_data
+from tests.small_run import Ranks, check_weights, command, evaluate, tokenizer_of, train_stage
+from tests.toys import wait_for
 
 # (ranks, DeepSpeed JSON, settings) of each leg; all but the last are killed after two more checkpoints.
 LEGS = [
@@ -27,16 +24,8 @@ LEGS = [
 SETTINGS = ["save_every=2", "steps=14", "keep=100"]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("layouts")
-    write_data(path)
-    assert train_stage(path, path / "start", "tokenizer").returncode == 0
-    return path
-
-
 def settings(data: Path) -> list[str]:
-    return [*SETTINGS, f"visual_tokenizer={data / 'start' / 'tokenizer' / 'weights.safetensors'}"]
+    return [*SETTINGS, tokenizer_of(data)]
 
 
 def keys(run: Path) -> dict[int, list[str]]:
@@ -48,12 +37,6 @@ def keys(run: Path) -> dict[int, list[str]]:
     return {step: sorted(some) for step, some in found.items()}
 
 
-def wait_for_checkpoint(run: Path, step: int, ranks: Ranks) -> None:
-    deadline = time.monotonic() + 120
-    while not (run / "fusion" / "checkpoints" / f"step_{step:08d}").is_dir():
-        assert time.monotonic() < deadline and not any(ranks.wait(0.02)), f"step {step} did not come"
-
-
 @pytest.mark.slow
 def test_a_run_goes_on_under_any_other_layout(data, tmp_path):
     alone, changing, log = tmp_path / "alone", tmp_path / "changing", tmp_path / "log"
@@ -62,7 +45,9 @@ def test_a_run_goes_on_under_any_other_layout(data, tmp_path):
     for leg, (ranks, ds, more) in enumerate(LEGS):
         started = Ranks(command(data, changing, "fusion", *settings(data), *more, ds=ds), data, ranks, log)
         if leg < len(LEGS) - 1:
-            wait_for_checkpoint(changing, 2 * (leg + 1), started)
+            checkpoint = changing / "fusion" / "checkpoints" / f"step_{2 * (leg + 1):08d}"
+            wait_for(lambda here=checkpoint, ranks=started: here.is_dir() or any(ranks.wait(0.02)), 120)
+            assert checkpoint.is_dir(), log.read_text()
             started.kill()
         else:
             assert started.wait(120) == [0] * ranks, log.read_text()
@@ -76,10 +61,7 @@ def test_a_run_goes_on_under_any_other_layout(data, tmp_path):
         for name in ("loss", "loss/image", "loss/pair_text", "lr"):
             assert a[name] == pytest.approx(b[name], abs=2e-6), (a["step"], name)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-5), a["step"]
-    got_state, want_state = (read_weights(run / "fusion" / "weights.safetensors")[0] for run in (changing, alone))
-    assert got_state.keys() == want_state.keys()
-    for name, value in want_state.items():
-        assert (got_state[name] - value).abs().max() <= 5e-6, name
+    check_weights(changing / "fusion", alone / "fusion", 5e-6)
 
 
 @pytest.mark.slow
@@ -95,13 +77,9 @@ def test_weights_go_from_family_to_family_and_to_one_cpu(data, tmp_path):
             wanted = settings(data)[-1:] if stage == "vision" else []
             started = Ranks(command(data, run, stage, *wanted, *more, "steps=6", ds=ds), data, ranks, log)
             assert started.wait(120) == [0] * ranks, log.read_text()
-        line = [sys.executable, "-m", "pretrain.evaluate", "--run-dir", str(run), "--stage", "vision"]
-        done = subprocess.run(line, env=environment(data), capture_output=True, text=True, timeout=120)
+        done = evaluate(data, run, "vision")
         assert done.returncode == 0, done.stderr
         evaluated[name] = json.loads((run / "vision" / "eval.json").read_text())
     for stage in plan:
-        got, want = (read_weights(tmp_path / name / stage / "weights.safetensors")[0] for name in ("split", "single"))
-        assert got.keys() == want.keys()
-        for name, value in want.items():
-            assert (got[name] - value).abs().max() <= 5e-6, (stage, name)
+        check_weights(tmp_path / "split" / stage, tmp_path / "single" / stage, 5e-6)
     assert evaluated["split"]["masked/image/accuracy"] == evaluated["single"]["masked/image/accuracy"]

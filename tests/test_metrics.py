@@ -90,7 +90,7 @@ def test_a_cut_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(metrics.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         MetricsLog(tmp_path, resume_step=3)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.small_run import ROOT, environment, train_stage, write_data
+from tests.small_run import evaluate, train_stage, write_data
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("stages")
-    write_data(path)
-    return path
+    return write_data(tmp_path_factory.mktemp("stages"))
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +26,8 @@ def run(data) -> Path:
         init = ("init_from=language",) if stage == "fusion" else ()
         done = train_stage(data, data / "run", stage, *init)
         assert done.returncode == 0, done.stderr
-        assert evaluate(data, stage).returncode == 0
+        assert evaluate(data, data / "run", stage).returncode == 0
     return data / "run"
-
-
-def evaluate(data: Path, stage: str) -> subprocess.CompletedProcess:
-    line = [sys.executable, "-m", "pretrain.evaluate", "--run-dir", str(data / "run"), "--stage", stage]
-    return subprocess.run(line, env=environment(data), capture_output=True, text=True, cwd=ROOT)
 
 
 def names(run: Path, stage: str) -> set[str]:
@@ -83,7 +75,7 @@ def test_a_finished_stage_ends_at_once(data, run):
     again = train_stage(data, run, "vision")
     assert again.returncode == 0 and "nothing to do" in again.stderr
     assert (run / "vision" / "metrics.jsonl").read_text() == before
-    assert "nothing to do" in evaluate(data, "vision").stderr
+    assert "nothing to do" in evaluate(data, run, "vision").stderr
 
 
 @pytest.mark.slow
@@ -101,8 +93,7 @@ def test_a_finished_stage_needs_no_checkpoints(data, run, tmp_path):
 def test_a_stage_that_is_not_finished_is_evaluated_on_its_newest_checkpoint(data, run, tmp_path):
     assert train_stage(data, tmp_path, "vision", f"visual_tokenizer={run}/tokenizer").returncode == 0
     (tmp_path / "vision" / "weights.safetensors").unlink()
-    line = [sys.executable, "-m", "pretrain.evaluate", "--run-dir", str(tmp_path), "--stage", "vision"]
-    done = subprocess.run(line, env=environment(data), capture_output=True, text=True, cwd=ROOT)
+    done = evaluate(data, tmp_path, "vision")
     assert done.returncode == 0 and "checkpoint of step 3" in done.stderr, done.stderr
     got = json.loads((tmp_path / "vision" / "eval.json").read_text())
     want = json.loads((run / "vision" / "eval.json").read_text())
@@ -176,8 +167,6 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(data, run, t
     ],
 )
 def test_what_a_user_gets_wrong_is_one_sentence_and_exit_code_2(data, tmp_path, stage, settings, ds, message):
-    import re
-
     config = "zero0.json"
     if ds is not None:
         config = tmp_path / "mine.json"

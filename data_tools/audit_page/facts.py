@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from data_tools.audit_page.shard import Job, Place, ShardFacts, read_shard
 from data_tools.audit_page.sketches import Drawn, Histogram, Repeats, TopCounter, hash_of, lot
-from data_tools.index import complete_shards, map_in_order
 from data_tools.shards.steps import Step, read_drops, read_steps
+from pretrain.data.shards.indexing import complete_shards, map_in_order
 
 SIDES = (0, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048, 4096)
 ASPECTS = (0, 1 / 3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.25, 1.43, 1.67, 2, 2.5, 3, 100)  # width / height

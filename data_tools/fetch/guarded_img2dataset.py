@@ -1,7 +1,7 @@
 """img2dataset with the guard inside its workers: what data_tools.download starts, in the environment of img2dataset.
 
 Reads its settings as one line of JSON from stdin. The line stays open: when it closes, whoever started this is gone,
-and this process ends with all its workers. Imports the standard library and img2dataset only.
+and this process ends with all its workers. Imports nothing that the environment of img2dataset lacks.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import img2dataset.reader
 
 from data_tools.fetch.guarded_fetch import Limits, install
 from data_tools.fetch.reasons import reason_of
+from data_tools.ownership import end_with_parent
 
 WORKER_DIED = 70  # exit code
 LIVE = "live"  # DIRECTORY/live/PID: what a worker has counted
@@ -68,15 +69,8 @@ def _prepare(limits: Limits, max_pixels: int, live: str) -> None:
 
     img2dataset.downloader.CappedCounter = Counted
     img2dataset.downloader.write_stats = counted_stats
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with_parent()
     _prepared = True
-
-
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
 
 
 class _Live:
@@ -92,7 +86,7 @@ class _Live:
 
     def write(self) -> None:
         self._written = time.monotonic()
-        beside = self._path.with_suffix(".new")
+        beside = self._path.with_suffix(".writing")
         try:
             beside.write_text(json.dumps(self._counts))
             os.replace(beside, self._path)

@@ -8,14 +8,11 @@ DIR/00012.tar .parquet _stats.json    finished shards; the numbers of two slices
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
-import socket
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.fetch.reasons import SUCCESS, reason_of
-from data_tools.index import write_atomically
 from data_tools.lists.reading import List
+from data_tools.ownership import owned
+from pretrain.files import beside, move, sync, write_json
 
 WORK = "download"
 _PART_ROWS = 200_000  # of one parquet file of the list; img2dataset holds one in memory
@@ -63,8 +61,8 @@ class Slice:
 
 
 @dataclass(frozen=True)
-class Listed:
-    """The slice's part of the list, as it was written."""
+class ListedRows:
+    """The slice's part of the list, as it was written: what list.json holds."""
 
     rows: int
     kept: int
@@ -72,41 +70,92 @@ class Listed:
     first: int  # shard
     digits: int  # of a shard's number
 
-    def shards(self, samples_per_shard: int) -> range:
-        return range(self.first, self.first + -(-self.kept // samples_per_shard))
 
-    def path(self, out: Path, shard: int, ending: str) -> Path:
-        return out / f"{shard:0{self.digits}d}{ending}"
+@dataclass(frozen=True)
+class SliceShards:
+    """The shards that a slice consists of: their numbers, their rows of the list, and which of them stand in DIR."""
 
-    def rows_of(self, shard: int, samples_per_shard: int) -> int:
-        return min(samples_per_shard, self.kept - (shard - self.first) * samples_per_shard)
+    part: Slice
+    listed: ListedRows
+
+    @property
+    def numbers(self) -> range:
+        first = self.listed.first
+        return range(first, first + -(-self.listed.kept // self.part.samples_per_shard))
+
+    def rows_of(self, shard: int) -> int:
+        size = self.part.samples_per_shard
+        return min(size, self.listed.kept - (shard - self.listed.first) * size)
+
+    def path(self, shard: int, ending: str, directory: Path | None = None) -> Path:
+        """In DIR, or in another directory."""
+        return (directory or self.part.out) / f"{shard:0{self.listed.digits}d}{ending}"
+
+    def published(self) -> list[int]:
+        endings = (".tar", ".parquet", "_stats.json")
+        return [shard for shard in self.numbers if all(self.path(shard, ending).exists() for ending in endings)]
+
+    def missing(self) -> list[int]:
+        return sorted({*self.numbers} - {*self.published()})
+
+    def counts(self) -> Counter[str]:
+        """What became of the rows of the published shards."""
+        return sum((account(self.path(shard, ".parquet")) for shard in self.published()), Counter[str]())
+
+    def remove_halves(self) -> None:
+        """Of a publication that was interrupted, or of a person who removed a file."""
+        for shard in self.missing():
+            for ending in ("_stats.json", ".parquet", ".tar", ".idx"):
+                self.path(shard, ending).unlink(missing_ok=True)
+
+    def publish(self, attempt: Path) -> Counter[str]:
+        """Moves the finished shards of an attempt to DIR, each with its _stats.json last; a shard that lost rows stays,
+        to be made again. -> what became of the rows of the shards that it moved."""
+        counts: Counter[str] = Counter()
+        for stats in sorted(attempt.glob("*_stats.json")):
+            shard = int(stats.name.removesuffix("_stats.json"))
+            tables = (self.path(shard, ".parquet", attempt), self.path(shard, ".parquet"))
+            try:
+                json.loads(stats.read_bytes())
+                rows = account(next(path for path in tables if path.exists()))
+            except (ValueError, StopIteration):  # it is being written, or was when the worker was killed
+                continue
+            if rows.total() != self.rows_of(shard):
+                continue
+            for ending in (".tar", ".parquet", "_stats.json"):
+                if (source := self.path(shard, ending, attempt)).exists():
+                    move(source, self.path(shard, ending))
+            counts += rows
+        return counts
 
 
-def write_list(rows: List, part: Slice) -> Listed:
+def write_list(rows: List, part: Slice) -> SliceShards:
     """Writes the canonical rows of the slice, unless they are there. They appear when they are whole."""
     record = part.list / "list.json"
     if record.exists():
-        return Listed(**json.loads(record.read_bytes()))
+        return SliceShards(part, ListedRows(**json.loads(record.read_bytes())))
     # Only slices need to know how many rows there are, which costs a pass over a text file.
     numbers = part.shards(rows.rows) if part.slices > 1 else None
     first, stop = (0, None) if numbers is None else (numbers.start, numbers.stop)
-    beside = part.list.with_name(f".{part.list.name}.writing")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    growing = beside(part.list)
+    shutil.rmtree(growing, ignore_errors=True)
+    growing.mkdir(parents=True)
     read = rows.batches(
         first=first * part.samples_per_shard, stop=None if stop is None else stop * part.samples_per_shard
     )
     kept = 0
     for number, table in enumerate(_parts(read, part.samples_per_shard)):
-        pq.write_table(table, beside / f"{number:05d}.parquet")
+        path = growing / f"{number:05d}.parquet"
+        pq.write_table(table, path)
+        sync(path)
         kept += table.num_rows
     shards = -(-(rows.rows if part.slices > 1 else kept) // part.samples_per_shard)
     dropped = dict(sorted(rows.dropped.items()))
-    listed = Listed(kept + sum(dropped.values()), kept, dropped, first, max(5, len(str(max(0, shards - 1)))))
-    write_atomically(beside / "list.json", json.dumps(vars(listed), indent=1).encode())
+    listed = ListedRows(kept + sum(dropped.values()), kept, dropped, first, max(5, len(str(max(0, shards - 1)))))
+    write_json(growing / "list.json", vars(listed))
     shutil.rmtree(part.list, ignore_errors=True)
-    os.replace(beside, part.list)
-    return listed
+    move(growing, part.list)
+    return SliceShards(part, listed)
 
 
 def _parts(batches: Iterator[pa.RecordBatch], samples_per_shard: int) -> Iterator[pa.Table]:
@@ -126,40 +175,16 @@ def _parts(batches: Iterator[pa.RecordBatch], samples_per_shard: int) -> Iterato
         yield pa.Table.from_batches(held)
 
 
-def agree(out: Path, plan: dict[str, Any]) -> None:
-    """Notes in DIR what is made there. Raises ValueError if it is something else."""
-    path = out / WORK / "plan.json"
-    try:
-        known = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        if any(out.glob("*.tar")):
-            raise ValueError(f"--out={out} holds shards that this tool did not download; choose an empty one") from None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(plan, indent=1).encode())
-        return
-    for name in sorted({*known, *plan}):
-        if known.get(name) != plan.get(name):
-            raise ValueError(
-                f"--out={out} was begun with {name}={known.get(name)}, and now it is {plan.get(name)}; go on with the "
-                "same, or choose another --out"
-            )
-
-
-@contextmanager
-def alone(part: Slice) -> Iterator[None]:
-    """Holds the slice. Raises ValueError while another process does; the kernel lets go of what a killed one held."""
-    part.work.mkdir(parents=True, exist_ok=True)
-    with (part.work / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise ValueError(f"{part.work} is being downloaded by {holder}; wait for it, or end it") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
+def owned_slice(part: Slice, plan: dict[str, Any]) -> AbstractContextManager:
+    """The slice, for this process alone; `plan` is what all slices of DIR agree on. Raises ValueError if DIR holds
+    something else, or another process makes this slice."""
+    return owned(
+        part.out,
+        plan,
+        stamp=part.out / WORK / "plan.json",
+        work=part.work,
+        stranger=lambda: any(part.out.glob("*.tar")),
+    )
 
 
 def account(parquet: Path) -> Counter[str]:
@@ -173,48 +198,3 @@ def account(parquet: Path) -> Counter[str]:
         reason = SUCCESS if found["status"] == SUCCESS else reason_of(found["error_message"] or "no message")
         counts[reason] += found["count_all"]
     return counts
-
-
-def publish(attempt: Path, part: Slice, listed: Listed) -> Counter[str]:
-    """Moves the finished shards of an attempt to DIR, each with its _stats.json last; a shard that lost rows is left,
-    to be made again. -> what became of the rows of the shards that it moved."""
-    counts: Counter[str] = Counter()
-    for stats in sorted(attempt.glob("*_stats.json")):
-        shard = int(stats.name.removesuffix("_stats.json"))
-        try:
-            json.loads(stats.read_bytes())
-        except ValueError:  # it is being written, or was when the worker was killed
-            continue
-        parquet = next(
-            (
-                path
-                for path in (listed.path(attempt, shard, ".parquet"), listed.path(part.out, shard, ".parquet"))
-                if path.exists()
-            ),
-            None,
-        )
-        if parquet is None:
-            continue
-        try:
-            found = account(parquet)
-        except ValueError:
-            continue
-        if found.total() != listed.rows_of(shard, part.samples_per_shard):
-            continue
-        for ending in (".tar", ".parquet", "_stats.json"):
-            source = listed.path(attempt, shard, ending)
-            if source.exists():
-                with source.open("rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(source, listed.path(part.out, shard, ending))
-        counts += found
-    return counts
-
-
-def published(part: Slice, listed: Listed) -> list[int]:
-    """The slice's shards that stand in DIR."""
-    return [
-        shard
-        for shard in listed.shards(part.samples_per_shard)
-        if all(listed.path(part.out, shard, ending).exists() for ending in (".tar", ".parquet", "_stats.json"))
-    ]

@@ -7,17 +7,18 @@ counts. A part without counts does not exist.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.index import write_atomically
+from data_tools.ownership import owned
+from pretrain.files import move, write_json, written_in_one_step
 
 DROPPED = "dropped"  # the directory beside the kept rows
 SCHEMA = pa.schema([("row", pa.int64()), ("url", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
@@ -30,23 +31,21 @@ class Judged(NamedTuple):
     counts: Counter[str]  # of what was dropped
 
 
-class Parts:
-    """The parts of one output. `run` says what is being done: parts of another run are an error, or forgotten."""
+@contextmanager
+def owned_parts(out: Path, run: dict[str, Any], *, overwrite: bool) -> Iterator[Parts]:
+    """The parts of `out`, for this process alone. `run` says what is being done: parts of another run are an error, or
+    thrown away."""
+    work, way_out = work_path(out), "choose another --out, or --overwrite"
+    with owned(out, run, stamp=work / "run.json", work=work, restart=lambda: overwrite, way_out=way_out):
+        yield Parts(out)
 
-    def __init__(self, out: Path, run: dict[str, Any], *, overwrite: bool):
-        self.out, self.home = out, home(out)
-        self._work = work_path(out)
+
+class Parts:
+    """The parts of one output; see `owned_parts`."""
+
+    def __init__(self, out: Path):
+        self.out, self._work = out, work_path(out)
         self._single = out.suffix == ".parquet"
-        stamp = self._work / "run.json"
-        if overwrite:
-            shutil.rmtree(self._work, ignore_errors=True)
-        elif stamp.exists() and json.loads(stamp.read_bytes()) != run:
-            raise ValueError(
-                f"{self._work} holds the begun work of another list or other thresholds; choose another --out, or "
-                "--overwrite"
-            )
-        self._work.mkdir(parents=True, exist_ok=True)
-        write_atomically(stamp, json.dumps(run).encode())
 
     def done(self) -> list[Counter[str]]:
         """The counts of each part that is whole: rows, kept, and each reason."""
@@ -72,7 +71,7 @@ class Parts:
                 counts.update(reasons)
                 counts["kept"] += len(kept)
         counts["rows"] = counts.total()
-        write_atomically(self._path(part, "json"), json.dumps(counts).encode())
+        write_json(self._path(part, "json"), counts)
         return counts
 
     def publish(self, parts: int) -> None:
@@ -90,7 +89,7 @@ class Parts:
                 path.unlink()  # of a longer list that is written over
         for part, path in enumerate(kept):
             if path.exists():  # else the run before came as far as this
-                os.replace(path, self.out / f"{part:05d}.parquet")
+                move(path, self.out / f"{part:05d}.parquet")
 
     def remove(self) -> None:
         shutil.rmtree(self._work)
@@ -115,16 +114,12 @@ def dropped_path(out: Path) -> Path:
 
 def _join(paths: list[Path], out: Path) -> None:
     """One file of the rows of all, which appears when it is whole."""
-    beside = out.with_name(f".{out.name}.writing")
-    try:
+    with written_in_one_step(out) as growing:
         if len(paths) == 1:
-            shutil.copyfile(paths[0], beside)
-        else:
-            with pq.ParquetFile(paths[0]) as first, pq.ParquetWriter(beside, first.schema_arrow) as writer:
-                for path in paths:
-                    with pq.ParquetFile(path) as file:
-                        for batch in file.iter_batches(BATCH):
-                            writer.write_batch(batch)
-        os.replace(beside, out)
-    finally:
-        beside.unlink(missing_ok=True)
+            shutil.copyfile(paths[0], growing)
+            return
+        with pq.ParquetFile(paths[0]) as first, pq.ParquetWriter(growing, first.schema_arrow) as writer:
+            for path in paths:
+                with pq.ParquetFile(path) as file:
+                    for batch in file.iter_batches(BATCH):
+                        writer.write_batch(batch)

@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_tools.index import write_atomically
 from pretrain.data.shards.reader import BadSample
 from pretrain.data.transforms import decode_image
+from pretrain.files import write_file
 
 Place = tuple[Path, int, int]  # file, offset and size of the encoded picture
 _SIDE, _GAP, _TEXT, _COLUMNS = 128, 8, 14, 4
@@ -37,7 +37,7 @@ def write_contact_sheet(path: Path, pairs: list[Pair]) -> None:
             sheet.paste(_thumbnail(place), (x + shift, y + _TEXT))
     data = io.BytesIO()
     sheet.save(data, "PNG")
-    write_atomically(path, data.getvalue())
+    write_file(path, data.getvalue())
 
 
 def _thumbnail(place: Place) -> Image.Image:

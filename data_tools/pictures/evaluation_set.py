@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data_tools.index import map_in_order
 from data_tools.pictures.hashes import LEAST_CLEAR, caption_hash, hash_shards, look_at, mirrored_thumbnails
+from pretrain.data.shards.indexing import map_in_order
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample
 from pretrain.data.shards.tar_index import IMAGE_EXTENSIONS
 

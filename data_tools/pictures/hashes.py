@@ -29,8 +29,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from data_tools.index import complete_shards, map_in_order
 from data_tools.shards.samples import make_table, samples_of
+from pretrain.data.shards.indexing import complete_shards, map_in_order
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, BadSample
 from pretrain.data.shards.tar_index import Member
 from pretrain.data.transforms import decode_image, read_header

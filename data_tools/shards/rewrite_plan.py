@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.index import map_in_order
 from data_tools.shards.steps import Drop, read_drops
 from data_tools.shards.writer import tar_bytes
+from pretrain.data.shards.indexing import map_in_order
 from pretrain.data.shards.tar_index import EXTENSIONS, ShardIndex, split_name, tar_members
 
 # Where a sample lies: its tar, the line of the tar's .idx, and how many samples before it have the same key.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -14,15 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_tools.index import stats_path
 from data_tools.pictures.recode import Recode, with_facts
 from data_tools.shards.steps import Drop, write_drops
 from data_tools.shards.writer import ShardWriter
-from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, Descriptor, ShardError
+from pretrain.data.shards.indexing import stats_path
+from pretrain.data.shards.open_files import Descriptor, OpenFiles
+from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, ShardError
 from pretrain.data.shards.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, VERSION, Member, ShardIndex
 
-# Two per shard: its tar and its index. A shuffled order reads from all shards by turns.
-_OPEN_FILES = 256
+_Files = OpenFiles[str, Descriptor]  # two per shard: its tar and its index
 
 
 class NewShard(NamedTuple):
@@ -102,7 +101,7 @@ def _reason(error: BadSample) -> str:
 def _sample(files: _Files, job: NewShard, place: np.void) -> _Sample:
     tar = int(place["tar"])
     index = Path(job.tars[tar]).with_suffix(".idx")
-    line = files.read(str(index), int(place["line"]), int(place["length"]))
+    line = _read_at(files, str(index), int(place["line"]), int(place["length"]))
     parsed = ShardIndex(VERSION + b" 1\n" + line + b"\n", str(index))
     return _Sample(tar, parsed.key(0), int(place["copy"]), parsed.members(0))
 
@@ -114,26 +113,15 @@ def _read(files: _Files, job: NewShard, sample: _Sample) -> dict[str, bytes]:
         limit = MAX_IMAGE_BYTES if member.extension in IMAGE_EXTENSIONS else MAX_TEXT_BYTES
         if member.size > limit:
             raise _TooLarge(f"its {member.extension} has {member.size} bytes; at most {limit} are read")
-        members[member.extension] = files.read(job.tars[sample.tar], member.offset, member.size)
+        members[member.extension] = _read_at(files, job.tars[sample.tar], member.offset, member.size)
     return members
 
 
-class _Files:
-    """The open files of one job, the least recently used ones closed."""
-
-    def __init__(self) -> None:
-        self._open: OrderedDict[str, Descriptor] = OrderedDict()
-
-    def read(self, path: str, offset: int, size: int) -> bytes:
-        if path not in self._open:
-            while len(self._open) >= _OPEN_FILES:
-                self._open.popitem(last=False)
-            self._open[path] = Descriptor(path)
-        self._open.move_to_end(path)
-        data = os.pread(self._open[path].fd, size, offset)
-        if len(data) != size:
-            raise ShardError(f"{path} ends before byte {offset + size}; run python -m data_tools.index again")
-        return data
+def _read_at(files: _Files, path: str, offset: int, size: int) -> bytes:
+    data = os.pread(files.opened(path, lambda: Descriptor(path)).fd, size, offset)
+    if len(data) != size:
+        raise ShardError(f"{path} ends before byte {offset + size}; run python -m data_tools.index again")
+    return data
 
 
 def _rows(job: NewShard, samples: list[_Sample]) -> dict[tuple[int, str], dict[str, Any]]:

@@ -11,9 +11,9 @@ from typing import BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.index import write_atomically
 from pretrain.data.shards.reader import MAX_TEXT_BYTES
 from pretrain.data.shards.tar_index import IMAGE_EXTENSIONS, Member, index_shard
+from pretrain.files import write_file
 
 
 class Sample(NamedTuple):
@@ -57,5 +57,5 @@ def make_table(
     table = pa.Table.from_pylist(list(rows(tar)), schema=schema).replace_schema_metadata({b"shard": stamp})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
-    write_atomically(file, sink.getvalue().to_pybytes())
+    write_file(file, sink.getvalue().to_pybytes())
     return table

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.index import write_atomically
+from pretrain.files import write_json, written_in_one_step
 
 STEPS = "steps"
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("shard", "key", "reason", "detail")])
@@ -46,7 +46,7 @@ def write_step(directory: Path, name: str, step: Step) -> Path:
     """DIRECTORY/steps/NAME.json, in one piece."""
     path = directory / STEPS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(asdict(step), indent=1) + "\n").encode())
+    write_json(path, asdict(step))
     return path
 
 
@@ -72,20 +72,15 @@ def write_drops(path: Path, drops: Iterable[Drop]) -> Counter[str]:
     """Streams `drops` to a parquet file that appears when it is whole. -> how many for each reason."""
     counts: Counter[str] = Counter()
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.writing")
-    try:
-        with pq.ParquetWriter(beside, _SCHEMA) as writer:
-            rows: list[Drop] = []
-            for drop in drops:
-                counts[drop.reason] += 1
-                rows.append(drop)
-                if len(rows) == _BATCH:
-                    writer.write_table(_table(rows))
-                    rows.clear()
-            writer.write_table(_table(rows))
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with written_in_one_step(path) as growing, pq.ParquetWriter(growing, _SCHEMA) as writer:
+        rows: list[Drop] = []
+        for drop in drops:
+            counts[drop.reason] += 1
+            rows.append(drop)
+            if len(rows) == _BATCH:
+                writer.write_table(_table(rows))
+                rows.clear()
+        writer.write_table(_table(rows))
     return counts
 
 

@@ -20,8 +20,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.index import stats_path, write_atomically
+from pretrain.data.shards.indexing import stats_path
 from pretrain.data.shards.tar_index import split_name
+from pretrain.files import beside, move, write_file
 
 _BUFFER = 2**20
 
@@ -128,7 +129,7 @@ class _OpenShard:
         self.path, self.rows, self.bytes, self.started = path, list[dict[str, Any]](), 0, time.time()
         self._keys = set[str]()
         # A process of its own name: what a killed parent left behind may still write to the same shard.
-        self._growing = path.with_name(f".{path.name}.{os.getpid()}.writing")
+        self._growing = beside(path, str(os.getpid()))
         self._file: BinaryIO = open(self._growing, "wb", buffering=_BUFFER)  # noqa: SIM115 (closed in finish, abandon)
         # PAX is plain ustar but for names that ustar cannot hold.
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
@@ -146,15 +147,13 @@ class _OpenShard:
 
     def finish(self, schema: pa.Schema | None) -> None:
         self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
         table = rows_table(self.rows) if schema is None else pa.Table.from_pylist(self.rows, schema=schema)
         buffer = io.BytesIO()
         pq.write_table(table, buffer)
-        write_atomically(self.path.with_suffix(".parquet"), buffer.getvalue())
-        self._growing.replace(self.path)
-        write_atomically(stats_path(self.path), _stats(len(self.rows), self.started))
+        write_file(self.path.with_suffix(".parquet"), buffer.getvalue())
+        move(self._growing, self.path)
+        write_file(stats_path(self.path), _stats(len(self.rows), self.started))
 
     def abandon(self) -> None:
         with suppress(OSError):  # it writes what is left in its buffer, and a full disk was said before

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import io
-import os
 import signal
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.index import write_atomically
 from data_tools.lists.languages import detector, language_code
+from data_tools.ownership import end_with_parent
 from data_tools.text.chunks import cut, limits_of
 from data_tools.text.clean import TextRules, clean, why_dropped
 from data_tools.text.documents import Block, Input, Raw, text_of_document
 from data_tools.text.duplicates import comparable, digest, signature
 from pretrain.data.text_tokenizer import TextTokenizer
+from pretrain.files import write_file
 
 _SCHEMA = pa.schema(
     {
@@ -103,15 +101,7 @@ def start_worker(work: BlockWork, directory: Path, own_process: bool = False) ->
     _cutter, _directory = Cutter(work), directory / "blocks"
     if own_process:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-        threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    """A parent that was killed cannot stop its workers: they would wait for work for ever."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+        end_with_parent()
 
 
 def cut_block(block: Block) -> Path:
@@ -121,5 +111,5 @@ def cut_block(block: Block) -> Path:
         table = pa.Table.from_pylist([_cutter.row(raw) for raw in block.documents], _SCHEMA)
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
-        write_atomically(path, buffer.getvalue())
+        write_file(path, buffer.getvalue())
     return path

@@ -6,7 +6,6 @@ depends on the documents before, duplicates and the budget, is decided afterward
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -26,8 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_tools.index import index_directory
 from data_tools.lists.languages import language_code
+from data_tools.ownership import differences, owned
 from data_tools.shards.steps import Drop, Step, read_steps, write_drops, write_step
 from data_tools.shards.writer import ShardWriter
 from data_tools.text.blocks import BlockWork, cut_block, start_worker
@@ -35,7 +34,9 @@ from data_tools.text.chunks import limits_of
 from data_tools.text.clean import TextRules
 from data_tools.text.documents import MAX_BYTES, TEXT, Block, Input, find_inputs, read_blocks, total_bytes
 from data_tools.text.duplicates import SeenTexts
+from pretrain.data.shards.indexing import index_directory
 from pretrain.data.text_tokenizer import TextTokenizer
+from pretrain.files import move
 
 VERSION = 1  # other rules in the code make other shards
 NAME, CHUNKS = "pack_text", "pack_text_chunks"
@@ -109,8 +110,7 @@ def pack(packing: Packing, workers: int = 1) -> Packed:
         return packed
     with _work_directory(out, settings) as directory:
         packed = _pack(packing, settings, work, directory, workers)
-        (directory / "shards").rename(out)
-        _remember(out.parent)  # before the blocks go
+        move(directory / "shards", out)  # synced before the blocks go
         shutil.rmtree(directory)
     return packed
 
@@ -271,11 +271,8 @@ def _finished(out: Path, settings: dict[str, Any], inputs: list[Input]) -> Packe
     steps = read_steps(out)
     if NAME not in steps or CHUNKS not in steps:
         raise ValueError(f"--out={out} holds other files; give a directory that does not exist yet")
-    found = steps[NAME].settings
-    if differ := [name for name, value in settings.items() if found.get(name) != value]:
-        raise ValueError(
-            f"--out={out} holds shards that were packed with another {', '.join(differ)}; remove it, or choose another"
-        )
+    if changed := differences(steps[NAME].settings, settings):
+        raise ValueError(f"--out={out} holds shards that were packed with {changed}; remove it, or choose another")
     return _packed(steps[NAME], steps[CHUNKS], tuple(inputs))
 
 
@@ -291,35 +288,13 @@ def _beside(out: Path) -> Path:
     return out.with_name(f".{out.name}.packing")
 
 
-def _remember(directory: Path) -> None:
-    """The names in a directory outlast a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextmanager
 def _work_directory(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
     """.OUT.packing, for this process alone, with the blocks of a killed run if they are of the same work."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     directory = _beside(out)
-    directory.mkdir(exist_ok=True)
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another pack_text is writing --out={out}; wait for it, or choose another") from None
-        # What is decided behind the blocks may change without their being worked on again.
-        before = {name: value for name, value in settings.items() if name not in ("budget", "samples_per_shard")}
-        stamp = json.dumps(before | {"near": settings["near"] < 1}).encode()
-        path = directory / "settings.json"
-        if not path.exists() or path.read_bytes() != stamp:
-            shutil.rmtree(directory / "blocks", ignore_errors=True)
-            path.write_bytes(stamp)
+    # What is decided behind the blocks may change without their being worked on again.
+    before = {name: value for name, value in settings.items() if name not in ("budget", "samples_per_shard")}
+    before["near"] = settings["near"] < 1
+    with owned(out, before, stamp=directory / "settings.json", work=directory, restart=lambda: True):
         (directory / "blocks").mkdir(exist_ok=True)
         yield directory
-    finally:
-        os.close(handle)

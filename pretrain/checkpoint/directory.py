@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.weights import sync, write_json
+from pretrain.files import WRITING, move, sync, write_json
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "MANIFEST.json"
-SAVING, DELETING = ".saving_", ".deleting_"
+DELETING = ".deleting_"
+# What a killed save leaves; an earlier version wrote into .saving_step_N.
+LEFTOVERS = (f".step_*{WRITING}", f"{DELETING}step_*", ".saving_step_*")
 
 
 def prepare(directory: Path, beside: Path) -> None:
@@ -27,8 +29,8 @@ def prepare(directory: Path, beside: Path) -> None:
 
 def sweep(directory: Path) -> None:
     """Removes what a killed save left behind."""
-    for prefix in (SAVING, DELETING):
-        for leftover in directory.glob(f"{prefix}step_*"):
+    for pattern in LEFTOVERS:
+        for leftover in directory.glob(pattern):
             log.info("removing the leftover %s of a save that did not end", leftover)
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -39,8 +41,7 @@ def publish(body: dict[str, Any], beside: Path, final: Path) -> None:
     write_json(beside / MANIFEST, body | {"sha256": _hash_json(body)})
     if final.exists():  # the same step again, after its first copy was refused as damaged
         _remove(final)
-    os.rename(beside, final)
-    sync(final.parent)
+    move(beside, final)
 
 
 def prune(directory: Path, step: int, keep: int) -> None:

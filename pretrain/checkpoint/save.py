@@ -1,6 +1,6 @@
 """Save, verify and resume one stage; between stages it is pretrain/weights.py.
 
-A checkpoint is a directory step_00000100 that was written as .saving_step_00000100 beside its place: the whole model
+A checkpoint is a directory step_00000100 that was written as .step_00000100.writing beside its place: the whole model
 (weights.safetensors), each rank's part of the optimizer's moments and its random state, all synced, then MANIFEST.json
 with their sizes and hashes, then one rename. A directory without a valid manifest does not exist for `newest`. Nothing
 in it depends on the layout that wrote it: any other may go on from there.
@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pretrain.checkpoint.directory import SAVING, complete, damage, prepare, prune, publish, sweep
+from pretrain import files
+from pretrain.checkpoint.directory import complete, damage, prepare, prune, publish, sweep
 from pretrain.checkpoint.weights import WEIGHTS, HashedFile, SaveError, write_weights
 from pretrain.distributed import fail_together, gather_objects, rank, world_size
 from pretrain.parallel.engine import set_progress
@@ -68,7 +69,7 @@ def save(
     Raises SaveError on every rank when one cannot write, with the checkpoints before it left as they were.
     """
     final = directory / f"step_{step:08d}"
-    beside = directory / (SAVING + final.name)
+    beside = files.beside(final)
     try:
         fail_together(lambda: prepare(directory, beside) if rank() == 0 else None)
         fail_together(lambda: _see(beside))

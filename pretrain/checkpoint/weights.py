@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from pretrain.files import write_json, written_in_one_step
+
 HEADER = "imglish"  # the one metadata key of our safetensors: several would be written in no fixed order
 WEIGHTS = "weights.safetensors"
 
@@ -53,15 +55,13 @@ def write_weights(state: dict[str, Tensor], path: Path, config: dict[str, Any]) 
     for name, value in state.items():
         _hash_tensor(digest, name, value)
     header = {"config": config, "sha256": digest.hexdigest()}
-    beside = path.with_name(f".{path.name}.saving")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, beside, metadata={HEADER: json.dumps(header, sort_keys=True)})
-        sync(beside)
-        os.replace(beside, path)
+        path.with_name(f".{path.name}.saving").unlink(missing_ok=True)  # a killed run's, of an earlier version
+        with written_in_one_step(path) as growing:
+            save_file(state, growing, metadata={HEADER: json.dumps(header, sort_keys=True)})
         write_json(path.with_name("config.json"), config | {"weights_sha256": digest.hexdigest()})
     except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
         number = getattr(error, "errno", None) or errno.EIO
         raise SaveError(
             number, f"{path} could not be written: {error}; free space or choose another run-dir"
@@ -184,24 +184,6 @@ class HashedFile:
             yield
         except OSError as error:
             self.error = self.error or error
-
-
-def sync(path: Path) -> None:
-    """Makes a written file, or a directory's entries, survive a loss of power."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """In one step: a reader sees the old file or the new one."""
-    beside = path.with_name(f".{path.name}.saving")
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    sync(beside)
-    os.replace(beside, path)
-    sync(path.parent)
 
 
 @contextmanager

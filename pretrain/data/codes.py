@@ -1,4 +1,4 @@
-"""Codes of the visual tokenizer that data_tools.encode_images stored: training reads them and runs no tokenizer.
+"""Codes of the visual tokenizer that pretrain.encode_images stored: training reads them and runs no tokenizer.
 
 A picture is then seen in `crops` ways only: epoch e takes look e mod crops, and a look follows from (seed, the
 sample's key, its number) alone. The key and not the sample's number: it stays the same when shards join a mix, leave
@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from numpy.random import Generator
 
 from pretrain.data.shards.cache import ShardError, fetch, is_remote, shown
 from pretrain.data.shards.manifest import Manifest
-from pretrain.data.shards.reader import BadSample, Descriptor, ShardReader
+from pretrain.data.shards.open_files import Descriptor, OpenFiles
+from pretrain.data.shards.reader import BadSample, ShardReader
 from pretrain.data.shards.tar_index import ShardIndex
 from pretrain.data.transforms import ImageTransform, sample_rng
 
@@ -33,7 +33,6 @@ VERSION = 1
 DTYPE = np.dtype("<u2")
 NO_CODE = 0xFFFF  # the picture could not be decoded
 _MAX_HEAD, _MAX_SUMMARY = 2**16, 2**28
-_OPEN_FILES = 256
 # Apart from the streams of a mix's kinds, which are 0, 1, 2, ...
 _LOOKS = 2**32
 
@@ -95,21 +94,21 @@ def read_summary(data: bytes, where: str) -> tuple[Coding, dict[str, int]]:
         coding = Coding(**content["coding"])
         return coding, {str(name): int(samples) for name, samples in content["shards"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where} cannot be used ({error!r}); run python -m data_tools.encode_images again") from None
+        raise ValueError(f"{where} cannot be used ({error!r}); run python -m pretrain.encode_images again") from None
 
 
 def stored_coding(manifest: Manifest, ending: str) -> Coding:
     """What the codes of a source are codes of. Raises ValueError if a shard has none, or its directories differ."""
-    found: dict[str, tuple[Coding, dict[str, int]]] = {}
+    summaries: dict[str, tuple[Coding, dict[str, int]]] = {}
     for shard in manifest.shards:
-        if (url := shard.beside(f"{ending}.json")) not in found:
-            found[url] = read_summary(_small_file(url), shown(url))
-        if found[url][1].get(shard.name) != shard.samples:
+        if (url := shard.beside(f"{ending}.json")) not in summaries:
+            summaries[url] = read_summary(_small_file(url), shown(url))
+        if summaries[url][1].get(shard.name) != shard.samples:
             raise ValueError(
-                f"{shown(url)} has no codes of {shard.name} as it is now; run python -m data_tools.encode_images again "
+                f"{shown(url)} has no codes of {shard.name} as it is now; run python -m pretrain.encode_images again "
                 "on its directory"
             )
-    (first, (coding, _)), *rest = found.items()
+    (first, (coding, _)), *rest = summaries.items()
     for url, (other, _) in rest:
         if differs := other.against(coding, shown(first)):
             raise ValueError(f"{shown(url)} holds other codes: {differs}; encode both with the same arguments")
@@ -123,7 +122,7 @@ def _small_file(url: str) -> bytes:
         return Path(url).read_bytes()
     except OSError as error:
         raise ValueError(
-            f"{url} cannot be read ({error.strerror}); run python -m data_tools.encode_images on its directory, or "
+            f"{url} cannot be read ({error.strerror}); run python -m pretrain.encode_images on its directory, or "
             "leave the source's codes out"
         ) from None
 
@@ -135,10 +134,7 @@ class StoredCodes:
         self.coding, self.ending = stored_coding(reader.manifest, ending), ending
         self._reader = reader
         # Shard -> (descriptor, or None for a remote one whose copy may be evicted; bytes before the codes)
-        self._open: OrderedDict[int, tuple[Descriptor | None, int]] = OrderedDict()
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": OrderedDict()}  # descriptors mean nothing in another process
+        self._open = OpenFiles[int, tuple[Descriptor | None, int]]()
 
     def read(self, shard: int, sample: int, look: int) -> np.ndarray:
         """int64 [patches]. BadSample if the picture had none, ShardError if the file is not this shard's."""
@@ -158,20 +154,17 @@ class StoredCodes:
         return codes
 
     def _opened(self, shard: int) -> tuple[Descriptor | None, int]:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
+        return self._open.opened(shard, lambda: self._open_codes(shard))
+
+    def _open_codes(self, shard: int) -> tuple[Descriptor | None, int]:
         head = file_head(self.coding, index := self._reader.index(shard))
         file = Descriptor(self._handle(shard))
         if os.pread(file.fd, len(head), 0) != head:
             raise self._damaged(shard, "its first line is not what its codes.json and the shard's index say")
         if os.fstat(file.fd).st_size != len(head) + index.samples * self.coding.item_bytes:
             raise self._damaged(shard, "it has not the size that its first line says")
-        while len(self._open) >= _OPEN_FILES:
-            self._open.popitem(last=False)
         remote = is_remote(self._reader.manifest.shards[shard].url)
-        self._open[shard] = (None if remote else file), len(head)
-        return self._open[shard]
+        return (None if remote else file), len(head)
 
     def _handle(self, shard: int) -> int:
         return self._reader.open_beside(shard, self.ending, stamp=str(self.coding))
@@ -181,15 +174,13 @@ class StoredCodes:
         return shown(entry.beside(f"{entry.name.removesuffix('.tar')}.{self.ending}"))
 
     def _damaged(self, shard: int, reason: str) -> ShardError:
-        return ShardError(
-            f"{self._shown(shard)} cannot be used: {reason}; run python -m data_tools.encode_images again"
-        )
+        return ShardError(f"{self._shown(shard)} cannot be used: {reason}; run python -m pretrain.encode_images again")
 
 
 def check_coding(kind: str, stored: Coding, wanted: Coding) -> None:
     """Raises ValueError if the stored codes of a kind of the mix are not those that the run would make itself."""
     if differs := stored.against(wanted, "this run"):
         raise ValueError(
-            f"mix.{kind}.codes: the stored codes are of {differs}; run python -m data_tools.encode_images with this "
+            f"mix.{kind}.codes: the stored codes are of {differs}; run python -m pretrain.encode_images with this "
             "recipe and another --name, or set the recipe to what they are of"
         )

@@ -23,13 +23,23 @@ from torch.utils.data import DataLoader, Sampler
 from pretrain.batch import Batch, Layout, batch_problem
 from pretrain.contracts import Source
 from pretrain.data.codes import Coding, StoredCodes, check_coding, plain
-from pretrain.data.micro_batches import KINDS, Failure, Feed, MicroBatches, Replaced, Share, View, micro_layout
+from pretrain.data.micro_batches import (
+    KINDS,
+    Failure,
+    Feed,
+    MicroBatches,
+    Replaced,
+    Share,
+    View,
+    micro_layout,
+    slot_problem,
+)
 from pretrain.data.order import Order
 from pretrain.data.shards.reader import ShardReader, load_manifest
 
 log = logging.getLogger(__name__)
 
-# The first ones are named in the log, the quarantine file has all.
+# The first replaced samples are named in the log; the quarantine file has all of them.
 LOGGED = 10
 
 
@@ -112,7 +122,7 @@ class Loader:
 
     @property
     def digests(self) -> dict[str, str]:
-        """What the order depends on beside seed and step: to compare on resume."""
+        """What the order depends on besides seed and step, for comparison on resume."""
         return {feed.kind: feed.reader.manifest.digest for feed in self.feeds}
 
     def batches(self, start: int, stop: int) -> Generator[list[Batch], None, None]:
@@ -127,8 +137,8 @@ class Loader:
             prefetch_factor=self.loading.prefetch if workers else None,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker,
-            # Its own generator: torch would draw the workers' seed from the global one, which a resumed run must
-            # find as it was.
+            # Its own generator: torch would draw the workers' seed from the global generator, whose state a
+            # resumed run must find unchanged.
             generator=torch.Generator(),
         )
         trace = self._open_trace(start)
@@ -169,7 +179,7 @@ class Loader:
             return None
         self.trace.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.trace.glob("samples.rank*.jsonl")):
-            # Every file has one rank that cuts it, also those of a run that had more ranks.
+            # Each file is cut by one rank, including the files of a run that had more ranks.
             number = path.name.removeprefix("samples.rank").removesuffix(".jsonl")
             if number.isdigit() and int(number) % self.ranks == self.rank:
                 _cut_trace(path, start)
@@ -232,7 +242,8 @@ def _check_mix(mixture: Mixture, view: View, ranks: int) -> None:
     if set(mix) != set(counts):
         raise ValueError(f"batch has {sorted(counts)} where mix has {sorted(mix)}; give each kind in the mix its count")
     for kind in mix:
-        if problem := batch_problem(kind, counts[kind], ranks, mixture.accumulation):
+        problem = slot_problem(kind, mix[kind]) or batch_problem(kind, counts[kind], ranks, mixture.accumulation)
+        if problem:
             raise ValueError(problem)
         if kind != "texts" and transform is None:
             raise ValueError(f"mix.{kind} needs a transform for its pictures, and there is none; give the stage one")
@@ -263,7 +274,7 @@ def _json_line(line: dict) -> bytes:
 
 
 def _cut_trace(path: Path, start: int) -> None:
-    """Cuts off what lies beyond step `start`, and a line that a kill left half written."""
+    """Cuts off the lines beyond step `start`, and a line that a kill interrupted."""
     keep = 0
     with path.open("r+b") as file:
         for line in file:
@@ -275,8 +286,8 @@ def _cut_trace(path: Path, start: int) -> None:
 
 
 def _start_worker(worker: int) -> None:
-    """Workers are deaf to the signals that ask a job to save and end, which schedulers send to every process: the
-    main process must still get its batches for the step it is in, and ends its workers itself."""
+    """Workers ignore the signals that ask a job to save and end, which schedulers send to every process: the main
+    process still needs the batches of the step it is in, and ends its workers itself."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -34,6 +34,7 @@ class Masking:
     text_ratio: float = 0.15
     pair_text_ratio: float = 0.5
     pair_image_ratio: float = 0.4
+    dual: bool = True  # dual pairs are hidden as images and texts alone; False: a contrast beside sees them whole
 
     def __post_init__(self) -> None:
         for name in RATIOS:
@@ -46,6 +47,8 @@ class Masking:
         """(of the picture, of the text) of one kind of a mix: images, pairs, texts or dual."""
         if kind == "pairs":
             return self.pair_image_ratio, self.pair_text_ratio
+        if kind == "dual" and not self.dual:
+            return 0.0, 0.0
         return (0.0 if kind == "texts" else self.image_ratio), (0.0 if kind == "images" else self.text_ratio)
 
 
@@ -53,23 +56,24 @@ def combine(maskings: Sequence[Masking]) -> Masking | None:
     """What the loader hides for several objectives: of each modality the largest share that one of them asks for."""
     if len(maskings) < 2:
         return maskings[0] if maskings else None
-    return Masking(**{name: max(getattr(masking, name) for masking in maskings) for name in RATIOS})
+    ratios = {name: max(getattr(masking, name) for masking in maskings) for name in RATIOS}
+    return Masking(**ratios, dual=any(masking.dual for masking in maskings))
 
 
 def mask_image(grid: int, ratio: float, rng: Generator) -> np.ndarray:
     """bool [grid * grid], row by row, True where hidden: rectangles until the share is reached, then single patches,
     so that the count is exact: round(ratio * patches), at least one."""
     mask = np.zeros((grid, grid), dtype=bool)
-    left = target = count_masked(grid * grid, ratio)
+    remaining = target = count_masked(grid * grid, ratio)
     least = max(1, round(MIN_BLOCK * grid * grid / ON_PATCHES))
-    while left > 0:
-        new = _add_block(mask, left, least, rng)
+    while remaining > 0:
+        new = _add_block(mask, remaining, least, rng)
         if new == 0:
             break
-        left -= new
+        remaining -= new
     flat = mask.reshape(-1)
-    if left:
-        flat[rng.choice(np.flatnonzero(~flat), left, replace=False)] = True
+    if remaining:
+        flat[rng.choice(np.flatnonzero(~flat), remaining, replace=False)] = True
     assert np.count_nonzero(flat) == target
     return flat
 

@@ -24,7 +24,7 @@ from pretrain.data.transforms import ImageTransform, sample_rng
 
 # A kind's place here also tells its random streams from the other kinds'.
 KINDS = ("images", "pairs", "dual", "texts")
-# So many bad samples in a row are no accident.
+# This many bad samples in a row are not an accident.
 MAX_ATTEMPTS = 1000
 
 
@@ -71,7 +71,7 @@ class Share(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """An error that is the user's to mend, on its way from a worker to the main process."""
+    """An error that the user must fix, on its way from a worker to the main process."""
 
     error: Exception
 
@@ -113,18 +113,18 @@ class MicroBatches(Dataset):
         return [self._sample(feed, SampleRef(*row), replaced) for row in rows.tolist()]
 
     def _sample(self, feed: Feed, ref: SampleRef, replaced: list[Replaced]) -> _Sample:
-        """The sample, or who stands in for it by the order's rule."""
+        """The sample, or its replacement by the order's rule."""
         attempt = skipped = 0
-        walked = [ref.shard]  # the stream's shards from the sample's own on, as far as they were looked at
+        walked = [ref.shard]  # shards of the stream that were tried, beginning with the sample's own
         problem, stand_in = "", ref
         for _ in range(MAX_ATTEMPTS):
-            # Of the sample that was meant: who stands in is not seen twice with the same crop.
+            # Seeded by the sample that was due: its replacement is not seen twice with the same crop.
             rng = sample_rng(self.seed, ref.epoch, feed.order.number(ref), feed.stream)
             try:
                 members = feed.reader.read(stand_in.shard, stand_in.sample, feed.source.wanted)
                 look, number = rng, 0
                 if crops := getattr(feed.source, "crops", 0):
-                    # Of the sample that is read: its codes are those of its own looks.
+                    # Seeded by the sample that is read: its stored codes are those of its own looks.
                     number = ref.epoch % crops
                     look = look_rng(self.seed, members["__key__"], number)
                 codes = feed.codes.read(stand_in.shard, stand_in.sample, number) if feed.codes else None
@@ -141,7 +141,7 @@ class MicroBatches(Dataset):
             replaced.append(Replaced(feed.kind, shown(shard.url), stand_in.sample, problem))
             try:
                 stand_in = feed.order.replacement(ref, attempt, skipped)
-            except ValueError:  # nobody is left
+            except ValueError:  # there is no other sample
                 break
             if stand_in.shard != walked[-1]:
                 walked.append(stand_in.shard)
@@ -209,6 +209,14 @@ def _extras(samples: list[_Sample]) -> dict[str, Any]:
         same = numeric and len({np.shape(value) for value in values}) == 1
         stacked[name] = torch.from_numpy(np.stack([np.asarray(value) for value in values])) if same else tuple(values)
     return stacked
+
+
+def slot_problem(kind: str, source: Source) -> str:
+    """Why a source cannot fill this kind of a mix; "" if it can."""
+    if kind in source.slots:
+        return ""
+    name = f"mix.{kind}={type(source).__name__}(...)"
+    return f"{name} is wrong because that fills {' or '.join(source.slots)}; use it there"
 
 
 def micro_layout(mix: Mapping[str, Source], counts: Mapping[str, int], patches: int, parts: int) -> Layout:

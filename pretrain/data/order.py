@@ -30,14 +30,14 @@ _WORD = (1 << 64) - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 # Even number: both halves change equally often. Eight, because four leave patterns in blocks of a few samples.
 _ROUNDS = 8
-# What a hash is for: the same (seed, epoch, number) must not decide two things.
+# The purpose of a hash: the same (seed, epoch, number) must not decide two things.
 _FOR_SHARD, _FOR_BLOCK = 1, 2
 # A step may cross the edge of an epoch, so that two plans are in use by turns.
 _PLANS_KEPT = 2
 
 
 class SampleRef(NamedTuple):
-    """Where a sample stands: epochs and numbers from 0, shard as in the manifest."""
+    """A sample's place: epochs and numbers count from 0, shards as in the manifest."""
 
     epoch: int
     shard: int
@@ -208,13 +208,13 @@ class Order:
         return int(self._firsts[ref.shard]) + ref.sample
 
     def replacement(self, ref: SampleRef, attempt: int, skip_shards: int = 0) -> SampleRef:
-        """Who stands in for `ref` when it cannot be decoded: a pure function of its arguments.
+        """The replacement of `ref` when it cannot be decoded: a pure function of its arguments.
 
         Attempt 0 is `ref` itself, 1 the sample after it in its shard (the last is followed by the first), and so on;
         when the shard is exhausted, the next shard of the same stream in that epoch (after the stream's last, the
         next stream's first), from the same sample number modulo its length. Neighbours in a stream are open at the
         same time, so a bad shard costs no new fetch. `skip_shards` leaves out that many whole shards, beginning with
-        ref's own, where they cannot be read. ValueError when nobody is left.
+        ref's own, where they cannot be read. ValueError when no sample remains.
         """
         plan = self._epoch(ref.epoch)
         place, left = int(plan.place[ref.shard]), attempt

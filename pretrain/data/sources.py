@@ -1,4 +1,4 @@
-"""What a recipe's mix is made of: shards of pictures, of pairs, of texts; and how their raw members are read.
+"""The sources of a recipe's mix: shards of pictures, of pairs, of texts; and how their raw members are read.
 
 Only jpg, jpeg, png, webp and txt members are looked at, and only by our own decoders: shards come from strangers.
 """
@@ -38,8 +38,8 @@ class Raw(NamedTuple):
 class ImageShards(Source):
     """Pictures alone; captions beside them are not read.
 
-    `crops`: each picture is seen in so many ways and in no other, one an epoch, so that their codes can be stored; 0:
-    every epoch sees another. `codes`: the ending of the stored codes' files (data_tools.encode_images --name), which
+    `crops`: each picture is seen in this many fixed ways, one per epoch, so that their codes can be stored; 0: another
+    crop in every epoch. `codes`: the ending of the stored codes' files (pretrain.encode_images --name), which
     training then reads instead of running the visual tokenizer; see codes.py.
     """
 

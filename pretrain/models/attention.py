@@ -21,8 +21,8 @@ from pretrain.batch import PAD, Batch, Layout
 class Packing(NamedTuple):
     """The pair and text rows without padding, sequence after sequence."""
 
-    rows: Tensor  # int64 [kept]: their places in the packed pass
-    starts: Tensor  # int32 [pairs + texts + 1]: where each sequence begins among the kept rows, and their number
+    rows: Tensor  # int64 [R]: their places in the packed pass
+    starts: Tensor  # int32 [pairs + texts + 1]: where each sequence begins among these rows, and R
     longest: int  # an upper bound of the sequences' lengths
 
 
@@ -161,9 +161,9 @@ def _attend_packed(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, layout: Layout, 
     q, k, v = (x.index_select(0, packing.rows) for x in (q_THC, k_THC, v_THC))
     kernel = _varlen_kernel()
     assert kernel is not None
-    kept = kernel(q, k, v, packing.starts, packing.starts, packing.longest, packing.longest)
-    out = kept.new_zeros(layout.rows - layout.image_rows, *kept.shape[1:])
-    return out.index_copy(0, packing.rows - layout.image_rows, kept)
+    attended = kernel(q, k, v, packing.starts, packing.starts, packing.longest, packing.longest)
+    out = attended.new_zeros(layout.rows - layout.image_rows, *attended.shape[1:])
+    return out.index_copy(0, packing.rows - layout.image_rows, attended)
 
 
 @cache

@@ -50,6 +50,7 @@ class MaskedData(Masking, Objective):
         tied = self.tied_text_head
         heads = MaskedDataHeads(
             parts,
+            dual=self.dual,
             image=layers.classifier(model.width("images"), self.image_codes) if image else None,
             text=layers.classifier(model.width("texts"), model.vocab_size, tied=tied) if text else None,
         )
@@ -67,8 +68,10 @@ class MaskedData(Masking, Objective):
 
     def products(self, layout: Layout, model: Any) -> list[Product]:
         """About: how many rows are hidden is random."""
-        image = (layout.images * self.image_ratio + layout.pairs * self.pair_image_ratio) * layout.patches
-        text = layout.text_rows * self.text_ratio + layout.pair_text_rows * self.pair_text_ratio
+        whole = 0 if self.dual else layout.dual
+        images, texts = layout.images - whole, layout.texts - whole
+        image = (images * self.image_ratio + layout.pairs * self.pair_image_ratio) * layout.patches
+        text = texts * layout.text_len * self.text_ratio + layout.pair_text_rows * self.pair_text_ratio
         return [
             Product(round(image), model.width("images"), self.image_codes, classes=True),
             Product(round(text), model.width("texts"), model.vocab_size, classes=True),
@@ -97,12 +100,12 @@ class Score(NamedTuple):
 
 class MaskedDataHeads(nn.Module):
     """One linear head per vocabulary, run on masked rows only. `parts` are the kinds of rows that are hidden: image,
-    pair_image, pair_text, text. A head without a part is not built: AdamW would move it all the same. A tied text head
-    waits for its `weight`."""
+    pair_image, pair_text, text; of images and texts the dual pairs' count only if `dual`. A head without a part is not
+    built: AdamW would move it all the same. A tied text head waits for its `weight`."""
 
-    def __init__(self, parts: tuple[str, ...], *, image: nn.Module | None, text: nn.Module | None):
+    def __init__(self, parts: tuple[str, ...], *, dual: bool = True, image: nn.Module | None, text: nn.Module | None):
         super().__init__()
-        self.parts, self.image, self.text = parts, image, text
+        self.parts, self.dual, self.image, self.text = parts, dual, image, text
 
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder | None = None) -> dict[str, Tensor]:
         """-> `loss` (mean over sequences of the mean over a sequence's targets), `loss/PART` and `accuracy/PART`, where
@@ -134,6 +137,7 @@ class MaskedDataHeads(nn.Module):
     def _heads(self, encoded: Kinds, batch: Batch) -> list[tuple[Any, dict[str, Part]]]:
         """Each head that is built, with the parts that it answers."""
         heads: list[tuple[Any, dict[str, Part]]] = []
+        whole = 0 if self.dual else batch.layout.dual  # the last images and the first texts, of which nothing is hidden
         if self.image is not None:
             codes = batch.image_codes
             if codes is None:
@@ -143,13 +147,12 @@ class MaskedDataHeads(nn.Module):
             masks, targets = batch.image_masks.split(split), codes.split(split)
             # The class row has no target.
             images, pair_images = (kind[:, 1:] for kind in (encoded.images, encoded.pair_images))
-            heads.append((
-                self.image,
-                {"image": Part(images, masks[0], targets[0]), "pair_image": Part(pair_images, masks[1], targets[1])},
-            ))  # fmt: skip
+            alone = batch.layout.images - whole
+            image = Part(images[:alone], masks[0][:alone], targets[0][:alone])
+            heads.append((self.image, {"image": image, "pair_image": Part(pair_images, masks[1], targets[1])}))
         if self.text is not None:
             pairs = Part(encoded.pair_texts, batch.pair_masked, batch.pair_tokens)
-            texts = Part(encoded.texts, batch.text_masked, batch.text_tokens)
+            texts = Part(encoded.texts[whole:], batch.text_masked[whole:], batch.text_tokens[whole:])
             heads.append((self.text, {"pair_text": pairs, "text": texts}))
         return [(head, {name: part for name, part in own.items() if name in self.parts}) for head, own in heads]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pretrain.settings import nearest
 
 # Keys that the JSON owns, and (for its sections) what may stand in them. ds_configs/README.md explains them.
 OFFLOAD = {"device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory", "pipeline_read"} | {
@@ -153,11 +154,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _known(path: str | Path, key: str, known: list[str], inside: str = "") -> None:
-    if key in known:
-        return
-    close = get_close_matches(key, known, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(sorted(known))}"
-    raise ValueError(f"{path}: unknown key {inside}{key}; {hint}")
+    if key not in known:
+        raise ValueError(f"{path}: unknown key {inside}{key}{nearest(key, known)}")
 
 
 def _section(path: str | Path, name: str, section: Any, known: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""The door to DeepSpeed: process group, parameters that are born in parts, and the engine."""
+"""The door to DeepSpeed: process group, parameters that are split as they are made, and the engine."""
 
 from __future__ import annotations
 
@@ -74,15 +74,15 @@ def build_engine(
 
 
 def _exact_weights(task: nn.Module) -> dict[str, Tensor]:
-    """Copies, on the host, of the trainable weights before they are rounded to bf16; of a parameter that was born in
-    parts this rank's part, which is rounded here: DeepSpeed takes parts as they are."""
+    """Copies, on the host, of the trainable weights before they are rounded to bf16; of a parameter that is already
+    split this rank's part, which is rounded here: DeepSpeed takes parts as they are."""
     exact = {}
     for name, value in task.named_parameters():
-        held: Any = getattr(value, "ds_tensor", value)
-        if value.requires_grad and held.numel():
-            exact[name] = held.detach().to("cpu", torch.float32, copy=True)
+        own: Any = getattr(value, "ds_tensor", value)
+        if value.requires_grad and own.numel():
+            exact[name] = own.detach().to("cpu", torch.float32, copy=True)
         if hasattr(value, "ds_tensor"):
-            held.data, value.data = held.data.bfloat16(), value.data.bfloat16()
+            own.data, value.data = own.data.bfloat16(), value.data.bfloat16()
     return exact
 
 
@@ -96,12 +96,12 @@ def _restore_masters(engine, exact: dict[str, Tensor]) -> None:
         for name, value in engine.module.named_parameters():
             if name not in exact:
                 continue
-            kept = exact.pop(name).to(device())
+            weight = exact.pop(name).to(device())
             if not hasattr(value, "ds_id"):
-                fragment.safe_set_full_fp32_param(value, kept)
+                fragment.safe_set_full_fp32_param(value, weight)
                 continue
-            born_whole = kept.shape == value.ds_shape  # the engine has cut it
-            fragment.safe_set_local_fp32_param(value, zero3_part(value, kept) if born_whole else kept)
+            was_whole = weight.shape == value.ds_shape  # the engine has cut it
+            fragment.safe_set_local_fp32_param(value, zero3_part(value, weight) if was_whole else weight)
 
 
 def gradient_norm(engine) -> float:
@@ -150,7 +150,7 @@ def adopt_slurm() -> None:
 def _deepspeed():
     """The package, imported quietly and without a compiler run."""
     if not torch.cuda.is_available():
-        # Said here, DeepSpeed neither guesses nor warns that it found no GPU.
+        # Set here, so that DeepSpeed neither guesses nor warns that there is no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     deepspeed = importlib.import_module("deepspeed")

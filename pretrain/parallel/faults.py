@@ -24,7 +24,7 @@ LOST = 69
 # Starting and saving take longer than a step, by other amounts on each rank: they get at least so long.
 PATIENCE_S = 600.0
 TICK_S = 0.25
-KEPT = "what was saved is kept, start the same line again"
+WAY_OUT = "checkpoints are intact, start the same line again"
 
 
 class Watch:
@@ -34,11 +34,11 @@ class Watch:
 
     def __init__(self) -> None:
         self.timeout_s = self._limit = self._waited = 0.0
-        self._doing, self.own = "the start", False  # own: it is the data that it waits for, and no other rank
+        self._doing, self.waits_for_data = "the start", False  # or for another rank
         self._over = threading.Event()
 
     def start(self, timeout_s: float) -> None:
-        """From now on, if there are other ranks."""
+        """Count from now on, if there are other ranks."""
         self.timeout_s = timeout_s
         self.enter("the start", patient=True)
         if world_size() > 1:
@@ -47,7 +47,7 @@ class Watch:
     def enter(self, doing: str, *, patient: bool = False) -> None:
         """The next part of the run. `patient`: one that may take PATIENCE_S."""
         self._limit = max(self.timeout_s, PATIENCE_S) if patient else self.timeout_s
-        self._doing, self.own, self._waited = doing, False, 0.0
+        self._doing, self.waits_for_data, self._waited = doing, False, 0.0
 
     def stop(self) -> None:
         self._over.set()
@@ -68,21 +68,23 @@ class Watch:
         if "DataLoader worker" in text:
             return (
                 f"{place()}: a data worker died (in {self._doing}: {text.splitlines()[0].rstrip('. ')}), most likely "
-                f"killed because the memory was full; use less loading.workers or loading.prefetch; {KEPT}"
+                f"killed because the memory was full; use less loading.workers or loading.prefetch; {WAY_OUT}"
             )
         if not (isinstance(error, dist.DistError) or "gloo/transport" in text or "NCCL error" in text):
             return None
-        told = f"{place()}: another rank died or hung up (in {self._doing}; see what it wrote, if it could); {KEPT}"
-        # What this rank was about when it asked the others for something more is its own news.
+        sentence = (
+            f"{place()}: another rank died or hung up (in {self._doing}; see what it wrote, if it could); {WAY_OUT}"
+        )
+        # This rank's own error, if it met the lost rank while it handled that.
         cause = error.__context__
-        return told if cause is None else f"{told} (after {type(cause).__name__}: {cause})"
+        return sentence if cause is None else f"{sentence} (after {type(cause).__name__}: {cause})"
 
     def _count(self) -> None:
         while not self._over.wait(TICK_S):
             self._waited += TICK_S
             if self._waited > self._limit:
-                what = "its own data did not come" if self.own else "another rank did not answer"
-                log.error("%s: %s within %.0f s (in %s); %s", place(), what, self._limit, self._doing, KEPT)
+                what = "its own data did not come" if self.waits_for_data else "another rank did not answer"
+                log.error("%s: %s within %.0f s (in %s); %s", place(), what, self._limit, self._doing, WAY_OUT)
                 leave(LOST)
 
 

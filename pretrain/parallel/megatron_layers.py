@@ -1,7 +1,7 @@
 """Megatron's split layers with the calls, parameter names and initial numbers of pretrain/layers.py.
 
-Each draws the whole matrix, as the layer on one device does, and keeps its slice. Where Megatron's modules return a
-pair, write an `_extra_state` into the state_dict and ask to be given one, these do not.
+Each draws the whole matrix, as the layer on one device does, and keeps its slice. Unlike Megatron's modules they return
+one tensor, and have no `_extra_state` in their state_dict.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.distributed import all_gather
 from pretrain.layers import draw, draw_head
-from pretrain.parallel.mesh import Axis, all_gather
+from pretrain.parallel.mesh import Axis
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of optimizers that we do not use, and their missing Apex
@@ -136,5 +137,5 @@ def best_class(logits: Tensor, tensor: Axis) -> Tensor:
     value, place = logits.float().max(-1)
     # As fp32 in one collective: exact up to 16 million classes.
     own = torch.stack([value, (place + tensor.rank * logits.shape[-1]).float()])
-    values, places = torch.stack(all_gather(own, tensor)).unbind(1)
+    values, places = torch.stack(all_gather(own, tensor.group)).unbind(1)
     return places.gather(0, values.argmax(0, keepdim=True)).squeeze(0).long()

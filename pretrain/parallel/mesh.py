@@ -10,9 +10,7 @@ from __future__ import annotations
 import warnings
 from typing import Any, NamedTuple
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from pretrain.parallel.sizes import Parallel, world_problem
 
@@ -66,7 +64,7 @@ def create_mesh(parallel: Parallel, timeout_s: float = 1800.0) -> Mesh:
     if parallel.model == 1:
         return Mesh(tensor=alone, sequence=alone, data=everyone, pipe=alone, copies=everyone)
     state = _parallel_state(parallel)
-    state.destroy_model_parallel()  # of a mesh before this one, in one process
+    state.destroy_model_parallel()  # of an earlier mesh in this process
     state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         context_parallel_size=parallel.sequence,
@@ -126,14 +124,6 @@ class ModelParallelUnit:
 
     def get_data_parallel_group(self) -> dist.ProcessGroup | None:
         return self._copies.group
-
-
-def all_gather(own: Tensor, axis: Axis) -> list[Tensor]:
-    """Every rank's tensor, in rank order."""
-    own = own.contiguous()
-    parts = [torch.empty_like(own) for _ in range(axis.size)]
-    dist.all_gather(parts, own, group=axis.group)
-    return parts
 
 
 def _axis(group: dist.ProcessGroup) -> Axis:

@@ -1,4 +1,4 @@
-"""The optimizer's state in a checkpoint: each rank writes what it holds, anyone puts together what it needs.
+"""The optimizer's state in a checkpoint: each rank writes its own part, and any layout assembles what it needs.
 
 The moments stay in the pieces in which ZeRO, tensor and pipeline parallelism cut them, each with its name and place. So
 saving needs no communication, and a run goes on under the same layout or another.
@@ -80,7 +80,7 @@ def _shares(engine, *, create: bool) -> Iterator[tuple[str, _Share]]:
     stage, seen = engine.zero_optimization_stage(), set()
     for name, value in named_state(engine.module).items():
         if not isinstance(value, nn.Parameter) or not value.requires_grad or id(value) in seen:
-            continue  # a second name of tied weights adds nothing
+            continue  # tied weights: counted under their first name
         seen.add(id(value))
         start, length, flat, offset = _place(engine, value, stage)
         if length:
@@ -118,7 +118,7 @@ def _state_of(optimizer: torch.optim.Optimizer, flat: Tensor, create: bool) -> d
 
 
 def _writes(parameter: Any, engine, mesh: Mesh | None) -> bool:
-    """Of what several ranks hold alike, the first one writes."""
+    """Whether this rank writes it: of several ranks with the same values, the first one does."""
     first_copy = dist.get_rank() == 0 if mesh is None else mesh.copies.rank == 0
     if engine.zero_optimization_stage() == 0 and not first_copy:
         return False

@@ -1,8 +1,9 @@
-"""Family B: one stage's part of the task inside DeepSpeed's PipelineModule, and the step that drives all stages (1F1B).
+"""Family B: a pipe stage's part of the task inside DeepSpeed's PipelineModule, and the step of all stages (1F1B).
 
 DeepSpeed would number layers and rename their parameters. Here each rank hands it one part whose names are those of
 the model on one device, and the loss is made inside the part's forward: DeepSpeed prepares its bf16 optimizer for a
-backward pass when the gradient reaches what `forward` returned, and what a loss_fn had added by then would be lost.
+backward pass when the gradient reaches what `forward` returned, and gradients that a loss_fn had added before would
+be lost.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def build_pipeline_engine(
     with redirect_stdout(io.StringIO()):  # it prints seeds and topology
         module = _stage_module()(part, topology)
     optimizer = make_optimizer(module)
-    # DeepSpeed sums the norms over the stages group by group: with a group more on one of them all would wait for ever.
+    # DeepSpeed sums the norms over the stages group by group: if one of them had a group more, all would wait for ever.
     groups = torch.tensor(len(optimizer.param_groups), device=device())
     dist.all_reduce(groups, op=dist.ReduceOp.MAX)
     for _ in range(int(groups) - len(optimizer.param_groups)):
@@ -133,7 +134,7 @@ def _stage_module() -> Callable[[Part, Any], Any]:
             return out + 0 * self.idle[0].to(out.dtype).squeeze() if self.frozen else out
 
         def feed(self, batches: Sequence[Batch], add_targets: Callable[[Batch], Batch]) -> Iterator:
-            """For DeepSpeed, which wants (tensor, tensor): the batches themselves go past it."""
+            """What DeepSpeed iterates over: it wants (tensor, tensor), so the batches travel beside it."""
             for batch in batches if self.ends else ():
                 self._batches.append(add_targets(batch) if self.stage_id == self.num_stages - 1 else batch)
                 yield torch.zeros(1), torch.zeros(1)
@@ -168,7 +169,8 @@ def _without_idle(module: nn.Module, state: dict[str, Tensor], prefix: str, _: A
 
 def _shared_weights(module: nn.Module, part: Part, grid: Any) -> list[tuple[nn.Parameter, Any]]:
     """This stage's trainable weights that other stages hold too, each with the group of its holders."""
-    weights, found = dict(module.named_parameters()), []
+    weights: dict[str, nn.Parameter] = dict(module.named_parameters())
+    shared: list[tuple[nn.Parameter, Any]] = []
     for name, stages in sorted(part.shared.items()):
         for data, model in product(range(grid.data_parallel_size), range(grid.model_parallel_size)):
             ranks = [grid.stage_to_global(stage, data=data, model=model) for stage in stages]
@@ -177,5 +179,5 @@ def _shared_weights(module: nn.Module, part: Part, grid: Any) -> list[tuple[nn.P
                 # One of them counts in the norm of the gradient.
                 weights[name].ds_pipe_replicated = part.stage != stages[0]
                 if weights[name].requires_grad:
-                    found.append((weights[name], group))
-    return found
+                    shared.append((weights[name], group))
+    return shared

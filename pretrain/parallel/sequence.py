@@ -28,7 +28,7 @@ Attend = Callable[..., Tensor]
 
 
 def over_rows(layers: Layers, sequence: Axis) -> Layers:
-    """`layers`, for a share of the rows."""
+    """`layers` for a model that carries a share of the rows."""
     return layers._replace(
         share=partial(share_pass, sequence=sequence),
         attention=lambda attend: partial(attend_by_heads, attend, sequence=sequence),
@@ -51,12 +51,12 @@ class Cut(NamedTuple):
         return _cut(layout, sequence.rank, sequence.size, device)
 
 
-@lru_cache(maxsize=16)  # of a run's few layouts: every block of every step asks
+@lru_cache(maxsize=16)  # a run has few layouts, and every block of every step needs one
 def _cut(layout: Layout, rank: int, ranks: int, device: torch.device) -> Cut:
     kinds = torch.arange(layout.rows).split(list(layout.counts))
-    # tensor_split would give the rests of every kind to the first ranks.
+    # tensor_split would give the remainders of every kind to the first ranks.
     shares = [[kind[r * len(kind) // ranks : (r + 1) * len(kind) // ranks] for kind in kinds] for r in range(ranks)]
-    with torch.inference_mode(False):  # an evaluation may be the first to ask, and training the next
+    with torch.inference_mode(False):  # cached tensors must also serve training if an evaluation made them
         by_rank = torch.cat([run for share in shares for run in share]).to(device)
         own = Rows(torch.cat(shares[rank]).to(device), tuple(len(run) for run in shares[rank]))
     return Cut(own, [sum(map(len, share)) for share in shares], by_rank, by_rank.argsort())
@@ -76,7 +76,7 @@ def share_pass(layout: Layout, needed: Tensor | None, device: torch.device, *, s
 def _join(rows: Tensor, *, places: Tensor, sizes: list[int], layout: Layout, axis: Axis) -> Tensor:
     """[own rows, D] -> [layout.rows, D]: the rows of all ranks, `sizes` of each, at their `places`."""
     assert len(rows) == sizes[axis.rank], (rows.shape, sizes)
-    # To each rank the same. Backwards the gradients of all ranks' losses come back and add up.
+    # The same rows go to each rank. In the backward pass the gradients of all ranks' losses add up.
     sent = rows.repeat(axis.size, 1)
     return put_at(_Exchange.apply(sent, [len(rows)] * axis.size, sizes, axis), places=places, length=layout.rows)
 

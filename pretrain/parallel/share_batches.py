@@ -1,4 +1,4 @@
-"""The tensor and sequence ranks of one copy of the model see the same micro-batches: the first of them loads and sends.
+"""Tensor and sequence ranks of one model copy see the same micro-batches: the first of them loads and sends.
 
 In a pipeline the first and the last stage each have a rank that loads, and the stages between none. What is sent is one
 tensor of bytes per step, and a header that says what is in it. It goes by the groups' own collectives in the main
@@ -31,8 +31,8 @@ def loads(mesh: Mesh) -> bool:
 
 def share_batches(load: Callable[[], Iterator[list[Batch]]], mesh: Mesh, watch: Watch) -> Iterator[list[Batch]]:
     """The micro-batches of each step on this rank's device, from `load()` of the rank that loads; [] on a pipeline's
-    middle stages. Every rank of the group asks for as many steps. What `load()` raises there is raised on all of them,
-    with the same text."""
+    middle stages. Every rank of the group asks for as many steps. An error of `load()` is raised on all of them, with the same
+    text."""
     if mesh.pipe.rank not in (0, mesh.pipe.size - 1):
         while True:
             yield []
@@ -43,16 +43,16 @@ def share_batches(load: Callable[[], Iterator[list[Batch]]], mesh: Mesh, watch: 
             yield _unpack(*_pass_on(axes, None))
     batches = load()
     while True:
-        watch.own = True
+        watch.waits_for_data = True
         try:
             step = [batch.to(device()) for batch in next(batches)]
         except StopIteration:
             return
         except LOADING as error:
-            watch.own = False
+            watch.waits_for_data = False
             _pass_on(axes, (_failure(error), torch.empty(0, dtype=torch.uint8, device=device())))
             raise
-        watch.own = False
+        watch.waits_for_data = False
         if axes:
             _pass_on(axes, _pack(step))
         yield step

@@ -1,6 +1,6 @@
-"""Weights out of an engine's shards and into another's, over ZeRO, tensor and pipeline parts.
+"""Whole weights out of the parts that ZeRO, tensor and pipeline ranks hold, and back into such parts.
 
-They travel whole, by the names that they have in the model on one device."""
+Names and shapes are those of the model on one device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.distributed import device
+from pretrain.distributed import all_gather, device
 
 if TYPE_CHECKING:
     from pretrain.parallel.mesh import Mesh
@@ -38,7 +38,7 @@ def fill(value: Any, whole: Tensor, mesh: Mesh | None) -> None:
     if split is not None and mesh is not None:
         whole = whole.chunk(mesh.tensor.size, split)[mesh.tensor.rank]
     with torch.no_grad():
-        if hasattr(value, "ds_id"):  # born in parts
+        if hasattr(value, "ds_id"):  # split by zero.Init
             value.ds_tensor.copy_(zero3_part(value, whole))
         else:
             value.copy_(whole)
@@ -63,8 +63,8 @@ def stream_state(engine, mesh: Mesh | None = None) -> Iterator[tuple[str, Tensor
             if in_line:
                 _pass_on(None, stage, mesh)
         elif in_line:
-            while (told := _pass_on(None, stage, mesh)) is not None:
-                yield told
+            while (entry := _pass_on(None, stage, mesh)) is not None:
+                yield entry
 
 
 def full_state(engine, mesh: Mesh | None = None) -> dict[str, Tensor]:
@@ -96,15 +96,13 @@ def _join(value: Tensor, part: Tensor, mesh: Mesh | None) -> Tensor:
     """All tensor ranks' parts side by side."""
     if split_dim(value) is None or mesh is None or mesh.tensor.size == 1:
         return part
-    parts = [torch.empty_like(part) for _ in range(mesh.tensor.size)]
-    dist.all_gather(parts, part.contiguous(), group=mesh.tensor.group)
-    return torch.cat(parts, split_dim(value))
+    return torch.cat(all_gather(part, mesh.tensor.group), split_dim(value))
 
 
 def _on_rank_0(value: Tensor) -> Tensor:
     if dist.is_initialized() and dist.get_rank() != 0:
         return torch.empty(0)
-    # A copy in every case: masters and gathered parameters are views of buffers that the next step overwrites.
+    # Always a copy: masters and gathered parameters are views of buffers that the next step overwrites.
     return value.to("cpu", torch.float32 if value.is_floating_point() else value.dtype, copy=True).contiguous()
 
 

@@ -1,7 +1,7 @@
 """Tensor parallelism (Megatron-LM, arXiv 1909.08053, section 3): each matrix in parts, one per rank of the group.
 
-The linear layers, the embedding and the cross-entropy are Megatron's (megatron_layers.py); here is what it has not: the
-norm over a dimension that is split, the best class of a split vocabulary, and a split of values by heads. Between the
+The linear layers, the embedding and the cross-entropy are Megatron's (megatron_layers.py); here is what it lacks: the
+norm over a dimension that is split, and a split of values by heads. Between the
 split layers every rank of the group holds the same rows, so what it computes there, and the gradients of what is not
 split, are the same numbers on all of them.
 """
@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.distributed import gather_own
+from pretrain.distributed import all_gather, gather_own
 from pretrain.layers import Layers
-from pretrain.parallel.mesh import Axis, Mesh, all_gather
+from pretrain.parallel.mesh import Axis, Mesh
 from pretrain.parallel.sequence import over_rows
 
 
@@ -67,7 +67,7 @@ class _SplitNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, tensor: Axis) -> Tensor:
         own = x.float().mean(-1)
         variance = (x.float() - own.unsqueeze(-1)).square_().mean(-1)
-        means, variances = torch.stack(all_gather(torch.stack([own, variance]), tensor)).unbind(1)  # [ranks, ...]
+        means, variances = torch.stack(all_gather(torch.stack([own, variance]), tensor.group)).unbind(1)  # [ranks, ...]
         mean = means.mean(0)
         scale = (variances + (means - mean).square()).mean(0).add_(eps).rsqrt_().unsqueeze(-1)
         mean = mean.unsqueeze(-1)
@@ -104,7 +104,7 @@ class _OwnHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return torch.cat(all_gather(grads[0], ctx.tensor), -1), None
+        return torch.cat(all_gather(grads[0], ctx.tensor.group), -1), None
 
 
 def mark_split(parameter: nn.Parameter, dim: int) -> nn.Parameter:

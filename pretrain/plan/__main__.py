@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from pretrain.command import about, run, write
+from pretrain.command import about, make_parser, run, write
 from pretrain.config import Stage
 from pretrain.parallel.ds_config import load_ds_config
 from pretrain.parallel.legal import problems
@@ -69,7 +69,7 @@ def make_plan(
             fits.append(Row(name, cell, memory, step_time(planned, cell, cluster)))
         else:
             too_large.append(Row(name, cell, memory, None))
-    reasons = {reason: (len(found), found[0]) for reason, found in illegal.items()}
+    reasons = {reason: (len(each), each[0]) for reason, each in illegal.items()}
     if not fits and not too_large:
         _, sentence = next(iter(reasons.values()))  # of the plainest layout
         raise ValueError(f"no layout is legal on {cluster.gpus} GPUs: {sentence}")
@@ -151,7 +151,7 @@ def report(plan: Plan, top: int) -> dict[str, Any]:
 def _row(plan: Plan, row: Row) -> dict[str, Any]:
     cell, time = row.cell, row.time
     memory = row.memory._asdict() | {"total": row.memory.total}
-    found: dict[str, Any] = {
+    values: dict[str, Any] = {
         "ds": f"ds_configs/{row.name}.json",
         **vars(cell.parallel),
         "data": cell.data,
@@ -160,7 +160,7 @@ def _row(plan: Plan, row: Row) -> dict[str, Any]:
         "memory_gib": {k: round(v / GIB, 3) if isinstance(v, int | float) else v for k, v in memory.items()},
     }
     if time is not None:
-        found |= {
+        values |= {
             "step_s": round(time.step, 4),
             "seconds": {n: round(getattr(time, n), 4) for n in ("compute", "communication", "bubble", "optimizer")},
             "samples_per_s": round(plan.planned.stage.batch.total / time.step, 1),
@@ -168,7 +168,7 @@ def _row(plan: Plan, row: Row) -> dict[str, Any]:
             "bubble": round(time.bubble_share, 4),
             "sent_bytes": {kind: round(size) for kind, size in time.sent.items() if size},
         }
-    return found
+    return values
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -188,21 +188,16 @@ def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
     stage = replace(stage, parallel=Parallel(), activation_checkpointing=0)
     paths = [Path(p) for p in args.ds] or sorted(CONFIGS.glob("*.json"))
     plan = make_plan(planned(recipe, stage), Cluster(gpu, args.gpus, args.node), paths)
-    found = about("pretrain.plan", argv) | report(plan, args.top)
+    facts = about("pretrain.plan", argv) | report(plan, args.top)
     if not args.json:
-        print(page(found, args))
-    write(found, args.out, shown=args.json)
+        print(page(facts, args))
+    write(facts, args.out, shown=args.json)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain.plan",
-        description="Layouts of a stage ranked by predicted step time, with memory per GPU by part; and why others do "
-        "not do. Builds nothing and needs no GPU.",
-        epilog="example: python -m pretrain.plan --recipe beit3_giant --stage pretrain --gpus 64 --gpu a100-80g "
-        "--set model.vocab_size=64064",
-        allow_abbrev=False,
-    )
+    example = "--recipe beit3_giant --stage pretrain --gpus 64 --gpu a100-80g --set model.vocab_size=64064"
+    parser = make_parser("pretrain.plan", __doc__, example)
+    parser.allow_abbrev = False
     parser.add_argument("--recipe", required=True, help="a name in pretrain/recipes, or a .py file with RECIPE = ...")
     parser.add_argument("--stage", default="pretrain", help="a stage of the recipe (%(default)s)")
     parser.add_argument("--gpus", type=int, required=True, help="all of them")

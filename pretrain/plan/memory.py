@@ -14,7 +14,7 @@ from pretrain.batch import Layout
 from pretrain.parallel.ds_config import offloads, precision, zero_stage
 from pretrain.parallel.sizes import Parallel
 from pretrain.plan.hardware import BUCKET, FP32, LIVE, PERSISTENCE, PREFETCH, REUSE, SUB_GROUP
-from pretrain.plan.model import Parameter, Planned, head_products, held_by, read_rows, stage_runs, target_elements
+from pretrain.plan.model import Parameter, Planned, parameters_of, read_rows, stage_runs, target_elements
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def moments(planned: Planned, cell: Cell, stage: int = 0) -> tuple[Memory, Memor
     """(in the backward pass, in the optimizer's step) of a rank of this pipeline stage."""
     pipe = cell.parallel.pipe
     parts = stage_runs(planned, cell.layout, pipe)[stage]
-    backward, step = _states(held_by(planned, parts), cell)
+    backward, step = _states(parameters_of(planned, parts), cell)
     # 1F1B: a stage has as many micro-batches under way as there are stages from it on.
     under_way = min(cell.accumulation, pipe - stage) if pipe > 1 else 1
     saved = activations(planned, cell, parts) * under_way
@@ -108,7 +108,7 @@ def _states(own: Sequence[Parameter], cell: Cell) -> tuple[Memory, Memory]:
     if cell.stage == 3:
         return _partitioned(own, cell)
     tensor, width = cell.parallel.tensor, cell.width
-    frozen = sum(p.held(tensor) for p in own if p.group is None)
+    frozen = sum(p.elements(tensor) for p in own if p.group is None)
     groups = _group_sizes(own, tensor, 1 if cell.stage == 0 else 2 * cell.shards)
     trained, largest = sum(groups), max(groups, default=0)
     weights = float((frozen + trained) * width)
@@ -125,19 +125,19 @@ def _states(own: Sequence[Parameter], cell: Cell) -> tuple[Memory, Memory]:
     bucket = cell.zero.get("reduce_bucket_size", BUCKET) * width * (2 if overlap else 1)
     # ZeRO-1 keeps all gradients until the last micro-step's backward is over, and reduces them then.
     # ZeRO-2 adds each micro-step's share to the sum of those before.
-    held = own_part * min(cell.accumulation, 2)
+    gradients = own_part * min(cell.accumulation, 2)
     if cell.stage == 1:
-        held = trained if not overlap or cell.accumulation > 1 else own_part
+        gradients = trained if not overlap or cell.accumulation > 1 else own_part
     state, part_fp32 = 3 * FP32 * own_part, FP32 * largest / cell.shards
     if cell.offload:
         # The largest parameter's gradient on its way to the host (temp_grad_buffer_for_gpu_offload).
-        copy = max((p.held(tensor) for p in own), default=0) * width
+        copy = max((p.elements(tensor) for p in own), default=0) * width
         host = state + (FP32 + width) * own_part
-        held = trained if cell.stage == 1 else 0
-        backward = Memory(weights, held * width, 0, 0, bucket + copy, host=host)
+        gradients = trained if cell.stage == 1 else 0
+        backward = Memory(weights, gradients * width, 0, 0, bucket + copy, host=host)
         return backward, Memory(weights, 0, 0, 0, copy, host=host, moment="step")
     return (
-        Memory(weights, held * width, state, 0, bucket),
+        Memory(weights, gradients * width, state, 0, bucket),
         # The partition in its own dtype, and the group at work in fp32.
         Memory(weights, own_part * width + part_fp32, state, 0, 0, moment="step"),
     )
@@ -146,13 +146,13 @@ def _states(own: Sequence[Parameter], cell: Cell) -> tuple[Memory, Memory]:
 def _partitioned(own: Sequence[Parameter], cell: Cell) -> tuple[Memory, Memory]:
     """ZeRO-3: each parameter is cut into equal parts, small ones stay whole beside theirs."""
     tensor, width, shards = cell.parallel.tensor, cell.width, cell.shards
-    held = [(p.held(tensor), p) for p in own]
-    parts = sum(-(-numel // shards) for numel, _ in held)
-    trained = sum(-(-numel // shards) for numel, p in held if p.group is not None)
+    sizes = [(p.elements(tensor), p) for p in own]
+    parts = sum(-(-numel // shards) for numel, _ in sizes)
+    trained = sum(-(-numel // shards) for numel, p in sizes if p.group is not None)
     threshold = cell.zero.get("stage3_param_persistence_threshold", PERSISTENCE)
-    persistent = sum(numel for numel, _ in held if numel <= threshold) if shards > 1 else 0
+    persistent = sum(numel for numel, _ in sizes if numel <= threshold) if shards > 1 else 0
     group = cell.zero.get("zero_hpz_partition_size", 1)
-    second = sum(numel for numel, _ in held) / group * width if group > 1 else 0.0
+    second = sum(numel for numel, _ in sizes) / group * width if group > 1 else 0.0
     bucket: float = cell.zero.get("reduce_bucket_size", BUCKET) * width
     gathered = gathered_elements(own, cell) * width
     weights = parts * width + persistent * width + second
@@ -181,7 +181,7 @@ def gathered_elements(own: Sequence[Parameter], cell: Cell) -> float:
     (partitioned_param_coordinator.py, fetch_sub_module and __params_to_release).
     """
     threshold = cell.zero.get("stage3_param_persistence_threshold", PERSISTENCE)
-    sizes = [numel for p in own if (numel := p.held(cell.parallel.tensor)) > threshold]
+    sizes = [numel for p in own if (numel := p.elements(cell.parallel.tensor)) > threshold]
     if cell.shards == 1:
         return 0  # a part is the whole
     if not cell.zero.get("memory_efficient_linear", True) and not cell.checkpointing:
@@ -203,7 +203,7 @@ def _group_sizes(own: Sequence[Parameter], tensor: int, align: int, shards: int 
     sizes: dict[int, int] = {}
     for p in own:
         if p.group is not None:
-            sizes[p.group] = sizes.get(p.group, 0) + -(-p.held(tensor) // shards)
+            sizes[p.group] = sizes.get(p.group, 0) + -(-p.elements(tensor) // shards)
     return [-(-size // align) * align for size in sizes.values()]
 
 
@@ -219,10 +219,10 @@ def activations(planned: Planned, cell: Cell, parts: range) -> float:
         return total + sum(block_bytes(planned, cell, block) for block in blocks)
     rows = cell.layout.rows / cell.parallel.sequence
     runs = [blocks[first : first + every] for first in range(0, len(blocks), every)]
-    kept = len(runs) * rows * planned.model.dim * cell.width
-    # In the backward pass one run at a time is computed again; its first input is among those kept.
+    inputs = len(runs) * rows * planned.model.dim * cell.width
+    # In the backward pass one run at a time is computed again; its first input is counted already.
     again = max((sum(block_bytes(planned, cell, block) for block in run) for run in runs), default=0.0)
-    return total + kept + max(again - rows * planned.model.dim * cell.width, 0)
+    return total + inputs + max(again - rows * planned.model.dim * cell.width, 0)
 
 
 def block_bytes(planned: Planned, cell: Cell, block: int) -> float:
@@ -292,7 +292,7 @@ def _embedding(planned: Planned, cell: Cell) -> float:
 
 def _heads(planned: Planned, cell: Cell) -> float:
     """The final norm, the rows that each head reads, and its log-probabilities in fp32."""
-    m, products = planned.model, head_products(planned, cell.layout)
+    m, products = planned.model, planned.products(cell.layout)
     read = min(read_rows(planned, cell.layout), cell.layout.rows)
     total: float = read * (m.dim * cell.width + 2 * FP32 + 8)
     for product in products:
@@ -307,7 +307,7 @@ def working_bytes(planned: Planned, cell: Cell, parts: range) -> float:
     own dtype, in fp32, and their gradient."""
     m, split = planned.model, cell.parallel.tensor * cell.parallel.sequence
     block = cell.layout.rows * (2 * m.ffn_dim + 2 * m.dim) * cell.width / split
-    products = head_products(planned, cell.layout) if m.depth + 1 in parts else []
+    products = planned.products(cell.layout) if m.depth + 1 in parts else []
     logits = [product.rows * product.outputs for product in products if product.classes]
     heads = max((size * (2 * cell.width + FP32) for size in logits), default=0)
     return max(block, heads / split)

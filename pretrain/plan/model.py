@@ -24,7 +24,7 @@ from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
 from pretrain.optim import parameter_groups
 from pretrain.parallel.partition import cut
 from pretrain.tasks.pipeline import block_flops
-from pretrain.tasks.pretrain import layer_of
+from pretrain.tasks.pretrain import head_products, layer_of
 
 # What parallel/tensor.py divides over the tensor ranks; all else is whole on each of them.
 SPLIT = re.compile(
@@ -40,7 +40,7 @@ class Parameter(NamedTuple):
     group: int | None  # of the optimizer; None: frozen
     part: int  # 0 the embeddings, 1 .. depth the blocks, depth + 1 the final norm and the heads
 
-    def held(self, tensor: int) -> int:
+    def elements(self, tensor: int) -> int:
         """Elements on one of `tensor` ranks."""
         return self.numel // tensor if self.split else self.numel
 
@@ -57,6 +57,10 @@ class Planned(NamedTuple):
     def sizes(self) -> ModelSizes:
         """What `legal.problems` asks for."""
         return self.model.splits(self.stage.experts)
+
+    def products(self, layout: Layout) -> list[Product]:
+        """The matrix products of the stage's heads."""
+        return head_products(self.stage.objectives, layout, self.model)
 
 
 def planned(recipe: Recipe, stage: Stage) -> Planned:
@@ -98,11 +102,7 @@ def micro_batch_layout(planned: Planned, parts: int) -> Layout:
 
 def read_rows(planned: Planned, layout: Layout) -> int:
     """Rows that heads read, about."""
-    return sum(product.rows for product in head_products(planned, layout))
-
-
-def head_products(planned: Planned, layout: Layout) -> list[Product]:
-    return [product for objective in planned.stage.objectives for product in objective.products(layout, planned.model)]
+    return sum(product.rows for product in planned.products(layout))
 
 
 def stage_runs(planned: Planned, layout: Layout, pipe: int) -> list[range]:
@@ -119,7 +119,7 @@ def _bounds(model: MultiwayConfig, objectives: tuple[Any, ...], layout: Layout, 
     return cut(block_flops(model, objectives, layout), pipe)
 
 
-def held_by(planned: Planned, parts: range) -> list[Parameter]:
+def parameters_of(planned: Planned, parts: range) -> list[Parameter]:
     """The parameters of a rank that holds these parts: what several stages share is on each of them."""
     tied = any(getattr(objective, "tied_text_head", False) for objective in planned.stage.objectives)
     last = planned.model.depth + 1
@@ -148,7 +148,8 @@ def target_flops(planned: Planned, layout: Layout) -> float:
     size, masking = _tokenizer(planned), planned.stage.masking
     if size is None or masking is None:
         return 0.0
-    seen = layout.images * bool(masking.image_ratio) + layout.pairs * bool(masking.pair_image_ratio)
+    alone = layout.images if masking.dual else layout.images - layout.dual
+    seen = alone * bool(masking.image_ratio) + layout.pairs * bool(masking.pair_image_ratio)
     return size.encoder_flops(seen) / 3
 
 

@@ -10,27 +10,27 @@ WIDTH = 118
 PARTS = ("parameters", "gradients", "optimizer", "activations", "working", "buffers")
 
 
-def page(found: dict[str, Any], args: argparse.Namespace) -> str:
-    """`found` is plan.report's."""
-    head = f"{args.recipe} {args.stage}: {found['parameters'] / 1e6:,.0f} M parameters on {args.gpus} x {args.gpu}"
+def page(facts: dict[str, Any], args: argparse.Namespace) -> str:
+    """`facts` is plan.report's."""
+    head = f"{args.recipe} {args.stage}: {facts['parameters'] / 1e6:,.0f} M parameters on {args.gpus} x {args.gpu}"
     lines = [head, "memory is counted, time is a model (pretrain/plan/hardware.py); nothing here was measured", ""]
-    rows = found["layouts"]
+    rows = facts["layouts"]
     if rows:
         lines += [*_table(rows), "", *_detail(rows[0], args)]
     else:
         lines.append("no legal layout fits into memory")
-    if found["too_large"]:
-        near = found["nearest_too_large"][0]
+    if facts["too_large"]:
+        near = facts["nearest_too_large"][0]
         memory = near["memory_gib"]
         worst = max(PARTS, key=lambda part: memory[part])
         lines += [
             "",
-            f"too large: {found['too_large']} layouts; nearest {_name(near)}",
+            f"too large: {facts['too_large']} layouts; nearest {_name(near)}",
             f"       with {memory['total']:.1f} GiB, most of it {worst} ({memory[worst]:.1f} GiB)",
         ]
-    if found["illegal"]:
+    if facts["illegal"]:
         lines += ["", "illegal:"]
-        for reason in found["illegal"]:
+        for reason in facts["illegal"]:
             text = f"{reason['layouts']:>6}  {reason['example']}"
             lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent=" " * 10)
     return "\n".join(lines)
@@ -50,7 +50,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['accumulation']:4} {row['checkpointing']:4} {row['step_s']:7.3f} "
             f"{row['samples_per_s']:9.0f} {row['mfu']:5.0%} {row['bubble']:6.1%} {memory['total']:6.1f} = {parts}"
         )
-    return [*lines, "T, P, S: tensor, pipe and sequence ranks; ckpt: blocks between kept inputs, 0 keeps everything"]
+    return [*lines, "T, P, S: tensor, pipe and sequence ranks; ckpt: blocks between saved inputs, 0 saves everything"]
 
 
 def _detail(row: dict[str, Any], args: argparse.Namespace) -> list[str]:

@@ -25,7 +25,7 @@ from pretrain.plan.hardware import (
     Gpu,
 )
 from pretrain.plan.memory import Cell
-from pretrain.plan.model import Planned, head_products, held_by, stage_runs, target_flops
+from pretrain.plan.model import Planned, parameters_of, stage_runs, target_flops
 
 KINDS = ("data all-reduce", "all-gather", "reduce-scatter", "tensor all-reduce", "pipeline send", "all-to-all")
 
@@ -100,7 +100,7 @@ def _micro_step(planned: Planned, cell: Cell, cluster: Cluster, parts: range) ->
         patches = Product((layout.images + layout.pairs) * layout.patches, 3 * m.patch_size**2, m.dim)
         seconds += product_flops([patches]) / matmul / cell.parallel.sequence
     if m.depth + 1 in parts:
-        for product in head_products(planned, layout):
+        for product in planned.products(layout):
             seconds += product_flops([product]) / matmul / split
             # Logits in their own dtype and in fp32, their softmax and its gradient.
             seconds += product.rows * product.outputs * (3 * cell.width + 16) / split / (gpu.memory_rate * MEMORY_SHARE)
@@ -155,9 +155,11 @@ def _over_data(planned: Planned, cell: Cell, cluster: Cluster):
     if ranks == 1:
         return
     runs = stage_runs(planned, cell.layout, cell.parallel.pipe)
-    own = max((held_by(planned, run) for run in runs), key=lambda ps: sum(p.held(cell.parallel.tensor) for p in ps))
-    held = [(p.held(cell.parallel.tensor), p) for p in own]
-    trained = sum(numel for numel, p in held if p.group is not None) * cell.width
+    own = max(
+        (parameters_of(planned, run) for run in runs), key=lambda ps: sum(p.elements(cell.parallel.tensor) for p in ps)
+    )
+    sizes = [(p.elements(cell.parallel.tensor), p) for p in own]
+    trained = sum(numel for numel, p in sizes if p.group is not None) * cell.width
     part = (ranks - 1) / ranks
     rate = _rate(cluster, span=ranks * cell.parallel.tensor, ranks=ranks)
     if cell.stage < 3:
@@ -165,12 +167,12 @@ def _over_data(planned: Planned, cell: Cell, cluster: Cluster):
         # after Adam.
         times = cell.accumulation if cell.stage == 2 else 1
         size = 2 * part * trained * times
-        yield "data all-reduce", size, size / rate + times * len(held) * LATENCY_S / 8
+        yield "data all-reduce", size, size / rate + times * len(sizes) * LATENCY_S / 8
         if cell.stage:
             yield "all-gather", part * trained, part * trained / rate
         return
     threshold = cell.zero.get("stage3_param_persistence_threshold", PERSISTENCE)
-    fetched = [numel for numel, _ in held if numel > threshold]
+    fetched = [numel for numel, _ in sizes if numel > threshold]
     whole = sum(fetched) * cell.width
     near = cell.zero.get("zero_hpz_partition_size", 1)
     near_rate, near_part = (_rate(cluster, span=near), (near - 1) / near) if near > 1 else (rate, part)
@@ -181,7 +183,7 @@ def _over_data(planned: Planned, cell: Cell, cluster: Cluster):
     if cell.offload_param:
         seconds += 2 * count * whole / ranks / (cluster.gpu.host_rate * HOST_SHARE)
     yield "all-gather", size, seconds
-    yield "reduce-scatter", count * part * trained, count * (part * trained / rate + len(held) * LATENCY_S / 8)
+    yield "reduce-scatter", count * part * trained, count * (part * trained / rate + len(sizes) * LATENCY_S / 8)
 
 
 def _rate(cluster: Cluster, *, span: int, ranks: int | None = None) -> float:
@@ -198,7 +200,8 @@ def _adam(planned: Planned, cell: Cell, cluster: Cluster) -> float:
     """Seconds of the optimizer's step on the rank that owns most."""
     runs = stage_runs(planned, cell.layout, cell.parallel.pipe)
     trained = max(
-        sum(p.held(cell.parallel.tensor) for p in held_by(planned, run) if p.group is not None) for run in runs
+        sum(p.elements(cell.parallel.tensor) for p in parameters_of(planned, run) if p.group is not None)
+        for run in runs
     )
     own = trained / (cell.shards if cell.stage else 1)
     if not cell.offload:

@@ -1,4 +1,4 @@
-"""The recipes by name, and how one is found and changed: by its module here, or by the path of a .py file."""
+"""Recipes, looked up by the name of a module here or by the path of a .py file, and changed by settings."""
 
 from __future__ import annotations
 

@@ -22,14 +22,14 @@ def recipe(name: str, model: MultiwayConfig, *, lr: float) -> Recipe:
     linear decay to 0, drop path 0.1, captions of 40 ids; peak lr 2e-4 base, 5e-5 large [vlmo/config.py]."""
     beit3 = _beit3.recipe(name, model)
     optim = Optim(lr=lr, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.01, warmup_steps=2500, schedule="linear", clip=0.0)
-    pairs, held = PairShards("$DATA/pairs", text_len=40), replace(_beit3.HELD_PAIRS, text_len=40)
+    pairs, heldout = PairShards("$DATA/pairs", text_len=40), replace(_beit3.HELD_PAIRS, text_len=40)
     fusion = replace(
         beit3.stages["fusion"],
         mix={"pairs": pairs},
         batch=BatchSize(pairs=1024),
         optim=optim,
         steps=200_000,
-        evals=(MaskedAccuracy({"pairs": held}, samples=5000),),
+        evals=(MaskedAccuracy({"pairs": heldout}, samples=5000),),
     )
     # Stage 2 opens the relative position tables too [vlmo/run.py].
     language = beit3.stages["language"]
@@ -39,6 +39,6 @@ def recipe(name: str, model: MultiwayConfig, *, lr: float) -> Recipe:
         optim=replace(optim, lr=2e-4),  # [vlmo/config.py, task_textmlm_base]; large has none there
     )
     # VLMo contrasts inside stage 3; this stage is BEiT-3's, at VLMo's caption length.
-    retrieval = replace(beit3.stages["retrieval"], mix={"dual": pairs}, evals=(Retrieval(held, samples=5000),))
+    retrieval = replace(beit3.stages["retrieval"], mix={"dual": pairs}, evals=(Retrieval(heldout, samples=5000),))
     stages = {key: value for key, value in beit3.stages.items() if key != "pretrain"}
     return replace(beit3, stages=stages | {"language": language, "fusion": fusion, "retrieval": retrieval})

@@ -7,11 +7,11 @@ Works on runs that are going on, and on runs that have only some stages; what is
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 from pretrain.command import make_parser, run
+from pretrain.files import write_file
 from pretrain.report.html import visible
 from pretrain.report.page import page
 from pretrain.report.rows import DIRECTIONS, RANKS, chance, load_run, masked_rows, other_rows, retrieval_rows
@@ -59,12 +59,10 @@ def write_report(run_dir: Path) -> Path:
     """Write RUN_DIR/report.html; the old page stays until the new one is whole."""
     stages = load_run(run_dir)
     path = run_dir / "report.html"
-    temporary = path.with_name(path.name + ".part")
+    html = page(run_dir, stages)
     try:
-        temporary.write_text(page(run_dir, stages), encoding="utf-8")
-        os.replace(temporary, path)
+        write_file(path, html.encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(error.errno, f"{error.strerror}; free space, or make it writable", str(path)) from None
     return path
 

@@ -84,16 +84,16 @@ def downsampled(points: list[Point], limit: int = POINTS_AT_MOST) -> list[Point]
         return points
     first, last, inner = points[0], points[-1], points[1:-1]
     buckets = (limit - 2) // 2
-    kept = [first]
+    chosen = [first]
     for i in range(buckets):
         bucket = inner[i * len(inner) // buckets : (i + 1) * len(inner) // buckets]
         known = [p for p in bucket if p[1] is not None]
         if not known:
-            kept.append(bucket[0])  # a gap stays a gap
+            chosen.append(bucket[0])  # a gap stays a gap
             continue
         ends = {min(known, key=lambda p: p[1] or 0.0), max(known, key=lambda p: p[1] or 0.0)}
-        kept += sorted(ends, key=lambda p: p[0])
-    return [*kept, last]
+        chosen += sorted(ends, key=lambda p: p[0])
+    return [*chosen, last]
 
 
 def nice_ticks(low: float, high: float, count: int = 4) -> list[float]:

@@ -156,8 +156,8 @@ def _charts(lines: list[dict]) -> list[tuple[Drawing, str]]:
 
 def _points(lines: list[dict], key: str, scale: float = 1) -> list[tuple[float, float | None]]:
     """The points of a key over the lines that have it; null is a gap."""
-    found = [(line["step"], finite(line[key])) for line in lines if key in line]
-    return [(step, None if value is None else value * scale) for step, value in found]
+    points = [(line["step"], finite(line[key])) for line in lines if key in line]
+    return [(step, None if value is None else value * scale) for step, value in points]
 
 
 def _curves(lines: list[dict], prefix: str, scale: float = 1) -> list[Curve]:

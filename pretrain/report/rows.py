@@ -85,20 +85,20 @@ def load_run(run_dir: Path) -> list[StageRun]:
     """The stages under `run_dir`, in the order of the recipe. Raises ValueError if there are none."""
     if not run_dir.is_dir():
         raise ValueError(f"--run-dir {run_dir} is not a directory; give the directory that the stages were trained in")
-    found = [
+    loaded = [
         _load_stage(path)
         for path in sorted(run_dir.iterdir())
         if path.is_dir() and any((path / name).is_file() for name in ("recipe.json", FILE, "eval.json"))
     ]
-    if not found:
+    if not loaded:
         raise ValueError(
             f"--run-dir {run_dir} holds no stage (a directory with recipe.json, {FILE} or eval.json); give the "
             "directory that was --run-dir of pretrain.train"
         )
-    orders = [list(stages) for stage in found if isinstance(stages := stage.recipe.get("stages"), dict)]
+    orders = [list(stages) for stage in loaded if isinstance(stages := stage.recipe.get("stages"), dict)]
     order = [*max(orders, key=len, default=[]), *USUAL_ORDER]
     # The comparison stands behind the rest, wherever the recipe has it.
-    return sorted(found, key=lambda s: (s.name == "scratch", order.index(s.name) if s.name in order else len(order)))
+    return sorted(loaded, key=lambda s: (s.name == "scratch", order.index(s.name) if s.name in order else len(order)))
 
 
 def _load_stage(directory: Path) -> StageRun:

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.weights import WEIGHTS, weights_header, write_json
+from pretrain.checkpoint.weights import WEIGHTS, weights_header
 from pretrain.config import Recipe, Stage, to_json
+from pretrain.files import write_json
 from pretrain.run.identity import differences, hash_of, identity_of
 from pretrain.run.inputs import text_tokenizer
 from pretrain.run.stored_weights import input_digest

@@ -38,13 +38,13 @@ def differences(noted: dict[str, Any], recipe: Recipe, stage: Stage) -> dict[str
     did not know had its default."""
     noted = _modern(noted)
     defaults = {f.name: default for f in fields(Stage) if (default := _default(f)) is not MISSING}
-    found: dict[str, tuple[Any, Any]] = {}
+    changes: dict[str, tuple[Any, Any]] = {}
     parts = _parts(recipe, stage)
     for name in sorted(parts.keys() | noted.keys()):
         if name in (*OPERATIONAL_OF_STAGE, "class"):
             continue
-        _compare(name, noted.get(name, to_json(defaults.get(name))), parts.get(name), found)
-    return found
+        _compare(name, noted.get(name, to_json(defaults.get(name))), parts.get(name), changes)
+    return changes
 
 
 def _parts(recipe: Recipe, stage: Stage) -> dict[str, Any]:
@@ -54,21 +54,21 @@ def _parts(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     return own | of_stage | {"model": recipe.model_of(stage)}
 
 
-def _compare(key: str, then: Any, now: Any, found: dict[str, tuple[Any, Any]]) -> None:
+def _compare(key: str, then: Any, now: Any, changes: dict[str, tuple[Any, Any]]) -> None:
     if is_dataclass(now) and isinstance(then, dict) and then.get("class") == type(now).__name__:
         known = {f.name: f for f in fields(now)}
         for name, f in known.items():
-            _compare(f"{key}.{name}", then.get(name, to_json(_default(f))), getattr(now, name), found)
+            _compare(f"{key}.{name}", then.get(name, to_json(_default(f))), getattr(now, name), changes)
         for name in then.keys() - known.keys() - {"class"}:
-            found[f"{key}.{name}"] = then[name], None
+            changes[f"{key}.{name}"] = then[name], None
     elif isinstance(now, dict) and isinstance(then, dict):
         for name in sorted(now.keys() | then.keys()):
-            _compare(f"{key}.{name}", then.get(name), now.get(name), found)
+            _compare(f"{key}.{name}", then.get(name), now.get(name), changes)
     elif isinstance(now, tuple | list) and isinstance(then, list) and len(now) == len(then):
         for place, (before, after) in enumerate(zip(then, now, strict=True)):
-            _compare(f"{key}.{place}", before, after, found)
+            _compare(f"{key}.{place}", before, after, changes)
     elif then != (plain := to_json(now)):
-        found[key] = then, plain
+        changes[key] = then, plain
 
 
 def _default(f: Field) -> Any:

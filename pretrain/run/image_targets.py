@@ -63,7 +63,7 @@ def _pictures(layout: Layout) -> dict[str, slice]:
 
 
 def picture_codes(tokenizer: VQKD, images: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, 3, H, W] -> int64 [N, P], in bf16 on a GPU: both what data_tools.encode_images stores and what is made
+    """uint8 [N, 3, H, W] -> int64 [N, P], in bf16 on a GPU: both what pretrain.encode_images stores and what is made
     in training, so that they are equal."""
     device = images.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
@@ -77,7 +77,7 @@ def _check_stored(kind: str, stage: Stage, run_dir: Path) -> None:
     if made_by != (wanted := weights_digest(path)):
         raise ValueError(
             f"mix.{kind}.codes={source.codes}: the stored codes are of the visual tokenizer {made_by[:12]}, but {path} "
-            f"is {wanted[:12]}; run python -m data_tools.encode_images with this tokenizer and another --name, or set "
+            f"is {wanted[:12]}; run python -m pretrain.encode_images with this tokenizer and another --name, or set "
             "visual_tokenizer to the one that made them"
         )
 

@@ -25,7 +25,7 @@ from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.models.multiway.encoder import MultiwayEncoder
 from pretrain.models.multiway.shape import check_layout
 from pretrain.parallel.partition import cut, stage_costs
-from pretrain.tasks.pretrain import PretrainTask
+from pretrain.tasks.pretrain import PretrainTask, head_products
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def block_flops(
     the rows that no head reads."""
     size = {"dim": model.dim, "ffn_dim": model.ffn_dim}
     costs = [float(encoder_flops(layout, depth=1, **size))] * model.depth
-    products = [product for objective in objectives for product in objective.products(layout, model)]
+    products = head_products(objectives, layout, model)
     unread = max(layout.rows - sum(product.rows for product in products), 0)
     costs[-1] -= 3 * 2 * unread * (model.dim**2 + 2 * model.dim * model.ffn_dim)
     if checkpointing:

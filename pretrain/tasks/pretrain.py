@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pretrain.batch import Batch, Kinds, Layout
 from pretrain.contracts import Model, Objective, Task
-from pretrain.flops import product_flops
+from pretrain.flops import Product, product_flops
 from pretrain.layers import PLAIN, Layers
 
 
@@ -36,15 +36,19 @@ class Pretrain(Task):
         return PretrainTask(model, stage.experts, stage.objectives, layers, **options)
 
     def flops(self, model: Model, stage: Any, layout: Layout) -> float:
-        total = float(model.flops(layout))
+        total = float(model.flops(layout) + product_flops(head_products(stage.objectives, layout, model)))
         for objective in stage.objectives:
-            total += product_flops(objective.products(layout, model))
             for further in objective.passes(layout):
                 total += model.flops(further.layout) * (1 if further.backward else 1 / 3)
         return total
 
     def reads(self) -> dict[str, str]:
         return {}
+
+
+def head_products(objectives: Sequence[Objective], layout: Layout, model: Model) -> list[Product]:
+    """The matrix products of all heads, for FLOPs and the plan."""
+    return [product for objective in objectives for product in objective.products(layout, model)]
 
 
 def layer_of(model: Model) -> Callable[[str], int]:

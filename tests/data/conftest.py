@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import io
+from dataclasses import fields
 
 import pytest
-import sentencepiece
 
-from pretrain.data.loader import Loader, Loading
+from pretrain.data.loader import Loader, Loading, Mixture
 from pretrain.data.masking import Masking
+from pretrain.data.micro_batches import View
 from pretrain.data.sources import ImageShards, PairShards, TextShards
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform
-from tests.data.shard_files import COUNTS, PATCH, SIZE, image_sample, pair_sample, text_sample, write_source
+from tests.toys import COUNTS, PATCH, SIZE, image_sample, pair_sample, text_sample, write_source, write_text_model
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
-    data = io.BytesIO()
     words = (f"picture number {n} long document of many words" for n in range(400))
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=words, model_writer=data, vocab_size=60, hard_vocab_limit=False, minloglevel=2
-    )
-    path = tmp_path_factory.mktemp("spm") / "text.model"
-    path.write_bytes(data.getvalue())
-    return TextTokenizer(path)
+    return TextTokenizer(write_text_model(tmp_path_factory.mktemp("spm") / "text.model", words, 60))
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +49,15 @@ def build(mix: dict, tokenizer: TextTokenizer):
     def build(**options) -> Loader:
         loading = options.pop("loading", {})
         defaults = {
-            "mix": mix,
-            "counts": COUNTS,
-            "accumulation": 1,
-            "rank": 0,
-            "world": 1,
-            "seed": 5,
-            "tokenizer": tokenizer,
-            "transform": ImageTransform(size=SIZE),
-            "masking": Masking(),
-            "patch_size": PATCH,
-            "noise": 4,
+            **{"mix": mix, "counts": COUNTS, "seed": 5},
+            **{"tokenizer": tokenizer, "transform": ImageTransform(size=SIZE), "masking": Masking()},
+            **{"patch_size": PATCH, "draws": {"drop_path": 4}},
         }
-        loading = Loading(**({"workers": 0, "streams": 4, "block_shards": 2} | loading))
         options = defaults | options
-        return Loader(options.pop("mix"), loading=loading, **options)
+        options["loading"] = Loading(**({"workers": 0, "streams": 4, "block_shards": 2} | loading))
+        mixture, view = (
+            kind(**{f.name: options.pop(f.name) for f in fields(kind) if f.name in options}) for kind in (Mixture, View)
+        )
+        return Loader(mixture, view, **options)
 
     return build

@@ -11,19 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools.encode_images import encode_directory, load_encoder
 from pretrain.batch import Batch
 from pretrain.checkpoint.weights import write_weights
-from pretrain.config import BatchSize, Recipe, Stage
+from pretrain.config import BatchSize, Recipe, Stage, to_json
 from pretrain.data.codes import Coding, StoredCodes, file_head
 from pretrain.data.shards.reader import BadSample, ShardError, ShardReader, load_manifest
 from pretrain.data.sources import ImageShards
+from pretrain.encode_images import encode_directory, load_encoder
 from pretrain.parallel.mesh import Place
 from pretrain.recipes import find_recipe
-from pretrain.run.build import build_loader, build_task, weights_config
+from pretrain.run.build import build_task
 from pretrain.run.image_targets import image_targets
-from tests.data.shard_files import image_sample, index_source, write_tar
+from pretrain.run.inputs import build_loader
 from tests.small_run import train_stage, write_data
+from tests.toys import image_sample, write_source
 
 CROPS = 2
 ALONE = Place(0, 0, 0, 0, 1)
@@ -54,9 +55,8 @@ def write_tokenizer(path: Path, seed: int) -> None:
     stage = recipe.stages["tokenizer"]
     task = build_task(replace(recipe, seed=seed), stage, path)
     torch.nn.init.normal_(task.tokenizer.codebook.vectors)
-    write_weights(
-        task.state_dict(), path / "run" / "tokenizer" / "weights.safetensors", weights_config(recipe, stage, "t")
-    )
+    config = {"model": to_json(stage.model)}
+    write_weights(task.state_dict(), path / "run" / "tokenizer" / "weights.safetensors", config)
 
 
 def recipe_of(data: Path) -> Recipe:
@@ -108,8 +108,7 @@ def test_looks_do_not_depend_on_the_order_of_the_mix(data, tmp_path):
     """The same picture in another source, shard and place is seen in the same ways."""
     recipe = recipe_of(data)
     stage = replace(recipe.stages["vision"], batch=BatchSize(images=6))
-    write_tar(tmp_path / "00000.tar", [image_sample("other", 99)])
-    write_tar(tmp_path / "00001.tar", [image_sample(f"i0{i}", i) for i in range(6)][::-1])
+    write_source(tmp_path, [[image_sample("other", 99)], [image_sample(f"i0{i}", i) for i in range(6)][::-1]])
 
     def seen(shards) -> dict[str, bytes]:
         mixed = replace(stage, mix={"images": ImageShards(str(shards), CROPS)})
@@ -119,7 +118,7 @@ def test_looks_do_not_depend_on_the_order_of_the_mix(data, tmp_path):
             pictures |= {k.split("/")[-1]: p.numpy().tobytes() for k, p in zip(batch.keys, batch.images, strict=True)}
         return pictures
 
-    here, there = seen(data / "images"), seen(index_source(tmp_path))
+    here, there = seen(data / "images"), seen(tmp_path)
     common = here.keys() & there.keys()
     assert len(common) >= 5 and all(here[key] == there[key] for key in common)
 
@@ -176,8 +175,7 @@ def test_codes_need_crops():
 
 def stored(directory: Path, picture_less: bool = False) -> tuple[StoredCodes, Path]:
     """Codes sample * 100 + crop * 10 + patch of one shard of 3 samples."""
-    write_tar(directory / "00000.tar", [image_sample(f"k{i}", i) for i in range(3)])
-    index_source(directory)
+    write_source(directory, [[image_sample(f"k{i}", i) for i in range(3)]])
     reader = ShardReader(load_manifest(str(directory)))
     coding = Coding("t", {"size": 16}, 0, CROPS, 4)
     codes = np.add.outer(np.add.outer(np.arange(3) * 100, np.arange(CROPS) * 10), np.arange(4)).astype("<u2")
@@ -222,8 +220,7 @@ def test_damaged_files_are_named(tmp_path, damage):
     elif damage == "gone":
         path.unlink()
     else:  # written again with other keys, but as many
-        write_tar(tmp_path / "00000.tar", [image_sample(f"z{i}", i) for i in range(3)])
-        index_source(tmp_path)
+        write_source(tmp_path, [[image_sample(f"z{i}", i) for i in range(3)]])
         codes = StoredCodes(ShardReader(load_manifest(str(tmp_path))), "codes")
     with pytest.raises(ShardError, match=r"00000\.codes cannot be (used|read)"):
         codes.read(0, 0, 0)

@@ -21,13 +21,7 @@ from pretrain.data.masking import Masking
 from pretrain.data.sources import window_ids
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform, sample_rng
-from tests.data.shard_files import (
-    COUNTS,
-    SIZE,
-    encoded,
-    index_source,
-    picture,
-)
+from tests.toys import COUNTS, SIZE, encoded, index_source, picture
 
 PARTS = {
     "images": ("images", "image_masks"),
@@ -50,7 +44,7 @@ def by_key(batches: list[Batch]) -> list[tuple]:
                 tensors += [getattr(batch, name)[i - layout.images] for name in PARTS["pair"]]
             else:
                 tensors = [getattr(batch, name)[i - layout.images - layout.pairs] for name in PARTS["text"]]
-            tensors.append(batch.noise[i])  # keys and sequences stand in one order
+            tensors.append(batch.draws["drop_path"][i])  # keys and sequences stand in one order
             kinds[kind].append((key, *[t.numpy().tobytes() for t in tensors]))
     return [sample for samples in kinds.values() for sample in samples]
 
@@ -58,7 +52,7 @@ def by_key(batches: list[Batch]) -> list[tuple]:
 def steps(build, start: int, stop: int, world: int, accumulation: int, workers: int = 0) -> list[list[tuple]]:
     ranks = []
     for rank in range(world):
-        loader = build(rank=rank, world=world, accumulation=accumulation, loading={"workers": workers})
+        loader = build(rank=rank, ranks=world, accumulation=accumulation, loading={"workers": workers})
         ranks.append(list(loader.batches(start, stop)))
     return [by_key([batch for rank in ranks for batch in rank[step]]) for step in range(stop - start)]
 
@@ -113,10 +107,10 @@ def test_epochs_and_seeds_differ(build) -> None:
 
 
 def test_a_batch_holds_what_its_layout_says(build, tokenizer: TextTokenizer) -> None:
-    (batch,) = next(build(accumulation=1, world=2, rank=1).batches(0, 1))
+    (batch,) = next(build(accumulation=1, ranks=2, rank=1).batches(0, 1))
     layout = batch.layout
     assert (layout.images, layout.pairs, layout.texts) == (6, 6, 12)
-    assert (layout.patches, layout.pair_len, layout.text_len) == (17, 24, 16)
+    assert (layout.patches, layout.pair_len, layout.text_len) == (16, 24, 16)
     assert batch.images.shape == (12, 3, SIZE, SIZE) and batch.images.dtype == torch.uint8
     assert batch.image_masks.shape == (12, 16) and (batch.image_masks.sum(1) == round(0.4 * 16)).all()
     for kind, length, count in (("pair", 24, 6), ("text", 16, 12)):
@@ -188,7 +182,7 @@ def trace_of(directory: Path) -> dict[str, list[dict]]:
 def test_the_trace_holds_the_steps_that_were_handed_out_and_survives_a_restart(build, tmp_path: Path) -> None:
     def run(start: int, stop: int, world: int, directory: Path, workers: int = 1) -> None:
         for rank in range(world):
-            loader = build(world=world, rank=rank, trace=directory, accumulation=2, loading={"workers": workers})
+            loader = build(ranks=world, rank=rank, trace=directory, accumulation=2, loading={"workers": workers})
             for _ in loader.batches(start, stop):
                 pass
 

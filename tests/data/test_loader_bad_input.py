@@ -12,7 +12,7 @@ from PIL import Image
 from pretrain.data.shards.reader import ShardError
 from pretrain.data.sources import ImageShards, PairShards, TextShards
 from pretrain.data.transforms import ImageTransform
-from tests.data.shard_files import COUNTS, encoded, image_sample, pair_sample, picture, png_bomb, write_source
+from tests.toys import COUNTS, encoded, image_sample, pair_sample, picture, png_bomb, write_source
 
 
 def source(directory: Path, *shards: list[dict]) -> str:
@@ -57,7 +57,7 @@ def test_every_bad_sample_is_replaced_counted_and_named(build, tmp_path: Path) -
                 mix={"pairs": pairs},
                 counts={"pairs": 2},
                 rank=rank,
-                world=world,
+                ranks=world,
                 quarantine=quarantine,
                 loading={"workers": world - 1},
             )
@@ -100,7 +100,7 @@ def test_an_unreadable_shard_is_an_error_that_names_it_or_is_skipped(
     keys, replaced = [], 0
     for rank in range(2):
         skipping = {"workers": workers, "skip_bad_shards": True}
-        loader = build(mix=images, counts={"images": 6}, world=2, rank=rank, loading=skipping)
+        loader = build(mix=images, counts={"images": 6}, ranks=2, rank=rank, loading=skipping)
         keys += [key for step in loader.batches(0, 3) for batch in step for key in batch.keys]
         replaced += loader.replaced
     assert replaced == 6 and len(keys) == 18 and not any("00001" in key for key in keys) and len(set(keys)) == 12
@@ -126,7 +126,7 @@ def test_fewer_shards_than_ranks(build, tmp_path: Path) -> None:
     images = {"images": ImageShards(source(tmp_path, [image_sample(f"{n}", n) for n in range(16)]))}
     keys = []
     for rank in range(8):
-        loader = build(mix=images, counts={"images": 8}, world=8, rank=rank, loading={"workers": rank % 2})
+        loader = build(mix=images, counts={"images": 8}, ranks=8, rank=rank, loading={"workers": rank % 2})
         keys += [key for step in loader.batches(0, 2) for batch in step for key in batch.keys]
     assert len(set(keys)) == len(keys) == 16
 
@@ -150,10 +150,13 @@ def test_an_empty_source_is_refused_at_once(build, tmp_path: Path) -> None:
         ({"tokenizer": None}, r"mix\.pairs needs a text tokenizer"),
         ({"mix": {}, "counts": {}}, "no source"),
         ({"mix": {"pictures": None}, "counts": {"pictures": 4}}, r"mix\.pictures"),
-        ({"mix": {"pairs": ImageShards("x")}, "counts": {"pairs": 4}}, "pairs come from PairShards"),
+        (
+            {"mix": {"pairs": ImageShards("x")}, "counts": {"pairs": 4}},
+            "that fills images; use it there",
+        ),
         (
             {"mix": {"dual": PairShards("x"), "texts": TextShards("x")}, "counts": {"dual": 4, "texts": 4}},
-            "use it alone",
+            r"mix\.texts\.text_len=196 and mix\.dual\.text_len=64 differ",
         ),
         ({"loading": {"workers": -1}}, r"loading\.workers=-1"),
         ({"loading": {"prefetch": 0}}, r"loading\.prefetch=0"),

@@ -17,7 +17,7 @@ WORLDS = (1, 2, 3, 4, 8)
 COUNTS = st.lists(st.integers(0, 12), min_size=1, max_size=14).filter(any)
 # counts, seed, streams, block_shards: also empty shards, shards of one sample, more streams than shards
 SOURCES = st.tuples(COUNTS, st.integers(0, 2**64 - 1), st.integers(1, 6), st.integers(1, 4))
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=60)
 
 
 def build(source) -> Order:

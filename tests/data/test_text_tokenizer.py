@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 import random
@@ -15,7 +14,7 @@ import sentencepiece
 from data_tools import train_text_tokenizer
 from pretrain.batch import BOS, EOS, UNK
 from pretrain.data.text_tokenizer import TextTokenizer
-from tests.data.shard_files import text_sample, write_source
+from tests.toys import text_sample, write_source, write_text_model
 
 WORDS = ["a", "the", "red", "blue", "green", "circle", "square", "star", "left", "right", "of", "above", "below", "big"]
 # Normalised by NFKC: a ligature, full-width digits.
@@ -29,13 +28,7 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    data = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(sentences(2000)), model_writer=data, vocab_size=56, hard_vocab_limit=False, minloglevel=2
-    )
-    path = tmp_path_factory.mktemp("spm") / "text.model"
-    path.write_bytes(data.getvalue())
-    return path
+    return write_text_model(tmp_path_factory.mktemp("spm") / "text.model", sentences(2000), 56)
 
 
 @pytest.fixture(scope="module")

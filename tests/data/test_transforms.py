@@ -13,7 +13,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from pretrain.data import transforms
 from pretrain.data.shards.reader import BadSample
 from pretrain.data.transforms import ImageTransform, decode_image, read_header, sample_rng
-from tests.data.shard_files import encoded, picture, png_bomb
+from tests.toys import encoded, picture, png_bomb
 
 SMALL = ImageTransform(size=32)
 

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from tests.data_tools.hostile_server import ATTACKS, BAD, GOOD, HostileServer, picture
+from tests.toys import encoded
 
 KEPT = ("kept", "")
 # What filter_list, filter_shards, dedup and leaks are told, so that the fates below come true.
@@ -132,8 +133,8 @@ def _copies(server: HostileServer, numbers: Iterator[int]) -> Iterator[Row]:
     for n in (next(numbers) for _ in range(5)):
         # The one with the most pixels is kept, wherever it stands.
         large = _opened(n).resize((240, 180), Image.Resampling.BICUBIC)
-        yield Row(server.serve(f"{n}/large", _jpeg(large, 95)), _words(n) + b" large", KEPT)
-        small = _jpeg(large.resize((120, 90)), 50)
+        yield Row(server.serve(f"{n}/large", encoded(large, quality=95)), _words(n) + b" large", KEPT)
+        small = encoded(large.resize((120, 90)), quality=50)
         yield Row(server.serve(f"{n}/small", small), _words(n) + b" small", ("dedup", "near_duplicate"))
 
 
@@ -149,7 +150,7 @@ def _dull(server: HostileServer, numbers: Iterator[int]) -> Iterator[Row]:
         ("square", square, "low_entropy"),
         ("speckled", speckled, "one_colour"),
     ):
-        data = _jpeg(Image.fromarray(pixels), 95)
+        data = encoded(Image.fromarray(pixels), quality=95)
         yield Row(server.serve(name, data), _words(next(numbers)), ("filter_shards", reason))
     for size, reason in (((40, 100), "too_small"), ((280, 70), "extreme_aspect")):
         for n in (next(numbers) for _ in range(3)):
@@ -168,13 +169,13 @@ def _leaks(folder: Path, server: HostileServer, numbers: Iterator[int]) -> Itera
     for place in range(_EVALUATION):
         n = next(numbers)
         image = _opened(n)
-        (folder / f"{n}.jpg").write_bytes(data := _jpeg(image, 92))
+        (folder / f"{n}.jpg").write_bytes(data := encoded(image, quality=92))
         captions.append((f"{n}.jpg", f"evaluation caption number {n} about a place far away"))
         forms = (
             data,
-            _jpeg(image, 40),
-            _jpeg(image.resize((image.width * 2, image.height * 2)), 80),
-            _jpeg(ImageOps.mirror(image), 80),
+            encoded(image, quality=40),
+            encoded(image.resize((image.width * 2, image.height * 2)), quality=80),
+            encoded(ImageOps.mirror(image), quality=80),
         )
         yield Row(server.serve(f"{n}/leak", forms[place % 4]), _words(n), ("leaks", "leak:heldout:picture"))
     images = [{"id": number, "file_name": name} for number, (name, _) in enumerate(captions)]
@@ -237,9 +238,3 @@ def _write(directory: Path, rows: list[Row]) -> None:
 
 def _opened(number: int) -> Image.Image:
     return Image.open(io.BytesIO(picture(number, "PNG"))).convert("RGB")
-
-
-def _jpeg(image: Image.Image, quality: int) -> bytes:
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=quality)
-    return data.getvalue()

@@ -10,19 +10,18 @@ always give the same picture, and no two numbers look alike.
 from __future__ import annotations
 
 import gzip
-import io
 import socket
 import socketserver
-import struct
 import threading
 import time
-import zlib
 from contextlib import suppress
 from functools import lru_cache
 from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
+
+from tests.toys import black_png, encoded
 
 GOOD = {
     **dict.fromkeys(("jpg", "png", "webp", "gif", "cmyk", "rgba", "gray16", "big", "redirect"), "success"),
@@ -92,22 +91,13 @@ def picture(number: int, form: str = "JPEG", mode: str = "RGB", size: tuple[int,
         blotches = Image.fromarray(np.asarray(blotches.convert("L")).clip(1).astype(np.uint16) * 257)
     elif mode != "RGB":
         blotches = blotches.convert(mode)
-    file = io.BytesIO()
-    blotches.save(file, form, **({"quality": 90} if form in ("JPEG", "WEBP") else {}))
-    return file.getvalue()
+    return encoded(blotches, form, **({"quality": 90} if form in ("JPEG", "WEBP") else {}))
 
 
 @lru_cache(maxsize=1)
 def huge() -> bytes:
     """900 million pixels in 100 kB: OpenCV's own limit lets them pass."""
-    side = 30_000
-    rows = zlib.compressobj(9)
-    row = b"\0" * (1 + side // 8)
-    data = b"".join(rows.compress(row) for _ in range(side)) + rows.flush()
-    chunks = ((b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)), (b"IDAT", data), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
-    )
+    return black_png(30_000, 30_000, rows=30_000, bits=1)
 
 
 def _many_scans(number: int) -> bytes:
@@ -240,6 +230,7 @@ class HostileServer:
     """Serves on 127.0.0.1 while the context is open. `requests` are the paths that were asked for."""
 
     def __enter__(self) -> HostileServer:
+        huge(), _gzip_bomb()  # before anyone waits for them with a deadline
         self._server = _Server()
         self._closed = socket.socket()  # bound, and nobody listens
         self._closed.bind(("127.0.0.1", 0))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import json
 import random
-import tarfile
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -13,6 +10,8 @@ from pathlib import Path
 from PIL import Image, ImageEnhance, ImageOps
 
 from data_tools.drawn.scenes import draw_scene, random_scene
+from tests import toys
+from tests.toys import encoded
 
 
 @cache
@@ -20,12 +19,6 @@ def scenes(n: int, size: int = 128, seed: int = 0) -> list[Image.Image]:
     """Kept, because drawing is the slowest thing in these tests."""
     rng = random.Random(seed)
     return [draw_scene(random_scene(rng, held_out=False), size, rng) for _ in range(n)]
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
-    data = io.BytesIO()
-    image.save(data, kind, **options)
-    return data.getvalue()
 
 
 def cut(image: Image.Image, part: float) -> Image.Image:
@@ -51,16 +44,6 @@ mirrored = ImageOps.mirror
 
 
 def write_shard(directory: Path, number: int, samples: Iterable[tuple[str, bytes | None, str | None]]) -> Path:
-    """(key, picture, caption) of each sample, as img2dataset lays them out."""
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{number:05d}.tar"
-    with tarfile.open(path, "w") as tar:
-        for key, picture, caption in samples:
-            text = None if caption is None else caption.encode()
-            for ending, data in (("jpg", picture), ("txt", text), ("json", b"{}")):
-                if data is not None:
-                    member = tarfile.TarInfo(f"{key}.{ending}")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-    path.with_name(f"{number:05d}_stats.json").write_text(json.dumps({"successes": 0}))
-    return path
+    """(key, picture, caption) of each sample."""
+    listed = [{"key": key, "jpg": picture, "txt": caption, "json": b"{}"} for key, picture, caption in samples]
+    return toys.write_shard(directory, number, listed)

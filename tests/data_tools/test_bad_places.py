@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 import io
-import json
 import os
 import signal
-import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,8 +17,8 @@ import pytest
 from data_tools import filter_list
 from data_tools.shards.steps import read_steps
 from pretrain.data.shards.reader import MAX_TEXT_BYTES, load_manifest
-from tests.data.shard_files import index_source, pair_sample, write_source, write_tar
-from tests.data_tools.pictures import encoded, scenes
+from tests.data_tools.pictures import scenes
+from tests.toys import encoded, index_source, pair_sample, write_shard, write_source
 
 WRITERS = ("index", "filter_shards", "dedup", "leaks", "rewrite", "audit")
 
@@ -31,13 +30,13 @@ def evaluation(tmp_path) -> Path:
     return tmp_path / "evaluation"
 
 
-def run(tool: str, shards: Path, evaluation: Path, workers: int = 1) -> int:
-    more = {
+def run(tool: str, shards: Path, evaluation: Path, workers: int = 1, more: Sequence[str] = ()) -> int:
+    own = {
         "leaks": ["--against", f"heldout={evaluation}"],
         "rewrite": ["--out", str(shards.parent / "clean")],
         "audit": ["--out", str(shards.parent / "audit.html")],
     }
-    arguments = [str(shards), "--workers", str(workers), *more.get(tool, [])]
+    arguments = [str(shards), "--workers", str(workers), *own.get(tool, []), *more]
     return importlib.import_module(f"data_tools.{tool}").main(arguments)
 
 
@@ -48,16 +47,10 @@ def test_captions_and_keys_of_strangers(tmp_path, evaluation, capsys):
     samples = [pair_sample(key, number, text) for number, (key, text) in enumerate(texts.items())]
     samples += [pair_sample("twice", 10, "first"), pair_sample("good-1", 11, "y"), pair_sample("twice", 12, "second")]
     shards = tmp_path / "shards"
-    shards.mkdir()
-    write_tar(shards / "00000.tar", samples)
-    (shards / "00000_stats.json").write_text(json.dumps({"count": 8, "successes": 7}))
+    write_shard(shards, 0, samples)
     index_source(shards)
     for tool in ("filter_shards", "dedup", "leaks", "audit"):
-        if tool == "filter_shards":
-            arguments = [str(shards), "--min-side", "16", "--workers", "1"]
-            assert importlib.import_module("data_tools.filter_shards").main(arguments) == 0
-        else:
-            assert run(tool, shards, evaluation) == 0
+        assert run(tool, shards, evaluation, more=["--min-side", "16"] if tool == "filter_shards" else []) == 0
         if tool != "audit":
             step = read_steps(shards)[tool]
             assert (step.rows, step.kept) == (7, 7), tool
@@ -72,21 +65,13 @@ def test_captions_and_keys_of_strangers(tmp_path, evaluation, capsys):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A disk of its own with shards on it, and `fill` to leave no byte free."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    line = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    if os.geteuid() or subprocess.run(line, capture_output=True, check=False).returncode:
-        pytest.skip("cannot mount a small disk here")
-    try:
-        for number in range(2):
-            samples = [pair_sample(f"{number}{place}", 10 * number + place, height=90, width=80) for place in range(6)]
-            write_tar(_directory(disk / "shards") / f"{number:05d}.tar", samples)
-            (disk / "shards" / f"{number:05d}_stats.json").write_text('{"count": 6, "successes": 6}')
-        yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+def small_disk(mount) -> Path:
+    """A disk with shards on it; `filled` leaves no byte free."""
+    disk = mount("2m")
+    for number in range(2):
+        samples = [pair_sample(f"{number}{place}", 10 * number + place, height=90, width=80) for place in range(6)]
+        write_shard(disk / "shards", number, samples)
+    return disk
 
 
 def filled(disk: Path) -> Path:
@@ -96,11 +81,6 @@ def filled(disk: Path) -> Path:
         while True:
             file.write(b"\0" * 4096)
     return ballast
-
-
-def _directory(path: Path) -> Path:
-    path.mkdir(exist_ok=True)
-    return path
 
 
 @pytest.mark.parametrize("tool", WRITERS)
@@ -132,6 +112,15 @@ def test_a_filtered_list_on_a_full_disk(small_disk, tmp_path, capsys):
     assert read_steps(small_disk / "kept")["filter_list"].kept == 100
 
 
+@pytest.mark.parametrize("tool", WRITERS)
+def test_a_shard_that_is_cut_off_is_named(tmp_path, evaluation, capsys, tool):
+    shards = write_source(tmp_path / "shards", [[pair_sample(f"{shard}{n}") for n in range(2)] for shard in range(2)])
+    os.truncate(shards / "00001.tar", 1000)
+    assert run(tool, shards, evaluation) == 2
+    error = capsys.readouterr().err
+    assert "00001.tar is cut off at byte 1000" in error and error.count("error: ") == 1 and "Traceback" not in error
+
+
 @pytest.mark.parametrize("tool", [*WRITERS, "verify"])
 def test_a_killed_worker_is_one_sentence_and_loses_nothing(tmp_path, evaluation, monkeypatch, capsys, tool):
     numbers = iter(range(100))
@@ -157,5 +146,6 @@ def test_a_killed_worker_is_one_sentence_and_loses_nothing(tmp_path, evaluation,
         patched.setattr(io, "open", deadly(io.open))
         assert run(tool, tmp_path / "shards", evaluation, workers=2) == 2
     error = capsys.readouterr().err
-    assert "worker process was killed" in error and "Traceback" not in error
+    assert "error: a worker process was killed" in error and "Traceback" not in error
+    assert not (tmp_path / "shards" / "drops").exists()
     assert run(tool, tmp_path / "shards", evaluation, workers=2) == 0

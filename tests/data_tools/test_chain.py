@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,17 +17,14 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import download
 from data_tools.fetch.reasons import reason_of
+from data_tools.shards.samples import samples_of
 from data_tools.shards.steps import read_drops, read_steps
 from tests.data_tools.hostile_list import KEPT, LIST_OPTIONS, MOST_ASPECT, MOST_REPEATS, Planted, make_list
-from tests.data_tools.hostile_server import HostileServer
 from tests.small_run import RECIPE, ROOT, environment, train_stage
+from tests.toys import needs, read_members
 
-try:
-    download.find_python()
-except ValueError as error:
-    pytest.skip(str(error), allow_module_level=True)
+needs("img2dataset")
 
 # How often each command is killed.
 KILLS = {"filter_list": 1, "download": 4, "filter_shards": 1, "dedup": 1, "leaks": 1, "rewrite": 2}
@@ -62,12 +58,6 @@ def run(line: list[str], data: Path = ROOT) -> str:
 
 
 @pytest.fixture(scope="module")
-def server():
-    with HostileServer() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def planted(server, tmp_path_factory) -> Planted:
     return make_list(tmp_path_factory.mktemp("list"), server)
 
@@ -81,22 +71,6 @@ def alone(planted, tmp_path_factory) -> tuple[Path, dict[str, float]]:
         run(line)
         seconds[name] = time.monotonic() - start
     return place, seconds
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """Member name -> content, of all tars of clean shards."""
-    found: dict[str, bytes] = {}
-    for path in sorted(directory.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                assert member.name not in found
-                found[member.name] = tar.extractfile(member).read()  # type: ignore[union-attr]
-    return found
-
-
-def keys_of(tar: Path) -> set[str]:
-    with tarfile.open(tar) as file:
-        return {name.split(".")[0] for name in file.getnames()}
 
 
 def fates(place: Path) -> dict[int, tuple[str, str]]:
@@ -114,7 +88,7 @@ def fates(place: Path) -> dict[int, tuple[str, str]]:
                 found.append((row["row"], ("download", reason)))
     for path in sorted((place / "shards" / "drops").glob("*.parquet")):
         found += [(rows[drop.shard, drop.key], (path.stem, drop.reason)) for drop in read_drops([path])]
-    clean = contents(place / "clean")
+    clean = read_members(place / "clean")
     found += [(json.loads(data)["row"], KEPT) for name, data in clean.items() if name.endswith(".json")]
     assert len(dict(found)) == len(found), Counter(row for row, _ in found).most_common(3)
     return dict(found)
@@ -144,7 +118,7 @@ def test_every_row_ends_where_it_should(server, planted, alone):
 @pytest.mark.slow
 def test_no_attack_reaches_a_shard(server, planted, alone):
     place, _ = alone
-    clean = contents(place / "clean")
+    clean = read_members(place / "clean")
     rows = {json.loads(data)["row"]: name[:-5] for name, data in clean.items() if name.endswith(".json")}
     for row, key in rows.items():
         assert clean[f"{key}.txt"] == planted.rows[row].caption
@@ -200,10 +174,10 @@ def test_training_takes_exactly_these_samples(alone, recipe, tmp_path):
     clean, runs = alone[0] / "clean", tmp_path / "runs"
     done = train_stage(recipe, runs, "tokenizer")
     assert done.returncode == 0, done.stderr
-    line = [sys.executable, "-m", "data_tools.encode_images", str(clean), "--tokenizer", str(runs / "tokenizer")]
+    line = [sys.executable, "-m", "pretrain.encode_images", str(clean), "--tokenizer", str(runs / "tokenizer")]
     line += ["--crops", "2", "--recipe", str(recipe / "recipe.py"), "--stage", "fusion", "--workers", "0"]
     assert "cannot be decoded" not in run(line, recipe)
-    keys = {f"{shard.stem}/{key}" for shard in clean.glob("*.tar") for key in keys_of(shard)}
+    keys = {f"{shard.stem}/{sample.key}" for shard in clean.glob("*.tar") for sample in samples_of(shard)}
     steps, rest = divmod(len(keys), BATCH)
     done = train_stage(recipe, runs, "fusion", f"steps={steps + bool(rest)}")
     assert done.returncode == 0, done.stderr
@@ -234,7 +208,7 @@ def test_killed_at_random_moments_the_samples_are_the_same(planted, alone, tmp_p
             killed += 1
         run(line)
     assert killed == 10
-    assert contents(tmp_path / "clean") == contents(place / "clean")
+    assert read_members(tmp_path / "clean") == read_members(place / "clean")
     assert fates(tmp_path) == fates(place)
     for name, step in read_steps(place / "clean").items():
         again = read_steps(tmp_path / "clean")[name]

@@ -1,4 +1,4 @@
-"""data_tools.command: how commands end; and that the example each of them shows is one that it takes."""
+"""pretrain.command: how commands end; and that the example each of them shows is one that it takes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import pytest
 
 import data_tools
 from data_tools import sample_corpus
-from data_tools.command import run
+from pretrain.command import run
 
 PLACE = Path(data_tools.__file__).parent
-COMMANDS = sorted(path.stem for path in PLACE.glob("*.py") if path.stem not in ("__init__", "command"))
+HELPERS = ("__init__", "ownership")
+TOOLS = sorted(f"data_tools.{path.stem}" for path in PLACE.glob("*.py") if path.stem not in HELPERS)
+COMMANDS = ["pretrain.encode_images", "pretrain.evaluate", "pretrain.export", *TOOLS]
 KILLED = "error: a worker process was killed, perhaps for want of memory; use fewer --workers (all is kept)\n"
 
 
@@ -44,11 +46,11 @@ def test_a_fault_of_the_program_keeps_its_traceback():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_example_is_taken(name, tmp_path, monkeypatch, capsys):
-    main = importlib.import_module(f"data_tools.{name}").main
+    main = importlib.import_module(name).main
     with pytest.raises(SystemExit):
         main(["--help"])
     command = shlex.split(capsys.readouterr().out.splitlines()[-1].removeprefix("example: "))
-    assert command[:3] == ["python", "-m", f"data_tools.{name}"]
+    assert command[:3] == ["python", "-m", name]
     monkeypatch.chdir(tmp_path)  # none of the files that it names are here
     monkeypatch.setattr(sample_corpus, "write_corpus", lambda *_, **__: (_ for _ in ()).throw(ValueError("drawn")))
     assert main(command[3:]) == 2

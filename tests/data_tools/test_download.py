@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from collections import Counter
 from functools import partial
@@ -18,27 +17,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools import download
-from data_tools.fetch.attempt import ROOT, Run, download_slice
 from data_tools.fetch.guarded_fetch import Limits
 from data_tools.fetch.reasons import reason_of
+from data_tools.fetch.run_img2dataset import ROOT, Run, download_slice
 from data_tools.fetch.slices import Slice, write_list
 from data_tools.lists.reading import open_list
 from data_tools.shards.steps import Step, read_steps, write_step
 from pretrain.data.shards.reader import load_manifest
 from tests.data_tools.hostile_server import GOOD, KINDS, HostileServer, caption
+from tests.toys import needs, read_members, wait_for
 
-try:
-    PYTHON = download.find_python()
-except ValueError as error:
-    pytest.skip(str(error), allow_module_level=True)
+needs("img2dataset")
 
 QUICK = ("--workers", "2", "--threads", "16", "--allow-address", "127.0.0.1/32", "--deadline", "5", "--timeout", "4")
-
-
-@pytest.fixture(scope="module")
-def server():
-    with HostileServer() as running:
-        yield running
 
 
 def write_rows(path: Path, server: HostileServer, kinds: list[str]) -> Path:
@@ -54,17 +45,6 @@ def write_rows(path: Path, server: HostileServer, kinds: list[str]) -> Path:
 
 def command(rows: Path, out: Path, *more: str) -> list[str]:
     return ["--list", str(rows), "--preset", "laion", "--out", str(out), *QUICK, *more]
-
-
-def samples(out: Path) -> dict[str, bytes]:
-    """Member name -> content, of all tars; a name that comes twice is an error."""
-    found: dict[str, bytes] = {}
-    for path in sorted(out.glob("*.tar")):
-        with tarfile.open(path) as tar:
-            for member in tar:
-                assert member.name not in found
-                found[member.name] = tar.extractfile(member).read()  # type: ignore[union-attr]
-    return found
 
 
 def outcomes(out: Path) -> dict[int, str]:
@@ -90,14 +70,14 @@ def test_every_kind_of_picture_ends_as_it_should(server, tmp_path, capsys):
     expected = Counter(KINDS[kind] for kind in kinds)
     assert steps["download"].kept == expected.pop("success") == load_manifest(str(out)).samples
     assert steps["download"].dropped == expected
-    found = samples(out)
+    found = read_members(out)
     texts = {json.loads(data)["row"]: found[name[:-4] + "txt"] for name, data in found.items() if name.endswith("json")}
     assert texts == {n: caption(n).encode() for n, kind in enumerate(kinds) if kind in GOOD}
     assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
     assert f"{2 * len(GOOD)} of {len(kinds)} pictures" in capsys.readouterr().out
     # Again: nothing is left to do.
     assert download.main(command(rows, out, "--samples-per-shard", "40")) == 0
-    assert server.requests[before:] == asked and samples(out) == found
+    assert server.requests[before:] == asked and read_members(out) == found
 
 
 @pytest.mark.slow
@@ -112,8 +92,9 @@ def test_good_pictures_are_what_img2dataset_alone_writes(server, tmp_path):
     alone += ", resize_only_if_bigger=True, skip_reencode=True, number_sample_per_shard=40)"
     script = tmp_path / "alone.py"
     script.write_text(f"import sys, img2dataset\nif __name__ == '__main__':\n    {alone}\n")
-    subprocess.run([PYTHON, script, rows, tmp_path / "alone"], check=True, capture_output=True, timeout=120)
-    pictures = [{k: v for k, v in samples(tmp_path / p).items() if k[-4:] != "json"} for p in ("guarded", "alone")]
+    line = [download.find_python(), script, rows, tmp_path / "alone"]
+    subprocess.run(line, check=True, capture_output=True, timeout=120)
+    pictures = [{k: v for k, v in read_members(tmp_path / p).items() if k[-4:] != "json"} for p in ("guarded", "alone")]
     assert len(pictures[0]) == 2 * len(kinds) and pictures[0] == pictures[1]
 
 
@@ -145,13 +126,6 @@ def workers(pid: int) -> list[int]:
     return found
 
 
-def wait_for(condition, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not come to that"
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 def test_killed_again_and_again_it_ends_as_if_it_was_left_alone(server, tmp_path):
     kinds = [("late", "png", "not_found", "late", "html", "late")[number % 6] for number in range(120)]
@@ -171,7 +145,7 @@ def test_killed_again_and_again_it_ends_as_if_it_was_left_alone(server, tmp_path
     assert len(list(out.glob("*.tar"))) < 15
     process = start(rows, out, *small)
     assert process.wait(120) == 0, process.stderr.read()
-    assert samples(out) == samples(tmp_path / "whole")
+    assert read_members(out) == read_members(tmp_path / "whole")
     assert outcomes(out) == outcomes(tmp_path / "whole")
     assert read_steps(out)["download"].dropped == read_steps(tmp_path / "whole")["download"].dropped
     assert not list((out / "download").rglob("attempt-*"))
@@ -209,28 +183,20 @@ def test_a_stall_is_an_error_and_no_hang(server, tmp_path):
     part.work.mkdir(parents=True)
     arguments = {"input_format": "parquet", "output_format": "webdataset", "caption_col": "caption"}
     limits = Limits(deadline=600, allow=("127.0.0.1/32",))
-    run = Run(PYTHON, arguments, limits, 2**26, stall_seconds=6, attempts=1)
+    run = Run(download.find_python(), arguments, limits, 2**26, stall_seconds=6, attempts=1)
     with pytest.raises(OSError, match=r"1 of 1 shards are missing \(0\): no picture was tried for 6 s \(--stall"):
-        download_slice(run, part, write_list(open_list([rows], "laion"), part))
+        download_slice(run, write_list(open_list([rows], "laion"), part))
     assert "/jpg/0" in server.requests and "/slow_drip/1" in server.requests
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_said_and_what_is_done_is_kept(server, tmp_path, capsys):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    line = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
-    if os.geteuid() or subprocess.run(line, capture_output=True, check=False).returncode:
-        pytest.skip("cannot mount a small disk here")
-    try:
-        rows = write_rows(tmp_path / "list.parquet", server, ["big"] * 300)
-        assert download.main(command(rows, disk / "out", "--samples-per-shard", "20")) == 2
-        error = capsys.readouterr().err
-        assert "is full; free some space and run the same command again" in error and "Traceback" not in error
-        done = [path.stem for path in (disk / "out").glob("*.tar")]
-        assert all((disk / "out" / f"{name}_stats.json").exists() for name in done)
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+def test_a_full_disk_is_said_and_what_is_done_is_kept(server, mount, tmp_path, capsys):
+    out = mount("3m") / "out"
+    rows = write_rows(tmp_path / "list.parquet", server, ["big"] * 300)
+    assert download.main(command(rows, out, "--samples-per-shard", "20")) == 2
+    error = capsys.readouterr().err
+    assert "is full; free some space and run the same command again" in error and "Traceback" not in error
+    assert all((out / f"{path.stem}_stats.json").exists() for path in out.glob("*.tar"))
 
 
 @pytest.mark.slow
@@ -248,4 +214,4 @@ def test_slices_make_what_one_run_makes(server, tmp_path, capsys):
     assert read_steps(out)["download"].rows == 45 and load_manifest(str(out)).samples == 30
     assert download.main(["--merge", "--out", str(out)]) == 0
     assert download.main(command(rows, out, *small, "--slice", "0/3")) == 2
-    assert "was begun with slices=2, and now it is 3" in capsys.readouterr().err
+    assert "was begun with slices=2 (now 3)" in capsys.readouterr().err

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_tools import download
-from data_tools.fetch.slices import Listed, Slice, account, alone, publish, published, write_list
+from data_tools.fetch.slices import ListedRows, Slice, SliceShards, account, owned_slice, write_list
 from data_tools.lists.reading import open_list
+from tests.toys import refused
 
 
 def a_list(path: Path, count: int) -> Path:
@@ -39,11 +40,11 @@ def test_slices_share_no_row_and_no_shard(tmp_path, rows, per_shard, slices):
     numbers: list[int] = []
     for number in range(slices):
         part = Slice(tmp_path / "out", number, slices, per_shard)
-        listed = write_list(open_list([path], "canonical"), part)
+        shards = write_list(open_list([path], "canonical"), part)
         for file in sorted(part.list.glob("*.parquet")):
             seen += pq.read_table(file).column("row").to_pylist()
-        numbers += listed.shards(per_shard)
-        assert write_list(open_list([path], "canonical"), part) == listed  # as it was written
+        numbers += shards.numbers
+        assert write_list(open_list([path], "canonical"), part) == shards  # as it was written
     assert seen == list(range(rows))
     assert numbers == list(range(-(-rows // per_shard)))
 
@@ -51,35 +52,35 @@ def test_slices_share_no_row_and_no_shard(tmp_path, rows, per_shard, slices):
 def test_files_of_a_list_hold_whole_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("data_tools.fetch.slices._PART_ROWS", 25)
     part = Slice(tmp_path, 0, 1, 10)
-    listed = write_list(open_list([a_list(tmp_path / "l.parquet", 47)], "canonical"), part)
+    shards = write_list(open_list([a_list(tmp_path / "l.parquet", 47)], "canonical"), part)
     assert [pq.read_metadata(file).num_rows for file in sorted(part.list.glob("*.parquet"))] == [20, 20, 7]
-    assert [listed.rows_of(shard, 10) for shard in listed.shards(10)] == [10, 10, 10, 10, 7]
+    assert [shards.rows_of(shard) for shard in shards.numbers] == [10, 10, 10, 10, 7]
 
 
 def test_only_whole_shards_are_published(tmp_path):
-    part, attempt = Slice(tmp_path, 0, 1, 10), tmp_path / "attempt"
-    listed = Listed(rows=44, kept=44, dropped={}, first=0, digits=5)
+    attempt = tmp_path / "attempt"
+    shards = SliceShards(Slice(tmp_path, 0, 1, 10), ListedRows(rows=44, kept=44, dropped={}, first=0, digits=5))
     finished(attempt, 0, 10)
     finished(attempt, 1, 9)  # a row got lost, as on a full disk
     finished(attempt, 2, 10, stats='{"count": 1')  # being written
     finished(attempt, 3, 10)
     (attempt / "00003_stats.json").unlink()
     finished(attempt, 4, 4)  # the last, which is shorter
-    assert publish(attempt, part, listed) == {"success": 7, "http_404": 7}
-    assert published(part, listed) == [0, 4]
+    assert shards.publish(attempt) == {"success": 7, "http_404": 7}
+    assert shards.published() == [0, 4]
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["00000.tar", "00004.tar"]
 
 
 @pytest.mark.parametrize("moved", [1, 2])
 def test_a_publication_that_was_cut_short_is_finished(tmp_path, moved):
-    part, attempt = Slice(tmp_path, 0, 1, 10), tmp_path / "attempt"
-    listed = Listed(rows=10, kept=10, dropped={}, first=0, digits=5)
+    attempt = tmp_path / "attempt"
+    shards = SliceShards(Slice(tmp_path, 0, 1, 10), ListedRows(rows=10, kept=10, dropped={}, first=0, digits=5))
     finished(attempt, 0, 10)
     for ending in (".tar", ".parquet")[:moved]:
         (attempt / f"00000{ending}").rename(tmp_path / f"00000{ending}")
-    assert published(part, listed) == []
-    publish(attempt, part, listed)
-    assert published(part, listed) == [0]
+    assert shards.published() == []
+    shards.publish(attempt)
+    assert shards.published() == [0]
 
 
 def test_a_damaged_table_is_told(tmp_path):
@@ -90,18 +91,15 @@ def test_a_damaged_table_is_told(tmp_path):
 
 def test_a_slice_has_one_master(tmp_path):
     part = Slice(tmp_path, 0, 1, 10)
-    with alone(part), pytest.raises(ValueError, match=r"is being downloaded by process \d+ on "), alone(part):
+    plan = {"slices": 1}
+    with owned_slice(part, plan), pytest.raises(ValueError, match=r"process \d+ on "), owned_slice(part, plan):
         pass
-    with alone(part):
+    with owned_slice(part, plan):
         pass
 
 
-def run(capsys, *arguments: str) -> str:
-    """The one sentence of a user's mistake."""
-    assert download.main(list(arguments)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    return error
+def refusal(capsys, rows: Path, out: Path, *more: str) -> str:
+    return refused(capsys, download.main, "--list", rows, "--preset", "canonical", "--out", out, *more)
 
 
 @pytest.fixture
@@ -123,7 +121,7 @@ def python(monkeypatch):
 def test_wrong_options(tmp_path, capsys, python, more, words):
     rows = a_list(tmp_path / "l.parquet", 3)
     out = tmp_path / "out"
-    assert words in run(capsys, "--list", str(rows), "--preset", "canonical", "--out", str(out), *more)
+    assert words in refusal(capsys, rows, out, *more)
     assert not out.exists()
 
 
@@ -135,35 +133,32 @@ def test_wrong_slices(tmp_path, capsys, wrong):
 
 
 def test_nothing_to_do(tmp_path, capsys, python):
-    assert "--list and --preset" in run(capsys, "--out", str(tmp_path))
-    assert "holds no download" in run(capsys, "--merge", "--out", str(tmp_path))
-    rows = str(a_list(tmp_path / "l.parquet", 0))
-    assert "holds no row" in run(capsys, "--list", rows, "--preset", "canonical", "--out", str(tmp_path / "out"))
-    odd = str(tmp_path / "o[u]t")
-    assert "takes for a pattern" in run(capsys, "--list", rows, "--preset", "canonical", "--out", odd)
+    assert "--list and --preset" in refused(capsys, download.main, "--out", tmp_path)
+    assert "holds no download" in refused(capsys, download.main, "--merge", "--out", tmp_path)
+    rows = a_list(tmp_path / "l.parquet", 0)
+    assert "holds no row" in refusal(capsys, rows, tmp_path / "out")
+    assert "takes for a pattern" in refusal(capsys, rows, tmp_path / "o[u]t")
 
 
 def test_shards_of_something_else_are_left_alone(tmp_path, capsys, python):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "00000.tar").write_bytes(b"mine")
-    rows = str(a_list(tmp_path / "l.parquet", 3))
-    error = run(capsys, "--list", rows, "--preset", "canonical", "--out", str(tmp_path / "out"))
-    assert "holds shards that this tool did not download" in error
+    rows = a_list(tmp_path / "l.parquet", 3)
+    error = refusal(capsys, rows, tmp_path / "out")
+    assert "holds files of something else" in error
 
 
 def test_another_list_does_not_go_on_in_the_same_place(tmp_path, capsys, python):
     """The environment is broken here (this Python has no img2dataset), and that is said, too."""
-    rows, out = str(a_list(tmp_path / "l.parquet", 3)), str(tmp_path / "out")
-    error = run(capsys, "--list", rows, "--preset", "canonical", "--out", out)
+    rows, out = a_list(tmp_path / "l.parquet", 3), tmp_path / "out"
+    error = refusal(capsys, rows, out)
     if "img2dataset ended with code 1" not in error:
         pytest.skip("this environment has img2dataset")
     assert "No module named 'img2dataset'" in error and "log.txt" in error
-    a_list(Path(rows), 300)
-    assert "was begun with fingerprint=" in run(capsys, "--list", rows, "--preset", "canonical", "--out", out)
-    a_list(Path(rows), 3)
-    assert "image_size=256, and now it is 384" in run(
-        capsys, "--list", rows, "--preset", "canonical", "--out", out, "--image-size", "384"
-    )
+    a_list(rows, 300)
+    assert "was begun with fingerprint=" in refusal(capsys, rows, out)
+    a_list(rows, 3)
+    assert "image_size=256 (now 384)" in refusal(capsys, rows, out, "--image-size", "384")
 
 
 def test_without_img2dataset_it_says_what_to_run(tmp_path, monkeypatch):

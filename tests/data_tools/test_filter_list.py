@@ -13,6 +13,7 @@ import pytest
 from data_tools import filter_list as tool
 from data_tools.filter_list import filter_list, main, read_domains
 from data_tools.lists.filters import ListSettings
+from data_tools.lists.parts import Parts, owned_parts
 from data_tools.lists.reading import open_list
 from data_tools.shards.steps import read_steps
 
@@ -49,6 +50,10 @@ def listed(tmp_path) -> Path:
 def run(listed: Path, out: Path, *more: str) -> int:
     command = ["--list", str(listed), "--preset", "laion", "--out", str(out), "--min-similarity", "0.3"]
     return main([*command, "--min-side", "100", "--min-caption-words", "3", "--unique-urls", *more])
+
+
+def filtered(listed: Path, out: Path, part: int = 5, **more) -> tuple:
+    return filter_list(open_list([listed], "laion"), SETTINGS, out, [str(listed)], part=part, **more)
 
 
 def test_every_row_is_kept_or_dropped_under_one_reason(listed, tmp_path, capsys):
@@ -89,9 +94,9 @@ def test_a_killed_run_goes_on_and_ends_the_same(listed, tmp_path, name, monkeypa
         return [row for path in paths for row in pq.read_table(path).to_pylist()]
 
     whole = tmp_path / "whole" / name
-    filter_list(open_list([listed], "laion"), SETTINGS, whole, [str(listed)], part=5)
+    filtered(listed, whole)
     out, done = tmp_path / "killed" / name, []
-    original = tool.Parts.write
+    original = Parts.write
 
     def write(self, part, *more):
         if len(done) in (1, 3):
@@ -100,11 +105,11 @@ def test_a_killed_run_goes_on_and_ends_the_same(listed, tmp_path, name, monkeypa
         done.append(part)
         return original(self, part, *more)
 
-    monkeypatch.setattr(tool.Parts, "write", write)
+    monkeypatch.setattr(Parts, "write", write)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            filter_list(open_list([listed], "laion"), SETTINGS, out, [str(listed)], part=5)
-    step, new = filter_list(open_list([listed], "laion"), SETTINGS, out, [str(listed)], part=5)
+            filtered(listed, out)
+    step, new = filtered(listed, out)
     assert new and done == [0, "killed", 1, "killed", 2, 3, 4]
     assert rows(out) == rows(whole)
     homes = [path if name == "kept" else path.parent for path in (whole, out)]
@@ -117,17 +122,13 @@ def test_a_killed_run_goes_on_and_ends_the_same(listed, tmp_path, name, monkeypa
 @pytest.mark.parametrize("name", ["kept.parquet", "kept"])
 def test_a_run_killed_in_its_last_moment_goes_on(listed, tmp_path, name, monkeypatch):
     out = tmp_path / "o" / name
-
-    def again(part: int) -> tuple:
-        return filter_list(open_list([listed], "laion"), SETTINGS, out, [str(listed)], overwrite=part == 9, part=part)
-
     with monkeypatch.context() as patch:
         patch.setattr(tool, "write_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            again(5)
-    step, new = again(5)
+            filtered(listed, out)
+    step, new = filtered(listed, out)
     assert new and step.rows == 23
-    again(9)
+    filtered(listed, out, 9, overwrite=True)
     assert name == "kept.parquet" or len(list(out.glob("*.parquet"))) == 3
 
 
@@ -146,10 +147,16 @@ def test_a_second_call_does_nothing_and_other_thresholds_are_refused(listed, tmp
 
 def test_begun_work_of_other_thresholds_is_not_gone_on_with(listed, tmp_path, monkeypatch):
     out = tmp_path / "clean" / "kept.parquet"
-    monkeypatch.setattr(tool.Parts, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Parts, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run(listed, out) == 130
     assert run(listed, out, "--max-aspect", "2") == 2
     assert not out.exists()
+
+
+def test_two_at_once_are_refused(listed, tmp_path, capsys):
+    with owned_parts(tmp_path / "kept.parquet", {}, overwrite=True):
+        assert run(listed, tmp_path / "kept.parquet", "--overwrite") == 2
+    assert "is writing to" in capsys.readouterr().err
 
 
 def test_errors_are_sentences(listed, tmp_path, capsys):

@@ -18,18 +18,12 @@ import pytest
 from data_tools.fetch import guarded_fetch
 from data_tools.fetch.guarded_fetch import Limits, Refused, may_connect, opener
 from data_tools.fetch.reasons import OTHER, reason_of
-from tests.data_tools.hostile_server import ATTACKS, GOOD, KINDS, HostileServer, picture
+from tests.data_tools.hostile_server import ATTACKS, GOOD, KINDS, picture
 
 HERE = ("127.0.0.1/32",)
 LIMITS = Limits(max_bytes=2_000_000, deadline=0.6, allow=HERE)
 # What only a decoder can tell: tests/data_tools/test_download.py.
 DECODED = {"huge", "truncated", "html", "empty", "tiny", "long", "gzip_bomb", "noai"}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[HostileServer]:
-    with HostileServer() as running:
-        yield running
 
 
 def fetched(url: str, limits: Limits = LIMITS, timeout: float = 5) -> bytes:
@@ -97,21 +91,28 @@ def test_an_intranet_may_be_allowed():
     assert not may_connect("10.2.2.3", allow) and not may_connect("127.0.0.1", allow)
 
 
-def test_a_name_that_changes_its_address_is_looked_up_once(server, monkeypatch):
-    """DNS rebinding: public for the check, private for the connection."""
+def answered(monkeypatch, addresses: list[list[str]], error: OSError) -> tuple[list, list]:
+    """(names looked up, places connected to); the n-th look-up gives the n-th addresses, and a connection the error."""
     lookups, places = [], []
 
     def getaddrinfo(host, port, *args, **kwargs):
         lookups.append(host)
-        address = "93.184.216.34" if len(lookups) == 1 else "127.0.0.1"
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in addresses[len(lookups) - 1]]
 
     def connect(self, place):
         places.append(place)
-        raise ConnectionRefusedError(111, "Connection refused")
+        raise error
 
     monkeypatch.setattr(guarded_fetch.socket, "getaddrinfo", getaddrinfo)
     monkeypatch.setattr(guarded_fetch._Socket, "connect", connect)
+    return lookups, places
+
+
+def test_a_name_that_changes_its_address_is_looked_up_once(server, monkeypatch):
+    """DNS rebinding: public for the check, private for the connection."""
+    lookups, places = answered(
+        monkeypatch, [["93.184.216.34"], ["127.0.0.1"]], ConnectionRefusedError(111, "Connection refused")
+    )
     assert refusal(f"http://rebinding.example:{server.port}/jpg/1", Limits(deadline=5)) == "refused"
     assert lookups == ["rebinding.example"] and places == [("93.184.216.34", server.port)]
     assert refusal(f"http://rebinding.example:{server.port}/jpg/1", Limits(deadline=5)) == "not_public_address"
@@ -119,19 +120,10 @@ def test_a_name_that_changes_its_address_is_looked_up_once(server, monkeypatch):
 
 
 def test_of_several_addresses_only_the_public_ones_are_tried(monkeypatch):
-    places = []
-
-    def getaddrinfo(host, port, *args, **kwargs):
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in ("10.0.0.1", "8.8.8.8", "127.0.0.1")]
-
-    def connect(self, place):
-        places.append(place[0])
-        raise OSError(101, "Network is unreachable")
-
-    monkeypatch.setattr(guarded_fetch.socket, "getaddrinfo", getaddrinfo)
-    monkeypatch.setattr(guarded_fetch._Socket, "connect", connect)
+    addresses = ["10.0.0.1", "8.8.8.8", "127.0.0.1"]
+    _, places = answered(monkeypatch, [addresses], OSError(101, "Network is unreachable"))
     assert refusal("http://both.example/", Limits(deadline=5)) == "unreachable"
-    assert places == ["8.8.8.8"]
+    assert places == [("8.8.8.8", 80)]
 
 
 def test_proxies_of_the_environment_are_not_asked(server, monkeypatch):

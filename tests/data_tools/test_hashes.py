@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from data_tools.pictures.hashes import LEAST_CLEAR, caption_hash, hash_shards, look_alike, look_at, picture_hash
-from pretrain.data.shards.cache import ShardError
-from tests.data_tools.pictures import COPIES, encoded, mirrored, scenes, write_shard
+from tests.data_tools.pictures import COPIES, mirrored, scenes, write_shard
+from tests.toys import encoded
 
 
 def bits(one: int, other: int) -> int:
@@ -116,10 +116,3 @@ def test_a_shard_is_hashed_once_and_again_when_it_changes(tmp_path):
     np.testing.assert_array_equal(hash_shards(tmp_path).phash, again.phash)
     problems = pq.read_table(files[1])["problem"].to_pylist()
     assert problems[0] is None and "not a readable JPEG" in problems[1]
-
-
-def test_a_broken_shard_is_named(tmp_path):
-    tar = write_shard(tmp_path, 0, [("a", encoded(scenes(1, 64)[0]), None)])
-    os.truncate(tar, 1000)
-    with pytest.raises(ShardError, match=r"00000\.tar is cut off at byte 1000"):
-        hash_shards(tmp_path)

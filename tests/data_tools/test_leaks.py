@@ -9,7 +9,8 @@ import pytest
 
 from data_tools.leaks import main
 from data_tools.shards.steps import Drop, read_drops, read_steps
-from tests.data_tools.pictures import COPIES, encoded, mirrored, scenes, write_shard
+from tests.data_tools.pictures import COPIES, mirrored, scenes, write_shard
+from tests.toys import encoded, refused
 
 LONG = "a small dog sleeps under the kitchen table"
 EVAL = 12  # evaluation pictures, drawn with this seed too
@@ -57,11 +58,8 @@ def test_planted_pictures_are_found_and_others_are_not(folder, tmp_path, capsys)
 
 
 def test_captions_are_found_if_they_are_long_enough(folder, tmp_path):
-    write_shard(
-        tmp_path / "train",
-        0,
-        [("a", None, f"  {LONG.upper()}!"), ("b", None, "A dog"), ("c", None, LONG + " again"), ("d", None, None)],
-    )
+    captions = {"a": f"  {LONG.upper()}!", "b": "A dog", "c": LONG + " again", "d": None}
+    write_shard(tmp_path / "train", 0, [(key, None, caption) for key, caption in captions.items()])
     arguments = [str(tmp_path / "train"), "--against", f"coco={folder}"]
     assert main(arguments) == 0
     assert {key: drop.reason for key, drop in drops(tmp_path / "train").items()} == {"a": "leak:coco:caption"}
@@ -73,24 +71,14 @@ def test_captions_are_found_if_they_are_long_enough(folder, tmp_path):
 
 def annotations(tmp_path, kind: str) -> str:
     """The caption LONG of pic02.png, one of a picture that is not there, and where it says so, one of training."""
+    coco = {"images": [{"id": 7, "file_name": "pic02.png"}, {"id": 8, "file_name": "gone.jpg"}]}
+    texts = {7: LONG, 8: "another text that is long enough to tell"}
+    coco["annotations"] = [{"image_id": number, "caption": text} for number, text in texts.items()]
+    of = {"pic02.png": ("test", LONG), "pic03.jpg": ("train", "b c d e f g h")}
+    karpathy = [{"filename": name, "split": split, "sentences": [{"raw": text}]} for name, (split, text) in of.items()]
     files = {
-        "coco.json": json.dumps(
-            {
-                "images": [{"id": 7, "file_name": "pic02.png"}, {"id": 8, "file_name": "gone.jpg"}],
-                "annotations": [
-                    {"image_id": 7, "caption": LONG},
-                    {"image_id": 8, "caption": "another text that is long enough to tell"},
-                ],
-            }
-        ),
-        "karpathy.json": json.dumps(
-            {
-                "images": [
-                    {"filename": "pic02.png", "split": "test", "sentences": [{"raw": LONG}]},
-                    {"filename": "pic03.jpg", "split": "train", "sentences": [{"raw": "b c d e f g h"}]},
-                ]
-            }
-        ),
+        "coco.json": json.dumps(coco),
+        "karpathy.json": json.dumps({"images": karpathy}),
         "results.csv": f"image_name| comment_number| comment\npic02.png| 0| {LONG} .\ngone.jpg|0|b c d e f g h\n",
         "table.csv": "filename,split,raw\n"
         f'pic02.png,test,"[""{LONG}"", ""x""]"\npic03.jpg,train,"[""b c d e f g h""]"\n',
@@ -119,15 +107,8 @@ def test_shards_can_be_the_evaluation_set(tmp_path):
     pictures = scenes(EVAL, seed=EVAL)
     held_out = [(f"k{n}", encoded(picture), f"{LONG} {n}") for n, picture in enumerate(pictures)]
     write_shard(tmp_path / "eval", 0, held_out)
-    write_shard(
-        tmp_path / "train",
-        0,
-        [
-            ("a", COPIES["half"](pictures[3]), None),
-            ("b", encoded(mirrored(pictures[4])), None),
-            ("c", None, f"{LONG} 5"),
-        ],
-    )
+    leaked = [("a", COPIES["half"](pictures[3]), None), ("b", encoded(mirrored(pictures[4])), None)]
+    write_shard(tmp_path / "train", 0, [*leaked, ("c", None, f"{LONG} 5")])
     before = sorted(tmp_path.joinpath("eval").iterdir())
     assert main([str(tmp_path / "train"), "--against", f"mine={tmp_path / 'eval'}"]) == 0
     found = drops(tmp_path / "train")
@@ -171,7 +152,5 @@ def test_a_users_mistake_is_one_sentence(folder, tmp_path, capsys, arguments, me
     (tmp_path / "list.json").write_text("[1, 2]")
     (tmp_path / "columns.csv").write_text("foo,bar\n1,2\n")
     (tmp_path / "others.csv").write_text("image,caption\nother.jpg,text\n")
-    assert main([str(tmp_path / "train"), *(argument.format(tmp=tmp_path) for argument in arguments)]) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1
+    assert message in refused(capsys, main, tmp_path / "train", *(word.format(tmp=tmp_path) for word in arguments))
     assert not (tmp_path / "train" / "drops").exists()

@@ -25,6 +25,7 @@ from data_tools.lists.filters import (
 )
 from data_tools.lists.languages import UNKNOWN, detector
 from data_tools.lists.url_set import UrlSet
+from tests.toys import needs
 
 GOOD = [
     "a red bicycle leaning on a wall",
@@ -141,7 +142,7 @@ def test_captions_whose_language_cannot_be_told_are_kept():
 
 
 def test_the_detector_tells_languages_apart():
-    pytest.importorskip("py3langid")
+    needs("py3langid")
     texts = [
         "Ein rotes Fahrrad lehnt an einer Mauer",
         "a red bicycle leaning on a wall",

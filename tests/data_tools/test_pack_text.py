@@ -23,11 +23,11 @@ from data_tools.shards.steps import read_drops, read_steps
 from data_tools.text import blocks as text_blocks
 from data_tools.text import packing as text_packing
 from data_tools.text.documents import read_blocks
-from pretrain.data.shards.reader import ShardReader, load_manifest
 from pretrain.data.sources import TextShards
 from pretrain.data.text_tokenizer import TextTokenizer
 from tests.data_tools.test_text_chunks import make_tokenizer
 from tests.small_run import RECIPE, ROOT, train_stage
+from tests.toys import needs, read_all, refused
 
 WORDS = ["the", "small", "river", "of", "stone", "and", "long", "house", "to", "water", "red", "near", "goes", "with"]
 
@@ -78,14 +78,7 @@ def content(out: Path) -> dict[str, bytes]:
 
 
 def samples(out: Path) -> list[tuple[str, dict]]:
-    manifest = load_manifest(str(out))
-    reader = ShardReader(manifest)
-    found = []
-    for shard, entry in enumerate(manifest.shards):
-        for number in range(entry.samples):
-            members = reader.read(shard, number, ("txt", "json"))
-            found.append((members["txt"].decode(), json.loads(members["json"])))
-    return found
+    return [(members["txt"].decode(), json.loads(members["json"])) for members in read_all(out)]
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +164,7 @@ def test_a_seed_takes_the_files_in_another_order(corpus, tokenizer, tmp_path):
 
 
 def test_language_drops_the_others(corpus, tokenizer, tmp_path):
-    pytest.importorskip("py3langid")
+    needs("py3langid")
     german = "Der alte Mann geht am Morgen zum Fluss und sieht die Kinder, die mit dem Hund spielen und lachen. " * 3
     english = (
         "The old man walks to the river in the morning and sees the children who play with the dog and laugh. " * 3
@@ -228,7 +221,7 @@ def test_blocks_of_other_settings_are_not_taken(corpus, tokenizer, tmp_path, pac
 
 
 def test_a_full_disk_is_named_and_what_was_done_is_kept(corpus, tokenizer, tmp_path, packed, monkeypatch, capsys):
-    calls, write = [], text_blocks.write_atomically
+    calls, write = [], text_blocks.write_file
 
     def full(path, data):
         calls.append(path)
@@ -237,7 +230,7 @@ def test_a_full_disk_is_named_and_what_was_done_is_kept(corpus, tokenizer, tmp_p
         write(path, data)
 
     monkeypatch.setattr(text_packing, "read_blocks", partial(read_blocks, most_documents=4))
-    monkeypatch.setattr(text_blocks, "write_atomically", full)
+    monkeypatch.setattr(text_blocks, "write_file", full)
     assert main(command(corpus, tokenizer, tmp_path / "texts")) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert finished_blocks(tmp_path / "texts") == 4 and not (tmp_path / "texts").exists()
@@ -257,40 +250,18 @@ def test_a_killed_worker_is_named(corpus, tokenizer, tmp_path, monkeypatch, caps
 def test_two_at_once_are_refused(corpus, tokenizer, tmp_path, capsys):
     with text_packing._work_directory(tmp_path / "texts", {"near": 1.0}):
         assert main(command(corpus, tokenizer, tmp_path / "texts")) == 2
-    assert "another pack_text" in capsys.readouterr().err
-
-
-def _none(d: Path, *_) -> list[str]:
-    (d / "short.txt").write_text("too short")
-    return [str(d / "short.txt")]
-
-
-def _empty(d: Path, *_) -> list[str]:
-    (d / "in" / ".hidden").mkdir(parents=True)
-    (d / "in" / ".hidden" / "a.txt").write_text("hidden")
-    return [str(d / "in")]
-
-
-def _taken(d: Path, corpus: Path) -> list[str]:
-    (d / "out").mkdir()
-    (d / "out" / "00000.tar").write_bytes(b"")
-    return [str(corpus)]
-
-
-def _file(d: Path, corpus: Path) -> list[str]:
-    (d / "out").write_text("")
-    return [str(corpus)]
+    assert "is writing to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("inputs", "more", "message"),
     [
-        (lambda d, c: [str(d / "nothing.txt")], [], "no such file"),
-        (_empty, [], "holds no documents"),
-        (_none, [], "none of 1 documents is kept (too_short 1)"),
-        (_taken, [], "holds other files"),
-        (_file, [], "is a file"),
-        (lambda d, c: [str(d), str(c)], [], "lies in the input"),
+        ("{tmp}/nothing.txt", [], "no such file"),
+        ("{tmp}/in", [], "holds no documents"),
+        ("{tmp}/short.txt", [], "none of 1 documents is kept (too_short 1)"),
+        (None, ["--out", "{tmp}/taken"], "holds other files"),
+        (None, ["--out", "{tmp}/taken/00000.tar"], "is a file"),
+        ("{tmp}", [], "lies in the input"),
         (None, ["--text-col", "body"], "columns are text"),
         (None, ["--tokenizer", "none.model"], "there is no such file"),
         (None, ["--budget", "lots"], "--budget=lots"),
@@ -306,18 +277,18 @@ def _file(d: Path, corpus: Path) -> list[str]:
     ],
 )
 def test_mistakes_are_one_sentence(corpus, tokenizer, tmp_path, capsys, inputs, more, message):
-    given = [str(corpus)] if inputs is None else inputs(tmp_path, corpus)
-    line = [*given, "--tokenizer", str(tokenizer), "--out", str(tmp_path / "out"), "--workers", "1", *more]
-    assert main(line) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+    for name, text in (("in/.hidden/a.txt", "hidden"), ("short.txt", "too short"), ("taken/00000.tar", "")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    line = [inputs or str(corpus), "--tokenizer", str(tokenizer), "--out", "{tmp}/out", "--workers", "1", *more]
+    assert message in refused(capsys, main, *(word.format(tmp=tmp_path) for word in line))
     assert not list(tmp_path.glob("out/*.parquet"))
 
 
 def test_an_out_of_other_settings_is_kept(corpus, tokenizer, packed, capsys):
     before = content(packed)
     assert main(command(corpus, tokenizer, packed, "--near", "1", "--budget", "1M")) == 2
-    assert "packed with another near, budget" in capsys.readouterr().err
+    assert "packed with budget=None (now 1000000), near=0.8 (now 1.0); remove it" in capsys.readouterr().err
     assert content(packed) == before
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 import pytest
-from PIL import Image
 
 from data_tools.pictures.filters import (
     REASONS,
@@ -18,12 +15,7 @@ from data_tools.pictures.filters import (
     one_colour,
     reasons,
 )
-
-
-def encoded(pixels: np.ndarray, kind: str = "JPEG") -> bytes:
-    data = io.BytesIO()
-    Image.fromarray(pixels).save(data, kind, quality=90)
-    return data.getvalue()
+from tests.toys import encoded, picture
 
 
 def flat(height: int, width: int, colour: tuple[int, int, int] = (90, 120, 60)) -> np.ndarray:
@@ -32,8 +24,7 @@ def flat(height: int, width: int, colour: tuple[int, int, int] = (90, 120, 60)) 
 
 def scene(height: int = 300, width: int = 400) -> np.ndarray:
     """Smooth random colours: as full of grey levels as a photo."""
-    small = np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+    return picture(0, height, width)
 
 
 def judged(*measures: Measures, settings: PictureSettings | None = None) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_tools.fetch.attempt import ROOT
+from data_tools.fetch.run_img2dataset import ROOT
 
 ARGUMENTS = ("--list", "a b.parquet", "--preset", "laion", "--out", "D")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import tarfile
 
@@ -13,6 +12,7 @@ import pytest
 from data_tools.shards.samples import make_table, samples_of
 from pretrain.data.shards.cache import ShardError
 from pretrain.data.shards.reader import MAX_TEXT_BYTES
+from tests.toys import write_tar
 
 SCHEMA = pa.schema([("key", pa.string())])
 
@@ -20,15 +20,9 @@ SCHEMA = pa.schema([("key", pa.string())])
 @pytest.fixture
 def shard(tmp_path):
     """Members out of order, one there twice, a key that is not UTF-8, endings that nobody reads."""
-    path = tmp_path / "00000.tar"
     members = [("b.TXT", b"old"), ("a.jpg", b"jpg"), ("b.png", b"png"), ("b.txt", b"new\xff"), ("a.exe", b"exe")]
     members += [("a.webp", b"webp"), ("\udcff.txt", b""), (".hidden", b"x"), ("c.txt", bytes(MAX_TEXT_BYTES + 1))]
-    with tarfile.open(path, "w", encoding="utf-8", errors="surrogateescape", format=tarfile.GNU_FORMAT) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
+    return write_tar(tmp_path / "00000.tar", members, format=tarfile.GNU_FORMAT)
 
 
 def test_samples_by_key(shard):

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools.index import complete_shards, index_directory
 from data_tools.shards.writer import ShardWriter
+from pretrain.data.shards.indexing import complete_shards, index_directory
 from pretrain.data.shards.reader import ShardReader, load_manifest
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import random
 from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_tools.text.chunks import Limits, cut, limits_of, sentences, words
 from pretrain.data.sources import TextShards
 from pretrain.data.text_tokenizer import TextTokenizer
+from tests.toys import write_text_model
 
 VOCABULARY = ["the", "a", "red", "small", "river", "house", "Mr.", "Smith", "goes", "near", "over", "stone."]
 VOCABULARY += ["Water?", "3.5", "and", "with", "long,", "words!"]
@@ -26,13 +25,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
 
 
 def make_tokenizer(path: Path) -> TextTokenizer:
-    rng, data = random.Random(0), io.BytesIO()
+    rng = random.Random(0)
     lines = (" ".join(rng.choice(VOCABULARY) for _ in range(12)) for _ in range(300))
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=lines, model_writer=data, vocab_size=80, hard_vocab_limit=False, minloglevel=2
-    )
-    path.write_bytes(data.getvalue())
-    return TextTokenizer(path)
+    return TextTokenizer(write_text_model(path, lines, 80))
 
 
 def prose(length: int, seed: int = 0) -> str:
@@ -70,33 +65,15 @@ def test_chunks_end_with_sentences_where_they_can(tokenizer):
     assert sum(chunk.text.rstrip()[-1] == "." for chunk in chunks) >= len(chunks) - 2
 
 
-@settings(deadline=None, max_examples=150)
-@given(
-    st.lists(
-        st.one_of(
-            st.sampled_from([*VOCABULARY, "\n", "\n\n", "...", "x" * 300, "\u4e2d\u6587\u3002", "=" * 70, "\ufdfa"]),
-            st.text(max_size=20),
-        ),
-        max_size=80,
-    ),
-    st.sampled_from([24, 32, 60]),
-)
-def test_any_text_survives(parts, chunk_tokens):
+ODD = [*VOCABULARY, "\n", "\n\n", "...", "x" * 300, "\u4e2d\u6587\u3002", "=" * 70, "\ufdfa"]
+PARTS = st.one_of(st.sampled_from(ODD), st.text(max_size=20))
+
+
+@settings(max_examples=150)
+@given(parts=st.lists(PARTS, max_size=80), chunk_tokens=st.sampled_from([24, 32, 60]))
+def test_any_text_survives(tokenizer, parts, chunk_tokens):
     text = " ".join(parts).encode("utf-8", "replace").decode()
-    check(text, _tokenizer(), chunk_tokens)
-
-
-_made: list[TextTokenizer] = []
-
-
-def _tokenizer() -> TextTokenizer:
-    """Hypothesis runs many examples on one; it wants no fixtures of a function."""
-    if not _made:
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as directory:
-            _made.append(make_tokenizer(Path(directory) / "text.model"))
-    return _made[0]
+    check(text, tokenizer, chunk_tokens)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from pretrain.batch import Layout
-from pretrain.checkpoint.weights import read_weights
 from pretrain.metrics import read_metrics
 from pretrain.parallel.mesh import Axis
 from pretrain.parallel.sequence import Cut
@@ -16,7 +15,7 @@ from pretrain.parallel.sizes import Parallel
 from tests.distributed import run_ranks
 from tests.parallel.sequence_ranks import PAPER, Case, both_sides_of_an_exchange, kept_for_backward, passes
 from tests.parallel.test_tensor import check_training, contrast
-from tests.small_run import Ranks, command, train_stage, write_data
+from tests.small_run import Ranks, check_weights, command, tokenizer_of, train_stage
 from tests.step_batches import step_batch
 
 CASES: list[Case] = [("paper", True, 0), ("released", False, 1), ("vlmo", False, 2)]
@@ -79,15 +78,12 @@ def test_a_rank_keeps_its_share_of_the_activations():
 
 
 @pytest.mark.slow
-def test_a_run_over_sequence_ranks_is_the_run_of_one_process(tmp_path):
-    write_data(tmp_path)
-    assert train_stage(tmp_path, tmp_path / "start", "tokenizer").returncode == 0
-    tokenizer = tmp_path / "start" / "tokenizer" / "weights.safetensors"
-    settings = ["steps=4", f"visual_tokenizer={tokenizer}", "activation_checkpointing=1"]
-    done = train_stage(tmp_path, tmp_path / "alone", "fusion", *settings)
+def test_a_run_over_sequence_ranks_is_the_run_of_one_process(data, tmp_path):
+    settings = ["steps=4", tokenizer_of(data), "activation_checkpointing=1"]
+    done = train_stage(data, tmp_path / "alone", "fusion", *settings)
     assert done.returncode == 0, done.stderr
-    line = command(tmp_path, tmp_path / "shared", "fusion", *settings, "parallel.sequence=2", ds="zero3.json")
-    ranks = Ranks(line, tmp_path, 2, tmp_path / "log")
+    line = command(data, tmp_path / "shared", "fusion", *settings, "parallel.sequence=2", ds="zero3.json")
+    ranks = Ranks(line, data, 2, tmp_path / "log")
     assert ranks.wait(120) == [0, 0], (tmp_path / "log").read_text()
     got, want = (read_metrics(tmp_path / run / "fusion" / "metrics.jsonl") for run in ("shared", "alone"))
     assert [a["step"] for a in got] == [b["step"] for b in want] == [1, 2, 3, 4]
@@ -96,9 +92,4 @@ def test_a_run_over_sequence_ranks_is_the_run_of_one_process(tmp_path):
         for name in (name for name in b if name.startswith(("loss", "accuracy")) or name in ("lr", "samples_seen")):
             assert a[name] == pytest.approx(b[name], abs=2e-6), (a["step"], name)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-5), a["step"]
-    got_state, want_state = (
-        read_weights(tmp_path / run / "fusion" / "weights.safetensors")[0] for run in ("shared", "alone")
-    )
-    assert got_state.keys() == want_state.keys()
-    for name, value in want_state.items():
-        assert (got_state[name] - value).abs().max() <= 5e-6, name
+    check_weights(tmp_path / "shared" / "fusion", tmp_path / "alone" / "fusion", 5e-6)

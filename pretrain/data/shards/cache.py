@@ -1,8 +1,8 @@
 """Remote shards: fetched through webdataset's `gopen` into a bounded directory that a node's processes share.
 
-A finished file is there under its name or not at all: it is written as NAME.tmp, fsynced, renamed. Whoever holds the
-lock on NAME.tmp downloads; the others wait and then find the file. The kernel drops the locks of a process that
-dies, so what it leaves behind is taken over or swept away.
+A finished file is there under its name or not at all: it is written as .NAME.writing, fsynced, renamed. Whoever holds
+the lock on .NAME.writing downloads; the others wait and then find the file. The kernel drops the locks of a process
+that dies, so what it leaves behind is taken over or swept away.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
+from pretrain.files import WRITING, beside, move
+
 log = logging.getLogger(__name__)
 
 GIB = 2**30
@@ -29,6 +31,7 @@ _CHUNK = 2**20
 ATTEMPTS, PAUSE_S = 3, 1.0
 # Evicting what was read this recently means that the cache holds less than what is being read.
 _HOT_S = 60.0
+_GROWING = (WRITING, ".tmp")  # .tmp: of an earlier version
 
 
 class ShardError(ValueError):
@@ -97,7 +100,7 @@ class ShardCache:
         return self.directory / (hashlib.sha256(f"{stamp} {url}".encode()).hexdigest()[:40] + ".shard")
 
     def _download(self, url: str, path: Path, size: int | None) -> None:
-        temporary = path.with_suffix(".tmp")
+        temporary = beside(path)
         with _locked(temporary) as file:
             if path.exists():  # somebody else was faster
                 temporary.unlink()
@@ -106,8 +109,7 @@ class ShardCache:
                 self._reserve(file, temporary, size or 0)
                 _copy(url, file, size)
                 file.flush()
-                os.fsync(file.fileno())
-                os.replace(temporary, path)
+                move(temporary, path)
             except BaseException as error:
                 temporary.unlink(missing_ok=True)
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -124,7 +126,7 @@ class ShardCache:
                     if entry.name.endswith(".shard"):
                         kept.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
                         used += entry.stat().st_size
-                    elif entry.name.endswith(".tmp") and entry.name != temporary.name and not _swept(entry.path):
+                    elif entry.name.endswith(_GROWING) and entry.name != temporary.name and not _swept(entry.path):
                         used += entry.stat().st_size
                 except FileNotFoundError:
                     continue

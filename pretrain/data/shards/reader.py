@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import OrderedDict
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.data.shards.cache import ShardCache, ShardError, is_remote, shown
 from pretrain.data.shards.manifest import Manifest, Shard, load_manifest
+from pretrain.data.shards.open_files import Descriptor, OpenFiles
 from pretrain.data.shards.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, Member, ShardIndex, index_shard
 
 __all__ = [
@@ -33,8 +33,6 @@ __all__ = [
 
 # Far above any picture or caption that is of use; a larger member is a bad sample, not a reason to run out of memory.
 MAX_IMAGE_BYTES, MAX_TEXT_BYTES = 256 * 2**20, 16 * 2**20
-# Open shards per process: 1 MB of index each at 10,000 samples, and most systems allow 1024 descriptors.
-_OPEN_SHARDS = 256
 
 
 class BadSample(ValueError):
@@ -46,17 +44,6 @@ class _Open(NamedTuple):
     file: Descriptor | None  # None: a remote shard, whose local copy may be evicted, so it is opened for each read
 
 
-class Descriptor:
-    """An open file that closes itself."""
-
-    def __init__(self, file: str | int):
-        self.fd = os.open(file, os.O_RDONLY) if isinstance(file, str) else file
-
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
-
-
 class ShardReader:
     """Reads samples by (shard, sample). One per process and thread; it may be forked or pickled.
 
@@ -66,7 +53,7 @@ class ShardReader:
 
     def __init__(self, manifest: Manifest, cache_dir: str | Path | None = None, cache_gib: float = 50.0):
         self.manifest = manifest
-        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._open = OpenFiles[int, _Open]()
         self._lost: dict[int, str] = {}  # remote shards that failed every try, so that each is tried once only
         self._cache: ShardCache | None = None
         remote = next((shard.url for shard in manifest.shards if is_remote(shard.url)), None)
@@ -77,9 +64,6 @@ class ShardReader:
                     "each node"
                 )
             self._cache = ShardCache(cache_dir, cache_gib)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": OrderedDict()}  # descriptors mean nothing in another process
 
     def read(self, shard: int, sample: int, wanted: Collection[str] = EXTENSIONS) -> dict[str, bytes]:
         """Extension -> content of the sample's members, of those in `wanted`; "__key__" -> its key in UTF-8."""
@@ -125,9 +109,9 @@ class ShardReader:
         self._open.clear()
 
     def _opened(self, shard: int) -> _Open:
-        if shard in self._open:
-            self._open.move_to_end(shard)
-            return self._open[shard]
+        return self._open.opened(shard, lambda: self._open_shard(shard))
+
+    def _open_shard(self, shard: int) -> _Open:
         entry = self.manifest.shards[shard]
         opened = _Open(self._remote_index(shard), None) if is_remote(entry.url) else self._open_local(entry)
         if opened.lines.samples != entry.samples:
@@ -135,9 +119,6 @@ class ShardReader:
                 f"the index of {shown(entry.url)} holds {opened.lines.samples} samples, its manifest {entry.samples}; "
                 "run python -m data_tools.index again"
             )
-        while len(self._open) >= _OPEN_SHARDS:
-            self._open.popitem(last=False)
-        self._open[shard] = opened
         return opened
 
     def _open_local(self, entry: Shard) -> _Open:

@@ -12,7 +12,7 @@ from pretrain.contracts import Model, ModelSizes, State
 from pretrain.flops import encoder_flops
 from pretrain.layers import PLAIN, Layers
 from pretrain.models.multiway.encoder import MultiwayEncoder
-from pretrain.models.multiway.resize import resize_patch_positions, resize_relative_positions
+from pretrain.models.multiway.resize import grow_vocabulary, resize_patch_positions, resize_relative_positions
 from pretrain.models.multiway.shape import MultiwayShape
 
 
@@ -50,14 +50,19 @@ class MultiwayConfig(MultiwayShape, Model):
         return ModelSizes(self.dim, self.depth, self.heads, self.ffn_dim, vocabulary)
 
     def adapt(self, state: State, stored: Any, wanted: Mapping[str, tuple[int, ...]]) -> State:
-        """Positions of another resolution are interpolated (see resize.py). Raises nothing: what does not fit stays."""
+        """See resize.py: positions of another resolution are interpolated, a text table is cut to fewer positions, and
+        a vocabulary grows at its end, in the text embedding and in every head over it."""
         if not isinstance(stored, MultiwayShape):
             return state
-        resized = {}
+        adapted = {}
         for name, value in state.items():
             if name.endswith("vision_embed.positions"):
                 value = resize_patch_positions(value, stored.grid, self.grid)
             elif name.endswith("relative_position.table") and stored.max_text_len == self.max_text_len:
                 value = resize_relative_positions(value, stored.grid, self.grid)
-            resized[name] = value
-        return resized
+            elif name.endswith("text_embed.positions"):
+                value = value[: self.max_text_len]
+            elif len(value) == stored.vocab_size < wanted[name][0] == self.vocab_size:
+                value = grow_vocabulary(value, self.vocab_size)
+            adapted[name] = value
+        return adapted

@@ -1,4 +1,4 @@
-"""Positions for another number of patches, interpolated."""
+"""Weights for another number of patches or of words than they were trained with."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ def resize_relative_positions(table: Tensor, grid: int, new_grid: int) -> Tensor
     offsets = (2 * grid - 1) ** 2
     patches, rest = table.float().split([offsets, len(table) - offsets])
     return torch.cat([_resize_square(patches, 2 * new_grid - 1), rest]).to(table.dtype).contiguous()
+
+
+def grow_vocabulary(table: Tensor, size: int) -> Tensor:
+    """[words, ...] -> [size, ...]: a new word begins as the mean of the old ones, as transformers'
+    resize_token_embeddings does."""
+    new = table.float().mean(0, keepdim=True).to(table.dtype)
+    return torch.cat([table, new.expand(size - len(table), *table.shape[1:])]).contiguous()
 
 
 def _resize_square(rows: Tensor, side: int) -> Tensor:

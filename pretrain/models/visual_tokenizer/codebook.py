@@ -106,9 +106,9 @@ class Codebook(nn.Module):
         self.seen: list[Tensor] = []
 
     def _apply(self, fn, recurse: bool = True):
-        kept = dict(self._buffers)
+        originals = dict(self._buffers)
         super()._apply(fn, recurse)
-        for name, before in kept.items():
+        for name, before in originals.items():
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)

@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain import layers
 from pretrain.batch import Layout
 from pretrain.contracts import Model
 from pretrain.flops import encoder_flops
@@ -125,19 +126,14 @@ def to_patches(images: Tensor, size: int) -> Tensor:
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(N, -1, 3 * size * size)
 
 
-class Linear(nn.Linear):
-    """`nn.Linear` that computes in its input's type. It starts normal in its own constructor: under `zero.Init` a
-    parent's constructor would find its weights empty."""
+class Linear(layers.Linear):
+    """A linear layer that computes in its input's type; drawn from a normal distribution cut at two `std`."""
 
     def __init__(self, inputs: int, outputs: int, *, std: float):
-        self.std = std
-        super().__init__(inputs, outputs)
-
-    def reset_parameters(self) -> None:
-        nn.init.trunc_normal_(self.weight, std=self.std, a=-2 * self.std, b=2 * self.std)
-        nn.init.zeros_(self.bias)
+        super().__init__(inputs, outputs, std=std, cut=2.0)
 
     def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 

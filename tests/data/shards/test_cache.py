@@ -15,12 +15,8 @@ import pytest
 from pretrain.data.shards import cache as cache_module
 from pretrain.data.shards.cache import ShardCache
 from pretrain.data.shards.reader import ShardError, ShardReader, load_manifest
-from tests.data.tar_files import numbered_source, read_all
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    return numbered_source(tmp_path / "source")
+from pretrain.files import beside
+from tests.toys import read_all
 
 
 @pytest.fixture
@@ -63,15 +59,8 @@ def test_shards_come_over_http_once(source, server, tmp_path, ending):
     everything = read_all(ShardReader(load_manifest(str(source))))
     assert read_all(ShardReader(remote, tmp_path / "cache")) == everything
     assert read_all(ShardReader(remote, tmp_path / "cache")) == everything  # another process would find them too
-    assert sorted(asked) == [
-        "/00000.idx",
-        "/00000.tar",
-        "/00001.idx",
-        "/00001.tar",
-        "/00002.idx",
-        "/00002.tar",
-        "/manifest.json",
-    ]
+    names = [f"/0000{number}.{ending}" for number in range(3) for ending in ("idx", "tar")]
+    assert sorted(asked) == [*names, "/manifest.json"]
 
 
 def test_shards_come_through_a_pipe(source, tmp_path):
@@ -93,7 +82,7 @@ def test_an_interrupted_download_leaves_nothing_behind(source, server, tmp_path)
     with pytest.raises(ShardError, match=r"00001.tar"):  # remembered, not asked for again
         reader.read(1, 1)
     assert asked.count("/00001.tar") == cache_module.ATTEMPTS
-    assert not list((tmp_path / "cache").glob("*.tmp"))
+    assert not list((tmp_path / "cache").glob(".*"))
     assert len(list((tmp_path / "cache").glob("*.shard"))) == 1  # the index, which is whole
     asked.remove("halve")
     assert ShardReader(reader.manifest, tmp_path / "cache").read(1, 0)["txt"] == b"000010000"
@@ -113,7 +102,7 @@ def test_an_interrupted_download_leaves_nothing_behind(source, server, tmp_path)
 def test_what_cannot_be_fetched_is_named(tmp_path, url, words):
     with pytest.raises(ShardError, match=words):
         ShardCache(tmp_path, 1.0).open(url, 2000)
-    assert not list(tmp_path.glob("*.shard")) and not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob("*.shard")) and not list(tmp_path.glob(".*"))
 
 
 def test_s3_goes_through_the_aws_command(tmp_path, monkeypatch):
@@ -159,9 +148,10 @@ def test_the_least_recently_used_is_evicted_and_the_cache_stays_bounded(tmp_path
 def test_what_a_killed_process_left_is_swept_or_taken_over(tmp_path):
     cache = ShardCache(tmp_path / "cache", 2500 / 2**30)
     url = blob(tmp_path, "a.tar", 1000)
-    half = cache._path(url, " 1000").with_suffix(".tmp")
+    half = beside(cache._path(url, " 1000"))
     half.write_bytes(b"half")
-    (tmp_path / "cache" / "other.tmp").write_bytes(bytes(2400))
+    (tmp_path / "cache" / ".other.shard.writing").write_bytes(bytes(1200))
+    (tmp_path / "cache" / "other.tmp").write_bytes(bytes(1200))  # of an earlier version
     os.close(cache.open(url, 1000))
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir() if path.name != "lock") == [".shard"]
 
@@ -186,28 +176,26 @@ def _hammer(directory: Path, urls: list[str], limit: float, turns: int) -> None:
         assert len(content) == 1000 and len(set(content)) == 1 and f"/{chr(content[0])}.tar" in url
 
 
-def test_several_processes_share_a_cache_that_is_too_small(tmp_path):
-    urls = [blob(tmp_path, f"{i}.tar", 1000) for i in range(5)]
+def hammer_together(*arguments) -> None:
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_hammer, args=(tmp_path / "cache", urls, 3500 / 2**30, 12)) for _ in range(4)]
+    workers = [context.Process(target=_hammer, args=arguments) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
     assert [worker.exitcode for worker in workers] == [0] * 4
+
+
+def test_several_processes_share_a_cache_that_is_too_small(tmp_path):
+    urls = [blob(tmp_path, f"{i}.tar", 1000) for i in range(5)]
+    hammer_together(tmp_path / "cache", urls, 3500 / 2**30, 12)
     assert len(list((tmp_path / "cache").glob("*.shard"))) <= 3 + 3  # the bound, and downloads that were in flight
-    assert not list((tmp_path / "cache").glob("*.tmp"))
+    assert not list((tmp_path / "cache").glob(".*"))
 
 
 def test_processes_that_want_one_shard_fetch_it_once(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"a" * 1000)
     count = tmp_path / "count"
     url = f"pipe:echo x >> {shlex.quote(str(count))}; sleep 0.3; cat {shlex.quote(str(tmp_path / 'a.tar'))}"
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_hammer, args=(tmp_path / "cache", [url], 1.0, 1)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-    assert [worker.exitcode for worker in workers] == [0] * 4
+    hammer_together(tmp_path / "cache", [url], 1.0, 1)
     assert count.read_text() == "x\n"

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from pretrain.data.shards.manifest import Manifest, Shard, load_manifest
 from pretrain.data.shards.reader import ShardReader
-from tests.data.shard_files import index_source
-from tests.data.tar_files import numbered_source, write_tar
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    return numbered_source(tmp_path / "source")
+from tests.toys import index_source, write_tar
 
 
 def test_patterns_name_shards(source, monkeypatch):

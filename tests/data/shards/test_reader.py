@@ -6,18 +6,13 @@ import contextlib
 import os
 import pickle
 import resource
-from pathlib import Path
 
 import pytest
 
-from pretrain.data.shards import reader as shards_module
+from pretrain.data.shards import open_files
+from pretrain.data.shards import reader as reader_module
 from pretrain.data.shards.reader import BadSample, ShardError, ShardReader, load_manifest
-from tests.data.tar_files import numbered_source, read_all, write_tar
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    return numbered_source(tmp_path / "source")
+from tests.toys import read_all, write_tar
 
 
 def test_samples_are_read_by_number(source):
@@ -29,7 +24,7 @@ def test_samples_are_read_by_number(source):
 
 
 def test_few_files_stay_open_and_a_pickled_reader_opens_its_own(source, monkeypatch):
-    monkeypatch.setattr(shards_module, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(open_files, "MOST", 2)
     reader = ShardReader(load_manifest(str(source)))
     before = len(os.listdir("/proc/self/fd"))
     everything = read_all(reader)
@@ -87,7 +82,7 @@ def test_an_index_of_another_shard_is_refused(source):
 
 
 def test_a_member_that_is_too_large_is_a_bad_sample(source, monkeypatch):
-    monkeypatch.setattr(shards_module, "MAX_IMAGE_BYTES", 1000)
+    monkeypatch.setattr(reader_module, "MAX_IMAGE_BYTES", 1000)
     reader = ShardReader(load_manifest(str(source)))
     with pytest.raises(BadSample, match=r"000000000.jpg in .*00000.tar has 5100 bytes; at most 1000"):
         reader.read(0, 0)

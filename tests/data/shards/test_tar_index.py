@@ -9,8 +9,7 @@ import pytest
 
 from pretrain.data.shards.reader import ShardError, ShardReader, load_manifest
 from pretrain.data.shards.tar_index import ShardIndex, index_shard, split_name
-from tests.data.shard_files import index_source
-from tests.data.tar_files import write_tar
+from tests.toys import index_source, write_tar
 
 
 def linked(name: str, kind: bytes, target: str = "a.jpg") -> tarfile.TarInfo:

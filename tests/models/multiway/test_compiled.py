@@ -14,8 +14,7 @@ from pretrain.metrics import read_metrics
 from pretrain.models.multiway.encoder import MultiwayEncoder
 from pretrain.objectives.masked import MaskedData
 from pretrain.tasks.pretrain import PretrainTask
-from tests.forked_run import ForkedRanks
-from tests.small_run import command, train_stage, write_data
+from tests.small_run import Ranks, command, tokenizer_of
 from tests.toy_models import CODES, EXPERTS, PAPER, PATCHES, random_batch
 
 STEPS = 5
@@ -59,18 +58,14 @@ def with_backend(backend: str, rank: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "backend"), [(2, "aot_eager"), (1, "inductor")])
-def test_a_compiled_run_reports_the_losses_of_a_plain_one(tmp_path, ranks, backend):
-    data = tmp_path / "data"
-    write_data(data)
-    assert train_stage(data, tmp_path, "tokenizer").returncode == 0
+def test_a_compiled_run_reports_the_losses_of_a_plain_one(data, tmp_path, ranks, backend):
     found = {}
     for compiled in ("false", "true"):
         run, log = tmp_path / compiled, tmp_path / f"{compiled}.log"
-        tokenizer = f"visual_tokenizer={tmp_path / 'tokenizer' / 'weights.safetensors'}"
         # Of the two blocks one is compiled: each kind of block costs half a minute of the C++ compiler.
-        line = command(data, run, "fusion", "steps=3", f"compile={compiled}", tokenizer, ds="zero1.json")
+        line = command(data, run, "fusion", "steps=3", f"compile={compiled}", tokenizer_of(data), ds="zero1.json")
         cache = str(tmp_path / "inductor")
-        started = ForkedRanks(line, data, ranks, log, partial(with_backend, backend), TORCHINDUCTOR_CACHE_DIR=cache)
+        started = Ranks(line, data, ranks, log, partial(with_backend, backend), TORCHINDUCTOR_CACHE_DIR=cache)
         assert started.wait(240) == [0] * ranks, log.read_text()
         assert log.read_text().count(f"{backend} on rank") == (ranks if compiled == "true" else 0)
         found[compiled] = read_metrics(run / "fusion" / "metrics.jsonl")

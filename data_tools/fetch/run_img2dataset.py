@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data_tools.fetch.guarded_fetch import Limits
 from data_tools.fetch.reasons import SUCCESS
-from data_tools.fetch.slices import Listed, Slice, account, publish, published
+from data_tools.fetch.slices import Slice, SliceShards
 
 WORKER_DIED = 70  # exit code of data_tools.fetch.guarded_img2dataset
 ROOT = Path(__file__).parents[2]
@@ -54,59 +54,43 @@ class DiskFull(OSError):
         super().__init__(errno.ENOSPC, "is full; free some space and run the same command again, it goes on", str(out))
 
 
-def download_slice(run: Run, part: Slice, listed: Listed) -> Counter[str]:
+def download_slice(run: Run, shards: SliceShards) -> Counter[str]:
     """Makes the shards of a slice that are missing. -> what became of every row. Raises OSError when it cannot."""
-    for left in part.work.glob("attempt-*"):  # of a run that was killed
-        publish(left, part, listed)
+    for left in shards.part.work.glob("attempt-*"):  # of a run that was killed
+        shards.publish(left)
         shutil.rmtree(left, ignore_errors=True)
-    log = part.work / "log.txt"
-    numbers = listed.shards(part.samples_per_shard)
-    counts = _counted(part, listed)
+    log = shards.part.work / "log.txt"
     fruitless = 0
-    with _bar(listed.kept, counts, part) as bar:
-        while missing := sorted({*numbers} - {*published(part, listed)}):
-            before = len(missing)
-            _clear(part, listed, missing)
-            why, hopeless = _attempt(run, part, listed, bar, log)
-            missing = sorted({*numbers} - {*published(part, listed)})
+    with _bar(shards.listed.kept, shards.counts(), shards.part) as bar:
+        while before := len(shards.missing()):
+            shards.remove_halves()
+            why, hopeless = _attempt(run, shards, bar, log)
+            missing = shards.missing()
             if not missing:
                 break
             fruitless = fruitless + 1 if len(missing) == before else 0
             if fruitless and (hopeless or fruitless == run.attempts):
                 raise OSError(
-                    f"{len(missing)} of {len(numbers)} shards are missing ({_some(missing)}): {why}; what is done is "
-                    f"kept, the same command goes on from there; img2dataset's own words are in {log}"
+                    f"{len(missing)} of {len(shards.numbers)} shards are missing ({_some(missing)}): {why}; what is "
+                    f"done is kept, the same command goes on from there; img2dataset's own words are in {log}"
                 )
             bar.note(f"{why}; going on with the {len(missing)} shards that are missing")
-    return _counted(part, listed)
+    return shards.counts()
 
 
-def _counted(part: Slice, listed: Listed) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    for shard in published(part, listed):
-        counts += account(listed.path(part.out, shard, ".parquet"))
-    return counts
-
-
-def _clear(part: Slice, listed: Listed, shards: list[int]) -> None:
-    """Removes halves of shards: of a publication that was interrupted, or of a person who removed a file."""
-    for shard in shards:
-        for ending in ("_stats.json", ".parquet", ".tar", ".idx"):
-            listed.path(part.out, shard, ending).unlink(missing_ok=True)
-
-
-def _attempt(run: Run, part: Slice, listed: Listed, bar: _Progress, log: Path) -> tuple[str, bool]:
+def _attempt(run: Run, shards: SliceShards, bar: _Progress, log: Path) -> tuple[str, bool]:
     """One run of img2dataset in a directory of its own. -> why it ended, and whether another would end the same."""
+    part = shards.part
     attempt = Path(tempfile.mkdtemp(prefix="attempt-", dir=part.work))
     (attempt / "live").mkdir()
     start = log.stat().st_size if log.exists() else 0
-    arguments = {"url_list": str(part.list), "output_folder": str(attempt), "oom_shard_count": listed.digits}
+    arguments = {"url_list": str(part.list), "output_folder": str(attempt), "oom_shard_count": shards.listed.digits}
     settings = {
         "img2dataset": run.img2dataset | arguments | {"number_sample_per_shard": part.samples_per_shard},
         "limits": asdict(run.limits),
         "max_pixels": run.max_pixels,
-        "first": listed.first,
-        "done": published(part, listed),
+        "first": shards.listed.first,
+        "done": shards.published(),
     }
     bar.begin()
     try:
@@ -117,8 +101,8 @@ def _attempt(run: Run, part: Slice, listed: Listed, bar: _Progress, log: Path) -
                 process.stdin.flush()
             except BrokenPipeError:  # it ended before it read; its log tells why
                 pass
-            why = _watch(run, process, attempt, part, listed, bar, log, start)
-        bar.moved(publish(attempt, part, listed))
+            why = _watch(run, process, attempt, shards, bar, log, start)
+        bar.moved(shards.publish(attempt))
     finally:
         shutil.rmtree(attempt, ignore_errors=True)
     # It ended by itself, before the first picture: a broken environment.
@@ -159,24 +143,17 @@ def _started(run: Run, log: Path) -> Iterator[subprocess.Popen]:
 
 
 def _watch(
-    run: Run,
-    process: subprocess.Popen,
-    attempt: Path,
-    part: Slice,
-    listed: Listed,
-    bar: _Progress,
-    log: Path,
-    start: int,
+    run: Run, process: subprocess.Popen, attempt: Path, shards: SliceShards, bar: _Progress, log: Path, start: int
 ) -> str:
     """Until it ends or stalls. Raises DiskFull."""
-    seen, since = -1, time.monotonic()
+    out, seen, since = shards.part.out, -1, time.monotonic()
     while True:
         code = process.poll()
-        bar.moved(publish(attempt, part, listed))
+        bar.moved(shards.publish(attempt))
         bar.show(_live(attempt))
         words = _words(log, start)
-        if any(sign in words for sign in _DISK_FULL) or shutil.disk_usage(part.out).free < _LEAST_FREE:
-            raise DiskFull(part.out)
+        if any(sign in words for sign in _DISK_FULL) or shutil.disk_usage(out).free < _LEAST_FREE:
+            raise DiskFull(out)
         if code is not None:
             return f"img2dataset ended with code {code}" + (f" ({_last(words)})" if code or words else "")
         if bar.came != seen:

@@ -1,6 +1,6 @@
 """Stores the visual tokenizer's codes of every picture beside the shards, so that training need not run it.
 
-    python -m data_tools.encode_images data/cc12m --tokenizer runs/base/tokenizer --crops 4 --recipe beit3_base \\
+    python -m pretrain.encode_images data/cc12m --tokenizer runs/base/tokenizer --crops 4 --recipe beit3_base \\
         --stage fusion
 
 A stage then sees each picture in CROPS ways, one an epoch, and reads their codes: set `crops` and `codes` of its
@@ -28,16 +28,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data_tools.command import add_directories, add_workers, make_parser, run
-from data_tools.index import index_directory, write_atomically
 from pretrain.checkpoint.weights import weights_digest
+from pretrain.command import add_directories, add_workers, make_parser, run
 from pretrain.config import Recipe, Stage
 from pretrain.data.codes import DTYPE, NO_CODE, Coding, file_head, look_rng, plain, read_summary, summary
+from pretrain.data.shards.indexing import index_directory
 from pretrain.data.shards.manifest import load_manifest
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample, ShardReader
 from pretrain.data.sources import ImageShards, picture
 from pretrain.data.transforms import ImageTransform
 from pretrain.distributed import device
+from pretrain.files import write_file
 from pretrain.models.visual_tokenizer.vqkd import VQKD
 from pretrain.recipes import load_recipe
 from pretrain.run.image_targets import load_visual_tokenizer, picture_codes
@@ -118,7 +119,7 @@ def encode_directory(
     total = sum(shards[k].samples for k in todo)
     with tqdm(total=total, desc=f"encoding {directory}", unit=" pictures", disable=None) as bar:
         for shard, codes in _codes(reader, todo, encoder, batch, workers, bar):
-            write_atomically(paths[shard], heads[shard] + codes.tobytes())
+            write_file(paths[shard], heads[shard] + codes.tobytes())
             pictures += len(codes)
             bad += int((codes[:, 0, 0] == NO_CODE).sum())
     if pictures and bad == pictures and len(todo) == len(shards):
@@ -128,7 +129,7 @@ def encode_directory(
     left = sum(not _is_done(paths[k], heads[k], encoder, shards[k].samples) for k in range(len(shards)))
     if not left:
         done = {shard.name: shard.samples for shard in shards}
-        write_atomically(directory / f"{encoder.name}.json", summary(encoder.coding, done))
+        write_file(directory / f"{encoder.name}.json", summary(encoder.coding, done))
     return Encoded(len(todo), pictures, bad, left)
 
 
@@ -210,7 +211,7 @@ def load_encoder(recipe: Recipe, stage: Stage, tokenizer: str, crops: int, name:
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = make_parser(
-        "encode_images",
+        "pretrain.encode_images",
         __doc__,
         "data/cc12m --tokenizer runs/base/tokenizer --crops 4 --recipe beit3_base --stage fusion",
     )

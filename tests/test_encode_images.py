@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from data_tools import encode_images
-from data_tools.encode_images import Encoder, encode_directory, main
+from pretrain import encode_images
 from pretrain.data.codes import NO_CODE, Coding, StoredCodes, look_rng, plain
 from pretrain.data.shards.reader import ShardReader, load_manifest
 from pretrain.data.transforms import ImageTransform
+from pretrain.encode_images import Encoder, encode_directory, main
 from pretrain.models.visual_tokenizer.vqkd import VQKD, VQKDConfig
-from tests.data.shard_files import image_sample, text_sample, write_source
 from tests.small_run import RECIPE
+from tests.toys import image_sample, refused, text_sample, write_source
 
 LOOK = ImageTransform(size=16, scale=(0.8, 1.0), jitter=0.1)
 CFG = VQKDConfig(
@@ -90,10 +90,8 @@ def test_other_codes_of_the_same_name_are_not_overwritten(shards, encoder):
         encode_directory(shards, other, workers=0)
     assert files(shards) == before
     encode_directory(shards, other._replace(name="codes-six"), workers=0)
-    assert files(shards).keys() - before.keys() == {
-        *(f"0000{n}.codes-six" for n in range(3)),
-        "codes-six.json",
-    }
+    six = {*(f"0000{n}.codes-six" for n in range(3)), "codes-six.json"}
+    assert files(shards).keys() - before.keys() == six
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -129,9 +127,7 @@ def test_a_broken_shard_is_one_sentence_from_a_worker_too(shards, encoder):
 def test_wrong_arguments_are_one_sentence(tmp_path, capsys, change, message):
     (tmp_path / "recipe.py").write_text(RECIPE)
     line = ["--tokenizer", str(tmp_path), "--crops", "2", "--recipe", str(tmp_path / "recipe.py"), "--stage", "fusion"]
-    assert main([str(tmp_path), *line, *change]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    assert message in refused(capsys, main, tmp_path, *line, *change)
 
 
 def test_the_command_says_what_to_set(shards, tmp_path, monkeypatch, capsys, encoder):
@@ -142,8 +138,5 @@ def test_the_command_says_what_to_set(shards, tmp_path, monkeypatch, capsys, enc
     assert main(line) == 0
     out = capsys.readouterr().out
     assert "9 pictures in 3 shards encoded, 1 of them cannot be decoded" in out and "crops=3, codes='codes'" in out
-    assert json.loads((shards / "codes.json").read_text())["shards"] == {
-        "00000.tar": 5,
-        "00001.tar": 0,
-        "00002.tar": 4,
-    }
+    counts = json.loads((shards / "codes.json").read_text())["shards"]
+    assert counts == {"00000.tar": 5, "00001.tar": 0, "00002.tar": 4}

@@ -1,0 +1,89 @@
+"""Files that a kill or a loss of power leaves whole: written beside, synced, renamed, the directory synced."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+WRITING = ".writing"  # ends the name of whatever is not whole yet
+
+
+def beside(path: Path, writer: str = "") -> Path:
+    """Where `path` grows: a hidden name in its directory. `writer` tells apart those that may write it at one time."""
+    return path.with_name(f".{path.name}{writer and '.'}{writer}{WRITING}")
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """The file holds the old content or the new, whatever happens, and however many processes write it at one time."""
+    try:
+        with _in_one_step(path, beside(path, secrets.token_hex(4))) as growing:
+            growing.write_bytes(data)
+    except OSError as error:
+        raise OSError(error.errno, f"could not be written: {error.strerror}", str(path)) from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_file(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+@contextmanager
+def written_in_one_step(path: Path) -> Iterator[Path]:
+    """Gives the name under which to write what `path` is to hold when the block ends; an exception leaves `path` as it
+    was. For one process at a time, which removes what a killed one left."""
+    folder = beside(path)  # for the library's own temporary files too: safetensors leaves .tmpXXXXXX when it is killed
+    _remove(folder)
+    folder.mkdir()
+    try:
+        with _in_one_step(path, folder / path.name) as growing:
+            yield growing
+    finally:
+        _remove(folder)
+
+
+@contextmanager
+def _in_one_step(path: Path, growing: Path) -> Iterator[Path]:
+    try:
+        growing.touch()
+        mode = growing.stat().st_mode  # by the umask: libraries that write through a temporary file make it 0600
+        yield growing
+        growing.chmod(mode)
+        move(growing, path)
+    except BaseException:
+        growing.unlink(missing_ok=True)
+        raise
+
+
+def move(path: Path, place: Path) -> None:
+    """A whole file, or a directory of synced files, takes its place in one step."""
+    sync(path)
+    os.replace(path, place)
+    sync(place.parent)
+
+
+def sync(path: Path) -> None:
+    """Makes a written file, or a directory's entries, survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sweep(directory: Path) -> None:
+    """Removes what killed processes left half-written; only where no other process writes now."""
+    for suffix in (WRITING, ".tmp"):  # .tmp: of an earlier version
+        for leftover in directory.glob(f".*{suffix}"):
+            _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
