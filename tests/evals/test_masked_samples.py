@@ -59,8 +59,8 @@ def test_only_hidden_patches_are_drawn_as_predicted(tmp_path):
     (entry,) = masked_samples(trained(tmp_path), batch, predictions)
     assert entry["caption"] == "red dog" and entry["masked_caption"] == "___ dog"
     assert entry["predicted_caption"] == "dog dog"
-    drawn = np.asarray(Image.open(tmp_path / entry["predicted"]))
-    assert (drawn[:4, :4] == 200).all() and (drawn[:4, 4:] == 100).all()  # code 2 is drawn as 100
+    predicted = np.asarray(Image.open(tmp_path / entry["predicted"]))
+    assert (predicted[:4, :4] == 200).all() and (predicted[:4, 4:] == 100).all()  # code 2 is drawn as 100
     assert (np.asarray(Image.open(tmp_path / entry["masked"]))[:4, 4:] == 128).all()
 
 

@@ -59,7 +59,7 @@ def with_backend(backend: str, rank: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "backend"), [(2, "aot_eager"), (1, "inductor")])
 def test_a_compiled_run_reports_the_losses_of_a_plain_one(data, tmp_path, ranks, backend):
-    found = {}
+    metrics = {}
     for compiled in ("false", "true"):
         run, log = tmp_path / compiled, tmp_path / f"{compiled}.log"
         # Of the two blocks one is compiled: each kind of block costs half a minute of the C++ compiler.
@@ -68,8 +68,8 @@ def test_a_compiled_run_reports_the_losses_of_a_plain_one(data, tmp_path, ranks,
         started = Ranks(line, data, ranks, log, partial(with_backend, backend), TORCHINDUCTOR_CACHE_DIR=cache)
         assert started.wait(240) == [0] * ranks, log.read_text()
         assert log.read_text().count(f"{backend} on rank") == (ranks if compiled == "true" else 0)
-        found[compiled] = read_metrics(run / "fusion" / "metrics.jsonl")
-    for plain, other in zip(found["false"], found["true"], strict=True):
+        metrics[compiled] = read_metrics(run / "fusion" / "metrics.jsonl")
+    for plain, other in zip(metrics["false"], metrics["true"], strict=True):
         assert other["loss"] == pytest.approx(plain["loss"], abs=1e-5)
         assert other["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
     assert any((tmp_path / "inductor").rglob("*.so")) == (backend == "inductor")

@@ -140,8 +140,8 @@ def test_drop_path_rises_with_depth_and_rests_in_evaluation():
     model, batch = encoder(drop_path=0.4), random_batch(ROUTES["masked data"])
     assert [block.drop_path for block in model.blocks] == pytest.approx([0, 0.2, 0.4])
     assert not torch.equal(model.rows(batch), model.rows(batch))
-    drawn = random_batch(ROUTES["masked data"], drop_path=True)
-    assert torch.equal(model.rows(drawn), model.rows(drawn)), "the batch's own draws count"
+    with_draws = random_batch(ROUTES["masked data"], drop_path=True)
+    assert torch.equal(model.rows(with_draws), model.rows(with_draws)), "the batch's own draws count"
     model.eval()
     assert torch.equal(model.rows(batch), model.rows(batch))
 

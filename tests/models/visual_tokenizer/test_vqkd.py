@@ -272,9 +272,9 @@ def test_training_on_coloured_blocks():
     assert sum(losses[-10:]) / 10 < 0.25 * losses[0]
     assert uses[-1] > 0.5
     images = coloured_blocks(32, seed=1000)
-    drawn = teacher.picture(model.decode_codes(model.encode(images)))
-    assert drawn.shape == (32, 3, 4, 4)
-    error = (drawn.float() - images[:, :, ::4, ::4].float()).square().mean()
+    decoded = teacher.picture(model.decode_codes(model.encode(images)))
+    assert decoded.shape == (32, 3, 4, 4)
+    error = (decoded.float() - images[:, :, ::4, ::4].float()).square().mean()
     assert error < 0.3 * images.float().var()
 
 
