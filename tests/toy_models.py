@@ -72,6 +72,21 @@ def random_batch(
     )
 
 
+NONE, ALL = slice(0), slice(None)
+
+
+def part_of(batch: Batch, images: slice = NONE, pairs: slice = NONE, texts: slice = NONE, dual: int = 0) -> Batch:
+    """Some of the sequences of a batch, as a batch of their own."""
+    layout = batch.layout
+    alone, paired = range(layout.images)[images], range(layout.pairs)[pairs]
+    pictures = [*alone, *(layout.images + pair for pair in paired)]
+    parts = {name: getattr(batch, name)[pictures] for name in ("images", "image_masks", "image_codes")}
+    for kind, own in (("pair", pairs), ("text", texts)):
+        parts |= {name: getattr(batch, name)[own] for name in (f"{kind}_tokens", f"{kind}_inputs", f"{kind}_masked")}
+    counts = {"images": len(alone), "pairs": len(paired), "texts": len(parts["text_tokens"]), "dual": dual}
+    return make_batch(replace(layout, **counts), **parts)
+
+
 def encoder(
     cfg: MultiwayConfig = PAPER, experts: tuple[str, ...] = EXPERTS, seed: int = 0, **options: float
 ) -> MultiwayEncoder:

@@ -8,25 +8,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.batch import PAD, Batch, Kinds, Layout, make_batch
+from pretrain.batch import PAD, Kinds, Layout, make_batch
 from pretrain.models.multiway.block import drop_path_factor
 from pretrain.models.multiway.encoder import MultiwayEncoder
-from tests.toy_models import CONFIGS, PAIR_LEN, PAPER, PATCHES, ROUTES, VLMO, encoder, pictures, random_batch
-
-
-def only(batch: Batch, kind: str) -> Batch:
-    """The images, pairs or texts of a batch, as a batch of its own."""
-    layout = replace(batch.layout, **{other: 0 for other in ("images", "pairs", "texts") if other != kind})
-    first = batch.layout.images if kind == "pairs" else 0
-    own = slice(first, first + layout.images + layout.pairs)
-    return replace(
-        batch,
-        layout=layout,
-        images=batch.images[own],
-        image_masks=batch.image_masks[own],
-        pair_inputs=batch.pair_inputs[: layout.pairs],
-        text_inputs=batch.text_inputs[: layout.texts],
-    )
+from tests.toy_models import (
+    ALL,
+    CONFIGS,
+    PAIR_LEN,
+    PAPER,
+    PATCHES,
+    ROUTES,
+    VLMO,
+    encoder,
+    part_of,
+    pictures,
+    random_batch,
+)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -50,7 +47,7 @@ def test_one_packed_pass_equals_three_separate_passes_exactly(name):
     model, batch = encoder(CONFIGS[name]), random_batch(ROUTES["masked data"])
     whole = model(batch)
     for kind in ("images", "pairs", "texts"):
-        own = model(only(batch, kind))
+        own = model(part_of(batch, **{kind: ALL}))
         for part in Kinds._fields:
             if part.startswith(kind.removesuffix("s")):
                 assert torch.equal(getattr(own, part), getattr(whole, part)), part
