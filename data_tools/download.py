@@ -187,9 +187,8 @@ def _slice(text: str) -> tuple[int, int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = make_parser(
-        "data_tools.download", __doc__, "--list cc12m.tsv --preset cc12m --out data/cc12m --workers 16"
-    )
+    example = "--list cc12m.tsv --preset cc12m --out data/cc12m --workers 16"
+    parser = make_parser("data_tools.download", __doc__, example)
     add = parser.add_argument
     add("--list", nargs="+", type=Path, metavar="FILE", help="the list: files, or directories of them")
     add(
@@ -207,13 +206,8 @@ def _parser() -> argparse.ArgumentParser:
     add_workers(work, most=16)
     add("--threads", type=int, default=64, metavar="N", help="requests at a time of each (%(default)s)")
     add("--samples-per-shard", type=int, default=10_000, metavar="N", help="rows of the list per shard (%(default)s)")
-    add(
-        "--stall-seconds",
-        type=float,
-        default=300,
-        metavar="S",
-        help="begin anew when nothing moved for so long (%(default)s)",
-    )
+    stalled = "start again when nothing moved for so long (%(default)s)"
+    add("--stall-seconds", type=float, default=300, metavar="S", help=stalled)
     picture = parser.add_argument_group("pictures")
     add = picture.add_argument
     add(

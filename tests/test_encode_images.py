@@ -114,7 +114,7 @@ def test_a_broken_shard_is_one_sentence_from_a_worker_too(shards, encoder):
     ("change", "message"),
     [
         (["--crops", "0"], "--crops 0 is below 1"),
-        (["--stage", "tokenizer"], "names one that trains a tokenizer"),
+        (["--stage", "tokenizer"], "names one that predicts no codes"),
         (["--stage", "fussion"], "did you mean fusion?"),
         (["--tokenizer", "nowhere"], "run the stage 'nowhere' to its end first"),
         (["--name", "../x"], "no ending of stored codes"),

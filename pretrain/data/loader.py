@@ -264,9 +264,7 @@ def _check_mix(mixture: Mixture, view: View, ranks: int) -> None:
 
 def _layout(mixture: Mixture, view: View, parts: int) -> Layout:
     """One micro-batch of one rank."""
-    pictures = any(kind != "texts" for kind in mixture.mix)
-    patches = (view.transform.size // view.patch_size) ** 2 if view.transform and pictures else 0
-    return micro_layout(mixture.mix, mixture.counts, patches, parts)
+    return micro_layout(mixture.mix, mixture.counts, view.grid**2, parts)
 
 
 def _json_line(line: dict) -> bytes:

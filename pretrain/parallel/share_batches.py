@@ -31,8 +31,8 @@ def loads(mesh: Mesh) -> bool:
 
 def share_batches(load: Callable[[], Iterator[list[Batch]]], mesh: Mesh, watch: Watch) -> Iterator[list[Batch]]:
     """The micro-batches of each step on this rank's device, from `load()` of the rank that loads; [] on a pipeline's
-    middle stages. Every rank of the group asks for as many steps. An error of `load()` is raised on all of them, with the same
-    text."""
+    middle stages. Every rank of the group asks for as many steps. An error of `load()` is raised on all of
+    them, with the same text."""
     if mesh.pipe.rank not in (0, mesh.pipe.size - 1):
         while True:
             yield []

@@ -141,8 +141,8 @@ def test_an_empty_source_is_refused_at_once(build, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"counts": COUNTS | {"pairs": 10}, "world": 4}, r"batch\.pairs=10 .*= 4 \* 1 = 4; use 8 or 12"),
-        ({"counts": COUNTS | {"pairs": 3}, "world": 2, "accumulation": 2}, r"batch\.pairs=3 .*; use 4$"),
+        ({"counts": COUNTS | {"pairs": 10}, "ranks": 4}, r"batch\.pairs=10 .*=4 \* 1=4; use batch\.pairs=8 or 12"),
+        ({"counts": COUNTS | {"pairs": 3}, "ranks": 2, "accumulation": 2}, r"batch\.pairs=3 .*; use batch\.pairs=4$"),
         ({"counts": COUNTS | {"texts": 0}}, r"batch\.texts=0 "),
         ({"counts": {"images": 4}}, r"batch has \['images'\] where mix has"),
         ({"transform": ImageTransform(size=30)}, r"transform\.size=30 .*patch_size=8; use 24 or 32"),
