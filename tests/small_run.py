@@ -25,29 +25,31 @@ from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim
+from pretrain.tasks.tokenizer import TrainTokenizer
 
 IMAGES, PAIRS = ImageShards("$DATA/images"), PairShards("$DATA/pairs", text_len=8)
 TEXTS = TextShards("$DATA/texts", text_len=10)
 LOOK = ImageTransform(size=16, scale=(0.8, 1.0), jitter=0.1)
 OPTIM = Optim(lr=1e-3, warmup_steps=2)
 MODEL = MultiwayConfig(dim=32, depth=2, heads=2, ffn_dim=64, image_size=16, patch_size=4, vocab_size=64,
-                       image_codes=16, max_text_len=16, fusion_layers=1, init_std=0.1)
+                       max_text_len=16, fusion_layers=1, init_std=0.1)
 VQ = VQKDConfig(dim=16, depth=1, heads=2, decoder_depth=1, image_size=16, patch_size=4, codes=16, code_dim=4,
                 target_dim=48, distill="mse")
+MASKED = MaskedData(image_codes=16)
 FUSION = Stage(mix={"images": IMAGES, "pairs": PAIRS, "texts": TEXTS}, batch=BatchSize(images=4, pairs=4, texts=4),
-               objectives=(MaskedData(),), visual_tokenizer="tokenizer", transform=LOOK, optim=OPTIM, steps=12,
+               objectives=(MASKED,), visual_tokenizer="tokenizer", transform=LOOK, optim=OPTIM, steps=12,
                drop_path=0.2, evals=(MaskedAccuracy({"images": IMAGES, "pairs": PAIRS, "texts": TEXTS}, batch=8),))
 RECIPE = Recipe(name="small", model=MODEL, text_tokenizer="$DATA/text.model", log_every=1, save_every=1, keep=2,
                 loading=Loading(workers=0, streams=4, block_shards=2), trace_samples=True, stages={
-    "tokenizer": Stage(mix={"images": IMAGES}, batch=BatchSize(images=8), tokenizer=VQ, transform=LOOK, optim=OPTIM,
-                       steps=3),
-    "vision": Stage(mix={"images": IMAGES}, batch=BatchSize(images=8), experts=("vision",), objectives=(MaskedData(),),
+    "tokenizer": Stage(mix={"images": IMAGES}, batch=BatchSize(images=8), model=VQ, task=TrainTokenizer(),
+                       transform=LOOK, optim=OPTIM, steps=3),
+    "vision": Stage(mix={"images": IMAGES}, batch=BatchSize(images=8), experts=("vision",), objectives=(MASKED,),
                     visual_tokenizer="tokenizer", transform=LOOK, optim=OPTIM, steps=3,
                     evals=(MaskedAccuracy({"images": IMAGES}, batch=8),)),
     "language": Stage(mix={"texts": TEXTS}, batch=BatchSize(texts=8), experts=("language",), init_from="vision",
                       trainable=("encoder.text_embed.*", "encoder.blocks.*.experts.language.*", "encoder.norm.*",
                                  "objectives.*"),
-                      objectives=(MaskedData(),), optim=OPTIM, steps=3),
+                      objectives=(MASKED,), optim=OPTIM, steps=3),
     "fusion": FUSION,
     "retrieval": Stage(mix={"dual": PAIRS}, batch=BatchSize(dual=8), experts=("vision", "language"),
                        init_from="fusion", objectives=(Contrastive(),), transform=LOOK, optim=OPTIM, steps=3,

@@ -11,42 +11,21 @@ the cells of images and of texts all but one of them see no rows.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 from pretrain.config import BatchSize, Recipe, Stage
 from pretrain.data.sources import ImageShards, PairShards, TextShards
 from pretrain.data.transforms import ImageTransform
-from pretrain.models.multiway.config import MultiwayConfig
-from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim
 from pretrain.parallel.sizes import Parallel
-from tests.step_batches import Mix
+from tests.step_batches import CONFIGS, DROP, MASKED, MODELS, TIED, Mix
 
-CONFIGS = Path(__file__).parents[2] / "ds_configs"
 STEPS = 5
 # AdamW divides a gradient by its size, so where it is almost zero rounding is multiplied: a small rate keeps that below
 # the tolerance. The bound on the norm is below every norm that occurs.
 OPTIM = Optim(lr=2e-4, warmup_steps=2, weight_decay=0.05, clip=0.1)
-PAPER = MultiwayConfig(
-    dim=32,
-    depth=3,
-    heads=2,
-    ffn_dim=64,
-    image_size=16,
-    patch_size=4,
-    vocab_size=32,  # losses stay below 4, where fp32 has steps of 2.4e-7
-    image_codes=24,
-    max_text_len=10,
-    fusion_layers=1,
-    init_std=0.1,
-)
-MODELS = {
-    "paper": PAPER,
-    "released": replace(PAPER, attention="per_modality", fusion_layers=0, sub_norm=True, init="sub_norm"),
-    "vlmo": replace(PAPER, fusion_layers=2, layer_scale=0.1, relative_position=True, text_norm=True, key_bias=False),
-}
 TRAINABLE = {
     "nothing": ("*",),
     # As BEiT-3's second stage, beside a frozen vision expert and frozen attention.
@@ -139,10 +118,10 @@ class Cell:
             batch=batch,
             optim=OPTIM,
             steps=STEPS,
-            objectives=(MaskedData(tied_text_head=self.tied),),
+            objectives=(TIED if self.tied else MASKED,),
             trainable=TRAINABLE[self.frozen],
             transform=ImageTransform(size=16),
-            drop_path=0.3,
+            drop_path=DROP,
             activation_checkpointing=self.every,
             parallel=self.topology.parallel,
         )

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from pretrain.run.build import stage_ds_config
 from tests.parity.cells import (
     LEGAL,
-    MODELS,
     PRECISIONS,
     TOPOLOGIES,
     TRAINABLE,
@@ -21,6 +20,7 @@ from tests.parity.cells import (
 )
 from tests.parity.runs import compare, failures
 from tests.small_run import RECIPE, train_stage
+from tests.step_batches import MODELS
 
 
 @pytest.mark.slow
