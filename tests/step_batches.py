@@ -1,5 +1,5 @@
-"""What tests of parallel training share: a toy model, made-up global batches for it in as many equal parts as one likes,
-and a run of some steps, in one plain process or on ranks."""
+"""What tests of parallel training share: a toy model, made-up global batches for it in as many equal parts as one
+likes, and some steps of training, in one plain process or on ranks."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import json
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from pretrain.config import BatchSize, Recipe, Stage
 from pretrain.data.sources import ImageShards, PairShards, TextShards
@@ -66,6 +67,7 @@ class Cell:
     precision: str
     checkpointing: bool
     layout: str
+    seed: int = 0  # of the batches
 
     def __str__(self) -> str:
         kept = f"checkpointing {self.every}" if self.every else "no checkpointing"
@@ -79,6 +81,10 @@ class Cell:
     def turn(self) -> int:
         """Where a topology and precision begin to go round."""
         return sum(vars(self.topology).values()) + PRECISIONS.index(self.precision)
+
+    @property
+    def mix(self) -> Mix:
+        return LAYOUTS[self.layout]
 
     @property
     def place(self) -> int:
@@ -111,7 +117,7 @@ class Cell:
         return 1 + self.place % 2 if self.checkpointing else 0
 
     def recipe(self) -> tuple[Recipe, Stage]:
-        images, pairs, texts = LAYOUTS[self.layout]
+        images, pairs, texts = self.mix
         batch = BatchSize(images=images, pairs=pairs, texts=texts, accumulation=self.accumulation)
         stage = Stage(
             mix={kind: SOURCES[kind] for kind in batch.counts()},
@@ -128,16 +134,20 @@ class Cell:
         return Recipe(name="parity", model=MODELS[self.model], stages={"stage": stage}), stage
 
     def write_json(self, folder: Path) -> Path:
-        """The DeepSpeed JSON as it is shipped, or with buckets smaller than the model."""
         zero = self.topology.zero
-        config = json.loads((CONFIGS / f"zero{zero}.json").read_text())
-        if self.precision == "bf16":
-            config["bf16"] = {"enabled": True}
-        if self.buckets == "small" and zero:
-            config["zero_optimization"] |= SMALL_3 if zero == 3 else SMALL
         path = folder / f"zero{zero}_{self.precision}_{self.buckets}.json"
-        path.write_text(json.dumps(config))
+        path.write_text(json.dumps(ds_json(zero, self.precision, small=self.buckets == "small")))
         return path
+
+
+def ds_json(zero: int, precision: str, *, small: bool) -> dict[str, Any]:
+    """As it is shipped, or with buckets smaller than the model."""
+    config = json.loads((CONFIGS / f"zero{zero}.json").read_text())
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    if small and zero:
+        config["zero_optimization"] |= SMALL_3 if zero == 3 else SMALL
+    return config
 
 
 TOPOLOGIES = [Topology(*sizes) for sizes in product((0, 1, 2, 3), (1, 2), (1, 2), (1, 2))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.batch import Batch
 from pretrain.optim import build_optimizer
 from pretrain.tasks.pretrain import PretrainTask
 from tests.distributed import run_ranks
-from tests.parity.cells import LAYOUTS, OPTIM, STEPS, Cell, Topology
+from tests.parity.cells import OPTIM, STEPS, Cell, Topology
+from tests.parity.passes import MARGIN, PassCell
 from tests.step_batches import (
     DROP,
     EXPERTS,
+    Mix,
     Trained,
     freeze,
     mean_reports,
@@ -26,6 +28,8 @@ from tests.step_batches import (
     train_alone,
     train_on_ranks,
 )
+
+AnyCell = Cell | PassCell
 
 
 class Apart(NamedTuple):
@@ -45,27 +49,28 @@ TOLERANCES = {"fp32": Apart(1e-6, 1e-6, 1e-6, 1e-6, 1e-4), "bf16": Apart(3e-3, 3
 # ---- one process
 
 
-def dense(cell: Cell, precision: str = "fp32") -> tuple[Trained, dict[str, Tensor]]:
+def dense(cell: AnyCell, precision: str = "fp32") -> tuple[Trained, dict[str, Tensor]]:
     """The cell on one process without DeepSpeed, Megatron, checkpointing or accumulation, and the weights that it began
     with."""
     recipe, stage = cell.recipe()
-    return _dense(recipe.model, stage.objectives, stage.trainable, cell.layout, precision)
+    return _dense(recipe.model, stage.objectives, stage.trainable, cell.mix, cell.seed, precision)
 
 
 @cache
-def _dense(model: MultiwayConfig, objectives: Any, trainable: tuple[str, ...], layout: str, precision: str):
+def _dense(model: Any, objectives: Any, trainable: tuple[str, ...], mix: Mix, seed: int, precision: str):
     torch.manual_seed(0)
     task = PretrainTask(model, EXPERTS, objectives, drop_path=DROP)
     freeze(task, trainable)
     start = {name: value.clone() for name, value in task.state_dict().items()}
-    batches = [step_batch(LAYOUTS[layout], step, 0, 1) for step in range(1, STEPS + 1)]
+    draws = {objective.name: objective.draws for objective in objectives}
+    batches = [step_batch(mix, seed + step, 0, 1, draws=draws) for step in range(1, STEPS + 1)]
     return train_alone(task, OPTIM, batches, precision), start
 
 
 # ---- ranks
 
 
-def train_cells(cells: list[tuple[Cell, Path]], sabotage: str = "") -> list[Trained]:
+def train_cells(cells: list[tuple[AnyCell, Path]], sabotage: str = "") -> list[Trained]:
     """On every rank of the cells' one topology."""
     from pretrain.parallel.engine import init_distributed
     from pretrain.parallel.mesh import create_mesh
@@ -75,7 +80,7 @@ def train_cells(cells: list[tuple[Cell, Path]], sabotage: str = "") -> list[Trai
     return [_train(cell, str(ds), mesh, sabotage) for cell, ds in cells]
 
 
-def _train(cell: Cell, ds: str, mesh: Any, sabotage: str) -> Trained:
+def _train(cell: AnyCell, ds: str, mesh: Any, sabotage: str) -> Trained:
     """As run/build.py builds it, with made-up batches."""
     from pretrain.optim import schedule
     from pretrain.parallel.engine import build_engine, partitioned_init
@@ -85,7 +90,7 @@ def _train(cell: Cell, ds: str, mesh: Any, sabotage: str) -> Trained:
     from pretrain.run.build import build_part, build_task, stage_ds_config
 
     recipe, stage = cell.recipe()
-    config, layers, mix = stage_ds_config(ds, recipe, stage), parallel_layers(mesh), LAYOUTS[cell.layout]
+    config, layers = stage_ds_config(ds, recipe, stage), parallel_layers(mesh)
     mpu = mpu_of(mesh)
     if sabotage == "no mpu":
         mpu = None
@@ -94,7 +99,7 @@ def _train(cell: Cell, ds: str, mesh: Any, sabotage: str) -> Trained:
         config["gradient_clipping"] = 1e30
     make_optimizer, factor = partial(build_optimizer, optim=OPTIM), schedule(OPTIM, STEPS)
     if mesh.pipe.size > 1:
-        part = build_part(recipe, stage, mesh, layers, step_layout(mix, mesh.data.size * cell.accumulation))
+        part = build_part(recipe, stage, mesh, layers, step_layout(cell.mix, mesh.data.size * cell.accumulation))
         engine = build_pipeline_engine(part, stage.parallel, make_optimizer, factor, config)
     else:
         task = build_task(recipe, stage, Path(), layers, partitioned_init(config, mpu))
@@ -102,23 +107,29 @@ def _train(cell: Cell, ds: str, mesh: Any, sabotage: str) -> Trained:
     if sabotage == "one rank's gradients" and mesh.data.rank == 1:
         for value in engine.module.parameters():
             value.register_hook(lambda grad: 1.001 * grad)
-    return train_on_ranks(engine, mesh, partial(step_batch, mix), STEPS)
+
+    def micro_batch(step: int, part: int, parts: int) -> Batch:
+        return step_batch(cell.mix, cell.seed + step, part, parts, draws=stage.draws)
+
+    return train_on_ranks(engine, mesh, micro_batch, STEPS)
 
 
 # ---- both
 
 
-def compare(topology: Topology, cells: list[Cell], folder: Path, sabotage: str = "") -> dict[Cell, Apart]:
+def compare(topology: Topology, cells: Sequence[AnyCell], folder: Path, sabotage: str = "") -> dict[AnyCell, Apart]:
     """Runs the cells of `topology` and says how far each is from one dense process."""
     work = [(cell, cell.write_json(folder)) for cell in cells]
     ranks = run_ranks(train_cells, topology.world, work, sabotage, timeout=280)
     return {cell: apart(cell, [found[number] for found in ranks]) for number, cell in enumerate(cells)}
 
 
-def apart(cell: Cell, ranks: list[Trained]) -> Apart:
+def apart(cell: AnyCell, ranks: list[Trained]) -> Apart:
     """Asserts that the run is a test of something (clipping was active in every step, training moved the weights
     further than the tolerance), and that what is frozen stood still to the bit."""
     (reports, norms, weights), start = dense(cell)
+    margin = min(report.get("margin", MARGIN) for report in reports)
+    assert margin >= MARGIN, f"{cell}: rounding may draw another text: {margin}"
     assert min(norms) > OPTIM.clip, f"{cell}: clipping must have been active: {norms}"
     found = ranks[0].weights
     assert found.keys() == weights.keys(), f"{cell}: {found.keys() ^ weights.keys()}"
@@ -150,7 +161,7 @@ def _distance(one: dict[str, Tensor], other: dict[str, Tensor], names: set[str])
     return sum(float((one[name].double() - other[name].double()).square().sum()) for name in names) ** 0.5
 
 
-def failures(found: dict[Cell, Apart]) -> list[str]:
+def failures(found: dict[AnyCell, Apart]) -> list[str]:
     """One line for each cell that is further off than its precision allows."""
     said = []
     for cell, values in found.items():
