@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pretrain.config import BatchSize, Recipe, Stage
 from pretrain.data.sources import ImageShards, PairShards, TextShards
@@ -67,7 +67,8 @@ class Cell:
     precision: str
     checkpointing: bool
     layout: str
-    seed: int = 0  # of the batches
+    seed: ClassVar[int] = 0  # of the batches
+    passes: ClassVar[int] = 1
 
     def __str__(self) -> str:
         kept = f"checkpointing {self.every}" if self.every else "no checkpointing"
@@ -76,6 +77,11 @@ class Cell:
             f"{self.topology}, {self.precision}, {kept}, {self.layout}; {self.model}, frozen {self.frozen}, "
             f"{heads} text head, accumulation {self.accumulation}, {self.buckets} buckets"
         )
+
+    @property
+    def row(self) -> str:
+        """Its name in the table."""
+        return str(self.topology)
 
     @property
     def turn(self) -> int:

@@ -15,7 +15,7 @@ from pretrain.contracts import Encoder, Objective, Pass
 from pretrain.layers import PLAIN, Layers
 
 GROUP = 4  # neighbours among which a pair looks for a wrong text: on one rank however a step is cut
-SHARPNESS = 10.0  # of the similarities, beside noise of about 1
+SHARPNESS = 4.0  # of the similarities, beside noise of about 1
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,10 @@ from tests.parity.cells import OPTIM, PRECISIONS, SOURCES, STEPS, Topology, ds_j
 from tests.parity.hard_pairs import HardPairs
 from tests.step_batches import DROP, MODELS, Mix
 
-# In bf16 a similarity is off by some thousandths. With these batches every wrong text is chosen by a larger margin, so
-# that no rounding chooses another one: {(model, passes): seed}.
+# With these batches every wrong text is chosen by a larger margin than what bf16 rounds: another text would be another
+# loss. {model: seed}.
 MARGIN = 0.03
-SEEDS = {
-    ("paper", 2): 500,
-    ("paper", 3): 500,
-    ("released", 2): 0,
-    ("released", 3): 1500,
-    ("vlmo", 2): 400,
-    ("vlmo", 3): 400,
-}
+SEEDS = {"paper": 6800, "released": 900, "vlmo": 3400}
 
 
 @dataclass(frozen=True)
@@ -52,6 +45,11 @@ class PassCell:
         )
 
     @property
+    def row(self) -> str:
+        """Its name in the table."""
+        return f"{self.topology}, {self.passes} passes"
+
+    @property
     def turn(self) -> int:
         """Where a cell begins to go round."""
         return self.passes + (self.accumulation > 1) + self.small + self.overlap + self.topology.zero
@@ -62,7 +60,7 @@ class PassCell:
 
     @property
     def seed(self) -> int:
-        return SEEDS[self.model, self.passes]
+        return SEEDS[self.model]
 
     @property
     def every(self) -> int:
@@ -91,8 +89,8 @@ class PassCell:
         return path
 
 
-def pass_cells(zero: int) -> list[PassCell]:
+def pass_cells(zero: int, passes: int) -> list[PassCell]:
     """ZeRO-0 has no bf16, no buckets and no overlap."""
     precisions, switch = (PRECISIONS, (False, True)) if zero else (PRECISIONS[:1], (False,))
     topology = Topology(zero, tensor=1, pipe=1, data=2)
-    return [PassCell(topology, *rest) for rest in product(precisions, (2, 3), (1, 4), switch, switch)]
+    return [PassCell(topology, *rest) for rest in product(precisions, (passes,), (1, 4), switch, switch)]

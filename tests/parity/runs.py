@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
+from itertools import count, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pretrain.batch import Batch
+from pretrain.batch import Batch, Kinds
 from pretrain.optim import build_optimizer
 from pretrain.tasks.pretrain import PretrainTask
 from tests.distributed import run_ranks
-from tests.parity.cells import OPTIM, STEPS, Cell, Topology
-from tests.parity.passes import MARGIN, PassCell
+from tests.parity.cells import LEGAL, OPTIM, STEPS, Cell, legal_cells
+from tests.parity.passes import MARGIN, PassCell, pass_cells
 from tests.step_batches import (
     DROP,
     EXPERTS,
@@ -30,6 +31,9 @@ from tests.step_batches import (
 )
 
 AnyCell = Cell | PassCell
+# The rows of the table.
+ROWS: dict[str, list[AnyCell]] = {str(topology): [*legal_cells(topology)] for topology in LEGAL}
+ROWS |= {cells[0].row: [*cells] for zero, passes in product(range(4), (2, 3)) for cells in [pass_cells(zero, passes)]}
 
 
 class Apart(NamedTuple):
@@ -107,6 +111,8 @@ def _train(cell: AnyCell, ds: str, mesh: Any, sabotage: str) -> Trained:
     if sabotage == "one rank's gradients" and mesh.data.rank == 1:
         for value in engine.module.parameters():
             value.register_hook(lambda grad: 1.001 * grad)
+    if sabotage == "a pass without gradient":
+        engine.module.encoder.register_forward_hook(_every_second_detached())
 
     def micro_batch(step: int, part: int, parts: int) -> Batch:
         return step_batch(cell.mix, cell.seed + step, part, parts, draws=stage.draws)
@@ -114,13 +120,18 @@ def _train(cell: AnyCell, ds: str, mesh: Any, sabotage: str) -> Trained:
     return train_on_ranks(engine, mesh, micro_batch, STEPS)
 
 
+def _every_second_detached() -> Callable[..., Kinds]:
+    calls = count()
+    return lambda module, inputs, kinds: Kinds(*(kind.detach() for kind in kinds)) if next(calls) % 2 else kinds
+
+
 # ---- both
 
 
-def compare(topology: Topology, cells: Sequence[AnyCell], folder: Path, sabotage: str = "") -> dict[AnyCell, Apart]:
-    """Runs the cells of `topology` and says how far each is from one dense process."""
+def compare(cells: Sequence[AnyCell], folder: Path, sabotage: str = "") -> dict[AnyCell, Apart]:
+    """Runs cells of one topology and says how far each is from one dense process."""
     work = [(cell, cell.write_json(folder)) for cell in cells]
-    ranks = run_ranks(train_cells, topology.world, work, sabotage, timeout=280)
+    ranks = run_ranks(train_cells, cells[0].topology.world, work, sabotage, timeout=280)
     return {cell: apart(cell, [found[number] for found in ranks]) for number, cell in enumerate(cells)}
 
 
