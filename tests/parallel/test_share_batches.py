@@ -39,8 +39,9 @@ def micro_batch(step: int, data: int, number: int) -> Batch:
     """All kinds, then texts alone, then images alone, as uint8 and as floats; with and without the rest."""
     made = torch.Generator().manual_seed(100 * step + 10 * data + number)
     images, pairs, texts = ((2, 1, 3), (0, 0, 2), (3, 0, 0))[step - 1]
-    layout = Layout(images, pairs, texts, patches=5, pair_len=3, text_len=7)
-    rest: dict = {"noise": torch.rand(layout.sequences, 4, generator=made)} if number else {}
+    layout = Layout(images, pairs, texts, patches=4, pair_len=3, text_len=7)
+    drawn = {name: torch.rand(layout.sequences, 4, generator=made) for name in ("drop_path", "mine")}
+    rest: dict = {"draws": drawn, "extra": {"labels": torch.arange(pairs), "words": ("é",) * pairs}} if number else {}
     pixels = torch.randint(256, (images + pairs, 3, 4, 4), generator=made, dtype=torch.uint8)
     if step == 3:
         rest |= {"image_codes": torch.randint(20, (images, 4), generator=made)}
@@ -84,7 +85,8 @@ def shared(sizes: dict[Parallel, list[int]]) -> list[bool]:
 def same(a: Batch, b: Batch) -> bool:
     one, two = dict(a.tensors()), dict(b.tensors())
     equal = all(one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]) for name in two)
-    return equal and one.keys() == two.keys() and (a.layout, a.keys) == (b.layout, b.keys)
+    words = a.extra.get("words") == b.extra.get("words")
+    return equal and words and one.keys() == two.keys() and (a.layout, a.keys) == (b.layout, b.keys)
 
 
 @pytest.mark.parametrize("world", SIZES)
