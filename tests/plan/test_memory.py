@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.batch import Batch, Layout, make_batch
+from pretrain.batch import DROP_PATH, Batch, Layout, make_batch
 from pretrain.config import Recipe, Stage
 from pretrain.parallel.sizes import Parallel
 from pretrain.plan.memory import Cell, activations, block_bytes, moments
@@ -26,6 +26,7 @@ from pretrain.tasks.pretrain import PretrainTask
 from tests.distributed import run_ranks
 
 CLOSE = 0.05
+CODES = 512  # of the recipe's visual tokenizer
 RANKS, BUCKET, PERSISTENCE = 2, 200_000, 1000
 PARTS = ("parameters", "gradients", "optimizer", "activations", "working", "buffers")
 
@@ -39,23 +40,23 @@ def tiny(**changes) -> tuple[Recipe, Stage]:
 
 def a_batch(recipe: Recipe, layout: Layout, image_ratio: float = 0.4, text_ratio: float = 0.15) -> Batch:
     """Random contents, masked as the objective says: the pair's picture is whole in this recipe."""
-    m, dice = recipe.model, torch.Generator().manual_seed(1)
+    m, random = recipe.model, torch.Generator().manual_seed(1)
     side, pictures = m.image_size, layout.images + layout.pairs
-    codes = torch.randint(0, m.image_codes, (pictures, layout.patches - 1), generator=dice)
-    masks = torch.rand(codes.shape, generator=dice).argsort(1) < round(image_ratio * (layout.patches - 1))
+    codes = torch.randint(0, CODES, (pictures, layout.patches), generator=random)
+    masks = torch.rand(codes.shape, generator=random).argsort(1) < round(image_ratio * layout.patches)
     masks[layout.images :] = False
-    texts = torch.randint(4, m.vocab_size, (layout.texts, layout.text_len), generator=dice)
-    pairs = torch.randint(4, m.vocab_size, (layout.pairs, layout.pair_len), generator=dice)
+    texts = torch.randint(4, m.vocab_size, (layout.texts, layout.text_len), generator=random)
+    pairs = torch.randint(4, m.vocab_size, (layout.pairs, layout.pair_len), generator=random)
     return make_batch(
         layout,
-        images=torch.randint(0, 255, (pictures, 3, side, side), dtype=torch.uint8, generator=dice),
+        images=torch.randint(0, 255, (pictures, 3, side, side), dtype=torch.uint8, generator=random),
         image_masks=masks,
         image_codes=codes,
         pair_tokens=pairs,
         text_tokens=texts,
-        pair_masked=torch.rand(pairs.shape, generator=dice).argsort(1) < layout.pair_len // 2,
-        text_masked=torch.rand(texts.shape, generator=dice).argsort(1) < round(text_ratio * layout.text_len),
-        noise=torch.rand(layout.sequences, 2 * m.depth, generator=dice),
+        pair_masked=torch.rand(pairs.shape, generator=random).argsort(1) < layout.pair_len // 2,
+        text_masked=torch.rand(texts.shape, generator=random).argsort(1) < round(text_ratio * layout.text_len),
+        draws={DROP_PATH: torch.rand(layout.sequences, m.draws, generator=random)},
     )
 
 
@@ -218,21 +219,19 @@ def an_engine(case: Case):
     from pretrain.parallel.tensor import parallel_layers
 
     recipe, stage = tiny()
-    model = replace(recipe.model, drop_path=stage.drop_path)
-    mesh = create_mesh(case.parallel)
+    model, mesh = recipe.model, create_mesh(case.parallel)
     layers, factor = parallel_layers(mesh), schedule(stage.optim, 10)
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "ds.json"
         path.write_text(json.dumps(case.config))
         config = load_ds_config(path, micro=24, accumulation=case.accumulation, world=mesh.data.size, clip=1.0)
     if case.parallel.pipe == 1:
-        task = PretrainTask(model, stage.experts, stage.objectives, layers)
+        task = PretrainTask(model, stage.experts, stage.objectives, layers, drop_path=stage.drop_path)
         return build_engine(task, build_optimizer(task, stage.optim), factor, config, mpu_of(mesh))
     layout = layout_of(recipe)
     bounds = pipeline_bounds(model, stage.objectives, layout, case.parallel.pipe)
-    part = PipelineTask(
-        model, stage.experts, stage.objectives, layers, layout=layout, bounds=bounds, stage=mesh.pipe.rank
-    )
+    own = {"layout": layout, "bounds": bounds, "stage": mesh.pipe.rank, "drop_path": stage.drop_path}
+    part = PipelineTask(model, stage.experts, stage.objectives, layers, **own)
     return build_pipeline_engine(part, case.parallel, partial(build_optimizer, optim=stage.optim), factor, config)
 
 
@@ -290,8 +289,8 @@ KINDS = {"all": (8, 8, 8), "images": (8, 0, 0), "pairs": (0, 8, 0), "texts": (0,
 
 def saved_bytes(recipe: Recipe, stage: Stage, batch: Batch, dtype: torch.dtype, every: int) -> int:
     """What autograd keeps of one forward pass, each storage once, and what checkpointing keeps for it."""
-    model = replace(recipe.model, drop_path=stage.drop_path, activation_checkpointing=every)
-    task = PretrainTask(model, stage.experts, stage.objectives).to(dtype)
+    options = {"drop_path": stage.drop_path, "checkpointing": every}
+    task = PretrainTask(recipe.model, stage.experts, stage.objectives, **options).to(dtype)
     own = {address(tensor) for _, tensor in batch.tensors()} | {address(value) for value in task.parameters()}
     kept: dict[int, Tensor] = {}
 
