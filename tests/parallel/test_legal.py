@@ -12,6 +12,7 @@ from pretrain.contracts import ModelSizes
 from pretrain.parallel.ds_config import load_ds_config, zero_stage
 from pretrain.parallel.legal import check_legal, problems
 from pretrain.parallel.sizes import Parallel
+from pretrain.recipes import load_recipe
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
 GIANT = ModelSizes(dim=1408, depth=40, heads=16, ffn_dim=6144, vocab_size=64064)
@@ -167,6 +168,18 @@ def test_one_sentence_with_the_way_out(case):
     assert "\n" not in sentences[0] and not sentences[0].endswith(".")
     with pytest.raises(ValueError, match=re.escape(sentences[0])):
         check_legal(parallel, **facts)
+
+
+@pytest.mark.parametrize(
+    ("stage", "setting", "says"),
+    [
+        ("retrieval", "parallel.pipe=2", "the objective contrastive.*set parallel.pipe=1 and split by parallel.tensor"),
+        ("tokenizer", "compile=true", "compile=true has no blocks to compile.*set compile=false"),
+    ],
+)
+def test_objectives_and_tasks_refuse_for_themselves(stage, setting, says):
+    with pytest.raises(ValueError, match=says):
+        load_recipe("tiny", stage, [setting])
 
 
 def test_the_sizes_that_a_sentence_offers_are_legal():

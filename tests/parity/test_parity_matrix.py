@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch.distributed as dist
 
+from pretrain.parallel.sizes import Parallel
 from pretrain.run.build import stage_ds_config
 from tests.parity.cells import (
     LEGAL,
@@ -76,6 +78,13 @@ def test_what_is_not_in_the_matrix_is_refused_before_any_process_group(topology,
         assert why in str(refused.value) and "\n" not in str(refused.value), str(cell)
         assert "use " in str(refused.value) or "set " in str(refused.value), "the way out"
     assert not dist.is_initialized()
+
+
+def test_a_pipeline_runs_one_pass():
+    recipe, stage = pass_cells(zero=1, passes=2)[0].recipe()
+    piped = replace(stage, parallel=Parallel(pipe=2))
+    with pytest.raises(ValueError, match=r"parallel\.pipe=2 does not go .*passes.*set parallel\.pipe=1"):
+        replace(recipe, stages={"stage": piped})
 
 
 REFUSED = {
