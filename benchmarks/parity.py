@@ -45,28 +45,28 @@ def _run(args: argparse.Namespace, arguments: list[str] | None) -> int:
         raise ValueError("--readme wants the whole matrix; leave out --only")
     if args.readme:
         _split(args.readme)  # before the minutes
-    found: dict[AnyCell, Apart] = {}
+    distances: dict[AnyCell, Apart] = {}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="parity") as folder:
         for cells in tqdm(chosen.values(), unit="layout", disable=None):
-            found |= compare(cells, Path(folder))
-    alone = {cell: apart(cell, [dense(cell, "bf16")[0]]) for cell in found if cell.precision == "bf16"}
+            distances |= compare(cells, Path(folder))
+    alone = {cell: apart(cell, [dense(cell, "bf16")[0]]) for cell in distances if cell.precision == "bf16"}
     facts: dict[str, Any] = about("benchmarks.parity", arguments) | machine("torch", "deepspeed", "megatron-core")
-    facts |= {"cells": len(found), "seconds": round(time.perf_counter() - start)}
-    rows = _table(chosen, found, alone)
+    facts |= {"cells": len(distances), "seconds": round(time.perf_counter() - start)}
+    rows = _table(chosen, distances, alone)
     print("\n".join(rows))
     results = facts | {
         "tolerances": {name: each._asdict() for name, each in TOLERANCES.items()},
-        "layouts": {row: _by_precision({cell: found[cell] for cell in cells}) for row, cells in chosen.items()},
+        "layouts": {row: _by_precision({cell: distances[cell] for cell in cells}) for row, cells in chosen.items()},
         "dense_bf16": {row: _worst(some) for row, some in _by_passes(alone).items()},
         "every_cell": {
-            str(cell): " ".join(f"{n} {v:.1e}" for n, v in each._asdict().items()) for cell, each in found.items()
+            str(cell): " ".join(f"{n} {v:.1e}" for n, v in each._asdict().items()) for cell, each in distances.items()
         },
     }
     write(results, args.out, shown=False)
     if args.readme:
         _put(args.readme, rows, facts)
-    for line in (said := failures(found)):
+    for line in (said := failures(distances)):
         print(f"beyond the tolerance: {line}", file=sys.stderr)
     return 1 if said else 0
 
@@ -84,17 +84,17 @@ def _by_passes(alone: dict[AnyCell, Apart]) -> dict[str, list[Apart]]:
     return rows
 
 
-def _by_precision(found: dict[AnyCell, Apart]) -> dict[str, Any]:
-    parts = {p: [each for cell, each in found.items() if cell.precision == p] for p in PRECISIONS}
+def _by_precision(distances: dict[AnyCell, Apart]) -> dict[str, Any]:
+    parts = {p: [each for cell, each in distances.items() if cell.precision == p] for p in PRECISIONS}
     return {p: _worst(some) for p, some in parts.items() if some}
 
 
-def _table(chosen: dict[str, list[AnyCell]], found: dict[AnyCell, Apart], alone: dict[AnyCell, Apart]) -> list[str]:
+def _table(chosen: dict[str, list[AnyCell]], distances: dict[AnyCell, Apart], alone: dict[AnyCell, Apart]) -> list[str]:
     head = ["layout", "ranks", "cells"]
     head += [f"{precision} {what}" for precision in PRECISIONS for what in ("loss", "norm", "weights", "way")]
     rows = [head, ["---"] * len(head)]
     for row, cells in chosen.items():
-        worst = _by_precision({cell: found[cell] for cell in cells})
+        worst = _by_precision({cell: distances[cell] for cell in cells})
         figures = [figure for precision in PRECISIONS for figure in _figures(worst.get(precision))]
         rows.append([row, str(cells[0].topology.world), str(len(cells)), *figures])
     for row, some in _by_passes(alone).items():

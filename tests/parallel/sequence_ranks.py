@@ -28,11 +28,11 @@ def passes(cases: list[Case], parallel: Parallel) -> None:
         dense, shared, mesh = tasks_of(case, parallel)
         for step, mix in enumerate((*MIXES, "causal")):
             batches = [_batch(mix, step, part, mesh.data.size) for part in (None, mesh.data.rank)]
-            found, wanted = shared(batches[1]), dense(batches[0])
+            got, wanted = shared(batches[1]), dense(batches[0])
             if mesh.data.size == 1:
-                check_reports(found, wanted)
-            check_reports({"loss": mean(found["loss"], mesh)}, {"loss": wanted["loss"].detach()})
-            found["loss"].backward()
+                check_reports(got, wanted)
+            check_reports({"loss": mean(got["loss"], mesh)}, {"loss": wanted["loss"].detach()})
+            got["loss"].backward()
             wanted["loss"].backward()
             for parameter in shared.parameters():
                 parameter.grad = mean(parameter.grad, mesh)
@@ -97,19 +97,19 @@ def kept_for_backward(sequence: int, model: MultiwayConfig, batch: Batch) -> tup
     mesh = create_mesh(Parallel(sequence=sequence))
     task = PretrainTask(model, EXPERTS, (MASKED,), parallel_layers(mesh))
     weights = {value.untyped_storage().data_ptr() for value in task.parameters()}
-    kept: dict[str, dict[int, int]] = {"blocks": {}, "besides": {}}
+    saved: dict[str, dict[int, int]] = {"blocks": {}, "besides": {}}
     where = ["besides"]
 
     def keep(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
-        if storage.data_ptr() not in weights and not any(storage.data_ptr() in known for known in kept.values()):
-            kept[where[0]][storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in weights and not any(storage.data_ptr() in known for known in saved.values()):
+            saved[where[0]][storage.data_ptr()] = storage.nbytes()
         return value
 
     for block in task.encoder.blocks:
         block.register_forward_pre_hook(lambda *_: where.__setitem__(0, "blocks"))
         block.register_forward_hook(lambda *_: where.__setitem__(0, "besides"))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        loss = task(batch)["loss"]  # holds what was kept, so that no address comes twice
+        loss = task(batch)["loss"]  # holds what is saved, so that no address comes twice
     assert loss.requires_grad
-    return sum(kept["blocks"].values()), sum(kept["besides"].values())
+    return sum(saved["blocks"].values()), sum(saved["besides"].values())

@@ -78,10 +78,10 @@ def check_gradients(dense: nn.Module, split: nn.Module, mesh: Mesh, atol: float 
     return moved
 
 
-def check_reports(found: dict[str, Tensor], wanted: dict[str, Tensor], atol: float = 1e-6) -> None:
-    assert list(found) == list(wanted)
+def check_reports(got: dict[str, Tensor], wanted: dict[str, Tensor], atol: float = 1e-6) -> None:
+    assert list(got) == list(wanted)
     for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], atol=atol, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(got[name], wanted[name], atol=atol, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def mean(value: Tensor, mesh: Mesh) -> Tensor:

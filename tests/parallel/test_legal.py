@@ -25,7 +25,7 @@ def zero(stage: int, bf16: bool = False, **more) -> dict:
     return {"zero_optimization": {"stage": stage, **more}, "bf16": {"enabled": bf16}}
 
 
-def found(parallel: Parallel | None = None, config: dict | None = None, **facts) -> list[str]:
+def problems_of(parallel: Parallel | None = None, config: dict | None = None, **facts) -> list[str]:
     """The problems of giant on 64 ranks, 8 a node, but for what is given."""
     return problems(parallel or Parallel(), **FACTS | facts, config=zero(1, bf16=True) if config is None else config)
 
@@ -34,20 +34,20 @@ def found(parallel: Parallel | None = None, config: dict | None = None, **facts)
 @pytest.mark.parametrize("tensor", [1, 2, 8])
 @pytest.mark.parametrize("sequence", [1, 2])
 def test_family_a_is_legal(stage, tensor, sequence):
-    assert found(Parallel(tensor=tensor, sequence=sequence), zero(stage, bf16=stage > 0)) == []
+    assert problems_of(Parallel(tensor=tensor, sequence=sequence), zero(stage, bf16=stage > 0)) == []
 
 
 @pytest.mark.parametrize("tensor", [1, 4])
 @pytest.mark.parametrize("pipe", [2, 8])
 def test_family_b_is_legal(tensor, pipe):
-    assert found(Parallel(tensor=tensor, pipe=pipe), zero(1, bf16=True)) == []
+    assert problems_of(Parallel(tensor=tensor, pipe=pipe), zero(1, bf16=True)) == []
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_each_shipped_config_is_legal_without_model_parallelism(path):
     config = load_ds_config(path, micro=24, accumulation=4, world=64, clip=3.0)
-    assert found(config=config) == []
-    pipelined = found(Parallel(pipe=2), config)
+    assert problems_of(config=config) == []
+    pipelined = problems_of(Parallel(pipe=2), config)
     assert (pipelined == []) == (zero_stage(config) == 1), pipelined
 
 
@@ -187,21 +187,21 @@ def test_the_sizes_that_a_sentence_offers_are_legal():
     codes = {"objectives.0.image_codes": 8190}
     for tensor in (4, 8, 16):
         offered = {}
-        for sentence in found(Parallel(tensor=tensor), model=wrong, classes=codes):
+        for sentence in problems_of(Parallel(tensor=tensor), model=wrong, classes=codes):
             name, size = re.search(r"set ([\w.]+)=(\d+)", sentence).groups()
             offered[name] = int(size)
         assert len(offered) == 3
         sizes = {name.removeprefix("model."): size for name, size in offered.items() if name not in codes}
         right = {name: offered[name] for name in codes}
-        assert found(Parallel(tensor=tensor), model=wrong._replace(**sizes), classes=right) == []
+        assert problems_of(Parallel(tensor=tensor), model=wrong._replace(**sizes), classes=right) == []
     for count in (1999, 2049):
-        (sentence,) = found(counts={"images": count})
+        (sentence,) = problems_of(counts={"images": count})
         for size in re.search(r"use batch\.images=(\d+) or (\d+)", sentence).groups():
-            assert found(counts={"images": int(size)}) == []
+            assert problems_of(counts={"images": int(size)}) == []
 
 
 def test_everything_that_is_wrong_is_said():
-    sentences = found(Parallel(tensor=3, pipe=50), zero(3))
+    sentences = problems_of(Parallel(tensor=3, pipe=50), zero(3))
     assert len(sentences) >= 6
     for part in ("64 ranks", "heads", "vocab_size", "image_codes", "blocks", "stage=3"):
         assert any(part in sentence for sentence in sentences), part

@@ -62,7 +62,7 @@ def test_contrast_is_over_data_ranks_and_not_over_sequence_ranks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("partitioned", [False, True], ids=["born whole", "born in parts"])
+@pytest.mark.parametrize("partitioned", [False, True], ids=["built whole", "built in parts"])
 def test_zero_over_sequence_and_data_ranks_trains_as_one_device_does(partitioned):
     stages = ("3",) if partitioned else ("1", "3")
     names = [f"zero{stage}{kind}.json" for stage in stages for kind in ("", "_bf16")]

@@ -91,9 +91,9 @@ def same(a: Batch, b: Batch) -> bool:
 
 @pytest.mark.parametrize("world", SIZES)
 def test_every_rank_sees_what_it_would_have_read(world):
-    found = run_ranks(shared, world, SIZES[world])
+    read = run_ranks(shared, world, SIZES[world])
     for place, readers in enumerate(SIZES[world].values()):
-        assert [rank for rank in range(world) if found[rank][place]] == readers
+        assert [rank for rank in range(world) if read[rank][place]] == readers
 
 
 ERRORS = (
@@ -105,7 +105,7 @@ ERRORS = (
 
 def failing(parallel: Parallel) -> list[tuple[str, str]]:
     """What each of the errors became on this rank, at the second step of data rank 0."""
-    mesh, told = create_mesh(parallel), []
+    mesh, errors = create_mesh(parallel), []
     for error in ERRORS:
 
         def load(error: Exception = error) -> Iterator[list[Batch]]:
@@ -116,14 +116,14 @@ def failing(parallel: Parallel) -> list[tuple[str, str]]:
         next(batches)
         with pytest.raises(Exception) as met:
             next(batches)
-        told.append(("RuntimeError" if isinstance(met.value, RuntimeError) else "user's", str(met.value)))
-    return told
+        errors.append(("RuntimeError" if isinstance(met.value, RuntimeError) else "user's", str(met.value)))
+    return errors
 
 
 @pytest.mark.parametrize(("world", "parallel"), [(2, Parallel(tensor=2)), (4, Parallel(tensor=2, sequence=2))])
 def test_what_the_reader_meets_is_said_on_all_ranks(world, parallel):
-    for told in run_ranks(failing, world, parallel):
-        assert told == [
+    for errors in run_ranks(failing, world, parallel):
+        assert errors == [
             ("user's", "00001.tar ends early; run python -m data_tools.verify"),
             ("user's", "[Errno 5] Input/output error: '00002.tar'"),
             ("RuntimeError", "DataLoader worker (pid 3) is killed by signal: Killed."),

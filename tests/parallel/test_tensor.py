@@ -40,9 +40,9 @@ def both_passes(cases: list[Case], tensor: int) -> None:
         # Steps 1 to 4 are all kinds, images, pairs and texts: the others' experts run on zero rows.
         for step, least in ((1, 0.9), (2, 0.3), (3, 0.5), (4, 0.3)):
             batch = micro_batch(step, 0, 1)
-            found, wanted = split(batch), dense(batch)
-            check_reports(found, wanted)
-            found["loss"].backward()
+            got, wanted = split(batch), dense(batch)
+            check_reports(got, wanted)
+            got["loss"].backward()
             wanted["loss"].backward()
             moved = check_gradients(dense, split, mesh)
             assert moved >= least * len(list(split.parameters())), (case, step, moved)
@@ -114,10 +114,10 @@ def contrast(parallel: Parallel) -> None:
         layout = Layout(images=8 // parts, texts=8 // parts, dual=8 // parts, patches=16, text_len=10)
         return make_batch(layout, images=images.chunk(parts)[part], text_tokens=texts.chunk(parts)[part])
 
-    wanted, found = dense(pairs(0, 1)), split(pairs(mesh.data.rank, mesh.data.size))
+    wanted, got = dense(pairs(0, 1)), split(pairs(mesh.data.rank, mesh.data.size))
     wanted["loss"].backward()
-    found["loss"].backward()
-    check_reports({name: mean(value, mesh) for name, value in found.items()}, wanted)
+    got["loss"].backward()
+    check_reports({name: mean(value, mesh) for name, value in got.items()}, wanted)
     for parameter in split.parameters():
         parameter.grad = mean(parameter.grad, mesh)
     assert check_gradients(dense, split, mesh) > 40
@@ -172,7 +172,7 @@ def check_training(names: list[str], partitioned: bool, parallel: Parallel) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stages", "partitioned"), [((0, 1, 2, 3), False), ((3,), True)], ids=["born whole", "born in parts"]
+    ("stages", "partitioned"), [((0, 1, 2, 3), False), ((3,), True)], ids=["built whole", "built in parts"]
 )
 def test_zero_over_tensor_and_data_ranks_trains_as_one_device_does(stages, partitioned):
     fp32, bf16 = [f"zero{stage}.json" for stage in stages], [f"zero{stage}_bf16.json" for stage in stages if stage]

@@ -71,10 +71,10 @@ class Cell:
     passes: ClassVar[int] = 1
 
     def __str__(self) -> str:
-        kept = f"checkpointing {self.every}" if self.every else "no checkpointing"
+        checkpointing = f"checkpointing {self.every}" if self.every else "no checkpointing"
         heads = "tied" if self.tied else "own"
         return (
-            f"{self.topology}, {self.precision}, {kept}, {self.layout}; {self.model}, frozen {self.frozen}, "
+            f"{self.topology}, {self.precision}, {checkpointing}, {self.layout}; {self.model}, frozen {self.frozen}, "
             f"{heads} text head, accumulation {self.accumulation}, {self.buckets} buckets"
         )
 
@@ -119,7 +119,7 @@ class Cell:
 
     @property
     def every(self) -> int:
-        """Blocks from one kept input to the next; 0 keeps everything."""
+        """Blocks from one saved input to the next; 0 saves everything."""
         return 1 + self.place % 2 if self.checkpointing else 0
 
     def recipe(self) -> tuple[Recipe, Stage]:

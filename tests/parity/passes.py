@@ -64,7 +64,7 @@ class PassCell:
 
     @property
     def every(self) -> int:
-        """Blocks from one kept input to the next; 0 keeps everything."""
+        """Blocks from one saved input to the next; 0 saves everything."""
         return self.turn % 2
 
     def recipe(self) -> tuple[Recipe, Stage]:

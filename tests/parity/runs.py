@@ -132,7 +132,7 @@ def compare(cells: Sequence[AnyCell], folder: Path, sabotage: str = "") -> dict[
     """Runs cells of one topology and says how far each is from one dense process."""
     work = [(cell, cell.write_json(folder)) for cell in cells]
     ranks = run_ranks(train_cells, cells[0].topology.world, work, sabotage, timeout=280)
-    return {cell: apart(cell, [found[number] for found in ranks]) for number, cell in enumerate(cells)}
+    return {cell: apart(cell, [runs[number] for runs in ranks]) for number, cell in enumerate(cells)}
 
 
 def apart(cell: AnyCell, ranks: list[Trained]) -> Apart:
@@ -142,13 +142,13 @@ def apart(cell: AnyCell, ranks: list[Trained]) -> Apart:
     margin = min(report.get("margin", MARGIN) for report in reports)
     assert margin >= MARGIN, f"{cell}: rounding may draw another text: {margin}"
     assert min(norms) > OPTIM.clip, f"{cell}: clipping must have been active: {norms}"
-    found = ranks[0].weights
-    assert found.keys() == weights.keys(), f"{cell}: {found.keys() ^ weights.keys()}"
+    state = ranks[0].weights
+    assert state.keys() == weights.keys(), f"{cell}: {state.keys() ^ weights.keys()}"
     assert all(one.keys() == reports[0].keys() for run in ranks for one in run.reports), str(cell)
     moved = {name for name in weights if not torch.equal(weights[name], start[name])}
     dtype = torch.bfloat16 if cell.precision == "bf16" else torch.float32
     for name in weights.keys() - moved:
-        assert torch.equal(found[name].to(dtype), start[name].to(dtype)), f"{cell}: {name} must not move"
+        assert torch.equal(state[name].to(dtype), start[name].to(dtype)), f"{cell}: {name} must not move"
     furthest = _most((weights[name] - start[name]).abs().max() for name in moved)
     assert furthest > 3e-4, f"{cell}: training moved no weight by more than {furthest:.1e}"
     pairs = zip(mean_reports(ranks), reports, strict=True)
@@ -158,8 +158,8 @@ def apart(cell: AnyCell, ranks: list[Trained]) -> Apart:
         loss=_most(abs(each) for each in off),
         norm=_most(each.square().mean().sqrt() for each in relative),
         norm_once=_most(each.abs().max() for each in relative),
-        weights=_most((found[name] - weights[name]).abs().max() for name in weights),
-        way=_distance(found, weights, moved) / _distance(weights, start, moved),
+        weights=_most((state[name] - weights[name]).abs().max() for name in weights),
+        way=_distance(state, weights, moved) / _distance(weights, start, moved),
     )
 
 
@@ -172,10 +172,10 @@ def _distance(one: dict[str, Tensor], other: dict[str, Tensor], names: set[str])
     return sum(float((one[name].double() - other[name].double()).square().sum()) for name in names) ** 0.5
 
 
-def failures(found: dict[AnyCell, Apart]) -> list[str]:
+def failures(cells: dict[AnyCell, Apart]) -> list[str]:
     """One line for each cell that is further off than its precision allows."""
     said = []
-    for cell, values in found.items():
+    for cell, values in cells.items():
         over = [
             f"{name} {value:.1e} > {most:.0e}"
             for name, value, most in zip(Apart._fields, values, TOLERANCES[cell.precision], strict=True)

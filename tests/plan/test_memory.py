@@ -79,15 +79,15 @@ def ds_json(stage: int, bf16: bool, **zero) -> dict:
 
 def storages() -> dict[int, int]:
     """Address and bytes of every tensor's storage that Python can reach."""
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some deprecated objects complain when they are looked at
         tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
     for tensor in tensors:
         for one in (tensor, tensor.grad if tensor.is_leaf else None):
             if one is not None and one.device.type == "cpu":
-                found[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
-    return found
+                sizes[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+    return sizes
 
 
 def address(tensor: Tensor) -> int:
@@ -119,8 +119,8 @@ def by_part(engine, foreign: set[int], saved: set[int]) -> dict[str, int]:
         for tensors in getattr(engine.optimizer, name, {}).values():
             parts |= {address(one): "gradients" for one in tensors or [] if isinstance(one, Tensor)}
     for bucket in getattr(engine.optimizer, "ipg_buckets", {}).values():
-        held = [bucket.buffer] if isinstance(bucket.buffer, Tensor) else bucket.buffer or []
-        parts |= {address(one): "buffers" for one in held}
+        own = [bucket.buffer] if isinstance(bucket.buffer, Tensor) else bucket.buffer or []
+        parts |= {address(one): "buffers" for one in own}
     flat = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
     if flat is not None:
         parts[address(flat)] = "gradients"
@@ -186,7 +186,7 @@ def measure(cases: list[Case]) -> list[tuple[dict[str, int], dict[str, int]]]:
     """Of each case's second step on this rank: in the last micro-step's backward, and at Adam's step."""
     from pretrain.parallel.pipeline import pipeline_step
 
-    found = []
+    results = []
     for case in cases:
         batch = a_batch(tiny()[0], layout_of(tiny()[0]))
         foreign = {address(tensor) for _, tensor in batch.tensors()}
@@ -204,10 +204,10 @@ def measure(cases: list[Case]) -> list[tuple[dict[str, int], dict[str, int]]]:
                 if micro == case.accumulation - 1 and watch.engine.zero_optimization_stage() == 0:
                     watch.note("backward")
                 watch.engine.step()
-        found.append((watch.seen["backward"], watch.seen["step"]))
+        results.append((watch.seen["backward"], watch.seen["step"]))
         watch.engine.destroy()
         del watch
-    return found
+    return results
 
 
 def an_engine(case: Case):
@@ -239,10 +239,10 @@ def compare(cases: list[Case]) -> None:
     """States and buffers within 5 % on every rank and at both moments, activations in the backward pass."""
     ranks, (recipe, stage) = run_ranks(measure, RANKS, cases, timeout=240), tiny()
     for number, case in enumerate(cases):
-        for rank, found in enumerate(ranks):
+        for rank, moments_of in enumerate(ranks):
             pipe = case.parallel.pipe > 1
             want = moments(planned(recipe, stage), case.cell, stage=rank if pipe else 0)
-            for plan, real in zip(want, found[number], strict=True):
+            for plan, real in zip(want, moments_of[number], strict=True):
                 here = (case, rank, plan.moment, real)
                 for part in ("parameters", "gradients", "optimizer"):
                     assert real[part] == pytest.approx(getattr(plan, part), rel=CLOSE), (*here, part)
@@ -292,18 +292,18 @@ def saved_bytes(recipe: Recipe, stage: Stage, batch: Batch, dtype: torch.dtype, 
     options = {"drop_path": stage.drop_path, "checkpointing": every}
     task = PretrainTask(recipe.model, stage.experts, stage.objectives, **options).to(dtype)
     own = {address(tensor) for _, tensor in batch.tensors()} | {address(value) for value in task.parameters()}
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[address(tensor)] = tensor
+        saved[address(tensor)] = tensor
         return tensor
 
     for number, block in enumerate(task.encoder.blocks):
         if every and number % every == 0:
-            block.register_forward_pre_hook(lambda _, inputs: kept.update({address(inputs[0]): inputs[0]}))
+            block.register_forward_pre_hook(lambda _, inputs: saved.update({address(inputs[0]): inputs[0]}))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         task(batch)
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in own)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -332,5 +332,5 @@ def test_checkpointing_keeps_the_inputs_of_every_nth_block(every):
         sum(block_bytes(plan, cell, number) for number in range(first, min(first + every, 5)))
         for first in (1, 1 + every)
     )
-    kept = whole - again + layout.rows * recipe.model.dim * 4
-    assert saved_bytes(recipe, stage, a_batch(recipe, layout), torch.float32, every) == pytest.approx(kept, rel=CLOSE)
+    saved = whole - again + layout.rows * recipe.model.dim * 4
+    assert saved_bytes(recipe, stage, a_batch(recipe, layout), torch.float32, every) == pytest.approx(saved, rel=CLOSE)

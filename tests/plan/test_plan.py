@@ -103,8 +103,8 @@ def test_memory_goes_where_it_should():
 def test_a_linear_layer_that_keeps_its_gathered_weights_undoes_zero3():
     plan = a_plan()
     one = cell(plan, "zero3_bf16")
-    kept = replace(one, config=one.config | {"zero_optimization": one.zero | {"memory_efficient_linear": False}})
-    assert gathered_elements(plan.parameters, kept) > 5 * gathered_elements(plan.parameters, one)
+    keeping = replace(one, config=one.config | {"zero_optimization": one.zero | {"memory_efficient_linear": False}})
+    assert gathered_elements(plan.parameters, keeping) > 5 * gathered_elements(plan.parameters, one)
 
 
 def test_time_is_near_what_others_publish():
@@ -122,9 +122,9 @@ def test_each_layout_pays_for_its_own_communication():
     total = 2 * sum(p.numel for p in plan.parameters)
 
     def sent(ds="zero1_bf16", **sizes) -> dict[str, float]:
-        found = step_time(plan, cell(plan, ds, gpus=64, accumulation=4, **sizes), cluster).sent
-        assert set(found) == set(KINDS)
-        return {kind: size for kind, size in found.items() if size}
+        by_kind = step_time(plan, cell(plan, ds, gpus=64, accumulation=4, **sizes), cluster).sent
+        assert set(by_kind) == set(KINDS)
+        return {kind: size for kind, size in by_kind.items() if size}
 
     assert sent() == pytest.approx({"data all-reduce": 2 * total * 63 / 64, "all-gather": total * 63 / 64})
     assert sent("zero2_bf16")["data all-reduce"] == pytest.approx(4 * sent()["data all-reduce"])
@@ -151,14 +151,14 @@ def run(capsys, *arguments: str) -> dict:
 
 
 def test_the_fastest_that_fits_comes_first(capsys):
-    found = run(capsys, "--recipe", "beit3_giant", "--gpus", "8", "--top", "30", "--set", "model.vocab_size=64064")
-    steps = [row["step_s"] for row in found["layouts"]]
+    plan = run(capsys, "--recipe", "beit3_giant", "--gpus", "8", "--top", "30", "--set", "model.vocab_size=64064")
+    steps = [row["step_s"] for row in plan["layouts"]]
     assert len(steps) == 30 and steps == sorted(steps)
     usable = (GPUS["a100-80g"].memory - plan_module.OUTSIDE) / plan_module.GIB
-    for row in found["layouts"]:
+    for row in plan["layouts"]:
         assert row["memory_gib"]["total"] < usable
-    assert found["too_large"] > 0 and found["nearest_too_large"][0]["memory_gib"]["total"] > 70
-    reasons = " ".join(row["example"] for row in found["illegal"])
+    assert plan["too_large"] > 0 and plan["nearest_too_large"][0]["memory_gib"]["total"] > 70
+    reasons = " ".join(row["example"] for row in plan["illegal"])
     assert "zero_optimization.stage=2" in reasons and "heads" in reasons
 
 
