@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from benchmarks.record import machine
 from pretrain.command import about, run, write
-from tests.parity.cells import LEGAL, PRECISIONS, Cell, legal_cells
-from tests.parity.runs import TOLERANCES, Apart, apart, compare, dense, failures
+from tests.parity.cells import PRECISIONS
+from tests.parity.runs import ROWS, TOLERANCES, AnyCell, Apart, apart, compare, dense, failures
 
 BEGIN, END = "<!-- made by benchmarks/parity.py: begin -->", "<!-- made by benchmarks/parity.py: end -->"
 
@@ -38,35 +38,35 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, arguments: list[str] | None) -> int:
-    chosen = [topology for topology in LEGAL if args.only in str(topology)]
+    chosen = {row: cells for row, cells in ROWS.items() if args.only in row}
     if not chosen:
-        raise ValueError(f"--only {args.only!r} is in no layout's name; they are like {str(LEGAL[-1])!r}")
+        raise ValueError(f"--only {args.only!r} is in no layout's name; they are like {next(iter(ROWS))!r}")
     if args.only and args.readme:
         raise ValueError("--readme wants the whole matrix; leave out --only")
     if args.readme:
         _split(args.readme)  # before the minutes
-    found: dict[Cell, Apart] = {}
+    distances: dict[AnyCell, Apart] = {}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="parity") as folder:
-        for topology in tqdm(chosen, unit="layout", disable=None):
-            found |= compare(topology, legal_cells(topology), Path(folder))
-    alone = {cell: apart(cell, [dense(cell, "bf16")[0]]) for cell in found if cell.precision == "bf16"}
+        for cells in tqdm(chosen.values(), unit="layout", disable=None):
+            distances |= compare(cells, Path(folder))
+    alone = {cell: apart(cell, [dense(cell, "bf16")[0]]) for cell in distances if cell.precision == "bf16"}
     facts: dict[str, Any] = about("benchmarks.parity", arguments) | machine("torch", "deepspeed", "megatron-core")
-    facts |= {"cells": len(found), "seconds": round(time.perf_counter() - start)}
-    rows = _table(found, alone)
+    facts |= {"cells": len(distances), "seconds": round(time.perf_counter() - start)}
+    rows = _table(chosen, distances, alone)
     print("\n".join(rows))
     results = facts | {
         "tolerances": {name: each._asdict() for name, each in TOLERANCES.items()},
-        "layouts": {str(t): _by_precision({c: v for c, v in found.items() if c.topology == t}) for t in chosen},
-        "dense_bf16": _worst(list(alone.values())) if alone else {},
+        "layouts": {row: _by_precision({cell: distances[cell] for cell in cells}) for row, cells in chosen.items()},
+        "dense_bf16": {row: _worst(some) for row, some in _by_passes(alone).items()},
         "every_cell": {
-            str(cell): " ".join(f"{n} {v:.1e}" for n, v in each._asdict().items()) for cell, each in found.items()
+            str(cell): " ".join(f"{n} {v:.1e}" for n, v in each._asdict().items()) for cell, each in distances.items()
         },
     }
     write(results, args.out, show=False)
     if args.readme:
         _put(args.readme, rows, facts)
-    for line in (said := failures(found)):
+    for line in (said := failures(distances)):
         print(f"beyond the tolerance: {line}", file=sys.stderr)
     return 1 if said else 0
 
@@ -75,22 +75,30 @@ def _worst(some: Sequence[Apart]) -> dict[str, float]:
     return {name: float(f"{max(getattr(each, name) for each in some):.2e}") for name in Apart._fields}
 
 
-def _by_precision(found: dict[Cell, Apart]) -> dict[str, Any]:
-    parts = {p: [each for cell, each in found.items() if cell.precision == p] for p in PRECISIONS}
+def _by_passes(alone: dict[AnyCell, Apart]) -> dict[str, list[Apart]]:
+    """Of dense processes, by the name of their row."""
+    rows: dict[str, list[Apart]] = {}
+    for cell, each in alone.items():
+        passes = f", {cell.passes} passes" if cell.passes > 1 else ""
+        rows.setdefault(f"one dense process{passes}", []).append(each)
+    return rows
+
+
+def _by_precision(distances: dict[AnyCell, Apart]) -> dict[str, Any]:
+    parts = {p: [each for cell, each in distances.items() if cell.precision == p] for p in PRECISIONS}
     return {p: _worst(some) for p, some in parts.items() if some}
 
 
-def _table(found: dict[Cell, Apart], alone: dict[Cell, Apart]) -> list[str]:
+def _table(chosen: dict[str, list[AnyCell]], distances: dict[AnyCell, Apart], alone: dict[AnyCell, Apart]) -> list[str]:
     head = ["layout", "ranks", "cells"]
     head += [f"{precision} {what}" for precision in PRECISIONS for what in ("loss", "norm", "weights", "way")]
     rows = [head, ["---"] * len(head)]
-    for topology in dict.fromkeys(cell.topology for cell in found):
-        own = {cell: each for cell, each in found.items() if cell.topology == topology}
-        worst = _by_precision(own)
+    for row, cells in chosen.items():
+        worst = _by_precision({cell: distances[cell] for cell in cells})
         figures = [figure for precision in PRECISIONS for figure in _figures(worst.get(precision))]
-        rows.append([str(topology), str(topology.world), str(len(own)), *figures])
-    if alone:
-        rows.append(["one dense process", "1", str(len(alone)), *[""] * 4, *_figures(_worst(list(alone.values())))])
+        rows.append([row, str(cells[0].topology.world), str(len(cells)), *figures])
+    for row, some in _by_passes(alone).items():
+        rows.append([row, "1", str(len(some)), *[""] * 4, *_figures(_worst(some))])
     return [f"| {' | '.join(row)} |" for row in rows]
 
 

@@ -61,6 +61,7 @@ class Model(Protocol):
     image_size: int
     patch_size: int  # pixels a side of what one image mask hides; image_size // patch_size a side is the grid
     vocab_size: int
+    encodes: ClassVar[bool] = True  # it builds an Encoder; False: a module with a task of its own
 
     def build(
         self, experts: Sequence[str], layers: Layers = PLAIN, *, drop_path: float = 0.0, checkpointing: int = 0

@@ -30,7 +30,6 @@ from pretrain.checkpoint.weights import WEIGHTS, read_weights, write_weights
 from pretrain.config import to_json
 from pretrain.files import written_in_one_step
 from pretrain.models.multiway.config import MultiwayConfig
-from pretrain.models.multiway.resize import resize_patch_positions
 from pretrain.run.stored_weights import model_in
 
 log = logging.getLogger(__name__)
@@ -41,6 +40,8 @@ CONFIG = "config.json"
 RELEASED_HEAD_DIM = 64
 # torchscale's position tables begin with two unused rows (fairseq's padding offset).
 UNUSED_POSITIONS = 2
+# The tensors whose shape depends on the number of patches.
+POSITIONS = ("encoder.vision_embed.positions", "encoder.relative_position.table")
 MODALITIES = {"A": "vision", "B": "language"}
 # Inside a block, our names -> torchscale's, for layers that exist once per modality; {m}, {M} are the modality.
 BLOCK = {
@@ -132,14 +133,10 @@ def from_released(state: State, heads: int | None = None) -> tuple[State, Multiw
 
 
 def resize_positions(state: State, cfg: MultiwayConfig, image_size: int) -> tuple[State, MultiwayConfig]:
-    """The same model for another picture size, with interpolated positions."""
+    """The same model for another picture size, with interpolated positions: see MultiwayConfig.adapt."""
     new = dataclasses.replace(cfg, image_size=image_size)
-    if cfg.relative_position:
-        raise ValueError("model.relative_position=True has no position grid to resize; train at the new size instead")
-    key = "encoder.vision_embed.positions"
-    if key not in state or new.grid == cfg.grid:
-        return dict(state), new
-    return state | {key: resize_patch_positions(state[key], cfg.grid, new.grid)}, new
+    positions = {name: value for name, value in state.items() if name.startswith(POSITIONS)}
+    return state | (new.adapt(positions, cfg, {}) if new.grid != cfg.grid else {}), new
 
 
 def _check_expressible(state: State, cfg: MultiwayConfig) -> None:

@@ -38,6 +38,7 @@ MODEL = MultiwayConfig(dim=32, depth=2, heads=2, ffn_dim=64, image_size=16, patc
                        max_text_len=16, fusion_layers=1, init_std=0.1)
 VQ = VQKDConfig(dim=16, depth=1, heads=2, decoder_depth=1, image_size=16, patch_size=4, codes=16, code_dim=4,
                 target_dim=48, distill="mse")
+MASKED = MaskedData(image_codes=16)
 FUSION = Stage(mix={"images": IMAGES, "pairs": PAIRS, "texts": TEXTS}, batch=BatchSize(images=4, pairs=4, texts=4),
                objectives=(MASKED,), visual_tokenizer="tokenizer", transform=LOOK, optim=OPTIM, steps=12,
                drop_path=0.2, evals=(MaskedAccuracy({"images": IMAGES, "pairs": PAIRS, "texts": TEXTS}, batch=8),))

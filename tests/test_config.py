@@ -1,18 +1,21 @@
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from pretrain.config import BatchSize, Stage, stage_hash, to_json
-from pretrain.data.sources import ImageShards, PairShards
+from pretrain.config import BatchSize, Recipe, Stage, to_json
+from pretrain.data.sources import ImageShards, PairShards, TextShards
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim
+from pretrain.parallel.sizes import Parallel
 from pretrain.recipes import find_recipe, load_recipe
+from pretrain.run.identity import stage_hash
 from pretrain.settings import set_values
+from pretrain.tasks.tokenizer import TrainTokenizer
+from tests.toy_models import PAPER, VQ
 
 RECIPES = ("tiny", "beit3_base", "beit3_large", "beit3_giant", "beit3_base_released", "beit3_large_released",
            "vlmo_base", "vlmo_large")  # fmt: skip
@@ -55,7 +58,7 @@ def test_settings_are_typed_and_reach_every_depth():
             "model.heads=2",
         ],
     )
-    assert stage.optim == dataclasses.replace(stage.optim, lr=3e-4, betas=(0.8, 0.9))
+    assert stage.optim == replace(stage.optim, lr=3e-4, betas=(0.8, 0.9))
     assert stage.steps == 100 and isinstance(stage.steps, int)
     assert stage.objectives[0].image_ratio == 0.5
     assert stage.init_from is None
@@ -91,6 +94,15 @@ def test_settings_are_typed_and_reach_every_depth():
         ("optim.lr=-1", "must be above 0"),
         ("steps.more=1", "has no parts"),
         ("mix.videos.shards=x", "there is no 'videos'"),
+        ("drop_path=1.0", r"drop_path=1\.0 is not a rate"),
+        ("activation_checkpointing=-1", "activation_checkpointing=-1 is wrong"),
+        ("objectives.0.image_codes=0", "image_codes=0 is wrong"),
+        # What had another name or place.
+        ("model.drop_path=0.1", "model.drop_path: that is now drop_path of the stage"),
+        ("model.activation_checkpointing=1", "that is now activation_checkpointing of the stage"),
+        ("model.image_codes=16", "is now image_codes of the objective MaskedData .*--set objectives.0.image_codes=N"),
+        ("teacher=clip:x", r"that is now task=TrainTokenizer\(teacher=...\) of the stage, with .* Clip\(DIR\)"),
+        ("tokenizer.codes=16", r"that is now model=VQKDConfig\(...\)"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence_with_the_way_out(setting, message):
@@ -108,55 +120,90 @@ def test_unknown_recipes_and_stages_name_the_nearest():
         load_recipe("somewhere/else.py", "vision")
 
 
-def test_a_recipe_may_lie_outside_the_repository(tmp_path: Path, monkeypatch):
-    path = tmp_path / "mine.py"
-    path.write_text("from dataclasses import replace\nfrom pretrain.recipes.tiny import RECIPE as TINY\n"
-                    "RECIPE = replace(TINY, name='mine')\n")  # fmt: skip
-    assert load_recipe(str(path), "vision")[0].name == "mine"
-    path.write_text(
-        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
-        "@dataclass(frozen=True)\nclass Mine:\n    weight: float = 1.0\n"
-        "from pretrain.recipes.tiny import RECIPE\n"
-    )
-    assert load_recipe(str(path), "vision")[0].name == "tiny"
-    path.write_text("x = 1\n")
-    with pytest.raises(ValueError, match="defines no RECIPE"):
-        load_recipe(str(path), "vision")
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch):
+    """Loads a recipe file of these lines, which lies outside the repository."""
     monkeypatch.chdir(tmp_path)
-    path.write_text("x = 1\nint('x')\n")
-    with pytest.raises(ValueError, match=r"--recipe \./mine\.py, line 2: invalid literal"):
-        load_recipe("./mine.py", "vision")
-    path.write_text("from dataclasses import replace\nfrom pretrain.recipes.tiny import VISION\n"
-                    "replace(VISION, optim=None)\n")  # fmt: skip
-    with pytest.raises(ValueError, match=r"line 3: optim=None is wrong; use Optim"):
-        load_recipe("./mine.py", "vision")
-    path.write_text("RECIPE = (\n")
-    with pytest.raises(ValueError, match="line"):
-        load_recipe(str(path), "vision")
+
+    def load(*lines: str) -> Recipe:
+        Path("mine.py").write_text("from dataclasses import replace\n" + "".join(f"{line}\n" for line in lines))
+        return load_recipe("./mine.py", "vision")[0]
+
+    return load
 
 
-def test_a_masked_objective_that_hides_nothing_is_refused():
-    stages = find_recipe("tiny").stages
-    pictures = {"image_ratio": 0.0, "pair_image_ratio": 0.0}
-    assert replace(stages["fusion"], objectives=(MaskedData(**pictures),))
-    with pytest.raises(ValueError, match="hides nothing of the mix's images"):
-        replace(stages["vision"], objectives=(MaskedData(**pictures),))
+def test_a_recipe_may_lie_outside_the_repository(mine, tmp_path):
+    tiny = "from pretrain.recipes.tiny import RECIPE"
+    assert mine(tiny, "RECIPE = replace(RECIPE, name='mine')").name == "mine"
+    assert load_recipe(str(tmp_path / "mine.py"), "vision")[0].name == "mine"
+    own = ("from dataclasses import dataclass", "@dataclass(frozen=True)", "class Mine:", "    weight: 'float' = 1.0")
+    assert mine(*own, tiny).name == "tiny"
 
 
-def test_a_stage_checks_itself():
-    images, pairs = ImageShards("a"), PairShards("b")
-    with pytest.raises(ValueError, match="batch asks for"):
-        Stage(mix={"images": images}, batch=BatchSize(pairs=4), optim=Optim(), steps=1, objectives=(MaskedData(),))
-    with pytest.raises(ValueError, match="no objectives"):
-        Stage(mix={"images": images}, batch=BatchSize(images=4), optim=Optim(), steps=1)
-    with pytest.raises(ValueError, match="accumulation=1"):
-        Stage(
-            mix={"dual": pairs},
-            batch=BatchSize(dual=4, accumulation=2),
-            optim=Optim(),
-            steps=1,
-            objectives=(Contrastive(),),
-        )
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["x = 1"], "defines no RECIPE"),
+        (["int('x')"], r"--recipe \./mine\.py, line 2: invalid literal"),
+        (["from pretrain.recipes.tiny import VISION", "replace(VISION, optim=None)"],
+         r"line 3: optim=None is wrong; use Optim"),
+        (["RECIPE = ("], "line 2: SyntaxError"),
+        # What had another name or place.
+        (["from pretrain.models.multiway.config import MultiwayConfig", "MultiwayConfig(image_codes=16)"],
+         r"line 3: TypeError: .*image_codes'; that is now image_codes of the objective MaskedData"),
+        (["from pretrain.models.multiway.sizes import BEIT3_BASE", "replace(BEIT3_BASE, drop_path=0.1)"],
+         r"line 3: .*drop_path'; that is now drop_path of the stage"),
+        (["from pretrain.recipes.tiny import VISION", "replace(VISION, teacher='pixels')"],
+         r"line 3: .*teacher'; that is now task=TrainTokenizer"),
+    ],
+)  # fmt: skip
+def test_a_wrong_recipe_file_is_one_sentence_with_its_line(mine, lines, says):
+    with pytest.raises(ValueError, match=says):
+        mine(*lines)
+
+
+IMAGES, TEXTS, DUAL = {"images": ImageShards("a")}, {"texts": TextShards("b")}, {"dual": PairShards("c")}
+MASKED, TEXT_ONLY = (MaskedData(),), (MaskedData(image_ratio=0, pair_image_ratio=0),)
+CONTRASTIVE = (Contrastive(),)
+
+
+def stage(mix=IMAGES, objectives=MASKED, *, accumulation: int = 1, **options) -> Stage:
+    batch = BatchSize(**dict.fromkeys(mix, 4), accumulation=accumulation)
+    return Stage(**{"mix": mix, "batch": batch, "optim": Optim(), "steps": 1, "objectives": objectives} | options)
+
+
+@pytest.mark.parametrize(
+    ("mix", "objectives", "options", "says"),
+    [
+        (IMAGES, MASKED, {"batch": BatchSize(pairs=4)}, "batch asks for"),
+        ({"texts": ImageShards("a")}, MASKED, {}, r"mix\.texts=ImageShards\(...\) is wrong .* fills images"),
+        (IMAGES, TEXT_ONLY, {}, "hides nothing of the mix's images"),
+        (DUAL, CONTRASTIVE, {"accumulation": 2}, "accumulation=1"),
+        (IMAGES, CONTRASTIVE, {}, "contrastive needs dual in the mix"),
+        (DUAL, CONTRASTIVE, {"parallel": Parallel(pipe=2)}, r"parallel\.pipe=2 does not go .* contrastive"),
+    ],
+)
+def test_a_stage_checks_itself(mix, objectives, options, says):
+    assert stage(IMAGES | TEXTS, TEXT_ONLY) and stage(DUAL, CONTRASTIVE)
+    with pytest.raises(ValueError, match=says):
+        stage(mix, objectives, **options)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"objectives": ()}, "no objectives; give at least one"),
+        ({"objectives": (MaskedData(), MaskedData(0.1))}, "objectives: masked stands there twice"),
+        ({"task": TrainTokenizer(), "objectives": ()}, "does not go with a MultiwayConfig"),
+        ({"task": TrainTokenizer(), "model": VQ}, "leave out objectives"),
+        ({"task": TrainTokenizer(), "model": VQ, "objectives": (), "compile": True}, "set compile=false"),
+    ],
+)
+def test_a_recipe_asks_the_task_of_each_stage(wrong, says):
+    right = stage(task=TrainTokenizer(), model=VQ, objectives=())
+    assert Recipe("mine", PAPER, {"right": right, "masked": stage()}).model_of(right) is VQ
+    with pytest.raises(ValueError, match=f"stage wrong: .*{says}"):
+        Recipe("mine", PAPER, {"right": right, "wrong": stage(**wrong)})
 
 
 def test_the_hash_sees_what_changes_numbers_and_nothing_else():

@@ -71,8 +71,8 @@ def test_groups_are_few_and_hold_each_trainable_parameter_once():
     module.words.requires_grad_(False)
     groups = parameter_groups(module, Optim(lr=0.1, weight_decay=0.2))
     assert [group["weight_decay"] for group in groups] == [0.2, 0.0]
-    held = [id(parameter) for group in groups for parameter in group["params"]]
-    assert sorted(held) == sorted(id(p) for p in module.parameters() if p.requires_grad)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in module.parameters() if p.requires_grad)
 
 
 def test_layer_decay_slows_the_lower_layers():

@@ -27,7 +27,7 @@ class Reconstruction(Evaluation):
         check_counts(samples=self.samples, batch=self.batch)
 
     def problems(self, stage: Any) -> list[str]:
-        if hasattr(stage.model, "codes"):
+        if stage.model is not None and not stage.model.encodes:
             return []
         return ["evals: Reconstruction needs a stage that trains a visual tokenizer; take it out of this one"]
 

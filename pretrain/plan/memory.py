@@ -7,7 +7,7 @@ activations what autograd saves of pretrain/models/multiway/encoder.py. tests/pl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from pretrain.batch import Layout
@@ -88,6 +88,9 @@ def moments(planned: Planned, cell: Cell, stage: int = 0) -> tuple[Memory, Memor
     # 1F1B: a stage has as many micro-batches under way as there are stages from it on.
     under_way = min(cell.accumulation, pipe - stage) if pipe > 1 else 1
     saved = activations(planned, cell, parts) * under_way
+    for objective in planned.stage.objectives:  # none under a pipeline
+        further = [each.layout for each in objective.passes(cell.layout) if each.backward]
+        saved += sum(activations(planned, replace(cell, layout=layout), parts) for layout in further)
     boundary = 0.0
     if pipe > 1:
         # What each micro-batch under way sends on, and the gradient that comes back (PipelineEngine's buffers).

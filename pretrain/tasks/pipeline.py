@@ -136,7 +136,7 @@ def pipeline_bounds(
     model: MultiwayConfig, objectives: Sequence[Objective], layout: Layout, stages: int, *, checkpointing: int = 0
 ) -> tuple[int, ...]:
     """Bounds [stages + 1] of the pipe stages' blocks, so that they have about the same number of FLOPs; logs a small
-    table. Raises ValueError when there are more stages than blocks."""
+    table. There are no more stages than blocks (see parallel/legal.py)."""
     costs = block_flops(model, objectives, layout, checkpointing=checkpointing)
     bounds = cut(costs, stages)
     flops, total = stage_costs(costs, bounds), sum(costs)

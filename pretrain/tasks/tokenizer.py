@@ -24,7 +24,7 @@ class TrainTokenizer(Task):
 
     def problems(self, model: Any, stage: Any) -> list[str]:
         problems = []
-        if not hasattr(model, "codes"):
+        if model.encodes:
             problems.append(
                 f"task=TrainTokenizer does not go with a {type(model).__name__}; give the stage model=VQKDConfig(...)"
             )

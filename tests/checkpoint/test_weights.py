@@ -52,11 +52,11 @@ def test_handover_fills_what_is_there_and_reports_the_rest(tmp_path):
     write_weights(nn.ModuleDict({"a": nn.Linear(2, 2), "c": nn.Linear(2, 2)}).state_dict(), tmp_path / "w", {})
     target = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     untouched = target["b"].weight.clone()
-    found = load_handover(target, tmp_path / "w")
-    assert found.loaded == ["a.bias", "a.weight"]
-    assert found.missing == ["b.weight", "b.bias"]
-    assert found.unexpected == ["c.bias", "c.weight"]
-    assert found.digest == weights_digest(tmp_path / "w")
+    handover = load_handover(target, tmp_path / "w")
+    assert handover.loaded == ["a.bias", "a.weight"]
+    assert handover.missing == ["b.weight", "b.bias"]
+    assert handover.unexpected == ["c.bias", "c.weight"]
+    assert handover.digest == weights_digest(tmp_path / "w")
     written, _ = read_weights(tmp_path / "w")
     assert torch.equal(target["a"].weight, written["a.weight"]) and torch.equal(target["b"].weight, untouched)
     # What the stage did not build reaches the next file; what it trained wins.

@@ -9,8 +9,8 @@ def test_recall_counts_the_right_column_among_the_best():
     scores = torch.tensor([[0.9, 0.1, 0.2], [0.8, 0.5, 0.7], [0.1, 0.2, 0.3]])
     right = torch.eye(3, dtype=torch.bool)
     assert first_right(scores, right).tolist() == [0, 2, 0]
-    found = recall(scores, right)
-    assert round(found["R@1"], 3) == 66.667 and found["R@5"] == 100
+    percent = recall(scores, right)
+    assert round(percent["R@1"], 3) == 66.667 and percent["R@5"] == 100
 
 
 def test_any_of_several_right_answers_will_do():

@@ -2,54 +2,52 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from pretrain.batch import PAD, Batch, Layout, make_batch
+from pretrain.batch import PAD, Batch, Kinds, Layout
 from pretrain.models import attention
 from pretrain.models.attention import Bias, attend, can_pack, padding_of
+from pretrain.models.multiway import encoder as multiway
+from tests.toy_models import CONFIGS, ROUTES, encoder, random_batch
 
 HEADS, WIDTH = 2, 8
+LAYOUTS = [
+    Layout(2, 3, 4, 4, 6, 9),
+    Layout(2, 0, 0, 4),
+    Layout(0, 3, 0, 4, 6),
+    Layout(0, 0, 4, 0, 0, 9),
+    Layout(2, 0, 4, 4, 0, 9),
+    Layout(0, 3, 0, 4, 6, causal=True),
+    Layout(2, 3, 4, 4, 6, 9, causal=True),
+]
+PACKED = [layout for layout in LAYOUTS if layout.language_rows and not layout.causal]
 
 
-def batch_of(layout: Layout) -> Batch:
-    pairs = torch.randint(4, 20, (layout.pairs, layout.pair_len))
-    texts = torch.randint(4, 20, (layout.texts, layout.text_len))
-    for ids in (pairs, texts):
-        for row in range(len(ids)):
-            ids[row, 1 + row * 2 :] = PAD
-    return make_batch(layout, pair_tokens=pairs, text_tokens=texts)
+def queries_keys_values(layout: Layout, **options) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(layout.rows, HEADS, WIDTH, **options).requires_grad_() for _ in range(3)]
 
 
-def queries_keys_values(layout: Layout) -> list[torch.Tensor]:
-    return [torch.randn(layout.rows, HEADS, WIDTH, requires_grad=True) for _ in range(3)]
-
-
-def sequences(layout: Layout) -> list[torch.Tensor]:
-    """The rows of every sequence."""
-    rows = torch.arange(layout.rows).split(
-        [layout.image_rows, layout.pair_image_rows, layout.pair_text_rows, layout.text_rows]
-    )
-    images, pair_images, pair_texts, texts = (
-        part.view(n, -1) if n else []
-        for part, n in zip(rows, (layout.images, *[layout.pairs] * 2, layout.texts), strict=True)
-    )
-    pairs = [torch.cat(both) for both in zip(pair_images, pair_texts, strict=True)]
-    return [*images, *pairs, *texts]
+def no_padding(batch: Batch) -> torch.Tensor:
+    """bool [rows]."""
+    texts = torch.cat([batch.pair_inputs.flatten(), batch.text_inputs.flatten()]) != PAD
+    return torch.cat([torch.ones(batch.layout.vision_rows, dtype=torch.bool), texts.cpu()])
 
 
 def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Softmax over the keys of one sequence that are no padding, written out; rows of padding stay zero."""
-    layout = batch.layout
-    padded = torch.zeros(layout.rows, dtype=torch.bool)
-    padded[layout.vision_rows :] = torch.cat([batch.pair_inputs.flatten(), batch.text_inputs.flatten()]) == PAD
+    layout, real = batch.layout, no_padding(batch)
+    images, pair_images, pair_texts, texts = Kinds.split(torch.arange(layout.rows), layout)
     out = torch.zeros_like(q)
-    for number, rows in enumerate(sequences(layout)):
-        rows = rows[~padded[rows]]
+    for number, rows in enumerate([*images, *torch.cat([pair_images, pair_texts], 1), *texts]):
+        rows = rows[real[rows]]
         scores = torch.einsum("qhc,khc->hqk", q[rows], k[rows]) / WIDTH**0.5
         if layout.causal and layout.images <= number < layout.images + layout.pairs:
             order = torch.arange(len(rows))
-            scores = scores.masked_fill((order > order[:, None]) & (order >= layout.patches), -torch.inf)
+            scores = scores.masked_fill((order > order[:, None]) & (order >= layout.image_len), -torch.inf)
         out = out.index_copy(0, rows, torch.einsum("hqk,khc->qhc", scores.softmax(-1), v[rows]))
     return out
 
@@ -65,48 +63,74 @@ def by_loop(q, k, v, starts, other, longest, also_longest):
     return torch.cat(parts)
 
 
-LAYOUTS = [
-    Layout(2, 3, 4, 5, 6, 9),
-    Layout(2, 0, 0, 5),
-    Layout(0, 3, 0, 5, 6),
-    Layout(0, 0, 4, 0, 0, 9),
-    Layout(2, 0, 4, 5, 0, 9),
-    Layout(0, 3, 0, 5, 6, causal=True),
-    Layout(2, 3, 4, 5, 6, 9, causal=True),
-]
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda: by_loop)
 
 
-PACKED = [layout for layout in LAYOUTS if layout.language_rows and not layout.causal]
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor, qkv: list, read: torch.Tensor, **near: float) -> None:
+    """The rows that are read, and the gradients of what reads only them."""
+    torch.testing.assert_close(ours[read].float(), theirs[read].float(), **near)
+    weight = torch.randn_like(ours) * read[:, None, None].to(ours.device)
+    gradients = [torch.autograd.grad((out * weight).sum(), qkv) for out in (ours, theirs)]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, **near)
 
 
 @pytest.mark.parametrize(
     ("layout", "packed"), [*((layout, False) for layout in LAYOUTS), *((layout, True) for layout in PACKED)]
 )
-def test_grouped_attention_is_the_plain_formula(layout, packed, monkeypatch):
-    monkeypatch.setattr(attention, "_varlen_kernel", lambda: by_loop)
-    torch.manual_seed(0)
-    batch, qkv = batch_of(layout), queries_keys_values(layout)
-    out, expected = attend(*qkv, layout, padding_of(batch, packed=packed)), plain(*qkv, batch)
-    read = torch.cat(
-        [torch.ones(layout.vision_rows), *((i.flatten() != PAD) for i in (batch.pair_inputs, batch.text_inputs))]
-    )
-    read = read.bool()
-    torch.testing.assert_close(out[read], expected[read], atol=1e-6, rtol=1e-5)
-    weight = torch.randn_like(out) * read[:, None, None]
-    ours = torch.autograd.grad((out * weight).sum(), qkv)
-    theirs = torch.autograd.grad((expected * weight).sum(), qkv)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+def test_grouped_attention_is_the_plain_formula(layout, packed, kernel):
+    batch, qkv = random_batch(layout), queries_keys_values(layout)
+    out = attend(*qkv, layout, padding_of(batch, packed=packed))
+    assert_same(out, plain(*qkv, batch), qkv, no_padding(batch), atol=1e-6, rtol=1e-5)
 
 
-def test_the_packed_path_is_for_half_precision_on_a_gpu():
-    layout = LAYOUTS[0]
-    for dtype in (torch.float32, torch.bfloat16):
-        assert not can_pack(torch.zeros(1, dtype=dtype), layout, 64)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("layout", PACKED)
+def test_packed_is_masked(layout, padded, kernel):
+    """In fp32, on the CPU; also where a text is nothing but padding, which sees itself."""
+    batch, qkv = random_batch(layout, padded=padded), queries_keys_values(layout)
+    read = no_padding(batch)
+    if padded and layout.texts:
+        batch.text_inputs[1] = PAD
+        Kinds.split(read, layout).texts[1] = True
+    packed, masked = (attend(*qkv, layout, padding_of(batch, packed=packed)) for packed in (True, False))
+    assert_same(packed, masked, qkv, read, atol=1e-6, rtol=1e-5)
+    assert not packed[~read].any()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_an_encoder_packs_where_it_may(name, kernel, monkeypatch):
+    """Relative positions are a bias, which the variable-length kernels do not take."""
+    model, batch = encoder(CONFIGS[name]), random_batch(ROUTES["masked data"])
+    asked = []
+    masked = model.rows(batch)
+    monkeypatch.setattr(multiway, "can_pack", lambda *_: True)
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda: asked.append(name) or by_loop)
+    packed, read = model.rows(batch), no_padding(batch)
+    torch.testing.assert_close(packed[read], masked[read], atol=1e-5, rtol=1e-5)
+    assert len(asked) == (0 if name == "vlmo" else model.cfg.depth)
+
+
+@pytest.mark.parametrize(
+    "but",
+    [{}, {"is_cuda": False}, {"dtype": torch.float32}, {"layout": LAYOUTS[1]}, {"layout": LAYOUTS[5]}, {"head_dim": 60},
+     {"head_dim": 264}, {"capability": (7, 5)}, {"kernel": None}],
+    ids=str,
+)  # fmt: skip
+def test_packing_is_for_half_precision_on_a_recent_gpu(but, monkeypatch):
+    """All of it is asked: without one of them nothing is packed."""
+    has = {"is_cuda": True, "dtype": torch.bfloat16, "layout": LAYOUTS[0], "head_dim": 64, "capability": (8, 0)}
+    has = has | {"kernel": by_loop} | but
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: has["capability"])
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda: has["kernel"])
+    rows = SimpleNamespace(is_cuda=has["is_cuda"], dtype=has["dtype"], device="cuda")
+    assert can_pack(rows, has["layout"], has["head_dim"]) == (not but)
 
 
 def test_a_bias_is_added_per_head():
-    layout = Layout(images=1, patches=3)
+    layout = Layout(images=1, patches=2)
     q, k, v = queries_keys_values(layout)
     bias = torch.zeros(HEADS, 3, 3)
     bias[0, :, 1:] = -torch.inf  # head 0 sees only the first row
@@ -120,21 +144,8 @@ def test_a_bias_is_added_per_head():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernels are CUDA's")
 @pytest.mark.parametrize("layout", PACKED)
 def test_the_cuda_kernel_agrees_with_the_masked_one(layout):
-    torch.manual_seed(0)
-    batch = batch_of(layout)
-    on_gpu = batch.to("cuda")
-    rows = torch.zeros(layout.rows, 1, device="cuda", dtype=torch.bfloat16)
-    assert can_pack(rows, layout, WIDTH)
-    base = [torch.randn(layout.rows, HEADS, WIDTH, device="cuda") for _ in range(3)]
-    qkv = [x.bfloat16().requires_grad_() for x in base]
-    read = torch.cat(
-        [torch.ones(layout.vision_rows), *((i.flatten() != PAD) for i in (batch.pair_inputs, batch.text_inputs))]
-    )
-    read = read.bool().cuda()
-    weight = torch.randn(layout.rows, HEADS, WIDTH, device="cuda") * read[:, None, None]
-    results = []
-    for packed in (True, False):
-        out = attend(*qkv, layout, padding_of(on_gpu, packed=packed))
-        results.append([out[read].float(), *torch.autograd.grad((out * weight).sum(), qkv)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a.float(), b.float(), atol=3e-2, rtol=3e-2)
+    batch = random_batch(layout)
+    assert can_pack(torch.zeros(layout.rows, 1, device="cuda", dtype=torch.bfloat16), layout, WIDTH)
+    qkv = queries_keys_values(layout, device="cuda", dtype=torch.bfloat16)
+    packed, masked = (attend(*qkv, layout, padding_of(batch.to("cuda"), packed=packed)) for packed in (True, False))
+    assert_same(packed, masked, qkv, no_padding(batch), atol=3e-2, rtol=3e-2)

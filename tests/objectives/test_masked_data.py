@@ -4,33 +4,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.batch import Layout, make_batch
-from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.batch import Batch, Kinds, Layout, make_batch
+from pretrain.data.masking import Masking, combine
 from pretrain.objectives.masked import MaskedData
 from pretrain.tasks.pretrain import PretrainTask
+from tests.toy_models import CODES, PAPER, PATCHES, part_of, pictures, random_batch
 
-MODEL = MultiwayConfig(
-    dim=16, depth=1, heads=2, ffn_dim=32, image_size=16, patch_size=8, vocab_size=50, image_codes=12, max_text_len=8
-)
-LAYOUT = Layout(images=2, pairs=3, texts=2, patches=5, pair_len=6, text_len=8)
+LAYOUT = Layout(images=2, pairs=3, texts=2, patches=PATCHES, pair_len=6, text_len=8)
+BOTH = ("vision", "language")
 
 
-def batch(seed: int = 0):
-    made = torch.Generator().manual_seed(seed)
-    masks = {
-        "image_masks": torch.rand(5, 4, generator=made) < 0.5,
-        "pair_masked": torch.rand(3, 6, generator=made) < 0.5,
-        "text_masked": torch.rand(2, 8, generator=made) < 0.3,
-    }
-    masks["text_masked"][1] = False  # a sequence without targets still counts as one
-    return make_batch(
-        LAYOUT,
-        images=torch.zeros(5, 3, 16, 16, dtype=torch.uint8),
-        pair_tokens=torch.randint(4, 50, (3, 6), generator=made),
-        text_tokens=torch.randint(4, 50, (2, 8), generator=made),
-        image_codes=torch.randint(12, (5, 4), generator=made),
-        **masks,
-    )
+def build(experts=BOTH, **options):
+    return MaskedData(image_codes=CODES, **options).build(PAPER, experts)
+
+
+def batch(seed: int = 0) -> Batch:
+    made = random_batch(LAYOUT, seed)
+    made.text_masked[1] = False  # a sequence without targets still counts as one
+    return made
+
+
+def rows(layout: Layout = LAYOUT, **options) -> Kinds:
+    """Random final rows."""
+    return Kinds.split(torch.randn(layout.rows, PAPER.dim, **options), layout)
 
 
 def by_hand(head, rows, masked, targets) -> list[torch.Tensor]:
@@ -43,15 +39,13 @@ def by_hand(head, rows, masked, targets) -> list[torch.Tensor]:
 
 
 def test_the_loss_is_the_mean_over_sequences_of_the_mean_over_targets():
-    heads = MaskedData().build(MODEL, ("vision", "language"))
-    rows, b = torch.randn(LAYOUT.rows, 16), batch()
-    report = heads(rows, b)
-    patches = rows[:25].view(5, 5, 16)[:, 1:]
+    heads, encoded, b = build(), rows(), batch()
+    report = heads(encoded, b)
     parts = {
-        "image": by_hand(heads.image, patches[:2], b.image_masks[:2], b.image_codes[:2]),
-        "pair_image": by_hand(heads.image, patches[2:], b.image_masks[2:], b.image_codes[2:]),
-        "pair_text": by_hand(heads.text, rows[25:43].view(3, 6, 16), b.pair_masked, b.pair_tokens),
-        "text": by_hand(heads.text, rows[43:].view(2, 8, 16), b.text_masked, b.text_tokens),
+        "image": by_hand(heads.image, encoded.images[:, 1:], b.image_masks[:2], b.image_codes[:2]),
+        "pair_image": by_hand(heads.image, encoded.pair_images[:, 1:], b.image_masks[2:], b.image_codes[2:]),
+        "pair_text": by_hand(heads.text, encoded.pair_texts, b.pair_masked, b.pair_tokens),
+        "text": by_hand(heads.text, encoded.texts, b.text_masked, b.text_tokens),
     }
     for name, losses in parts.items():
         torch.testing.assert_close(report[f"loss/{name}"], torch.stack(losses).mean())
@@ -60,50 +54,29 @@ def test_the_loss_is_the_mean_over_sequences_of_the_mean_over_targets():
     torch.testing.assert_close(report["loss"], every.mean())
 
 
-def test_accuracy_and_guesses_agree_with_an_oracle():
-    heads = MaskedData().build(MODEL, ("vision", "language"))
-    rows, b = torch.randn(LAYOUT.rows, 16), batch()
-    report, guesses = heads(rows, b), heads.guesses(rows, b)
-    for part, (guess, target) in guesses.items():
-        assert len(guess) == len(target) > 0
-        torch.testing.assert_close(report[f"accuracy/{part}"], (guess == target).float().mean())
-    torch.testing.assert_close(guesses["pair_text"][1], b.pair_tokens[b.pair_masked])
-    assert (
-        guesses["image"][0] == heads.image.logits(rows[:10].view(2, 5, 16)[:, 1:])[b.image_masks[:2]].argmax(-1)
-    ).all()
+def test_accuracy_and_predictions_agree_with_an_oracle():
+    heads, encoded, b = build(), rows(), batch()
+    report, predictions = heads(encoded, b), heads.predict(encoded, b)
+    for part, (prediction, target) in predictions.items():
+        assert len(prediction) == len(target) > 0
+        torch.testing.assert_close(report[f"accuracy/{part}"], (prediction == target).float().mean())
+    torch.testing.assert_close(predictions["pair_text"][1], b.pair_tokens[b.pair_masked])
+    best = heads.image.logits(encoded.images[:, 1:])[b.image_masks[:2]].argmax(-1)
+    assert torch.equal(predictions["image"][0], best)
 
 
 def test_splitting_the_batch_does_not_change_the_loss():
-    heads = MaskedData().build(MODEL, ("vision", "language"))
-    half = Layout(images=1, pairs=1, texts=1, patches=5, pair_len=6, text_len=8)
-    both = Layout(images=2, pairs=2, texts=2, patches=5, pair_len=6, text_len=8)
-    full = batch(3)
-    rows = torch.randn(both.rows, 16)
-
-    def part(of, keep_images, keep):
-        return make_batch(
-            half if len(keep) == 1 else both,
-            images=of.images[keep_images],
-            image_masks=of.image_masks[keep_images],
-            image_codes=of.image_codes[keep_images],
-            pair_tokens=of.pair_tokens[keep],
-            pair_masked=of.pair_masked[keep],
-            text_tokens=of.text_tokens[keep],
-            text_masked=of.text_masked[keep],
-        )
-
-    sizes = [both.image_rows, both.pair_image_rows, both.pair_text_rows, both.text_rows]
-    kinds = [kind.view(2, -1, 16) for kind in rows.split(sizes)]
-    whole = heads(rows, part(full, [0, 1, 2, 3], [0, 1]))["loss"]
-    halves = [heads(torch.cat([k[i] for k in kinds]), part(full, [i, 2 + i], [i]))["loss"] for i in (0, 1)]
+    heads, encoded, full = build(), rows(), batch(3)
+    whole, *halves = (
+        heads(Kinds(*(kind[own] for kind in encoded)), part_of(full, own, own, own))["loss"]
+        for own in (slice(0, 2), slice(0, 1), slice(1, 2))
+    )
     torch.testing.assert_close(whole, torch.stack(halves).mean())
 
 
 def test_heads_without_rows_still_get_zero_gradients():
-    heads = MaskedData().build(MODEL, ("vision", "language"))
-    layout = Layout(images=2, patches=5)
-    b = make_batch(layout, images=torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
-    report = heads(torch.randn(10, 16, requires_grad=True), b)
+    heads, layout = build(), Layout(images=2, patches=PATCHES)
+    report = heads(rows(layout, requires_grad=True), make_batch(layout, images=pictures(2)))
     report["loss"].backward()
     assert report["loss"] == 0
     for name, parameter in heads.named_parameters():
@@ -111,52 +84,56 @@ def test_heads_without_rows_still_get_zero_gradients():
 
 
 def test_a_stage_builds_only_the_heads_that_it_needs():
-    assert MaskedData().build(MODEL, ("vision",)).text is None
-    assert MaskedData().build(MODEL, ("language",)).image is None
-    assert MaskedData(text_ratio=0, pair_text_ratio=0).build(MODEL, ("vision", "language")).text is None
+    assert build(("vision",)).text is None
+    assert build(("language",)).image is None
+    assert build(text_ratio=0, pair_text_ratio=0).text is None
 
 
 def test_what_is_never_hidden_does_not_count():
-    heads = MaskedData(pair_image_ratio=0.0).build(MODEL, ("vision", "language"))
-    report = heads(torch.randn(LAYOUT.rows, 16), batch())
+    report = build(pair_image_ratio=0.0)(rows(), batch())
     assert "loss/pair_image" not in report
     parts = {"image": 2, "pair_text": 3, "text": 2}
     mean = sum(report[f"loss/{name}"] * count for name, count in parts.items()) / 7
     torch.testing.assert_close(report["loss"].detach(), mean)
 
 
+def test_several_objectives_hide_the_most_that_one_of_them_asks_for():
+    more_text, more_images = Masking(text_ratio=0.6, image_ratio=0.1), MaskedData(pair_image_ratio=0.7, text_ratio=0.2)
+    assert combine([]) is None and combine([more_images]) is more_images
+    assert combine([more_text, more_images]) == Masking(0.4, 0.6, 0.5, 0.7) == combine([more_images, more_text])
+
+
 def test_masked_images_without_codes_are_a_programming_error():
-    heads = MaskedData().build(MODEL, ("vision",))
-    b = make_batch(
-        Layout(images=1, patches=5),
-        images=torch.zeros(1, 3, 16, 16, dtype=torch.uint8),
-        image_masks=torch.ones(1, 4, dtype=torch.bool),
-    )
+    layout = Layout(images=1, patches=PATCHES)
+    b = make_batch(layout, images=pictures(1), image_masks=torch.ones(1, PATCHES, dtype=torch.bool))
     with pytest.raises(AssertionError, match="visual tokenizer"):
-        heads(torch.randn(5, 16), b)
+        build(("vision",))(rows(layout), b)
 
 
 def test_a_tied_text_head_has_the_text_embeddings_matrix_and_adds_to_its_gradient():
     torch.manual_seed(0)
-    task = PretrainTask(MODEL, ("vision", "language"), (MaskedData(tied_text_head=True),))
+    task = PretrainTask(PAPER, BOTH, (MaskedData(image_codes=CODES, tied_text_head=True),))
     table, head = task.encoder.text_embed.tokens.weight, task.objectives["masked"].text
     assert head.weight is table
     names = [name for name, _ in task.named_parameters()]
     assert "objectives.masked.text.weight" not in names and "objectives.masked.text.bias" in names
-    task(batch())["loss"].backward()
-    used = set(batch().pair_tokens.unique().tolist()) | set(batch().text_tokens.unique().tolist())
-    unused = [row for row in range(MODEL.vocab_size) if row not in used]
+    b = batch()
+    task(b)["loss"].backward()
+    used = set(
+        torch.cat([ids.flatten() for ids in (b.pair_inputs, b.text_inputs, b.pair_tokens, b.text_tokens)]).tolist()
+    )
+    unused = [row for row in range(PAPER.vocab_size) if row not in used]
     assert table.grad[unused].abs().sum() > 0, "the softmax reaches words that are in no text"
 
 
-def test_heads_are_the_same_in_whatever_type_they_are_born():
+def test_heads_are_the_same_in_whatever_type_they_are_made():
     """zero.Init makes them in bf16."""
     heads = []
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
         torch.set_default_dtype(dtype)
         try:
-            heads.append(MaskedData().build(MODEL, ("vision", "language")))
+            heads.append(build())
         finally:
             torch.set_default_dtype(torch.float32)
     assert torch.equal(heads[0].image.weight.bfloat16(), heads[1].image.weight)

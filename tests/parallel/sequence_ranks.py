@@ -11,74 +11,46 @@ from torch import Tensor
 
 from pretrain.batch import Batch, Layout
 from pretrain.models.multiway.config import MultiwayConfig
-from pretrain.objectives.masked import MaskedData
-from pretrain.parallel.mesh import Axis, Mesh
+from pretrain.parallel.mesh import Axis
 from pretrain.parallel.sequence import Cut, attend_by_heads, share_pass
 from pretrain.parallel.sizes import Parallel
-from tests.parallel.tensor_ranks import check_gradients, check_reports, two_tasks
-from tests.step_batches import step_batch
+from tests.parallel.tensor_ranks import Case, check_gradients, check_reports, mean, tasks_of
+from tests.step_batches import EXPERTS, MASKED, step_batch
 
-PAPER = MultiwayConfig(
-    dim=32,
-    depth=3,
-    heads=4,
-    ffn_dim=64,
-    image_size=16,
-    patch_size=4,
-    vocab_size=60,
-    image_codes=20,
-    max_text_len=10,
-    fusion_layers=1,
-    init_std=0.1,
-    drop_path=0.3,
-)
-RELEASED = dataclasses.replace(PAPER, attention="per_modality", fusion_layers=0, sub_norm=True, init="sub_norm")
-VLMO = dataclasses.replace(PAPER, layer_scale=0.1, relative_position=True, key_bias=False, text_norm=True)
-MODELS = {"paper": PAPER, "released": RELEASED, "vlmo": VLMO}
 # Images, pairs and texts of one data rank: 17, 8 and 10 rows each, so that shares differ by a row here and there; where
 # a kind is missing its expert has no rows on any rank.
 MIXES = ((1, 1, 1), (3, 0, 0), (0, 1, 0), (0, 0, 2), (2, 0, 3))
-# (model, tied text head, checkpointing)
-Case = tuple[str, bool, int]
 
 
 def passes(cases: list[Case], parallel: Parallel) -> None:
     """Every mix of kinds, and causal pairs: the reports, the gradients, and the rows that come out."""
-    for name, tied, checkpointing in cases:
-        model = dataclasses.replace(MODELS[name], activation_checkpointing=checkpointing)
-        dense, shared, mesh = two_tasks(model, (MaskedData(tied_text_head=tied),), parallel)
+    for case in cases:
+        dense, shared, mesh = tasks_of(case, parallel)
         for step, mix in enumerate((*MIXES, "causal")):
             batches = [_batch(mix, step, part, mesh.data.size) for part in (None, mesh.data.rank)]
-            found, wanted = shared(batches[1]), dense(batches[0])
+            got, wanted = shared(batches[1]), dense(batches[0])
             if mesh.data.size == 1:
-                check_reports(found, wanted)
-            check_reports({"loss": mean(found["loss"].detach(), mesh)}, {"loss": wanted["loss"].detach()})
-            found["loss"].backward()
+                check_reports(got, wanted)
+            check_reports({"loss": mean(got["loss"], mesh)}, {"loss": wanted["loss"].detach()})
+            got["loss"].backward()
             wanted["loss"].backward()
             for parameter in shared.parameters():
-                parameter.grad = mean(parameter.grad, mesh)  # as DeepSpeed does
+                parameter.grad = mean(parameter.grad, mesh)
             moved = check_gradients(dense, shared, mesh)
-            assert moved >= 0.25 * len(list(shared.parameters())), (name, mix, moved)
+            assert moved >= 0.25 * len(list(shared.parameters())), (case, mix, moved)
             dense.zero_grad()
             shared.zero_grad()
             with torch.no_grad():
-                torch.testing.assert_close(shared.encoder(batches[1]), dense.encoder(batches[1]), atol=3e-6, rtol=1e-5)
+                rows = (task.encoder.rows(batches[1]) for task in (shared, dense))
+                torch.testing.assert_close(*rows, atol=3e-6, rtol=1e-5)
 
 
 def _batch(mix: Any, step: int, part: int | None, parts: int) -> Batch:
     """A data rank's part of the global batch; None: all of it."""
     images, pairs, texts = (0, 1, 0) if mix == "causal" else mix
     whole = (images * parts, pairs * parts, texts * parts)
-    sizes = {"depth": PAPER.depth, "vocab": PAPER.vocab_size}
-    batch = step_batch(whole, step + 1, part or 0, 1 if part is None else parts, **sizes)
+    batch = step_batch(whole, step + 1, part or 0, 1 if part is None else parts)
     return dataclasses.replace(batch, layout=dataclasses.replace(batch.layout, causal=mix == "causal"))
-
-
-def mean(value: Tensor, mesh: Mesh) -> Tensor:
-    """Over the ranks that hold the same weights."""
-    value = value.clone()
-    dist.all_reduce(value, group=mesh.copies.group)
-    return value / mesh.copies.size
 
 
 def both_sides_of_an_exchange() -> None:
@@ -123,21 +95,21 @@ def kept_for_backward(sequence: int, model: MultiwayConfig, batch: Batch) -> tup
     from pretrain.tasks.pretrain import PretrainTask
 
     mesh = create_mesh(Parallel(sequence=sequence))
-    task = PretrainTask(model, ("vision", "language", "fusion"), (MaskedData(),), parallel_layers(mesh))
+    task = PretrainTask(model, EXPERTS, (MASKED,), parallel_layers(mesh))
     weights = {value.untyped_storage().data_ptr() for value in task.parameters()}
-    kept: dict[str, dict[int, int]] = {"blocks": {}, "besides": {}}
+    saved: dict[str, dict[int, int]] = {"blocks": {}, "besides": {}}
     where = ["besides"]
 
     def keep(value: Tensor) -> Tensor:
         storage = value.untyped_storage()
-        if storage.data_ptr() not in weights and not any(storage.data_ptr() in known for known in kept.values()):
-            kept[where[0]][storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in weights and not any(storage.data_ptr() in known for known in saved.values()):
+            saved[where[0]][storage.data_ptr()] = storage.nbytes()
         return value
 
     for block in task.encoder.blocks:
         block.register_forward_pre_hook(lambda *_: where.__setitem__(0, "blocks"))
         block.register_forward_hook(lambda *_: where.__setitem__(0, "besides"))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        loss = task(batch)["loss"]  # holds what was kept, so that no address comes twice
+        loss = task(batch)["loss"]  # holds what is saved, so that no address comes twice
     assert loss.requires_grad
-    return sum(kept["blocks"].values()), sum(kept["besides"].values())
+    return sum(saved["blocks"].values()), sum(saved["besides"].values())

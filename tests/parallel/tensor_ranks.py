@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -11,21 +13,35 @@ from pretrain.parallel.mesh import Mesh, create_mesh
 from pretrain.parallel.sizes import Parallel
 from pretrain.parallel.tensor import parallel_layers
 from pretrain.tasks.pretrain import PretrainTask
+from tests.step_batches import DROP, EXPERTS, MASKED, MODELS, TIED
 
-EXPERTS = ("vision", "language", "fusion")
 ONE_DEVICE = Layers(gather=lambda rows: (rows, 0))  # the default would gather from the ranks of the test
+# (model, tied text head, checkpointing)
+Case = tuple[str, bool, int]
 
 
-def two_tasks(model, objectives, parallel: Parallel, experts=EXPERTS) -> tuple[PretrainTask, PretrainTask, Mesh]:
+def tasks_of(case: Case, parallel: Parallel) -> tuple[PretrainTask, PretrainTask, Mesh]:
+    """`two_tasks` of a case, with as many heads as four ranks divide."""
+    name, tied, checkpointing = case
+    model = replace(MODELS[name], heads=4)
+    return two_tasks(model, (TIED if tied else MASKED,), parallel, drop_path=DROP, checkpointing=checkpointing)
+
+
+def two_tasks(
+    model, objectives, parallel: Parallel, experts=EXPERTS, **options
+) -> tuple[PretrainTask, PretrainTask, Mesh]:
     """The task on one device and on the mesh, from one seed. Asserts that they begin with the same numbers; then moves
     both away from where biases are zero and norms one."""
     mesh = create_mesh(parallel)
     torch.manual_seed(3)
-    dense = PretrainTask(model, experts, objectives, ONE_DEVICE)
+    dense = PretrainTask(model, experts, objectives, ONE_DEVICE, **options)
     torch.manual_seed(3)
-    split = PretrainTask(model, experts, objectives, parallel_layers(mesh))
+    split = PretrainTask(model, experts, objectives, parallel_layers(mesh), **options)
     assert set(split.state_dict()) == set(dense.state_dict()), set(split.state_dict()) ^ set(dense.state_dict())
-    assert torch.equal(torch.rand(1), _next_number(dense, model, experts, objectives)), "another number of draws"
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    PretrainTask(model, experts, objectives)
+    assert torch.equal(drawn, torch.rand(1)), "another number of draws"
     torch.manual_seed(4)
     wholes = dict(dense.named_parameters())
     for name, parameter in split.named_parameters():
@@ -34,12 +50,6 @@ def two_tasks(model, objectives, parallel: Parallel, experts=EXPERTS) -> tuple[P
             wholes[name].add_(0.1 * torch.randn_like(wholes[name]))
             parameter.copy_(own_part(parameter, wholes[name], mesh))
     return dense, split, mesh
-
-
-def _next_number(dense, model, experts, objectives) -> Tensor:
-    torch.manual_seed(3)
-    PretrainTask(model, experts, objectives)
-    return torch.rand(1)
 
 
 def own_part(parameter: nn.Parameter, whole: Tensor, mesh: Mesh) -> Tensor:
@@ -68,7 +78,14 @@ def check_gradients(dense: nn.Module, split: nn.Module, mesh: Mesh, atol: float 
     return moved
 
 
-def check_reports(found: dict[str, Tensor], wanted: dict[str, Tensor], atol: float = 1e-6) -> None:
-    assert list(found) == list(wanted)
+def check_reports(got: dict[str, Tensor], wanted: dict[str, Tensor], atol: float = 1e-6) -> None:
+    assert list(got) == list(wanted)
     for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], atol=atol, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(got[name], wanted[name], atol=atol, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def mean(value: Tensor, mesh: Mesh) -> Tensor:
+    """Over the ranks that hold the same weights, as DeepSpeed takes it of gradients."""
+    value = value.detach().clone()
+    dist.all_reduce(value, group=mesh.copies.group)
+    return value / mesh.copies.size

@@ -210,7 +210,7 @@ def masters_after_start() -> list[tuple[str, float]]:
     from pretrain.parallel.engine import build_engine
     from pretrain.parallel.state import full_state
 
-    found = []
+    errors = []
     for name in ("zero1_bf16.json", "zero2_bf16.json", "zero3_bf16.json"):
         task = Toy()
         want = {key: value.detach().clone() for key, value in task.named_parameters() if value.requires_grad}
@@ -218,10 +218,10 @@ def masters_after_start() -> list[tuple[str, float]]:
         engine = build_engine(task, build_optimizer(task, OPTIM, layer_of=layer_of), schedule(OPTIM, STEPS), config)
         state = full_state(engine)
         assert next(engine.module.parameters()).dtype == torch.bfloat16
-        found.append(
+        errors.append(
             (name, max(float((state[key] - value).abs().max()) for key, value in want.items()) if state else 0)
         )
-    return found
+    return errors
 
 
 def test_bf16_masters_begin_with_the_bits_that_were_handed_over():

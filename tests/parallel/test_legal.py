@@ -8,43 +8,46 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.contracts import ModelSizes
 from pretrain.parallel.ds_config import load_ds_config, zero_stage
-from pretrain.parallel.legal import ModelSizes, check_legal, problems
+from pretrain.parallel.legal import check_legal, problems
 from pretrain.parallel.sizes import Parallel
+from pretrain.recipes import load_recipe
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
-GIANT = ModelSizes(dim=1408, depth=40, heads=16, ffn_dim=6144, vocab_size=64064, image_codes=8192)
+GIANT = ModelSizes(dim=1408, depth=40, heads=16, ffn_dim=6144, vocab_size=64064)
+CODES = {"objectives.0.image_codes": 8192}
 COUNTS = {"images": 2048, "pairs": 2048, "texts": 2048}
+FACTS = {"world": 64, "counts": COUNTS, "accumulation": 4, "model": GIANT, "classes": CODES, "node": 8}
 
 
 def zero(stage: int, bf16: bool = False, **more) -> dict:
     return {"zero_optimization": {"stage": stage, **more}, "bf16": {"enabled": bf16}}
 
 
-def found(parallel: Parallel | None = None, config: dict | None = None, **facts) -> list[str]:
+def problems_of(parallel: Parallel | None = None, config: dict | None = None, **facts) -> list[str]:
     """The problems of giant on 64 ranks, 8 a node, but for what is given."""
-    facts = {"world": 64, "counts": COUNTS, "accumulation": 4, "model": GIANT, "node": 8} | facts
-    return problems(parallel or Parallel(), config=zero(1, bf16=True) if config is None else config, **facts)
+    return problems(parallel or Parallel(), **FACTS | facts, config=zero(1, bf16=True) if config is None else config)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("tensor", [1, 2, 8])
 @pytest.mark.parametrize("sequence", [1, 2])
 def test_family_a_is_legal(stage, tensor, sequence):
-    assert found(Parallel(tensor=tensor, sequence=sequence), zero(stage, bf16=stage > 0)) == []
+    assert problems_of(Parallel(tensor=tensor, sequence=sequence), zero(stage, bf16=stage > 0)) == []
 
 
 @pytest.mark.parametrize("tensor", [1, 4])
 @pytest.mark.parametrize("pipe", [2, 8])
 def test_family_b_is_legal(tensor, pipe):
-    assert found(Parallel(tensor=tensor, pipe=pipe), zero(1, bf16=True)) == []
+    assert problems_of(Parallel(tensor=tensor, pipe=pipe), zero(1, bf16=True)) == []
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_each_shipped_config_is_legal_without_model_parallelism(path):
     config = load_ds_config(path, micro=24, accumulation=4, world=64, clip=3.0)
-    assert found(config=config, objectives=["masked"]) == []
-    pipelined = found(Parallel(pipe=2), config)
+    assert problems_of(config=config) == []
+    pipelined = problems_of(Parallel(pipe=2), config)
     assert (pipelined == []) == (zero_stage(config) == 1), pipelined
 
 
@@ -72,8 +75,8 @@ SENTENCES = {
     ),
     "image codes": (
         Parallel(tensor=8),
-        {"model": GIANT._replace(image_codes=8190)},
-        ["model.image_codes=8190", "set model.image_codes=8192"],
+        {"classes": {"objectives.0.image_codes": 8190}},
+        ["objectives.0.image_codes=8190", "set objectives.0.image_codes=8192"],
     ),
     "world": (
         Parallel(tensor=2, pipe=4),
@@ -93,25 +96,15 @@ SENTENCES = {
     ),
     "ZeRO-3 with stages": (Parallel(pipe=2), {"config": zero(3)}, ["zero_optimization.stage=3", "zero1.json"]),
     "ZeRO-0 with stages": (Parallel(pipe=2), {"config": zero(0)}, ["zero_optimization.stage=0", "wrong gradient norm"]),
-    "contrast with stages": (
-        Parallel(pipe=2),
-        {"objectives": ["contrastive"], "counts": {"dual": 16384}},
-        ["the objective contrastive", "set parallel.pipe=1 and split by parallel.tensor or ZeRO-3"],
-    ),
     "offload with stages": (
         Parallel(pipe=2),
         {"config": zero(1, offload_optimizer={"device": "cpu"})},
         ["zero_optimization.offload_optimizer.device=cpu", "remove it from the JSON, or set parallel.pipe=1"],
     ),
-    "bf16 without masters": (
-        Parallel(),
-        {"config": zero(0, bf16=True)},
-        ["bf16.enabled=true with zero_optimization.stage=0", "ds_configs/zero1_bf16.json"],
-    ),
     "tokenizer with tensor ranks": (
         Parallel(tensor=2),
         {"model": None},
-        ["parallel.tensor=2 does not go with a tokenizer stage", "set parallel.tensor=1"],
+        ["parallel.tensor=2 does not go with this stage's model", "set parallel.tensor=1"],
     ),
     "tokenizer with stages": (Parallel(pipe=2), {"model": None}, ["parallel.pipe=2", "set parallel.pipe=1"]),
     "tokenizer with sequence ranks": (Parallel(sequence=2), {"model": None}, ["set parallel.sequence=1"]),
@@ -136,7 +129,6 @@ SENTENCES = {
         {"config": zero(3), "compiled": True},
         ["compile=true does not go with zero_optimization.stage=3", "or set compile=false"],
     ),
-    "compiled tokenizer": (Parallel(), {"model": None, "compiled": True}, ["compile=true", "set compile=false"]),
     "hpZ without ZeRO-3": (
         Parallel(),
         {"config": zero(2, zero_hpz_partition_size=8)},
@@ -150,7 +142,7 @@ SENTENCES = {
     "hpZ over nodes": (
         Parallel(),
         {"config": zero(3, zero_hpz_partition_size=16)},
-        ["zero_hpz_partition_size=16 is more than the 8 ranks of a node", "use 2, 4 or 8"],
+        ["zero_hpz_partition_size=16 is more than a node's 8 ranks", "use 2, 4 or 8"],
     ),
     "hpZ that cuts a node": (
         Parallel(),
@@ -168,7 +160,7 @@ SENTENCES = {
 @pytest.mark.parametrize("case", SENTENCES)
 def test_one_sentence_with_the_way_out(case):
     parallel, facts, says = SENTENCES[case]
-    facts = {"world": 64, "counts": COUNTS, "accumulation": 4, "model": GIANT, "node": 8, "config": zero(1)} | facts
+    facts = FACTS | {"config": zero(1)} | facts
     sentences = problems(parallel, **facts)
     assert len(sentences) == 1, sentences
     for part in says:
@@ -178,25 +170,40 @@ def test_one_sentence_with_the_way_out(case):
         check_legal(parallel, **facts)
 
 
+@pytest.mark.parametrize(
+    ("stage", "setting", "says"),
+    [
+        ("retrieval", "parallel.pipe=2", "the objective contrastive.*set parallel.pipe=1 and split by parallel.tensor"),
+        ("tokenizer", "compile=true", "compile=true has no blocks to compile.*set compile=false"),
+    ],
+)
+def test_objectives_and_tasks_refuse_for_themselves(stage, setting, says):
+    with pytest.raises(ValueError, match=says):
+        load_recipe("tiny", stage, [setting])
+
+
 def test_the_sizes_that_a_sentence_offers_are_legal():
-    wrong = GIANT._replace(vocab_size=64010, ffn_dim=6146, image_codes=8190)
+    wrong = GIANT._replace(vocab_size=64010, ffn_dim=6146)
+    codes = {"objectives.0.image_codes": 8190}
     for tensor in (4, 8, 16):
         offered = {}
-        for sentence in found(Parallel(tensor=tensor), model=wrong):
-            name, size = re.search(r"set model\.(\w+)=(\d+)", sentence).groups()
+        for sentence in problems_of(Parallel(tensor=tensor), model=wrong, classes=codes):
+            name, size = re.search(r"set ([\w.]+)=(\d+)", sentence).groups()
             offered[name] = int(size)
         assert len(offered) == 3
-        assert found(Parallel(tensor=tensor), model=wrong._replace(**offered)) == []
+        sizes = {name.removeprefix("model."): size for name, size in offered.items() if name not in codes}
+        right = {name: offered[name] for name in codes}
+        assert problems_of(Parallel(tensor=tensor), model=wrong._replace(**sizes), classes=right) == []
     for count in (1999, 2049):
-        (sentence,) = found(counts={"images": count})
+        (sentence,) = problems_of(counts={"images": count})
         for size in re.search(r"use batch\.images=(\d+) or (\d+)", sentence).groups():
-            assert found(counts={"images": int(size)}) == []
+            assert problems_of(counts={"images": int(size)}) == []
 
 
 def test_everything_that_is_wrong_is_said():
-    sentences = found(Parallel(tensor=3, pipe=50), zero(3), objectives=["contrastive"])
+    sentences = problems_of(Parallel(tensor=3, pipe=50), zero(3))
     assert len(sentences) >= 6
-    for part in ("64 ranks", "heads", "vocab_size", "blocks", "stage=3", "contrastive"):
+    for part in ("64 ranks", "heads", "vocab_size", "image_codes", "blocks", "stage=3"):
         assert any(part in sentence for sentence in sentences), part
 
 

@@ -13,10 +13,11 @@ from pretrain.parallel.mesh import Axis
 from pretrain.parallel.sequence import Cut
 from pretrain.parallel.sizes import Parallel
 from tests.distributed import run_ranks
-from tests.parallel.sequence_ranks import PAPER, Case, both_sides_of_an_exchange, kept_for_backward, passes
+from tests.parallel.sequence_ranks import both_sides_of_an_exchange, kept_for_backward, passes
+from tests.parallel.tensor_ranks import Case
 from tests.parallel.test_tensor import check_training, contrast
 from tests.small_run import Ranks, check_weights, command, tokenizer_of, train_stage
-from tests.step_batches import step_batch
+from tests.step_batches import PAPER, step_batch
 
 CASES: list[Case] = [("paper", True, 0), ("released", False, 1), ("vlmo", False, 2)]
 TOPOLOGIES = {
@@ -29,7 +30,7 @@ TOPOLOGIES = {
 
 @pytest.mark.parametrize("ranks", [2, 3, 5, 40])
 def test_every_row_has_one_rank_and_all_have_as_many_of_each_kind(ranks):
-    layout = Layout(images=3, pairs=2, texts=1, patches=17, pair_len=7, text_len=5)
+    layout = Layout(images=3, pairs=2, texts=1, patches=16, pair_len=7, text_len=5)
     cuts = [Cut.of(layout, Axis(None, rank, ranks), torch.device("cpu")) for rank in range(ranks)]
     places = torch.cat([cut.own.places for cut in cuts])
     assert torch.equal(places.sort().values, torch.arange(layout.rows))
@@ -60,7 +61,7 @@ def test_contrast_is_over_data_ranks_and_not_over_sequence_ranks():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("partitioned", [False, True], ids=["born whole", "born in parts"])
+@pytest.mark.parametrize("partitioned", [False, True], ids=["built whole", "built in parts"])
 def test_zero_over_sequence_and_data_ranks_trains_as_one_device_does(partitioned):
     stages = ("3",) if partitioned else ("1", "3")
     names = [f"zero{stage}{kind}.json" for stage in stages for kind in ("", "_bf16")]
@@ -68,8 +69,8 @@ def test_zero_over_sequence_and_data_ranks_trains_as_one_device_does(partitioned
 
 
 def test_a_rank_keeps_its_share_of_the_activations():
-    model = replace(PAPER, dim=64, ffn_dim=256, drop_path=0.0)
-    batch = step_batch((8, 8, 8), 1, 0, 1, depth=model.depth, vocab=model.vocab_size)
+    model = replace(PAPER, dim=64, ffn_dim=256, heads=4)
+    batch = step_batch((8, 8, 8), 1, 0, 1)
     blocks, besides = run_ranks(kept_for_backward, 1, 1, model, batch)[0]
     for ranks in (2, 4):
         for share, rest in run_ranks(kept_for_backward, ranks, ranks, model, batch):

@@ -39,8 +39,9 @@ def micro_batch(step: int, data: int, number: int) -> Batch:
     """All kinds, then texts alone, then images alone, as uint8 and as floats; with and without the rest."""
     made = torch.Generator().manual_seed(100 * step + 10 * data + number)
     images, pairs, texts = ((2, 1, 3), (0, 0, 2), (3, 0, 0))[step - 1]
-    layout = Layout(images, pairs, texts, patches=5, pair_len=3, text_len=7)
-    rest: dict = {"noise": torch.rand(layout.sequences, 4, generator=made)} if number else {}
+    layout = Layout(images, pairs, texts, patches=4, pair_len=3, text_len=7)
+    drawn = {name: torch.rand(layout.sequences, 4, generator=made) for name in ("drop_path", "mine")}
+    rest: dict = {"draws": drawn, "extra": {"labels": torch.arange(pairs), "words": ("é",) * pairs}} if number else {}
     pixels = torch.randint(256, (images + pairs, 3, 4, 4), generator=made, dtype=torch.uint8)
     if step == 3:
         rest |= {"image_codes": torch.randint(20, (images, 4), generator=made)}
@@ -84,14 +85,15 @@ def shared(sizes: dict[Parallel, list[int]]) -> list[bool]:
 def same(a: Batch, b: Batch) -> bool:
     one, two = dict(a.tensors()), dict(b.tensors())
     equal = all(one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]) for name in two)
-    return equal and one.keys() == two.keys() and (a.layout, a.keys) == (b.layout, b.keys)
+    words = a.extra.get("words") == b.extra.get("words")
+    return equal and words and one.keys() == two.keys() and (a.layout, a.keys) == (b.layout, b.keys)
 
 
 @pytest.mark.parametrize("world", SIZES)
 def test_every_rank_sees_what_it_would_have_read(world):
-    found = run_ranks(shared, world, SIZES[world])
+    read = run_ranks(shared, world, SIZES[world])
     for place, readers in enumerate(SIZES[world].values()):
-        assert [rank for rank in range(world) if found[rank][place]] == readers
+        assert [rank for rank in range(world) if read[rank][place]] == readers
 
 
 ERRORS = (
@@ -103,7 +105,7 @@ ERRORS = (
 
 def failing(parallel: Parallel) -> list[tuple[str, str]]:
     """What each of the errors became on this rank, at the second step of data rank 0."""
-    mesh, told = create_mesh(parallel), []
+    mesh, errors = create_mesh(parallel), []
     for error in ERRORS:
 
         def load(error: Exception = error) -> Iterator[list[Batch]]:
@@ -114,14 +116,14 @@ def failing(parallel: Parallel) -> list[tuple[str, str]]:
         next(batches)
         with pytest.raises(Exception) as met:
             next(batches)
-        told.append(("RuntimeError" if isinstance(met.value, RuntimeError) else "user's", str(met.value)))
-    return told
+        errors.append(("RuntimeError" if isinstance(met.value, RuntimeError) else "user's", str(met.value)))
+    return errors
 
 
 @pytest.mark.parametrize(("world", "parallel"), [(2, Parallel(tensor=2)), (4, Parallel(tensor=2, sequence=2))])
 def test_what_the_reader_meets_is_said_on_all_ranks(world, parallel):
-    for told in run_ranks(failing, world, parallel):
-        assert told == [
+    for errors in run_ranks(failing, world, parallel):
+        assert errors == [
             ("user's", "00001.tar ends early; run python -m data_tools.verify"),
             ("user's", "[Errno 5] Input/output error: '00002.tar'"),
             ("RuntimeError", "DataLoader worker (pid 3) is killed by signal: Killed."),

@@ -2,53 +2,61 @@
 
 from __future__ import annotations
 
-import dataclasses
 from contextlib import nullcontext
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pretrain.batch import Layout, make_batch
 from pretrain.layers import PLAIN, Layers
-from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.objectives.contrastive import Contrastive
-from pretrain.objectives.masked import MaskedData
 from pretrain.optim import build_optimizer, schedule
 from pretrain.parallel.mesh import create_mesh, mpu_of
 from pretrain.parallel.sizes import Parallel
 from pretrain.parallel.tensor import parallel_layers
 from pretrain.tasks.pretrain import PretrainTask
 from tests.distributed import run_ranks
-from tests.parallel.tensor_ranks import check_gradients, check_reports, two_tasks
-from tests.test_parity import MODEL, OPTIM, STEPS, micro_batch
+from tests.parallel.tensor_ranks import Case, check_gradients, check_reports, mean, tasks_of, two_tasks
+from tests.step_batches import (
+    CONFIGS,
+    DROP,
+    EXPERTS,
+    MODELS,
+    PAPER,
+    TIED,
+    Trained,
+    mean_reports,
+    train_alone,
+    train_on_ranks,
+)
+from tests.test_parity import OPTIM, STEPS, micro_batch
 
-CONFIGS = Path(__file__).parents[2] / "ds_configs"
-PAPER = dataclasses.replace(MODEL, heads=4)
-RELEASED = dataclasses.replace(PAPER, attention="per_modality", fusion_layers=0, sub_norm=True, init="sub_norm")
-VLMO = dataclasses.replace(PAPER, layer_scale=0.1, relative_position=True, key_bias=False, text_norm=True)
-MODELS = {"paper": PAPER, "released": RELEASED, "vlmo": VLMO}
 
-
-def both_passes(cases: list[tuple[str, bool, int]], tensor: int) -> None:
-    """(model, tied text head, checkpointing) each: every mix of kinds, with drop path, forward and backward."""
-    for name, tied, checkpointing in cases:
-        model: MultiwayConfig = dataclasses.replace(MODELS[name], activation_checkpointing=checkpointing)
-        dense, split, mesh = two_tasks(model, (MaskedData(tied_text_head=tied),), Parallel(tensor=tensor))
+def both_passes(cases: list[Case], tensor: int) -> None:
+    """Every mix of kinds, with drop path, forward and backward."""
+    for case in cases:
+        dense, split, mesh = tasks_of(case, Parallel(tensor=tensor))
         # Steps 1 to 4 are all kinds, images, pairs and texts: the others' experts run on zero rows.
         for step, least in ((1, 0.9), (2, 0.3), (3, 0.5), (4, 0.3)):
             batch = micro_batch(step, 0, 1)
-            found, wanted = split(batch), dense(batch)
-            check_reports(found, wanted)
-            found["loss"].backward()
+            got, wanted = split(batch), dense(batch)
+            check_reports(got, wanted)
+            got["loss"].backward()
             wanted["loss"].backward()
             moved = check_gradients(dense, split, mesh)
-            assert moved >= least * len(list(split.parameters())), (name, step, moved)
+            assert moved >= least * len(list(split.parameters())), (case, step, moved)
             dense.zero_grad()
             split.zero_grad()
 
 
-CASES = [("paper", False, 0), ("paper", True, 2), ("released", False, 1), ("released", True, 0), ("vlmo", False, 2)]
+CASES: list[Case] = [
+    ("paper", False, 0),
+    ("paper", True, 2),
+    ("released", False, 1),
+    ("released", True, 0),
+    ("vlmo", False, 2),
+]
 
 
 @pytest.mark.parametrize(("cases", "tensor"), [(CASES, 2), (CASES[-2:], 4)], ids=["two ranks", "four ranks"])
@@ -75,13 +83,13 @@ def details() -> None:
     assert column.bias.grad.any() and torch.equal(row.bias.grad, torch.full((8,), 5.0))
     classifier = layers.classifier(8, 10)
     losses, right = classifier(row(norm(column(x[:0]))), torch.zeros(0, dtype=torch.long))
-    assert losses.shape == right.shape == classifier.guesses(x[:0]).shape == (0,)
+    assert losses.shape == right.shape == classifier.predict(x[:0]).shape == (0,)
     losses.sum().backward()
     assert all(not parameter.grad.any() for parameter in classifier.parameters())
     with torch.no_grad():
         classifier.weight.zero_()
         classifier.bias.zero_()
-    assert not classifier.guesses(x).any(), "of equals the first, as on one device"
+    assert not classifier.predict(x).any(), "of equals the first, as on one device"
     names = {"weight", "bias"}
     for layer in (norm, column, row, classifier):
         assert set(layer.state_dict()) == names
@@ -92,7 +100,7 @@ def test_layers_in_their_corners():
     run_ranks(details, 2)
 
 
-DUAL = dataclasses.replace(PAPER, fusion_layers=0, drop_path=0.0)
+DUAL = replace(PAPER, heads=4, fusion_layers=0)
 
 
 def contrast(parallel: Parallel) -> None:
@@ -100,25 +108,19 @@ def contrast(parallel: Parallel) -> None:
     dense, split, mesh = two_tasks(DUAL, (Contrastive(embed_dim=24),), parallel, ("vision", "language"))
     made = torch.Generator().manual_seed(6)
     images = torch.randint(256, (8, 3, 16, 16), generator=made, dtype=torch.uint8)
-    texts = torch.randint(4, 60, (8, 10), generator=made)
+    texts = torch.randint(4, DUAL.vocab_size, (8, 10), generator=made)
 
     def pairs(part: int, parts: int):
-        layout = Layout(images=8 // parts, texts=8 // parts, patches=17, text_len=10)
+        layout = Layout(images=8 // parts, texts=8 // parts, dual=8 // parts, patches=16, text_len=10)
         return make_batch(layout, images=images.chunk(parts)[part], text_tokens=texts.chunk(parts)[part])
 
-    wanted, found = dense(pairs(0, 1)), split(pairs(mesh.data.rank, mesh.data.size))
+    wanted, got = dense(pairs(0, 1)), split(pairs(mesh.data.rank, mesh.data.size))
     wanted["loss"].backward()
-    found["loss"].backward()
-    check_reports({name: _mean(value, mesh) for name, value in found.items()}, wanted)
+    got["loss"].backward()
+    check_reports({name: mean(value, mesh) for name, value in got.items()}, wanted)
     for parameter in split.parameters():
-        parameter.grad = _mean(parameter.grad, mesh)  # as ZeRO does
+        parameter.grad = mean(parameter.grad, mesh)
     assert check_gradients(dense, split, mesh) > 40
-
-
-def _mean(value, mesh):
-    value = value.detach().clone()
-    torch.distributed.all_reduce(value, group=mesh.copies.group)
-    return value / mesh.copies.size
 
 
 def test_contrast_is_over_data_ranks_and_not_over_tensor_ranks():
@@ -126,67 +128,43 @@ def test_contrast_is_over_data_ranks_and_not_over_tensor_ranks():
 
 
 # Every part that a split touches, in one model.
-ALL = dataclasses.replace(MODEL, sub_norm=True, layer_scale=0.5, relative_position=True, text_norm=True, key_bias=False)
+ALL = replace(MODELS["vlmo"], sub_norm=True, layer_scale=0.5)
 # AdamW multiplies the rounding of gradients that are almost zero; a small rate keeps it below the tolerance.
-SLOW = dataclasses.replace(OPTIM, lr=5e-4)
+SLOW = replace(OPTIM, lr=5e-4)
 
 
 def tied_task(layers: Layers = PLAIN) -> PretrainTask:
     torch.manual_seed(0)
-    return PretrainTask(ALL, ("vision", "language", "fusion"), (MaskedData(tied_text_head=True),), layers)
+    return PretrainTask(ALL, EXPERTS, (TIED,), layers, drop_path=DROP)
 
 
-def one_device() -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    task = tied_task()
-    optimizer = build_optimizer(task, SLOW)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(SLOW, STEPS))
-    losses, norms = [], []
-    for step in range(1, STEPS + 1):
-        loss = task(micro_batch(step, 0, 1))["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(task.parameters(), SLOW.clip)))
-        optimizer.step()
-        rates.step()
-        losses.append(loss.item())
-    return losses, norms, task.state_dict()
-
-
-def under_deepspeed(names: list[str], partitioned: bool, parallel: Parallel) -> dict[str, tuple]:
-    """Of each config: mean losses, gradient norms, and on rank 0 the whole weights."""
-    from pretrain.distributed import reduce_mean
+def under_deepspeed(names: list[str], partitioned: bool, parallel: Parallel) -> list[Trained]:
     from pretrain.parallel.ds_config import load_ds_config
-    from pretrain.parallel.engine import build_engine, gradient_norm, init_distributed, partitioned_init
-    from pretrain.parallel.state import full_state
-    from pretrain.train import train_step
+    from pretrain.parallel.engine import build_engine, init_distributed, partitioned_init
 
     init_distributed()
-    mesh, runs = create_mesh(parallel), {}
+    mesh, runs = create_mesh(parallel), []
     for name in names:
         config = load_ds_config(CONFIGS / name, micro=6, accumulation=1, world=mesh.copies.size, clip=SLOW.clip)
         with partitioned_init(config, mpu_of(mesh)) if partitioned else nullcontext():
             task = tied_task(parallel_layers(mesh))
         engine = build_engine(task, build_optimizer(task, SLOW), schedule(SLOW, STEPS), config, mpu=mpu_of(mesh))
-        losses, norms = [], []
-        for step in range(1, STEPS + 1):
-            batch = micro_batch(step, mesh.data.rank, mesh.data.size)
-            losses.append(reduce_mean(train_step(engine, [batch], lambda batch: batch))["loss"])
-            norms.append(gradient_norm(engine))
-        runs[name] = losses, norms, full_state(engine, mesh)
+        runs.append(train_on_ranks(engine, mesh, micro_batch, STEPS))
     return runs
 
 
 def check_training(names: list[str], partitioned: bool, parallel: Parallel) -> None:
     """Four ranks against one device: losses, clipped norms, weights."""
-    losses, norms, state = one_device()
+    reports, norms, state = train_alone(tied_task(), SLOW, [micro_batch(step, 0, 1) for step in range(1, STEPS + 1)])
     assert sum(norm > SLOW.clip for norm in norms) >= 3, "clipping must have been active"
-    ranks = run_ranks(under_deepspeed, 4, names, partitioned, parallel, timeout=200)
-    for name in names:
+    runs = run_ranks(under_deepspeed, 4, names, partitioned, parallel, timeout=200)
+    for name, *ranks in zip(names, *runs, strict=True):
         loose = 3000 if "bf16" in name else 1
-        found_losses, found_norms, weights = ranks[0][name]
-        assert all(run[name][1] == found_norms for run in ranks), "the ranks disagree about the norm"
-        assert found_losses == pytest.approx(losses, abs=1e-6 * loose), name
-        assert found_norms == pytest.approx(norms, rel=3e-6 * loose), name
+        assert all(run.norms == ranks[0].norms for run in ranks), "the ranks disagree about the norm"
+        losses = [report["loss"] for report in mean_reports(ranks)]
+        assert losses == pytest.approx([report["loss"] for report in reports], abs=1e-6 * loose), name
+        assert ranks[0].norms == pytest.approx(norms, rel=3e-6 * loose), name
+        weights = ranks[0].weights
         assert set(weights) == set(state)
         for key, value in weights.items():
             assert (value - state[key]).abs().max() <= 1e-6 * loose, (name, key)
@@ -194,7 +172,7 @@ def check_training(names: list[str], partitioned: bool, parallel: Parallel) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stages", "partitioned"), [((0, 1, 2, 3), False), ((3,), True)], ids=["born whole", "born in parts"]
+    ("stages", "partitioned"), [((0, 1, 2, 3), False), ((3,), True)], ids=["built whole", "built in parts"]
 )
 def test_zero_over_tensor_and_data_ranks_trains_as_one_device_does(stages, partitioned):
     fp32, bf16 = [f"zero{stage}.json" for stage in stages], [f"zero{stage}_bf16.json" for stage in stages if stage]

@@ -11,42 +11,22 @@ the cells of images and of texts all but one of them see no rows.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any, ClassVar
 
 from pretrain.config import BatchSize, Recipe, Stage
 from pretrain.data.sources import ImageShards, PairShards, TextShards
 from pretrain.data.transforms import ImageTransform
-from pretrain.models.multiway.config import MultiwayConfig
-from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim
 from pretrain.parallel.sizes import Parallel
-from tests.step_batches import Mix
+from tests.step_batches import CONFIGS, DROP, MASKED, MODELS, TIED, Mix
 
-CONFIGS = Path(__file__).parents[2] / "ds_configs"
 STEPS = 5
 # AdamW divides a gradient by its size, so where it is almost zero rounding is multiplied: a small rate keeps that below
 # the tolerance. The bound on the norm is below every norm that occurs.
 OPTIM = Optim(lr=2e-4, warmup_steps=2, weight_decay=0.05, clip=0.1)
-PAPER = MultiwayConfig(
-    dim=32,
-    depth=3,
-    heads=2,
-    ffn_dim=64,
-    image_size=16,
-    patch_size=4,
-    vocab_size=32,  # losses stay below 4, where fp32 has steps of 2.4e-7
-    image_codes=24,
-    max_text_len=10,
-    fusion_layers=1,
-    init_std=0.1,
-)
-MODELS = {
-    "paper": PAPER,
-    "released": replace(PAPER, attention="per_modality", fusion_layers=0, sub_norm=True, init="sub_norm"),
-    "vlmo": replace(PAPER, fusion_layers=2, layer_scale=0.1, relative_position=True, text_norm=True, key_bias=False),
-}
 TRAINABLE = {
     "nothing": ("*",),
     # As BEiT-3's second stage, beside a frozen vision expert and frozen attention.
@@ -87,19 +67,30 @@ class Cell:
     precision: str
     checkpointing: bool
     layout: str
+    seed: ClassVar[int] = 0  # of the batches
+    passes: ClassVar[int] = 1
 
     def __str__(self) -> str:
-        kept = f"checkpointing {self.every}" if self.every else "no checkpointing"
+        checkpointing = f"checkpointing {self.every}" if self.every else "no checkpointing"
         heads = "tied" if self.tied else "own"
         return (
-            f"{self.topology}, {self.precision}, {kept}, {self.layout}; {self.model}, frozen {self.frozen}, "
+            f"{self.topology}, {self.precision}, {checkpointing}, {self.layout}; {self.model}, frozen {self.frozen}, "
             f"{heads} text head, accumulation {self.accumulation}, {self.buckets} buckets"
         )
+
+    @property
+    def row(self) -> str:
+        """Its name in the table."""
+        return str(self.topology)
 
     @property
     def turn(self) -> int:
         """Where a topology and precision begin to go round."""
         return sum(vars(self.topology).values()) + PRECISIONS.index(self.precision)
+
+    @property
+    def mix(self) -> Mix:
+        return LAYOUTS[self.layout]
 
     @property
     def place(self) -> int:
@@ -128,37 +119,41 @@ class Cell:
 
     @property
     def every(self) -> int:
-        """Blocks from one kept input to the next; 0 keeps everything."""
+        """Blocks from one saved input to the next; 0 saves everything."""
         return 1 + self.place % 2 if self.checkpointing else 0
 
     def recipe(self) -> tuple[Recipe, Stage]:
-        images, pairs, texts = LAYOUTS[self.layout]
+        images, pairs, texts = self.mix
         batch = BatchSize(images=images, pairs=pairs, texts=texts, accumulation=self.accumulation)
         stage = Stage(
             mix={kind: SOURCES[kind] for kind in batch.counts()},
             batch=batch,
             optim=OPTIM,
             steps=STEPS,
-            objectives=(MaskedData(tied_text_head=self.tied),),
+            objectives=(TIED if self.tied else MASKED,),
             trainable=TRAINABLE[self.frozen],
             transform=ImageTransform(size=16),
-            drop_path=0.3,
+            drop_path=DROP,
             activation_checkpointing=self.every,
             parallel=self.topology.parallel,
         )
         return Recipe(name="parity", model=MODELS[self.model], stages={"stage": stage}), stage
 
     def write_json(self, folder: Path) -> Path:
-        """The DeepSpeed JSON as it is shipped, or with buckets smaller than the model."""
         zero = self.topology.zero
-        config = json.loads((CONFIGS / f"zero{zero}.json").read_text())
-        if self.precision == "bf16":
-            config["bf16"] = {"enabled": True}
-        if self.buckets == "small" and zero:
-            config["zero_optimization"] |= SMALL_3 if zero == 3 else SMALL
         path = folder / f"zero{zero}_{self.precision}_{self.buckets}.json"
-        path.write_text(json.dumps(config))
+        path.write_text(json.dumps(ds_json(zero, self.precision, small=self.buckets == "small")))
         return path
+
+
+def ds_json(zero: int, precision: str, *, small: bool) -> dict[str, Any]:
+    """As it is shipped, or with buckets smaller than the model."""
+    config = json.loads((CONFIGS / f"zero{zero}.json").read_text())
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    if small and zero:
+        config["zero_optimization"] |= SMALL_3 if zero == 3 else SMALL
+    return config
 
 
 TOPOLOGIES = [Topology(*sizes) for sizes in product((0, 1, 2, 3), (1, 2), (1, 2), (1, 2))]

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
-from dataclasses import replace
-from fnmatch import fnmatch
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
+from itertools import count, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pretrain.batch import Batch
-from pretrain.models.multiway.config import MultiwayConfig
-from pretrain.optim import build_optimizer, learning_rate
+from pretrain.batch import Batch, Kinds
+from pretrain.optim import build_optimizer
 from pretrain.tasks.pretrain import PretrainTask
 from tests.distributed import run_ranks
-from tests.parity.cells import LAYOUTS, OPTIM, PAPER, STEPS, Cell, Topology
-from tests.step_batches import step_batch, step_layout
+from tests.parity.cells import LEGAL, OPTIM, STEPS, Cell, legal_cells
+from tests.parity.passes import MARGIN, PassCell, pass_cells
+from tests.step_batches import (
+    DROP,
+    EXPERTS,
+    Mix,
+    Trained,
+    freeze,
+    mean_reports,
+    step_batch,
+    step_layout,
+    train_alone,
+    train_on_ranks,
+)
+
+AnyCell = Cell | PassCell
+# The rows of the table.
+ROWS: dict[str, list[AnyCell]] = {str(topology): [*legal_cells(topology)] for topology in LEGAL}
+ROWS |= {cells[0].row: [*cells] for zero, passes in product(range(4), (2, 3)) for cells in [pass_cells(zero, passes)]}
 
 
 class Apart(NamedTuple):
@@ -36,58 +50,31 @@ class Apart(NamedTuple):
 TOLERANCES = {"fp32": Apart(1e-6, 1e-6, 1e-6, 1e-6, 1e-4), "bf16": Apart(3e-3, 3e-3, 6e-3, 3e-3, 0.1)}
 
 
-class Trained(NamedTuple):
-    """What a run gives; on ranks the losses are the mean of all of them."""
-
-    losses: list[dict[str, float]]
-    norms: list[float]
-    weights: dict[str, Tensor]
-
-
 # ---- one process
 
 
-def dense(cell: Cell, precision: str = "fp32") -> tuple[Trained, dict[str, Tensor]]:
+def dense(cell: AnyCell, precision: str = "fp32") -> tuple[Trained, dict[str, Tensor]]:
     """The cell on one process without DeepSpeed, Megatron, checkpointing or accumulation, and the weights that it began
-    with. In bf16 weights and activations are, and AdamW has fp32 masters."""
+    with."""
     recipe, stage = cell.recipe()
-    model = replace(recipe.model, drop_path=stage.drop_path)
-    return _dense(model, stage.objectives, stage.trainable, cell.layout, precision)
+    return _dense(recipe.model, stage.objectives, stage.trainable, cell.mix, cell.seed, precision)
 
 
 @cache
-def _dense(model: MultiwayConfig, objectives: Any, trainable: tuple[str, ...], layout: str, precision: str):
+def _dense(model: Any, objectives: Any, trainable: tuple[str, ...], mix: Mix, seed: int, precision: str):
     torch.manual_seed(0)
-    task = PretrainTask(model, ("vision", "language", "fusion"), objectives)
-    for name, value in task.named_parameters():
-        value.requires_grad_(any(fnmatch(name, pattern) for pattern in trainable))
+    task = PretrainTask(model, EXPERTS, objectives, drop_path=DROP)
+    freeze(task, trainable)
     start = {name: value.clone() for name, value in task.state_dict().items()}
-    rounded = task if precision == "fp32" else copy.deepcopy(task).bfloat16()
-    optimizer = build_optimizer(task, OPTIM)
-    losses, norms = [], []
-    for step in range(1, STEPS + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(OPTIM, step, STEPS)
-        rounded.load_state_dict(task.state_dict())
-        rounded.zero_grad()
-        report = rounded(_batch(layout, step, 0, 1))
-        report["loss"].backward()
-        for value, own in zip(task.parameters(), rounded.parameters(), strict=True):
-            value.grad = None if own.grad is None else own.grad.float()
-        norms.append(torch.nn.utils.clip_grad_norm_(task.parameters(), OPTIM.clip).item())
-        optimizer.step()
-        losses.append({name: value.item() for name, value in report.items() if name.startswith("loss")})
-    return Trained(losses, norms, task.state_dict()), start
-
-
-def _batch(layout: str, step: int, part: int, parts: int) -> Batch:
-    return step_batch(LAYOUTS[layout], step, part, parts, depth=PAPER.depth, vocab=PAPER.vocab_size)
+    draws = {objective.name: objective.draws for objective in objectives}
+    batches = [step_batch(mix, seed + step, 0, 1, draws=draws) for step in range(1, STEPS + 1)]
+    return train_alone(task, OPTIM, batches, precision), start
 
 
 # ---- ranks
 
 
-def train_cells(cells: list[tuple[Cell, Path]], sabotage: str = "") -> list[Trained]:
+def train_cells(cells: list[tuple[AnyCell, Path]], sabotage: str = "") -> list[Trained]:
     """On every rank of the cells' one topology."""
     from pretrain.parallel.engine import init_distributed
     from pretrain.parallel.mesh import create_mesh
@@ -97,21 +84,17 @@ def train_cells(cells: list[tuple[Cell, Path]], sabotage: str = "") -> list[Trai
     return [_train(cell, str(ds), mesh, sabotage) for cell, ds in cells]
 
 
-def _train(cell: Cell, ds: str, mesh: Any, sabotage: str) -> Trained:
-    """As pretrain.train.run, with made-up batches."""
-    from pretrain.distributed import reduce_mean
+def _train(cell: AnyCell, ds: str, mesh: Any, sabotage: str) -> Trained:
+    """As run/build.py builds it, with made-up batches."""
     from pretrain.optim import schedule
-    from pretrain.parallel.engine import build_engine, gradient_norm, partitioned_init
+    from pretrain.parallel.engine import build_engine, partitioned_init
     from pretrain.parallel.mesh import mpu_of
-    from pretrain.parallel.pipeline import build_pipeline_engine, pipeline_step
-    from pretrain.parallel.state import full_state
+    from pretrain.parallel.pipeline import build_pipeline_engine
     from pretrain.parallel.tensor import parallel_layers
     from pretrain.run.build import build_part, build_task, stage_ds_config
-    from pretrain.train import train_step
 
     recipe, stage = cell.recipe()
-    config, layers, piped = stage_ds_config(ds, recipe, stage), parallel_layers(mesh), mesh.pipe.size > 1
-    parts = mesh.data.size * cell.accumulation
+    config, layers = stage_ds_config(ds, recipe, stage), parallel_layers(mesh)
     mpu = mpu_of(mesh)
     if sabotage == "no mpu":
         mpu = None
@@ -119,8 +102,8 @@ def _train(cell: Cell, ds: str, mesh: Any, sabotage: str) -> Trained:
     if sabotage == "no clipping":
         config["gradient_clipping"] = 1e30
     make_optimizer, factor = partial(build_optimizer, optim=OPTIM), schedule(OPTIM, STEPS)
-    if piped:
-        part = build_part(recipe, stage, mesh, layers, step_layout(LAYOUTS[cell.layout], parts))
+    if mesh.pipe.size > 1:
+        part = build_part(recipe, stage, mesh, layers, step_layout(cell.mix, mesh.data.size * cell.accumulation))
         engine = build_pipeline_engine(part, stage.parallel, make_optimizer, factor, config)
     else:
         task = build_task(recipe, stage, Path(), layers, partitioned_init(config, mpu))
@@ -128,53 +111,55 @@ def _train(cell: Cell, ds: str, mesh: Any, sabotage: str) -> Trained:
     if sabotage == "one rank's gradients" and mesh.data.rank == 1:
         for value in engine.module.parameters():
             value.register_hook(lambda grad: 1.001 * grad)
-    losses, norms = [], []
-    for step in range(1, STEPS + 1):
-        first = mesh.data.rank * cell.accumulation
-        batches = [_batch(cell.layout, step, first + i, parts) for i in range(cell.accumulation)]
-        if piped:
-            report = pipeline_step(engine, batches if mesh.pipe.rank in (0, mesh.pipe.size - 1) else [])
-        else:
-            report = train_step(engine, batches, lambda batch: batch, first=step == 1)
-        losses.append({name: value for name, value in reduce_mean(report).items() if name.startswith("loss")})
-        norms.append(gradient_norm(engine))
-    return Trained(losses, norms, full_state(engine, mesh))
+    if sabotage == "a pass without gradient":
+        engine.module.encoder.register_forward_hook(_every_second_detached())
+
+    def micro_batch(step: int, part: int, parts: int) -> Batch:
+        return step_batch(cell.mix, cell.seed + step, part, parts, draws=stage.draws)
+
+    return train_on_ranks(engine, mesh, micro_batch, STEPS)
+
+
+def _every_second_detached() -> Callable[..., Kinds]:
+    calls = count()
+    return lambda module, inputs, kinds: Kinds(*(kind.detach() for kind in kinds)) if next(calls) % 2 else kinds
 
 
 # ---- both
 
 
-def compare(topology: Topology, cells: list[Cell], folder: Path, sabotage: str = "") -> dict[Cell, Apart]:
-    """Runs the cells of `topology` and says how far each is from one dense process."""
+def compare(cells: Sequence[AnyCell], folder: Path, sabotage: str = "") -> dict[AnyCell, Apart]:
+    """Runs cells of one topology and says how far each is from one dense process."""
     work = [(cell, cell.write_json(folder)) for cell in cells]
-    ranks = run_ranks(train_cells, topology.world, work, sabotage, timeout=280)
-    return {cell: apart(cell, [found[number] for found in ranks]) for number, cell in enumerate(cells)}
+    ranks = run_ranks(train_cells, cells[0].topology.world, work, sabotage, timeout=280)
+    return {cell: apart(cell, [runs[number] for runs in ranks]) for number, cell in enumerate(cells)}
 
 
-def apart(cell: Cell, ranks: list[Trained]) -> Apart:
+def apart(cell: AnyCell, ranks: list[Trained]) -> Apart:
     """Asserts that the run is a test of something (clipping was active in every step, training moved the weights
     further than the tolerance), and that what is frozen stood still to the bit."""
-    (losses, norms, weights), start = dense(cell)
+    (reports, norms, weights), start = dense(cell)
+    margin = min(report.get("margin", MARGIN) for report in reports)
+    assert margin >= MARGIN, f"{cell}: rounding may draw another text: {margin}"
     assert min(norms) > OPTIM.clip, f"{cell}: clipping must have been active: {norms}"
-    found = ranks[0].weights
-    assert found.keys() == weights.keys(), f"{cell}: {found.keys() ^ weights.keys()}"
-    assert all(rank.losses[step].keys() == losses[step].keys() for rank in ranks for step in range(STEPS)), str(cell)
+    state = ranks[0].weights
+    assert state.keys() == weights.keys(), f"{cell}: {state.keys() ^ weights.keys()}"
+    assert all(one.keys() == reports[0].keys() for run in ranks for one in run.reports), str(cell)
     moved = {name for name in weights if not torch.equal(weights[name], start[name])}
     dtype = torch.bfloat16 if cell.precision == "bf16" else torch.float32
     for name in weights.keys() - moved:
-        assert torch.equal(found[name].to(dtype), start[name].to(dtype)), f"{cell}: {name} must not move"
+        assert torch.equal(state[name].to(dtype), start[name].to(dtype)), f"{cell}: {name} must not move"
     furthest = _most((weights[name] - start[name]).abs().max() for name in moved)
     assert furthest > 3e-4, f"{cell}: training moved no weight by more than {furthest:.1e}"
-    off = [
-        [rank.losses[step][name] - losses[step][name] for step in range(STEPS) for name in losses[0]] for rank in ranks
-    ]
+    pairs = zip(mean_reports(ranks), reports, strict=True)
+    off = [own[name] - want[name] for own, want in pairs for name in want if name.startswith("loss")]
     relative = [torch.tensor(rank.norms).double() / torch.tensor(norms).double() - 1 for rank in ranks]
     return Apart(
-        loss=_most(abs(each) for one in off for each in one),
+        loss=_most(abs(each) for each in off),
         norm=_most(each.square().mean().sqrt() for each in relative),
         norm_once=_most(each.abs().max() for each in relative),
-        weights=_most((found[name] - weights[name]).abs().max() for name in weights),
-        way=_distance(found, weights, moved) / _distance(weights, start, moved),
+        weights=_most((state[name] - weights[name]).abs().max() for name in weights),
+        way=_distance(state, weights, moved) / _distance(weights, start, moved),
     )
 
 
@@ -187,10 +172,10 @@ def _distance(one: dict[str, Tensor], other: dict[str, Tensor], names: set[str])
     return sum(float((one[name].double() - other[name].double()).square().sum()) for name in names) ** 0.5
 
 
-def failures(found: dict[Cell, Apart]) -> list[str]:
+def failures(cells: dict[AnyCell, Apart]) -> list[str]:
     """One line for each cell that is further off than its precision allows."""
     said = []
-    for cell, values in found.items():
+    for cell, values in cells.items():
         over = [
             f"{name} {value:.1e} > {most:.0e}"
             for name, value, most in zip(Apart._fields, values, TOLERANCES[cell.precision], strict=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.batch import Batch, Layout, make_batch
+from pretrain.batch import DROP_PATH, Batch, Layout, make_batch
 from pretrain.config import Recipe, Stage
 from pretrain.parallel.sizes import Parallel
 from pretrain.plan.memory import Cell, activations, block_bytes, moments
@@ -26,6 +26,7 @@ from pretrain.tasks.pretrain import PretrainTask
 from tests.distributed import run_ranks
 
 CLOSE = 0.05
+CODES = 512  # of the recipe's visual tokenizer
 RANKS, BUCKET, PERSISTENCE = 2, 200_000, 1000
 PARTS = ("parameters", "gradients", "optimizer", "activations", "working", "buffers")
 
@@ -39,23 +40,23 @@ def tiny(**changes) -> tuple[Recipe, Stage]:
 
 def a_batch(recipe: Recipe, layout: Layout, image_ratio: float = 0.4, text_ratio: float = 0.15) -> Batch:
     """Random contents, masked as the objective says: the pair's picture is whole in this recipe."""
-    m, dice = recipe.model, torch.Generator().manual_seed(1)
+    m, random = recipe.model, torch.Generator().manual_seed(1)
     side, pictures = m.image_size, layout.images + layout.pairs
-    codes = torch.randint(0, m.image_codes, (pictures, layout.patches - 1), generator=dice)
-    masks = torch.rand(codes.shape, generator=dice).argsort(1) < round(image_ratio * (layout.patches - 1))
+    codes = torch.randint(0, CODES, (pictures, layout.patches), generator=random)
+    masks = torch.rand(codes.shape, generator=random).argsort(1) < round(image_ratio * layout.patches)
     masks[layout.images :] = False
-    texts = torch.randint(4, m.vocab_size, (layout.texts, layout.text_len), generator=dice)
-    pairs = torch.randint(4, m.vocab_size, (layout.pairs, layout.pair_len), generator=dice)
+    texts = torch.randint(4, m.vocab_size, (layout.texts, layout.text_len), generator=random)
+    pairs = torch.randint(4, m.vocab_size, (layout.pairs, layout.pair_len), generator=random)
     return make_batch(
         layout,
-        images=torch.randint(0, 255, (pictures, 3, side, side), dtype=torch.uint8, generator=dice),
+        images=torch.randint(0, 255, (pictures, 3, side, side), dtype=torch.uint8, generator=random),
         image_masks=masks,
         image_codes=codes,
         pair_tokens=pairs,
         text_tokens=texts,
-        pair_masked=torch.rand(pairs.shape, generator=dice).argsort(1) < layout.pair_len // 2,
-        text_masked=torch.rand(texts.shape, generator=dice).argsort(1) < round(text_ratio * layout.text_len),
-        noise=torch.rand(layout.sequences, 2 * m.depth, generator=dice),
+        pair_masked=torch.rand(pairs.shape, generator=random).argsort(1) < layout.pair_len // 2,
+        text_masked=torch.rand(texts.shape, generator=random).argsort(1) < round(text_ratio * layout.text_len),
+        draws={DROP_PATH: torch.rand(layout.sequences, m.draws, generator=random)},
     )
 
 
@@ -78,15 +79,15 @@ def ds_json(stage: int, bf16: bool, **zero) -> dict:
 
 def storages() -> dict[int, int]:
     """Address and bytes of every tensor's storage that Python can reach."""
-    found: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some deprecated objects complain when they are looked at
         tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
     for tensor in tensors:
         for one in (tensor, tensor.grad if tensor.is_leaf else None):
             if one is not None and one.device.type == "cpu":
-                found[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
-    return found
+                sizes[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+    return sizes
 
 
 def address(tensor: Tensor) -> int:
@@ -118,8 +119,8 @@ def by_part(engine, foreign: set[int], saved: set[int]) -> dict[str, int]:
         for tensors in getattr(engine.optimizer, name, {}).values():
             parts |= {address(one): "gradients" for one in tensors or [] if isinstance(one, Tensor)}
     for bucket in getattr(engine.optimizer, "ipg_buckets", {}).values():
-        held = [bucket.buffer] if isinstance(bucket.buffer, Tensor) else bucket.buffer or []
-        parts |= {address(one): "buffers" for one in held}
+        own = [bucket.buffer] if isinstance(bucket.buffer, Tensor) else bucket.buffer or []
+        parts |= {address(one): "buffers" for one in own}
     flat = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
     if flat is not None:
         parts[address(flat)] = "gradients"
@@ -185,7 +186,7 @@ def measure(cases: list[Case]) -> list[tuple[dict[str, int], dict[str, int]]]:
     """Of each case's second step on this rank: in the last micro-step's backward, and at Adam's step."""
     from pretrain.parallel.pipeline import pipeline_step
 
-    found = []
+    results = []
     for case in cases:
         batch = a_batch(tiny()[0], layout_of(tiny()[0]))
         foreign = {address(tensor) for _, tensor in batch.tensors()}
@@ -203,10 +204,10 @@ def measure(cases: list[Case]) -> list[tuple[dict[str, int], dict[str, int]]]:
                 if micro == case.accumulation - 1 and watch.engine.zero_optimization_stage() == 0:
                     watch.note("backward")
                 watch.engine.step()
-        found.append((watch.seen["backward"], watch.seen["step"]))
+        results.append((watch.seen["backward"], watch.seen["step"]))
         watch.engine.destroy()
         del watch
-    return found
+    return results
 
 
 def an_engine(case: Case):
@@ -218,21 +219,19 @@ def an_engine(case: Case):
     from pretrain.parallel.tensor import parallel_layers
 
     recipe, stage = tiny()
-    model = replace(recipe.model, drop_path=stage.drop_path)
-    mesh = create_mesh(case.parallel)
+    model, mesh = recipe.model, create_mesh(case.parallel)
     layers, factor = parallel_layers(mesh), schedule(stage.optim, 10)
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "ds.json"
         path.write_text(json.dumps(case.config))
         config = load_ds_config(path, micro=24, accumulation=case.accumulation, world=mesh.data.size, clip=1.0)
     if case.parallel.pipe == 1:
-        task = PretrainTask(model, stage.experts, stage.objectives, layers)
+        task = PretrainTask(model, stage.experts, stage.objectives, layers, drop_path=stage.drop_path)
         return build_engine(task, build_optimizer(task, stage.optim), factor, config, mpu_of(mesh))
     layout = layout_of(recipe)
     bounds = pipeline_bounds(model, stage.objectives, layout, case.parallel.pipe)
-    part = PipelineTask(
-        model, stage.experts, stage.objectives, layers, layout=layout, bounds=bounds, stage=mesh.pipe.rank
-    )
+    own = {"layout": layout, "bounds": bounds, "stage": mesh.pipe.rank, "drop_path": stage.drop_path}
+    part = PipelineTask(model, stage.experts, stage.objectives, layers, **own)
     return build_pipeline_engine(part, case.parallel, partial(build_optimizer, optim=stage.optim), factor, config)
 
 
@@ -240,10 +239,10 @@ def compare(cases: list[Case]) -> None:
     """States and buffers within 5 % on every rank and at both moments, activations in the backward pass."""
     ranks, (recipe, stage) = run_ranks(measure, RANKS, cases, timeout=240), tiny()
     for number, case in enumerate(cases):
-        for rank, found in enumerate(ranks):
+        for rank, moments_of in enumerate(ranks):
             pipe = case.parallel.pipe > 1
             want = moments(planned(recipe, stage), case.cell, stage=rank if pipe else 0)
-            for plan, real in zip(want, found[number], strict=True):
+            for plan, real in zip(want, moments_of[number], strict=True):
                 here = (case, rank, plan.moment, real)
                 for part in ("parameters", "gradients", "optimizer"):
                     assert real[part] == pytest.approx(getattr(plan, part), rel=CLOSE), (*here, part)
@@ -290,21 +289,21 @@ KINDS = {"all": (8, 8, 8), "images": (8, 0, 0), "pairs": (0, 8, 0), "texts": (0,
 
 def saved_bytes(recipe: Recipe, stage: Stage, batch: Batch, dtype: torch.dtype, every: int) -> int:
     """What autograd keeps of one forward pass, each storage once, and what checkpointing keeps for it."""
-    model = replace(recipe.model, drop_path=stage.drop_path, activation_checkpointing=every)
-    task = PretrainTask(model, stage.experts, stage.objectives).to(dtype)
+    options = {"drop_path": stage.drop_path, "checkpointing": every}
+    task = PretrainTask(recipe.model, stage.experts, stage.objectives, **options).to(dtype)
     own = {address(tensor) for _, tensor in batch.tensors()} | {address(value) for value in task.parameters()}
-    kept: dict[int, Tensor] = {}
+    saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[address(tensor)] = tensor
+        saved[address(tensor)] = tensor
         return tensor
 
     for number, block in enumerate(task.encoder.blocks):
         if every and number % every == 0:
-            block.register_forward_pre_hook(lambda _, inputs: kept.update({address(inputs[0]): inputs[0]}))
+            block.register_forward_pre_hook(lambda _, inputs: saved.update({address(inputs[0]): inputs[0]}))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         task(batch)
-    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in own)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -333,5 +332,5 @@ def test_checkpointing_keeps_the_inputs_of_every_nth_block(every):
         sum(block_bytes(plan, cell, number) for number in range(first, min(first + every, 5)))
         for first in (1, 1 + every)
     )
-    kept = whole - again + layout.rows * recipe.model.dim * 4
-    assert saved_bytes(recipe, stage, a_batch(recipe, layout), torch.float32, every) == pytest.approx(kept, rel=CLOSE)
+    saved = whole - again + layout.rows * recipe.model.dim * 4
+    assert saved_bytes(recipe, stage, a_batch(recipe, layout), torch.float32, every) == pytest.approx(saved, rel=CLOSE)

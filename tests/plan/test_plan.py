@@ -10,18 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.models.visual_tokenizer.vqkd import VQKD
 from pretrain.parallel.ds_config import load_ds_config
 from pretrain.parallel.sizes import Parallel
 from pretrain.plan import __main__ as plan_module
 from pretrain.plan.__main__ import CONFIGS, main, make_plan
 from pretrain.plan.hardware import GPUS
 from pretrain.plan.memory import Cell, gathered_elements, peak_memory
-from pretrain.plan.model import micro_layout, planned, stage_runs, target_elements
+from pretrain.plan.model import micro_batch_layout, planned, stage_runs, target_elements
 from pretrain.plan.time import KINDS, Cluster, micro_flops, step_time
 from pretrain.recipes import load_recipe
 from pretrain.run.build import build_task
-from pretrain.train import layout_flops
 
 NODE = Cluster(GPUS["a100-80g"], gpus=8, node=8)
 
@@ -34,7 +32,7 @@ def cell(plan, ds: str = "zero1_bf16", gpus: int = 8, accumulation: int = 8, eve
     parallel = Parallel(**sizes)
     data = gpus // parallel.model
     config = load_ds_config(CONFIGS / f"{ds}.json", micro=1, accumulation=accumulation, world=data, clip=3.0)
-    layout = micro_layout(plan.stage, plan.model, data * accumulation)
+    layout = micro_batch_layout(plan, data * accumulation)
     return Cell(config, parallel, data, layout, accumulation, every)
 
 
@@ -74,12 +72,12 @@ def test_flops_are_those_that_training_reports():
         whole, own = load_recipe(recipe, stage)
         plan = planned(whole, own)
         one = cell(plan, gpus=2, accumulation=1)
-        assert micro_flops(plan, one) == pytest.approx(layout_flops(whole, own, one.layout))
+        assert micro_flops(plan, one) == pytest.approx(own.task.flops(whole.model, own, one.layout))
 
 
 def test_the_frozen_tokenizer_is_counted():
     recipe, stage = load_recipe("tiny", "fusion")
-    real = sum(value.numel() for value in VQKD(recipe.stages["tokenizer"].tokenizer).state_dict().values())
+    real = sum(value.numel() for value in recipe.stages["tokenizer"].model.build().state_dict().values())
     assert target_elements(planned(recipe, stage)) == real
     assert target_elements(a_plan("tiny", "language")) == 0
 
@@ -105,8 +103,8 @@ def test_memory_goes_where_it_should():
 def test_a_linear_layer_that_keeps_its_gathered_weights_undoes_zero3():
     plan = a_plan()
     one = cell(plan, "zero3_bf16")
-    kept = replace(one, config=one.config | {"zero_optimization": one.zero | {"memory_efficient_linear": False}})
-    assert gathered_elements(plan.parameters, kept) > 5 * gathered_elements(plan.parameters, one)
+    keeping = replace(one, config=one.config | {"zero_optimization": one.zero | {"memory_efficient_linear": False}})
+    assert gathered_elements(plan.parameters, keeping) > 5 * gathered_elements(plan.parameters, one)
 
 
 def test_time_is_near_what_others_publish():
@@ -124,9 +122,9 @@ def test_each_layout_pays_for_its_own_communication():
     total = 2 * sum(p.numel for p in plan.parameters)
 
     def sent(ds="zero1_bf16", **sizes) -> dict[str, float]:
-        found = step_time(plan, cell(plan, ds, gpus=64, accumulation=4, **sizes), cluster).sent
-        assert set(found) == set(KINDS)
-        return {kind: size for kind, size in found.items() if size}
+        by_kind = step_time(plan, cell(plan, ds, gpus=64, accumulation=4, **sizes), cluster).sent
+        assert set(by_kind) == set(KINDS)
+        return {kind: size for kind, size in by_kind.items() if size}
 
     assert sent() == pytest.approx({"data all-reduce": 2 * total * 63 / 64, "all-gather": total * 63 / 64})
     assert sent("zero2_bf16")["data all-reduce"] == pytest.approx(4 * sent()["data all-reduce"])
@@ -153,14 +151,14 @@ def run(capsys, *arguments: str) -> dict:
 
 
 def test_the_fastest_that_fits_comes_first(capsys):
-    found = run(capsys, "--recipe", "beit3_giant", "--gpus", "8", "--top", "30", "--set", "model.vocab_size=64064")
-    steps = [row["step_s"] for row in found["layouts"]]
+    plan = run(capsys, "--recipe", "beit3_giant", "--gpus", "8", "--top", "30", "--set", "model.vocab_size=64064")
+    steps = [row["step_s"] for row in plan["layouts"]]
     assert len(steps) == 30 and steps == sorted(steps)
     usable = (GPUS["a100-80g"].memory - plan_module.OUTSIDE) / plan_module.GIB
-    for row in found["layouts"]:
+    for row in plan["layouts"]:
         assert row["memory_gib"]["total"] < usable
-    assert found["too_large"] > 0 and found["nearest_too_large"][0]["memory_gib"]["total"] > 70
-    reasons = " ".join(row["example"] for row in found["illegal"])
+    assert plan["too_large"] > 0 and plan["nearest_too_large"][0]["memory_gib"]["total"] > 70
+    reasons = " ".join(row["example"] for row in plan["illegal"])
     assert "zero_optimization.stage=2" in reasons and "heads" in reasons
 
 
@@ -172,7 +170,7 @@ def test_the_page_names_a_command_and_every_reason(capsys, tmp_path):
     assert "illegal:" in text and "nothing here was measured" in text
     assert "python -m pretrain.train --recipe tiny --stage fusion --ds ds_configs/" in " ".join(text.split())
     written = json.loads(out.read_text())
-    assert len(written["layouts"]) == 3 and written["date"] and "pretrain.plan.__main__" in written["command"]
+    assert len(written["layouts"]) == 3 and written["date"] and "pretrain.plan " in written["command"]
 
 
 def test_the_example_of_the_help_works(capsys):
@@ -186,7 +184,7 @@ def test_the_example_of_the_help_works(capsys):
     ("arguments", "says"),
     [
         (["--recipe", "beit3_gigant"], "beit3_giant"),
-        (["--recipe", "tiny", "--stage", "tokenizer"], "trains a visual tokenizer"),
+        (["--recipe", "tiny", "--stage", "tokenizer"], "trains a VQKDConfig, which is split over data ranks only"),
         (["--recipe", "tiny", "--stage", "fusion", "--ds", "no.json"], "no such file"),
         (["--recipe", "tiny", "--stage", "fusion", "--gpus", "0"], "--gpus=0 is below 1"),
         (["--recipe", "tiny", "--stage", "fusion", "--gpus", "7"], "no layout is legal on 7 GPUs"),

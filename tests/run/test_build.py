@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from pretrain.checkpoint.weights import carry_over, read_weights, write_weights
-from pretrain.config import Recipe
+from pretrain.config import Recipe, Stage, to_json
+from pretrain.export import resize_positions
+from pretrain.models.multiway.resize import resize_relative_positions
 from pretrain.parallel.mesh import create_mesh
 from pretrain.parallel.sizes import Parallel
 from pretrain.recipes import find_recipe
-from pretrain.run.build import build_task, load_start, weights_config
+from pretrain.run.build import build_task, load_start
 
-SIZE = {"dim": 16, "depth": 4, "heads": 2, "ffn_dim": 32, "image_size": 32, "patch_size": 16, "vocab_size": 64}
+SIZE = {"dim": 16, "depth": 4, "heads": 2, "ffn_dim": 32, "patch_size": 16, "vocab_size": 64}
 
 
-def small(name: str) -> Recipe:
+def small(name: str, pixels: int = 32) -> Recipe:
     recipe = find_recipe(name)
-    stages = {key: replace(s, transform=replace(s.transform, size=32)) for key, s in recipe.stages.items()}
-    return replace(recipe, model=replace(recipe.model, **SIZE, image_codes=16), stages=stages)
+    stages = {key: replace(s, transform=replace(s.transform, size=pixels)) for key, s in recipe.stages.items()}
+    return replace(recipe, model=replace(recipe.model, **SIZE, image_size=pixels), stages=stages)
+
+
+def start(recipe: Recipe, stage: Stage, run_dir: Path) -> tuple[torch.nn.Module, Path | None]:
+    """The task as a run begins with it, and the file that it began from."""
+    task = build_task(recipe, stage, run_dir)
+    return task, load_start(task, recipe, stage, run_dir, None, create_mesh(Parallel()))
 
 
 @pytest.mark.parametrize("name", ["tiny", "beit3_base", "beit3_base_released", "vlmo_base"])
 def test_each_stage_starts_from_the_one_before(tmp_path, name):
     recipe = small(name)
     for key in ("vision", "language", "fusion", "retrieval"):
-        stage = recipe.stages[key]
-        task = build_task(recipe, stage, tmp_path)
-        before = load_start(task, stage, tmp_path, None, create_mesh(Parallel())).init
+        task, before = start(recipe, recipe.stages[key], tmp_path)
         state = carry_over(task.state_dict(), before)
-        write_weights(state, tmp_path / key / "weights.safetensors", weights_config(recipe, stage, key))
+        write_weights(state, tmp_path / key / "weights.safetensors", {"model": to_json(recipe.model)})
         if before is not None:  # nothing of the stages before is lost on the way
             assert read_weights(before)[0].keys() <= state.keys()
     wanted = {n for n in task.state_dict() if n.startswith("encoder.")}
@@ -38,10 +46,36 @@ def test_each_stage_starts_from_the_one_before(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("stage", "knob"), [("vision", "model.image_size=32"), ("tokenizer", "tokenizer.image_size=224")]
+    ("name", "positions"),
+    [("beit3_base", "vision_embed.positions"), ("vlmo_base", "relative_position.table")],
 )
-def test_pictures_of_another_size_are_refused_before_anything_starts(tmp_path, stage, knob):
+def test_weights_of_224_pixels_start_a_stage_of_384(tmp_path, name, positions):
+    """With the values that export's resize writes."""
+    recipe, key = small(name, 224), f"encoder.{positions}"
+    stage, old = replace(recipe.stages["fusion"], init_from=str(tmp_path / "old")), recipe.model
+    state = build_task(recipe, stage, tmp_path).state_dict()
+    state[key] = torch.randn_like(state[key])  # the table begins as zeros
+    write_weights(state, tmp_path / "old" / "weights.safetensors", {"model": to_json(old)})
+
+    def started(**changes) -> dict[str, torch.Tensor]:
+        finer = replace(stage, model=replace(old, **changes), transform=replace(stage.transform, size=384))
+        return start(recipe, finer, tmp_path)[0].state_dict()
+
+    if old.relative_position:
+        expected = state | {key: resize_relative_positions(state[key], 14, 24)}
+    else:
+        expected = resize_positions(state, old, 384)[0]
+    got = started(image_size=384)
+    assert got.keys() == expected.keys() and got[key].shape != state[key].shape
+    assert all(torch.equal(value, expected[name]) for name, value in got.items())
+    for unfit in ({"dim": 24}, {"max_text_len": old.max_text_len + 1}):
+        with pytest.raises(ValueError, match=r"has the shape \(.* but this stage builds it as"):
+            started(image_size=384, **unfit)
+
+
+@pytest.mark.parametrize(("key", "pixels"), [("vision", 32), ("tokenizer", 224)])
+def test_pictures_of_another_size_are_refused_before_anything_starts(tmp_path, key, pixels):
     recipe = small("beit3_base")
-    changed = replace(recipe.stages[stage], transform=replace(recipe.stages[stage].transform, size=48))
-    with pytest.raises(ValueError, match=rf"transform\.size=48 but {knob}"):
-        build_task(recipe, changed, tmp_path)
+    stage = replace(recipe.stages[key], transform=replace(recipe.stages[key].transform, size=48))
+    with pytest.raises(ValueError, match=rf"transform\.size=48 but model\.image_size={pixels}"):
+        build_task(recipe, stage, tmp_path)

@@ -53,6 +53,7 @@ class VQKDConfig(Model):
     restart_after: int | None = None  # steps without use after which a code starts anew; None: never, as BEiT v2
     norm_eps: float = 1e-6
     vocab_size: ClassVar[int] = 0  # type: ignore[misc]  # it reads no text
+    encodes = False  # see tasks/tokenizer.py
 
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "heads", "image_size", "patch_size", "codes", "code_dim", "target_dim"):

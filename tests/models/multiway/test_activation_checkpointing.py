@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.models.multiway.test_encoder import CONFIGS, ROUTES, SHARED, batch_of, encoder
+from tests.toy_models import CONFIGS, ROUTES, encoder, random_batch
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_checkpointing_changes_nothing(name):
-    batch, results = batch_of(ROUTES["masked data"]), []
+    batch, results = random_batch(ROUTES["masked data"]), []
     for every in (0, True, 2):  # blocks
-        model = encoder(dataclasses.replace(CONFIGS[name], activation_checkpointing=every, drop_path=0.5))
+        model = encoder(CONFIGS[name], checkpointing=every, drop_path=0.5)
         torch.manual_seed(7)
-        rows = model(batch)
+        rows = model.rows(batch)
         rows.square().sum().backward()
         results.append([rows, *(p.grad for p in model.parameters())])
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize(("every", "kept"), [(0, None), (1, 3), (2, 2), (5, 1)])
-def test_checkpointing_keeps_the_input_of_every_nth_block(every, kept, monkeypatch):
+@pytest.mark.parametrize(("every", "inputs"), [(0, 0), (1, 3), (2, 2), (5, 1)])
+def test_the_input_of_every_nth_block_is_stored(every, inputs, monkeypatch):
     calls = []
 
     def counted(*args, **kwargs):
@@ -32,8 +30,8 @@ def test_checkpointing_keeps_the_input_of_every_nth_block(every, kept, monkeypat
         return checkpoint(*args, **kwargs)
 
     monkeypatch.setattr("pretrain.models.multiway.encoder.checkpoint", counted)
-    model = encoder(dataclasses.replace(SHARED, activation_checkpointing=every))
-    model(batch_of(ROUTES["vision"]))
-    assert len(calls) == (kept or 0)
-    model.eval()(batch_of(ROUTES["vision"]))
-    assert len(calls) == (kept or 0), "there is no backward pass to keep anything for"
+    model, batch = encoder(checkpointing=every), random_batch(ROUTES["vision"])
+    model(batch)
+    assert len(calls) == inputs
+    model.eval()(batch)
+    assert len(calls) == inputs, "there is no backward pass to store anything for"

@@ -1,20 +1,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from pretrain.models.multiway.config import MultiwayConfig
-from pretrain.models.multiway.encoder import MultiwayEncoder
-from pretrain.models.visual_tokenizer.teachers import ClipTeacher, EncoderTeacher, PixelTeacher, onto_grid
-from pretrain.models.visual_tokenizer.vqkd import VQKD, VQKDConfig
-
-
-def pictures(n: int, size: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-
+from pretrain.batch import Layout, make_batch
+from pretrain.layers import PLAIN
+from pretrain.models.visual_tokenizer.teachers import (
+    Clip,
+    ClipTeacher,
+    Encoder,
+    EncoderTeacher,
+    Pixels,
+    PixelTeacher,
+    onto_grid,
+)
+from pretrain.tasks.tokenizer import TrainTokenizer
+from tests.toy_models import PAPER, PATCHES, VQ, encoder, pictures
 
 # ---- pixels
 
@@ -120,40 +125,41 @@ def test_clip_says_what_is_wrong_with_a_directory(clip_directory, tmp_path):
 
 # ---- one of our own encoders
 
-SMALL = MultiwayConfig(dim=16, depth=2, heads=2, ffn_dim=32, image_size=16, patch_size=4, vocab_size=20)
+
+def read(name: str, knob: str, experts: tuple[str, ...] = ("vision", "language")):
+    """Weights of an encoder, as run.stored_weights reads them."""
+    assert (name, knob) == ("vision", "teacher")
+    return {f"encoder.{key}": value for key, value in encoder(PAPER, experts).state_dict().items()}, PAPER
 
 
 def test_encoder_rows_without_the_class_row():
-    from pretrain.batch import Layout, make_batch
-
-    torch.manual_seed(0)
-    encoder = MultiwayEncoder(SMALL, ("vision",))
-    teacher, images = EncoderTeacher(encoder, grid=4), pictures(3, 16)
+    model = encoder(PAPER, ("vision",))
+    teacher, images = EncoderTeacher(model, PAPER, grid=4), pictures(3)
     targets = teacher(images)
-    rows = encoder(make_batch(Layout(images=3, patches=17), images=images)).view(3, 17, 16)
-    assert torch.equal(targets, rows[:, 1:]) and not targets.requires_grad and teacher.dim == 16
-    assert EncoderTeacher(encoder, grid=2)(pictures(3, 24)).shape == (3, 4, 16)
+    rows = model(make_batch(Layout(images=3, patches=PATCHES), images=images)).images
+    assert torch.equal(targets, rows[:, 1:]) and not targets.requires_grad and teacher.dim == PAPER.dim
+    assert EncoderTeacher(model, PAPER, grid=2)(pictures(3, 24)).shape == (3, 4, PAPER.dim)
 
 
 def test_an_encoder_without_vision_is_refused():
-    with pytest.raises(ValueError, match="hold no vision"):
-        EncoderTeacher(MultiwayEncoder(SMALL, ("language",)), grid=4)
+    with pytest.raises(ValueError, match="holds no encoder with vision"):
+        Encoder("vision").build(VQ, lambda *names: read(*names, experts=("language",)))
 
 
 # ---- all
 
 
-def test_a_teacher_is_frozen_and_no_part_of_the_tokenizer(clip_directory):
-    cfg = VQKDConfig(dim=16, depth=1, heads=2, decoder_depth=0, image_size=32, patch_size=8, codes=8, code_dim=4)
-    images = pictures(2, 32)
-    for teacher in (
-        PixelTeacher(8, cells=2),
-        ClipTeacher(clip_directory, grid=4),
-        EncoderTeacher(MultiwayEncoder(SMALL, ("vision", "language")), grid=4),
-    ):
-        model = VQKD(VQKDConfig(**(vars(cfg) | {"target_dim": teacher.dim, "distill": teacher.distill})))
-        model(images, teacher(images))["loss"].backward()
-        assert not isinstance(teacher, torch.nn.Module)
-        assert {name.split(".")[0] for name in model.state_dict()} == {
-            "encoder", "encoder_head", "codebook", "decoder", "decoder_head",
-        }  # fmt: skip
+@pytest.mark.parametrize("kind", ["pixels", "clip", "encoder"])
+def test_a_teacher_is_frozen_and_no_part_of_the_tokenizer(clip_directory, kind):
+    configs = {"pixels": Pixels(cells=2), "clip": Clip(str(clip_directory)), "encoder": Encoder("vision")}
+    small = replace(VQ, image_size=32, patch_size=8)
+    teacher = configs[kind].build(small, read)
+    assert not isinstance(teacher, torch.nn.Module)
+    fitting = replace(small, target_dim=teacher.dim, distill=teacher.distill)
+    task = TrainTokenizer(configs[kind]).build(fitting, None, PLAIN, read)
+    task(make_batch(Layout(images=2, patches=16), images=pictures(2)))["loss"].backward()
+    assert {name.split(".")[1] for name in task.state_dict()} == {
+        "encoder", "encoder_head", "codebook", "decoder", "decoder_head",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=rf"task\.teacher=.*gives {teacher.dim} numbers .*model\.target_dim=7"):
+        TrainTokenizer(configs[kind]).build(replace(small, target_dim=7), None, PLAIN, read)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,22 +9,21 @@ import torch.nn.functional as F
 
 from pretrain.models.visual_tokenizer.codebook import NEVER, Codebook, spherical_kmeans
 from pretrain.models.visual_tokenizer.teachers import PixelTeacher
-from pretrain.models.visual_tokenizer.vqkd import VQKD, VQKDConfig
+from pretrain.models.visual_tokenizer.vqkd import VQKD
+from tests import toy_models
 from tests.distributed import run_ranks
+from tests.toy_models import VQ
 
-TINY = VQKDConfig(
-    dim=32, depth=1, heads=2, decoder_depth=1, image_size=16, patch_size=4, codes=16, code_dim=8, target_dim=12,
-    distill="mse",
-)  # fmt: skip
+pictures = partial(toy_models.pictures, size=VQ.image_size)
 
 
 def tiny(**changes) -> VQKD:
     torch.manual_seed(0)
-    return VQKD(replace(TINY, **changes))
+    return VQKD(replace(VQ, **changes))
 
 
-def pictures(n: int, seed: int = 0, size: int = 16) -> torch.Tensor:
-    return torch.randint(0, 256, (n, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+def codebook(codes: int = VQ.codes, restart_after: int | None = None) -> Codebook:
+    return Codebook(codes, VQ.code_dim, decay=VQ.decay, restart_after=restart_after)
 
 
 def unit(n: int, width: int = 8, seed: int = 0) -> torch.Tensor:
@@ -32,12 +32,7 @@ def unit(n: int, width: int = 8, seed: int = 0) -> torch.Tensor:
 
 def coloured_blocks(n: int, seed: int = 0) -> torch.Tensor:
     """Pictures of 2 x 2 patches of one colour each, out of many colours."""
-    g = torch.Generator().manual_seed(seed)
-    return (
-        torch.randint(0, 256, (n, 3, 2, 2), generator=g, dtype=torch.uint8)
-        .repeat_interleave(8, 2)
-        .repeat_interleave(8, 3)
-    )
+    return pictures(n, seed=seed, size=2).repeat_interleave(8, 2).repeat_interleave(8, 3)
 
 
 def codebook_state(book: Codebook) -> dict[str, torch.Tensor]:
@@ -48,7 +43,7 @@ def codebook_state(book: Codebook) -> dict[str, torch.Tensor]:
 
 
 def test_after_step_equals_a_plain_loop():
-    book = Codebook(TINY)
+    book = codebook()
     before, z = book.vectors.clone(), unit(12)
     book(z.requires_grad_())
     codes = [max(range(16), key=lambda k: float(v @ before[k])) for v in z.detach()]
@@ -71,7 +66,7 @@ def test_after_step_equals_a_plain_loop():
 def test_accumulation_equals_one_batch_bit_for_bit():
     z, books = unit(64), []
     for parts in (1, 2, 4):
-        book = Codebook(replace(TINY, restart_after=1))
+        book = codebook(restart_after=1)
         for part in z.split(64 // parts):
             book(part)
         book.after_step()
@@ -95,7 +90,7 @@ def test_a_dead_code_restarts_where_vectors_are_far_and_off_is_beit_v2():
     near = F.normalize(torch.eye(8)[:1] + 0.01 * unit(50), dim=-1)
     far = F.normalize(-torch.eye(8)[1:2] + 0.01 * unit(2, seed=1), dim=-1)
     for restart_after in (3, None):
-        book = Codebook(replace(TINY, codes=3, restart_after=restart_after))
+        book = codebook(3, restart_after)
         start = F.normalize(torch.stack([torch.eye(8)[0], torch.eye(8)[2] - torch.eye(8)[1], torch.eye(8)[3]]), dim=-1)
         book.vectors.copy_(start)
         for _ in range(2):
@@ -112,7 +107,7 @@ def test_a_dead_code_restarts_where_vectors_are_far_and_off_is_beit_v2():
 
 
 def test_codebook_use_counts_a_window():
-    book = Codebook(replace(TINY, codes=4))
+    book = codebook(4)
     book.vectors.copy_(torch.eye(8)[:4])
     assert book.use == 0
     book(torch.eye(8)[:2])
@@ -261,12 +256,7 @@ def test_a_loaded_tokenizer_goes_on_where_it_was():
 
 def test_training_on_coloured_blocks():
     """Loss falls, most codes come into use, and a decoded code has its patch's colour."""
-    cfg = VQKDConfig(
-        dim=32, depth=1, heads=2, decoder_depth=1, image_size=16, patch_size=8, codes=64, code_dim=8, target_dim=12,
-        distill="mse", restart_after=10, decay=0.95,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model, teacher = VQKD(cfg), PixelTeacher(8, cells=2)
+    model, teacher = tiny(patch_size=8, codes=64, restart_after=10, decay=0.95), PixelTeacher(8, cells=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     model.start_codebook([coloured_blocks(64)])
     losses, uses = [], []
@@ -282,9 +272,9 @@ def test_training_on_coloured_blocks():
     assert sum(losses[-10:]) / 10 < 0.25 * losses[0]
     assert uses[-1] > 0.5
     images = coloured_blocks(32, seed=1000)
-    drawn = teacher.picture(model.decode_codes(model.encode(images)))
-    assert drawn.shape == (32, 3, 4, 4)
-    error = (drawn.float() - images[:, :, ::4, ::4].float()).square().mean()
+    decoded = teacher.picture(model.decode_codes(model.encode(images)))
+    assert decoded.shape == (32, 3, 4, 4)
+    error = (decoded.float() - images[:, :, ::4, ::4].float()).square().mean()
     assert error < 0.3 * images.float().var()
 
 
@@ -303,7 +293,7 @@ def test_training_on_coloured_blocks():
 )
 def test_config_says_what_is_wrong(changes, says):
     with pytest.raises(ValueError, match=says):
-        replace(TINY, **changes)
+        replace(VQ, **changes)
 
 
 def test_pictures_of_another_size_are_refused():

@@ -1,0 +1,74 @@
+"""benchmarks.throughput builds the run of pretrain.train, whatever the stage asks for, and counts each token once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.batch import Layout
+from pretrain.layers import PLAIN
+from pretrain.recipes import load_recipe
+from tests.distributed import run_ranks
+from tests.small_run import RECIPE
+from tests.step_batches import CONFIGS
+
+# A step of small_run's fusion stage.
+STEP = Layout(images=4, pairs=4, texts=4, patches=16, pair_len=8, text_len=10)
+ROOM = "model.vocab_size=128"  # for the benchmark's own words
+
+
+def measure(recipe: Path, ds: str, settings: list[str]) -> tuple[dict[str, Any], int]:
+    """The benchmark's result on this rank, and how often blocks were compiled."""
+    from benchmarks import throughput
+    from pretrain.models.multiway.encoder import MultiwayEncoder
+
+    throughput.SHARDS, throughput.SAMPLES, throughput.SIDE = 2, 16, 32
+    compiled: list[Any] = []
+    real: Callable[..., None] = MultiwayEncoder.compile_blocks
+    # All of torch.compile but its last and slow part, the C++ compiler.
+    MultiwayEncoder.compile_blocks = lambda self: compiled.append(real(self, backend="aot_eager"))  # type: ignore
+    line = ["--recipe", str(recipe), "--stage", "fusion", "--ds", str(CONFIGS / ds), "--steps", "2", "--warmup", "1"]
+    settings = [ROOM, *settings]
+    args = throughput.parse_args([*line, *(word for setting in settings for word in ("--set", setting))])
+    return throughput.measure(args), len(compiled)
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    path = tmp_path / "recipe.py"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.mark.parametrize("settings", [["compile=true"], ["optim.layer_decay=0.5"]], ids=str)
+def test_one_process(recipe, settings):
+    ((result, compiled),) = run_ranks(measure, 1, recipe, "zero1.json", settings)
+    check(result, recipe, ranks=1, data_ranks=1)
+    assert compiled == ("compile=true" in settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "data_ranks"), [([], 2), (["parallel.pipe=2"], 1), (["parallel.tensor=2"], 1)], ids=str
+)
+def test_two_ranks(recipe, settings, data_ranks):
+    for result, _ in run_ranks(measure, 2, recipe, "zero1.json", settings):
+        check(result, recipe, ranks=2, data_ranks=data_ranks)
+
+
+def check(result: dict[str, Any], recipe: Path, *, ranks: int, data_ranks: int) -> None:
+    """Ranks of one copy of the model share its tokens, its FLOPs and its parameters."""
+    whole, stage = load_recipe(str(recipe), "fusion", [ROOM])
+    assert (result["ranks"], result["data_ranks"], result["steps"]) == (ranks, data_ranks, 2)
+    seconds = result["ms_per_step"]["median"] / 1e3
+    assert result["ms_per_step"]["min"] <= result["ms_per_step"]["median"] <= result["ms_per_step"]["max"]
+    assert 0 <= result["data_wait"] < 1
+    assert result["samples_per_s"] * seconds == pytest.approx(STEP.sequences)
+    assert result["tokens_per_s"] * seconds == pytest.approx(STEP.rows)
+    # About: how many rows are hidden is rounded for each micro-batch.
+    flops = stage.task.flops(whole.model, stage, STEP)
+    assert result["tflops_per_rank"] * 1e12 * seconds * ranks == pytest.approx(flops, rel=0.02)
+    task = stage.task.build(whole.model, stage, PLAIN, None)
+    assert result["parameters"] == sum(value.numel() for value in task.parameters())

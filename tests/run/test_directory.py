@@ -1,0 +1,68 @@
+"""What a run reads has a name by its content: another content is another run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain.checkpoint.weights import write_weights
+from pretrain.config import Stage
+from pretrain.models.visual_tokenizer.teachers import Clip, Encoder
+from pretrain.run.directory import inputs_digest
+from pretrain.tasks.tokenizer import TrainTokenizer
+from tests.run.test_identity import RECIPE, TOKENIZER, VISION
+
+
+def digest(stage: Stage, run_dir: Path) -> str:
+    return inputs_digest(RECIPE, stage, run_dir, {"images": "a1b2"})
+
+
+def store(path: Path, value: float) -> None:
+    write_weights({"x": torch.tensor([value])}, path / "weights.safetensors", {})
+
+
+def test_a_swapped_clip_is_another_input(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA", str(tmp_path))
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    (clip / "config.json").write_text("{}")
+    (clip / "model.safetensors").write_bytes(b"one")
+    stage = replace(TOKENIZER, task=TrainTokenizer(Clip("$DATA/clip")))
+    before = digest(stage, tmp_path)
+    assert before.startswith("images:a1b2 teacher:") and before != digest(TOKENIZER, tmp_path) == "images:a1b2"
+    (clip / "README.md").write_text("what the model is for")
+    clip.rename(tmp_path / "moved")
+    moved = replace(stage, task=TrainTokenizer(Clip("$DATA/moved")))
+    assert digest(moved, tmp_path) == before, "neither its place nor its description counts"
+    for name, content in (("model.safetensors", b"two"), ("config.json", b"[]"), ("preprocessor_config.json", b"{}")):
+        (tmp_path / "moved" / name).write_bytes(content)
+        after = digest(moved, tmp_path)
+        assert after != before, name
+        before = after
+
+
+@pytest.mark.parametrize(
+    ("stage", "knob"),
+    [
+        (replace(TOKENIZER, task=TrainTokenizer(Encoder("start"))), "teacher"),
+        (VISION, "visual_tokenizer"),
+        (replace(TOKENIZER, init_from="start"), "init_from"),
+    ],
+)
+@pytest.mark.parametrize("by_path", [False, True])
+def test_other_weights_under_the_same_name_are_another_input(tmp_path, stage, knob, by_path):
+    name = "tokenizer" if knob == "visual_tokenizer" else "start"
+    if by_path:
+        path = str(tmp_path / name)
+        change = {"task": TrainTokenizer(Encoder(path))} if knob == "teacher" else {knob: path}
+        stage = replace(stage, **change)
+    with pytest.raises(ValueError, match=f"{knob}=.*run the stage .* to its end first"):
+        digest(stage, tmp_path / "run" if by_path else tmp_path)
+    digests = []
+    for value in (1.0, 1.0, 2.0):
+        store(tmp_path / name, value)
+        digests.append(digest(stage, tmp_path / "run" if by_path else tmp_path))
+    assert digests[0] == digests[1] != digests[2] and f"{knob}:" in digests[0]
