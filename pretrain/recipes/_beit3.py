@@ -88,7 +88,7 @@ def _tokenizer(model: MultiwayConfig) -> Stage:
     return Stage(
         mix={"images": IMAGES},
         batch=BatchSize(images=512),
-        model=VQKDConfig(image_size=model.image_size, patch_size=model.patch_size),
+        model=VQKDConfig(image_size=model.image_size, patch_size=model.patch_size, init="normal"),
         task=TrainTokenizer(teacher=Clip("$CLIP")),
         # [B2 run_vqkd_training.py]: min_crop_scale 0.08, color_jitter 0.
         transform=replace(LOOK, scale=(0.08, 1.0), jitter=0.0),
