@@ -102,6 +102,11 @@ class Model(Protocol):
 class Masking(Protocol):
     """What the loader hides of each sample; see data/masking.py."""
 
+    @property
+    def mask_eos(self) -> bool:
+        """Whether the end of a text is a target too."""
+        return False
+
     def ratios(self, kind: str) -> tuple[float, float]:
         """(of the picture, of the text) of one kind of a mix: images, pairs, texts or dual."""
 
