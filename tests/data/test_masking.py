@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pretrain.batch import BOS, EOS, PAD, UNK
-from pretrain.data.masking import Masking, combine, count_masked, mask_image, mask_text
+from pretrain.data.masking import MIN_BLOCK, ON_PATCHES, Masking, combine, count_masked, mask_image, mask_text
 from pretrain.data.transforms import sample_rng
 
 MASK_ID = 101
@@ -42,6 +42,12 @@ def test_the_first_block_of_a_mask_is_a_rectangle_of_the_published_shape() -> No
         if height * width == 16:  # otherwise the rounded block was smaller, and single patches filled up
             assert mask[rows[0] : rows[0] + height, columns[0] : columns[0] + width].all()
             assert 0.3 / 1.5 < height / width < 1.5 / 0.3
+
+
+def test_what_the_recipes_say_of_the_papers_masks() -> None:
+    """_beit3.py: 78 patches where BEiT-2 hides 75, and the giant's smallest block of 21 patches."""
+    assert count_masked(196, 0.4) == 78 and count_masked(196, 75 / 196) == 75
+    assert round(MIN_BLOCK * 16**2 / ON_PATCHES) == 21
 
 
 def published(generator: random.Random, grid: int = 14, target: int = 78) -> np.ndarray:
