@@ -121,7 +121,8 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch) -> int:
         meter.wait(time.perf_counter() - waited)
         watch.enter(f"step {step}", patient=step == start + 1)
         report = run.step(micro_batches, first=step == 1)
-        meter.tick(samples=stage.batch.total, tokens=run.rows, flops=run.flops)
+        real = sum(batch.real_rows() for batch in micro_batches)
+        meter.tick(samples=stage.batch.total, tokens=run.rows, real=real, flops=run.flops, executed=run.executed_flops)
         stopping = any_rank(stop.asked, device())
         saving = step % recipe.save_every == 0 or step == stage.steps or stopping
         if step % recipe.log_every == 0 or saving:

@@ -8,6 +8,7 @@ import struct
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pretrain import metrics
 from pretrain.metrics import MetricsLog, Throughput, read_metrics
@@ -26,23 +27,25 @@ def test_throughput_is_the_mean_since_the_last_reading(clock):
     for _ in range(4):
         clock.now += 0.5
         meter.wait(0.1)
-        meter.tick(samples=32, tokens=100, flops=2.5e11)
+        meter.tick(samples=32, tokens=100, real=torch.tensor(70), flops=2.5e11, executed=2e11)
     read = meter.read()
     assert read["samples_per_s"] == pytest.approx(64)
     assert read["tokens_per_s"] == pytest.approx(400)
-    assert read["mfu"] == pytest.approx(0.5)
+    assert read["real_tokens_per_s"] == pytest.approx(280)
+    assert read["mfu"] == pytest.approx(0.5) and read["mfu_executed"] == pytest.approx(0.4)
     assert read["data_wait"] == pytest.approx(0.2)
     assert 0.01 < read["memory_gib"] < 1000
     clock.now += 30  # saving a checkpoint
     meter.skip()
     clock.now += 1
-    meter.tick(samples=10, tokens=1, flops=0)
+    meter.tick(samples=10, tokens=1, real=1, flops=0, executed=0)
     assert meter.read()["samples_per_s"] == pytest.approx(10)
 
 
 def test_mfu_is_null_where_the_peak_is_unknown(clock):
     meter = Throughput("cpu")
-    assert meter.read()["mfu"] is None  # nor does an empty reading divide by zero
+    read = meter.read()
+    assert read["mfu"] is None and read["mfu_executed"] is None  # nor does an empty reading divide by zero
 
 
 def write_steps(directory, start, stop, offset=0.0):

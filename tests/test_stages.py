@@ -42,7 +42,18 @@ def test_every_stage_leaves_the_files_of_the_contract(run):
             assert (run / stage / name).is_file(), (stage, name)
         assert list((run / stage / "tensorboard").iterdir())
     line = json.loads((run / "fusion" / "metrics.jsonl").read_text().splitlines()[-1])
-    for key in ("step", "loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "mfu", "data_wait", "memory_gib"):
+    for key in (
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "samples_per_s",
+        "tokens_per_s",
+        "real_tokens_per_s",
+        "mfu",
+        "data_wait",
+        "memory_gib",
+    ):
         assert key in line
     assert line["samples_seen"] == 12 * 12
     for part in ("image", "pair_image", "pair_text", "text"):

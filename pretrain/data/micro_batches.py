@@ -157,7 +157,8 @@ class MicroBatches(Dataset):
             image_mask = mask_image(view.grid, image_ratio, rng)
         if raw.ids is not None:
             assert view.tokenizer is not None
-            inputs, masked = mask_text(raw.ids, text_ratio, mask_id=view.tokenizer.mask_id, rng=rng)
+            mask_id, mask_eos = view.tokenizer.mask_id, view.masking is not None and view.masking.mask_eos
+            inputs, masked = mask_text(raw.ids, text_ratio, mask_id=mask_id, rng=rng, mask_eos=mask_eos)
         # A dual pair is two sequences. Drawn last, so that the masks do not depend on whether draws are needed.
         draws = rng.random((2 if kind == "dual" else 1, sum(view.draws.values())), dtype=np.float32)
         return _Sample(key, raw, image_mask, codes, inputs, masked, draws)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,14 @@ class Run:
         """Model FLOPs of one step on this rank."""
         stage, model = self.stage, self.recipe.model_of(self.stage)
         whole = stage.task.flops(model, stage, self.loader.layout) * stage.batch.accumulation
+        return whole / stage.parallel.model
+
+    @cached_property
+    def executed_flops(self) -> float:
+        """Of `flops`, those that the step computes."""
+        stage, model = self.stage, self.recipe.model_of(self.stage)
+        trained = frozenset(parameter_names(self.recipe, stage)) - frozen_names(self.recipe, stage)
+        whole = stage.task.executed_flops(model, stage, self.loader.layout, trained) * stage.batch.accumulation
         return whole / stage.parallel.model
 
     @property
