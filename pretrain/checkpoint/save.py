@@ -2,8 +2,12 @@
 
 A checkpoint is a directory step_00000100 that was written as .step_00000100.writing beside its place: the whole model
 (weights.safetensors), each rank's part of the optimizer's moments and its random state, all synced, then MANIFEST.json
-with their sizes and hashes, then one rename. A directory without a valid manifest does not exist for `newest`. Nothing
-in it depends on the layout that wrote it: any other may go on from there.
+with their sizes and hashes, then one rename. A directory without a valid manifest does not exist for `newest`, and a
+file that the manifest does not list is not read. Nothing in it depends on the layout that wrote it: any other may go on
+from there.
+
+The hashes have no key: they show damage, a disk's or a copy's, but not intent. Whoever may write to the directory can
+rewrite file and manifest together, and nothing here notices.
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ class Checkpoint:
     path: Path
     world: int
     layout: dict[str, int]
+    files: tuple[str, ...]  # whose size and hash the manifest lists; anything else in `path` is not read
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -120,7 +125,9 @@ def newest(directory: Path, *, precision: str, recipe_hash: str = "", data_diges
         if lines:
             log.warning("checkpoint refused: %s; trying the one before", lines[0])
             continue
-        return Checkpoint(manifest["step"], path, manifest["world"], manifest["layout"], manifest["extra"])
+        return Checkpoint(
+            manifest["step"], path, manifest["world"], manifest["layout"], tuple(names), manifest["extra"]
+        )
     log.info("no checkpoint to resume from in %s", directory)
     return None
 
@@ -128,7 +135,7 @@ def newest(directory: Path, *, precision: str, recipe_hash: str = "", data_diges
 def resume(engine, checkpoint: Checkpoint, mesh: Mesh | None = None) -> None:
     """Fill the engine's optimizer and counters and this rank's generators, before the first step. Its weights are those
     of `checkpoint.weights`, loaded before it was built. Every rank must call it."""
-    read_moments(engine, mesh, sorted(checkpoint.path.glob("moments_rank*.safetensors")))
+    read_moments(engine, mesh, [checkpoint.path / name for name in checkpoint.files if name.startswith("moments_rank")])
     set_progress(engine, checkpoint.step)
     layout = _layout(engine, mesh)
     if (checkpoint.world, checkpoint.layout) == (world_size(), layout):
