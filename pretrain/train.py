@@ -95,9 +95,13 @@ def run(args: argparse.Namespace, watch: Watch) -> int:
     fail_together(lambda: note_recipe(directory, recipe, identity, command) if rank() == 0 else None)
     done = train(run, directory, stop, watch)
     if done < stage.steps:
+        if run.lock is not None:
+            run.lock.release()
         log.info("%s: stopped by a signal and saved at step %d; start the same line again", args.stage, done)
         return STOPPED
     hand_over(run, directory / WEIGHTS)
+    if run.lock is not None:
+        run.lock.release()
     log.info("%s: finished at step %d; wrote %s", args.stage, done, directory / WEIGHTS)
     return 0
 

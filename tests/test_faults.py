@@ -67,7 +67,7 @@ def test_a_rank_hangs_then_one_dies_and_the_run_ends_bit_equal(data, tmp_path, l
     assert ranks.wait(60, 0) == [LOST], log.read_text()
     ranks.kill()
     assert sentences(log) == [
-        "rank 0 of 2: another rank did not answer within 4 s (in step 6); what was saved is kept, start the same line "
+        "rank 0 of 2: another rank did not answer within 4 s (in step 6); checkpoints are intact, start the same line "
         "again"
     ]
 
@@ -153,7 +153,7 @@ def test_data_workers_that_die_or_hang(data, tmp_path, number, says):
     assert ranks.wait(60) == [LOST, LOST], log.read_text()
     told = sentences(log)
     assert any(says in sentence for sentence in told), told
-    assert all(sentence.endswith("what was saved is kept, start the same line again") for sentence in told)
+    assert all(sentence.endswith("checkpoints are intact, start the same line again") for sentence in told)
 
 
 @pytest.mark.parametrize(
