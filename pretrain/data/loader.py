@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 # The first replaced samples are named in the log; the quarantine file has all of them.
 LOGGED = 10
+# Of a row besides its pixels: ids and targets of 8 bytes, masks, random numbers.
+ROW_BYTES = 24
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,13 @@ class Loader:
         self._dataset = MicroBatches(self.feeds, self.layout, view, share, mixture.seed)
 
     @property
+    def bytes_ahead(self) -> int:
+        """Of the shared memory that the micro-batches fill which the workers have made ahead."""
+        pictures, size = self.layout.images + self.layout.pairs, self._dataset.view.transform
+        micro = pictures * 3 * (size.size**2 if size else 0) + ROW_BYTES * self.layout.rows
+        return self.loading.workers * self.loading.prefetch * micro
+
+    @property
     def samples(self) -> dict[str, int]:
         """How many samples an epoch of each kind has."""
         return {feed.kind: feed.order.samples for feed in self.feeds}
@@ -150,6 +159,10 @@ class Loader:
                     keys = [key for batch in micro_batches for key in batch.keys]
                     os.write(trace, _json_line({"step": step, "keys": keys}))
                 yield micro_batches
+        except BaseException:
+            for worker in getattr(items, "_workers", ()):
+                worker.terminate()  # torch would wait 5 s for each that hangs in its reading
+            raise
         finally:
             del items  # ends the workers
             if trace is not None:
