@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import secrets
 import shutil
 import socket
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.weights import WEIGHTS, weights_header
+from pretrain.checkpoint.weights import CONFIG, WEIGHTS, mend_config, weights_header
 from pretrain.config import Recipe, Stage, to_json
 from pretrain.distributed import gather_objects, rank, refuse_together
 from pretrain.files import WRITING, sweep, write_json
@@ -20,6 +21,8 @@ from pretrain.lock import Lock
 from pretrain.run.identity import differences, hash_of, identity_of
 from pretrain.run.inputs import text_tokenizer
 from pretrain.run.stored_weights import input_digest
+
+log = logging.getLogger("pretrain")
 
 RECIPE = "recipe.json"
 SHOWN = 4  # changed settings that an error names
@@ -45,14 +48,16 @@ def run_identity(directory: Path, recipe: Recipe, stage: Stage) -> dict[str, Any
 
 
 def finished(directory: Path, identity: dict[str, Any]) -> bool:
-    """Whether the directory holds the final weights of this very run; its checkpoints need not be there any more.
-    Raises ValueError for final weights of another run."""
+    """Whether the directory holds the final weights of this very run; its checkpoints need not be there any more. What
+    a kill left undone behind them rank 0 does now. Raises ValueError for final weights of another run."""
     path = directory / WEIGHTS
     if not path.exists():
         return False
     made = weights_header(path).get("config", {})
     if made.get("recipe_hash") != hash_of(identity):
         raise ValueError(f"{path} is of another run than this one; take another --run-dir, or move it away")
+    if rank() == 0 and mend_config(path):
+        log.info("%s: wrote %s again, which a kill had prevented", directory.name, path.with_name(CONFIG))
     return True
 
 
