@@ -38,7 +38,8 @@ log = logging.getLogger("pretrain")
 
 def main(argv: list[str] | None = None) -> int:
     """-> 0 finished, 1 a bug (its traceback), 2 a user's mistake (one sentence on stderr), 69 another rank or a data
-    worker died or did not answer within timeout_s (one sentence), 75 stopped by a signal after saving (see Watch), 130 Ctrl-C."""
+    worker died or did not answer within timeout_s (one sentence), 75 stopped by a signal after saving (where one of
+    several ranks waits for its data: without), 130 Ctrl-C."""
     args = parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
     stop = StopSignals()
@@ -117,7 +118,7 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch) -> int:
     """
     recipe, stage, start, step = run.recipe, run.stage, run.done, run.done
     stop.begin()
-    metrics = fail_together(lambda: MetricsLog(directory, resume_step=start))
+    metrics = fail_together(lambda: MetricsLog(directory, start, every=recipe.log_every))
     meter = Throughput(device(), run.mesh.data.size)
     batches = share_batches(partial(run.loader.batches, start, stage.steps), run.mesh, watch)
     display, saved = Display(directory.name, start, stage.steps), start
@@ -129,7 +130,7 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch) -> int:
             if step == 0:
                 raise Stopped
             if step > saved:
-                save_checkpoint(run, step, directory)
+                save_checkpoint(run, step, directory, metrics)
             break
         watch.enter(f"step {step}", patient=step == start + 1)
         report = run.step(micro_batches, first=step == 1)
@@ -145,7 +146,7 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch) -> int:
         display.bar.update()
         if saving:
             watch.enter(f"the save of step {step}", patient=True)
-            save_checkpoint(run, step, directory)
+            save_checkpoint(run, step, directory, metrics)
             saved = step
             meter.skip()
         if stopping:
@@ -184,7 +185,10 @@ def metrics_line(run: Run, step: int, report: dict[str, Tensor], directory: Path
     return line
 
 
-def save_checkpoint(run: Run, step: int, directory: Path) -> None:
+def save_checkpoint(run: Run, step: int, directory: Path, metrics: MetricsLog) -> None:
+    # First: a node that is lost later must not take lines of steps that are never done again.
+    fail_together(metrics.sync)
+    fail_together(run.loader.sync)
     weights = full_state(run.engine, run.mesh), run.weights_config(directory.name)
     path, identity = directory / "checkpoints", cast(dict[str, Any], run.identity)
     save(run.engine, path, step, weights=weights, mesh=run.mesh, keep=run.recipe.keep, **identity)

@@ -111,6 +111,7 @@ class Loader:
         self.accumulation, self.rank, self.ranks, self.loading = mixture.accumulation, rank, ranks, mixture.loading
         self.trace = Path(trace) if trace else None
         self.quarantine = Path(quarantine) if quarantine else None
+        self._trace_file: int | None = None
         self.replaced = 0  # samples of this rank, so far
         self.layout = _layout(mixture, view, ranks * mixture.accumulation)
         self.feeds = [_feed(kind, mixture, view, self.layout.patches) for kind in KINDS if kind in mixture.mix]
@@ -150,7 +151,7 @@ class Loader:
             # resumed run must find unchanged.
             generator=torch.Generator(),
         )
-        trace = self._open_trace(start)
+        trace = self._trace_file = self._open_trace(start)
         items = iter(loader)
         try:
             for step in range(start + 1, stop + 1):
@@ -166,7 +167,13 @@ class Loader:
         finally:
             del items  # ends the workers
             if trace is not None:
+                self._trace_file = None
                 os.close(trace)
+
+    def sync(self) -> None:
+        """The trace, as far as it is written, survives the loss of the node."""
+        if self._trace_file is not None:
+            os.fsync(self._trace_file)
 
     def _accept(self, step: int, item: tuple[Batch, list[Replaced]] | Failure) -> Batch:
         if isinstance(item, Failure):
@@ -195,7 +202,11 @@ class Loader:
             # Each file is cut by one rank, including the files of a run that had more ranks.
             number = path.name.removeprefix("samples.rank").removesuffix(".jsonl")
             if number.isdigit() and int(number) % self.ranks == self.rank:
-                _cut_trace(path, start)
+                last = _cut_trace(path, start)
+                if last < start and int(number) == 0:  # in every layout there is this one
+                    log.warning(
+                        "%s ends at step %d, not %d: lost with a node, or trace_samples was off", path, last, start
+                    )
         path = self.trace / f"samples.rank{self.rank:05d}.jsonl"
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
@@ -284,16 +295,17 @@ def _json_line(line: dict) -> bytes:
     return json.dumps(line).encode() + b"\n"
 
 
-def _cut_trace(path: Path, start: int) -> None:
-    """Cuts off the lines beyond step `start`, and a line that a kill interrupted."""
-    keep = 0
+def _cut_trace(path: Path, start: int) -> int:
+    """Cuts off the lines beyond step `start`, and a line that a kill interrupted; returns the last step of the rest."""
+    keep = last = 0
     with path.open("r+b") as file:
         for line in file:
             step = re.match(rb'{"step": (\d+),', line)
             if step is None or int(step[1]) > start or not line.endswith(b"\n"):
                 break
-            keep += len(line)
+            keep, last = keep + len(line), int(step[1])
         file.truncate(keep)
+    return last
 
 
 def _start_worker(worker: int) -> None:
