@@ -23,8 +23,9 @@ from pretrain.checkpoint.weights import WEIGHTS, carry_over, write_weights
 from pretrain.distributed import any_rank, device, fail_together, rank, reduce_mean, world_size
 from pretrain.metrics import MetricsLog, Throughput
 from pretrain.optim import learning_rate
-from pretrain.parallel.engine import adopt_slurm, gradient_norm
+from pretrain.parallel.engine import gradient_norm
 from pretrain.parallel.faults import LOST, STOPPED, Watch, leave
+from pretrain.parallel.launcher import adopt_launcher
 from pretrain.parallel.share_batches import share_batches
 from pretrain.parallel.state import full_state
 from pretrain.recipes import load_recipe
@@ -42,10 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     several ranks waits for its data: without), 130 Ctrl-C."""
     args = parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+    try:
+        adopt_launcher()  # before anyone asks for the rank
+    except ValueError as error:
+        log.error("error: %s", error)
+        return 2
     stop = StopSignals()
     watch = Watch(stop.seconds)
     try:
-        adopt_slurm()  # before anyone asks for the rank
         log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
         return leave(run(args, stop, watch))
     except (ValueError, OSError) as error:
