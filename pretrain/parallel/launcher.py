@@ -31,8 +31,8 @@ def adopt_launcher() -> None:
     if world > 1:
         if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
             raise ValueError(f"{missing[0]} is not set for WORLD_SIZE={world}; export MASTER_ADDR and MASTER_PORT")
-        if _number("MASTER_PORT", 0) not in range(1, 65536):
-            raise ValueError(f"MASTER_PORT={os.environ['MASTER_PORT']} is no port; use 1 to 65535")
+        if _number("MASTER_PORT", 0) not in range(65536):
+            raise ValueError(f"MASTER_PORT={os.environ['MASTER_PORT']} is no port; use one below 65536")
 
 
 def _adopt_slurm() -> None:
