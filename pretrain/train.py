@@ -33,6 +33,7 @@ from pretrain.run.build import Run, build_run, frozen_names
 from pretrain.run.directory import finished, note_recipe, run_identity
 from pretrain.run.display import Display
 from pretrain.run.signals import Stopped, StopSignals
+from pretrain.run.whole_recipe import check_other_stages
 
 log = logging.getLogger("pretrain")
 
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace, stop: StopSignals, watch: Watch) -> int:
     if finished(directory, identity):
         log.info("%s: finished before; nothing to do", args.stage)
         return 0
+    check_other_stages(recipe, args.stage, args.run_dir, changed=bool(args.set))
     run = build_run(recipe, stage, args.ds, args.run_dir, watch, directory=directory, settings=identity)
     command = {"recipe": _findable(args.recipe), "set": args.set, "ds": run.ds_config, "world": world_size()}
     fail_together(lambda: note_recipe(directory, recipe, identity, command) if rank() == 0 else None)
