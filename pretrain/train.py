@@ -5,10 +5,17 @@ python -m pretrain.train --recipe tiny --stage vision --ds ds_configs/zero1.json
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    # Until the imports below are through, a second or more, Ctrl-C would be a traceback out of the middle of them.
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped before the start\n"), os._exit(130)))
+
 import argparse
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -216,4 +223,5 @@ def _findable(recipe: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())
