@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -56,11 +57,18 @@ class Lock:
         self._beats = threading.Thread(target=self._beat, name="lock", daemon=True)
         self._beats.start()
 
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def release(self) -> None:
         if not self._over.is_set():
             self._over.set()
             self._beats.join()
-            os.ftruncate(self._handle, 0)
+            with suppress(OSError):  # the end of the process says it too
+                os.ftruncate(self._handle, 0)
             os.close(self._handle)
 
     def _take(self, directory: Path) -> None:

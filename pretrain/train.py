@@ -18,6 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -111,15 +112,13 @@ def run(args: argparse.Namespace, stop: StopSignals, watch: Watch) -> int:
     run = build_run(recipe, stage, args.ds, args.run_dir, watch, directory=directory, settings=identity)
     command = {"recipe": _findable(args.recipe), "set": args.set, "ds": run.ds_config, "world": world_size()}
     fail_together(lambda: note_recipe(directory, recipe, identity, command) if rank() == 0 else None)
-    done = train(run, directory, stop, watch)
+    with run.lock or nullcontext():
+        done = train(run, directory, stop, watch)
+        if done == stage.steps:
+            hand_over(run, directory / WEIGHTS)
     if done < stage.steps:
-        if run.lock is not None:
-            run.lock.release()
         log.info("%s: stopped by a signal and saved at step %d; start the same line again", args.stage, done)
         return STOPPED
-    hand_over(run, directory / WEIGHTS)
-    if run.lock is not None:
-        run.lock.release()
     log.info("%s: finished at step %d; wrote %s", args.stage, done, directory / WEIGHTS)
     return 0
 

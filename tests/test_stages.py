@@ -92,11 +92,11 @@ def test_a_finished_stage_needs_no_checkpoints(data, run, tmp_path):
 @pytest.mark.slow
 def test_a_kill_between_weights_and_their_config_is_mended_by_the_next_start(data, run, tmp_path):
     shutil.copytree(run / "vision", tmp_path / "vision")
-    whole = (tmp_path / "vision" / "config.json").read_bytes()
+    whole = json.loads((tmp_path / "vision" / "config.json").read_text())
     (tmp_path / "vision" / "config.json").unlink()
     again = train_stage(data, tmp_path, "vision")
     assert again.returncode == 0 and "nothing to do" in again.stderr, again.stderr
-    assert (tmp_path / "vision" / "config.json").read_bytes() == whole
+    assert json.loads((tmp_path / "vision" / "config.json").read_text()) == whole
 
 
 @pytest.mark.slow
