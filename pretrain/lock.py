@@ -95,7 +95,7 @@ class Lock:
                 raise ValueError(f"{directory} is in use: {now.partition(', beat')[0]} has just begun to write to it")
 
     def _alive(self, record: str) -> bool:
-        log.info("%s is of %s; waiting %.0f s for a sign of life", self.path, record.strip(), BEATS * BEAT_S)
+        log.info("%s is of %s; waiting %.0f s for a sign of life", self.path, record, BEATS * BEAT_S)
         end = time.monotonic() + BEATS * BEAT_S
         while time.monotonic() < end:
             time.sleep(BEAT_S / 5)
@@ -106,7 +106,7 @@ class Lock:
     def _record(self) -> str:
         # Through an open of its own NFS would look at the server's copy, but its close would drop our record lock.
         os.fsync(self._handle)
-        return os.pread(self._handle, 1000, 0).decode(errors="replace")
+        return os.pread(self._handle, 1000, 0).decode(errors="replace").partition("\n")[0]
 
     def _write(self, beat: int) -> None:
         record = f"{self.name}, beat {beat}\n".encode()
