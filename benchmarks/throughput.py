@@ -39,8 +39,8 @@ from pretrain.distributed import barrier, device, rank, world_size
 from pretrain.layers import PLAIN
 from pretrain.metrics import Throughput
 from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
-from pretrain.parallel.engine import adopt_slurm
 from pretrain.parallel.faults import Watch
+from pretrain.parallel.launcher import adopt_launcher
 from pretrain.parallel.share_batches import share_batches
 from pretrain.recipes import load_recipe
 from pretrain.run.build import Run, build_run
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
-    adopt_slurm()
+    adopt_launcher()
     result = measure(args)
     if rank() == 0:
         write({**about("benchmarks.throughput", argv), **result}, args.out)

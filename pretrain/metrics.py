@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
+import os
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pretrain.distributed import rank
-from pretrain.files import write_file
+from pretrain.files import sync, write_file
 from pretrain.flops import peak_flops
 
 log = logging.getLogger(__name__)
@@ -93,7 +96,8 @@ class MetricsLog:
     """Writes `run_dir`/metrics.jsonl and `run_dir`/tensorboard, on rank 0 only. What an earlier run wrote beyond
     `resume_step` is cut off, so that a step has one line however often a run was killed."""
 
-    def __init__(self, run_dir: Path, resume_step: int = 0):
+    def __init__(self, run_dir: Path, resume_step: int = 0, every: int | None = None):
+        """`every`: how many steps lie between two lines; a larger hole before `resume_step` is named in the log."""
         self._file: Any = None
         self._board: Any = None
         if rank() != 0:
@@ -103,9 +107,12 @@ class MetricsLog:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         _cut(run_dir / FILE, resume_step)
+        if resume_step and every is not None:
+            _name_holes(run_dir / FILE, resume_step, every)
         # Unbuffered and append-only: each line is one write, and a reader never sees half of one in the middle.
         self._file = open(run_dir / FILE, "ab", buffering=0)  # noqa: SIM115
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
+        sync(run_dir)
 
     def write(self, step: int, values: dict[str, float | int | None]) -> None:
         """One line. Floats are written so that they read back to the same bits; NaN and infinity become null."""
@@ -121,6 +128,11 @@ class MetricsLog:
         for name, value in line.items():
             if value is not None and name != "step":
                 self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """What was written survives the loss of the node."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:
@@ -158,6 +170,20 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
         return None
     good = isinstance(line, dict) and isinstance(line.get("step"), int)
     return line if good else None
+
+
+def _name_holes(path: Path, resume_step: int, every: int) -> None:
+    """One log line for steps without a line: after a node was lost with what it had not synced."""
+    steps = [0, *(line["step"] for line in read_metrics(path))] if path.exists() else [0]
+    gaps = list(itertools.pairwise([*steps, resume_step + 1]))
+    # Another log_every before is no hole.
+    usual = max([every, *([statistics.median_low(b - a for a, b in gaps[:-1])] if gaps[:-1] else [])])
+    holes = [f"{before + 1} to {after - 1}" for before, after in gaps if after - before > usual]
+    if holes:
+        more = f" and {len(holes) - 1} other places" if len(holes) > 1 else ""
+        log.warning(
+            "%s has no line of the steps %s%s: lost with a node, or log_every was changed", path, holes[-1], more
+        )
 
 
 def _cut(path: Path, resume_step: int) -> None:

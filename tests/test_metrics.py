@@ -122,3 +122,26 @@ def test_a_file_of_another_program_is_an_error_that_names_the_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nhello\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is not a JSON object"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("steps", "resume", "every", "hole"),
+    [
+        ([1, 2, 3, 7, 8, 9, 10], 10, 1, "the steps 4 to 6:"),
+        ([1, 2, 3], 10, 1, "the steps 4 to 10:"),
+        ([1, 2, 6, 7, 8], 10, 1, "the steps 9 to 10 and 1 other places:"),
+        ([5, 10, 20], 22, 5, "the steps 11 to 19:"),
+        ([], 4, 1, "the steps 1 to 4:"),
+        (range(1, 11), 10, 1, None),
+        ([5, 10], 14, 5, None),
+        ([10, 20, 30], 35, 5, None),  # log_every was 10
+        ([5, 10, 15, 20], 40, 50, None),  # and 5
+    ],
+)
+def test_a_hole_before_the_step_that_a_run_goes_on_from_is_one_log_line(tmp_path, caplog, steps, resume, every, hole):
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in steps))
+    with MetricsLog(tmp_path, resume, every=every):
+        pass
+    told = [record.message for record in caplog.records if "has no line of" in record.message]
+    assert len(told) == (hole is not None)
+    assert hole is None or hole in told[0]

@@ -101,6 +101,16 @@ def test_a_finished_stage_needs_no_checkpoints(data, run, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_kill_between_weights_and_their_config_is_mended_by_the_next_start(data, run, tmp_path):
+    shutil.copytree(run / "vision", tmp_path / "vision")
+    whole = json.loads((tmp_path / "vision" / "config.json").read_text())
+    (tmp_path / "vision" / "config.json").unlink()
+    again = train_stage(data, tmp_path, "vision")
+    assert again.returncode == 0 and "nothing to do" in again.stderr, again.stderr
+    assert json.loads((tmp_path / "vision" / "config.json").read_text()) == whole
+
+
+@pytest.mark.slow
 def test_a_stage_that_is_not_finished_is_evaluated_on_its_newest_checkpoint(data, run, tmp_path):
     assert train_stage(data, tmp_path, "vision", f"visual_tokenizer={run}/tokenizer").returncode == 0
     (tmp_path / "vision" / "weights.safetensors").unlink()

@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 # The log names this many replaced samples; the quarantine file lists all of them.
 LOGGED = 10
+# Of a row besides its pixels: ids and targets of 8 bytes, masks, random numbers.
+ROW_BYTES = 24
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,19 @@ class Loader:
         self.accumulation, self.rank, self.ranks, self.loading = mixture.accumulation, rank, ranks, mixture.loading
         self.trace = Path(trace) if trace else None
         self.quarantine = Path(quarantine) if quarantine else None
+        self._trace_file: int | None = None
         self.replaced = 0  # samples of this rank, so far
         self.layout = _layout(mixture, view, ranks * mixture.accumulation)
         self.feeds = [_feed(kind, mixture, view, self.layout.patches) for kind in KINDS if kind in mixture.mix]
         share = Share(rank, ranks, mixture.accumulation)
         self._dataset = MicroBatches(self.feeds, self.layout, view, share, mixture.seed)
+
+    @property
+    def bytes_ahead(self) -> int:
+        """Of the shared memory that the micro-batches fill which the workers have made ahead."""
+        pictures, size = self.layout.images + self.layout.pairs, self._dataset.view.transform
+        micro = pictures * 3 * (size.size**2 if size else 0) + ROW_BYTES * self.layout.rows
+        return self.loading.workers * self.loading.prefetch * micro
 
     @property
     def samples(self) -> dict[str, int]:
@@ -141,7 +151,7 @@ class Loader:
             # would get other random numbers than an uninterrupted one.
             generator=torch.Generator(),
         )
-        trace = self._open_trace(start)
+        trace = self._trace_file = self._open_trace(start)
         items = iter(loader)
         try:
             for step in range(start + 1, stop + 1):
@@ -150,10 +160,20 @@ class Loader:
                     keys = [key for batch in micro_batches for key in batch.keys]
                     os.write(trace, _json_line({"step": step, "keys": keys}))
                 yield micro_batches
+        except BaseException:
+            for worker in getattr(items, "_workers", ()):
+                worker.terminate()  # torch would wait 5 s for each that hangs in its reading
+            raise
         finally:
             del items  # ends the workers
             if trace is not None:
+                self._trace_file = None
                 os.close(trace)
+
+    def sync(self) -> None:
+        """The trace, as far as it is written, survives the loss of the node."""
+        if self._trace_file is not None:
+            os.fsync(self._trace_file)
 
     def _accept(self, step: int, item: tuple[Batch, list[Replaced]] | Failure) -> Batch:
         if isinstance(item, Failure):
@@ -182,7 +202,11 @@ class Loader:
             # One rank truncates each file, also those of a run that had more ranks.
             number = path.name.removeprefix("samples.rank").removesuffix(".jsonl")
             if number.isdigit() and int(number) % self.ranks == self.rank:
-                _cut_trace(path, start)
+                last = _cut_trace(path, start)
+                if last < start and int(number) == 0:  # in every layout there is this one
+                    log.warning(
+                        "%s ends at step %d, not %d: lost with a node, or trace_samples was off", path, last, start
+                    )
         path = self.trace / f"samples.rank{self.rank:05d}.jsonl"
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
@@ -271,16 +295,17 @@ def _json_line(line: dict) -> bytes:
     return json.dumps(line).encode() + b"\n"
 
 
-def _cut_trace(path: Path, start: int) -> None:
-    """Truncates the file after step `start`, and before a line that a kill interrupted."""
-    size = 0
+def _cut_trace(path: Path, start: int) -> int:
+    """Truncates the file after step `start`, and before a line that a kill interrupted; returns its last step."""
+    size = last = 0
     with path.open("r+b") as file:
         for line in file:
             step = re.match(rb'{"step": (\d+),', line)
             if step is None or int(step[1]) > start or not line.endswith(b"\n"):
                 break
-            size += len(line)
+            size, last = size + len(line), int(step[1])
         file.truncate(size)
+    return last
 
 
 def _start_worker(worker: int) -> None:

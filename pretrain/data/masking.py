@@ -111,8 +111,8 @@ def mask_text(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(inputs int64 [L], masked bool [L]) of one text's ids int64 [L].
 
-    Special ids (BOS, PAD, EOS, UNK, <mask>) are never chosen, and never inserted as random words; with `mask_eos` EOS is
-    chosen like a word. A text with at least one such id has a target; random rounding keeps the ratio of short texts
+    Special ids (BOS, PAD, EOS, UNK, <mask>) are never chosen, and never inserted as random words; with `mask_eos` EOS
+    is chosen like a word. A text with at least one such id has a target; random rounding keeps the ratio of short texts
     right on average.
     """
     inputs, masked = ids.copy(), np.zeros(len(ids), dtype=bool)

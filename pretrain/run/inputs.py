@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.parallel.mesh import Place
 from pretrain.settings import fill_variables
 
+SHARED_MEMORY = Path("/dev/shm")
+
 
 def build_loader(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Place) -> Loader:
     """The stage's training batches for the rank at `place`. The first of the ranks that see the same batch writes the
@@ -27,7 +30,7 @@ def build_loader(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Pl
     view = View(
         text_tokenizer(recipe, stage), stage.transform, stage.masking, model.patch_size, draws=drop_path | stage.draws
     )
-    return Loader(
+    loader = Loader(
         Mixture(stage.mix, stage.batch.counts(), stage.batch.accumulation, recipe.seed, recipe.loading),
         view,
         rank=place.data,
@@ -35,6 +38,24 @@ def build_loader(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Pl
         trace=stage_dir if recipe.trace_samples else None,
         quarantine=stage_dir / "quarantine.jsonl" if stage_dir else None,
     )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun and deepspeed
+    check_shared_memory(loader, max(here // (stage.parallel.tensor * stage.parallel.sequence), 1))
+    return loader
+
+
+def check_shared_memory(loader: Loader, loaders: int) -> None:
+    """Raises ValueError where the batches that `loaders` ranks of this node make ahead do not fit into shared memory:
+    a worker that finds it full dies, or its batch never comes."""
+    need = loader.bytes_ahead * loaders
+    if not need or not SHARED_MEMORY.is_dir():
+        return
+    about = os.statvfs(SHARED_MEMORY)
+    if (free := about.f_bavail * about.f_frsize) < need:
+        raise ValueError(
+            f"{SHARED_MEMORY} has {free >> 20} MiB free, but {loader.loading.workers} loading.workers * "
+            f"{loader.loading.prefetch} loading.prefetch micro-batches of {loaders} ranks on this node need "
+            f"{-(-need >> 20)} MiB; enlarge it (docker run --shm-size) or lower loading.prefetch or loading.workers"
+        )
 
 
 def evaluation_loader(
