@@ -65,8 +65,10 @@ class Coding:
 
 
 def plain(transform: ImageTransform) -> dict[str, Any]:
-    """A transform as JSON gives it back."""
-    return json.loads(json.dumps(asdict(transform)))
+    """What decides a transform's crops in training, as JSON gives it back."""
+    fields = asdict(transform)
+    del fields["evaluation"]
+    return json.loads(json.dumps(fields))
 
 
 def _flat(coding: Coding) -> dict[str, Any]:

@@ -28,6 +28,7 @@ cv2.setNumThreads(0)
 MAX_PIXELS = 64 * 2**20
 FORMATS = ("JPEG", "PNG", "WEBP")
 REDUCED = {1: 0, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+EVALUATIONS = ("crop", "squash")
 EXIF_ORIENTATION = 0x0112
 # Where Pillow keeps what Image.getexif() reads; without any of these the picture stands upright.
 EXIF_HOLDERS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
@@ -177,7 +178,10 @@ class Box:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Random resized crop, flip and colour jitter in training; otherwise the centre square, resized.
+    """Random resized crop, flip and colour jitter in training.
+
+    In evaluation either the centre square, resized ("crop"), or the whole picture, whatever its shape, resized by
+    Pillow's bicubic filter ("squash"), which is what the published numbers of BEiT-3 and VLMo were measured with.
 
     The defaults are BEiT-3's (paper, Table 11: RandomResizedCrop, flip, jitter 0.4), but for the crop's scale, which
     was not published. Turn `flip` off where captions say left and right.
@@ -189,6 +193,7 @@ class ImageTransform:
     flip: bool = True
     jitter: float = 0.4  # brightness, contrast and saturation are each scaled by a factor in [1 - jitter, 1 + jitter]
     train: bool = True
+    evaluation: str = "crop"  # or "squash"
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -203,8 +208,14 @@ class ImageTransform:
             raise ValueError(
                 f"transform.jitter={self.jitter} is wrong because it lies outside [0, 1); use 0.4, or 0 for none"
             )
+        if self.evaluation not in EVALUATIONS:
+            raise ValueError(f"transform.evaluation={self.evaluation} is unknown; use {' or '.join(EVALUATIONS)}")
         if self.size < 1:
             raise ValueError(f"transform.size={self.size} is wrong because it counts pixels; use 224")
+
+    @property
+    def squashes(self) -> bool:
+        return not self.train and self.evaluation == "squash"
 
     def __call__(self, data: bytes, rng: Generator | None = None) -> np.ndarray:
         """Encoded picture -> uint8 [3, size, size]. `rng` is needed in training only. Raises BadSample."""
@@ -212,11 +223,15 @@ class ImageTransform:
         box = self.crop(header.height, header.width, rng)
         # The crop's shorter side must keep `size` pixels: then no reduced decode loses detail that the result shows.
         side = min(header.height, header.width)
-        pixels = _decode(data, header, math.ceil(self.size * side / min(box.height, box.width)))
+        min_side = None if self.squashes else math.ceil(self.size * side / min(box.height, box.width))
+        pixels = _decode(data, header, min_side)
         return self.finish(_cut(pixels, box, header), rng)
 
     def crop(self, height: int, width: int, rng: Generator | None) -> Box:
-        """The part of a picture of this size that is used, by `scale` and `ratio`; in evaluation its central square."""
+        """The part of a picture of this size that is used, by `scale` and `ratio`; in evaluation its central square, or
+        all of it."""
+        if self.squashes:
+            return Box(0, 0, height, width)
         if not self.train:
             side = min(height, width)
             return Box((height - side) // 2, (width - side) // 2, side, side)
@@ -236,8 +251,11 @@ class ImageTransform:
 
     def finish(self, crop: np.ndarray, rng: Generator | None) -> np.ndarray:
         """A crop uint8 [h, w, 3] -> uint8 [3, size, size]: resized, and in training flipped and jittered."""
-        shape = self.size, self.size
-        pixels = cv2.resize(np.ascontiguousarray(crop), shape, interpolation=_interpolation(crop, self.size))
+        shape, crop = (self.size, self.size), np.ascontiguousarray(crop)
+        if self.squashes:
+            pixels = np.asarray(Image.fromarray(crop).resize(shape, Image.Resampling.BICUBIC))
+        else:
+            pixels = cv2.resize(crop, shape, interpolation=_interpolation(crop, self.size))
         if self.train:
             assert rng is not None, "a training transform needs the sample's generator"
             if self.flip and rng.random() < 0.5:

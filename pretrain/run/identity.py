@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from typing import Any
 
 from pretrain.config import Recipe, Stage, to_json
+from pretrain.data.transforms import ImageTransform
 
 # What may change between two starts of one run without changing its numbers.
 OPERATIONAL = ("log_every", "save_every", "keep", "trace_samples", "timeout_s")
@@ -51,6 +52,10 @@ def _parts(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     own = {f.name: getattr(recipe, f.name) for f in fields(Recipe) if f.name not in (*OPERATIONAL, "stages", "name")}
     own["loading"] = {name: getattr(recipe.loading, name) for name in LOADING_ORDER}
     of_stage = {f.name: getattr(stage, f.name) for f in fields(Stage) if f.name not in OPERATIONAL_OF_STAGE}
+    if stage.transform is not None:
+        of_stage["transform"] = replace(
+            stage.transform, evaluation=ImageTransform.evaluation
+        )  # evals are no part of it
     return own | of_stage | {"model": recipe.model_of(stage)}
 
 

@@ -11,11 +11,14 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from pretrain.data import transforms
+from pretrain.data.codes import plain
 from pretrain.data.shards.reader import BadSample
 from pretrain.data.transforms import ImageTransform, decode_image, read_header, sample_rng
+from pretrain.recipes import load_recipe
 from tests.toys import encoded, picture, png_bomb
 
 SMALL = ImageTransform(size=32)
+RECIPES = ("tiny", "beit3_base", "beit3_large", "beit3_giant", "beit3_large_released", "vlmo_base", "vlmo_large")
 
 
 def close(a: np.ndarray, b: np.ndarray, mean: float = 3.0) -> bool:
@@ -221,6 +224,23 @@ def test_evaluation_takes_the_middle_square() -> None:
     assert (out == 200).all()
 
 
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (300, 224), (90, 100)])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_squashed_picture_is_pillows_bicubic_one_from_edge_to_edge(kind: str, height: int, width: int) -> None:
+    rng = np.random.default_rng(0)
+    pixels = np.clip(picture(3, height, width) + rng.normal(0, 20, (height, width, 1)), 0, 255).astype(np.uint8)
+    data = encoded(pixels, kind)
+    expected = Image.open(io.BytesIO(data)).resize((224, 224), Image.Resampling.BICUBIC)
+    out = ImageTransform(train=False, evaluation="squash")(data).transpose(1, 2, 0)
+    assert abs(out.astype(int) - np.asarray(expected).astype(int)).max() <= (5 if kind == "JPEG" else 0)
+    assert not close(ImageTransform(train=False)(data), out.transpose(2, 0, 1), 0.5)
+
+
+def test_published_models_are_evaluated_on_whole_pictures_and_tiny_on_the_middle() -> None:
+    looks = {name: load_recipe(name, "retrieval", [])[1].transform.evaluation for name in RECIPES}
+    assert looks.pop("tiny") == "crop" and set(looks.values()) == {"squash"}
+
+
 def test_a_flip_is_half_of_the_time_and_can_be_turned_off() -> None:
     pixels = np.zeros((32, 32, 3), np.uint8)
     pixels[:, :16] = 255
@@ -256,7 +276,13 @@ def test_jitter_is_brightness_contrast_and_saturation_as_pillow_does_them(order:
     assert abs(out.astype(int) - np.asarray(expected).astype(int)).max() <= 4
 
 
-@pytest.mark.parametrize("wrong", [{"scale": (0.9, 0.5)}, {"ratio": (0, 1)}, {"jitter": 1.0}, {"size": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"scale": (0.9, 0.5)}, {"ratio": (0, 1)}, {"jitter": 1.0}, {"size": 0}, {"evaluation": "fit"}]
+)
 def test_settings_that_mean_nothing_are_named(wrong: dict) -> None:
     with pytest.raises(ValueError, match=rf"transform\.{next(iter(wrong))}="):
         ImageTransform(**wrong)
+
+
+def test_stored_codes_do_not_depend_on_how_pictures_are_evaluated() -> None:
+    assert plain(ImageTransform()) == plain(ImageTransform(evaluation="squash"))
