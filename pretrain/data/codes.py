@@ -68,6 +68,8 @@ def plain(transform: ImageTransform) -> dict[str, Any]:
     """What decides a transform's crops in training, as JSON gives it back."""
     fields = asdict(transform)
     del fields["evaluation"]
+    if not fields["antialias"]:  # as codes that were stored before there was a choice
+        del fields["antialias"]
     return json.loads(json.dumps(fields))
 
 

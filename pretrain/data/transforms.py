@@ -28,6 +28,9 @@ cv2.setNumThreads(0)
 MAX_PIXELS = 64 * 2**20
 FORMATS = ("JPEG", "PNG", "WEBP")
 REDUCED = {1: 0, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
+# The linear filter reads two pixels a side, after the blur four: enough up to here. Beyond, all pixels are averaged,
+# which costs five times as much.
+MOST_LINEAR = 2.25
 EVALUATIONS = ("crop", "squash")
 EXIF_ORIENTATION = 0x0112
 # Where Pillow keeps what Image.getexif() reads; without any of these the picture stands upright.
@@ -194,6 +197,7 @@ class ImageTransform:
     jitter: float = 0.4  # brightness, contrast and saturation are each scaled by a factor in [1 - jitter, 1 + jitter]
     train: bool = True
     evaluation: str = "crop"  # or "squash"
+    antialias: bool = True  # False: without the blur in `_resize`, for runs that began before 2026-11-28
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -251,11 +255,12 @@ class ImageTransform:
 
     def finish(self, crop: np.ndarray, rng: Generator | None) -> np.ndarray:
         """A crop uint8 [h, w, 3] -> uint8 [3, size, size]: resized, and in training flipped and jittered."""
-        shape, crop = (self.size, self.size), np.ascontiguousarray(crop)
+        crop = np.ascontiguousarray(crop)
         if self.squashes:
-            pixels = np.asarray(Image.fromarray(crop).resize(shape, Image.Resampling.BICUBIC))
+            whole = Image.fromarray(crop).resize((self.size, self.size), Image.Resampling.BICUBIC)
+            pixels = np.asarray(whole)
         else:
-            pixels = cv2.resize(crop, shape, interpolation=_interpolation(crop, self.size))
+            pixels = _resize(crop, self.size, self.antialias)
         if self.train:
             assert rng is not None, "a training transform needs the sample's generator"
             if self.flip and rng.random() < 0.5:
@@ -273,12 +278,28 @@ def _cut(pixels: np.ndarray, box: Box, header: Header) -> np.ndarray:
     return pixels[top : max(bottom, top + 1), left : max(right, left + 1)]
 
 
-def _interpolation(crop: np.ndarray, size: int) -> int:
-    """Without aliases, and fast: area averaging at any factor costs ten times what the others do (640 us), and below
-    one half the linear filter averages all pixels too."""
-    if crop.shape[0] * crop.shape[1] > 4 * size * size:
-        return cv2.INTER_AREA
-    return cv2.INTER_LINEAR if crop.shape[0] * crop.shape[1] > size * size else cv2.INTER_CUBIC
+def _resize(crop: np.ndarray, size: int, antialias: bool) -> np.ndarray:
+    """uint8 [h, w, 3] -> uint8 [size, size, 3], fast and without aliases.
+
+    A side that becomes smaller is first blurred by three taps: little just below its size, and from 1.7 times on so
+    that a change from each pixel to the next, which `size` pixels cannot show, is gone. That leaves as little of a zone
+    plate as Pillow's bicubic filter does (of 440 pixels: 2 levels of 255; without it 50). A JPEG of 500 x 375 pixels
+    costs 1.6 ms with it, decoding and all, and 1.5 ms without; Pillow's filter alone takes 1.5 ms.
+    """
+    (height, width), whole = crop.shape[:2], size * size
+    y, x = height / size, width / size
+    if antialias and max(y, x) > 1:
+        kernel = (3 if x > 1 else 1, 3 if y > 1 else 1)
+        crop = cv2.GaussianBlur(crop, kernel, sigmaX=_sigma(x), sigmaY=_sigma(y))
+    averaged = max(y, x) > MOST_LINEAR if antialias else height * width > 4 * whole
+    smaller = cv2.INTER_AREA if averaged else cv2.INTER_LINEAR
+    return cv2.resize(crop, (size, size), interpolation=smaller if height * width > whole else cv2.INTER_CUBIC)
+
+
+def _sigma(ratio: float) -> float:
+    """Of the Gaussian with taps t, 1 - 2 t, t for a side that becomes `ratio` times smaller: t grows to a quarter."""
+    t = min(0.25, max(0.25 * (ratio - 1) / 0.7, 0.001))
+    return math.sqrt(-0.5 / math.log(t / (1 - 2 * t)))
 
 
 def _jitter(pixels: np.ndarray, strength: float, rng: Generator) -> np.ndarray:

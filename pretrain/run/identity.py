@@ -38,6 +38,8 @@ def differences(noted: dict[str, Any], recipe: Recipe, stage: Stage) -> dict[str
     """{dotted key: (value then, value now)} of all that differs from a noted identity. A field that the noting program
     did not know had its default."""
     noted = _modern(noted)
+    if as_begun(stage, noted) is not stage:
+        stage, noted = as_begun(stage, noted), noted | {"transform": noted["transform"] | {"antialias": False}}
     defaults = {f.name: default for f in fields(Stage) if (default := _default(f)) is not MISSING}
     changes: dict[str, tuple[Any, Any]] = {}
     parts = _parts(recipe, stage)
@@ -46,6 +48,14 @@ def differences(noted: dict[str, Any], recipe: Recipe, stage: Stage) -> dict[str
             continue
         _compare(name, noted.get(name, to_json(defaults.get(name))), parts.get(name), changes)
     return changes
+
+
+def as_begun(stage: Stage, noted: dict[str, Any]) -> Stage:
+    """The stage, with the pixels of its run: one that was noted before `antialias` began without."""
+    transform = noted.get("transform")
+    if stage.transform is None or not isinstance(transform, dict) or "antialias" in transform:
+        return stage
+    return replace(stage, transform=replace(stage.transform, antialias=False))
 
 
 def _parts(recipe: Recipe, stage: Stage) -> dict[str, Any]:

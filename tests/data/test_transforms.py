@@ -284,5 +284,45 @@ def test_settings_that_mean_nothing_are_named(wrong: dict) -> None:
         ImageTransform(**wrong)
 
 
+def zone_plate(height: int, width: int) -> np.ndarray:
+    """Rings that are finer the farther out, up to a change from pixel to pixel in the middle of each edge."""
+    y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None, :]
+    rings = 127.5 + 127.5 * np.cos(np.pi * (height * y * y + width * x * x) / 4)
+    return np.repeat(rings.round().astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(400, 400), (420, 420), (440, 440), (448, 448), (449, 449), (500, 430), (600, 600), (900, 900)],
+)
+def test_rings_too_fine_for_the_result_leave_no_false_ones(height: int, width: int) -> None:
+    """Where the original has finer rings than 224 pixels can show, the result is grey: its deviation in levels."""
+    y, x = np.linspace(-1, 1, 224)[:, None], np.linspace(-1, 1, 224)[None, :]
+    rim = (np.hypot(y, x) > 0.9) & (np.hypot(y, x) < 1)
+    crop = zone_plate(height, width)
+    out = ImageTransform(train=False).finish(crop, None)[0]
+    assert out[rim].std() < 5
+    # What can be shown is still there, as strong as Pillow shows it.
+    middle = np.hypot(y, x) < 0.25
+    pillow = np.asarray(Image.fromarray(crop).resize((224, 224), Image.Resampling.BICUBIC))[..., 0]
+    assert out[middle].std() > 0.8 * pillow[middle].std()
+
+
+@pytest.mark.parametrize("side", [57, 64])
+def test_a_picture_that_is_not_made_smaller_is_not_blurred(side: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    expected = cv2.resize(pixels, (64, 64), interpolation=cv2.INTER_CUBIC)
+    assert (ImageTransform(size=64, train=False).finish(pixels, None).transpose(1, 2, 0) == expected).all()
+
+
 def test_stored_codes_do_not_depend_on_how_pictures_are_evaluated() -> None:
     assert plain(ImageTransform()) == plain(ImageTransform(evaluation="squash"))
+    # Those that were stored before 2026-11-28 are of pictures without the blur, and say nothing of it.
+    assert "antialias" not in plain(ImageTransform(antialias=False)) and plain(ImageTransform())["antialias"]
+
+
+def test_without_the_blur_pixels_are_those_of_before() -> None:
+    pixels = picture(3, 300, 330)
+    for size, method in ((224, cv2.INTER_LINEAR), (100, cv2.INTER_AREA), (400, cv2.INTER_CUBIC)):
+        out = ImageTransform(size=size, train=False, antialias=False).finish(pixels, None).transpose(1, 2, 0)
+        assert (out == cv2.resize(pixels, (size, size), interpolation=method)).all()
