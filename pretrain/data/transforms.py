@@ -24,8 +24,12 @@ from pretrain.data.shards.reader import BadSample
 # One process per core is the rule here: OpenCV's own threads would only fight over them.
 cv2.setNumThreads(0)
 
-# A picture of 64 Mpx needs 192 MiB as RGB; beyond lie decompression bombs and files no crop of 224 needs.
-MAX_PIXELS = 64 * 2**20
+# Beyond lie decompression bombs and files that no crop of 224 needs. A side is limited too (to what a JPEG's can be):
+# Pillow keeps two pointers for each row, so that a column of 60M pixels takes 1.5 GB.
+MAX_PIXELS, MAX_SIDE = 64 * 2**20, 65535
+# What a decoder may take at its peak, the result included; and its bytes for a pixel, as measured for each kind.
+MAX_BYTES = 12 * MAX_PIXELS
+PLAIN_BYTES, OTHER_BYTES, TRANSPARENT_WEBP_BYTES = 12, 20, 26
 FORMATS = ("JPEG", "PNG", "WEBP")
 REDUCED = {1: 0, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 # The linear filter reads two pixels a side, after the blur four: enough up to here. Beyond, all pixels are averaged,
@@ -59,10 +63,20 @@ class Header:
     def is_plain_jpeg(self) -> bool:
         return self.image.format in ("JPEG", "MPO") and self.image.mode in ("RGB", "L")
 
+    @property
+    def memory(self) -> int:
+        """What decoding takes at its peak, at full size."""
+        webp, plain = self.image.format == "WEBP", self.image.mode in ("RGB", "L", "1")
+        if self.image.has_transparency_data:
+            each = TRANSPARENT_WEBP_BYTES if webp else OTHER_BYTES
+        else:
+            each = PLAIN_BYTES if plain and not webp else OTHER_BYTES
+        return each * self.width * self.height
+
 
 def read_header(data: bytes) -> Header:
     """Format, size and orientation without decoding. Raises BadSample for what is no JPEG, PNG or WebP, for empty
-    data, and for more than MAX_PIXELS."""
+    data, and for more than MAX_PIXELS, MAX_SIDE or MAX_BYTES."""
     if not data:
         raise BadSample("the picture has 0 bytes")
     try:
@@ -75,10 +89,16 @@ def read_header(data: bytes) -> Header:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise BadSample(f"{width} x {height} pixels are more than the {MAX_PIXELS} that are decoded")
+    if max(width, height) > MAX_SIDE:
+        raise BadSample(f"{width} x {height} pixels have a side of more than the {MAX_SIDE} that are decoded")
     orientation = _orientation(image)
     if orientation >= 5:
         width, height = height, width
-    return Header(image, width, height, orientation)
+    header = Header(image, width, height, orientation)
+    if header.memory > MAX_BYTES:
+        kind = f"{width} x {height} pixels of a {image.format} of mode {image.mode}"
+        raise BadSample(f"{kind} take {header.memory >> 20} MiB to decode; at most {MAX_BYTES >> 20} MiB are given")
+    return header
 
 
 def decode_image(data: bytes, min_side: int | None = None) -> np.ndarray:
@@ -115,12 +135,14 @@ def _decode_any(image: Image.Image) -> np.ndarray:
         with _without_warnings():
             image.load()
         if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips
-            grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-            return np.repeat(((grey + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
+            grey = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+            grey += 128
+            grey //= 257
+            return cv2.merge([grey.astype(np.uint8)] * 3)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except MemoryError:
         raise
     except Exception as error:  # a decoder of hostile bytes may raise anything
