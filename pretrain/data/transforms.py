@@ -19,6 +19,7 @@ import numpy as np
 from numpy.random import Generator, Philox
 from PIL import Image
 
+from pretrain.data import damage
 from pretrain.data.shards.reader import BadSample
 
 # One process per core is the rule here: OpenCV's own threads would only fight over them.
@@ -117,23 +118,27 @@ def _decode(data: bytes, header: Header, min_side: int | None) -> np.ndarray:
     if header.is_plain_jpeg and data.rstrip(b"\0").endswith(b"\xff\xd9"):
         pixels = _decode_jpeg(data, _reduction(min(header.width, header.height), min_side))
     if pixels is None:
-        pixels = _decode_any(header.image)
+        pixels = _decode_any(data, header.image)
     return np.ascontiguousarray(_upright(pixels, header.orientation))
 
 
 def _decode_jpeg(data: bytes, reduction: int) -> np.ndarray | None:
     flags = (REDUCED[reduction] or cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:
-        return None
+    pixels, missing = damage.imdecode(data, flags)
+    if missing:
+        raise BadSample(f"a part of the picture is missing ({missing})")
     return None if pixels is None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
-def _decode_any(image: Image.Image) -> np.ndarray:
+def _decode_any(data: bytes, image: Image.Image) -> np.ndarray:
     try:
         with _without_warnings():
             image.load()
+        missing = damage.png_damage(data, image) if image.format == "PNG" else ""
+        if image.format in ("JPEG", "MPO"):
+            missing = damage.jpeg_damage(data)
+        if missing:
+            raise BadSample(f"a part of the picture is missing ({missing})")
         if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips
             grey = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
             grey += 128
@@ -143,7 +148,7 @@ def _decode_any(image: Image.Image) -> np.ndarray:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except MemoryError:
+    except (MemoryError, BadSample):
         raise
     except Exception as error:  # a decoder of hostile bytes may raise anything
         raise BadSample(f"the picture cannot be decoded ({_reason(error)})") from None
