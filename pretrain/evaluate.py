@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
     digest = weights_digest(weights)
     # Beside the stage's own evaluation when the weights are others.
     path = directory / (f"eval-{digest[:8]}.json" if args.weights else "eval.json")
-    asked = hashlib.sha256(json.dumps(to_json(stage.evals), sort_keys=True).encode()).hexdigest()[:16]
+    look = getattr(stage.transform, "evaluation", None)
+    asked = hashlib.sha256(json.dumps([to_json(stage.evals), look], sort_keys=True).encode()).hexdigest()[:16]
     done = read_json(path)
     if done.get("weights") == digest and done.get("evals") == asked:
         log.info("%s: evaluated before; nothing to do", args.stage)

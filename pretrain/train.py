@@ -40,6 +40,7 @@ from pretrain.recipes import load_recipe
 from pretrain.run.build import Run, build_run, frozen_names
 from pretrain.run.directory import finished, note_recipe, run_identity
 from pretrain.run.display import Display
+from pretrain.run.identity import as_begun
 from pretrain.run.signals import Stopped, StopSignals
 from pretrain.run.whole_recipe import check_other_stages
 
@@ -105,6 +106,7 @@ def run(args: argparse.Namespace, stop: StopSignals, watch: Watch) -> int:
     recipe, stage = load_recipe(args.recipe, args.stage, args.set)
     directory = args.run_dir / args.stage
     identity = run_identity(directory, recipe, stage)
+    stage = as_begun(stage, identity)
     if finished(directory, identity):
         log.info("%s: finished before; nothing to do", args.stage)
         return 0

@@ -42,7 +42,9 @@ HELD_TEXTS = replace(TEXTS, shards="$DATA/heldout/texts")
 # RandomResizedCrop, flip, colour jitter 0.4 at 224 pixels [B3 table 11]. The crop's smallest share is not published;
 # 0.2 is [B2 PRETRAINING.md]'s and keeps most of a caption's picture in sight, and BEiT's flip is on although some
 # captions say left and right.
-LOOK = ImageTransform(size=224, scale=(0.2, 1.0), flip=True, jitter=0.4)
+# Evaluations see the whole picture, resized to a square by bicubic interpolation [unilm beit3/datasets.py and
+# vlmo/transforms].
+LOOK = ImageTransform(size=224, scale=(0.2, 1.0), flip=True, jitter=0.4, evaluation="squash")
 
 # [B3 table 11]: AdamW, peak 1e-3, cosine, 10k steps of warmup, betas, eps, weight decay, clip 3.0, drop path 0.1.
 OPTIM = Optim(lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, warmup_steps=10_000, clip=3.0)

@@ -61,7 +61,7 @@ def check_shared_memory(loader: Loader, loaders: int) -> None:
 def evaluation_loader(
     recipe: Recipe, stage: Stage, mix: Mapping[str, Source], counts: Mapping[str, int], masking: Masking | None
 ) -> Loader:
-    """Held-out batches: centre crops, one rank, the order and masks of a fixed seed."""
+    """Held-out batches: pictures as `transform.evaluation` says, one rank, the order and masks of a fixed seed."""
     look = replace(stage.transform, train=False)
     view = View(text_tokenizer(recipe, stage), look, masking, recipe.model_of(stage).patch_size, draws=stage.draws)
     return Loader(Mixture(mix, counts, seed=recipe.seed, loading=recipe.loading), view)
