@@ -18,7 +18,7 @@ from tests.toys import image_sample, pair_sample, text_sample, write_source
 ROOT = Path(__file__).parents[1]
 RECIPE = """
 from pretrain.config import BatchSize, Recipe, Stage
-from pretrain.data.loader import Loading
+from pretrain.data.mixture import Loading
 from pretrain.data.sources import ImageShards, PairShards, TextShards
 from pretrain.data.transforms import ImageTransform
 from pretrain.evals.masked import MaskedAccuracy

@@ -12,28 +12,17 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from pretrain.batch import Batch, Layout, batch_problem
-from pretrain.contracts import Source
+from pretrain.batch import Batch
 from pretrain.data.codes import Coding, StoredCodes, check_coding, plain
-from pretrain.data.micro_batches import (
-    KINDS,
-    Failure,
-    Feed,
-    MicroBatches,
-    Replaced,
-    Share,
-    View,
-    micro_layout,
-    slot_problem,
-)
+from pretrain.data.micro_batches import Failure, Feed, MicroBatches, Replaced, Share
+from pretrain.data.mixture import KINDS, Mixture, View, check_mixture, layout_of
 from pretrain.data.order import Order
 from pretrain.data.shards.reader import ShardReader, load_manifest
 
@@ -43,27 +32,6 @@ log = logging.getLogger(__name__)
 LOGGED = 10
 # Of a row besides its pixels: ids and targets of 8 bytes, masks, random numbers.
 ROW_BYTES = 24
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How samples are fetched. Only `streams`, `block_shards` (the order) and `skip_bad_shards` change what a step
-    sees."""
-
-    workers: int = 2
-    streams: int = 64
-    block_shards: int = 8
-    cache_dir: str | None = None
-    cache_gib: float = 50.0
-    skip_bad_shards: bool = False
-    prefetch: int = 4  # micro-batches that each worker prepares in advance
-
-    def __post_init__(self) -> None:
-        for name, least in {"workers": 0, "streams": 1, "block_shards": 1, "prefetch": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"loading.{name}={getattr(self, name)} is wrong because it is below {least}; use {least}"
-                )
 
 
 class _Steps(Sampler):
@@ -77,18 +45,6 @@ class _Steps(Sampler):
 
     def __len__(self) -> int:
         return len(self.steps) * self.accumulation
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """What is read, in which order. `counts` are the sequences of each kind in one global batch, over all data ranks
-    and micro-steps; `mix` has the same keys."""
-
-    mix: Mapping[str, Source]
-    counts: Mapping[str, int]
-    accumulation: int = 1
-    seed: int = 0
-    loading: Loading = field(default_factory=Loading)
 
 
 class Loader:
@@ -107,13 +63,13 @@ class Loader:
         quarantine: str | os.PathLike[str] | None = None,
     ):
         assert 0 <= rank < ranks and mixture.accumulation >= 1, (rank, ranks, mixture.accumulation)
-        _check_mix(mixture, view, ranks)
+        check_mixture(mixture, view, ranks)
         self.accumulation, self.rank, self.ranks, self.loading = mixture.accumulation, rank, ranks, mixture.loading
         self.trace = Path(trace) if trace else None
         self.quarantine = Path(quarantine) if quarantine else None
         self._trace_file: int | None = None
         self.replaced = 0  # samples of this rank, so far
-        self.layout = _layout(mixture, view, ranks * mixture.accumulation)
+        self.layout = layout_of(mixture, view, ranks * mixture.accumulation)
         self.feeds = [_feed(kind, mixture, view, self.layout.patches) for kind in KINDS if kind in mixture.mix]
         share = Share(rank, ranks, mixture.accumulation)
         self._dataset = MicroBatches(self.feeds, self.layout, view, share, mixture.seed)
@@ -255,40 +211,6 @@ def shard_names(files: list[str]) -> tuple[str, ...]:
     if len(set(stems)) == len(stems):
         return tuple(stems)
     return tuple(f"{stem}-{number}" for number, stem in enumerate(stems))
-
-
-def _check_mix(mixture: Mixture, view: View, ranks: int) -> None:
-    mix, counts, transform = mixture.mix, mixture.counts, view.transform
-    if unknown := sorted(set(mix) - set(KINDS)):
-        raise ValueError(f"mix.{unknown[0]} is wrong because there is no such kind; use {', '.join(KINDS)}")
-    if not mix:
-        raise ValueError(f"mix={{}} is empty; give a source for one or more of {', '.join(KINDS)}")
-    if set(mix) != set(counts):
-        raise ValueError(f"batch has {sorted(counts)} but mix has {sorted(mix)}; give each kind of the mix a count")
-    for kind in mix:
-        problem = slot_problem(kind, mix[kind]) or batch_problem(kind, counts[kind], ranks, mixture.accumulation)
-        if problem:
-            raise ValueError(problem)
-        if kind != "texts" and transform is None:
-            raise ValueError(f"mix.{kind} has pictures but the stage has no transform; set the stage's transform")
-        if kind != "images" and view.tokenizer is None:
-            raise ValueError(f"mix.{kind} has texts but there is no text tokenizer; set text_tokenizer")
-    if len({mix[kind].text_len for kind in ("texts", "dual") if kind in mix}) > 1:
-        raise ValueError(
-            f"mix.texts.text_len={mix['texts'].text_len} and mix.dual.text_len={mix['dual'].text_len} differ, but all "
-            "texts of a batch have one length; set both to the same value"
-        )
-    if transform is not None and transform.size % view.patch_size:
-        size = transform.size // view.patch_size * view.patch_size or view.patch_size
-        raise ValueError(
-            f"transform.size={transform.size} is not a multiple of patch_size={view.patch_size}; "
-            f"use {size} or {size + view.patch_size}"
-        )
-
-
-def _layout(mixture: Mixture, view: View, parts: int) -> Layout:
-    """One micro-batch of one rank."""
-    return micro_layout(mixture.mix, mixture.counts, view.grid**2, parts)
 
 
 def _json_line(line: dict) -> bytes:

@@ -10,9 +10,9 @@ from pathlib import Path
 from pretrain.batch import DROP_PATH
 from pretrain.config import Recipe, Stage
 from pretrain.contracts import Source
-from pretrain.data.loader import Loader, Mixture
+from pretrain.data.loader import Loader
 from pretrain.data.masking import Masking
-from pretrain.data.micro_batches import View
+from pretrain.data.mixture import Mixture, View
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.parallel.mesh import Place
 from pretrain.settings import fill_variables

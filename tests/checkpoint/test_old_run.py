@@ -20,7 +20,7 @@ ARCHIVE = Path(__file__).with_name("run_of_2026_11_21.tar.gz")
 # The recipe of that run, in today's terms.
 RECIPE = """
 from pretrain.config import BatchSize, Recipe, Stage
-from pretrain.data.loader import Loading
+from pretrain.data.mixture import Loading
 from pretrain.data.sources import ImageShards
 from pretrain.data.transforms import ImageTransform
 from pretrain.evals.masked import MaskedAccuracy

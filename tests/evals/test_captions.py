@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.data.loader import Loader, Loading, Mixture
-from pretrain.data.micro_batches import View
+from pretrain.data.loader import Loader
+from pretrain.data.mixture import Loading, Mixture, View
 from pretrain.data.shards.reader import BadSample
 from pretrain.data.sources import CaptionShards, PairShards, captions_of
 from pretrain.data.text_tokenizer import TextTokenizer
