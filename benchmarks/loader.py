@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from pretrain.command import about, run, write
+from pretrain.data.decoding import decode_image
 from pretrain.data.loader import Loader
 from pretrain.data.masking import Masking, mask_image
 from pretrain.data.mixture import Loading, Mixture, View
@@ -29,7 +30,7 @@ from pretrain.data.shards.indexing import index_directory
 from pretrain.data.shards.reader import BadSample, ShardReader, load_manifest
 from pretrain.data.sources import ImageShards, PairShards, picture
 from pretrain.data.text_tokenizer import TextTokenizer
-from pretrain.data.transforms import ImageTransform, decode_image, sample_rng
+from pretrain.data.transforms import ImageTransform, sample_rng
 
 # The parts are timed on this many pictures, repeatedly.
 PICTURES = 256

@@ -20,11 +20,11 @@ from typing import BinaryIO, NamedTuple
 from tqdm import tqdm
 
 from pretrain.command import add_directories, add_workers, make_parser, run
+from pretrain.data.decoding import decode_image, read_header
 from pretrain.data.shards.indexing import complete_shards, map_in_order, stats_path
 from pretrain.data.shards.manifest import MANIFEST, Shard, read_manifest
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, ShardError
 from pretrain.data.shards.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, index_shard, split_name, tar_members
-from pretrain.data.transforms import decode_image, read_header
 
 KINDS = ("auto", "images", "pairs", "texts")
 # The number of shards from which the kind of a source is guessed.

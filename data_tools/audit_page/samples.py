@@ -15,8 +15,8 @@ import numpy as np
 from data_tools.audit_page.facts import DropExample, Facts
 from data_tools.audit_page.sections import Section
 from data_tools.audit_page.shard import Place
+from pretrain.data.decoding import decode_image, read_header
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, BadSample
-from pretrain.data.transforms import decode_image, read_header
 
 SIDE, QUALITY = 224, 80  # 4 to 12 KB each
 

@@ -17,9 +17,9 @@ from data_tools.audit_page.sketches import RandomSample, lot
 from data_tools.fetch.reasons import SUCCESS, reason_of
 from data_tools.pictures.hashes import caption_hash
 from data_tools.shards.samples import samples_of
+from pretrain.data.decoding import read_header
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample
 from pretrain.data.shards.tar_index import IMAGE_EXTENSIONS, Member
-from pretrain.data.transforms import read_header
 
 CAPTION_CHARS = 300  # of a caption on the page
 COUNTED_CHARS = 2000  # of a caption, for counting its words

@@ -10,8 +10,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
+from pretrain.data.decoding import decode_image
 from pretrain.data.shards.reader import BadSample
-from pretrain.data.transforms import decode_image
 from pretrain.files import write_file
 
 Place = tuple[Path, int, int]  # file, offset and size of the encoded picture

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from pretrain.data.decoding import decode_image, read_header
 from pretrain.data.shards.reader import BadSample
-from pretrain.data.transforms import decode_image, read_header
 
 # Pictures are measured as small copies: at least this shorter side when decoded, then this longer side. A small copy
 # has the same contrast and colours, and costs a tenth.

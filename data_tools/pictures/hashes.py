@@ -29,10 +29,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools.shards.samples import make_table, samples_of
+from pretrain.data.decoding import decode_image, read_header
 from pretrain.data.shards.indexing import complete_shards, map_in_order
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, BadSample
 from pretrain.data.shards.tar_index import Member
-from pretrain.data.transforms import decode_image, read_header
 
 FOLDER, VERSION = "hashes", 1
 SIDE, BITS, THUMB = 32, 64, 8

@@ -10,8 +10,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from pretrain.data.decoding import decode_image, read_header
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS
-from pretrain.data.transforms import decode_image, read_header
 
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 FORMATS = ("keep", "jpg", "webp")

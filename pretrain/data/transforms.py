@@ -1,17 +1,8 @@
-"""A picture's bytes -> uint8 [3, size, size], with the sample's own random generator.
-
-A loader spends most of its time decoding. OpenCV decodes JPEGs, at half, a quarter or an eighth of their size if the
-crop still has enough pixels; Pillow decodes everything unusual. Pictures are untrusted: the header is checked before
-any pixel is decoded, and only JPEG, PNG and WebP are opened at all.
-"""
+"""A picture -> uint8 [3, size, size], from a random generator that belongs to the sample."""
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import cv2
@@ -19,27 +10,12 @@ import numpy as np
 from numpy.random import Generator, Philox
 from PIL import Image
 
-from pretrain.data import damage
-from pretrain.data.shards.reader import BadSample
+from pretrain.data.decoding import Header, decode, read_header
 
-# Loaders run one process per core, so OpenCV's own threads would only compete for the cores.
-cv2.setNumThreads(0)
-
-# Larger pictures are decompression bombs, or useless for a crop of 224. A side is limited too (to what a JPEG's can
-# be): Pillow keeps two pointers for each row, so that a column of 60M pixels takes 1.5 GB.
-MAX_PIXELS, MAX_SIDE = 64 * 2**20, 65535
-# What a decoder may take at its peak, the result included; and its bytes for a pixel, as measured for each kind.
-MAX_BYTES = 12 * MAX_PIXELS
-PLAIN_BYTES, OTHER_BYTES, TRANSPARENT_WEBP_BYTES = 12, 20, 26
-FORMATS = ("JPEG", "PNG", "WEBP")
-REDUCED = {1: 0, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 # The linear filter reads two pixels a side, after the blur four: enough up to here. Beyond, all pixels are averaged,
 # which costs five times as much.
 MOST_LINEAR = 2.25
 EVALUATIONS = ("crop", "squash")
-EXIF_ORIENTATION = 0x0112
-# Where Pillow stores what Image.getexif() reads; a picture with none of these is upright.
-EXIF_KEYS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
 def sample_rng(seed: int, epoch: int, sample: int, stream: int = 0) -> Generator:
@@ -49,151 +25,6 @@ def sample_rng(seed: int, epoch: int, sample: int, stream: int = 0) -> Generator
     """
     key = np.array([seed % 2**64, stream % 2**64], dtype=np.uint64)
     return Generator(Philox(key=key, counter=np.array([0, 0, epoch, sample], dtype=np.uint64)))
-
-
-@dataclass(frozen=True)
-class Header:
-    """A picture's header; `width` and `height` are those after its EXIF rotation."""
-
-    image: Image.Image  # opened, not decoded
-    width: int
-    height: int
-    orientation: int  # EXIF's 1..8
-
-    @property
-    def is_plain_jpeg(self) -> bool:
-        return self.image.format in ("JPEG", "MPO") and self.image.mode in ("RGB", "L")
-
-    @property
-    def memory(self) -> int:
-        """What decoding takes at its peak, at full size."""
-        webp, plain = self.image.format == "WEBP", self.image.mode in ("RGB", "L", "1")
-        if self.image.has_transparency_data:
-            each = TRANSPARENT_WEBP_BYTES if webp else OTHER_BYTES
-        else:
-            each = PLAIN_BYTES if plain and not webp else OTHER_BYTES
-        return each * self.width * self.height
-
-
-def read_header(data: bytes) -> Header:
-    """Format, size and orientation, without decoding. Raises BadSample for other formats than JPEG, PNG and WebP, for
-    empty data, and for more than MAX_PIXELS, MAX_SIDE or MAX_BYTES."""
-    if not data:
-        raise BadSample("the picture has 0 bytes")
-    try:
-        with _without_warnings():
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except MemoryError:
-        raise
-    except Exception as error:  # a parser of hostile bytes may raise anything
-        raise BadSample(f"not a readable JPEG, PNG or WebP header ({_reason(error)})") from None
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadSample(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
-    if max(width, height) > MAX_SIDE:
-        raise BadSample(f"{width} x {height} pixels have a side above the limit of {MAX_SIDE}")
-    orientation = _orientation(image)
-    if orientation >= 5:
-        width, height = height, width
-    header = Header(image, width, height, orientation)
-    if header.memory > MAX_BYTES:
-        kind = f"{width} x {height} pixels of a {image.format} of mode {image.mode}"
-        raise BadSample(f"{kind} take {header.memory >> 20} MiB to decode; at most {MAX_BYTES >> 20} MiB are given")
-    return header
-
-
-def decode_image(data: bytes, min_side: int | None = None) -> np.ndarray:
-    """The picture as uint8 [H, W, 3] RGB, rotated as its EXIF says. Raises BadSample.
-
-    A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side has at least `min_side` pixels;
-    None: full size. Transparent pixels are composited onto white; 16 bits are scaled to 8.
-    """
-    return _decode(data, read_header(data), min_side)
-
-
-def _decode(data: bytes, header: Header, min_side: int | None) -> np.ndarray:
-    pixels = None
-    # A JPEG without its end marker may be truncated. Many releases of OpenCV (not 4.14) then silently fill the rest
-    # with grey; Pillow raises, but decodes a JPEG that lacks only the marker.
-    if header.is_plain_jpeg and data.rstrip(b"\0").endswith(b"\xff\xd9"):
-        pixels = _decode_jpeg(data, _reduction(min(header.width, header.height), min_side))
-    if pixels is None:
-        pixels = _decode_any(data, header.image)
-    return np.ascontiguousarray(_upright(pixels, header.orientation))
-
-
-def _decode_jpeg(data: bytes, reduction: int) -> np.ndarray | None:
-    flags = (REDUCED[reduction] or cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
-    pixels, missing = damage.imdecode(data, flags)
-    if missing:
-        raise BadSample(f"a part of the picture is missing ({missing})")
-    return None if pixels is None else cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
-
-
-def _decode_any(data: bytes, image: Image.Image) -> np.ndarray:
-    try:
-        with _without_warnings():
-            image.load()
-        missing = damage.png_damage(data, image) if image.format == "PNG" else ""
-        if image.format in ("JPEG", "MPO"):
-            missing = damage.jpeg_damage(data)
-        if missing:
-            raise BadSample(f"a part of the picture is missing ({missing})")
-        if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips
-            grey = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
-            grey += 128
-            grey //= 257
-            return cv2.merge([grey.astype(np.uint8)] * 3)
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except (MemoryError, BadSample):
-        raise
-    except Exception as error:  # a decoder of hostile bytes may raise anything
-        raise BadSample(f"cannot decode the picture ({_reason(error)})") from None
-
-
-def _reduction(side: int, min_side: int | None) -> int:
-    if min_side is None:
-        return 1
-    return next(k for k in (8, 4, 2, 1) if k == 1 or side // k >= min_side)
-
-
-def _orientation(image: Image.Image) -> int:
-    if not any(name in image.info for name in EXIF_KEYS):
-        return 1
-    try:
-        with _without_warnings():
-            value = image.getexif().get(EXIF_ORIENTATION, 1)
-    except Exception:  # broken EXIF is no reason to lose a good picture
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undoes the camera's rotation, which both decoders ignore."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return pixels
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Silences Pillow's warnings about sloppy files, which are common, and about bombs, which are errors here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _reason(error: Exception) -> str:
-    """Pillow's message without the memory address, which would make each one unique."""
-    text = str(error).split(" <_io", 1)[0].strip()
-    return text[:200] or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -255,7 +86,7 @@ class ImageTransform:
         # The crop's shorter side must have at least `size` pixels, so that decoding at a reduced size loses no detail.
         side = min(header.height, header.width)
         min_side = None if self.squashes else math.ceil(self.size * side / min(box.height, box.width))
-        pixels = _decode(data, header, min_side)
+        pixels = decode(data, header, min_side)
         return self.finish(_cut(pixels, box, header), rng)
 
     def crop(self, height: int, width: int, rng: Generator | None) -> Box:

@@ -8,9 +8,8 @@ import sys
 import pytest
 from PIL import Image
 
-from pretrain.data import transforms
+from pretrain.data.decoding import decode_image, read_header
 from pretrain.data.shards.reader import BadSample
-from pretrain.data.transforms import decode_image, read_header
 from tests.toys import black_png, encoded
 
 
@@ -33,7 +32,7 @@ def test_pixels_that_take_more_memory_have_a_lower_limit() -> None:
 MEASURED = """
 import resource, sys
 from pathlib import Path
-from pretrain.data.transforms import decode_image, read_header
+from pretrain.data.decoding import decode_image, read_header
 
 data = Path(sys.argv[1]).read_bytes()
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

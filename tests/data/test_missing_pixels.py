@@ -15,9 +15,10 @@ from PIL import Image
 from data_tools.pictures.filters import measure
 from data_tools.verify import verify_directory
 from pretrain.data.damage import imdecode
+from pretrain.data.decoding import decode_image
 from pretrain.data.shards.reader import BadSample
 from pretrain.data.sources import ImageShards
-from pretrain.data.transforms import ImageTransform, decode_image, sample_rng
+from pretrain.data.transforms import ImageTransform, sample_rng
 from tests.toys import black_png, encoded, image_sample, picture, write_source
 
 END = b"\xff\xd9"

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
-from pretrain.data import transforms
+from pretrain.data import decoding, transforms
 from pretrain.data.codes import plain
+from pretrain.data.decoding import decode_image, read_header
 from pretrain.data.shards.reader import BadSample
-from pretrain.data.transforms import ImageTransform, decode_image, read_header, sample_rng
+from pretrain.data.transforms import ImageTransform, sample_rng
 from pretrain.recipes import load_recipe
 from tests.toys import encoded, picture, png_bomb
 
@@ -72,7 +73,7 @@ def test_the_smallest_picture_fills_a_crop() -> None:
 @pytest.mark.parametrize("orientation", range(1, 10))
 def test_exif_orientation_is_undone_equally_on_both_paths(orientation: int) -> None:
     exif = Image.Exif()
-    exif[transforms.EXIF_ORIENTATION] = orientation
+    exif[decoding.EXIF_ORIENTATION] = orientation
     pixels = picture(4, 64, 80)
     for kind, mode in (("JPEG", "RGB"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("WEBP", "RGB")):
         data = encoded(Image.fromarray(pixels).convert(mode), kind, exif=exif)
