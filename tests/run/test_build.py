@@ -69,7 +69,7 @@ def test_weights_of_224_pixels_start_a_stage_of_384(tmp_path, name, positions):
     assert got.keys() == expected.keys() and got[key].shape != state[key].shape
     assert all(torch.equal(value, expected[name]) for name, value in got.items())
     for unfit in ({"dim": 24}, {"max_text_len": old.max_text_len + 1}):
-        with pytest.raises(ValueError, match=r"has the shape \(.* but this stage builds it as"):
+        with pytest.raises(ValueError, match=r"has shape \(.* but this stage needs"):
             started(image_size=384, **unfit)
 
 
