@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image
 
 from pretrain.command import about, run, write
-from pretrain.data.loader import Loader, Loading, Mixture
+from pretrain.data.loader import Loader
 from pretrain.data.masking import Masking, mask_image
-from pretrain.data.micro_batches import View
+from pretrain.data.mixture import Loading, Mixture, View
 from pretrain.data.shards.indexing import index_directory
 from pretrain.data.shards.reader import BadSample, ShardReader, load_manifest
 from pretrain.data.sources import ImageShards, PairShards, picture

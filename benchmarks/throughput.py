@@ -39,8 +39,8 @@ from pretrain.distributed import barrier, device, rank, world_size
 from pretrain.layers import PLAIN
 from pretrain.metrics import Throughput
 from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
-from pretrain.parallel.engine import adopt_slurm
 from pretrain.parallel.faults import Watch
+from pretrain.parallel.launcher import adopt_launcher
 from pretrain.parallel.share_batches import share_batches
 from pretrain.recipes import load_recipe
 from pretrain.run.build import Run, build_run
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
-    adopt_slurm()
+    adopt_launcher()
     result = measure(args)
     if rank() == 0:
         write({**about("benchmarks.throughput", argv), **result}, args.out)
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, recipe: Recipe, stage: Stage, place: Path) -> 
     """The steps of the run that pretrain.train would make, without its metrics and checkpoints."""
     watch = Watch()
     run = build_run(recipe, stage, args.ds, place, watch)
-    meter, seconds, waits = Throughput(device(), run.mesh.data.size), [], []
+    meter, seconds, waits, real = Throughput(device(), run.mesh.data.size), [], [], []
     batches = share_batches(partial(run.loader.batches, 0, args.warmup + args.steps), run.mesh, watch)
     for step in range(1, args.warmup + args.steps + 1):
         watch.enter(f"step {step}", patient=step == 1)
@@ -104,6 +104,7 @@ def run(args: argparse.Namespace, recipe: Recipe, stage: Stage, place: Path) -> 
         if step > args.warmup:
             seconds.append(time.perf_counter() - begin)
             waits.append(waited)
+            real.append(int(sum(batch.real_rows() for batch in micro_batches)))
     watch.enter("the end", patient=True)
     barrier()
     watch.stop()
@@ -119,8 +120,11 @@ def run(args: argparse.Namespace, recipe: Recipe, stage: Stage, place: Path) -> 
         "ms_per_step": {"median": 1e3 * middle, "min": 1e3 * min(seconds), "max": 1e3 * max(seconds)},
         "samples_per_s": stage.batch.total / middle,
         "tokens_per_s": run.rows * run.mesh.data.size / middle,
+        "real_tokens_per_s": statistics.mean(real) * run.mesh.data.size / middle,  # without padding
         "tflops_per_rank": run.flops / middle / 1e12,
+        "executed_tflops_per_rank": run.executed_flops / middle / 1e12,
         "mfu": run.flops / middle / meter.peak if meter.peak else None,
+        "mfu_executed": run.executed_flops / middle / meter.peak if meter.peak else None,
         "memory_gib": meter.read()["memory_gib"],
         "data_wait": sum(waits) / sum(seconds),
         "model": to_json(recipe.model_of(stage)),

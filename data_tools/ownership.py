@@ -11,17 +11,16 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from pretrain.files import write_json
+from pretrain.lock import LOCK, this_process, try_lock
 
-LOCK = "lock"
 DONE = "done"  # in a stamp, beside the settings: the result of a finished task
 _MAX_SHOWN = 60  # characters of a setting in messages
 
@@ -104,10 +103,11 @@ def _locked(work: Path, out: Path, patience: float) -> Iterator[None]:
     deadline = time.monotonic() + patience
     while True:
         work.mkdir(parents=True, exist_ok=True)
+        # flock: workers inherit it, so that nobody begins while those of a killed process may still write.
         with (work / LOCK).open("a+") as file:
-            if _try_lock(file):
+            if try_lock(file.fileno(), work / LOCK, fcntl.flock):
                 file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.write(this_process())
                 file.flush()
                 yield
                 return
@@ -116,14 +116,6 @@ def _locked(work: Path, out: Path, patience: float) -> Iterator[None]:
         if time.monotonic() >= deadline:
             raise ValueError(f"{holder} is writing to {out} ({work / LOCK}); wait for it, or stop it")
         time.sleep(0.1)
-
-
-def _try_lock(file: TextIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
-    except (BlockingIOError, FileNotFoundError):  # locked, or removed by the process that had it
-        return False
 
 
 def _empty(work: Path) -> None:

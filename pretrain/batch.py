@@ -181,6 +181,11 @@ class Batch:
     extra: dict[str, Any] = field(default_factory=dict)
     keys: tuple[str, ...] = ()  # "source/shard/key" of each sample: images, pairs, dual pairs, texts
 
+    def real_rows(self) -> Tensor:
+        """How many of its rows are no padding; a scalar where the batch is, so that nothing waits for it."""
+        words = (self.pair_tokens != PAD).sum() + (self.text_tokens != PAD).sum()
+        return words + self.layout.vision_rows
+
     def to(self, device: torch.device | str) -> Batch:
         return self.map(lambda value: value.to(device, non_blocking=True))
 

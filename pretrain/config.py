@@ -6,9 +6,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from pretrain.contracts import Evaluation, Model, Objective, Source, Task
-from pretrain.data.loader import Loading
 from pretrain.data.masking import Masking, combine
-from pretrain.data.micro_batches import KINDS, slot_problem
+from pretrain.data.mixture import KINDS, Loading, slot_problem
 from pretrain.data.transforms import ImageTransform
 from pretrain.optim import Optim
 from pretrain.parallel.sizes import Parallel

@@ -75,6 +75,11 @@ class Model(Protocol):
     def flops(self, layout: Layout) -> int:
         """Of one micro-batch, forward and backward, without heads; see pretrain/flops.py."""
 
+    def executed_flops(self, layout: Layout, experts: Sequence[str], read: float, trained: frozenset[str]) -> float:
+        """Of these, the products that a step computes, where heads read `read` rows and the encoder's parameters
+        `trained` (names) are not frozen."""
+        return self.flops(layout)
+
     @property
     def draws(self) -> int:
         """Random numbers that drop path needs for each sequence, as Batch.draws["drop_path"]."""
@@ -101,6 +106,11 @@ class Model(Protocol):
 
 class Masking(Protocol):
     """What the loader hides of each sample; see data/masking.py."""
+
+    @property
+    def mask_eos(self) -> bool:
+        """Whether the end of a text is a target too."""
+        return False
 
     def ratios(self, kind: str) -> tuple[float, float]:
         """(of the picture, of the text) of one kind of a mix: images, pairs, texts or dual."""
@@ -169,6 +179,10 @@ class Task(Protocol):
 
     def flops(self, model: Any, stage: Any, layout: Layout) -> float:
         """Of one micro-batch, forward and backward."""
+
+    def executed_flops(self, model: Any, stage: Any, layout: Layout, trained: frozenset[str]) -> float:
+        """Of these, the products that a step computes; `trained`: names of the parameters that are not frozen."""
+        return self.flops(model, stage, layout)
 
     def reads(self) -> dict[str, str]:
         """What else decides its numbers: {knob: name of a stage, weights file or directory}."""

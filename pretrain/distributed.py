@@ -73,6 +73,13 @@ def fail_together(action: Callable[[], T]) -> T:
     return result
 
 
+def refuse_together(problem: str | None) -> None:
+    """ValueError on every rank with the first problem that one of them has, so that they take the same branch."""
+    for each in gather_objects(problem):
+        if each is not None:
+            raise ValueError(each)
+
+
 def any_rank(flag: bool, on: torch.device) -> bool:
     """True on every rank when it is true on one: all ranks must take the same branch."""
     if not dist.is_initialized():

@@ -23,9 +23,9 @@ from pretrain.distributed import device
 from pretrain.evals.trained import Trained
 from pretrain.files import write_json
 from pretrain.models.visual_tokenizer.teachers import PixelTeacher
-from pretrain.recipes import load_recipe
+from pretrain.recipes import built_in_recipes, load_recipe
 from pretrain.run.build import build_task
-from pretrain.run.directory import read_json, read_recipe
+from pretrain.run.directory import RECIPE, read_json, read_recipe
 from pretrain.run.image_targets import image_targets, load_visual_tokenizer
 from pretrain.run.inputs import evaluation_loader, text_tokenizer
 
@@ -43,7 +43,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = command.make_parser("pretrain.evaluate", __doc__, "--run-dir runs/quickstart --stage retrieval")
     parser.add_argument("--run-dir", required=True, type=Path)
     parser.add_argument("--stage", required=True)
-    parser.add_argument("--recipe", help="a name or a .py file (default: what the stage was trained with)")
+    parser.add_argument(
+        "--recipe", help="a name or a .py file, which is code (default: the built-in recipe that trained it)"
+    )
     parser.add_argument("--weights", type=Path, help="instead of the stage's own: a weights.safetensors")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in training")
     return parser.parse_args(argv)
@@ -57,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
     digest = weights_digest(weights)
     # Beside the stage's own evaluation when the weights are others.
     path = directory / (f"eval-{digest[:8]}.json" if args.weights else "eval.json")
-    asked = hashlib.sha256(json.dumps(to_json(stage.evals), sort_keys=True).encode()).hexdigest()[:16]
+    look = getattr(stage.transform, "evaluation", None)
+    asked = hashlib.sha256(json.dumps([to_json(stage.evals), look], sort_keys=True).encode()).hexdigest()[:16]
     done = read_json(path)
     if done.get("weights") == digest and done.get("evals") == asked:
         log.info("%s: evaluated before; nothing to do", args.stage)
@@ -135,14 +138,26 @@ def _painter(recipe: Recipe, stage: Stage, run_dir: Path, task: nn.Module) -> Ca
 
 
 def _trained_with(directory: Path, args: argparse.Namespace) -> tuple[str, list[str]]:
-    """The recipe's name and settings: as given, else as pretrain.train noted them."""
+    """The recipe's name and settings: as given, else as pretrain.train noted them. A file that recipe.json names is
+    not run: whoever evaluates somebody else's directory would execute their code."""
     noted = read_recipe(directory).get("command", {})
-    if not isinstance(noted, dict):
-        noted = {}
-    name = args.recipe or noted.get("recipe")
-    if name is None:
-        raise ValueError(f"{directory} holds no recipe.json of a training run; train the stage first, or give --recipe")
-    return name, [*noted.get("set", []), *args.set]
+    noted_name, settings = (noted.get("recipe"), noted.get("set", [])) if isinstance(noted, dict) else (None, [])
+    name = args.recipe or str(noted_name)
+    if args.recipe is None:
+        if not isinstance(noted_name, str):
+            raise ValueError(
+                f"{directory} holds no recipe.json of a training run; train the stage first, or give --recipe"
+            )
+        if name not in built_in_recipes():
+            raise ValueError(
+                f"{directory / RECIPE} names {name!r}, which is no built-in recipe but a file of code, and is not run "
+                "unasked; if you trust it, give it as --recipe FILE"
+            )
+    if not isinstance(settings, list) or not all(isinstance(setting, str) for setting in settings):
+        raise ValueError(
+            f"{directory / RECIPE}: command.set={settings!r} is no list of KEY=VALUE; train the stage again"
+        )
+    return name, [*settings, *args.set]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Model FLOPs, as MFU counts them, and the peak rates of GPUs."""
+"""Model FLOPs, as MFU counts them, what of them is executed, and the peak rates of GPUs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PEAKS = {
 
 
 class Product(NamedTuple):
-    """A matrix product of a head: [rows, inputs] times [inputs, outputs]."""
+    """A matrix product: [rows, inputs] times [inputs, outputs]."""
 
     rows: int
     inputs: int
@@ -46,6 +46,11 @@ class Product(NamedTuple):
 def product_flops(products: Iterable[Product]) -> int:
     """FLOPs of these products, forward and backward (3 x forward; a multiply-add counts as two)."""
     return sum(3 * 2 * each.rows * each.inputs * each.outputs for each in products)
+
+
+def executed_product(product: Product, *, weight: bool, inputs: bool) -> float:
+    """FLOPs of its forward pass, of its weight's gradient and of its inputs' gradient, where those are computed."""
+    return 2 * product.rows * product.inputs * product.outputs * (1 + weight + inputs)
 
 
 def flops_per_sequence(length: int, *, dim: int, depth: int, ffn_dim: int) -> int:

@@ -6,6 +6,7 @@ Each draws its own weights: under zero.Init a parent can no longer touch them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -17,18 +18,20 @@ from torch import Tensor, nn
 from pretrain.batch import Layout, Rows
 from pretrain.distributed import gather_own
 
-HEAD_STD = 0.02  # of a head's weights, as all of BEiT's heads
+# Of a head's weights, from a normal distribution that is not cut: as BEiT's fine-tuning heads and VLMo's. BEiT's own
+# pretraining head is cut at one standard deviation like the rest of its weights, so it starts with 0.54 of this.
+HEAD_STD = 0.02
 
 
 class Linear(nn.Linear):
     """A linear layer whose weights start with a standard deviation of its own."""
 
     def __init__(self, inputs: int, outputs: int, *, std: float = 0.02, bias: bool = True, cut: float = 1.0):
-        self.std, self.cut = std, cut  # cut: where the normal distribution ends, in standard deviations
+        self.std, self.cut = std, cut  # see `draw`
         super().__init__(inputs, outputs, bias=bias)
 
     def reset_parameters(self) -> None:
-        _draw(self.weight, self.std, self.cut * self.std)
+        draw(self.weight, self.std, self.cut)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -100,8 +103,8 @@ def put_at(rows: Tensor, *, places: Tensor, length: int) -> Tensor:
 class Layers(NamedTuple):
     """What parallelism replaces in a model on one device."""
 
-    column: Callable[..., nn.Module] = Linear  # (inputs, outputs, *, std, bias): splits its outputs
-    row: Callable[..., nn.Module] = Linear  # (inputs, outputs, *, std, bias): splits its inputs, sums its outputs
+    column: Callable[..., nn.Module] = Linear  # (inputs, outputs, *, std, bias, cut): splits its outputs
+    row: Callable[..., nn.Module] = Linear  # (inputs, outputs, *, std, bias, cut): splits its inputs, sums its outputs
     inner_norm: Callable[..., nn.Module] = nn.LayerNorm  # (dim, eps=): normalises a split dimension
     vocabulary: Callable[..., nn.Module] = Vocabulary  # (size, dim, *, std): splits its rows
     classifier: Callable[..., nn.Module] = Classifier  # (inputs, classes, *, tied): splits its classes
@@ -118,25 +121,26 @@ class Layers(NamedTuple):
 PLAIN = Layers()
 
 
-def draw(weight: Tensor, std: float) -> Tensor:
-    """From a normal distribution cut off at one `std`, as BEiT draws all of its weights but the heads'."""
-    return _draw(weight, std, cut=std)
-
-
-def draw_head(weight: Tensor) -> Tensor:
-    return _draw(weight, HEAD_STD, cut=2.0)
-
-
-def normal(*shape: int, std: float) -> nn.Parameter:
-    """A parameter drawn as `draw` does."""
-    return nn.Parameter(draw(torch.empty(*shape), std))
-
-
 @torch.no_grad()
-def _draw(weight: Tensor, std: float, cut: float) -> Tensor:
-    """In fp32 on the host, wherever and in what type zero.Init puts the weight: one seed, one model."""
+def draw(weight: Tensor, std: float, cut: float = 1.0) -> Tensor:
+    """From a normal distribution of this `std` that ends at `cut` times it; math.inf: nowhere. A cut makes weights
+    smaller than `std` says: at 1, as BEiT and the released BEiT-3 draw, their standard deviation is 0.54 of it; at 2,
+    0.88.
+
+    In fp32 on the host, wherever and in what type zero.Init puts the weight: one seed, one model."""
     if weight.is_meta:
         return weight
     # Not torch.empty: zero.Init replaces it.
     drawn = torch.empty_like(weight, dtype=torch.float32, device="cpu")
-    return weight.copy_(nn.init.trunc_normal_(drawn, std=std, a=-cut, b=cut))
+    if math.isinf(cut):
+        return weight.copy_(drawn.normal_(std=std))
+    return weight.copy_(nn.init.trunc_normal_(drawn, std=std, a=-cut * std, b=cut * std))
+
+
+def draw_head(weight: Tensor) -> Tensor:
+    return draw(weight, HEAD_STD, cut=2.0 / HEAD_STD)  # timm's bounds, 100 standard deviations away
+
+
+def normal(*shape: int, std: float, cut: float = 1.0) -> nn.Parameter:
+    """A parameter drawn as `draw` does."""
+    return nn.Parameter(draw(torch.empty(*shape), std, cut))

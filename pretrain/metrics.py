@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
+import os
 import resource
+import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pretrain.distributed import rank
-from pretrain.files import write_file
+from pretrain.files import sync, write_file
 from pretrain.flops import peak_flops
 
 log = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
 # Measured by the clock or the allocator: two runs that are equal bit for bit still differ in these.
-MEASURED = ("samples_per_s", "tokens_per_s", "mfu", "data_wait", "memory_gib")
+MEASURED = (
+    *("samples_per_s", "tokens_per_s", "real_tokens_per_s"),
+    *("mfu", "mfu_executed", "data_wait", "memory_gib"),
+)
 
 
 class Throughput:
@@ -31,31 +38,38 @@ class Throughput:
         self.device, self.data_ranks = torch.device(device), data_ranks
         self.peak = peak_flops(self.device)
         self._mark = time.perf_counter()
-        self._seconds = self._waited = self._flops = 0.0
+        self._seconds = self._waited = self._flops = self._executed = 0.0
         self._samples = self._tokens = 0
+        self._real: Tensor | int = 0  # a tensor where the batches are: it is read when the meter is
 
     def wait(self, seconds: float) -> None:
         """Seconds that the step waited for its data."""
         self._waited += seconds
 
-    def tick(self, *, samples: int, tokens: int, flops: float) -> None:
-        """A step is done. `samples`: of the global batch; `tokens` (rows) and `flops`: of this rank."""
+    def tick(self, *, samples: int, tokens: int, real: Tensor | int, flops: float, executed: float) -> None:
+        """A step is done. `samples`: of the global batch; of this rank `tokens` (rows), how many of them are `real` and
+        no padding, `flops`, and how many of them were `executed`."""
         self._add_time()
-        self._samples, self._tokens, self._flops = self._samples + samples, self._tokens + tokens, self._flops + flops
+        self._samples, self._tokens, self._real = self._samples + samples, self._tokens + tokens, self._real + real
+        self._flops, self._executed = self._flops + flops, self._executed + executed
 
     def skip(self) -> None:
         """Forget the time since the last call: it went into something else, such as saving."""
         self._mark = time.perf_counter()
 
     def read(self) -> dict[str, float | None]:
-        """Means since the last reading: samples_per_s and tokens_per_s of the whole run, mfu (None where the peak is
-        unknown), data_wait (fraction of the time), memory_gib (peak: allocated on the GPU, else of the process)."""
+        """Means since the last reading: samples_per_s, tokens_per_s (rows, padding counted) and real_tokens_per_s
+        (without it) of the whole run, mfu of all model FLOPs and mfu_executed of those that were computed (None where
+        the peak is unknown), data_wait (fraction of the time), memory_gib (peak: allocated on the GPU, else of the
+        process)."""
         self._add_time()
         seconds = max(self._seconds, 1e-9)
         values = {
             "samples_per_s": self._samples / seconds,
             "tokens_per_s": self._tokens * self.data_ranks / seconds,
+            "real_tokens_per_s": float(self._real) * self.data_ranks / seconds,
             "mfu": self._flops / seconds / self.peak if self.peak else None,
+            "mfu_executed": self._executed / seconds / self.peak if self.peak else None,
             "data_wait": min(self._waited / seconds, 1.0),
             "memory_gib": _memory_gib(self.device),
         }
@@ -67,8 +81,8 @@ class Throughput:
         self._seconds, self._mark = self._seconds + now - self._mark, now
 
     def _clear(self) -> None:
-        self._seconds = self._waited = self._flops = 0.0
-        self._samples = self._tokens = 0
+        self._seconds = self._waited = self._flops = self._executed = 0.0
+        self._samples = self._tokens = self._real = 0
 
 
 def _memory_gib(device: torch.device) -> float:
@@ -82,7 +96,8 @@ class MetricsLog:
     """Writes `run_dir`/metrics.jsonl and `run_dir`/tensorboard, on rank 0 only. What an earlier run wrote beyond
     `resume_step` is cut off, so that a step has one line however often a run was killed."""
 
-    def __init__(self, run_dir: Path, resume_step: int = 0):
+    def __init__(self, run_dir: Path, resume_step: int = 0, every: int | None = None):
+        """`every`: how many steps lie between two lines; a larger hole before `resume_step` is named in the log."""
         self._file: Any = None
         self._board: Any = None
         if rank() != 0:
@@ -92,9 +107,12 @@ class MetricsLog:
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         _cut(run_dir / FILE, resume_step)
+        if resume_step and every is not None:
+            _name_holes(run_dir / FILE, resume_step, every)
         # Unbuffered and append-only: each line is one write, and a reader never sees half of one in the middle.
         self._file = open(run_dir / FILE, "ab", buffering=0)  # noqa: SIM115
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
+        sync(run_dir)
 
     def write(self, step: int, values: dict[str, float | int | None]) -> None:
         """One line. Floats are written so that they read back to the same bits; NaN and infinity become null."""
@@ -110,6 +128,11 @@ class MetricsLog:
         for name, value in line.items():
             if value is not None and name != "step":
                 self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """What was written survives the loss of the node."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:
@@ -147,6 +170,20 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
         return None
     good = isinstance(line, dict) and isinstance(line.get("step"), int)
     return line if good else None
+
+
+def _name_holes(path: Path, resume_step: int, every: int) -> None:
+    """One log line for steps without a line: after a node was lost with what it had not synced."""
+    steps = [0, *(line["step"] for line in read_metrics(path))] if path.exists() else [0]
+    gaps = list(itertools.pairwise([*steps, resume_step + 1]))
+    # Another log_every before is no hole.
+    usual = max([every, *([statistics.median_low(b - a for a, b in gaps[:-1])] if gaps[:-1] else [])])
+    holes = [f"{before + 1} to {after - 1}" for before, after in gaps if after - before > usual]
+    if holes:
+        more = f" and {len(holes) - 1} other places" if len(holes) > 1 else ""
+        log.warning(
+            "%s has no line of the steps %s%s: lost with a node, or log_every was changed", path, holes[-1], more
+        )
 
 
 def _cut(path: Path, resume_step: int) -> None:

@@ -11,10 +11,11 @@ from torch import nn
 
 SCHEDULES = ("cosine", "linear", "constant")
 # Parts of a parameter's dotted name that keep it from being decayed although it has two or more dimensions: the class
-# and mask tokens, positions and relative position tables. BEiT, BEiT-2 and the released BEiT-3 exempt
+# and mask tokens, positions and relative position tables. BEiT, BEiT-2, its tokenizer and the released BEiT-3 exempt
 # pos_embed, cls_token and embed_positions (their `no_weight_decay()`; BEiT adds the relative position tables with
-# --disable_weight_decay_on_rel_pos_bias). VLMo decays what its list of names forgot; we do not follow it there.
-NOT_DECAYED = ("cls", "class_token", "mask_token", "position", "pos_embed", "logit_scale")
+# --disable_weight_decay_on_rel_pos_bias). They decay the mask token; that we do not is a choice. VLMo decays what its
+# list of names forgot; we do not follow it there.
+NOT_DECAYED = ("cls", "class_token", "class_row", "mask_token", "position", "pos_embed", "logit_scale")
 
 
 @dataclass(frozen=True)

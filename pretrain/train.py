@@ -5,54 +5,73 @@ python -m pretrain.train --recipe tiny --stage vision --ds ds_configs/zero1.json
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":
+    # Until the imports below are through, a second or more, Ctrl-C would be a traceback out of the middle of them.
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped before the start\n"), os._exit(130)))
+
 import argparse
 import logging
 import math
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
+from pretrain.batch import Batch
 from pretrain.checkpoint.save import save
 from pretrain.checkpoint.weights import WEIGHTS, carry_over, write_weights
 from pretrain.distributed import any_rank, device, fail_together, rank, reduce_mean, world_size
 from pretrain.metrics import MetricsLog, Throughput
 from pretrain.optim import learning_rate
-from pretrain.parallel.engine import adopt_slurm, gradient_norm
-from pretrain.parallel.faults import LOST, Watch, leave
+from pretrain.parallel.engine import gradient_norm
+from pretrain.parallel.faults import LOST, STOPPED, Watch, leave
+from pretrain.parallel.launcher import adopt_launcher
 from pretrain.parallel.share_batches import share_batches
 from pretrain.parallel.state import full_state
 from pretrain.recipes import load_recipe
 from pretrain.run.build import Run, build_run, frozen_names
 from pretrain.run.directory import finished, note_recipe, run_identity
 from pretrain.run.display import Display
-from pretrain.run.signals import StopSignals
+from pretrain.run.identity import as_begun
+from pretrain.run.signals import Stopped, StopSignals
+from pretrain.run.whole_recipe import check_other_stages
 
 log = logging.getLogger("pretrain")
-
-# EX_TEMPFAIL of sysexits.h: stopped by a signal with everything saved; a launcher may start the same line again.
-STOPPED = 75
 
 
 def main(argv: list[str] | None = None) -> int:
     """-> 0 finished, 1 a bug (its traceback), 2 a user's mistake (one sentence on stderr), 69 another rank or a data
-    worker died or did not answer within timeout_s (one sentence), 75 stopped by a signal after saving, 130 Ctrl-C."""
+    worker died or did not answer within timeout_s (one sentence), 75 stopped by a signal after saving (where one of
+    several ranks waits for its data: without), 130 Ctrl-C."""
     args = parse_args(argv)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
-    watch = Watch()
     try:
-        adopt_slurm()  # before anyone asks for the rank
+        adopt_launcher()  # before anyone asks for the rank
+    except ValueError as error:
+        log.error("error: %s", error)
+        return 2
+    stop = StopSignals()
+    watch = Watch(stop.seconds)
+    try:
         log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
-        return leave(run(args, watch))
+        return leave(run(args, stop, watch))
     except (ValueError, OSError) as error:
         if rank() == 0 or world_size() == 1:
             log.error("error: %s", error)
         else:
             log.error("error on rank %d: %s", rank(), error)
         return leave(LOST if isinstance(error, TimeoutError) else 2)
+    except Stopped:
+        log.info("stopped by a signal before the first step; start the same line again")
+        return leave(STOPPED)
     except KeyboardInterrupt:
         log.info("stopped; checkpoints are intact, start the same line again to go on from the newest")
         return leave(130)
@@ -64,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         return leave(LOST if sentence else 1)
     finally:
         watch.stop()
+        stop.restore()
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -82,22 +102,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace, watch: Watch) -> int:
+def run(args: argparse.Namespace, stop: StopSignals, watch: Watch) -> int:
     recipe, stage = load_recipe(args.recipe, args.stage, args.set)
     directory = args.run_dir / args.stage
     identity = run_identity(directory, recipe, stage)
+    stage = as_begun(stage, identity)
     if finished(directory, identity):
         log.info("%s: finished before; nothing to do", args.stage)
         return 0
-    stop = StopSignals()
+    check_other_stages(recipe, args.stage, args.run_dir, changed=bool(args.set))
     run = build_run(recipe, stage, args.ds, args.run_dir, watch, directory=directory, settings=identity)
     command = {"recipe": _findable(args.recipe), "set": args.set, "ds": run.ds_config, "world": world_size()}
     fail_together(lambda: note_recipe(directory, recipe, identity, command) if rank() == 0 else None)
-    done = train(run, directory, stop, watch)
+    with run.lock or nullcontext():
+        done = train(run, directory, stop, watch)
+        if done == stage.steps:
+            hand_over(run, directory / WEIGHTS)
     if done < stage.steps:
         log.info("%s: stopped by a signal and saved at step %d; start the same line again", args.stage, done)
         return STOPPED
-    hand_over(run, directory / WEIGHTS)
     log.info("%s: finished at step %d; wrote %s", args.stage, done, directory / WEIGHTS)
     return 0
 
@@ -109,19 +132,25 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch) -> int:
     them cannot write.
     """
     recipe, stage, start, step = run.recipe, run.stage, run.done, run.done
-    metrics = fail_together(lambda: MetricsLog(directory, resume_step=start))
+    stop.begin()
+    metrics = fail_together(lambda: MetricsLog(directory, start, every=recipe.log_every))
     meter = Throughput(device(), run.mesh.data.size)
     batches = share_batches(partial(run.loader.batches, start, stage.steps), run.mesh, watch)
-    display = Display(directory.name, start, stage.steps)
+    display, saved = Display(directory.name, start, stage.steps), start
     for step in range(start + 1, stage.steps + 1):
         # The first one compiles, and fills caches.
         watch.enter(f"the reading of step {step}", patient=step == start + 1)
-        waited = time.perf_counter()
-        micro_batches = next(batches)
-        meter.wait(time.perf_counter() - waited)
+        if (micro_batches := next_batches(batches, meter, stop)) is None:
+            step -= 1
+            if step == 0:
+                raise Stopped
+            if step > saved:
+                save_checkpoint(run, step, directory, metrics)
+            break
         watch.enter(f"step {step}", patient=step == start + 1)
         report = run.step(micro_batches, first=step == 1)
-        meter.tick(samples=stage.batch.total, tokens=run.rows, flops=run.flops)
+        real = sum(batch.real_rows() for batch in micro_batches)
+        meter.tick(samples=stage.batch.total, tokens=run.rows, real=real, flops=run.flops, executed=run.executed_flops)
         stopping = any_rank(stop.asked, device())
         saving = step % recipe.save_every == 0 or step == stage.steps or stopping
         if step % recipe.log_every == 0 or saving:
@@ -133,7 +162,8 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch) -> int:
         display.bar.update()
         if saving:
             watch.enter(f"the save of step {step}", patient=True)
-            save_checkpoint(run, step, directory)
+            save_checkpoint(run, step, directory, metrics)
+            saved = step
             meter.skip()
         if stopping:
             break
@@ -141,6 +171,19 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch) -> int:
     display.bar.close()
     metrics.close()
     return step
+
+
+def next_batches(batches: Iterator[list[Batch]], meter: Throughput, stop: StopSignals) -> list[Batch] | None:
+    """This rank's micro-batches of a step; None where a signal came before they did. Of several ranks each goes on to
+    the step's end with the others."""
+    waited = time.perf_counter()
+    try:
+        with stop.at_once(world_size() == 1):
+            micro_batches = next(batches)
+    except Stopped:
+        return None
+    meter.wait(time.perf_counter() - waited)
+    return micro_batches
 
 
 def metrics_line(run: Run, step: int, report: dict[str, Tensor], directory: Path) -> dict[str, Any]:
@@ -158,7 +201,10 @@ def metrics_line(run: Run, step: int, report: dict[str, Tensor], directory: Path
     return line
 
 
-def save_checkpoint(run: Run, step: int, directory: Path) -> None:
+def save_checkpoint(run: Run, step: int, directory: Path, metrics: MetricsLog) -> None:
+    # First: a node that is lost later must not take lines of steps that are never done again.
+    fail_together(metrics.sync)
+    fail_together(run.loader.sync)
     weights = full_state(run.engine, run.mesh), run.weights_config(directory.name)
     path, identity = directory / "checkpoints", cast(dict[str, Any], run.identity)
     save(run.engine, path, step, weights=weights, mesh=run.mesh, keep=run.recipe.keep, **identity)
@@ -179,4 +225,5 @@ def _findable(recipe: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -18,7 +18,7 @@ from tests.toys import image_sample, pair_sample, text_sample, write_source
 ROOT = Path(__file__).parents[1]
 RECIPE = """
 from pretrain.config import BatchSize, Recipe, Stage
-from pretrain.data.loader import Loading
+from pretrain.data.mixture import Loading
 from pretrain.data.sources import ImageShards, PairShards, TextShards
 from pretrain.data.transforms import ImageTransform
 from pretrain.evals.masked import MaskedAccuracy
@@ -100,8 +100,9 @@ def train_stage(data: Path, run_dir: Path, stage: str, *settings: str, ds: str |
     return subprocess.run(line, env=environment(data) | env, capture_output=True, text=True, timeout=120)
 
 
-def evaluate(data: Path, run_dir: Path, stage: str) -> subprocess.CompletedProcess:
+def evaluate(data: Path, run_dir: Path, stage: str, recipe: Path | None = None) -> subprocess.CompletedProcess:
     line = [sys.executable, "-m", "pretrain.evaluate", "--run-dir", str(run_dir), "--stage", stage]
+    line += ["--recipe", str(recipe or data / "recipe.py")]
     return subprocess.run(line, env=environment(data), capture_output=True, text=True, timeout=120)
 
 

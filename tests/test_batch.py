@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.batch import DROP_PATH, Kinds, Layout
-from tests.toy_models import ROUTES, random_batch
+from pretrain.batch import BOS, DROP_PATH, EOS, PAD, Kinds, Layout
+from tests.toy_models import PATCHES, ROUTES, random_batch
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -51,6 +51,13 @@ def test_every_tensor_has_a_name_and_follows():
     assert all(torch.equal(value, named[name] * 2) for name, value in doubled.tensors())
     moved = dict(batch.to("meta").tensors())
     assert moved.keys() == named.keys() and {value.device.type for value in moved.values()} == {"meta"}
+
+
+def test_padding_is_no_real_row():
+    batch = random_batch(ROUTES["masked data"])
+    batch.pair_tokens[:] = torch.tensor([BOS, 7, 8, EOS, PAD, PAD, PAD])  # two pairs
+    batch.text_tokens[:] = torch.tensor([BOS, 7, EOS, PAD, PAD, PAD, PAD, PAD, PAD])  # four texts
+    assert int(batch.real_rows()) == 5 * (PATCHES + 1) + 2 * 4 + 4 * 3
 
 
 def test_with_tensors_replaces_by_name_and_leaves_the_rest():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from pretrain.metrics import read_metrics
-from pretrain.parallel.faults import LOST, Watch
+from pretrain.parallel.faults import LOST, STOPPED, Watch
 from pretrain.recipes import find_recipe
 from pretrain.run.identity import stage_hash
 from tests.small_run import Ranks, check_weights, command, tokenizer_of
@@ -67,7 +68,7 @@ def test_a_rank_hangs_then_one_dies_and_the_run_ends_bit_equal(data, tmp_path, l
     assert ranks.wait(60, 0) == [LOST], log.read_text()
     ranks.kill()
     assert sentences(log) == [
-        "rank 0 of 2: another rank did not answer within 4 s (in step 6); what was saved is kept, start the same line "
+        "rank 0 of 2: another rank did not answer within 4 s (in step 6); checkpoints are intact, start the same line "
         "again"
     ]
 
@@ -119,41 +120,79 @@ def test_the_one_rank_that_fails_is_heard_first(data, tmp_path, error, code, say
     assert first < second
 
 
-def lose_worker(number: int, victim: int, rank: int) -> None:
-    """`victim` sends its data workers a signal before its third step."""
+def lose_worker(number: int, victim: int, stop: int, rank: int) -> None:
+    """`victim` sends its data workers a signal before its third step, and itself the signal `stop` a second later."""
     import multiprocessing
 
-    from pretrain import train
+    from pretrain.run import build
 
-    step, left = train.train_step, [3]
+    step, left = build.train_step, [3]
 
     def stepping(*args, **kwargs):
         left[0] -= 1
         if left[0] == 0:
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid, number)
+            if stop:
+                threading.Timer(1, os.kill, (os.getpid(), stop)).start()
         return step(*args, **kwargs)
 
     if rank == victim:
-        train.train_step = stepping
+        build.train_step = stepping
+
+
+WORKER = ["loading.workers=1", "loading.prefetch=1", "steps=4000"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "says"),
+    ("world", "number", "says"),
     [
-        (signal.SIGKILL, "rank 1 of 2: a data worker died (in "),
-        (signal.SIGSTOP, "rank 1 of 2: its own data did not come within 4 s (in the reading of step "),
+        (2, signal.SIGKILL, "rank 1 of 2: a data worker died (in "),
+        (2, signal.SIGSTOP, "rank 1 of 2: its own data did not come within 4 s (in the reading of step "),
+        (1, signal.SIGKILL, "rank 0 of 1: a data worker died (in "),
+        (1, signal.SIGSTOP, "rank 0 of 1: its own data did not come within 4 s (in the reading of step "),
     ],
 )
-def test_data_workers_that_die_or_hang(data, tmp_path, number, says):
+def test_data_workers_that_die_or_hang(data, tmp_path, world, number, says):
     log = tmp_path / "log"
-    settings = ["loading.workers=1", "loading.prefetch=1", "steps=4000"]
-    ranks = Ranks(line(data, tmp_path, "zero1", *settings), data, 2, log, partial(lose_worker, number, 1))
-    assert ranks.wait(60) == [LOST, LOST], log.read_text()
+    started = line(data, tmp_path, "zero1", *WORKER)
+    ranks = Ranks(started, data, world, log, partial(lose_worker, number, world - 1, 0))
+    assert ranks.wait(60) == [LOST] * world, log.read_text()
     told = sentences(log)
     assert any(says in sentence for sentence in told), told
-    assert all(sentence.endswith("what was saved is kept, start the same line again") for sentence in told)
+    assert all(sentence.endswith("checkpoints are intact, start the same line again") for sentence in told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_sigterm_ends_a_run_that_waits_for_its_data(data, tmp_path, world):
+    log = tmp_path / "log"
+    started = line(data, tmp_path, "zero1", *WORKER, "timeout_s=600", "save_every=4000")
+    ranks = Ranks(started, data, world, log, partial(lose_worker, signal.SIGSTOP, world - 1, signal.SIGTERM))
+    assert ranks.wait(60) == ([LOST, STOPPED] if world == 2 else [STOPPED]), log.read_text()
+    said = log.read_text()
+    if world == 1:  # it waits for nobody, and saves what it has done
+        (checkpoint,) = (tmp_path / "fusion" / "checkpoints").glob("step_*")
+        done = len(read_metrics(tmp_path / "fusion" / "metrics.jsonl"))
+        assert checkpoint.name == f"step_{done:08d}" and f"saved at step {done}" in said
+    else:
+        assert "rank 1 of 2: stopped by a signal (in the reading of step " in said
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_run_whose_other_ranks_do_not_come(data, tmp_path):
+    log = tmp_path / "log"
+    ranks = Ranks(line(data, tmp_path, "zero1"), data, 2, log, come_alone)
+    assert ranks.wait(60) == [STOPPED, -signal.SIGKILL], log.read_text()
+    assert "stopped by a signal (in the start)" in log.read_text()
+
+
+def come_alone(rank: int) -> None:
+    """Rank 1 never comes, and rank 0 is asked to end while it waits for it."""
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    threading.Timer(4, os.kill, (os.getpid(), signal.SIGTERM)).start()
 
 
 @pytest.mark.parametrize(

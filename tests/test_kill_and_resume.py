@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,37 @@ def test_a_signal_saves_at_the_next_step_and_exits_with_its_own_code(data, tmp_p
     assert ranks.wait(30) == [75, 75], log.read_text()
     assert "stopped by a signal and saved at step" in log.read_text()
     assert len(saves(tmp_path)) == 1
+
+
+def note_syncs(place: Path, rank: int) -> None:
+    sync = os.fsync
+
+    def noting(file) -> None:
+        sync(file)
+        handle = file if isinstance(file, int) else file.fileno()
+        with place.open("a") as notes:
+            notes.write(os.readlink(f"/proc/self/fd/{handle}") + "\n")
+
+    os.fsync = noting
+
+
+@pytest.mark.slow
+def test_metrics_and_trace_are_synced_before_each_save_and_a_hole_is_named(data, tmp_path):
+    log, notes, run = tmp_path / "log", tmp_path / "syncs", tmp_path / "run" / "vision"
+    line = command(data, run.parent, "vision", tokenizer_of(data), "steps=4", "save_every=2")
+    assert Ranks(line, data, 1, log, partial(note_syncs, notes)).wait(60) == [0], log.read_text()
+    synced = [Path(path).name for path in notes.read_text().splitlines()]
+    saves = [place for place, name in enumerate(synced) if name.startswith(".MANIFEST.json.")]
+    assert len(saves) == 2
+    for first, last in zip([0, *saves], saves, strict=False):
+        assert {"metrics.jsonl", "samples.rank00000.jsonl"} <= set(synced[first:last])
+
+    # As if the node had been lost with what was not synced then.
+    shutil.rmtree(run / "checkpoints" / "step_00000004")
+    (run / "weights.safetensors").unlink()
+    for path in (run / "metrics.jsonl", run / "samples.rank00000.jsonl"):
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))
+    assert Ranks(line, data, 1, log).wait(60) == [0], log.read_text()
+    said = log.read_text()
+    assert said.count("metrics.jsonl has no line of the steps 2 to 2: lost with a node, or log_every was changed") == 1
+    assert said.count("samples.rank00000.jsonl ends at step 1, not 2: lost with a node") == 1

@@ -8,6 +8,7 @@ import struct
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from pretrain import metrics
 from pretrain.metrics import MetricsLog, Throughput, read_metrics
@@ -26,23 +27,25 @@ def test_throughput_is_the_mean_since_the_last_reading(clock):
     for _ in range(4):
         clock.now += 0.5
         meter.wait(0.1)
-        meter.tick(samples=32, tokens=100, flops=2.5e11)
+        meter.tick(samples=32, tokens=100, real=torch.tensor(70), flops=2.5e11, executed=2e11)
     read = meter.read()
     assert read["samples_per_s"] == pytest.approx(64)
     assert read["tokens_per_s"] == pytest.approx(400)
-    assert read["mfu"] == pytest.approx(0.5)
+    assert read["real_tokens_per_s"] == pytest.approx(280)
+    assert read["mfu"] == pytest.approx(0.5) and read["mfu_executed"] == pytest.approx(0.4)
     assert read["data_wait"] == pytest.approx(0.2)
     assert 0.01 < read["memory_gib"] < 1000
     clock.now += 30  # saving a checkpoint
     meter.skip()
     clock.now += 1
-    meter.tick(samples=10, tokens=1, flops=0)
+    meter.tick(samples=10, tokens=1, real=1, flops=0, executed=0)
     assert meter.read()["samples_per_s"] == pytest.approx(10)
 
 
 def test_mfu_is_null_where_the_peak_is_unknown(clock):
     meter = Throughput("cpu")
-    assert meter.read()["mfu"] is None  # nor does an empty reading divide by zero
+    read = meter.read()
+    assert read["mfu"] is None and read["mfu_executed"] is None  # nor does an empty reading divide by zero
 
 
 def write_steps(directory, start, stop, offset=0.0):
@@ -119,3 +122,26 @@ def test_a_file_of_another_program_is_an_error_that_names_the_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nhello\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is not a JSON object"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("steps", "resume", "every", "hole"),
+    [
+        ([1, 2, 3, 7, 8, 9, 10], 10, 1, "the steps 4 to 6:"),
+        ([1, 2, 3], 10, 1, "the steps 4 to 10:"),
+        ([1, 2, 6, 7, 8], 10, 1, "the steps 9 to 10 and 1 other places:"),
+        ([5, 10, 20], 22, 5, "the steps 11 to 19:"),
+        ([], 4, 1, "the steps 1 to 4:"),
+        (range(1, 11), 10, 1, None),
+        ([5, 10], 14, 5, None),
+        ([10, 20, 30], 35, 5, None),  # log_every was 10
+        ([5, 10, 15, 20], 40, 50, None),  # and 5
+    ],
+)
+def test_a_hole_before_the_step_that_a_run_goes_on_from_is_one_log_line(tmp_path, caplog, steps, resume, every, hole):
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in steps))
+    with MetricsLog(tmp_path, resume, every=every):
+        pass
+    told = [record.message for record in caplog.records if "has no line of" in record.message]
+    assert len(told) == (hole is not None)
+    assert hole is None or hole in told[0]

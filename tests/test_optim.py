@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import pkgutil
 
 import pytest
 import torch
 from torch import nn
 
+from pretrain import recipes
+from pretrain.layers import PLAIN
 from pretrain.optim import Optim, build_optimizer, decays, learning_rate, parameter_groups, schedule
+from pretrain.recipes import find_recipe
 
 
 class Named(nn.Module):
@@ -64,6 +68,33 @@ def test_what_is_decayed():
     decayed = {name for name, parameter in Named().named_parameters() if decays(name, parameter)}
     blocks = {f"blocks.{i}.fc.weight" for i in range(3)}
     assert decayed == {"words.weight", "patches.weight", "head.weight", *blocks}
+
+
+# What has two or more dimensions and is not decayed. unilm's own lists (`no_weight_decay`) hold cls_token and pos_embed
+# for BEiT and BEiT-2, {encoder,decoder}.{cls_token,pos_embed} for VQ-KD, embed_positions of both modalities and
+# vision_embed.cls_token for BEiT-3; its mask token stands on none of them.
+TOKENS = {"encoder.vision_embed.cls_token", "encoder.vision_embed.mask_token"}
+LEARNED = TOKENS | {"encoder.vision_embed.positions", "encoder.text_embed.positions"}
+EXEMPT = {"tiny": LEARNED, "beit3": LEARNED, "vlmo": TOKENS | {"encoder.relative_position.table"}}
+TOKENIZER_EXEMPT = {
+    f"tokenizer.{part}.{name}" for part in ("encoder", "decoder") for name in ("class_row", "positions")
+}
+
+
+@pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(recipes.__path__) if m.name[0] != "_"])
+def test_what_every_recipes_models_exempt_from_decay(name):
+    recipe = find_recipe(name)
+    for stage_name, stage in recipe.stages.items():
+        with torch.device("meta"):
+            task = stage.task.build(recipe.model_of(stage), stage, PLAIN, None)
+        parameters = dict(task.named_parameters())
+        decayed = {key for key, parameter in parameters.items() if decays(key, parameter)}
+        exempt = {key for key, parameter in parameters.items() if parameter.dim() > 1} - decayed
+        listed = TOKENIZER_EXEMPT if stage_name == "tokenizer" else EXEMPT[name.split("_")[0]]
+        absent = [part for kind, part in (("vision", "vision_"), ("language", "text_")) if kind not in stage.experts]
+        built = {key for key in listed if not any(part in key for part in absent)}
+        assert exempt == built, stage_name
+        assert all(key.endswith(".weight") and parameters[key].dim() > 1 for key in decayed), stage_name
 
 
 def test_groups_are_few_and_hold_each_trainable_parameter_once():

@@ -42,7 +42,18 @@ def test_every_stage_leaves_the_files_of_the_contract(run):
             assert (run / stage / name).is_file(), (stage, name)
         assert list((run / stage / "tensorboard").iterdir())
     line = json.loads((run / "fusion" / "metrics.jsonl").read_text().splitlines()[-1])
-    for key in ("step", "loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "mfu", "data_wait", "memory_gib"):
+    for key in (
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "samples_per_s",
+        "tokens_per_s",
+        "real_tokens_per_s",
+        "mfu",
+        "data_wait",
+        "memory_gib",
+    ):
         assert key in line
     assert line["samples_seen"] == 12 * 12
     for part in ("image", "pair_image", "pair_text", "text"):
@@ -87,6 +98,16 @@ def test_a_finished_stage_needs_no_checkpoints(data, run, tmp_path):
     again = train_stage(data, tmp_path, "vision", *settings)
     assert again.returncode == 0 and "finished before" in again.stderr
     assert (tmp_path / "vision" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.slow
+def test_a_kill_between_weights_and_their_config_is_mended_by_the_next_start(data, run, tmp_path):
+    shutil.copytree(run / "vision", tmp_path / "vision")
+    whole = json.loads((tmp_path / "vision" / "config.json").read_text())
+    (tmp_path / "vision" / "config.json").unlink()
+    again = train_stage(data, tmp_path, "vision")
+    assert again.returncode == 0 and "nothing to do" in again.stderr, again.stderr
+    assert json.loads((tmp_path / "vision" / "config.json").read_text()) == whole
 
 
 @pytest.mark.slow

@@ -2,8 +2,12 @@
 
 A checkpoint is a directory, step_00000100, which is first written as .step_00000100.writing: the whole model
 (weights.safetensors) and each rank's part of the optimizer's moments and its random state, all synced, then
-MANIFEST.json with their sizes and hashes, then one rename. `newest` ignores a directory without a valid manifest.
+MANIFEST.json with their sizes and hashes, then one rename. `newest` ignores a directory without a valid manifest,
+and files that the manifest does not list are not read.
 Nothing in it depends on the layout of the run that wrote it: any other layout can resume from it.
+
+The hashes have no key: they show damage by a disk or a copy, but not intent. Whoever can write to the directory can
+rewrite a file and the manifest together, and nothing here notices.
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ class Checkpoint:
     path: Path
     world: int
     layout: dict[str, int]
+    files: tuple[str, ...]  # whose size and hash the manifest lists; anything else in `path` is not read
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -120,7 +125,9 @@ def newest(directory: Path, *, precision: str, recipe_hash: str = "", data_diges
         if lines:
             log.warning("checkpoint rejected: %s; trying the previous one", lines[0])
             continue
-        return Checkpoint(manifest["step"], path, manifest["world"], manifest["layout"], manifest["extra"])
+        return Checkpoint(
+            manifest["step"], path, manifest["world"], manifest["layout"], tuple(names), manifest["extra"]
+        )
     log.info("no checkpoint to resume from in %s", directory)
     return None
 
@@ -128,7 +135,7 @@ def newest(directory: Path, *, precision: str, recipe_hash: str = "", data_diges
 def resume(engine, checkpoint: Checkpoint, mesh: Mesh | None = None) -> None:
     """Restore the engine's optimizer and counters and this rank's random generators, before the first step. The engine
     was built with the weights of `checkpoint.weights`. Every rank must call it."""
-    read_moments(engine, mesh, sorted(checkpoint.path.glob("moments_rank*.safetensors")))
+    read_moments(engine, mesh, [checkpoint.path / name for name in checkpoint.files if name.startswith("moments_rank")])
     set_progress(engine, checkpoint.step)
     layout = _layout(engine, mesh)
     if (checkpoint.world, checkpoint.layout) == (world_size(), layout):

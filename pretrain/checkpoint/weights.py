@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pretrain.files import write_json, written_in_one_step
 
 HEADER = "imglish"  # the one metadata key of our safetensors: several would be written in no fixed order
-WEIGHTS = "weights.safetensors"
+WEIGHTS, CONFIG = "weights.safetensors", "config.json"
 
 
 # (tensors of a wrong shape, the header's config, the shapes required) -> tensors
@@ -60,22 +60,37 @@ def write_weights(state: dict[str, Tensor], path: Path, config: dict[str, Any]) 
         path.with_name(f".{path.name}.saving").unlink(missing_ok=True)  # a killed run's, of an earlier version
         with written_in_one_step(path) as growing:
             save_file(state, growing, metadata={HEADER: json.dumps(header, sort_keys=True)})
-        write_json(path.with_name("config.json"), config | {"weights_sha256": digest.hexdigest()})
+        write_json(path.with_name(CONFIG), config | {"weights_sha256": digest.hexdigest()})
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None) or errno.EIO
         raise SaveError(number, f"cannot write {path}: {error}; free some space or choose another run-dir") from error
     return digest.hexdigest()
 
 
+def mend_config(path: Path) -> bool:
+    """Writes config.json beside weights.safetensors again where a kill between the two left none, or an older one;
+    whether it did. The weights' own header has all of it. For one rank."""
+    header, place = weights_header(path), path.with_name(CONFIG)
+    try:
+        stored = json.loads(place.read_bytes()).get("weights_sha256")
+    except (OSError, ValueError, AttributeError):
+        stored = None
+    if stored == header.get("sha256"):
+        return False
+    write_json(place, header.get("config", {}) | {"weights_sha256": header.get("sha256")})
+    return True
+
+
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors of a weights.safetensors (or of the directory that contains it) and its config. Raises ValueError if
-    it is missing, damaged or not safetensors."""
+    it is missing, damaged, not safetensors, or of a run that diverged."""
     state = {}
     with _open_safetensors(path) as (file, header):
         digest = hashlib.sha256()
         for name in sorted(file.keys()):
             state[name] = file.get_tensor(name)
             _hash_tensor(digest, name, state[name])
+            _check_finite(path, name, state[name])
         _check_digest(path, header, digest)
     return state, header.get("config", {})
 
@@ -101,8 +116,8 @@ def load_handover(
 ) -> Handover:
     """Fill a module's parameters and buffers, or a dictionary of tensors, from a weights.safetensors. Where a rank has
     only parts of tensors, `shape_of(tensor)` is the whole's shape and `fill(tensor, whole)` copies the part. `adapt`
-    may change tensors of a wrong shape (see contracts.Model.adapt). Raises ValueError if the file is damaged, or if a
-    shape is still wrong (with its name and both shapes)."""
+    may change tensors of a wrong shape (see contracts.Model.adapt). Raises ValueError if the file is damaged, if a
+    number in it is not finite, or if a shape is still wrong (with its name and both shapes)."""
     wanted = wanted.state_dict(keep_vars=True) if isinstance(wanted, nn.Module) else wanted
     with _open_safetensors(path) as (file, header), torch.no_grad():
         names = sorted(file.keys())
@@ -121,6 +136,7 @@ def load_handover(
         for name in names:
             value = file.get_tensor(name)
             _hash_tensor(digest, name, value)
+            _check_finite(path, name, value)
             if name in wanted:
                 fill(wanted[name], adapted.get(name, value))
         _check_digest(path, header, digest)
@@ -207,6 +223,11 @@ def _open_safetensors(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 def _hash_tensor(digest, name: str, value: Tensor) -> None:
     digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
     digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _check_finite(path: Path, name: str, value: Tensor) -> None:
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{path}: {name} holds NaN or infinite numbers; the run that wrote it diverged, give others")
 
 
 def _check_digest(path: Path, header: dict[str, Any], digest) -> None:

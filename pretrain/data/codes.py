@@ -65,8 +65,12 @@ class Coding:
 
 
 def plain(transform: ImageTransform) -> dict[str, Any]:
-    """A transform as plain JSON values."""
-    return json.loads(json.dumps(asdict(transform)))
+    """What decides a transform's crops in training, as JSON gives it back."""
+    fields = asdict(transform)
+    del fields["evaluation"]
+    if not fields["antialias"]:  # as codes that were stored before there was a choice
+        del fields["antialias"]
+    return json.loads(json.dumps(fields))
 
 
 def _flatten(coding: Coding) -> dict[str, Any]:

@@ -12,28 +12,17 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from pretrain.batch import Batch, Layout, batch_problem
-from pretrain.contracts import Source
+from pretrain.batch import Batch
 from pretrain.data.codes import Coding, StoredCodes, check_coding, plain
-from pretrain.data.micro_batches import (
-    KINDS,
-    Failure,
-    Feed,
-    MicroBatches,
-    Replaced,
-    Share,
-    View,
-    micro_layout,
-    slot_problem,
-)
+from pretrain.data.micro_batches import Failure, Feed, MicroBatches, Replaced, Share
+from pretrain.data.mixture import KINDS, Mixture, View, check_mixture, layout_of
 from pretrain.data.order import Order
 from pretrain.data.shards.reader import ShardReader, load_manifest
 
@@ -41,27 +30,8 @@ log = logging.getLogger(__name__)
 
 # The log names this many replaced samples; the quarantine file lists all of them.
 LOGGED = 10
-
-
-@dataclass(frozen=True)
-class Loading:
-    """How samples are fetched. Only `streams`, `block_shards` (the order) and `skip_bad_shards` change what a step
-    sees."""
-
-    workers: int = 2
-    streams: int = 64
-    block_shards: int = 8
-    cache_dir: str | None = None
-    cache_gib: float = 50.0
-    skip_bad_shards: bool = False
-    prefetch: int = 4  # micro-batches that each worker prepares in advance
-
-    def __post_init__(self) -> None:
-        for name, least in {"workers": 0, "streams": 1, "block_shards": 1, "prefetch": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"loading.{name}={getattr(self, name)} is wrong because it is below {least}; use {least}"
-                )
+# Of a row besides its pixels: ids and targets of 8 bytes, masks, random numbers.
+ROW_BYTES = 24
 
 
 class _Steps(Sampler):
@@ -75,18 +45,6 @@ class _Steps(Sampler):
 
     def __len__(self) -> int:
         return len(self.steps) * self.accumulation
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """What is read, in which order. `counts` are the sequences of each kind in one global batch, over all data ranks
-    and micro-steps; `mix` has the same keys."""
-
-    mix: Mapping[str, Source]
-    counts: Mapping[str, int]
-    accumulation: int = 1
-    seed: int = 0
-    loading: Loading = field(default_factory=Loading)
 
 
 class Loader:
@@ -105,15 +63,23 @@ class Loader:
         quarantine: str | os.PathLike[str] | None = None,
     ):
         assert 0 <= rank < ranks and mixture.accumulation >= 1, (rank, ranks, mixture.accumulation)
-        _check_mix(mixture, view, ranks)
+        check_mixture(mixture, view, ranks)
         self.accumulation, self.rank, self.ranks, self.loading = mixture.accumulation, rank, ranks, mixture.loading
         self.trace = Path(trace) if trace else None
         self.quarantine = Path(quarantine) if quarantine else None
+        self._trace_file: int | None = None
         self.replaced = 0  # samples of this rank, so far
-        self.layout = _layout(mixture, view, ranks * mixture.accumulation)
+        self.layout = layout_of(mixture, view, ranks * mixture.accumulation)
         self.feeds = [_feed(kind, mixture, view, self.layout.patches) for kind in KINDS if kind in mixture.mix]
         share = Share(rank, ranks, mixture.accumulation)
         self._dataset = MicroBatches(self.feeds, self.layout, view, share, mixture.seed)
+
+    @property
+    def bytes_ahead(self) -> int:
+        """Of the shared memory that the micro-batches fill which the workers have made ahead."""
+        pictures, size = self.layout.images + self.layout.pairs, self._dataset.view.transform
+        micro = pictures * 3 * (size.size**2 if size else 0) + ROW_BYTES * self.layout.rows
+        return self.loading.workers * self.loading.prefetch * micro
 
     @property
     def samples(self) -> dict[str, int]:
@@ -141,7 +107,7 @@ class Loader:
             # would get other random numbers than an uninterrupted one.
             generator=torch.Generator(),
         )
-        trace = self._open_trace(start)
+        trace = self._trace_file = self._open_trace(start)
         items = iter(loader)
         try:
             for step in range(start + 1, stop + 1):
@@ -150,10 +116,20 @@ class Loader:
                     keys = [key for batch in micro_batches for key in batch.keys]
                     os.write(trace, _json_line({"step": step, "keys": keys}))
                 yield micro_batches
+        except BaseException:
+            for worker in getattr(items, "_workers", ()):
+                worker.terminate()  # torch would wait 5 s for each that hangs in its reading
+            raise
         finally:
             del items  # ends the workers
             if trace is not None:
+                self._trace_file = None
                 os.close(trace)
+
+    def sync(self) -> None:
+        """The trace, as far as it is written, survives the loss of the node."""
+        if self._trace_file is not None:
+            os.fsync(self._trace_file)
 
     def _accept(self, step: int, item: tuple[Batch, list[Replaced]] | Failure) -> Batch:
         if isinstance(item, Failure):
@@ -182,7 +158,11 @@ class Loader:
             # One rank truncates each file, also those of a run that had more ranks.
             number = path.name.removeprefix("samples.rank").removesuffix(".jsonl")
             if number.isdigit() and int(number) % self.ranks == self.rank:
-                _cut_trace(path, start)
+                last = _cut_trace(path, start)
+                if last < start and int(number) == 0:  # in every layout there is this one
+                    log.warning(
+                        "%s ends at step %d, not %d: lost with a node, or trace_samples was off", path, last, start
+                    )
         path = self.trace / f"samples.rank{self.rank:05d}.jsonl"
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
@@ -233,54 +213,21 @@ def shard_names(files: list[str]) -> tuple[str, ...]:
     return tuple(f"{stem}-{number}" for number, stem in enumerate(stems))
 
 
-def _check_mix(mixture: Mixture, view: View, ranks: int) -> None:
-    mix, counts, transform = mixture.mix, mixture.counts, view.transform
-    if unknown := sorted(set(mix) - set(KINDS)):
-        raise ValueError(f"mix.{unknown[0]} is wrong because there is no such kind; use {', '.join(KINDS)}")
-    if not mix:
-        raise ValueError(f"mix={{}} is empty; give a source for one or more of {', '.join(KINDS)}")
-    if set(mix) != set(counts):
-        raise ValueError(f"batch has {sorted(counts)} but mix has {sorted(mix)}; give each kind of the mix a count")
-    for kind in mix:
-        problem = slot_problem(kind, mix[kind]) or batch_problem(kind, counts[kind], ranks, mixture.accumulation)
-        if problem:
-            raise ValueError(problem)
-        if kind != "texts" and transform is None:
-            raise ValueError(f"mix.{kind} has pictures but the stage has no transform; set the stage's transform")
-        if kind != "images" and view.tokenizer is None:
-            raise ValueError(f"mix.{kind} has texts but there is no text tokenizer; set text_tokenizer")
-    if len({mix[kind].text_len for kind in ("texts", "dual") if kind in mix}) > 1:
-        raise ValueError(
-            f"mix.texts.text_len={mix['texts'].text_len} and mix.dual.text_len={mix['dual'].text_len} differ, but all "
-            "texts of a batch have one length; set both to the same value"
-        )
-    if transform is not None and transform.size % view.patch_size:
-        size = transform.size // view.patch_size * view.patch_size or view.patch_size
-        raise ValueError(
-            f"transform.size={transform.size} is not a multiple of patch_size={view.patch_size}; "
-            f"use {size} or {size + view.patch_size}"
-        )
-
-
-def _layout(mixture: Mixture, view: View, parts: int) -> Layout:
-    """One micro-batch of one rank."""
-    return micro_layout(mixture.mix, mixture.counts, view.grid**2, parts)
-
-
 def _json_line(line: dict) -> bytes:
     return json.dumps(line).encode() + b"\n"
 
 
-def _cut_trace(path: Path, start: int) -> None:
-    """Truncates the file after step `start`, and before a line that a kill interrupted."""
-    size = 0
+def _cut_trace(path: Path, start: int) -> int:
+    """Truncates the file after step `start`, and before a line that a kill interrupted; returns its last step."""
+    size = last = 0
     with path.open("r+b") as file:
         for line in file:
             step = re.match(rb'{"step": (\d+),', line)
             if step is None or int(step[1]) > start or not line.endswith(b"\n"):
                 break
-            size += len(line)
+            size, last = size + len(line), int(step[1])
         file.truncate(size)
+    return last
 
 
 def _start_worker(worker: int) -> None:

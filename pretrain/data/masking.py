@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.random import Generator
 
-from pretrain.batch import UNK
+from pretrain.batch import EOS, UNK
 
 # BEiT v2's generator at 14 x 14: blocks of at least 16 patches, sides in a ratio of 0.3 to 1 / 0.3, ten tries a block.
 MIN_BLOCK, ON_PATCHES = 16, 196
@@ -35,6 +35,9 @@ class Masking:
     pair_text_ratio: float = 0.5
     pair_image_ratio: float = 0.4
     dual: bool = True  # mask dual pairs like images and texts; False: leave them whole for a contrastive objective
+    # EOS is chosen like a word. A model that never predicts it cannot end a text, so captioning needs this (unilm's
+    # CaptioningDataset does so); whether BEiT-3's pretraining did was not published.
+    mask_eos: bool = False
 
     def __post_init__(self) -> None:
         for name in RATIOS:
@@ -57,7 +60,8 @@ def combine(maskings: Sequence[Masking]) -> Masking | None:
     if len(maskings) < 2:
         return maskings[0] if maskings else None
     ratios = {name: max(getattr(masking, name) for masking in maskings) for name in RATIOS}
-    return Masking(**ratios, dual=any(masking.dual for masking in maskings))
+    either = {name: any(getattr(masking, name) for masking in maskings) for name in ("dual", "mask_eos")}
+    return Masking(**ratios, **either)
 
 
 def mask_image(grid: int, ratio: float, rng: Generator) -> np.ndarray:
@@ -102,14 +106,17 @@ def _add_block(mask: np.ndarray, room: int, least: int, rng: Generator) -> int:
     return 0
 
 
-def mask_text(ids: np.ndarray, ratio: float, *, mask_id: int, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
+def mask_text(
+    ids: np.ndarray, ratio: float, *, mask_id: int, rng: Generator, mask_eos: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """(inputs int64 [L], masked bool [L]) of one text's ids int64 [L].
 
-    Special ids (BOS, PAD, EOS, UNK, <mask>) are never chosen, and never inserted as random words. A text with at least
-    one real word has a target; random rounding keeps the ratio of short texts right on average.
+    Special ids (BOS, PAD, EOS, UNK, <mask>) are never chosen, and never inserted as random words; with `mask_eos` EOS
+    is chosen like a word. A text with at least one such id has a target; random rounding keeps the ratio of short texts
+    right on average.
     """
     inputs, masked = ids.copy(), np.zeros(len(ids), dtype=bool)
-    real = np.flatnonzero((ids > UNK) & (ids < mask_id))
+    real = np.flatnonzero((ids > UNK) & (ids < mask_id) | (mask_eos & (ids == EOS)))
     if not ratio or not len(real):
         return inputs, masked
     count = min(len(real), max(1, int(len(real) * ratio + rng.random())))

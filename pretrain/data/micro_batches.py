@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,16 +12,14 @@ from torch.utils.data import Dataset
 from pretrain.batch import Batch, Layout, make_batch
 from pretrain.contracts import Source
 from pretrain.data.codes import StoredCodes, look_rng
-from pretrain.data.masking import Masking, mask_image, mask_text
+from pretrain.data.masking import mask_image, mask_text
+from pretrain.data.mixture import KINDS, View
 from pretrain.data.order import Order, SampleRef
 from pretrain.data.shards.cache import redact
 from pretrain.data.shards.reader import BadSample, ShardError, ShardReader
 from pretrain.data.sources import Raw
-from pretrain.data.text_tokenizer import TextTokenizer
-from pretrain.data.transforms import ImageTransform, sample_rng
+from pretrain.data.transforms import sample_rng
 
-# A kind's index here is also the number of its random stream.
-KINDS = ("images", "pairs", "dual", "texts")
 # This many bad samples in a row are no accident.
 MAX_ATTEMPTS = 1000
 
@@ -45,21 +41,6 @@ class _Sample(NamedTuple):
     inputs: np.ndarray | None  # int64 [L], what the encoder reads
     masked: np.ndarray | None  # bool [L]
     draws: np.ndarray  # float32 [sequences of this sample, numbers]
-
-
-@dataclass(frozen=True)
-class View:
-    """How samples are turned into tensors: the tokenizer, the transform, and what is hidden."""
-
-    tokenizer: TextTokenizer | None = None
-    transform: ImageTransform | None = None
-    masking: Masking | None = None
-    patch_size: int = 1
-    draws: Mapping[str, int] = field(default_factory=dict)  # random numbers per sequence, by their user: Batch.draws
-
-    @property
-    def grid(self) -> int:
-        return self.transform.size // self.patch_size if self.transform else 0
 
 
 class Share(NamedTuple):
@@ -157,7 +138,8 @@ class MicroBatches(Dataset):
             image_mask = mask_image(view.grid, image_ratio, rng)
         if raw.ids is not None:
             assert view.tokenizer is not None
-            inputs, masked = mask_text(raw.ids, text_ratio, mask_id=view.tokenizer.mask_id, rng=rng)
+            mask_id, mask_eos = view.tokenizer.mask_id, view.masking is not None and view.masking.mask_eos
+            inputs, masked = mask_text(raw.ids, text_ratio, mask_id=mask_id, rng=rng, mask_eos=mask_eos)
         # A dual pair is two sequences. Drawn last, so that the masks do not depend on whether draws are needed.
         draws = rng.random((2 if kind == "dual" else 1, sum(view.draws.values())), dtype=np.float32)
         return _Sample(key, raw, image_mask, codes, inputs, masked, draws)
@@ -209,29 +191,6 @@ def _extras(samples: list[_Sample]) -> dict[str, Any]:
         same = numeric and len({np.shape(value) for value in values}) == 1
         stacked[name] = torch.from_numpy(np.stack([np.asarray(value) for value in values])) if same else tuple(values)
     return stacked
-
-
-def slot_problem(kind: str, source: Source) -> str:
-    """Why a source cannot fill this kind of a mix; "" if it can."""
-    if kind in source.slots:
-        return ""
-    name = f"mix.{kind}={type(source).__name__}(...)"
-    return f"{name} is wrong because such a source fills {' or '.join(source.slots)}; use it there"
-
-
-def micro_layout(mix: Mapping[str, Source], counts: Mapping[str, int], patches: int, parts: int) -> Layout:
-    """The layout of one micro-batch; a global batch has `parts` of them (data ranks * accumulation)."""
-    each = {kind: counts[kind] // parts for kind in mix}
-    text_source = mix.get("texts") or mix.get("dual")
-    return Layout(
-        images=each.get("images", 0) + each.get("dual", 0),
-        pairs=each.get("pairs", 0),
-        texts=each.get("texts", 0) + each.get("dual", 0),
-        patches=patches,
-        pair_len=mix["pairs"].text_len if "pairs" in mix else 0,
-        text_len=text_source.text_len if text_source else 0,
-        dual=each.get("dual", 0),
-    )
 
 
 def _tensor(rows: list, dtype, *shape: int) -> Tensor:

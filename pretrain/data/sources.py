@@ -1,10 +1,11 @@
 """The sources of a recipe's mix (shards of pictures, of pairs, of texts) and how their raw members are decoded.
 
-Only jpg, jpeg, png, webp and txt members are read, and only by our own decoders: shards are untrusted.
+Only jpg, jpeg, png, webp, txt and json members are read, and only by our own decoders: shards are untrusted.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pretrain.contracts import Source
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample
 from pretrain.data.text_tokenizer import TextTokenizer
 
-TEXT = "txt"
+TEXT, METADATA, CAPTIONS = "txt", "json", "captions"
 # Only a stretch of a long document is tokenised: four times what English needs for a window (4 letters per id).
 WINDOW_CHARACTERS_PER_ID = 16
 
@@ -92,6 +93,27 @@ class PairShards(Source):
 
 
 @dataclass(frozen=True)
+class CaptionShards(PairShards):
+    """Pictures with several captions each, as COCO and Flickr30k have them: a sample's JSON holds `captions`, a list of
+    texts, and its txt is not read. For a picture of Karpathy's dataset_coco.json or dataset_flickr30k.json that list is
+    `[sentence["raw"] for sentence in picture["sentences"]]`.
+
+    The first caption is the pair's text; `extra["captions"]` has all of them, int64 [captions, text_len].
+    """
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return (*IMAGE_EXTENSIONS, METADATA)
+
+    def decode(
+        self, members: Mapping, transform: Transform | None, tokenizer: TextTokenizer | None, rng: Generator
+    ) -> Raw:
+        assert transform is not None and tokenizer is not None
+        ids = np.stack([caption_ids(text, tokenizer, self.text_len) for text in captions_of(members)])
+        return Raw(transform(picture(members), rng), ids[0], {CAPTIONS: ids})
+
+
+@dataclass(frozen=True)
 class TextShards(Source):
     """Documents. From one longer than `text_len` ids, each epoch takes another stretch."""
 
@@ -130,6 +152,22 @@ def text_of(members: Mapping) -> str:
     if not text.strip():
         raise BadSample("its text is empty")
     return text
+
+
+def captions_of(members: Mapping) -> list[str]:
+    """The sample's list of captions. BadSample if there is none, or if one of them is no text or blank."""
+    if METADATA not in members:
+        raise BadSample(f"no json among its members: {_names(members)}")
+    try:
+        content = json.loads(members[METADATA])
+    except (ValueError, RecursionError):
+        raise BadSample("its json cannot be read") from None
+    captions = content.get(CAPTIONS) if isinstance(content, dict) else None
+    if not isinstance(captions, list) or not captions:
+        raise BadSample(f'its json has no list "{CAPTIONS}"')
+    if not all(isinstance(text, str) and text.strip() for text in captions):
+        raise BadSample("one of its captions is empty or no text")
+    return captions
 
 
 def caption_ids(text: str, tokenizer: TextTokenizer, length: int) -> np.ndarray:

@@ -79,7 +79,8 @@ def _words(trained: Trained, batch: Batch, predictions: Predictions, kind: str) 
 
 def with_gaps(text: Any, ids: list[int], masked: list[bool]) -> str:
     """A caption with a gap for each hidden piece."""
-    pieces = [" ___" if hidden else text.token(i) for i, hidden in zip(ids, masked, strict=True) if i not in SPECIALS]
+    shown = [(i, hidden) for i, hidden in zip(ids, masked, strict=True) if hidden or i not in SPECIALS]
+    pieces = [" ___" if hidden else text.token(i) for i, hidden in shown]
     return "".join(pieces).replace("\u2581", " ").strip()
 
 

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pretrain.batch import Layout, make_batch
 from pretrain.contracts import Evaluation
-from pretrain.data.sources import PairShards
+from pretrain.data.sources import CAPTIONS, CaptionShards, PairShards
 from pretrain.evals.trained import Trained, check_counts, missing_head, uint8_pictures
 
 SHOWN, RESULTS = 4, 5  # hits and misses shown per direction, results shown per query
 
 
+class Candidates(NamedTuple):
+    """N pictures and the M captions they have together; what is shown lies on the host."""
+
+    images: Tensor  # float [N, E]
+    texts: Tensor  # float [M, E]
+    owner: Tensor  # int64 [M]: the picture of each caption
+    tokens: Tensor  # int64 [M, L]
+    pictures: Tensor  # uint8 [N, 3, H, W]
+    keys: tuple[str, ...]  # of the pictures
+
+
 @dataclass(frozen=True)
 class Retrieval(Evaluation):
     """Every picture of `pairs` against every caption, by the dual encoder. A result is right when it is the query's own
-    partner or carries the very same caption."""
+    partner or carries the very same caption.
+
+    With CaptionShards a picture has several captions, and numbers are those of the published protocol (Karpathy's
+    splits): a picture's query is a hit if any of its captions is among the k best, a caption's only if its own picture
+    is. `samples` counts pictures: 5000 for COCO's 5K protocol, 1000 for Flickr30k or one fold of COCO's 1K protocol.
+    """
 
     pairs: PairShards
     samples: int = 1000
@@ -33,41 +51,67 @@ class Retrieval(Evaluation):
     @torch.no_grad()
     def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
         """-> percentages for eval.json, and what the report shows."""
-        head = trained.head("contrastive")
-        images, texts, tokens, pictures = [], [], [], []
-        samples = min(self.samples, trained.samples_of(self.pairs))
-        for batch in trained.batches({"dual": self.pairs}, self.batch, samples):
-            image, text = head.embed(trained.task.encoder(batch), batch.layout)
-            images.append(image)
-            texts.append(text)
-            tokens.append(batch.text_tokens.cpu())
-            pictures.append(uint8_pictures(batch.images).cpu())
-        image, text = torch.cat(images)[:samples], torch.cat(texts)[:samples]
-        token, picture = torch.cat(tokens)[:samples], torch.cat(pictures)[:samples]
-        # [N, N]: same caption, so a picture with a repeated caption has several right answers.
-        _, caption = token.unique(dim=0, return_inverse=True)
-        right = (caption[:, None] == caption[None, :]).to(image.device)
-        scores = image @ text.T
+        candidates = self._candidates(trained)
+        right = own_captions(candidates.owner, len(candidates.images))
+        if not isinstance(self.pairs, CaptionShards):
+            refuse_repeated_pictures(candidates)
+            # A picture whose caption is repeated has several right answers.
+            _, caption = candidates.tokens.unique(dim=0, return_inverse=True)
+            right |= (caption[:, None] == caption[None, :]).to(right.device)
+        scores = candidates.images @ candidates.texts.T
         metrics = {f"retrieval/image_to_text/{k}": v for k, v in recall(scores, right).items()}
         metrics |= {f"retrieval/text_to_image/{k}": v for k, v in recall(scores.T, right.T).items()}
-        metrics["retrieval/candidates"] = float(len(image))
-        return metrics, {"retrieval": self._show(trained, scores, right, token, picture)}
+        metrics["retrieval/candidates"] = float(len(candidates.images))
+        if len(candidates.texts) != len(candidates.images):
+            metrics["retrieval/captions"] = float(len(candidates.texts))
+        return metrics, {"retrieval": self._show(trained, scores, right, candidates)}
 
-    def _show(self, trained: Trained, scores: Tensor, right: Tensor, tokens: Tensor, pictures: Tensor) -> list[dict]:
+    def _candidates(self, trained: Trained) -> Candidates:
+        head, several = trained.head("contrastive"), isinstance(self.pairs, CaptionShards)
+        samples = min(self.samples, trained.samples_of(self.pairs))
+        images, texts, tokens, pictures, keys = [], [], [], [], list[str]()
+        for batch in trained.batches({"dual": self.pairs}, self.batch, samples):
+            image, text = head.embed(trained.task.encoder(batch), batch.layout)
+            rows = list(batch.text_tokens[:, None])
+            if several:
+                rows = [torch.as_tensor(ids).to(text.device) for ids in batch.extra[CAPTIONS]]
+                text = torch.cat([_embed_texts(trained, head, ids) for ids in torch.cat(rows).split(self.batch)])
+            images += image
+            texts += text.split([len(ids) for ids in rows])
+            tokens += [ids.cpu() for ids in rows]
+            pictures += uint8_pictures(batch.images).cpu()
+            keys += batch.keys
+        # The last batch may begin again, and where a bad sample was replaced a picture comes twice.
+        places = list(range(samples))
+        if several:
+            places = sorted({key: place for place, key in reversed(list(enumerate(keys[:samples])))}.values())
+        counts = torch.tensor([len(texts[place]) for place in places])
+        return Candidates(
+            torch.stack([images[place] for place in places]),
+            torch.cat([texts[place] for place in places]),
+            torch.arange(len(places)).repeat_interleave(counts).to(images[0].device),
+            torch.cat([tokens[place] for place in places]),
+            torch.stack([pictures[place] for place in places]),
+            tuple(keys[place] for place in places),
+        )
+
+    def _show(self, trained: Trained, scores: Tensor, right: Tensor, candidates: Candidates) -> list[dict]:
         """Some hits and some misses of each direction, with their best results."""
         if trained.text is None:
             return []
-        captions = [trained.text.decode(row.tolist()) for row in tokens]
-        shown = []
+        captions = [trained.text.decode(row.tolist()) for row in candidates.tokens]
+        owner = candidates.owner.tolist()
+        first = [owner.index(place) for place in range(len(candidates.images))]  # caption, where a picture is a result
+        pictures, shown = candidates.pictures, []
         for direction, table, good in (("image_to_text", scores, right), ("text_to_image", scores.T, right.T)):
             ranks = first_right(table, good)
             hits, misses = (ranks == 0).nonzero().flatten(), (ranks > 0).nonzero().flatten()
+            by_text = direction == "text_to_image"
             for query in [*hits[:SHOWN].tolist(), *misses[:SHOWN].tolist()]:
-                best = table[query].topk(min(RESULTS, len(table))).indices.tolist()
-                by_text = direction == "text_to_image"
+                best = table[query].topk(min(RESULTS, table.shape[1])).indices.tolist()
                 results = [
                     {"image": trained.save_picture(pictures[i], f"pair{i}") if by_text else None,
-                     "text": captions[i], "right": bool(good[query, i])}
+                     "text": captions[first[i] if by_text else i], "right": bool(good[query, i])}
                     for i in best
                 ]  # fmt: skip
                 shown.append({
@@ -78,6 +122,34 @@ class Retrieval(Evaluation):
                     "results": results,
                 })  # fmt: skip
         return shown
+
+
+def _embed_texts(trained: Trained, head: Any, ids: Tensor) -> Tensor:
+    """Captions int64 [n, L] by themselves -> [n, E]."""
+    layout = Layout(texts=len(ids), text_len=ids.shape[1])
+    images = torch.zeros(0, 3, 1, 1, dtype=torch.uint8, device=ids.device)
+    return head.embed_texts(trained.task.encoder(make_batch(layout, images=images, text_tokens=ids)))
+
+
+def own_captions(owner: Tensor, pictures: int) -> Tensor:
+    """bool [pictures, captions]: which captions are a picture's own."""
+    return owner[None, :] == torch.arange(pictures, device=owner.device)[:, None]
+
+
+def refuse_repeated_pictures(candidates: Candidates) -> None:
+    """ValueError where one picture is there under two keys with different captions: each right answer but one would
+    count as a miss."""
+    seen: dict[bytes, int] = {}
+    keys, tokens = candidates.keys, candidates.tokens
+    for place, picture in enumerate(candidates.pictures):
+        earlier = seen.setdefault(hashlib.blake2b(picture.numpy().tobytes(), digest_size=16).digest(), place)
+        if keys[earlier] != keys[place] and not tokens[earlier].equal(tokens[place]):
+            raise ValueError(
+                f"evals: {keys[earlier]} and {keys[place]} are the same picture with different captions, and retrieval "
+                "would count right answers as misses; write one sample for each picture, with a list "
+                f'"{CAPTIONS}" in its JSON, and read them by CaptionShards, or take repeated pictures out by '
+                "python -m data_tools.dedup"
+            )
 
 
 def first_right(scores: Tensor, right: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from pretrain.batch import Batch
 
 @dataclass(frozen=True)
 class Trained:
-    """`loader(mix, counts, masking)` gives evaluation batches (centre crops, one rank, a fixed seed); `with_codes` adds
+    """`loader(mix, counts, masking)` gives evaluation batches (one rank, a fixed seed); `with_codes` adds
     the visual tokenizer's codes; pictures go to `directory`/samples."""
 
     task: nn.Module

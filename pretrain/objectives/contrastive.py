@@ -85,8 +85,12 @@ class ContrastiveHead(nn.Module):
 
     def embed(self, encoded: Kinds, layout: Layout) -> tuple[Tensor, Tensor]:
         """The unit vectors of the dual pairs: (images [N, E], texts [N, E])."""
-        images, texts = encoded.first.images[layout.images - layout.dual :], encoded.first.texts[: layout.dual]
-        return F.normalize(self.vision(images).float(), dim=-1), F.normalize(self.language(texts).float(), dim=-1)
+        images = encoded.first.images[layout.images - layout.dual :]
+        return F.normalize(self.vision(images).float(), dim=-1), self.embed_texts(encoded)[: layout.dual]
+
+    def embed_texts(self, encoded: Kinds) -> Tensor:
+        """The unit vectors of all texts by themselves, with a picture or without: [N, E]."""
+        return F.normalize(self.language(encoded.first.texts).float(), dim=-1)
 
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder | None = None) -> dict[str, Tensor]:
         """-> loss and in-batch accuracy of this rank's dual pairs against all ranks' pairs."""

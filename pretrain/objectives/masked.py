@@ -20,16 +20,28 @@ from pretrain.layers import PLAIN, Layers
 @dataclass(frozen=True)
 class MaskedData(Masking, Objective):
     """Predict the visual tokenizer's codes of hidden patches and the ids of hidden words. The ratios are `Masking`'s:
-    the loader hides, this scores. The weights of the terms are not published; here every sequence counts the same."""
+    the loader hides, this scores. There are up to four terms: pictures and texts, alone and in pairs. Their weights are
+    not published; here every sequence counts the same. What unilm's code does elsewhere (BEiT-2, VLMo: each term the
+    mean of its targets, terms added) is mean_over="targets", terms="sum"."""
 
     tied_text_head: bool = False  # its matrix is the text embedding's, as BERT's; the released BEiT-3 has its own
     image_codes: int = 8192  # classes of the image head: the visual tokenizer's codes (BEiT v2, section 3.1)
+    # What counts the same in a term. sequences: each is the mean of its targets, so that a word of a short caption
+    # weighs more than one of a long text. targets: each hidden patch or word; how many a micro-batch has is random, so
+    # other layouts of ranks and micro-batches, whose means differ, no longer give the same numbers.
+    mean_over: str = "sequences"
+    # mean: the terms' means weighted by what they were taken over, so that the loss is one mean. sum: they are added;
+    # with four terms of equal size four times as much, to which optim.clip and optim.eps are not indifferent.
+    terms: str = "mean"
     name = "masked"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.image_codes < 1:
             raise ValueError(f"image_codes={self.image_codes} is wrong; use the visual tokenizer's number of codes")
+        for name, choices in (("mean_over", ("sequences", "targets")), ("terms", ("mean", "sum"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"masked.{name}={getattr(self, name)!r} is unknown; use {' or '.join(choices)}")
 
     @property
     def masking(self) -> Masking:
@@ -51,6 +63,8 @@ class MaskedData(Masking, Objective):
         heads = MaskedDataHeads(
             parts,
             dual=self.dual,
+            mean_over=self.mean_over,
+            terms=self.terms,
             image=layers.classifier(model.width("images"), self.image_codes) if image else None,
             text=layers.classifier(model.width("texts"), model.vocab_size, tied=tied) if text else None,
         )
@@ -96,6 +110,7 @@ class Score(NamedTuple):
     loss: Tensor
     accuracy: Tensor
     sequences: int
+    weight: int  # sequences or targets: what the loss is a mean over
 
 
 class MaskedDataHeads(nn.Module):
@@ -103,17 +118,27 @@ class MaskedDataHeads(nn.Module):
     pair_image, pair_text, text; of images and texts the dual pairs' count only if `dual`. A head without a part is not
     built: AdamW would move it all the same. A tied text head waits for its `weight`."""
 
-    def __init__(self, parts: tuple[str, ...], *, dual: bool = True, image: nn.Module | None, text: nn.Module | None):
+    def __init__(
+        self,
+        parts: tuple[str, ...],
+        *,
+        dual: bool = True,
+        mean_over: str = "sequences",
+        terms: str = "mean",
+        image: nn.Module | None,
+        text: nn.Module | None,
+    ):
         super().__init__()
         self.parts, self.dual, self.image, self.text = parts, dual, image, text
+        self.mean_over, self.terms = mean_over, terms
 
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder | None = None) -> dict[str, Tensor]:
-        """-> `loss` (mean over sequences of the mean over a sequence's targets), `loss/PART` and `accuracy/PART`, where
-        a part is image, pair_image, text or pair_text."""
+        """-> `loss` (as MaskedData's `mean_over` and `terms` say; by default the mean over sequences of the mean over a
+        sequence's targets), `loss/PART` and `accuracy/PART`, where a part is image, pair_image, text or pair_text."""
         scores: dict[str, Score] = {}
         for head, parts in self._heads(encoded, batch):
-            scores |= _score(head, parts)
-        return _combine(scores)
+            scores |= _score(head, parts, self.mean_over)
+        return _combine(scores, self.terms)
 
     def needed_rows(self, batch: Batch) -> Kinds:
         """The hidden patches and words."""
@@ -157,7 +182,7 @@ class MaskedDataHeads(nn.Module):
         return [(head, {name: part for name, part in own.items() if name in self.parts}) for head, own in heads]
 
 
-def _score(head: nn.Module, parts: dict[str, Part]) -> dict[str, Score]:
+def _score(head: nn.Module, parts: dict[str, Part], mean_over: str) -> dict[str, Score]:
     """One matrix product for all parts, on zero rows if nothing is masked: a head must run on every micro-step, or ZeRO
     mixes up gradients."""
     rows = torch.cat([part.rows.flatten(0, 1)[part.masked.flatten()] for part in parts.values()])
@@ -170,15 +195,20 @@ def _score(head: nn.Module, parts: dict[str, Part]) -> dict[str, Score]:
         weight = (1 / per_sequence.clamp(min=1)).unsqueeze(-1).expand_as(part.masked)[part.masked]
         own = slice(start, start + len(weight))
         start += len(weight)
-        sequences = len(part.masked)
         accuracy = right[own].sum() / max(len(weight), 1)
-        scores[name] = Score((losses[own] * weight).sum() / max(sequences, 1), accuracy, sequences)
+        sequences = over = len(part.masked)
+        if mean_over == "targets":
+            over, weight = len(weight), torch.ones_like(weight)
+        scores[name] = Score((losses[own] * weight).sum() / max(over, 1), accuracy, sequences, over)
     return scores
 
 
-def _combine(scores: dict[str, Score]) -> dict[str, Tensor]:
-    total = max(sum(score.sequences for score in scores.values()), 1)
-    report = {"loss": torch.stack([score.loss * score.sequences for score in scores.values()]).sum() / total}
+def _combine(scores: dict[str, Score], terms: str) -> dict[str, Tensor]:
+    if terms == "sum":
+        report = {"loss": torch.stack([score.loss for score in scores.values()]).sum()}
+    else:
+        total = max(sum(score.weight for score in scores.values()), 1)
+        report = {"loss": torch.stack([score.loss * score.weight for score in scores.values()]).sum() / total}
     for name, score in scores.items():
         if score.sequences:
             report |= {f"loss/{name}": score.loss.detach(), f"accuracy/{name}": score.accuracy}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pretrain.distributed import device, rank, world_size
 from pretrain.parallel.ds_config import offloads, precision, zero_stage
+from pretrain.parallel.launcher import adopt_launcher
 from pretrain.parallel.state import zero3_part
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 def init_distributed(timeout_s: float = 1800.0) -> None:
     """Joins the process group that torchrun, deepspeed or srun describes (NCCL on GPUs, gloo elsewhere); alone, makes a
     group of one that opens no port. Raises TimeoutError when the other ranks do not come within `timeout_s`."""
-    adopt_slurm()
+    adopt_launcher()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(device())
@@ -135,16 +136,6 @@ def partitioned_init(config: dict[str, Any], mpu=None) -> Iterator[None]:
         options |= {"mpu": mpu, "data_parallel_group": mpu.get_data_parallel_group()}
     with _deepspeed().zero.Init(config_dict_or_path=config, **options):
         yield
-
-
-def adopt_slurm() -> None:
-    """`srun python -m ...` tells each task its place by SLURM_*; torch wants RANK and its kin."""
-    if "RANK" in os.environ or "SLURM_STEP_ID" not in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) == 1:
-        return
-    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise ValueError(f"{missing[0]} is not set under srun; export MASTER_ADDR and MASTER_PORT before srun")
-    for name, source in (("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID")):
-        os.environ[name] = os.environ[f"SLURM_{source}"]
 
 
 def _deepspeed():

@@ -11,7 +11,9 @@ import multiprocessing
 import os
 import sys
 import threading
+from collections.abc import Callable
 from datetime import timedelta
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -24,30 +26,36 @@ LOST = 69
 # Starting and saving take longer than a step, by other amounts on each rank: they get at least so long.
 PATIENCE_S = 600.0
 TICK_S = 0.25
+# EX_TEMPFAIL of sysexits.h: stopped by a signal; a launcher may start the same line again.
+STOPPED = 75
+# So long a run that was asked to end may wait for its data or, at its start, for other ranks.
+GRACE_S = 10.0
 WAY_OUT = "checkpoints are intact, start the same line again"
 
 
 class Watch:
     """Ends this process with LOST when it stays longer than `timeout_s` in one part of the run. It is a thread of its
     own, as the main one may wait for the others in gloo, NCCL or CUDA; and it counts time by its own ticks, so that a
-    job that is suspended as a whole and goes on later is not ended for it."""
+    job that is suspended as a whole and goes on later is not ended for it. `asked_s`: seconds since a signal asked for
+    the end; what waits is then ended with STOPPED."""
 
-    def __init__(self) -> None:
+    def __init__(self, asked_s: Callable[[], float] = lambda: 0.0) -> None:
         self.timeout_s = self._limit = self._waited = 0.0
+        self.asked_s, self._starting = asked_s, True
         self._doing, self.waits_for_data = "the start", False  # or for another rank
         self._over = threading.Event()
 
     def start(self, timeout_s: float) -> None:
-        """Count from now on, if there are other ranks."""
+        """Count from now on. A process alone waits for nothing but its data."""
         self.timeout_s = timeout_s
         self.enter("the start", patient=True)
-        if world_size() > 1:
-            threading.Thread(target=self._count, name="watch", daemon=True).start()
+        self._starting = True
+        threading.Thread(target=self._count, name="watch", daemon=True).start()
 
     def enter(self, doing: str, *, patient: bool = False) -> None:
         """The next part of the run. `patient`: one that may take PATIENCE_S."""
         self._limit = max(self.timeout_s, PATIENCE_S) if patient else self.timeout_s
-        self._doing, self.waits_for_data, self._waited = doing, False, 0.0
+        self._doing, self.waits_for_data, self._waited, self._starting = doing, False, 0.0, False
 
     def stop(self) -> None:
         self._over.set()
@@ -82,10 +90,13 @@ class Watch:
     def _count(self) -> None:
         while not self._over.wait(TICK_S):
             self._waited += TICK_S
-            if self._waited > self._limit:
+            if self.asked_s() > GRACE_S and (self.waits_for_data or self._starting):
+                log.error("%s: stopped by a signal (in %s); %s", place(), self._doing, WAY_OUT)
+                _end_now(STOPPED)
+            if self._waited > self._limit and (self.waits_for_data or world_size() > 1):
                 what = "its own data did not come" if self.waits_for_data else "another rank did not answer"
                 log.error("%s: %s within %.0f s (in %s); %s", place(), what, self._limit, self._doing, WAY_OUT)
-                leave(LOST)
+                _end_now(LOST)
 
 
 def place() -> str:
@@ -97,9 +108,19 @@ def leave(code: int) -> int:
     ranks that are no more, and has aborted pipeline runs that were done (some 2 of 50 on gloo; why is not known). The
     others wait for this one until its connections close."""
     if world_size() == 1:
+        _kill_workers()  # Python would wait for one that hangs
         return code
-    for worker in multiprocessing.active_children():  # of the data loader; they are deaf to gentler signals
-        worker.kill()
+    _end_now(code)
+
+
+def _kill_workers() -> None:
+    for worker in multiprocessing.active_children():
+        if worker.daemon:  # of the data loader; they are deaf to gentler signals
+            worker.kill()
+
+
+def _end_now(code: int) -> NoReturn:
+    _kill_workers()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)

@@ -59,12 +59,22 @@ class _Plain:
 class Column(_Plain, ColumnParallelLinear):
     """Splits its outputs."""
 
-    def __init__(self, inputs: int, outputs: int, *, std: float = 0.02, bias: bool = True, tensor: Axis, config: Any):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        std: float = 0.02,
+        bias: bool = True,
+        cut: float = 1.0,
+        tensor: Axis,
+        config: Any,
+    ):
         super().__init__(
             inputs,
             outputs,
             config=config,
-            init_method=partial(draw, std=std),
+            init_method=partial(draw, std=std, cut=cut),
             bias=bias,
             gather_output=False,
             tp_group=tensor.group,
@@ -78,12 +88,22 @@ class Column(_Plain, ColumnParallelLinear):
 class Row(_Plain, RowParallelLinear):
     """Splits its inputs, and sums its outputs."""
 
-    def __init__(self, inputs: int, outputs: int, *, std: float = 0.02, bias: bool = True, tensor: Axis, config: Any):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        std: float = 0.02,
+        bias: bool = True,
+        cut: float = 1.0,
+        tensor: Axis,
+        config: Any,
+    ):
         super().__init__(
             inputs,
             outputs,
             config=config,
-            init_method=partial(draw, std=std),
+            init_method=partial(draw, std=std, cut=cut),
             bias=bias,
             input_is_parallel=True,
             skip_bias_add=False,

@@ -165,6 +165,7 @@ def _row(plan: Plan, row: Row) -> dict[str, Any]:
             "seconds": {n: round(getattr(time, n), 4) for n in ("compute", "communication", "bubble", "optimizer")},
             "samples_per_s": round(plan.planned.stage.batch.total / time.step, 1),
             "mfu": round(time.mfu(plan.cluster), 4),
+            "mfu_executed": round(time.mfu_executed(plan.cluster), 4),
             "bubble": round(time.bubble_share, 4),
             "sent_bytes": {kind: round(size) for kind, size in time.sent.items() if size},
         }

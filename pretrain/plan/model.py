@@ -16,7 +16,7 @@ import torch
 from pretrain.batch import Layout
 from pretrain.config import Recipe, Stage
 from pretrain.contracts import ModelSizes
-from pretrain.data.micro_batches import micro_layout
+from pretrain.data.mixture import micro_layout
 from pretrain.flops import Product
 from pretrain.layers import PLAIN
 from pretrain.models.multiway.config import MultiwayConfig

@@ -45,6 +45,7 @@ class Time(NamedTuple):
     optimizer: float
     sent: dict[str, float]  # bytes by kind
     flops: float  # of the whole step over all GPUs, as MFU counts them
+    executed: float  # of these, what is computed
 
     @property
     def step(self) -> float:
@@ -57,6 +58,9 @@ class Time(NamedTuple):
     def mfu(self, cluster: Cluster) -> float:
         return self.flops / self.step / cluster.gpus / cluster.gpu.peak
 
+    def mfu_executed(self, cluster: Cluster) -> float:
+        return self.executed / self.step / cluster.gpus / cluster.gpu.peak
+
 
 def step_time(planned: Planned, cell: Cell, cluster: Cluster) -> Time:
     """Of the slowest pipeline stage: each waits for it."""
@@ -67,12 +71,19 @@ def step_time(planned: Planned, cell: Cell, cluster: Cluster) -> Time:
     sent, waits, hidden = _communication(planned, cell, cluster)
     shown = waits + max(hidden - OVERLAP[cell.stage] * compute, (1 - OVERLAP[cell.stage]) * hidden)
     flops = micro_flops(planned, cell) * cell.accumulation * cell.data
-    return Time(compute, shown, bubble, _adam(planned, cell, cluster), sent, flops)
+    executed = executed_micro_flops(planned, cell) * cell.accumulation * cell.data
+    return Time(compute, shown, bubble, _adam(planned, cell, cluster), sent, flops, executed)
 
 
 def micro_flops(planned: Planned, cell: Cell) -> float:
     """Model FLOPs of a micro-batch, forward and backward, as pretrain.train reports them."""
     return planned.stage.task.flops(planned.model, planned.stage, cell.layout)
+
+
+def executed_micro_flops(planned: Planned, cell: Cell) -> float:
+    """Of these, the products that are computed."""
+    trained = frozenset(p.name for p in planned.parameters if p.group is not None)
+    return planned.stage.task.executed_flops(planned.model, planned.stage, cell.layout, trained)
 
 
 def _pipe(cell: Cell) -> int:

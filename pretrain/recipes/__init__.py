@@ -62,6 +62,10 @@ def _sort_settings(settings: list[str], stage: Stage) -> tuple[dict[str, str], d
     return of_stage, of_recipe
 
 
+def built_in_recipes() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
+
+
 def find_recipe(name: str) -> Recipe:
     if name.endswith(".py") or "/" in name:
         path = Path(name)
@@ -79,7 +83,7 @@ def find_recipe(name: str) -> Recipe:
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
             raise ValueError(f"--recipe {name}, line {line}: {kind}{error}{_renamed(error)}") from error
     else:
-        known = [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")]
+        known = built_in_recipes()
         if name not in known:
             raise ValueError(f"--recipe {name} is neither a recipe nor a .py file{nearest(name, known)}")
         module = importlib.import_module(f"pretrain.recipes.{name}")

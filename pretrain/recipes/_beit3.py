@@ -40,17 +40,26 @@ HELD_PAIRS = replace(PAIRS, shards="$DATA/heldout/pairs")
 HELD_TEXTS = replace(TEXTS, shards="$DATA/heldout/texts")
 
 # RandomResizedCrop, flip, colour jitter 0.4 at 224 pixels [B3 table 11]. The crop's smallest share is not published;
-# 0.2 keeps most of a caption's picture in sight, and BEiT's flip is on although some captions say left and right.
-LOOK = ImageTransform(size=224, scale=(0.2, 1.0), flip=True, jitter=0.4)
+# 0.2 is [B2 PRETRAINING.md]'s and keeps most of a caption's picture in sight, and BEiT's flip is on although some
+# captions say left and right.
+# Evaluations see the whole picture, resized to a square by bicubic interpolation [unilm beit3/datasets.py and
+# vlmo/transforms].
+LOOK = ImageTransform(size=224, scale=(0.2, 1.0), flip=True, jitter=0.4, evaluation="squash")
 
 # [B3 table 11]: AdamW, peak 1e-3, cosine, 10k steps of warmup, betas, eps, weight decay, clip 3.0, drop path 0.1.
 OPTIM = Optim(lr=1e-3, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.05, warmup_steps=10_000, clip=3.0)
 STEPS, DROP_PATH = 1_000_000, 0.1
 # 6144 = 2048 images + 2048 texts + 2048 pairs [B3 table 11]. Accumulation is ours: what 8 GPUs of 80 GB hold.
 BATCH = BatchSize(images=2048, pairs=2048, texts=2048, accumulation=4)
-# 40 % of an image block-wise, 15 % of a text alone, 50 % of a text in a pair [B3 2.2]. Not published: whether a pair's
-# image and text are masked at once (here: yes), the weights of the terms (here: each sequence counts the same), and
-# 80/10/10 (here: BERT's).
+# 40 % of an image block-wise, 15 % of a text alone, 50 % of a text in a pair [B3 2.2]. 40 % of 196 patches are 78 here;
+# [B2] hides 75 (--num_mask_patches). Its blocks have at least 16 of 196 patches; on the giant's grid of 16 x 16 that
+# share is 21, a choice: the paper names no number. Not published, and choices:
+# - whether a pair's image and text are masked at once (here: yes), 80/10/10 (here: BERT's), whether </s> is a target
+#   (here: no; mask_eos=True for captioning, as unilm's beit3/datasets.py);
+# - the weights of the terms. Here the loss is the mean over sequences of the mean over a sequence's targets: a word of
+#   a caption weighs, by its length, 0.4 to 5.2 times what it would in a mean over words (mean_over="targets"), and the
+#   loss is a quarter of the sum of the four terms (terms="sum"). AdamW itself does not see that factor, but clip 3.0
+#   and eps act up to 4 times differently.
 OBJECTIVE = MaskedData(image_ratio=0.4, text_ratio=0.15, pair_text_ratio=0.5, pair_image_ratio=0.4)
 
 # 100 epochs of ImageNet-1k (1,281,167 pictures) at 64 x 8 = 512; 10 epochs of warmup [B2 TOKENIZER.md].
@@ -83,12 +92,14 @@ def recipe(name: str, model: MultiwayConfig) -> Recipe:
 
 
 def _tokenizer(model: MultiwayConfig) -> Stage:
-    """VQ-KD of [B2] on $DATA/images; its paper takes ImageNet-1k. For patches of 14 pixels no tokenizer was published;
-    it is trained here with the same settings at that patch size."""
+    """VQ-KD of [B2] on $DATA/images; its paper takes ImageNet-1k. For patches of 14 pixels (giant) no tokenizer was
+    published; it is trained here with the same settings at that patch size. CLIP ViT-B/16 has 14 x 14 patches and the
+    giant 16 x 16, so its features are interpolated; a choice: those of CLIP ViT-L/14 at 224 pixels would fit as they
+    are (task.teacher.directory=..., model.target_dim=768)."""
     return Stage(
         mix={"images": IMAGES},
         batch=BatchSize(images=512),
-        model=VQKDConfig(image_size=model.image_size, patch_size=model.patch_size),
+        model=VQKDConfig(image_size=model.image_size, patch_size=model.patch_size, init="normal"),
         task=TrainTokenizer(teacher=Clip("$CLIP")),
         # [B2 run_vqkd_training.py]: min_crop_scale 0.08, color_jitter 0.
         transform=replace(LOOK, scale=(0.08, 1.0), jitter=0.0),
@@ -109,8 +120,13 @@ def _tokenizer(model: MultiwayConfig) -> Stage:
 
 
 def _vision(pretrain: Stage) -> Stage:
-    """Masked images alone: [B2]'s settings (batch 2048, peak 1.5e-3, clipping at 3.0, betas of its 300-epoch runs).
-    500k steps: VLMo publishes the lengths of its other stages only, so this one is a choice."""
+    """Masked images alone, with [B2]'s batch of 2048, peak 1.5e-3, clipping at 3.0, weight decay, and betas of its
+    300-epoch runs. 500k steps: VLMo publishes the lengths of its other stages only, so this one is a choice. The rest
+    is `pretrain`'s, also a choice, so that the stages go on from one another; [B2 PRETRAINING.md and
+    run_beitv2_pretraining.py] has eps 1e-8, drop path 0 for 300 epochs and 0.1 for 1600, min_lr 1e-5, 10 epochs of
+    warmup (6255 steps on ImageNet-1k), LayerScale, relative positions, and a patch-aggregation head: two more layers
+    behind layer 9 (base) or 21 (large) that must predict the codes from its patches and the last layer's class row.
+    That head is not built here; [B3] does not mention it."""
     return replace(
         pretrain,
         mix={"images": IMAGES},
@@ -154,7 +170,9 @@ LANGUAGE_TRAINS = (
 
 def _retrieval(init_from: str) -> Stage:
     """Intermediate fine-tuning by contrast on the pretraining pairs [B3 appendix A]: 5 epochs of 21M pairs at 16k, one
-    of them warmup, peak 3e-5, weight decay 0.05, drop path 0.3, layer decay 0.95, betas (0.9, 0.999)."""
+    of them warmup, peak 3e-5, weight decay 0.05, drop path 0.3, layer decay 0.95, betas (0.9, 0.999). clip=3.0 has no
+    source: it is pretraining's, kept as a guard (unilm's beit3/run_beit3_finetuning.py clips nothing by default, and
+    has eps 1e-8). Not published either: min_lr, and what becomes of flip and jitter."""
     epoch = 21_000_000 // 16_384
     return Stage(
         mix={"dual": PAIRS},

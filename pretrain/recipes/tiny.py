@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pretrain.config import BatchSize, Recipe, Stage
-from pretrain.data.loader import Loading
+from pretrain.data.mixture import Loading
 from pretrain.data.sources import ImageShards, PairShards, TextShards
 from pretrain.data.transforms import ImageTransform
 from pretrain.evals.masked import MaskedAccuracy

@@ -139,12 +139,14 @@ def _charts(lines: list[dict]) -> list[tuple[Drawing, str]]:
     norm = [Curve("norm", _points(lines, "grad_norm"), noise=True)]
     speed = [Curve("samples/s", _points(lines, "samples_per_s"), noise=True)]
     wait = [Curve("of the step", _points(lines, "data_wait", 100), noise=True)]
+    utilisation = [Curve("all (MFU)", _points(lines, "mfu", 100))]
+    utilisation += [Curve("computed", _points(lines, "mfu_executed", 100))]
     minor = [
         Chart("Learning rate", [Curve("highest", _points(lines, "lr"))], from_zero=True, peak=True),
         Chart("Gradient norm", norm, from_zero=True, smooth=True),
         Chart("Throughput", speed, from_zero=True, smooth=True),
         Chart("Waiting for data", wait, unit="%", from_zero=True, smooth=True),
-        Chart("Model FLOPs utilisation", [Curve("MFU", _points(lines, "mfu", 100))], unit="%", from_zero=True),
+        Chart("Model FLOPs utilisation", utilisation, unit="%", from_zero=True),
     ]
     wide, small = ([shown for chart in charts if (shown := drawing(chart))] for charts in (major, minor))
     sizes = ["wide"] * len(wide)

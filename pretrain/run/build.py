@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from pretrain.config import Recipe, Stage, to_json
 from pretrain.data.loader import Loader
 from pretrain.distributed import device, rank, world_size
 from pretrain.layers import PLAIN, Layers
+from pretrain.lock import Lock
 from pretrain.optim import build_optimizer, schedule
 from pretrain.parallel.ds_config import load_ds_config, precision_name
 from pretrain.parallel.engine import build_engine, init_distributed, partitioned_init
@@ -31,7 +32,7 @@ from pretrain.parallel.mesh import Mesh, create_mesh, mpu_of, place_of
 from pretrain.parallel.pipeline import build_pipeline_engine, pipeline_step
 from pretrain.parallel.state import dense_shape, fill, named_state
 from pretrain.parallel.tensor import parallel_layers
-from pretrain.run.directory import inputs_digest
+from pretrain.run.directory import inputs_digest, take_directory
 from pretrain.run.identity import hash_of
 from pretrain.run.image_targets import image_targets
 from pretrain.run.inputs import build_loader
@@ -57,6 +58,7 @@ class Run:
     identity: dict[str, str]  # names its settings and its inputs, for checkpoints
     done: int  # steps that a checkpoint already holds
     init_file: Path | None  # what init_from names
+    lock: Lock | None = None  # rank 0's, on the directory
 
     def step(self, micro_batches: list[Batch], *, first: bool = False) -> dict[str, Tensor]:
         """One optimizer step; the mean of what the task reported. `first`: it is the first step of a run."""
@@ -69,6 +71,14 @@ class Run:
         """Model FLOPs of one step on this rank."""
         stage, model = self.stage, self.recipe.model_of(self.stage)
         whole = stage.task.flops(model, stage, self.loader.layout) * stage.batch.accumulation
+        return whole / stage.parallel.model
+
+    @cached_property
+    def executed_flops(self) -> float:
+        """Of `flops`, those that the step computes."""
+        stage, model = self.stage, self.recipe.model_of(self.stage)
+        trained = frozenset(parameter_names(self.recipe, stage)) - frozen_names(self.recipe, stage)
+        whole = stage.task.executed_flops(model, stage, self.loader.layout, trained) * stage.batch.accumulation
         return whole / stage.parallel.model
 
     @property
@@ -109,8 +119,9 @@ def build_run(
     watch.start(recipe.timeout_s)
     init_distributed(watch.outlast_s)
     mesh = create_mesh(stage.parallel, watch.outlast_s)
-    checkpoint = None
+    checkpoint = lock = None
     if directory is not None:
+        lock = take_directory(directory)
         checkpoint = newest(directory / "checkpoints", precision=precision_name(ds_config), **identity)
     layers = parallel_layers(mesh)
     task: nn.Module
@@ -126,7 +137,7 @@ def build_run(
         resume(engine, checkpoint, mesh)
     watch.outlast_all()
     done = 0 if checkpoint is None else checkpoint.step
-    return Run(recipe, stage, engine, mesh, loader, add_targets, ds_config, identity, done, init_file)
+    return Run(recipe, stage, engine, mesh, loader, add_targets, ds_config, identity, done, init_file, lock)
 
 
 def check_model(recipe: Recipe, stage: Stage) -> None:

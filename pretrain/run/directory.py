@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.weights import WEIGHTS, weights_header
+from pretrain.checkpoint.weights import CONFIG, WEIGHTS, mend_config, weights_header
 from pretrain.config import Recipe, Stage, to_json
-from pretrain.files import write_json
+from pretrain.distributed import gather_objects, rank, refuse_together
+from pretrain.files import WRITING, sweep, write_json
+from pretrain.lock import Lock
 from pretrain.run.identity import differences, hash_of, identity_of
 from pretrain.run.inputs import text_tokenizer
 from pretrain.run.stored_weights import input_digest
 
+log = logging.getLogger("pretrain")
+
 RECIPE = "recipe.json"
 SHOWN = 4  # changed settings that an error names
+SEEN_S = 60.0  # an NFS client may remember for so long that a name was not there
 
 
 def run_identity(directory: Path, recipe: Recipe, stage: Stage) -> dict[str, Any]:
@@ -37,15 +48,65 @@ def run_identity(directory: Path, recipe: Recipe, stage: Stage) -> dict[str, Any
 
 
 def finished(directory: Path, identity: dict[str, Any]) -> bool:
-    """Whether the directory holds the final weights of this very run; its checkpoints need not be there any more.
-    Raises ValueError for final weights of another run."""
+    """Whether the directory holds the final weights of this very run; its checkpoints need not be there any more. What
+    a kill left undone behind them rank 0 does now. Raises ValueError for final weights of another run."""
     path = directory / WEIGHTS
     if not path.exists():
         return False
     made = weights_header(path).get("config", {})
     if made.get("recipe_hash") != hash_of(identity):
         raise ValueError(f"{path} is of another run than this one; take another --run-dir, or move it away")
+    if rank() == 0 and mend_config(path):
+        log.info("%s: wrote %s again, which a kill had prevented", directory.name, path.with_name(CONFIG))
     return True
+
+
+def take_directory(directory: Path) -> Lock | None:
+    """Makes the stage's directory this job's own, before anything is written; the lock is rank 0's. Every rank calls
+    it. Raises ValueError on all of them when another job writes there, or when one rank cannot write or sees another
+    directory than rank 0."""
+    lock, problem = None, None
+    if rank() == 0:
+        try:
+            lock = Lock(directory)
+            sweep(directory)
+        except ValueError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{directory} cannot be written ({error.strerror}); make it writable, or take another --run-dir"
+    refuse_together(problem)
+    _check_shared(directory)
+    return lock
+
+
+def _check_shared(directory: Path) -> None:
+    """As a save does it: rank 0 makes a directory, and every rank writes a file into it."""
+    place = directory / gather_objects(f".start_{secrets.token_hex(4)}{WRITING}")[0]
+    try:
+        refuse_together(_try_writing(place.mkdir, directory) if rank() == 0 else None)
+        refuse_together(_try_writing(lambda: (place / f"rank{rank():05d}").write_text("written"), directory))
+    finally:
+        if rank() == 0:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _try_writing(write: Callable[[], object], directory: Path) -> str | None:
+    """What is wrong with the directory for this rank."""
+    here, end = f"rank {rank()} on {socket.gethostname()}", time.monotonic() + SEEN_S
+    while True:
+        try:
+            write()
+            return None
+        except FileNotFoundError:
+            if time.monotonic() < end:
+                time.sleep(0.2)
+                continue
+            return (
+                f"{directory} is not the same directory for {here} as for rank 0; take a --run-dir on a file system "
+                "that all nodes share"
+            )
+        except OSError as error:
+            return f"{directory} cannot be written by {here} ({error.strerror}); make it writable for every node"
 
 
 def note_recipe(directory: Path, recipe: Recipe, identity: dict[str, Any], command: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 
@@ -12,6 +13,7 @@ from pretrain.distributed import rank
 
 log = logging.getLogger("pretrain")
 PLAIN_SECONDS = 5.0
+COLUMNS, ROWS = 80, 24
 
 
 class Display:
@@ -20,7 +22,7 @@ class Display:
     def __init__(self, name: str, start: int, steps: int):
         self.steps, self.last_shown = steps, 0.0
         quiet = rank() != 0 or not sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=quiet)
+        self.bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=quiet, **_size())
 
     def show(self, step: int, line: dict) -> None:
         prefix = "accuracy/"
@@ -30,3 +32,13 @@ class Display:
         if self.bar.disable and (step == self.steps or time.monotonic() - self.last_shown > PLAIN_SECONDS):
             log.info("step %d/%d %s", step, self.steps, text)
             self.last_shown = time.monotonic()
+
+
+def _size() -> dict[str, int]:
+    """For a terminal that says that it has no columns or rows, as some under docker and srun do: tqdm would show
+    nothing there. Otherwise tqdm looks itself."""
+    try:
+        columns, rows = os.get_terminal_size(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return {}
+    return {} if columns and rows else {"ncols": columns or COLUMNS, "nrows": rows or ROWS}

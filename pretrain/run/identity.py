@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from typing import Any
 
 from pretrain.config import Recipe, Stage, to_json
+from pretrain.data.transforms import ImageTransform
 
 # What may change between two starts of one run without changing its numbers.
 OPERATIONAL = ("log_every", "save_every", "keep", "trace_samples", "timeout_s")
@@ -37,6 +38,8 @@ def differences(noted: dict[str, Any], recipe: Recipe, stage: Stage) -> dict[str
     """{dotted key: (value then, value now)} of all that differs from a noted identity. A field that the noting program
     did not know had its default."""
     noted = _modern(noted)
+    if as_begun(stage, noted) is not stage:
+        stage, noted = as_begun(stage, noted), noted | {"transform": noted["transform"] | {"antialias": False}}
     defaults = {f.name: default for f in fields(Stage) if (default := _default(f)) is not MISSING}
     changes: dict[str, tuple[Any, Any]] = {}
     parts = _parts(recipe, stage)
@@ -47,10 +50,22 @@ def differences(noted: dict[str, Any], recipe: Recipe, stage: Stage) -> dict[str
     return changes
 
 
+def as_begun(stage: Stage, noted: dict[str, Any]) -> Stage:
+    """The stage, with the pixels of its run: one that was noted before `antialias` began without."""
+    transform = noted.get("transform")
+    if stage.transform is None or not isinstance(transform, dict) or "antialias" in transform:
+        return stage
+    return replace(stage, transform=replace(stage.transform, antialias=False))
+
+
 def _parts(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     own = {f.name: getattr(recipe, f.name) for f in fields(Recipe) if f.name not in (*OPERATIONAL, "stages", "name")}
     own["loading"] = {name: getattr(recipe.loading, name) for name in LOADING_ORDER}
     of_stage = {f.name: getattr(stage, f.name) for f in fields(Stage) if f.name not in OPERATIONAL_OF_STAGE}
+    if stage.transform is not None:
+        of_stage["transform"] = replace(
+            stage.transform, evaluation=ImageTransform.evaluation
+        )  # evals are no part of it
     return own | of_stage | {"model": recipe.model_of(stage)}
 
 

@@ -12,6 +12,7 @@ import torch
 from pretrain.batch import Batch, Layout
 from pretrain.checkpoint.weights import weights_digest
 from pretrain.config import Recipe, Stage
+from pretrain.contracts import Model
 from pretrain.data.codes import stored_coding
 from pretrain.data.shards.manifest import load_manifest
 from pretrain.models.visual_tokenizer.vqkd import VQKD, VQKDConfig
@@ -21,10 +22,7 @@ from pretrain.run.stored_weights import read_model, weights_path
 def image_targets(recipe: Recipe, stage: Stage, run_dir: Path, device: torch.device) -> Callable[[Batch], Batch]:
     """A function that adds the frozen visual tokenizer's codes to a batch, on the device. Codes that the loader read
     stay; raises ValueError if they are another tokenizer's."""
-    if (masking := stage.masking) is None or "vision" not in stage.experts:
-        return lambda batch: batch
-    hidden = {kind for kind in ("images", "dual", "pairs") if masking.ratios(kind)[0]}
-    if not hidden:
+    if not (hidden := _hidden(stage)):
         return lambda batch: batch
     stored = {kind for kind in hidden & set(stage.mix) if getattr(stage.mix[kind], "codes", None)}
     for kind in stored:
@@ -50,6 +48,18 @@ def image_targets(recipe: Recipe, stage: Stage, run_dir: Path, device: torch.dev
         return replace(batch, image_codes=codes)
 
     return add_codes
+
+
+def predicts_codes(stage: Stage) -> bool:
+    """Whether pictures of its mix are hidden, so that training needs their codes."""
+    return bool(_hidden(stage) & set(stage.mix))
+
+
+def _hidden(stage: Stage) -> set[str]:
+    """The kinds whose pictures are hidden, of a stage that sees pictures."""
+    if (masking := stage.masking) is None or "vision" not in stage.experts:
+        return set()
+    return {kind for kind in ("images", "dual", "pairs") if masking.ratios(kind)[0]}
 
 
 def _pictures(layout: Layout) -> dict[str, slice]:
@@ -85,6 +95,15 @@ def _check_stored(kind: str, stage: Stage, run_dir: Path) -> None:
 def load_visual_tokenizer(recipe: Recipe, stage: Stage, run_dir: Path) -> VQKD:
     name = _named(stage)
     state, cfg = read_model(name, "visual_tokenizer", run_dir=run_dir, recipe=recipe)
+    check_tokenizer(cfg, name, recipe, stage)
+    assert isinstance(cfg, VQKDConfig)
+    tokenizer = cfg.build()
+    tokenizer.load_state_dict({key.removeprefix("tokenizer."): value for key, value in state.items()})
+    return tokenizer.eval().requires_grad_(False)
+
+
+def check_tokenizer(cfg: Model, name: str, recipe: Recipe, stage: Stage) -> None:
+    """ValueError where the model behind visual_tokenizer=`name` does not fit what the stage predicts."""
     if not isinstance(cfg, VQKDConfig):
         raise ValueError(f"visual_tokenizer={name} holds no visual tokenizer but a {type(cfg).__name__}; name one")
     classes, patch_size = _image_codes(stage), recipe.model_of(stage).patch_size
@@ -93,9 +112,6 @@ def load_visual_tokenizer(recipe: Recipe, stage: Stage, run_dir: Path) -> VQKD:
             f"visual_tokenizer={name} has {cfg.codes} codes of {cfg.patch_size}-pixel patches, but the objective's "
             f"image_codes={classes} and model.patch_size={patch_size}; use one size"
         )
-    tokenizer = cfg.build()
-    tokenizer.load_state_dict({key.removeprefix("tokenizer."): value for key, value in state.items()})
-    return tokenizer.eval().requires_grad_(False)
 
 
 def _image_codes(stage: Stage) -> int:

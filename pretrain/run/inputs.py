@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 from pretrain.batch import DROP_PATH
 from pretrain.config import Recipe, Stage
 from pretrain.contracts import Source
-from pretrain.data.loader import Loader, Mixture
+from pretrain.data.loader import Loader
 from pretrain.data.masking import Masking
-from pretrain.data.micro_batches import View
+from pretrain.data.mixture import Mixture, View
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.parallel.mesh import Place
 from pretrain.settings import fill_variables
+
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def build_loader(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Place) -> Loader:
@@ -27,7 +30,7 @@ def build_loader(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Pl
     view = View(
         text_tokenizer(recipe, stage), stage.transform, stage.masking, model.patch_size, draws=drop_path | stage.draws
     )
-    return Loader(
+    loader = Loader(
         Mixture(stage.mix, stage.batch.counts(), stage.batch.accumulation, recipe.seed, recipe.loading),
         view,
         rank=place.data,
@@ -35,12 +38,30 @@ def build_loader(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Pl
         trace=stage_dir if recipe.trace_samples else None,
         quarantine=stage_dir / "quarantine.jsonl" if stage_dir else None,
     )
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun and deepspeed
+    check_shared_memory(loader, max(here // (stage.parallel.tensor * stage.parallel.sequence), 1))
+    return loader
+
+
+def check_shared_memory(loader: Loader, loaders: int) -> None:
+    """Raises ValueError where the batches that `loaders` ranks of this node make ahead do not fit into shared memory:
+    a worker that finds it full dies, or its batch never comes."""
+    need = loader.bytes_ahead * loaders
+    if not need or not SHARED_MEMORY.is_dir():
+        return
+    about = os.statvfs(SHARED_MEMORY)
+    if (free := about.f_bavail * about.f_frsize) < need:
+        raise ValueError(
+            f"{SHARED_MEMORY} has {free >> 20} MiB free, but {loader.loading.workers} loading.workers * "
+            f"{loader.loading.prefetch} loading.prefetch micro-batches of {loaders} ranks on this node need "
+            f"{-(-need >> 20)} MiB; enlarge it (docker run --shm-size) or lower loading.prefetch or loading.workers"
+        )
 
 
 def evaluation_loader(
     recipe: Recipe, stage: Stage, mix: Mapping[str, Source], counts: Mapping[str, int], masking: Masking | None
 ) -> Loader:
-    """Held-out batches: centre crops, one rank, the order and masks of a fixed seed."""
+    """Held-out batches: pictures as `transform.evaluation` says, one rank, the order and masks of a fixed seed."""
     look = replace(stage.transform, train=False)
     view = View(text_tokenizer(recipe, stage), look, masking, recipe.model_of(stage).patch_size, draws=stage.draws)
     return Loader(Mixture(mix, counts, seed=recipe.seed, loading=recipe.loading), view)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pretrain.batch import Batch, Kinds, Layout
 from pretrain.contracts import Model, Objective, Task
-from pretrain.flops import Product, product_flops
+from pretrain.flops import Product, executed_product, product_flops
 from pretrain.layers import PLAIN, Layers
 
 
@@ -43,6 +43,20 @@ class Pretrain(Task):
             for further in objective.passes(layout):
                 total += model.flops(further.layout) * (1 if further.backward else 1 / 3)
         return total
+
+    def executed_flops(self, model: Model, stage: Any, layout: Layout, trained: frozenset[str]) -> float:
+        prefix = "encoder."
+        encoder = frozenset(name.removeprefix(prefix) for name in trained if name.startswith(prefix))
+        total, read = 0.0, 0.0
+        for objective in stage.objectives:
+            own = any(name.startswith(f"objectives.{objective.name}.") for name in trained)
+            for product in objective.products(layout, model):
+                total += executed_product(product, weight=own, inputs=bool(encoder))
+                read += product.rows
+            for further in objective.passes(layout):
+                rows, names = further.layout.rows, encoder if further.backward else frozenset()
+                total += model.executed_flops(further.layout, stage.experts, rows, names)
+        return total + model.executed_flops(layout, stage.experts, read, encoder)
 
     def reads(self) -> dict[str, str]:
         return {}

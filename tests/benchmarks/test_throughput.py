@@ -71,4 +71,8 @@ def check(result: dict[str, Any], recipe: Path, *, ranks: int, data_ranks: int) 
     flops = stage.task.flops(whole.model, stage, STEP)
     assert result["tflops_per_rank"] * 1e12 * seconds * ranks == pytest.approx(flops, rel=0.02)
     task = stage.task.build(whole.model, stage, PLAIN, None)
+    executed = stage.task.executed_flops(whole.model, stage, STEP, frozenset(dict(task.named_parameters())))
+    assert result["executed_tflops_per_rank"] * 1e12 * seconds * ranks == pytest.approx(executed, rel=0.02)
+    assert executed < 0.95 * flops
+    assert 0 < result["real_tokens_per_s"] <= result["tokens_per_s"]
     assert result["parameters"] == sum(value.numel() for value in task.parameters())

@@ -20,7 +20,7 @@ ARCHIVE = Path(__file__).with_name("run_of_2026_11_21.tar.gz")
 # The recipe of that run, in today's terms.
 RECIPE = """
 from pretrain.config import BatchSize, Recipe, Stage
-from pretrain.data.loader import Loading
+from pretrain.data.mixture import Loading
 from pretrain.data.sources import ImageShards
 from pretrain.data.transforms import ImageTransform
 from pretrain.evals.masked import MaskedAccuracy
@@ -80,7 +80,8 @@ def test_it_goes_on_from_its_checkpoint_and_is_evaluated(old_run):
     assert weights_header(old_run / "vision/weights.safetensors")["config"]["recipe_hash"] == "a8bb423a8e66e2dd"
     code, said = start(old_run, "vision")
     assert code == 0 and "finished before" in said
-    assert evaluate.main(["--run-dir", str(old_run), "--stage", "vision"]) == 0
+    line = ["--run-dir", str(old_run), "--stage", "vision", "--recipe", str(old_run.parent / "data" / "recipe.py")]
+    assert evaluate.main(line) == 0
     scores = json.loads((old_run / "vision/eval.json").read_text())
     assert scores["masked/image/baseline"] == pytest.approx(16.145833333333332)
 

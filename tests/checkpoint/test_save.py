@@ -119,6 +119,26 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(tmp_
     assert restored_value(tmp_path) == (2, 3.0)
 
 
+@pytest.mark.parametrize("name", ["moments_rank00000.aaa.safetensors", "moments_rank00001.safetensors"])
+def test_a_file_that_no_manifest_lists_is_neither_read_nor_in_the_way(tmp_path, monkeypatch, name):
+    """As a copy that somebody laid beside the real one, or the damaged remains of one."""
+    read: list[str] = []
+    monkeypatch.setattr(saving, "read_moments", lambda engine, mesh, files: read.extend(path.name for path in files))
+    for step in (1, 2):
+        save(StandIn(step), tmp_path, step)
+        (tmp_path / f"step_{step:08d}" / name).write_bytes(b"garbage")
+    checkpoint = newest(tmp_path, **PRECISION)
+    assert checkpoint.step == 2
+    resume(StandIn(), checkpoint)
+    assert read == ["moments_rank00000.safetensors"]
+    # With the newest damaged, the one before is taken in spite of its own garbage.
+    (tmp_path / "step_00000002" / "moments_rank00000.safetensors").write_bytes(b"damaged")
+    checkpoint = newest(tmp_path, **PRECISION)
+    assert checkpoint.step == 1
+    resume(StandIn(), checkpoint)
+    assert read == ["moments_rank00000.safetensors"] * 2
+
+
 class Killed(BaseException):
     """As kill -9: no cleanup of ours may depend on it."""
 

@@ -13,6 +13,7 @@ from pretrain.checkpoint.weights import (
     SaveError,
     carry_over,
     load_handover,
+    mend_config,
     read_weights,
     weights_digest,
     write_weights,
@@ -126,3 +127,29 @@ def test_frozen_names_keep_the_bits_of_the_file_and_new_ones_their_own(tmp_path)
     got = carry_over(state, path, {"frozen", "new"})
     assert got.keys() == {"frozen", "unbuilt", "new", "moved"}
     assert got["frozen"].item() == torch.tensor(0.1).item()
+
+
+@pytest.mark.parametrize("left", [None, "{", "[]", '{"weights_sha256": "of an older run"}'])
+def test_a_config_that_a_kill_left_out_is_written_again(tmp_path, state, left):
+    path, config = tmp_path / "weights.safetensors", tmp_path / "config.json"
+    write_weights(state, path, {"model": {"dim": 3}})
+    whole = config.read_bytes()
+    assert not mend_config(path)
+    config.unlink()
+    if left is not None:
+        config.write_text(left)
+    assert mend_config(path)
+    assert config.read_bytes() == whole and not mend_config(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["weight", "not_built_here"])
+def test_numbers_that_are_not_finite_are_named_as_such(tmp_path, value, name):
+    path, module = tmp_path / "weights.safetensors", nn.Linear(2, 2, bias=False)
+    state = {"weight": torch.ones(2, 2), "not_built_here": torch.ones(3)}
+    state[name].view(-1)[1] = value
+    write_weights(state, path, {})
+    for read in (lambda: load_handover(module, path), lambda: read_weights(path)):
+        with pytest.raises(ValueError, match=f"weights.safetensors: {name} holds NaN or infinite numbers") as refused:
+            read()
+        assert "\n" not in str(refused.value)

@@ -6,9 +6,9 @@ from dataclasses import fields
 
 import pytest
 
-from pretrain.data.loader import Loader, Loading, Mixture
+from pretrain.data.loader import Loader
 from pretrain.data.masking import Masking
-from pretrain.data.micro_batches import View
+from pretrain.data.mixture import Loading, Mixture, View
 from pretrain.data.sources import ImageShards, PairShards, TextShards
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform

@@ -137,6 +137,13 @@ def test_pairs_have_their_own_ratios(build) -> None:
     assert not batch.text_masked.any() and (batch.pair_masked == (batch.pair_tokens > 3)).all()
 
 
+def test_the_end_of_a_text_is_hidden_where_masking_says_so(build) -> None:
+    masking = Masking(text_ratio=1, pair_text_ratio=1, mask_eos=True)
+    (batch,) = next(build(masking=masking).batches(0, 1))
+    for tokens, masked in ((batch.pair_tokens, batch.pair_masked), (batch.text_tokens, batch.text_masked)):
+        assert (masked == (tokens > 3) | (tokens == EOS)).all()
+
+
 def test_dual_batches_hold_image_i_beside_text_i(build, mix: dict, tokenizer: TextTokenizer) -> None:
     loader = build(
         mix={"dual": mix["pairs"]}, counts={"dual": 6}, masking=None, transform=ImageTransform(SIZE, train=False)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pretrain.batch import BOS, EOS, PAD, UNK
-from pretrain.data.masking import Masking, count_masked, mask_image, mask_text
+from pretrain.data.masking import MIN_BLOCK, ON_PATCHES, Masking, combine, count_masked, mask_image, mask_text
 from pretrain.data.transforms import sample_rng
 
 MASK_ID = 101
@@ -42,6 +42,12 @@ def test_the_first_block_of_a_mask_is_a_rectangle_of_the_published_shape() -> No
         if height * width == 16:  # otherwise the rounded block was smaller, and single patches were added
             assert mask[rows[0] : rows[0] + height, columns[0] : columns[0] + width].all()
             assert 0.3 / 1.5 < height / width < 1.5 / 0.3
+
+
+def test_what_the_recipes_say_of_the_papers_masks() -> None:
+    """_beit3.py: 78 patches where BEiT-2 hides 75, and the giant's smallest block of 21 patches."""
+    assert count_masked(196, 0.4) == 78 and count_masked(196, 75 / 196) == 75
+    assert round(MIN_BLOCK * 16**2 / ON_PATCHES) == 21
 
 
 def published(generator: random.Random, grid: int = 14, target: int = 78) -> np.ndarray:
@@ -114,6 +120,38 @@ def test_bert_rule_on_texts(ratio: float) -> None:
     assert abs(hidden / targets - 0.8) < 0.015
     # One word in 97 is replaced by itself.
     assert abs(unchanged / targets - (0.1 + 0.1 / 97)) < 0.015
+
+
+def test_the_end_of_a_text_is_a_target_like_a_word_where_it_is_asked_for() -> None:
+    """unilm's captioning draws from all positions behind BOS, the last of which is </s>, at one rate."""
+    ids = np.concatenate([[BOS], np.arange(4, 43), [EOS], [PAD] * 5])  # 39 words and an end
+    chosen = np.zeros(len(ids))
+    fates = []
+    for sample in range(4000):
+        inputs, masked = mask_text(ids, 0.5, mask_id=MASK_ID, rng=sample_rng(5, 0, sample), mask_eos=True)
+        assert (inputs[~masked] == ids[~masked]).all() and masked.sum() == 20
+        chosen += masked
+        if masked[40]:
+            fates.append(inputs[40])
+    assert not chosen[0] and not chosen[41:].any()
+    assert abs(chosen[40] / 4000 - 0.5) < 0.03 and abs(chosen[1:40].mean() / 4000 - 0.5) < 0.003
+    assert abs(np.mean([fate == MASK_ID for fate in fates]) - 0.8) < 0.03
+    assert abs(np.mean([fate == EOS for fate in fates]) - 0.1) < 0.03  # it stays; another end is never put in
+    no_words = np.array([BOS, UNK, EOS, PAD])
+    assert mask_text(no_words, 0.15, mask_id=MASK_ID, rng=sample_rng(5, 0, 0), mask_eos=True)[1].tolist() == [
+        0,
+        0,
+        1,
+        0,
+    ]
+
+
+def test_without_that_the_bits_are_those_of_before() -> None:
+    ids = np.array([BOS, *range(4, 24), EOS, PAD])
+    inputs, masked = mask_text(ids, 0.15, mask_id=MASK_ID, rng=sample_rng(6, 0, 7))
+    assert inputs.tolist() == [0, 4, 5, 101, *range(7, 20), 4, 21, 22, 23, 2, 1]  # measured before there was mask_eos
+    assert np.flatnonzero(masked).tolist() == [3, 13, 17]
+    assert combine([Masking(), Masking()]) == Masking() and combine([Masking(), Masking(mask_eos=True)]).mask_eos
 
 
 def test_short_texts_keep_the_ratio_and_have_a_target() -> None:

@@ -11,11 +11,14 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from pretrain.data import transforms
+from pretrain.data.codes import plain
 from pretrain.data.shards.reader import BadSample
 from pretrain.data.transforms import ImageTransform, decode_image, read_header, sample_rng
+from pretrain.recipes import load_recipe
 from tests.toys import encoded, picture, png_bomb
 
 SMALL = ImageTransform(size=32)
+RECIPES = ("tiny", "beit3_base", "beit3_large", "beit3_giant", "beit3_large_released", "vlmo_base", "vlmo_large")
 
 
 def close(a: np.ndarray, b: np.ndarray, mean: float = 3.0) -> bool:
@@ -221,6 +224,23 @@ def test_evaluation_takes_the_middle_square() -> None:
     assert (out == 200).all()
 
 
+@pytest.mark.parametrize(("height", "width"), [(480, 640), (300, 224), (90, 100)])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_squashed_picture_is_pillows_bicubic_one_from_edge_to_edge(kind: str, height: int, width: int) -> None:
+    rng = np.random.default_rng(0)
+    pixels = np.clip(picture(3, height, width) + rng.normal(0, 20, (height, width, 1)), 0, 255).astype(np.uint8)
+    data = encoded(pixels, kind)
+    expected = Image.open(io.BytesIO(data)).resize((224, 224), Image.Resampling.BICUBIC)
+    out = ImageTransform(train=False, evaluation="squash")(data).transpose(1, 2, 0)
+    assert abs(out.astype(int) - np.asarray(expected).astype(int)).max() <= (5 if kind == "JPEG" else 0)
+    assert not close(ImageTransform(train=False)(data), out.transpose(2, 0, 1), 0.5)
+
+
+def test_published_models_are_evaluated_on_whole_pictures_and_tiny_on_the_middle() -> None:
+    looks = {name: load_recipe(name, "retrieval", [])[1].transform.evaluation for name in RECIPES}
+    assert looks.pop("tiny") == "crop" and set(looks.values()) == {"squash"}
+
+
 def test_a_flip_is_half_of_the_time_and_can_be_turned_off() -> None:
     pixels = np.zeros((32, 32, 3), np.uint8)
     pixels[:, :16] = 255
@@ -256,7 +276,53 @@ def test_jitter_is_brightness_contrast_and_saturation_as_pillow_does_them(order:
     assert abs(out.astype(int) - np.asarray(expected).astype(int)).max() <= 4
 
 
-@pytest.mark.parametrize("wrong", [{"scale": (0.9, 0.5)}, {"ratio": (0, 1)}, {"jitter": 1.0}, {"size": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"scale": (0.9, 0.5)}, {"ratio": (0, 1)}, {"jitter": 1.0}, {"size": 0}, {"evaluation": "fit"}]
+)
 def test_invalid_settings_are_named(wrong: dict) -> None:
     with pytest.raises(ValueError, match=rf"transform\.{next(iter(wrong))}="):
         ImageTransform(**wrong)
+
+
+def zone_plate(height: int, width: int) -> np.ndarray:
+    """Rings that are finer the farther out, up to a change from pixel to pixel in the middle of each edge."""
+    y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None, :]
+    rings = 127.5 + 127.5 * np.cos(np.pi * (height * y * y + width * x * x) / 4)
+    return np.repeat(rings.round().astype(np.uint8)[:, :, None], 3, axis=2)
+
+
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(400, 400), (420, 420), (440, 440), (448, 448), (449, 449), (500, 430), (600, 600), (900, 900)],
+)
+def test_rings_too_fine_for_the_result_leave_no_false_ones(height: int, width: int) -> None:
+    """Where the original has finer rings than 224 pixels can show, the result is grey: its deviation in levels."""
+    y, x = np.linspace(-1, 1, 224)[:, None], np.linspace(-1, 1, 224)[None, :]
+    rim = (np.hypot(y, x) > 0.9) & (np.hypot(y, x) < 1)
+    crop = zone_plate(height, width)
+    out = ImageTransform(train=False).finish(crop, None)[0]
+    assert out[rim].std() < 5
+    # What can be shown is still there, as strong as Pillow shows it.
+    middle = np.hypot(y, x) < 0.25
+    pillow = np.asarray(Image.fromarray(crop).resize((224, 224), Image.Resampling.BICUBIC))[..., 0]
+    assert out[middle].std() > 0.8 * pillow[middle].std()
+
+
+@pytest.mark.parametrize("side", [57, 64])
+def test_a_picture_that_is_not_made_smaller_is_not_blurred(side: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    expected = cv2.resize(pixels, (64, 64), interpolation=cv2.INTER_CUBIC)
+    assert (ImageTransform(size=64, train=False).finish(pixels, None).transpose(1, 2, 0) == expected).all()
+
+
+def test_stored_codes_do_not_depend_on_how_pictures_are_evaluated() -> None:
+    assert plain(ImageTransform()) == plain(ImageTransform(evaluation="squash"))
+    # Those that were stored before 2026-11-28 are of pictures without the blur, and say nothing of it.
+    assert "antialias" not in plain(ImageTransform(antialias=False)) and plain(ImageTransform())["antialias"]
+
+
+def test_without_the_blur_pixels_are_those_of_before() -> None:
+    pixels = picture(3, 300, 330)
+    for size, method in ((224, cv2.INTER_LINEAR), (100, cv2.INTER_AREA), (400, cv2.INTER_CUBIC)):
+        out = ImageTransform(size=size, train=False, antialias=False).finish(pixels, None).transpose(1, 2, 0)
+        assert (out == cv2.resize(pixels, (size, size), interpolation=method)).all()

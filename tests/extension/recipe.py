@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pretrain.config import BatchSize, Recipe, Stage
-from pretrain.data.loader import Loading
+from pretrain.data.mixture import Loading
 from pretrain.data.sources import PairShards
 from pretrain.data.transforms import ImageTransform
 from pretrain.evals.retrieval import Retrieval

@@ -41,7 +41,7 @@ def run_stage(data: Path, run: Path, stage: str) -> None:
 
 
 def scores(data: Path, run: Path, stage: str) -> dict:
-    done = evaluate(data, run, stage)
+    done = evaluate(data, run, stage, RECIPE)
     assert done.returncode == 0, done.stderr
     return json.loads((run / stage / "eval.json").read_text())
 

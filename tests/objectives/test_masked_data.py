@@ -54,6 +54,53 @@ def test_the_loss_is_the_mean_over_sequences_of_the_mean_over_targets():
     torch.testing.assert_close(report["loss"], every.mean())
 
 
+class Prices(torch.nn.Module):
+    """A head whose loss at a row is the row's first number."""
+
+    def forward(self, rows, targets):
+        return rows[:, 0], torch.zeros(len(rows))
+
+
+@pytest.mark.parametrize(
+    ("mean_over", "terms", "image", "text", "loss"),
+    [
+        # Picture: 1, 2, 3. Texts: [4] and [10, 20, 30]. By sequence: 2; (4 + 20) / 2 = 12.
+        ("sequences", "mean", 2.0, 12.0, (2 + 4 + 20) / 3),
+        ("sequences", "sum", 2.0, 12.0, 2 + 12),
+        # By target: 2; (4 + 10 + 20 + 30) / 4 = 16.
+        ("targets", "mean", 2.0, 16.0, (1 + 2 + 3 + 4 + 10 + 20 + 30) / 7),
+        ("targets", "sum", 2.0, 16.0, 2 + 16),
+    ],
+)
+def test_the_four_forms_of_the_loss_by_numbers_made_by_hand(mean_over, terms, image, text, loss):
+    layout = Layout(images=1, texts=2, patches=4, text_len=5)
+    masks, masked = torch.zeros(1, 4, dtype=torch.bool), torch.zeros(2, 5, dtype=torch.bool)
+    encoded = Kinds.split(torch.full((layout.rows, PAPER.dim), 1000.0), layout)
+    masks[0, :3] = True
+    encoded.images[0, 1:4, 0] = torch.tensor([1.0, 2, 3])
+    masked[0, 2] = masked[1, 1:4] = True
+    encoded.texts[0, 2, 0] = 4
+    encoded.texts[1, 1:4, 0] = torch.tensor([10.0, 20, 30])
+    b = random_batch(layout)
+    b.image_masks[:], b.text_masked[:] = masks, masked
+    heads = build(pair_image_ratio=0, pair_text_ratio=0, mean_over=mean_over, terms=terms)
+    heads.image, heads.text = Prices(), Prices()
+    report = heads(encoded, b)
+    assert (report["loss/image"], report["loss/text"]) == (image, text)
+    assert report["loss"].item() == pytest.approx(loss)
+    masks[:], masked[:] = False, False
+    b.image_masks[:], b.text_masked[:] = masks, masked
+    nothing = heads(encoded, b)
+    assert nothing["loss"] == 0 and nothing.keys() == report.keys(), "every rank reports the same names"
+
+
+@pytest.mark.parametrize("wrong", [{"mean_over": "words"}, {"terms": "max"}], ids=str)
+def test_unknown_forms_are_refused_in_a_sentence(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"masked.{name}='{value}' is unknown; use "):
+        MaskedData(**wrong)
+
+
 def test_accuracy_and_predictions_agree_with_an_oracle():
     heads, encoded, b = build(), rows(), batch()
     report, predictions = heads(encoded, b), heads.predict(encoded, b)

@@ -16,7 +16,7 @@ from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim
 from pretrain.parallel.sizes import Parallel
 from pretrain.run.directory import finished, note_recipe, run_identity
-from pretrain.run.identity import differences, hash_of, identity_of
+from pretrain.run.identity import as_begun, differences, hash_of, identity_of
 from pretrain.tasks.tokenizer import TrainTokenizer
 from tests.toy_models import CODES, PAPER, VQ
 
@@ -73,9 +73,19 @@ def test_a_changed_setting_is_named_with_both_values(name, stage, key, values):
 
 def test_what_changes_no_number_may_change():
     stage = replace(VISION, parallel=Parallel(tensor=2), activation_checkpointing=2, compile=True)
+    stage = replace(stage, transform=replace(stage.transform, evaluation="squash"))
     recipe = replace(RECIPE, log_every=3, keep=9, name="other", loading=replace(RECIPE.loading, workers=7))
     assert differences(noted(), recipe, stage) == {} == differences(OLD["vision"], recipe, stage)
     assert differences(noted(), replace(recipe, seed=3), stage) == {"seed": (0, 3)}
+
+
+def test_an_old_run_goes_on_with_the_pixels_it_began_with():
+    then = noted()
+    assert as_begun(VISION, then) is VISION
+    del then["transform"]["antialias"]
+    old = as_begun(VISION, then)
+    assert not old.transform.antialias and differences(then, RECIPE, VISION) == {} == differences(then, RECIPE, old)
+    assert differences(noted(), RECIPE, old) == {"transform.antialias": (True, False)}
 
 
 def test_a_field_that_the_old_program_did_not_know_had_its_default():

@@ -39,12 +39,12 @@ class Attention(nn.Module):
     def __init__(self, cfg: MultiwayShape, names: Sequence[str], layer: int, layers: Layers):
         super().__init__()
         self.head_dim, self.attend = cfg.dim // cfg.heads, layers.attention(attend)
-        d, std = cfg.dim, _Stds.of(cfg, layer)
-        self.q = Multiway(names, lambda: layers.column(d, d, std=std.query_key))
-        self.k = Multiway(names, lambda: layers.column(d, d, std=std.query_key, bias=cfg.key_bias))
-        self.v = Multiway(names, lambda: layers.column(d, d, std=std.value))
+        d, std, cut = cfg.dim, _Stds.of(cfg, layer), _cut(cfg)
+        self.q = Multiway(names, lambda: layers.column(d, d, std=std.query_key, cut=cut))
+        self.k = Multiway(names, lambda: layers.column(d, d, std=std.query_key, cut=cut, bias=cfg.key_bias))
+        self.v = Multiway(names, lambda: layers.column(d, d, std=std.value, cut=cut))
         self.inner_norm = Multiway(names, lambda: layers.inner_norm(d, eps=cfg.norm_eps)) if cfg.sub_norm else None
-        self.out = Multiway(names, lambda: layers.row(d, d, std=std.out))
+        self.out = Multiway(names, lambda: layers.row(d, d, std=std.out, cut=cut))
 
     def forward(
         self, x_TD: Tensor, layout: Layout, padding: Padding, bias: Bias, own: Rows | None, read: Rows | None
@@ -63,11 +63,11 @@ class Expert(nn.Module):
 
     def __init__(self, cfg: MultiwayShape, layer: int, layers: Layers):
         super().__init__()
-        std = _Stds.of(cfg, layer)
+        std, cut = _Stds.of(cfg, layer), _cut(cfg)
         self.norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps)
-        self.up = layers.column(cfg.dim, cfg.ffn_dim, std=std.up)
+        self.up = layers.column(cfg.dim, cfg.ffn_dim, std=std.up, cut=cut)
         self.inner_norm = layers.inner_norm(cfg.ffn_dim, eps=cfg.norm_eps) if cfg.sub_norm else None
-        self.down = layers.row(cfg.ffn_dim, cfg.dim, std=std.down)
+        self.down = layers.row(cfg.ffn_dim, cfg.dim, std=std.down, cut=cut)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         y = nn.functional.gelu(self.up(self.norm(x_TD)))
@@ -83,7 +83,7 @@ class _Stds(NamedTuple):
 
     @classmethod
     def of(cls, cfg: MultiwayShape, layer: int) -> _Stds:
-        """Standard deviations of the weights of block `layer`, counted from 1."""
+        """Of the normal distributions from which the weights of block `layer`, counted from 1, are drawn."""
         if cfg.init == "scaled":
             small = cfg.init_std / math.sqrt(2 * layer)
             return cls(cfg.init_std, cfg.init_std, small, cfg.init_std, small)
@@ -91,6 +91,11 @@ class _Stds(NamedTuple):
         gain = math.sqrt(math.log(2 * cfg.depth))
         square, tall = math.sqrt(1 / cfg.dim), math.sqrt(2 / (cfg.dim + cfg.ffn_dim))
         return cls(square, gain * square, gain * square, gain * tall, gain * tall)
+
+
+def _cut(cfg: MultiwayShape) -> float:
+    """Where these distributions end, see layers.draw: Magneto's do not."""
+    return 1.0 if cfg.init == "scaled" else math.inf
 
 
 class MultiwayBlock(nn.Module):

@@ -12,6 +12,7 @@ from pretrain.contracts import Model, ModelSizes, State
 from pretrain.flops import encoder_flops
 from pretrain.layers import PLAIN, Layers
 from pretrain.models.multiway.encoder import MultiwayEncoder
+from pretrain.models.multiway.executed import executed_flops
 from pretrain.models.multiway.resize import grow_vocabulary, resize_patch_positions, resize_relative_positions
 from pretrain.models.multiway.shape import MultiwayShape
 
@@ -31,6 +32,9 @@ class MultiwayConfig(MultiwayShape, Model):
     def flops(self, layout: Layout) -> int:
         patch_inputs = 3 * self.patch_size**2
         return encoder_flops(layout, dim=self.dim, depth=self.depth, ffn_dim=self.ffn_dim, patch_inputs=patch_inputs)
+
+    def executed_flops(self, layout: Layout, experts: Sequence[str], read: float, trained: frozenset[str]) -> float:
+        return executed_flops(self, layout, experts, read, trained)
 
     @property
     def draws(self) -> int:

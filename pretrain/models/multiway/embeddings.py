@@ -82,10 +82,10 @@ class RelativePosition(nn.Module):
     embedding. As VLMo's (unilm vlmo/modules/vlmo_module.py, build_relative_position_embed): one table for all layers,
     its rows in the order
 
-        (2 g - 1)^2 offsets of two patches | 3 from, to and within the class row | 2 image to text, text to image
+        (2 g - 1)^2 offsets of two patches | 3 from, to and within the class row | 2 text to image, image to text
         | 2 L - 3 offsets of two words | 3 from, to and within BOS            (g patches a side, L max_text_len)
 
-    so that its first rows can be taken from a BEiT checkpoint."""
+    so that its first rows can be taken from a BEiT checkpoint. "A to B" is a query of A that looks at a key of B."""
 
     def __init__(self, cfg: MultiwayShape, layers: Layers = PLAIN):
         super().__init__()
@@ -127,8 +127,9 @@ class RelativePosition(nn.Module):
         return _with_first_row(offset, len(self.table))
 
     def _pair_index(self, image: Tensor, text: Tensor) -> Tensor:
-        to_text = image.new_full((len(image), len(text)), self.image_rows)
-        above, below = torch.cat([image, to_text], 1), torch.cat([to_text.T + 1, text], 1)
+        """[query, key]. VLMo puts the text first and we the image: the same numbers, blocks in another place."""
+        to_image = image.new_full((len(text), len(image)), self.image_rows)
+        above, below = torch.cat([image, to_image.T + 1], 1), torch.cat([to_image, text], 1)
         return torch.cat([above, below])
 
 

@@ -33,7 +33,8 @@ class MultiwayShape:
     text_norm: bool = False  # a norm behind the text embedding (BERT, VLMo)
     key_bias: bool = True
     norm_eps: float = 1e-5
-    # scaled: std init_std, layer l's output matrices / sqrt(2 l) (BEiT-3, footnote 4). sub_norm: Magneto's.
+    # scaled: normal of init_std that is cut at it, layer l's output matrices / sqrt(2 l) (BEiT-3, footnote 4: "within
+    # a small range"; BEiT's code). sub_norm: the blocks' matrices are Magneto's, Xavier normal without a cut.
     init: Literal["scaled", "sub_norm"] = "scaled"
     init_std: float = 0.02
 

@@ -121,7 +121,7 @@ class ClipTeacher:
     """A Hugging Face CLIP's patch rows in the space it shares with text (BEiT v2's teacher is CLIP ViT-B/16).
 
     Reads a local directory: config.json, safetensors, and preprocessor_config.json where it is there. Pictures are
-    resized to CLIP's own size, and its patches averaged onto the tokenizer's grid where the two differ. Raises
+    resized to CLIP's own size, and its patches brought onto the tokenizer's grid where the two differ. Raises
     ValueError for a directory that holds no such model."""
 
     distill = "cosine"
@@ -146,7 +146,7 @@ class ClipTeacher:
 
 
 class EncoderTeacher:
-    """The final patch rows of one of our own encoders, vision route, averaged onto the tokenizer's grid."""
+    """The final patch rows of one of our own encoders, vision route, on the tokenizer's grid."""
 
     distill = "cosine"
 
@@ -173,12 +173,17 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def onto_grid(rows: Tensor, grid: int) -> Tensor:
-    """Patch rows [N, g * g, D] -> [N, grid * grid, D], averaged (or repeated) over the area of each new patch."""
+    """Patch rows [N, g * g, D] -> [N, grid * grid, D]: the mean of whole patches where each new one covers some, and
+    bilinear between their middles elsewhere (means of the patches that a new one touches would repeat and blur)."""
     own = round(rows.shape[1] ** 0.5)
     if own == grid:
         return rows
-    pooled = F.adaptive_avg_pool2d(rows.transpose(1, 2).unflatten(2, (own, own)), grid)
-    return pooled.flatten(2).transpose(1, 2)
+    square = rows.transpose(1, 2).unflatten(2, (own, own))
+    if own % grid == 0:
+        placed = F.adaptive_avg_pool2d(square, grid)
+    else:
+        placed = F.interpolate(square, size=(grid, grid), mode="bilinear", antialias=True, align_corners=False)
+    return placed.flatten(2).transpose(1, 2)
 
 
 def _load_clip(directory: Path) -> Any:

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 
 from pretrain.batch import PAD, Kinds, Layout, make_batch
 from pretrain.models.multiway.block import drop_path_factor
+from pretrain.models.multiway.embeddings import RelativePosition
 from pretrain.models.multiway.encoder import MultiwayEncoder
+from pretrain.models.multiway.sizes import VLMO_BASE
 from tests.toy_models import (
     ALL,
     CONFIGS,
@@ -234,6 +236,29 @@ def test_relative_positions_know_direction_kind_and_modality():
     assert torch.equal(pair[image_len:, image_len:], text[:PAIR_LEN, :PAIR_LEN])
     across, back = pair[:image_len, image_len:], pair[image_len:, :image_len]
     assert (across == across[0, 0]).all() and (back == back[0, 0]).all() and across[0, 0] != back[0, 0]
+
+
+def test_relative_positions_index_the_table_as_vlmo_does():
+    """Rows of a table that holds its own row numbers, against those that unilm's vlmo_module.py
+    (build_relative_position_embed) computes for its base: 14 x 14 patches, 196 words, hence 732 + 392 + 2 rows."""
+    table = RelativePosition(replace(VLMO_BASE, dim=1, heads=1, depth=1, fusion_layers=0))
+    assert len(table.table) == 1126
+    with torch.no_grad():
+        table.table.copy_(torch.arange(1126.0)[:, None])
+    bias = table(Layout(pairs=1, texts=1, patches=196, pair_len=40, text_len=196))[0]
+    pair, text = bias.pairs[0].long(), bias.texts[0].long()
+    image = slice(197)
+    words = slice(197, None)
+    assert set(pair[words, image].flatten().tolist()) == {732}, "text query, image key"
+    assert set(pair[image, words].flatten().tolist()) == {733}, "image query, text key"
+    # Class row to a patch, patch to class row, class row to itself; the same of BOS.
+    assert (pair[0, 5], pair[5, 0], pair[0, 0]) == (729, 730, 731)
+    assert (text[0, 5], text[5, 0], text[0, 0]) == (1123, 1124, 1125)
+    # Patches: row 13 * 27 + 13 is no offset; a key to the right is one less, a key below a line of 27 less.
+    assert (pair[1, 1], pair[1, 2], pair[2, 1], pair[1, 15], pair[196, 1]) == (364, 363, 365, 337, 728)
+    # Words: no offset is 194 rows behind the cross-modal ones; a key to the right is one more.
+    assert (text[1, 1], text[1, 2], text[2, 1], text[1, 195], text[195, 1]) == (928, 929, 927, 1122, 734)
+    assert torch.equal(pair[words, words], text[:40, :40])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

@@ -123,6 +123,22 @@ def test_clip_says_what_is_wrong_with_a_directory(clip_directory, tmp_path):
         ClipTeacher(tmp_path, grid=4)
 
 
+@pytest.mark.parametrize(("own", "grid", "least"), [(14, 16, 0.997), (16, 14, 0.997), (14, 7, 0.99)])
+def test_features_of_another_grid_are_those_at_the_same_places(own, grid, least):
+    """A smooth field seen on both grids, as a giant's patches of 14 pixels beside a teacher's of 16."""
+    generator = torch.Generator().manual_seed(0)
+    waves, phases = 5 * torch.randn(64, 2, generator=generator), 6.28 * torch.rand(64, generator=generator)
+
+    def seen(side: int) -> torch.Tensor:
+        middles = (torch.arange(side) + 0.5) / side
+        places = torch.stack(torch.meshgrid(middles, middles, indexing="ij"), -1).flatten(0, 1)
+        return (places @ waves.T + phases).sin()[None]
+
+    cosines = torch.nn.functional.cosine_similarity(onto_grid(seen(own), grid), seen(grid), dim=-1)
+    assert cosines.mean() > least
+    assert cosines.min() > least - 0.02
+
+
 # ---- one of our own encoders
 
 

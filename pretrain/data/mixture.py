@@ -1,0 +1,120 @@
+"""What a loader reads, in which order, and how it is seen; and what a user can get wrong about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pretrain.batch import Layout, batch_problem
+from pretrain.contracts import Source
+from pretrain.data.masking import Masking
+from pretrain.data.text_tokenizer import TextTokenizer
+from pretrain.data.transforms import ImageTransform
+
+# A kind's index here is also the number of its random stream.
+KINDS = ("images", "pairs", "dual", "texts")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How samples are fetched. Only `streams`, `block_shards` (the order) and `skip_bad_shards` change what a step
+    sees."""
+
+    workers: int = 2
+    streams: int = 64
+    block_shards: int = 8
+    cache_dir: str | None = None
+    cache_gib: float = 50.0
+    skip_bad_shards: bool = False
+    prefetch: int = 4  # micro-batches that each worker prepares in advance
+
+    def __post_init__(self) -> None:
+        for name, least in {"workers": 0, "streams": 1, "block_shards": 1, "prefetch": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"loading.{name}={getattr(self, name)} is wrong because it is below {least}; use {least}"
+                )
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What is read, in which order. `counts` are the sequences of each kind in one global batch, over all data ranks
+    and micro-steps; `mix` has the same keys."""
+
+    mix: Mapping[str, Source]
+    counts: Mapping[str, int]
+    accumulation: int = 1
+    seed: int = 0
+    loading: Loading = field(default_factory=Loading)
+
+
+@dataclass(frozen=True)
+class View:
+    """How samples are turned into tensors: the tokenizer, the transform, and what is hidden."""
+
+    tokenizer: TextTokenizer | None = None
+    transform: ImageTransform | None = None
+    masking: Masking | None = None
+    patch_size: int = 1
+    draws: Mapping[str, int] = field(default_factory=dict)  # random numbers per sequence, by their user: Batch.draws
+
+    @property
+    def grid(self) -> int:
+        return self.transform.size // self.patch_size if self.transform else 0
+
+
+def check_mixture(mixture: Mixture, view: View, ranks: int) -> None:
+    mix, counts, transform = mixture.mix, mixture.counts, view.transform
+    if unknown := sorted(set(mix) - set(KINDS)):
+        raise ValueError(f"mix.{unknown[0]} is wrong because there is no such kind; use {', '.join(KINDS)}")
+    if not mix:
+        raise ValueError(f"mix={{}} is empty; give a source for one or more of {', '.join(KINDS)}")
+    if set(mix) != set(counts):
+        raise ValueError(f"batch has {sorted(counts)} but mix has {sorted(mix)}; give each kind of the mix a count")
+    for kind in mix:
+        problem = slot_problem(kind, mix[kind]) or batch_problem(kind, counts[kind], ranks, mixture.accumulation)
+        if problem:
+            raise ValueError(problem)
+        if kind != "texts" and transform is None:
+            raise ValueError(f"mix.{kind} has pictures but the stage has no transform; set the stage's transform")
+        if kind != "images" and view.tokenizer is None:
+            raise ValueError(f"mix.{kind} has texts but there is no text tokenizer; set text_tokenizer")
+    if len({mix[kind].text_len for kind in ("texts", "dual") if kind in mix}) > 1:
+        raise ValueError(
+            f"mix.texts.text_len={mix['texts'].text_len} and mix.dual.text_len={mix['dual'].text_len} differ, but all "
+            "texts of a batch have one length; set both to the same value"
+        )
+    if transform is not None and transform.size % view.patch_size:
+        size = transform.size // view.patch_size * view.patch_size or view.patch_size
+        raise ValueError(
+            f"transform.size={transform.size} is not a multiple of patch_size={view.patch_size}; "
+            f"use {size} or {size + view.patch_size}"
+        )
+
+
+def layout_of(mixture: Mixture, view: View, parts: int) -> Layout:
+    """One micro-batch of one rank."""
+    return micro_layout(mixture.mix, mixture.counts, view.grid**2, parts)
+
+
+def slot_problem(kind: str, source: Source) -> str:
+    """Why a source cannot fill this kind of a mix; "" if it can."""
+    if kind in source.slots:
+        return ""
+    name = f"mix.{kind}={type(source).__name__}(...)"
+    return f"{name} is wrong because such a source fills {' or '.join(source.slots)}; use it there"
+
+
+def micro_layout(mix: Mapping[str, Source], counts: Mapping[str, int], patches: int, parts: int) -> Layout:
+    """The layout of one micro-batch; a global batch has `parts` of them (data ranks * accumulation)."""
+    each = {kind: counts[kind] // parts for kind in mix}
+    text_source = mix.get("texts") or mix.get("dual")
+    return Layout(
+        images=each.get("images", 0) + each.get("dual", 0),
+        pairs=each.get("pairs", 0),
+        texts=each.get("texts", 0) + each.get("dual", 0),
+        patches=patches,
+        pair_len=mix["pairs"].text_len if "pairs" in mix else 0,
+        text_len=text_source.text_len if text_source else 0,
+        dual=each.get("dual", 0),
+    )

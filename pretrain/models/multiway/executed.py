@@ -1,0 +1,93 @@
+"""The FLOPs of a Multiway encoder that a step really computes: those of flops.py without what it leaves out.
+
+Left out are the gradients of frozen weights, gradients below the lowest weight that is trained, and behind the last
+block's attention the rows that no head reads. There is still no credit for recomputation, nor for teachers and visual
+tokenizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+from pretrain.batch import Layout
+from pretrain.flops import Product, executed_product
+from pretrain.models.multiway.block import attention_names
+from pretrain.models.multiway.shape import MultiwayShape
+
+
+def executed_flops(
+    cfg: MultiwayShape, layout: Layout, experts: Sequence[str], read: float, trained: frozenset[str]
+) -> float:
+    """Of one micro-batch of which heads read `read` rows, about: they are taken to be spread evenly over the kinds.
+    `trained`: names of the encoder's parameters that are."""
+    opened = _prefixes(trained)
+    patches = Product((layout.images + layout.pairs) * layout.patches, 3 * cfg.patch_size**2, cfg.dim)
+    total = executed_product(patches, weight="vision_embed.proj" in opened, inputs=False)
+    flows = not opened.isdisjoint(("vision_embed", "text_embed"))  # gradients, through what comes next
+    for number in range(cfg.depth):
+        last = number == cfg.depth - 1
+        share = min(read / max(layout.rows, 1), 1.0) if last else 1.0
+        fusion = "fusion" in experts and number >= cfg.depth - cfg.fusion_layers
+        block = f"blocks.{number}"
+        flops, flows = _attention(cfg, layout, attention_names(cfg, experts), block, share, opened, flows)
+        total += flops
+        flops, flows = _experts(cfg, layout, fusion, f"{block}.experts", share, opened, flows)
+        total += flops
+    return total
+
+
+def _attention(
+    cfg: MultiwayShape,
+    layout: Layout,
+    names: Sequence[str],
+    block: str,
+    share: float,
+    opened: frozenset[str],
+    flows: bool,
+) -> tuple[float, bool]:
+    """(FLOPs, whether gradients flow through what comes next); `share` of the rows goes on behind the attention."""
+    d, prefix = cfg.dim, f"{block}.attention"
+    by_name = {"shared": layout.rows, "vision": layout.vision_rows, "language": layout.language_rows}
+    flows |= f"{block}.norm" in opened
+    total = 0.0
+    for name in names:
+        for part in "qkv":
+            weight = f"{prefix}.{part}.{name}" in opened
+            total += executed_product(Product(by_name[name], d, d), weight=weight, inputs=flows)
+    flows |= "relative_position" in opened or not opened.isdisjoint(f"{prefix}.{part}" for part in "qkv")
+    lengths = ((layout.images, layout.image_len), (layout.pairs, layout.image_len + layout.pair_len))
+    squares = sum(n * length**2 for n, length in (*lengths, (layout.texts, layout.text_len)))
+    total += 2 * 2 * squares * d * (3 if flows else 1)
+    flows |= f"{prefix}.inner_norm" in opened
+    for name in names:
+        weight = f"{prefix}.out.{name}" in opened
+        total += executed_product(Product(round(by_name[name] * share), d, d), weight=weight, inputs=flows)
+    return total, flows or not opened.isdisjoint((f"{prefix}.out", f"{block}.attention_scale"))
+
+
+def _experts(
+    cfg: MultiwayShape,
+    layout: Layout,
+    fusion: bool,
+    prefix: str,
+    share: float,
+    opened: frozenset[str],
+    flows: bool,
+) -> tuple[float, bool]:
+    names = ("vision", "fusion", "language") if fusion else ("vision", "language")
+    total = 0.0
+    for name, rows in zip(names, layout.split(fusion=fusion), strict=True):
+        through = flows or f"{prefix}.{name}.norm" in opened
+        up, down = (f"{prefix}.{name}.{part}" in opened for part in ("up", "down"))
+        total += executed_product(Product(round(rows * share), cfg.dim, cfg.ffn_dim), weight=up, inputs=through)
+        through = through or up or f"{prefix}.{name}.inner_norm" in opened
+        total += executed_product(Product(round(rows * share), cfg.ffn_dim, cfg.dim), weight=down, inputs=through)
+    return total, flows or not opened.isdisjoint((prefix, prefix.replace(".experts", ".expert_scale")))
+
+
+@cache
+def _prefixes(names: frozenset[str]) -> frozenset[str]:
+    """Everything that stands before a dot of the names, and the names: what has a parameter that is trained."""
+    parts = [name.split(".") for name in names]
+    return frozenset(".".join(part[:end]) for part in parts for end in range(1, len(part) + 1))
