@@ -96,7 +96,7 @@ def to_released(state: State, cfg: MultiwayConfig) -> State:
         shared = re.sub(r"\.(norm|q|k|v|inner_norm|out)\.(vision|language)\.", r".\1.shared.", ours)
         source = ours if ours in state else shared
         if source not in state:
-            raise ValueError(f"the weights have no {ours}; the released format needs a model of vision and language")
+            raise ValueError(f"the weights have no {ours}; the released format needs a model with vision and language")
         released[theirs] = state[source].clone()
     _patch_weights(released, "beit3.vision_embed.proj.weight", (cfg.dim, 3, cfg.patch_size, cfg.patch_size))
     for key in ("A", "B"):
