@@ -15,7 +15,7 @@ from tests.toys import black_png, encoded
 
 @pytest.mark.parametrize(("width", "height"), [(1, 60_000_000), (60_000_000, 1), (70_000, 100), (100, 70_000)])
 def test_a_side_beyond_all_use_is_refused_before_it_is_decoded(monkeypatch, width: int, height: int) -> None:
-    monkeypatch.setattr(transforms, "_decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(decoding, "decode", lambda *_: pytest.fail("decoded"))
     with pytest.raises(BadSample, match=f"{width} x {height} pixels have a side above the limit of"):
         decode_image(black_png(width, height, rows=0, bits=1))
 
