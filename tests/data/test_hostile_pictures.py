@@ -8,6 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
+from pretrain.data import decoding
 from pretrain.data.decoding import decode_image, read_header
 from pretrain.data.shards.reader import BadSample
 from tests.toys import black_png, encoded
@@ -32,6 +33,7 @@ def test_pixels_that_take_more_memory_have_a_lower_limit() -> None:
 MEASURED = """
 import resource, sys
 from pathlib import Path
+from pretrain.data import decoding
 from pretrain.data.decoding import decode_image, read_header
 
 data = Path(sys.argv[1]).read_bytes()

@@ -184,7 +184,7 @@ def test_other_formats_than_jpeg_png_and_webp_are_refused(data: bytes) -> None:
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transforms, "_decode", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(decoding, "decode", lambda *_: pytest.fail("decoded"))
     for width, height in ((30_000, 30_000), (9_000, 9_000), (100_000, 1_000)):
         with pytest.raises(BadSample, match="pixels"):
             SMALL(png_bomb(width, height), sample_rng(0, 0, 0))
