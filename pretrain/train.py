@@ -141,6 +141,7 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch) -> int:
         # The first one compiles, and fills caches.
         watch.enter(f"the reading of step {step}", patient=step == start + 1)
         if (micro_batches := next_batches(batches, meter, stop)) is None:
+            watch.enter("the save after a signal", patient=True)
             step -= 1
             if step == 0:
                 raise Stopped

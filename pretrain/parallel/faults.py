@@ -29,7 +29,7 @@ TICK_S = 0.25
 # EX_TEMPFAIL of sysexits.h: stopped by a signal; a launcher may start the same line again.
 STOPPED = 75
 # So long a run that was asked to end may wait for its data or, at its start, for other ranks.
-GRACE_S = 10.0
+GRACE_S = 20.0
 WAY_OUT = "checkpoints are intact, start the same line again"
 
 
