@@ -92,7 +92,9 @@ def read_manifest(data: bytes, prefix: str, suffix: str = "") -> Manifest:
         shards = []
         for entry in sorted(content["shards"], key=lambda entry: entry["name"]):
             name, samples, size = str(entry["name"]), int(entry["samples"]), int(entry["bytes"])
-            if "/" in name or not name.endswith(".tar") or (remote and not _REMOTE_NAME.fullmatch(name)):
+            # Only a user's own pattern may name a pipe or a URL: what a manifest names comes from outside.
+            elsewhere = is_remote(f"{prefix}{name}{suffix}") and not remote
+            if "/" in name or not name.endswith(".tar") or elsewhere or (remote and not _REMOTE_NAME.fullmatch(name)):
                 raise ValueError(f"{name!r} is not a valid shard name")
             if samples < 0 or size < 0:
                 raise ValueError(f"{name} has a negative count or size")

@@ -100,3 +100,13 @@ def test_a_remote_manifest_cannot_smuggle_a_command(tmp_path):
     (tmp_path / "manifest.json").write_bytes(manifest.to_json())
     with pytest.raises(ValueError, match="not a valid shard name"):
         load_manifest(f"pipe:cat {tmp_path}/*.tar")
+
+
+def test_a_local_manifest_cannot_name_a_pipe(source, monkeypatch):
+    """A relative pattern puts nothing before the name, so that "pipe:..." would be a command."""
+    content = json.loads((source / "manifest.json").read_text())
+    content["shards"][0]["name"] = "pipe:cd${IFS}..;id>PWNED;#'.tar"
+    (source / "manifest.json").write_text(json.dumps(content))
+    monkeypatch.chdir(source)
+    with pytest.raises(ValueError, match="not a valid shard name"):
+        load_manifest("*.tar")

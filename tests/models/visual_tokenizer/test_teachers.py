@@ -123,6 +123,21 @@ def test_clip_says_what_is_wrong_with_a_directory(clip_directory, tmp_path):
         ClipTeacher(tmp_path, grid=4)
 
 
+def test_code_in_a_directory_is_not_run(clip_directory, tmp_path, monkeypatch):
+    import json
+    import shutil
+
+    place = shutil.copytree(clip_directory, tmp_path / "clip")
+    config = json.loads((place / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}}
+    (place / "config.json").write_text(json.dumps(config))
+    (place / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass EvilConfig: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError, match="cannot be read as a CLIP model"):
+        ClipTeacher(place, grid=4)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(("own", "grid", "least"), [(14, 16, 0.997), (16, 14, 0.997), (14, 7, 0.99)])
 def test_features_of_another_grid_are_those_at_the_same_places(own, grid, least):
     """A smooth field seen on both grids, as a giant's patches of 14 pixels beside a teacher's of 16."""
