@@ -97,12 +97,13 @@ REFUSED = {
 
 @pytest.mark.slow
 def test_a_user_meets_one_sentence(tmp_path):
-    """No data and no address of a first rank: nothing is read and no group is made before it is said."""
+    """There is no data and no first rank at the address: nothing is read and no group is made before it is said."""
     (tmp_path / "recipe.py").write_text(RECIPE)
     for name, (stage, bf16, why) in REFUSED.items():
         ds = tmp_path / "ds.json"
         ds.write_text(json.dumps({"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}))
-        done = train_stage(tmp_path, tmp_path / "run", "fusion", "parallel.pipe=2", ds=ds, RANK="0", WORLD_SIZE="2")
+        launcher = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+        done = train_stage(tmp_path, tmp_path / "run", "fusion", "parallel.pipe=2", ds=ds, **launcher)
         assert done.returncode == 2, (name, done.stderr)
         assert done.stderr.count("\n") == 1 and f"error: {why}" in done.stderr.replace(f"{ds}: ", ""), (
             name,
