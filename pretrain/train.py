@@ -37,7 +37,7 @@ from pretrain.parallel.launcher import adopt_launcher
 from pretrain.parallel.share_batches import share_batches
 from pretrain.parallel.state import full_state
 from pretrain.recipes import load_recipe
-from pretrain.run.build import Run, build_run, frozen_names
+from pretrain.run.build import Run, build_run, frozen_names, stage_ds_config
 from pretrain.run.directory import finished, note_recipe, run_identity
 from pretrain.run.display import Display
 from pretrain.run.identity import as_begun
@@ -110,6 +110,7 @@ def run(args: argparse.Namespace, stop: StopSignals, watch: Watch) -> int:
     if finished(directory, identity):
         log.info("%s: finished before; nothing to do", args.stage)
         return 0
+    stage_ds_config(args.ds, recipe, stage)  # what is wrong with this stage is said first
     check_other_stages(recipe, args.stage, args.run_dir, changed=bool(args.set))
     run = build_run(recipe, stage, args.ds, args.run_dir, watch, directory=directory, settings=identity)
     command = {"recipe": _findable(args.recipe), "set": args.set, "ds": run.ds_config, "world": world_size()}
