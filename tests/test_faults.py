@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import signal
 import threading
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from pretrain.metrics import read_metrics
-from pretrain.parallel.faults import LOST, STOPPED, Watch
+from pretrain.parallel.faults import LOST, STOPPED, Watch, leave
 from pretrain.recipes import find_recipe
 from pretrain.run.identity import stage_hash
 from tests.small_run import Ranks, check_weights, command, tokenizer_of
@@ -122,8 +125,6 @@ def test_the_one_rank_that_fails_is_heard_first(data, tmp_path, error, code, say
 
 def lose_worker(number: int, victim: int, stop: int, rank: int) -> None:
     """`victim` sends its data workers a signal before its third step, and itself the signal `stop` a second later."""
-    import multiprocessing
-
     from pretrain.run import build
 
     step, left = build.train_step, [3]
@@ -210,6 +211,19 @@ def test_only_what_other_processes_did_is_explained(error, says):
     watch.enter("step 7")
     told = watch.explain(error)
     assert told is None if says is None else says in told
+
+
+def test_workers_that_a_run_leaves_behind_raise_nothing_later():
+    """torch's SIGCHLD handler raises in whatever the main thread does when a worker is found killed."""
+    rows = iter(DataLoader([0] * 8, num_workers=2))
+    next(rows)
+    assert len(multiprocessing.active_children()) == 2
+    handler = signal.getsignal(signal.SIGCHLD)
+    assert leave(2) == 2
+    for _ in range(50):
+        time.sleep(0.01)
+    assert not multiprocessing.active_children() and signal.getsignal(signal.SIGCHLD) == handler
+    del rows
 
 
 def test_a_loss_met_on_the_way_out_does_not_hide_the_cause():

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -108,19 +110,25 @@ def leave(code: int) -> int:
     ranks that are no more, and has aborted pipeline runs that were done (some 2 of 50 on gloo; why is not known). The
     others wait for this one until its connections close."""
     if world_size() == 1:
-        _kill_workers()  # Python would wait for one that hangs
+        # torch's handler would raise "DataLoader worker is killed" for these too, wherever this thread is by then.
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in _kill_workers():  # Python would wait for one that hangs
+            worker.join()
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         return code
     _end_now(code)
 
 
-def _kill_workers() -> None:
-    for worker in multiprocessing.active_children():
-        if worker.daemon:  # of the data loader; they are deaf to gentler signals
-            worker.kill()
+def _kill_workers() -> list[BaseProcess]:
+    # Those of the data loader; they are deaf to gentler signals.
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    for worker in workers:
+        worker.kill()
+    return workers
 
 
 def _end_now(code: int) -> NoReturn:
-    _kill_workers()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    _kill_workers()
     os._exit(code)
