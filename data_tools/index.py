@@ -2,7 +2,8 @@
 
     python -m data_tools.index data/cc12m data/laion --workers 8
 
-Shards whose index is up to date are not read again, so the tool may run after every download. If the directory has
+A shard is read once, as a whole, for the checksums that training compares with whatever it reads. Shards whose index is
+up to date are not read again, so the tool may run after every download. If the directory has
 _stats.json files of img2dataset, only tars with one are indexed: a tar without it is the rest of a killed download.
 """
 

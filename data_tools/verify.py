@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from pretrain.command import add_directories, add_workers, make_parser, run
 from pretrain.data.decoding import decode_image, read_header
+from pretrain.data.shards.content import with_checksums
 from pretrain.data.shards.indexing import complete_shards, map_in_order, stats_path
 from pretrain.data.shards.manifest import MANIFEST, Shard, read_manifest
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, ShardError
@@ -142,10 +143,17 @@ def _index_findings(job: Job, samples: int) -> Iterator[Finding]:
         if job.entry.samples != samples:
             yield Finding(name, "", f"has {samples} samples but {MANIFEST} says {job.entry.samples}; index again")
         index = job.path.with_suffix(".idx")
+        right, sha256 = with_checksums(job.path, index_shard(job.path))
         if not index.exists():
             yield Finding(name, "", f"has no {index.name}; run python -m data_tools.index again")
-        elif index.read_bytes() != index_shard(job.path).data:
+        elif index.read_bytes() != (right.data if job.entry.sha256 else right.places):
             yield Finding(name, "", f"{index.name} does not match it; run python -m data_tools.index again")
+        if not job.entry.sha256:
+            what = f"has no checksums in {MANIFEST} of an earlier version; run python -m data_tools.index again"
+            yield Finding(name, "", what)
+        elif sha256 != job.entry.sha256:
+            what = f"has another content than when {MANIFEST} was written; put it back, or index again if it is right"
+            yield Finding(name, "", what)
     if stats_path(job.path).exists():
         try:
             successes = json.loads(stats_path(job.path).read_bytes())["successes"]

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from pretrain.checkpoint.weights import weights_digest
 from pretrain.command import add_directories, add_workers, make_parser, run
 from pretrain.config import Recipe, Stage
-from pretrain.data.codes import DTYPE, NO_CODE, Coding, file_head, look_rng, plain, read_summary, summary
+from pretrain.data.codes import DTYPE, NO_CODE, Coding, file_heads, look_rng, plain, read_summary, summary
 from pretrain.data.shards.indexing import index_directory
 from pretrain.data.shards.manifest import load_manifest
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample, ShardReader
@@ -112,14 +112,14 @@ def encode_directory(
     reader = ShardReader(load_manifest(str(directory)))
     shards = reader.manifest.shards
     paths = [Path(shard.beside(f"{shard.name.removesuffix('.tar')}.{encoder.name}")) for shard in shards]
-    heads = [file_head(encoder.coding, reader.index(number)) for number in range(len(shards))]
+    heads = [file_heads(encoder.coding, reader.index(number)) for number in range(len(shards))]
     _refuse_others(directory, encoder)
     todo = [k for k in range(part, len(shards), parts) if not _is_done(paths[k], heads[k], encoder, shards[k].samples)]
     pictures = bad = 0
     total = sum(shards[k].samples for k in todo)
     with tqdm(total=total, desc=f"encoding {directory}", unit=" pictures", disable=None) as bar:
         for shard, codes in _codes(reader, todo, encoder, batch, workers, bar):
-            write_file(paths[shard], heads[shard] + codes.tobytes())
+            write_file(paths[shard], heads[shard][0] + codes.tobytes())
             pictures += len(codes)
             bad += int((codes[:, 0, 0] == NO_CODE).sum())
     if pictures and bad == pictures and len(todo) == len(shards):
@@ -167,11 +167,11 @@ def _codes(
         yield shard, codes
 
 
-def _is_done(path: Path, head: bytes, encoder: Encoder, samples: int) -> bool:
+def _is_done(path: Path, heads: tuple[bytes, ...], encoder: Encoder, samples: int) -> bool:
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            return file.read(len(head)) == head and size == len(head) + samples * encoder.coding.item_bytes
+            size, head = os.fstat(file.fileno()).st_size, file.read(len(heads[0]))
+            return head in heads and size == len(head) + samples * encoder.coding.item_bytes
     except FileNotFoundError:
         return False
 

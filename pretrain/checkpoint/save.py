@@ -105,11 +105,14 @@ def save(
     return final
 
 
-def newest(directory: Path, *, precision: str, recipe_hash: str = "", data_digest: str = "") -> Checkpoint | None:
+def newest(
+    directory: Path, *, precision: str, recipe_hash: str = "", data_digest: str = "", names_digest: str = ""
+) -> Checkpoint | None:
     """The newest undamaged checkpoint of `directory`, or None. A damaged one costs a log line, and the previous one is
     tried. Every rank must call it.
 
-    Raises ValueError for a checkpoint of another recipe, data or precision ("fp32", "bf16").
+    Raises ValueError for a checkpoint of another recipe, data or precision ("fp32", "bf16"). `names_digest` is the
+    data's digest as it was before shards had hashes.
     """
     candidates: list[tuple[str, dict]] = []
     if rank() == 0:
@@ -118,7 +121,7 @@ def newest(directory: Path, *, precision: str, recipe_hash: str = "", data_diges
     now = {"recipe_hash": recipe_hash, "data_digest": data_digest, "precision": precision}
     for name, manifest in gather_objects(candidates)[0]:
         path = directory / name
-        _check_same_run(path, manifest, now)
+        _check_same_run(path, manifest, now, names_digest)
         names = sorted(manifest["files"])
         share = {key: manifest["files"][key] for key in names[rank() :: world_size()]}
         lines = [line for from_rank in gather_objects(damage(path, share)) for line in from_rank]
@@ -217,7 +220,7 @@ def _set_random_state(path: Path) -> None:
 # ---- the run
 
 
-def _check_same_run(path: Path, manifest: dict, now: dict) -> None:
+def _check_same_run(path: Path, manifest: dict, now: dict, names_digest: str) -> None:
     ways_out = {
         "recipe_hash": "its model, trainable parameters, batch or optimizer settings differ; undo that change, or use "
         "another --run-dir with init_from",
@@ -227,9 +230,12 @@ def _check_same_run(path: Path, manifest: dict, now: dict) -> None:
     }
     if manifest.get("version") not in (2, VERSION):
         raise ValueError(f"{path} was written by another version of this program; use another --run-dir")
+    digests = [now["data_digest"], *([names_digest] if names_digest else [])]
     if manifest["version"] == 2:  # its digest has no teacher
-        parts = str(now["data_digest"]).split(" ")
-        now = now | {"data_digest": " ".join(part for part in parts if not part.startswith("teacher:"))}
+        parts = [digest.split(" ") for digest in digests]
+        digests = [" ".join(part for part in some if not part.startswith("teacher:")) for some in parts]
+    if manifest.get("data_digest") in digests:
+        now = now | {"data_digest": manifest["data_digest"]}
     for key, way_out in ways_out.items():
         if manifest.get(key) != now[key]:
             raise ValueError(f"{path} was saved with {key}={manifest.get(key)} and this run has {now[key]}: {way_out}")

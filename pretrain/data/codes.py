@@ -78,10 +78,14 @@ def _flatten(coding: Coding) -> dict[str, Any]:
     return {f"transform.{key}": value for key, value in fields.pop("transform").items()} | fields
 
 
-def file_head(coding: Coding, index: ShardIndex) -> bytes:
-    """The first line of a shard's codes file. A file with another first line holds other codes."""
-    place = {"samples": index.samples, "index": hashlib.sha256(index.data).hexdigest()}
-    return json.dumps({"version": VERSION} | place | {"coding": asdict(coding)}, sort_keys=True).encode() + b"\n"
+def file_heads(coding: Coding, index: ShardIndex) -> tuple[bytes, ...]:
+    """The first line of a shard's codes file; a file with another one holds other codes. The last is how it began when
+    indexes had no checksums."""
+    return tuple(
+        json.dumps({"version": VERSION} | place | {"coding": asdict(coding)}, sort_keys=True).encode() + b"\n"
+        for known in dict.fromkeys((index.data, index.places))
+        for place in ({"samples": index.samples, "index": hashlib.sha256(known).hexdigest()},)
+    )
 
 
 def summary(coding: Coding, shards: dict[str, int]) -> bytes:
@@ -161,9 +165,9 @@ class StoredCodes:
         return self._open.get_or_open(shard, lambda: self._open_codes(shard))
 
     def _open_codes(self, shard: int) -> tuple[Descriptor | None, int]:
-        head = file_head(self.coding, index := self._reader.index(shard))
-        file = Descriptor(self._handle(shard))
-        if os.pread(file.fd, len(head), 0) != head:
+        heads = file_heads(self.coding, index := self._reader.index(shard))
+        file, head = Descriptor(self._handle(shard)), heads[0]
+        if os.pread(file.fd, len(head), 0) not in heads:  # all of one length
             raise self._damaged(shard, "its first line does not match codes.json and the shard's index")
         if os.fstat(file.fd).st_size != len(head) + index.samples * self.coding.item_bytes:
             raise self._damaged(shard, "its size does not match its first line")

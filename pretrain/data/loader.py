@@ -91,6 +91,11 @@ class Loader:
         """What the order depends on besides seed and step; compared on resume."""
         return {feed.kind: feed.reader.manifest.digest for feed in self.feeds}
 
+    @property
+    def names_digests(self) -> dict[str, str]:
+        """The same as it was before shards had hashes."""
+        return {feed.kind: feed.reader.manifest.names_digest for feed in self.feeds}
+
     def batches(self, start: int, stop: int) -> Generator[list[Batch], None, None]:
         """This rank's micro-batches of the steps start + 1 to stop, a list per step. Raises a worker's errors:
         ShardError for an unreadable shard, ValueError, OSError."""
@@ -171,6 +176,8 @@ def _feed(kind: str, mixture: Mixture, view: View, patches: int) -> Feed:
     source, loading, stream = mixture.mix[kind], mixture.loading, KINDS.index(kind)
     manifest = load_manifest(source.shards)
     reader = ShardReader(manifest, loading.cache_dir, loading.cache_gib)
+    if not loading.skip_bad_shards:
+        reader.check_some()
     return Feed(
         kind,
         source,

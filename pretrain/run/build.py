@@ -122,7 +122,12 @@ def build_run(
     checkpoint = lock = None
     if directory is not None:
         lock = take_directory(directory)
-        checkpoint = newest(directory / "checkpoints", precision=precision_name(ds_config), **identity)
+        checkpoint = newest(
+            directory / "checkpoints",
+            precision=precision_name(ds_config),
+            names_digest=inputs_digest(recipe, stage, run_dir, loader.names_digests),
+            **identity,
+        )
     layers = parallel_layers(mesh)
     task: nn.Module
     if mesh.pipe.size > 1:

@@ -202,6 +202,16 @@ def test_another_runs_checkpoint_is_refused_with_the_way_out(tmp_path, before, n
         newest(tmp_path, **PRECISION | now)
 
 
+def test_a_checkpoint_of_before_shards_had_hashes_is_resumed(tmp_path):
+    now = {"data_digest": "images:content text:t", "names_digest": "images:names text:t"}
+    save(StandIn(1), tmp_path, 1, data_digest="images:names text:t")
+    assert newest(tmp_path, **PRECISION | now).step == 1
+    save(StandIn(1), tmp_path, 2, data_digest="images:content text:t")
+    assert newest(tmp_path, **PRECISION | now).step == 2
+    with pytest.raises(ValueError, match="data_digest=images:content text:t and this run has images:other"):
+        newest(tmp_path, **PRECISION | now | {"data_digest": "images:other text:t"})
+
+
 def test_another_layout_is_not_refused(tmp_path, monkeypatch, caplog):
     save(StandIn(1), tmp_path, 1)
     monkeypatch.setattr(saving, "world_size", lambda: 4)

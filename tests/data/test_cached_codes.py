@@ -14,7 +14,7 @@ import torch
 from pretrain.batch import Batch
 from pretrain.checkpoint.weights import write_weights
 from pretrain.config import BatchSize, Recipe, Stage, to_json
-from pretrain.data.codes import Coding, StoredCodes, file_head
+from pretrain.data.codes import Coding, StoredCodes, file_heads
 from pretrain.data.shards.reader import BadSample, ShardError, ShardReader, load_manifest
 from pretrain.data.sources import ImageShards
 from pretrain.encode_images import encode_directory, load_encoder
@@ -181,7 +181,7 @@ def stored(directory: Path, picture_less: bool = False) -> tuple[StoredCodes, Pa
     codes = np.add.outer(np.add.outer(np.arange(3) * 100, np.arange(CROPS) * 10), np.arange(4)).astype("<u2")
     if picture_less:
         codes[1] = 0xFFFF
-    (directory / "00000.codes").write_bytes(file_head(coding, reader.index(0)) + codes.tobytes())
+    (directory / "00000.codes").write_bytes(file_heads(coding, reader.index(0))[0] + codes.tobytes())
     summary = {"version": 1, "coding": vars(coding), "shards": {"00000.tar": 3}}
     (directory / "codes.json").write_text(json.dumps(summary))
     return StoredCodes(reader, "codes"), directory / "00000.codes"
@@ -192,6 +192,13 @@ def test_codes_are_read_by_place(tmp_path):
     assert codes.read(0, 2, 1).tolist() == [210, 211, 212, 213]
     again = pickle.loads(pickle.dumps(codes))
     assert again.read(0, 0, 1).tolist() == [10, 11, 12, 13] and again.read(0, 0, 1).dtype == np.int64
+
+
+def test_codes_that_were_stored_when_indexes_had_no_checksums_are_read(tmp_path):
+    codes, path = stored(tmp_path)
+    new, old = file_heads(codes.coding, ShardReader(load_manifest(str(tmp_path))).index(0))
+    path.write_bytes(path.read_bytes().replace(new, old))
+    assert codes.read(0, 2, 1).tolist() == [210, 211, 212, 213]
 
 
 def test_codes_of_remote_shards_come_through_the_cache(tmp_path):

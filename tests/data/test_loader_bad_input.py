@@ -89,14 +89,15 @@ def test_an_unreadable_shard_is_an_error_that_names_it_or_is_skipped(
     shards = [[image_sample(f"{s}-{n}", n) for n in range(6)] for s in range(3)]
     images = {"images": ImageShards(source(tmp_path / "images", *shards))}
     tar = tmp_path / "images" / "00001.tar"
+    begun = build(mix=images, counts={"images": 6}, loading={"workers": workers})
     if damage == "truncated":
         tar.write_bytes(tar.read_bytes()[: tar.stat().st_size // 2])
     else:
         tar.unlink()
-    loader = build(mix=images, counts={"images": 6}, loading={"workers": workers})
-    with pytest.raises(ShardError) as caught:
-        list(loader.batches(0, 3))
-    assert type(caught.value) is ShardError and "00001.tar" in str(caught.value) and "\n" not in str(caught.value)
+    for use in (lambda: list(begun.batches(0, 3)), lambda: build(mix=images, counts={"images": 6})):
+        with pytest.raises(ShardError) as caught:
+            use()
+        assert type(caught.value) is ShardError and "00001.tar" in str(caught.value) and "\n" not in str(caught.value)
     keys, replaced = [], 0
     for rank in range(2):
         skipping = {"workers": workers, "skip_bad_shards": True}

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
+from pretrain.data.shards.content import sha256_of, with_checksums
 from pretrain.data.shards.manifest import MANIFEST, Manifest, Shard, read_manifest
-from pretrain.data.shards.tar_index import EXTENSIONS, ShardIndex, index_shard
+from pretrain.data.shards.tar_index import EXTENSIONS, index_shard
 from pretrain.files import write_file
 
 
@@ -21,7 +23,7 @@ class IndexResult:
     """The result for one directory."""
 
     manifest: Manifest
-    scanned: int  # shards whose headers were read; the others were up to date
+    scanned: int  # shards that were indexed; the others were up to date
     skipped: list[str] = field(default_factory=list)  # "NAME: why"
 
 
@@ -87,7 +89,7 @@ def _index_one(job: tuple[Path, Shard | None, bool]) -> tuple[Shard, bool] | str
         return previous, False
     try:
         size = path.stat().st_size
-        index = index_shard(path)
+        index, sha256 = with_checksums(path, index_shard(path))
         if path.stat().st_size != size:
             raise ValueError(f"{path} changed while it was indexed; wait until the download is done")
     except ValueError as error:
@@ -95,18 +97,27 @@ def _index_one(job: tuple[Path, Shard | None, bool]) -> tuple[Shard, bool] | str
             return str(error)
         raise ValueError(f"{error}; or skip broken shards with --skip-broken") from None
     write_file(path.with_suffix(".idx"), index.data)
-    return Shard(str(path), index.samples, size), True
+    return Shard(str(path), index.samples, size, sha256, hashlib.sha256(index.data).hexdigest()), True
 
 
 def _up_to_date(path: Path, previous: Shard | None) -> bool:
     index = path.with_suffix(".idx")
     try:
         tar, idx = path.stat(), index.stat()
-        if previous is None or previous.bytes != tar.st_size or idx.st_mtime_ns < tar.st_mtime_ns:
+        if previous is None or not previous.sha256 or previous.bytes != tar.st_size:
             return False
-        return ShardIndex(index.read_bytes(), str(index)).samples == previous.samples
-    except (FileNotFoundError, ValueError):
+        if sha256_of(index) != previous.index_sha256:
+            return False
+        # rsync and cp -p set a shard's mtime, not its ctime; a file of the same instant may still be another.
+        if idx.st_mtime_ns > tar.st_ctime_ns:
+            return True
+        if sha256_of(path) != previous.sha256:
+            return False
+    except FileNotFoundError:
         return False
+    with suppress(OSError):  # it only spares the next call the reading
+        os.utime(index)
+    return True
 
 
 @contextmanager

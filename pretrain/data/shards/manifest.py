@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,11 +21,13 @@ from typing import NamedTuple
 from pretrain.data.shards.cache import fetch, is_remote, redact
 from pretrain.settings import fill_variables
 
-MANIFEST, MANIFEST_VERSION = "manifest.json", 1
+MANIFEST, MANIFEST_VERSION = "manifest.json", 2
+_WITHOUT_HASHES = 1  # the version before: only names, counts and sizes
 _MAX_MANIFEST_BYTES = 2**30
 _GLOB = re.compile(r"[*?\[]")
 # PREFIX NAME.tar SUFFIX of a remote shard: a query, or the rest of a pipe's command, may follow the name.
 _REMOTE_SHARD = re.compile(r"(?P<prefix>.*[/\s:])(?P<name>[^/\s:?'\"]+\.tar)(?P<suffix>.*)$", re.DOTALL)
+_SHA256 = re.compile("[0-9a-f]{64}")
 # The characters allowed in a remote name, because it becomes part of a URL or of a pipe's command.
 _REMOTE_NAME = re.compile(r"[\w.,=+@~-]+", re.ASCII)
 
@@ -34,6 +36,8 @@ class Shard(NamedTuple):
     url: str  # a local path, or what webdataset's gopen understands
     samples: int
     bytes: int
+    sha256: str = ""  # of the tar; "": indexed by an earlier version
+    index_sha256: str = ""  # of the .idx
 
     @property
     def name(self) -> str:
@@ -69,15 +73,29 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """Changes with any name, count or size, and with their order; not with the shards' location."""
-        lines = (f"{shard.name}\t{shard.samples}\t{shard.bytes}\n" for shard in self.shards)
-        return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+        """Changes with any byte of a shard or its index, with any name, and with their order; not with the shards'
+        location."""
+        hashes = (f"\t{s.sha256}\t{s.index_sha256}" if s.sha256 else "" for s in self.shards)
+        return _hash_lines(f"{_line(shard)}{more}\n" for shard, more in zip(self.shards, hashes, strict=True))
+
+    @cached_property
+    def names_digest(self) -> str:
+        """The digest of version 1: of names, counts and sizes."""
+        return _hash_lines(f"{_line(shard)}\n" for shard in self.shards)
 
     def to_json(self) -> bytes:
         """The content of manifest.json, for the shards of one directory."""
-        shards = [{"name": s.name, "samples": s.samples, "bytes": s.bytes} for s in self.shards]
+        shards = [{"name": s.name, **{field: getattr(s, field) for field in Shard._fields[1:]}} for s in self.shards]
         content = {"version": MANIFEST_VERSION, "digest": self.digest, "samples": self.samples, "shards": shards}
         return json.dumps(content, indent=1).encode() + b"\n"
+
+
+def _line(shard: Shard) -> str:
+    return f"{shard.name}\t{shard.samples}\t{shard.bytes}"
+
+
+def _hash_lines(lines: Iterable[str]) -> str:
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def read_manifest(data: bytes, prefix: str, suffix: str = "") -> Manifest:
@@ -87,8 +105,9 @@ def read_manifest(data: bytes, prefix: str, suffix: str = "") -> Manifest:
     remote = is_remote(prefix)
     try:
         content = json.loads(data)
-        if content["version"] != MANIFEST_VERSION:
+        if content["version"] not in (MANIFEST_VERSION, _WITHOUT_HASHES):
             raise ValueError(f"its version is {content['version']}, not {MANIFEST_VERSION}")
+        hashed = content["version"] == MANIFEST_VERSION
         shards = []
         for entry in sorted(content["shards"], key=lambda entry: entry["name"]):
             name, samples, size = str(entry["name"]), int(entry["samples"]), int(entry["bytes"])
@@ -98,7 +117,10 @@ def read_manifest(data: bytes, prefix: str, suffix: str = "") -> Manifest:
                 raise ValueError(f"{name!r} is not a valid shard name")
             if samples < 0 or size < 0:
                 raise ValueError(f"{name} has a negative count or size")
-            shards.append(Shard(f"{prefix}{name}{suffix}", samples, size))
+            hashes = (str(entry["sha256"]), str(entry["index_sha256"])) if hashed else ()
+            if not all(_SHA256.fullmatch(value) for value in hashes):
+                raise ValueError(f"{name} has a SHA-256 that is none")
+            shards.append(Shard(f"{prefix}{name}{suffix}", samples, size, *hashes))
         manifest = Manifest(tuple(shards))
         if manifest.digest != content["digest"]:
             raise ValueError("its digest does not match its content")

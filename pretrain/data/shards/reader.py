@@ -8,8 +8,11 @@ member and nothing is unpacked. Remote shards go through a local cache (cache.py
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
-from collections.abc import Collection
+import zlib
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +36,8 @@ __all__ = [
 
 # Far above any useful picture or caption; a larger member is a bad sample, so that it cannot exhaust memory.
 MAX_IMAGE_BYTES, MAX_TEXT_BYTES = 256 * 2**20, 16 * 2**20
+# How much `check_some` reads: well under a second from a local disk.
+CHECKED_SHARDS, CHECKED_SAMPLES = 16, 8
 
 
 class BadSample(ValueError):
@@ -47,8 +52,8 @@ class _Open(NamedTuple):
 class ShardReader:
     """Reads samples by (shard, sample). One per process and thread; it may be forked or pickled.
 
-    ShardError: the shard is missing, was replaced after indexing, is truncated, or cannot be fetched. BadSample: a
-    member is too large. Remote shards need `cache_dir`, see `ShardCache`.
+    Whatever is read is what was indexed, to the byte. ShardError: the shard is missing, was changed after indexing, is
+    truncated, or cannot be fetched. BadSample: a member is too large. Remote shards need `cache_dir`, see `ShardCache`.
     """
 
     def __init__(self, manifest: Manifest, cache_dir: str | Path | None = None, cache_gib: float = 50.0):
@@ -89,6 +94,16 @@ class ShardReader:
         """Makes sure that a remote shard is in the cache, for prefetching. Only checks a local one."""
         if self._shard_file(shard).file is None:
             os.close(self._open_remote(shard))
+
+    def check_some(self) -> None:
+        """Reads a few samples of a few local shards, spread over all of them: most changes since the indexing stop a
+        run at its start then, not when it comes to the sample. The same on every rank. ShardError"""
+        local = [n for n, shard in enumerate(self.manifest.shards) if shard.samples and not is_remote(shard.url)]
+        for shard in _spread(local, CHECKED_SHARDS):
+            for sample in _spread(range(self.manifest.shards[shard].samples), CHECKED_SAMPLES):
+                with suppress(BadSample):
+                    self.read(shard, sample)
+        self.close()
 
     def index(self, shard: int) -> ShardIndex:
         return self._shard_file(shard).lines
@@ -138,15 +153,16 @@ class ShardReader:
                 f"{entry.url} has {size} bytes but its manifest says {entry.bytes}: it was replaced or truncated after "
                 "indexing; run python -m data_tools.index again"
             )
-        return _Open(ShardIndex(data, entry.index_url), file)
+        return _Open(_parse_index(data, entry), file)
 
     def _remote_index(self, shard: int) -> ShardIndex:
-        entry, stamp = self.manifest.shards[shard], f"{self.manifest.shards[shard].bytes}"
+        entry = self.manifest.shards[shard]
+        stamp = f"{entry.bytes} {entry.index_sha256}".rstrip()
         fd = self._open_remote(shard, entry.index_url, None, stamp)
         with open(fd, "rb") as file:
             data = file.read()
         try:
-            return ShardIndex(data, redact(entry.index_url))
+            return _parse_index(data, entry)
         except ShardError:
             assert self._cache is not None
             self._cache.discard(entry.index_url, None, stamp)
@@ -160,10 +176,25 @@ class ShardReader:
         try:
             if url:
                 return self._cache.open(url, size, stamp)
-            return self._cache.open(entry.url, entry.bytes)
+            return self._cache.open(entry.url, entry.bytes, entry.sha256)
         except ShardError as error:
             self._failures[shard] = str(error)
             raise
+
+
+def _spread(items: Sequence[int], most: int) -> list[int]:
+    """At most so many of them, the first and the last included."""
+    last = len(items) - 1
+    return [items[place] for place in sorted({last * n // (most - 1) for n in range(most)})] if items else []
+
+
+def _parse_index(data: bytes, entry: Shard) -> ShardIndex:
+    if entry.index_sha256 and hashlib.sha256(data).hexdigest() != entry.index_sha256:
+        raise ShardError(
+            f"{redact(entry.index_url)} is not the index that the manifest names: it was changed, or belongs to "
+            "another state of the shard; run python -m data_tools.index again"
+        )
+    return ShardIndex(data, redact(entry.index_url))
 
 
 def _read_member(fd: int, member: Member, entry: Shard) -> bytes:
@@ -178,5 +209,10 @@ def _read_member(fd: int, member: Member, entry: Shard) -> bytes:
         raise ShardError(
             f"{redact(entry.url)} ends before {member.name}, which is at byte {member.offset} by its index; run "
             "python -m data_tools.index again"
+        )
+    if member.crc32 is not None and zlib.crc32(data) != member.crc32:
+        raise ShardError(
+            f"{redact(entry.url)} was changed after indexing or is damaged: {member.name}, at byte {member.offset}, is "
+            "not what it was; put the shard back as it was, or run python -m data_tools.index again"
         )
     return data

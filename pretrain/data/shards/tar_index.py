@@ -2,7 +2,9 @@
 
 The format is that of DALI's wds2idx: a line `v1.2 SAMPLES`, then one line per sample with `EXTENSION OFFSET SIZE
 NAME` for each member. Fields are separated by blanks, so white space, percent signs and non-ASCII characters in names
-are percent-encoded. Keys and extensions are split as in webdataset: at the first dot of the file name.
+are percent-encoded. Keys and extensions are split as in webdataset: at the first dot of the file name. Behind the last
+sample, where DALI does not look, a line `crc32 HEX` has eight digits for each member, in the order of the lines above;
+indexes of earlier versions have none.
 
 Names are untrusted: they are compared and printed, never used as paths. Members with endings other than EXTENSIONS do
 not enter the index, so nothing can read them by mistake.
@@ -15,7 +17,7 @@ import string
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -26,7 +28,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json")
 VERSION = b"v1.2"
 _PLAIN = "".join(sorted(set(string.punctuation) - {"%"}))
-_NEWLINE = ord("\n")
+_NEWLINE, _BLANK = ord("\n"), ord(" ")
+_SUMS = b"crc32 "
 _WAY_OUT = "write or download it again, or remove it"
 
 
@@ -35,32 +38,68 @@ class Member(NamedTuple):
     offset: int  # of the content, in bytes from the start of the tar
     size: int
     name: str  # percent-encoded
+    crc32: int | None = None  # of the content; None: not known
 
 
 class ShardIndex:
     """A parsed .idx: its bytes, and the start of each line. ShardError, naming `where`, if it is damaged."""
 
     def __init__(self, data: bytes, where: str):
-        self.data, self._where = data, where
+        self._where = where
+        # What says where the members are: all that an index of an earlier version has.
+        self.places, _, sums = data.partition(b"\n" + _SUMS)
+        if sums:
+            self.places += b"\n"
         head = data[: data.find(b"\n") + 1].split()
-        self._ends = np.flatnonzero(np.frombuffer(data, np.uint8) == _NEWLINE)
+        text = np.frombuffer(self.places, np.uint8)
+        self._ends = np.flatnonzero(text == _NEWLINE)
         self.samples = max(len(self._ends) - 1, 0)
         if not data.endswith(b"\n") or head != [VERSION, str(self.samples).encode()]:
             self._damaged(
                 f"its first line is not '{VERSION.decode()} {self.samples}', which has the number of lines that follow"
             )
+        self._sums: bytes | None = None
+        if sums:
+            # Members before each sample: a line of n members has 4 n fields, and so 4 n - 1 blanks.
+            blanks = np.searchsorted(np.flatnonzero(text == _BLANK), self._ends)
+            self._before = (blanks - blanks[0] + np.arange(len(blanks))) // 4
+            self._sums = self._parse_sums(sums.rstrip(b"\n"))
+
+    @property
+    def data(self) -> bytes:
+        """The content of the .idx file."""
+        return self.places if self._sums is None else self.places + _SUMS + self._sums.hex().encode() + b"\n"
+
+    def _parse_sums(self, text: bytes) -> bytes:
+        try:
+            sums = bytes.fromhex(text.decode("ascii"))
+        except ValueError:
+            self._damaged("its checksums are not hexadecimal")
+        if len(sums) != 4 * self._before[-1]:
+            self._damaged(f"it has {len(sums) // 4} checksums for {self._before[-1]} members")
+        return sums
+
+    def with_sums(self, sums: list[int]) -> ShardIndex:
+        """With the CRC-32 of each member, in the order of the samples and their members."""
+        text = b"".join(value.to_bytes(4, "big") for value in sums).hex().encode()
+        return ShardIndex(self.places + _SUMS + text + b"\n", self._where)
 
     def members(self, sample: int) -> list[Member]:
         """The members of one sample with one of EXTENSIONS, in the order of the tar."""
         fields = self._line(sample)
         members = []
-        for start in range(0, len(fields), 4):
+        for place, start in enumerate(range(0, len(fields), 4)):
             extension, offset, size, name = fields[start : start + 4]
             if not (offset.isdecimal() and size.isdecimal()):
                 self._damaged(f"an offset or a size of sample {sample} is not a number")
             if extension.lower() in EXTENSIONS:
-                members.append(Member(extension.lower(), int(offset), int(size), name))
+                crc32 = None if self._sums is None else self._sum(int(self._before[sample]) + place)
+                members.append(Member(extension.lower(), int(offset), int(size), name, crc32))
         return members
+
+    def _sum(self, number: int) -> int:
+        assert self._sums is not None
+        return int.from_bytes(self._sums[4 * number : 4 * number + 4], "big")
 
     def key(self, sample: int) -> str:
         """The key of a sample, printable: bytes that are not UTF-8 become \\xNN."""
@@ -69,13 +108,13 @@ class ShardIndex:
 
     def _line(self, sample: int) -> list[str]:
         assert 0 <= sample < self.samples, (sample, self.samples)
-        line = self.data[self._ends[sample] + 1 : self._ends[sample + 1]]
+        line = self.places[self._ends[sample] + 1 : self._ends[sample + 1]]
         fields = line.decode(errors="replace").split()
         if not fields or len(fields) % 4:
             self._damaged(f"the line of sample {sample} lacks the four fields per member")
         return fields
 
-    def _damaged(self, reason: str) -> None:
+    def _damaged(self, reason: str) -> NoReturn:
         raise ShardError(f"the index {self._where} is damaged: {reason}; run python -m data_tools.index again")
 
 

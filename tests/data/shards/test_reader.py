@@ -11,7 +11,7 @@ import pytest
 
 from pretrain.data.shards import open_files
 from pretrain.data.shards import reader as reader_module
-from pretrain.data.shards.reader import BadSample, ShardError, ShardReader, load_manifest
+from pretrain.data.shards.reader import BadSample, Manifest, ShardError, ShardReader, load_manifest
 from tests.toys import read_all, write_tar
 
 
@@ -71,12 +71,20 @@ def test_an_index_of_another_shard_is_refused(source):
     manifest = load_manifest(str(source))
     (source / "00001.idx").write_bytes((source / "00002.idx").read_bytes())
     (source / "00002.idx").unlink()
-    (source / "00000.idx").write_bytes(b"v1.2 1\njpg 999999 10 a.jpg\n")
     reader = ShardReader(manifest)
-    with pytest.raises(ShardError, match="has 3 samples, its manifest has 2"):
+    with pytest.raises(ShardError, match=r"00001.idx is not the index that the manifest names"):
         reader.read(1, 0)
     with pytest.raises(ShardError, match=r"cannot read .*00002.idx"):
         reader.read(2, 0)
+
+
+def test_an_index_of_another_shard_is_refused_where_the_manifest_has_no_hashes(source):
+    shards = load_manifest(str(source)).shards
+    (source / "00001.idx").write_bytes((source / "00002.idx").read_bytes())
+    (source / "00000.idx").write_bytes(b"v1.2 1\njpg 999999 10 a.jpg\n")
+    reader = ShardReader(Manifest(tuple(shard._replace(sha256="", index_sha256="") for shard in shards)))
+    with pytest.raises(ShardError, match="has 3 samples, its manifest has 2"):
+        reader.read(1, 0)
     with pytest.raises(ShardError, match=r"00000.tar ends before a.jpg"):
         reader.read(0, 0)
 
