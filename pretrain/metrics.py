@@ -159,6 +159,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def last_step(run_dir: Path) -> int:
+    """The step of the newest whole line of `run_dir`/metrics.jsonl; 0 where there is none."""
+    try:
+        with (Path(run_dir) / FILE).open("rb") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 2**16, 0))
+            tail = _whole_lines(file.read())
+    except OSError:
+        return 0
+    line = _parse(tail[-1]) if tail else None
+    return line["step"] if line else 0
+
+
 def _whole_lines(data: bytes) -> list[bytes]:
     return data[: data.rfind(b"\n") + 1].splitlines()
 

@@ -29,7 +29,8 @@ from pretrain.batch import Batch
 from pretrain.checkpoint.save import save
 from pretrain.checkpoint.weights import WEIGHTS, carry_over, write_weights
 from pretrain.distributed import any_rank, device, fail_together, rank, reduce_mean, world_size
-from pretrain.metrics import MetricsLog, Throughput
+from pretrain.lives import ThisLife
+from pretrain.metrics import MetricsLog, Throughput, last_step
 from pretrain.optim import learning_rate
 from pretrain.parallel.engine import gradient_norm
 from pretrain.parallel.faults import LOST, STOPPED, Watch, leave
@@ -115,10 +116,13 @@ def run(args: argparse.Namespace, stop: StopSignals, watch: Watch) -> int:
     run = build_run(recipe, stage, args.ds, args.run_dir, watch, directory=directory, settings=identity)
     command = {"recipe": _findable(args.recipe), "set": args.set, "ds": run.ds_config, "world": world_size()}
     fail_together(lambda: note_recipe(directory, recipe, identity, command) if rank() == 0 else None)
-    with run.lock or nullcontext():
+    reached = last_step(directory)  # before what was not saved is cut off
+    with run.lock or nullcontext(), fail_together(lambda: ThisLife(directory, run.done, reached)) as life:
         done = train(run, directory, stop, watch)
         if done == stage.steps:
             hand_over(run, directory / WEIGHTS)
+        else:
+            life.reason = "stopped by a signal, after saving"
     if done < stage.steps:
         log.info("%s: stopped by a signal and saved at step %d; start the same line again", args.stage, done)
         return STOPPED

@@ -10,12 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"contracts", "batch", "layers", "distributed", "files", "lock", "settings", "command", "flops"},
-    {"models", "data", "parallel", "optim", "metrics"},
+    {"models", "data", "parallel", "optim", "metrics", "lives"},
     {"tasks", "objectives", "evals", "checkpoint"},
     {"config"},
     {"recipes"},
     {"run", "report", "plan"},
-    {"train", "evaluate", "export", "encode_images"},
+    {"train", "evaluate", "export", "encode_images", "status"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Each heavy dependency has its doors: nobody else imports it, and every door is used.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.lives import read_lives
 from pretrain.metrics import MEASURED, read_metrics
 from tests.small_run import Ranks, check_weights, command, tokenizer_of
 from tests.toys import wait_for
@@ -65,6 +66,10 @@ def test_a_killed_run_ends_bit_equal(data, tmp_path, ds):
     assert len(numbers(killed / "fusion")) == STEPS
     assert traces(killed / "fusion") == traces(left_alone / "fusion")
     check_weights(killed / "fusion", left_alone / "fusion")
+    lives = read_lives(killed / "fusion")
+    # A kill before the first step is no life; one at its very end may have let it finish.
+    assert 3 <= len(lives) <= done + 1 and lives[-1].reason == "finished" and lives[0].reason == ""
+    assert [life.reason for life in read_lives(left_alone / "fusion")] == ["finished"]
 
 
 @pytest.mark.slow
@@ -78,6 +83,8 @@ def test_a_signal_saves_at_the_next_step_and_exits_with_its_own_code(data, tmp_p
     assert ranks.wait(30) == [75, 75], log.read_text()
     assert "stopped by a signal and saved at step" in log.read_text()
     assert len(saves(tmp_path)) == 1
+    (life,) = read_lives(tmp_path / "fusion")
+    assert (life.start, life.ranks, life.reason) == (0, 2, "stopped by a signal, after saving")
 
 
 def note_syncs(place: Path, rank: int) -> None:

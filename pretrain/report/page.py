@@ -110,6 +110,8 @@ def _stage(stage: StageRun) -> dict[str, Any]:
     if stage.lines and isinstance(seen := stage.lines[-1].get("samples_seen"), int | float):
         facts.append(f"{seen:,.0f} samples")
     facts += [f"{stage.seconds / 60:.1f} min in steps"] if stage.seconds else []
+    facts += [f"{len(stage.lives)} lives"] if len(stage.lives) > 1 else []
+    facts += [f"effective training time {share:.1%}"] if (share := stage.effective()) is not None else []
     if isinstance(settings, dict) and isinstance(start := settings.get("init_from"), str):
         facts.append(f"starts from {start}")
     state = "finished" if stage.finished else "not finished"

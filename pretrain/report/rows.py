@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.weights import WEIGHTS
+from pretrain.lives import Life, read_lives
 from pretrain.metrics import FILE, read_metrics
 
 USUAL_ORDER = ("tokenizer", "vision", "language", "fusion", "retrieval", "scratch")
@@ -33,6 +34,7 @@ class StageRun:
     lines: list[dict[str, Any]] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, list] = field(default_factory=dict)
+    lives: list[Life] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what is missing or could not be read
 
     @property
@@ -59,6 +61,15 @@ class StageRun:
                 total += max(now - seen, 0) / speed
                 seen = now
         return total
+
+    def effective(self, now: float | None = None) -> float | None:
+        """The share, 0 to 1, of the time since the first start that went into steps that count; None where that is not
+        known. `now`: seconds since 1970, for a run that goes on."""
+        if not self.lives:
+            return None
+        ended = [life.ended for life in self.lives if life.ended is not None]
+        wall = max([*ended, self.lives[-1].begun, *([now] if now else [])]) - self.lives[0].begun
+        return min(self.seconds / wall, 1.0) if wall > 0 and self.seconds else None
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,7 @@ def _load_stage(directory: Path) -> StageRun:
     stage = StageRun(directory.name, directory)
     stage.recipe = _read_object(directory / "recipe.json", stage.notes)
     stage.evaluation = _read_object(directory / "eval.json", stage.notes)
+    stage.lives = read_lives(directory)
     samples = _read_object(directory / "samples.json", stage.notes)
     stage.samples = {
         kind: [entry for entry in entries if isinstance(entry, dict)]

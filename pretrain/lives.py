@@ -1,0 +1,89 @@
+"""The lives of a stage: lives.jsonl has a line when a job begins to work on it and one when it stops, and says why.
+
+A life without a second line was ended from outside: it was killed, lost its node, or waited too long for another rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pretrain.distributed import rank, world_size
+
+LIVES = "lives.jsonl"
+KILLED = "killed, or its node or another rank was lost (no end was written)"
+_MOST = 2**24  # bytes that are read of the file
+
+
+@dataclass(frozen=True)
+class Life:
+    """From `begun` to `ended` (seconds since 1970; None: no end was written), from step `start` on. `repeated`: steps
+    that the life before it had done and not saved."""
+
+    begun: float
+    start: int
+    repeated: int
+    ranks: int
+    host: str
+    job: str  # of SLURM, or ""
+    ended: float | None = None
+    reason: str = ""
+
+
+class ThisLife:
+    """Writes the two lines of the life that begins now, on rank 0 only. `reached`: the last step of the life before;
+    `reason`: why this one ends, where no exception says it. OSError where `directory` cannot be written."""
+
+    def __init__(self, directory: Path, start: int, reached: int):
+        self._path, self.reason = directory / LIVES, "finished"
+        place = {"ranks": world_size(), "host": socket.gethostname(), "job": os.environ.get("SLURM_JOB_ID", "")}
+        self._write("begun", start=start, repeated=max(reached - start, 0), **place)
+
+    def __enter__(self) -> ThisLife:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        reason = self.reason if kind is None else f"{kind.__name__}: {error}".partition("\n")[0]
+        try:
+            self._write("ended", reason=reason)
+        except OSError:  # the disk is full or gone: what ends the life says more than a failure to note it
+            if kind is None:
+                raise
+
+    def _write(self, event: str, **values: Any) -> None:
+        if rank() != 0:
+            return
+        line = json.dumps({"event": event, "time": time.time(), **values}).encode() + b"\n"
+        handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(handle, line)
+        finally:
+            os.close(handle)
+
+
+def read_lives(directory: Path) -> list[Life]:
+    """The lives so far, oldest first; [] where none was noted. Lines that are damaged are left out."""
+    try:
+        with (directory / LIVES).open("rb") as file:
+            raw = file.read(_MOST)
+    except OSError:
+        return []
+    lives: list[Life] = []
+    for line in raw.splitlines():
+        try:
+            entry = json.loads(line)
+            if entry["event"] == "begun":
+                start, repeated, ranks = (int(entry[name]) for name in ("start", "repeated", "ranks"))
+                place = str(entry["host"]), str(entry["job"])
+                lives.append(Life(float(entry["time"]), start, repeated, ranks, *place))
+            elif lives and lives[-1].ended is None:
+                lives[-1] = replace(lives[-1], ended=float(entry["time"]), reason=str(entry["reason"]))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            continue
+    return lives

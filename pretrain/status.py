@@ -1,0 +1,153 @@
+"""One look at a run: each stage's state, speed, newest checkpoint, lives and effective training time.
+
+    python -m pretrain.status runs/base
+
+Reads what the run wrote and disturbs nothing; works from any node that sees the directory. The effective training time
+is the share of the time since the first start that went into steps which count: not into starting, saving, waiting in a
+queue, or doing again what a fault had lost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pretrain.checkpoint.directory import complete
+from pretrain.command import make_parser, run
+from pretrain.lives import KILLED, Life
+from pretrain.lock import BEAT_S, BEATS, LOCK
+from pretrain.report.html import visible
+from pretrain.report.rows import StageRun, finite, load_run
+
+RECENT = 20  # lines of metrics.jsonl whose mean rate is the present one
+
+
+@dataclass(frozen=True)
+class Status:
+    """One stage. Times in seconds, None: not known."""
+
+    stage: str
+    state: str
+    step: int
+    steps: int | None
+    eta_s: float | None = None
+    samples_per_s: float | None = None
+    mfu: float | None = None
+    data_wait: float | None = None
+    loss: float | None = None
+    saved_step: int | None = None
+    saved_age_s: float | None = None
+    lives: int = 0
+    repeated_steps: int = 0
+    effective: float | None = None  # see above, 0 to 1
+    reasons: tuple[str, ...] = ()  # why the lives but the last one ended, and the last one where it is over
+
+
+def status_of(stage: StageRun, now: float) -> Status:
+    """`now`: seconds since 1970."""
+    running = _running(stage.directory, now)
+    state = "finished" if stage.finished else "running" if running else "not running" if stage.step else "not begun"
+    newest = next(complete(stage.directory / "checkpoints"), None)
+    rate = _mean(stage, "samples_per_s")
+    lives = stage.lives
+    ended = lives if stage.finished or not running else lives[:-1]
+    return Status(
+        stage.name,
+        state,
+        stage.step,
+        stage.steps,
+        _eta(stage, rate) if running else None,
+        rate,
+        _mean(stage, "mfu"),
+        _mean(stage, "data_wait"),
+        finite(stage.lines[-1].get("loss")) if stage.lines else None,
+        newest[1]["step"] if newest else None,
+        max(now - (stage.directory / "checkpoints" / newest[0]).stat().st_mtime, 0) if newest else None,
+        len(lives),
+        sum(life.repeated for life in lives),
+        stage.effective(now if running else None),
+        tuple(dict.fromkeys(_reason(life) for life in ended)),
+    )
+
+
+def _running(directory: Path, now: float) -> bool:
+    """Whether a job has the directory: it writes its lock every BEAT_S, and empties it at its end."""
+    try:
+        lock = (directory / LOCK).stat()
+    except OSError:
+        return False
+    return lock.st_size > 0 and now - lock.st_mtime < BEATS * BEAT_S
+
+
+def _reason(life: Life) -> str:
+    return life.reason if life.ended is not None else KILLED
+
+
+def _mean(stage: StageRun, key: str) -> float | None:
+    values = [value for line in stage.lines[-RECENT:] if (value := finite(line.get(key))) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _eta(stage: StageRun, rate: float | None) -> float | None:
+    seen = finite(stage.lines[-1].get("samples_seen")) if stage.lines else None
+    if not rate or not seen or not stage.steps or not stage.step:
+        return None
+    return (stage.steps - stage.step) * seen / stage.step / rate
+
+
+def lines_of(status: Status) -> list[str]:
+    """What the terminal shows of one stage."""
+    of = f" of {status.steps:,}" if status.steps else ""
+    share = f" ({100 * status.step / status.steps:.0f} %)" if status.steps else ""
+    lines = [f"{status.stage:<12} {status.state}, step {status.step:,}{of}{share}"]
+    now = [
+        f"{_duration(status.eta_s)} to go" if status.eta_s is not None else "",
+        f"{status.samples_per_s:,.1f} samples/s" if status.samples_per_s else "",
+        f"MFU {status.mfu:.1%}" if status.mfu else "",
+        f"waits for data {status.data_wait:.0%}" if status.data_wait is not None else "",
+        f"loss {status.loss:.4f}" if status.loss is not None else "",
+    ]
+    past = [
+        f"checkpoint of step {status.saved_step:,}, {_duration(status.saved_age_s)} old" if status.saved_age_s else "",
+        f"{status.lives} {'life' if status.lives == 1 else 'lives'}" if status.lives else "",
+        f"{status.repeated_steps:,} steps done again" if status.repeated_steps else "",
+        f"effective training time {status.effective:.1%}" if status.effective is not None else "",
+    ]
+    for parts in (now, past):
+        if text := ", ".join(part for part in parts if part):
+            lines.append(f"{'':<13}{text}")
+    lines += [f"{'':<13}ended: {reason}" for reason in status.reasons if reason != "finished"]
+    return [visible(line) for line in lines]
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser("pretrain.status", __doc__, "runs/base --json")
+    parser.add_argument("run_dir", type=Path, help="the --run-dir of pretrain.train")
+    parser.add_argument("--json", action="store_true", help="the same as JSON, a list with an object for each stage")
+    args = parser.parse_args(arguments)
+    return run(lambda: _run(args), state="nothing was changed")
+
+
+def _run(args: argparse.Namespace) -> None:
+    all_of_them = [status_of(stage, time.time()) for stage in load_run(args.run_dir)]
+    if args.json:
+        print(json.dumps([asdict(status) for status in all_of_them], indent=1))
+    else:
+        print("\n".join(line for status in all_of_them for line in lines_of(status)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""pretrain.status: what one look shows of stages that run, were killed, are finished, or hold nonsense."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.lives import KILLED, LIVES, ThisLife, read_lives
+from pretrain.lock import Lock
+from pretrain.report.rows import load_run
+from pretrain.status import main, status_of
+from tests.toys import refused
+
+
+def write_stage(directory: Path, steps: int, done: int, rate: float = 8.0) -> Path:
+    """A stage of 4 samples a step; `rate` in samples/s."""
+    directory.mkdir(parents=True)
+    (directory / "recipe.json").write_text(json.dumps({"name": "r", "stages": {directory.name: {"steps": steps}}}))
+    line = {"loss": 2.5, "samples_per_s": rate, "data_wait": 0.25, "mfu": None}
+    lines = [{"step": step, "samples_seen": 4 * step, **line} for step in range(1, done + 1)]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return directory
+
+
+def note(directory: Path, *events: dict) -> None:
+    place = {"start": 0, "repeated": 0, "ranks": 2, "host": "node7", "job": "41"}
+    lines = [json.dumps((place if event["event"] == "begun" else {}) | event) for event in events]
+    (directory / LIVES).write_text("\n".join(lines) + "\n")
+
+
+def test_a_running_stage_shows_what_is_to_go(tmp_path, capsys):
+    stage = write_stage(tmp_path / "vision", steps=100, done=40)
+    now = time.time()
+    note(stage, {"event": "begun", "time": now - 40})
+    with Lock(stage):
+        (status,) = (status_of(stage, now) for stage in load_run(tmp_path))
+        assert main([str(tmp_path)]) == 0
+    assert (status.state, status.step, status.steps, status.eta_s) == ("running", 40, 100, 60 * 4 / 8.0)
+    assert status.effective == pytest.approx(40 * 4 / 8.0 / 40) and status.reasons == ()
+    shown = capsys.readouterr().out
+    assert "vision       running, step 40 of 100 (40 %)\n" in shown and "30 s to go, 8.0 samples/s, waits for" in shown
+    assert status_of(load_run(tmp_path)[0], now).state == "not running"  # the lock was given back
+
+
+def test_a_lock_without_a_heartbeat_is_of_a_run_that_is_gone(tmp_path):
+    stage = write_stage(tmp_path / "vision", steps=100, done=40)
+    (stage / "lock").write_text("process 7 on node7 since 2026-01-01, beat 3\n")
+    os.utime(stage / "lock", (time.time() - 3600,) * 2)
+    (status,) = (status_of(stage, time.time()) for stage in load_run(tmp_path))
+    assert (status.state, status.eta_s) == ("not running", None)
+
+
+def test_lives_are_counted_with_the_reasons_of_their_ends(tmp_path, capsys):
+    stage = write_stage(tmp_path / "vision", steps=10, done=10)
+    (stage / "weights.safetensors").touch()
+    note(
+        stage,
+        {"event": "begun", "time": 100.0},
+        {"event": "begun", "time": 104.0, "start": 4, "repeated": 2},
+        {"event": "ended", "time": 107.0, "reason": "OSError: no space\x1b[31m"},
+        {"event": "begun", "time": 108.0, "start": 8, "repeated": 1},
+        {"event": "ended", "time": 110.0, "reason": "finished"},
+    )
+    assert main([str(tmp_path), "--json"]) == 0
+    (status,) = json.loads(capsys.readouterr().out)
+    assert (status["state"], status["lives"], status["repeated_steps"]) == ("finished", 3, 3)
+    assert status["effective"] == pytest.approx(0.5)  # 10 steps of half a second in 10 s
+    assert status["reasons"] == [KILLED, "OSError: no space\x1b[31m", "finished"]
+    assert main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "3 lives, 3 steps done again, effective training time 50.0%" in shown and "\x1b" not in shown
+
+
+def test_a_life_writes_how_it_begins_and_ends(tmp_path):
+    with pytest.raises(ValueError, match="bad"), ThisLife(tmp_path, 4, 7):
+        raise ValueError("bad\nworse")
+    with ThisLife(tmp_path, 8, 8) as life:
+        life.reason = "stopped"
+    ThisLife(tmp_path, 9, 9)
+    first, second, third = read_lives(tmp_path)
+    assert (first.start, first.repeated, first.ranks, first.reason) == (4, 3, 1, "ValueError: bad")
+    assert (second.repeated, second.reason) == (0, "stopped")
+    assert third.ended is None and third.begun >= (second.ended or 0) >= second.begun
+
+
+@pytest.mark.parametrize("line", ["", "{", "[]", "7", '{"event": "begun"}', "[" * 10_000, '{"event": "ended"}', "\0"])
+def test_damaged_lines_are_left_out(tmp_path, line):
+    good = {"event": "begun", "time": 1, "start": 0, "repeated": 0, "ranks": 1, "host": "", "job": ""}
+    (tmp_path / LIVES).write_text(f"{json.dumps(good)}\n{line}\n")
+    assert len(read_lives(tmp_path)) == 1
+
+
+def test_a_directory_without_stages_is_one_sentence(tmp_path, capsys):
+    assert "holds no stage" in refused(capsys, main, tmp_path)
+    assert "is not a directory" in refused(capsys, main, tmp_path / "nowhere")
