@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -32,6 +33,14 @@ def add_workers(parser: argparse._ActionsContainer, most: int = 8) -> None:
     """`most`: the default on a machine with many cores."""
     cores = min(most, os.cpu_count() or 1)
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes (%(default)s)")
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """--part I/N -> (I, N). ValueError."""
+    part = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
+    if part is None or int(part[1]) >= int(part[2]):
+        raise ValueError(f"--part {text} is wrong; use 0/N to N-1/N, such as 0/8")
+    return int(part[1]), int(part[2])
 
 
 def run(action: Callable[[], int | None], *, state: str) -> int:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from pretrain.checkpoint.weights import weights_digest
-from pretrain.command import add_directories, add_workers, make_parser, run
+from pretrain.command import add_directories, add_workers, make_parser, part_of, run
 from pretrain.config import Recipe, Stage
 from pretrain.data.codes import DTYPE, NO_CODE, Coding, file_heads, look_rng, plain, read_summary, summary
 from pretrain.data.shards.indexing import index_directory
@@ -248,9 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    part = re.fullmatch(r"(\d+)/(\d+)", args.part)
-    if part is None or int(part[1]) >= int(part[2]):
-        raise ValueError(f"--part {args.part} is wrong; use 0/N to N-1/N, such as 0/8")
+    part, parts = part_of(args.part)
     if args.batch < 1 or args.workers < 0:
         raise ValueError(f"--batch {args.batch} or --workers {args.workers} is too small; use 256 and 2")
     encoder = load_encoder(*load_recipe(args.recipe, args.stage, args.set), args.tokenizer, args.crops, args.name)
@@ -258,8 +255,8 @@ def _run(args: argparse.Namespace) -> None:
         result = encode_directory(
             directory,
             encoder,
-            part=int(part[1]),
-            parts=int(part[2]),
+            part=part,
+            parts=parts,
             batch=args.batch,
             workers=args.workers,
         )

@@ -28,7 +28,9 @@ from torch import Tensor
 from pretrain.batch import Batch
 from pretrain.checkpoint.save import save
 from pretrain.checkpoint.weights import WEIGHTS, carry_over, write_weights
+from pretrain.data.text_tokenizer import TOKENIZER
 from pretrain.distributed import any_rank, device, fail_together, rank, reduce_mean, world_size
+from pretrain.files import write_file
 from pretrain.lives import ThisLife
 from pretrain.metrics import MetricsLog, Throughput, last_step
 from pretrain.optim import learning_rate
@@ -42,6 +44,7 @@ from pretrain.run.build import Run, build_run, frozen_names, stage_ds_config
 from pretrain.run.directory import finished, note_recipe, run_identity
 from pretrain.run.display import Display
 from pretrain.run.identity import as_begun
+from pretrain.run.inputs import text_tokenizer
 from pretrain.run.signals import Stopped, StopSignals
 from pretrain.run.whole_recipe import check_other_stages
 
@@ -217,12 +220,17 @@ def save_checkpoint(run: Run, step: int, directory: Path, metrics: MetricsLog) -
 
 
 def hand_over(run: Run, path: Path) -> None:
-    """Write the whole model for the next stage: what was trained, and untouched what was frozen or not built."""
+    """Write the whole model for the next stage: what was trained, and untouched what was frozen or not built; and
+    beside it the text tokenizer, so that the directory can be used by itself."""
     state, config = full_state(run.engine, run.mesh), run.weights_config(path.parent.name)
-    frozen = frozen_names(run.recipe, run.stage)
-    fail_together(
-        lambda: write_weights(carry_over(state, run.init_file, frozen), path, config) if rank() == 0 else None
-    )
+    frozen, text = frozen_names(run.recipe, run.stage), text_tokenizer(run.recipe, run.stage)
+
+    def write() -> None:
+        if text is not None:
+            write_file(path.with_name(TOKENIZER), text.path.read_bytes())
+        write_weights(carry_over(state, run.init_file, frozen), path, config)
+
+    fail_together(lambda: write() if rank() == 0 else None)
 
 
 def _findable(recipe: str) -> str:

@@ -16,6 +16,9 @@ FLOORS = [
     {"recipes"},
     {"run", "report", "plan"},
     {"train", "evaluate", "export", "encode_images", "status"},
+    {"pretrained"},
+    {"embed"},
+    {"search"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Each heavy dependency has its doors: nobody else imports it, and every door is used.

@@ -11,6 +11,7 @@ from pretrain.batch import BOS, EOS, UNK
 # XLM-R puts <s> <pad> </s> <unk> before the pieces; SentencePiece's own file begins with <unk> <s> </s>.
 OFFSET = 1
 SPM_SPECIALS = 3
+TOKENIZER = "text.model"  # its name beside the weights that were trained with it
 # Pieces have at most 16 characters by SentencePiece's default, so this many per id are more than enough.
 CHARACTERS_PER_ID = 64
 

@@ -75,6 +75,11 @@ class ContrastiveHead(nn.Module):
         # One element and not a scalar: ZeRO-3 partitions by rows.
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
 
+    @property
+    def width(self) -> int:
+        """E of the unit vectors."""
+        return self.vision.weight.shape[0]
+
     def needed_rows(self, batch: Batch) -> Kinds:
         """The class row of each image and the first row of each text that belong to a dual pair."""
         layout = batch.layout
@@ -87,6 +92,10 @@ class ContrastiveHead(nn.Module):
         """The unit vectors of the dual pairs: (images [N, E], texts [N, E])."""
         images = encoded.first.images[layout.images - layout.dual :]
         return F.normalize(self.vision(images).float(), dim=-1), self.embed_texts(encoded)[: layout.dual]
+
+    def embed_images(self, encoded: Kinds) -> Tensor:
+        """The unit vectors of all pictures by themselves: [N, E]."""
+        return F.normalize(self.vision(encoded.first.images).float(), dim=-1)
 
     def embed_texts(self, encoded: Kinds) -> Tensor:
         """The unit vectors of all texts by themselves, with a picture or without: [N, E]."""

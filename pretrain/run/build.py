@@ -87,9 +87,11 @@ class Run:
         return self.loader.layout.rows * self.stage.batch.accumulation
 
     def weights_config(self, name: str) -> dict[str, Any]:
-        """What config.json beside weights.safetensors says: enough to build the model again without the recipe."""
-        model = to_json(self.recipe.model_of(self.stage))
-        return {"recipe": self.recipe.name, "stage": name, "recipe_hash": self.identity["recipe_hash"], "model": model}
+        """What config.json beside weights.safetensors says: enough to build the model again, and to look at pictures
+        as its evaluations do, without the recipe."""
+        model, evaluation = to_json(self.recipe.model_of(self.stage)), getattr(self.stage.transform, "evaluation", None)
+        config = {"recipe": self.recipe.name, "stage": name, "recipe_hash": self.identity["recipe_hash"]}
+        return config | {"model": model} | ({"look": {"evaluation": evaluation}} if evaluation else {})
 
 
 def build_run(

@@ -1,0 +1,134 @@
+"""pretrain.load: what it reads, that its vectors are those of the model, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pretrain
+from pretrain.batch import Layout, make_batch
+from pretrain.checkpoint.weights import write_weights
+from pretrain.config import to_json
+from pretrain.data.shards.reader import BadSample
+from pretrain.data.transforms import ImageTransform
+from pretrain.export import to_released, write_tensors
+from pretrain.objectives.contrastive import Contrastive
+from pretrain.tasks.pretrain import PretrainTask
+from tests.toy_models import RELEASED, VQ
+from tests.toys import encoded, picture, write_text_model
+
+TEXTS = ["a red bus", "two small dogs and a cat", ""]
+
+
+@pytest.fixture(scope="module")
+def task() -> PretrainTask:
+    torch.manual_seed(3)
+    return PretrainTask(RELEASED, ("vision", "language"), [Contrastive()]).eval()
+
+
+@pytest.fixture
+def stage(tmp_path: Path, task) -> Path:
+    """A stage's directory as training leaves it."""
+    config = {"model": to_json(RELEASED), "look": {"evaluation": "crop"}}
+    write_weights(task.state_dict(), tmp_path / "retrieval" / "weights.safetensors", config)
+    write_text_model(tmp_path / "retrieval" / "text.model", TEXTS * 9, RELEASED.vocab_size - 2)
+    return tmp_path / "retrieval"
+
+
+def pictures(count: int = 5) -> list[bytes]:
+    return [encoded(picture(seed, width=60 + seed, height=50)) for seed in range(count)]
+
+
+def test_its_vectors_are_those_of_the_model_whatever_the_batches(stage, task):
+    model = pretrain.load(stage)
+    images, texts = model.embed_images(pictures(), batch=2), model.embed_texts(TEXTS, batch=2)
+    torch.testing.assert_close(images, model.embed_images(pictures()), rtol=0, atol=1e-6)
+    look = ImageTransform(size=RELEASED.image_size, train=False)
+    pixels = torch.stack([torch.from_numpy(look(data)) for data in pictures()])
+    head, layout = task.objectives["contrastive"], Layout(images=5, patches=RELEASED.patches)
+    with torch.no_grad():
+        expected = head.embed_images(task.encoder(make_batch(layout, images=pixels)))
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.embed_texts(TEXTS[1:2]), texts[1:2], rtol=0, atol=1e-6)  # padding changes nothing
+    torch.testing.assert_close(images.norm(dim=-1), torch.ones(5))
+    torch.testing.assert_close(model.similarity(pictures(), TEXTS), images @ texts.T, rtol=0, atol=1e-6)
+
+
+def test_a_picture_is_the_same_in_whatever_form(stage, tmp_path):
+    model, image = pretrain.load(stage), picture(1, width=40, height=40)
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "PNG")
+    (tmp_path / "a.png").write_bytes(data.getvalue())
+    forms = [tmp_path / "a.png", str(tmp_path / "a.png"), data.getvalue(), Image.fromarray(image), image]
+    vectors = model.embed_images(forms)
+    assert (vectors == vectors[0]).all()
+    turned = Image.fromarray(np.ascontiguousarray(np.rot90(image)))
+    turned.getexif()[0x0112] = 6  # turn it back by 90 degrees
+    assert (model.embed_images([turned, *forms[1:]]) == vectors).all()
+
+
+def test_pairs_see_each_other(stage):
+    model = pretrain.load(stage)
+    both = model.embed_pairs(pictures(3), TEXTS, batch=2)
+    assert both.shape == (3, RELEASED.dim)
+    torch.testing.assert_close(model.embed_pairs(pictures(1), TEXTS[:1]), both[:1], rtol=0, atol=1e-5)
+    assert (model.embed_pairs(pictures(1), TEXTS[1:2]) - both[:1]).abs().max() > 1e-3
+
+
+def test_bfloat16_is_close_and_results_are_float32(stage):
+    exact, rounded = (pretrain.load(stage, dtype=d).embed_images(pictures()) for d in (torch.float32, torch.bfloat16))
+    assert rounded.dtype == torch.float32 and not rounded.requires_grad
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("name", ["released.pth", "released.safetensors"])
+def test_released_files_load_by_themselves(stage, task, tmp_path, name, monkeypatch):
+    monkeypatch.setattr("pretrain.export.RELEASED_HEAD_DIM", RELEASED.dim // RELEASED.heads)
+    write_tensors(tmp_path / name, to_released(task.state_dict(), RELEASED))
+    model = pretrain.load(tmp_path / name, text_tokenizer=stage / "text.model")
+    torch.testing.assert_close(model.embed_texts(TEXTS), pretrain.load(stage).embed_texts(TEXTS), rtol=0, atol=1e-6)
+    assert model.transform.evaluation == "squash"
+    with pytest.raises(ValueError, match=r"without a text tokenizer; give load\(.*text_tokenizer="):
+        pretrain.load(tmp_path / name).embed_texts(TEXTS)
+
+
+def test_nothing_to_embed_is_nothing(stage):
+    model = pretrain.load(stage)
+    assert model.embed_images([]).shape == model.embed_texts([]).shape == (0, RELEASED.dim)
+
+
+def test_what_cannot_be_used_is_one_sentence(stage, tmp_path):
+    model = pretrain.load(stage)
+    with pytest.raises(BadSample, match=r"picture 1: not a readable JPEG, PNG or WebP header"):
+        model.embed_images([pictures()[0], b"no picture"])
+    with pytest.raises(ValueError, match=r"array float32 \(2, 2\) is no picture; give uint8"):
+        model.embed_images([np.zeros((2, 2), np.float32)])
+    with pytest.raises(ValueError, match="2 pictures and 1 texts"):
+        model.embed_pairs(pictures(2), TEXTS[:1])
+    with pytest.raises(ValueError, match="batch=0"):
+        model.embed_texts(TEXTS, batch=0)
+    for path, words in ((tmp_path / "no", "does not exist"), (tmp_path, r"has no weights\.safetensors")):
+        with pytest.raises(ValueError, match=words):
+            pretrain.load(path)
+    with pytest.raises(ValueError, match=r"dtype=torch\.float16 is not one of"):
+        pretrain.load(stage, dtype=torch.float16)
+
+
+def test_weights_of_another_kind_are_one_sentence(stage, task, tmp_path):
+    state = dict(task.state_dict())
+    write_weights({}, tmp_path / "vq" / "weights.safetensors", {"tokenizer": to_json(VQ)})
+    with pytest.raises(ValueError, match="has a VQKDConfig, not an encoder"):
+        pretrain.load(tmp_path / "vq")
+    del state["encoder.blocks.1.experts.vision.up.weight"]
+    write_weights(state, tmp_path / "part" / "weights.safetensors", {"model": to_json(RELEASED)})
+    with pytest.raises(ValueError, match=r"lacks encoder\.blocks\.1\.experts\.vision\.up\.weight"):
+        pretrain.load(tmp_path / "part")
+    bare = {name: value for name, value in task.state_dict().items() if "contrastive" not in name}
+    write_weights(bare, tmp_path / "bare" / "weights.safetensors", {"model": to_json(RELEASED)})
+    with pytest.raises(ValueError, match="have no contrastive head"):
+        pretrain.load(tmp_path / "bare").embed_images(pictures(1))
