@@ -4,7 +4,8 @@
 
 Runs img2dataset in an environment of its own (bash launch/env/download.sh makes it). After a kill, run the same command
 to continue. --slice I/N downloads the I-th (from 0) of N slices of the list into the same --out, on any machine; the
-slice that finishes last writes the manifest. Servers are untrusted: only http and https, only public addresses, limits
+slice that finishes last writes the manifest. Pictures are decoded as in training, and those that are encoded anew are
+upright, 8 bits deep and without transparency. Servers are untrusted: only http and https, only public addresses, limits
 on bytes, time, redirects and pixels. X-Robots-Tag is respected.
 """
 
@@ -29,6 +30,7 @@ from data_tools.fetch.slices import WORK, Slice, SliceShards, owned_slice, write
 from data_tools.lists.reading import EXTRA, PRESETS, fingerprint, open_list
 from data_tools.shards.steps import STEPS, Step, write_step
 from pretrain.command import add_workers, make_parser, run
+from pretrain.data.decoding import MAX_PIXELS
 from pretrain.data.shards.indexing import index_directory
 from pretrain.files import write_file, write_json
 
@@ -226,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--deadline", type=float, default=30, metavar="S", help="for a request with its redirects (%(default)s)")
     add("--retries", type=int, default=0, metavar="N", help="of a failed request (%(default)s)")
     add("--max-bytes", type=int, default=20 * 2**20, metavar="N", help="of one picture (%(default)s)")
-    add("--max-pixels", type=int, default=2**26, metavar="N", help="by the picture's header (%(default)s)")
+    add("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="by the picture's header (%(default)s)")
     add("--max-redirects", type=int, default=5, metavar="N", help="(%(default)s)")
     add("--allow-address", action="append", default=[], metavar="NETWORK", help="allow it though it is not public")
     add("--user-agent-token", metavar="WORD", help="your name in User-Agent and X-Robots-Tag")
@@ -243,6 +245,8 @@ def _check(args: argparse.Namespace) -> None:
     for name, value in least.items():
         if not getattr(args, name) >= value:
             raise ValueError(f"--{name.replace('_', '-')}={getattr(args, name)} is below {value}; use {value} or more")
+    if args.max_pixels > MAX_PIXELS:
+        raise ValueError(f"--max-pixels={args.max_pixels} is above what is decoded; use at most {MAX_PIXELS}")
     best = 9 if args.encode_format == "png" else 100
     if args.encode_quality > best:
         raise ValueError(

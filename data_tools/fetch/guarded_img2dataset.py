@@ -21,8 +21,10 @@ from typing import Any
 
 import img2dataset.downloader
 import img2dataset.reader
+import img2dataset.resizer
 
 from data_tools.fetch.guarded_fetch import Limits, install
+from data_tools.fetch.pictures import TrainingCv2
 from data_tools.fetch.reasons import reason_of
 from data_tools.ownership import end_with_parent
 
@@ -54,6 +56,7 @@ def _prepare(limits: Limits, max_pixels: int, live: str) -> None:
     if os.environ.get(MAX_PIXELS) != str(max_pixels):
         raise RuntimeError(f"{MAX_PIXELS} must be {max_pixels} in the environment before OpenCV is imported")
     install(limits)
+    img2dataset.resizer.cv2 = TrainingCv2(max_pixels)
     count = _Live(Path(live, str(os.getpid())))
 
     class LiveCounter(img2dataset.downloader.CappedCounter):  # img2dataset makes one per shard

@@ -1,4 +1,4 @@
-"""Why a download failed: the messages of urllib, img2dataset, OpenCV and the guard -> a few names to count by."""
+"""Why a download failed: the messages of urllib, img2dataset, the decoder and the guard -> a few names to count by."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ _WORDS = (
     ("image too small", "too_small"),
     ("image area too large", "too_many_pixels"),
     ("cv_io_max_image", "too_many_pixels"),
+    ("pixels are more than the limit", "too_many_pixels"),  # these four before "image decoding error"
+    ("decompression bomb", "too_many_pixels"),
+    ("pixels have a side above the limit", "too_many_pixels"),
+    ("mib to decode; at most", "too_many_pixels"),
     ("aspect ratio too large", "extreme_aspect"),
     ("image decoding error", "not_an_image"),
     ("opencv(", "not_an_image"),

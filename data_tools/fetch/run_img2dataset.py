@@ -70,6 +70,8 @@ def download_slice(run: Run, shards: SliceShards) -> Counter[str]:
                 break
             fruitless = fruitless + 1 if len(missing) == before else 0
             if fruitless and (hopeless or fruitless == run.attempts):
+                if "No module named" in why:
+                    why += "; bash launch/env/download.sh makes or mends its environment"
                 raise OSError(
                     f"{len(missing)} of {len(shards.numbers)} shards are missing ({_some(missing)}): {why}; finished "
                     f"shards stay, run the same command to continue; img2dataset's own output is in {log}"

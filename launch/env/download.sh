@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Make the environment of img2dataset, once: .venv-download in the checkout (or $IMGLISH_DOWNLOAD_ENV), pinned by
-# constraints_download.txt. It lives apart because img2dataset needs webdataset < 0.3 and Python < 3.13. Run it, or
-# source it; data_tools.download finds what it made. Set IMGLISH_DOWNLOAD_PYTHON to use a Python of your own.
+# constraints_download.txt, with Pillow, because pictures are decoded there as in training. It lives apart because
+# img2dataset needs webdataset < 0.3 and Python < 3.13. Run it, or source it; data_tools.download finds what it made.
+# Set IMGLISH_DOWNLOAD_PYTHON to use a Python of your own.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 find_download_python() {
@@ -25,7 +26,7 @@ make_download_environment() {
     echo "download: making the environment of img2dataset in $env (about a minute, once)" >&2
     [ -x "$env/bin/python" ] || "$python" -m venv "$env" || return
     env -u PYTHONPATH "$env/bin/python" -m pip install -q --upgrade pip || return
-    env -u PYTHONPATH "$env/bin/python" -m pip install -q -c "$root/launch/env/constraints_download.txt" img2dataset || return
+    env -u PYTHONPATH "$env/bin/python" -m pip install -q -c "$root/launch/env/constraints_download.txt" img2dataset pillow || return
     echo "$stamp" >"$env/.imglish-stamp"
 }
 

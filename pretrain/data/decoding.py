@@ -60,21 +60,20 @@ class Header:
         return each * self.width * self.height
 
 
-def read_header(data: bytes) -> Header:
-    """Format, size and orientation, without decoding. Raises BadSample for other formats than JPEG, PNG and WebP, for
-    empty data, and for more than MAX_PIXELS, MAX_SIDE or MAX_BYTES."""
+def read_header(data: bytes, formats: tuple[str, ...] = FORMATS) -> Header:
+    """Format, size and orientation, without decoding. Raises BadSample for other formats than `formats` (Pillow's
+    names), for empty data, and for more than MAX_PIXELS, MAX_SIDE or MAX_BYTES."""
     if not data:
         raise BadSample("the picture has 0 bytes")
     try:
         with _without_warnings():
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=formats)
     except MemoryError:
         raise
     except Exception as error:  # a parser of hostile bytes may raise anything
-        raise BadSample(f"not a readable JPEG, PNG or WebP header ({_reason(error)})") from None
+        raise BadSample(f"not a readable {_listed(formats)} header ({_reason(error)})") from None
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadSample(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
+    judge_pixels(image, MAX_PIXELS)
     if max(width, height) > MAX_SIDE:
         raise BadSample(f"{width} x {height} pixels have a side above the limit of {MAX_SIDE}")
     orientation = _orientation(image)
@@ -87,6 +86,12 @@ def read_header(data: bytes) -> Header:
     return header
 
 
+def judge_pixels(picture: Header | Image.Image, limit: int) -> None:
+    """Raises BadSample for a picture of more than `limit` pixels."""
+    if picture.width * picture.height > limit:
+        raise BadSample(f"{picture.width} x {picture.height} pixels are more than the limit of {limit}")
+
+
 def decode_image(data: bytes, min_side: int | None = None) -> np.ndarray:
     """The picture as uint8 [H, W, 3] RGB, rotated as its EXIF says. Raises BadSample.
 
@@ -97,6 +102,7 @@ def decode_image(data: bytes, min_side: int | None = None) -> np.ndarray:
 
 
 def decode(data: bytes, header: Header, min_side: int | None) -> np.ndarray:
+    """`decode_image` of a picture whose header was read."""
     pixels = None
     # A JPEG without its end marker may be truncated. Many releases of OpenCV (not 4.14) then silently fill the rest
     # with grey; Pillow raises, but decodes a JPEG that lacks only the marker.
@@ -173,6 +179,11 @@ def _without_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _listed(formats: tuple[str, ...]) -> str:
+    names = ["WebP" if name == "WEBP" else name for name in formats]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _reason(error: Exception) -> str:

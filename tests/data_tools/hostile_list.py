@@ -112,8 +112,6 @@ def _of_the_server(server: HostileServer, numbers: Iterator[int]) -> Iterator[Ro
     for kinds, count in ((GOOD, _PER_GOOD), (BAD, _PER_BAD), (ATTACKS, _PER_ATTACK)):
         for kind, reason in kinds.items():
             fate = KEPT if reason == "success" else ("download", reason)
-            if kind == "gray16":  # img2dataset accepts them, and clips them to white
-                fate = ("filter_shards", "blank")
             for number in (next(numbers) for _ in range(count)):
                 at = ("filter_list", "bad_url") if kind in _NOT_HTTP else fate
                 yield Row(server.url(kind, number), _words(number), at)

@@ -87,8 +87,7 @@ def picture(number: int, form: str = "JPEG", mode: str = "RGB", size: tuple[int,
         size, Image.Resampling.BICUBIC
     )
     if mode == "I;16":
-        # No level 0, because img2dataset clips all other levels to white.
-        blotches = Image.fromarray(np.asarray(blotches.convert("L")).clip(1).astype(np.uint16) * 257)
+        blotches = Image.fromarray(np.asarray(blotches.convert("L")).astype(np.uint16) * 257)
     elif mode != "RGB":
         blotches = blotches.convert(mode)
     return encoded(blotches, form, **({"quality": 90} if form in ("JPEG", "WEBP") else {}))
