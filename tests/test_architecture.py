@@ -26,7 +26,7 @@ DOORS = {
     "deepspeed": {f"pretrain/parallel/{name}.py" for name in ("engine", "pipeline", "state")},
     "megatron": {"pretrain/parallel/mesh.py", "pretrain/parallel/megatron_layers.py"},
     "flash_attn": {"pretrain/models/attention.py"},
-    "webdataset": {"pretrain/data/shards/cache.py"},
+    "webdataset": {"pretrain/data/shards/transfer.py"},
     "img2dataset": {"data_tools/fetch/guarded_img2dataset.py"},
     "jinja2": {"pretrain/report/html.py"},
     "transformers": {"pretrain/models/visual_tokenizer/teachers.py"},

@@ -1,4 +1,4 @@
-"""Remote shards: fetched through webdataset's `gopen` into a bounded directory that a node's processes share.
+"""Remote shards: fetched (transfer.py) into a bounded directory that a node's processes share.
 
 A file under its final name is complete: it is written as .NAME.writing, synced and then renamed. The process that has
 the lock on .NAME.writing downloads; the others wait for it and then open the file. The kernel releases the locks of a
@@ -10,52 +10,37 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import logging
 import os
-import re
-import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import urlsplit
 
+from pretrain.data.shards.transfer import Refusal, ShardError, chunks, is_remote, redact
 from pretrain.files import WRITING, beside, move
+
+__all__ = ["ShardCache", "ShardError", "fetch", "is_remote", "redact"]
 
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-_CHUNK = 2**20
 # Attempts per download, and the pause after the first one in seconds; each further pause is four times as long.
-ATTEMPTS, PAUSE_S = 3, 1.0
+ATTEMPTS, PAUSE_S = 4, 1.0
+# Of a file whose size no manifest gives: an index or codes. Ten thousand samples take one and tens of MB.
+MOST_BYTES = GIB
 # Evicting a file that was read this recently means that the cache is smaller than the set of shards in use.
 _RECENT_S = 60.0
 _GROWING = (WRITING, ".tmp")  # .tmp: of an earlier version
 
 
-class ShardError(ValueError):
-    """A shard that cannot be read at all; the message names the shard and the way out."""
-
-
-def is_remote(url: str) -> bool:
-    return url.startswith("pipe:") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url) is not None
-
-
-def redact(url: str) -> str:
-    """The URL without user, password and query, which may be secrets: for messages."""
-    if url.startswith("pipe:") or not is_remote(url):
-        return url
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
 def fetch(url: str, limit: int) -> bytes:
     """A small remote file. ShardError if it cannot be read or has more than `limit` bytes."""
-    data = b"".join(_chunks(url))
-    if len(data) > limit:
-        raise ShardError(f"{redact(url)} has more than {limit} bytes, so it is the wrong file; check the URL")
-    return data
+    file = io.BytesIO()
+    _copy(url, file, None, limit)
+    return file.getvalue()
 
 
 class ShardCache:
@@ -182,15 +167,19 @@ def _remove_orphan(path: str) -> bool:
         return True
 
 
-def _copy(url: str, file: BinaryIO, size: int | None) -> None:
-    """Copies all of `url` into `file`, in up to ATTEMPTS attempts; exactly `size` bytes if that is given."""
+def _copy(url: str, file: BinaryIO, size: int | None, most: int | None = None) -> None:
+    """Copies all of `url` into `file`, in up to ATTEMPTS attempts; exactly `size` bytes if that is given, otherwise at
+    most `most` (None: MOST_BYTES)."""
+    most = MOST_BYTES if most is None else most
     for attempt in range(ATTEMPTS):
         done = 0
         file.seek(0)
         try:
-            for chunk in _chunks(url):
-                file.write(chunk)
+            for chunk in chunks(url):
                 done += len(chunk)
+                if size is None and done > most:
+                    raise Refusal(f"{redact(url)} has more than {most} bytes, so it is the wrong file; check the URL")
+                file.write(chunk)
                 if size is not None and done > size:
                     break
             if size is None or done == size:
@@ -202,26 +191,7 @@ def _copy(url: str, file: BinaryIO, size: int | None) -> None:
                 "transfer was interrupted; if it was replaced, run python -m data_tools.index again where it is stored"
             )
         except ShardError as error:
-            if attempt == ATTEMPTS - 1:
+            if attempt == ATTEMPTS - 1 or isinstance(error, Refusal):
                 raise
             log.warning("attempt %d of %d failed: %s", attempt + 1, ATTEMPTS, error)
             time.sleep(PAUSE_S * 4**attempt)
-
-
-def _chunks(url: str) -> Iterator[bytes]:
-    from webdataset.gopen import gopen, gopen_schemes
-
-    scheme = url.partition(":")[0].lower()
-    if scheme != "pipe" and "'" in url:  # webdataset 0.2 passes URLs to a shell in single quotes
-        raise ShardError(f"the URL {redact(url)} contains a quote character; write it as %27")
-    if scheme == "s3" and "s3" not in gopen_schemes:  # webdataset has no built-in support for it
-        url = f"pipe:aws s3 cp --only-show-errors {shlex.quote(url)} -"
-    try:
-        with gopen(url, "rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                yield chunk
-    except (OSError, ValueError, AssertionError) as error:
-        raise ShardError(
-            f"cannot fetch {redact(url)} ({error}); check the URL, the credentials and that the command-line tool "
-            "for it (curl, aws, gsutil) is installed"
-        ) from None

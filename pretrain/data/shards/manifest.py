@@ -141,15 +141,19 @@ def load_manifest(patterns: str | tuple[str, ...]) -> Manifest:
     indexes: dict[tuple[str, str], dict[str, Shard]] = {}
     shards = [shard for pattern in patterns for shard in _matches(pattern, indexes)]
     if not shards:
-        raise ValueError(f"shards={list(patterns)} matches no shard; give a directory or a pattern of .tar files")
+        raise ValueError(f"shards={_shown(patterns)} matches no shard; give a directory or a pattern of .tar files")
     real_prefix = {prefix: prefix if is_remote(prefix) else os.path.realpath(prefix) for prefix, _ in indexes}
     places: set[tuple[str, str]] = set()
     for shard in shards:
         place = real_prefix[shard.url.rpartition(shard.name)[0]], shard.name
         if place in places:
-            raise ValueError(f"shards={list(patterns)} names {redact(shard.url)} twice; name each shard once")
+            raise ValueError(f"shards={_shown(patterns)} names {redact(shard.url)} twice; name each shard once")
         places.add(place)
     return Manifest(tuple(shards))
+
+
+def _shown(patterns: tuple[str, ...]) -> list[str]:
+    return [redact(pattern) for pattern in patterns]
 
 
 def _matches(pattern: str, indexes: dict[tuple[str, str], dict[str, Shard]]) -> Iterator[Shard]:
@@ -158,16 +162,15 @@ def _matches(pattern: str, indexes: dict[tuple[str, str], dict[str, Shard]]) -> 
     filled = fill_variables(pattern, "shards")
     try:
         urls = list(braceexpand(filled))
-    except ValueError as error:
-        raise ValueError(
-            f"the braces of shards={pattern} cannot be expanded ({error}); write {{00000..00099}}"
-        ) from None
+    except ValueError:  # its message holds the pattern
+        text = f"the braces of shards={redact(pattern)} cannot be expanded; write {{00000..00099}}"
+        raise ValueError(text) from None
     for url in urls:
         matches = [
             s for place in _places(url.removeprefix("file://"), indexes) for s in _select(*place, pattern, indexes)
         ]
         if not matches:
-            raise ValueError(f"shards={pattern}: nothing matches {redact(url)}; check the path")
+            raise ValueError(f"shards={redact(pattern)}: nothing matches {redact(url)}; check the path")
         yield from matches
 
 
@@ -177,7 +180,8 @@ def _places(url: str, indexes: dict[tuple[str, str], dict[str, Shard]]) -> list[
         if url.endswith("/") and not url.startswith("pipe:"):
             return [(url, "*", "")]
         if (match := _REMOTE_SHARD.match(url)) is None:
-            raise ValueError(f"shards={url} names no shard; give a .tar file, or a directory that ends in a slash")
+            where = redact(url)
+            raise ValueError(f"shards={where} names no shard; give a .tar file, or a directory that ends in a slash")
         return [(match["prefix"], match["name"], match["suffix"])]
     url = os.path.expanduser(url)
     directory, name = os.path.split(url) if url.endswith(".tar") else (url.rstrip("/") or "/", "*")
@@ -199,15 +203,16 @@ def _select(
             try:
                 data = Path(prefix, MANIFEST).read_bytes()
             except FileNotFoundError:
-                raise ValueError(f"shards={pattern}: {prefix or '.'} has no {MANIFEST}; {_way_out(prefix)}") from None
+                where = prefix or "."
+                raise ValueError(f"shards={pattern}: {where} has no {MANIFEST}; {_way_out(prefix)}") from None
         indexes[prefix, suffix] = {shard.name: shard for shard in read_manifest(data, prefix, suffix).shards}
     shards = indexes[prefix, suffix]
     if name in shards:
         return [shards[name]]
     if not _GLOB.search(name):
         raise ValueError(
-            f"shards={pattern}: {name} is not in {redact(prefix)}{MANIFEST}: it is missing, partial, or newer than the "
-            f"manifest; {_way_out(prefix)}"
+            f"shards={redact(pattern)}: {name} is not in {redact(prefix)}{MANIFEST}: it is missing, partial, or newer "
+            f"than the manifest; {_way_out(prefix)}"
         )
     return [shard for key, shard in shards.items() if fnmatch.fnmatchcase(key, name)]
 
