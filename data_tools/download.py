@@ -6,7 +6,9 @@ Runs img2dataset in an environment of its own (bash launch/env/download.sh makes
 to continue. --slice I/N downloads the I-th (from 0) of N slices of the list into the same --out, on any machine; the
 slice that finishes last writes the manifest. Pictures are decoded as in training, and those that are encoded anew are
 upright, 8 bits deep and without transparency. Servers are untrusted: only http and https, only public addresses, limits
-on bytes, time, redirects and pixels. X-Robots-Tag is respected.
+on bytes, time, redirects and pixels. X-Robots-Tag is respected. To fetch from a mirror in an intranet, or from a
+cluster whose own machines have public addresses, --allow-address and --refuse-address name networks; the same command
+with other networks fetches the shards again that have pictures at addresses which are permitted only now.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ import signal
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_tools.fetch.addresses import NOT_PUBLIC, may_connect_now
 from data_tools.fetch.guarded_fetch import Limits
 from data_tools.fetch.reasons import SUCCESS
 from data_tools.fetch.run_img2dataset import ROOT, Run, download_slice
@@ -63,6 +67,7 @@ def download(args: argparse.Namespace, part: Slice) -> None:
     with owned_slice(part, _plan(args, part)):
         start = time.monotonic()
         shards = write_list(rows, part)
+        _repeat_refused(shards, run.limits)
         passed_on = [name for name in rows.columns if name in _PASSED_ON]
         run.img2dataset["save_additional_columns"] = passed_on
         before, rows_to_fetch = len(shards.published()), shards.listed.kept
@@ -73,6 +78,17 @@ def download(args: argparse.Namespace, part: Slice) -> None:
     new = len(shards.numbers) - before
     speed = f", {new} of them now, {rows_to_fetch / seconds:.0f} img/s" if new and not before else ""
     print(f"{part.out}: slice {part.number}/{part.slices} is done, {len(shards.numbers)} shards{speed}")
+    if shards.kept:
+        print(
+            f"{part.out}: {len(shards.kept)} shards stay as they were, because fewer of their pictures came this time; "
+            "run the same command to try again"
+        )
+
+
+def _repeat_refused(shards: SliceShards, limits: Limits) -> None:
+    """Lets shards be made again that have pictures at addresses which the options forbade then and permit now."""
+    if count := shards.repeat(partial(may_connect_now, allow=limits.allow, refuse=limits.refuse)):
+        print(f"{shards.part.out}: {count} shards are made again: they have pictures whose addresses are now permitted")
 
 
 def _write_done(shards: SliceShards, counts: Counter[str]) -> None:
@@ -125,7 +141,13 @@ def _write_step(out: Path, name: str, done: list[dict], settings: dict[str, Any]
 
 def _describe_drops(dropped: dict[str, int]) -> str:
     reasons = [f"{reason} {count:,}" for reason, count in Counter(dropped).most_common()]
-    return "dropped: " + (", ".join(reasons) or "none")
+    text = "dropped: " + (", ".join(reasons) or "none")
+    if dropped.get(NOT_PUBLIC):
+        text += (
+            f"; to fetch from addresses that are not public, as of a mirror in your intranet ({NOT_PUBLIC}), run the "
+            "same command with --allow-address NETWORK"
+        )
+    return text
 
 
 def carry_steps(lists: list[Path], out: Path) -> None:
@@ -178,7 +200,9 @@ def _arguments(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _limits(args: argparse.Namespace) -> Limits:
-    return Limits(args.max_bytes, args.deadline, args.max_redirects, tuple(args.allow_address))
+    return Limits(
+        args.max_bytes, args.deadline, args.max_redirects, tuple(args.allow_address), tuple(args.refuse_address)
+    )
 
 
 def _slice(text: str) -> tuple[int, int]:
@@ -230,7 +254,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-bytes", type=int, default=20 * 2**20, metavar="N", help="of one picture (%(default)s)")
     add("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="by the picture's header (%(default)s)")
     add("--max-redirects", type=int, default=5, metavar="N", help="(%(default)s)")
-    add("--allow-address", action="append", default=[], metavar="NETWORK", help="allow it though it is not public")
+    allow, refuse = "allow it though it is not public, such as 10.1.0.0/16", "refuse it, even where it is allowed"
+    add("--allow-address", action="append", default=[], metavar="NETWORK", help=f"{allow}; may be repeated")
+    add("--refuse-address", action="append", default=[], metavar="NETWORK", help=f"{refuse}; may be repeated")
     add("--user-agent-token", metavar="WORD", help="your name in User-Agent and X-Robots-Tag")
     return parser
 

@@ -8,7 +8,6 @@ needs no thread and no second request per picture. Standard library only: it run
 from __future__ import annotations
 
 import http.client
-import ipaddress
 import socket
 import ssl
 import time
@@ -19,19 +18,13 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+from data_tools.fetch.addresses import NOT_PUBLIC, check_networks, why_not
 
-_GLOBAL_V6 = ipaddress.ip_network("2000::/3")
-# Inside 2000::/3, but special (IANA's registry): protocol assignments with Teredo, documentation, 6to4.
-_SPECIAL_V6 = tuple(map(ipaddress.ip_network, ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")))
-# is_global is True for these in some Python versions: protocol assignments, 6to4 relays.
-_SPECIAL_V4 = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24")))
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # how an IPv6-only network reaches IPv4
 # A progressive JPEG has about ten scans. Thousands would each cost a pass over all its pixels.
 MAX_SCANS = 100
 _JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"
 _READ = 2**16
+_ADDRESSES = 16  # of a host, in a message
 
 
 class Refused(OSError):
@@ -49,6 +42,7 @@ class Limits:
     deadline: float = 30.0  # seconds, including redirects
     max_redirects: int = 5
     allow: tuple[str, ...] = ()  # networks that are allowed though they are not public
+    refuse: tuple[str, ...] = ()  # networks that are refused, even where `allow` has them
 
     def __post_init__(self) -> None:
         for name, least in (("max_bytes", 1), ("deadline", 0.01), ("max_redirects", 0)):
@@ -56,31 +50,8 @@ class Limits:
                 raise ValueError(
                     f"--{name.replace('_', '-')}={getattr(self, name)} is below {least}; use {least} or more"
                 )
-        for network in self.allow:
-            try:
-                ipaddress.ip_network(network)
-            except ValueError as error:
-                raise ValueError(f"--allow-address={network}: {error}; write 10.1.0.0/16 or ::1/128") from None
-
-
-@lru_cache(65_536)
-def may_connect(address: str, allow: tuple[str, ...] = ()) -> bool:
-    """Whether a numeric address is public, or in one of the networks `allow`."""
-    try:
-        ip: Address = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    if isinstance(ip, ipaddress.IPv6Address):
-        ip = ip.ipv4_mapped or ip
-    return any(ip in network for network in map(ipaddress.ip_network, allow)) or _is_public(ip)
-
-
-def _is_public(ip: Address) -> bool:
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip in _NAT64:
-            return _is_public(ipaddress.IPv4Address(ip.packed[12:]))
-        return ip in _GLOBAL_V6 and not any(ip in network for network in _SPECIAL_V6)
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved and not any(ip in net for net in _SPECIAL_V4)
+        check_networks("--allow-address", self.allow)
+        check_networks("--refuse-address", self.refuse)
 
 
 class _Deadline:
@@ -125,13 +96,13 @@ class _TlsSocket(_Timed, ssl.SSLSocket):
     pass
 
 
-def _connect(host: str, port: int, deadline: _Deadline, allow: tuple[str, ...]) -> _Socket:
+def _connect(host: str, port: int, deadline: _Deadline, limits: Limits) -> _Socket:
     """Connects to one of the host's addresses. The name is looked up once, so the checked address is the one used."""
     failure: OSError | None = None
-    refused = ""
+    refused: dict[str, str] = {}  # address -> reason
     for family, kind, protocol, _, place in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        if not may_connect(str(place[0]), allow):
-            refused = refused or str(place[0])
+        if reason := why_not(str(place[0]), limits.allow, limits.refuse):
+            refused[str(place[0])] = reason
             continue
         sock = _Socket(family, kind, protocol)
         sock.deadline = deadline
@@ -145,7 +116,8 @@ def _connect(host: str, port: int, deadline: _Deadline, allow: tuple[str, ...]) 
             failure = error
             if isinstance(error, Refused):
                 break
-    raise failure or Refused("not_public_address", refused)
+    # All addresses: when the options change, they say which rows to try again.
+    raise failure or Refused(next(iter(refused.values()), NOT_PUBLIC), ",".join([*refused][:_ADDRESSES]))
 
 
 class _Response(http.client.HTTPResponse):
@@ -181,7 +153,7 @@ class _Connection(http.client.HTTPConnection):
         self.response_class = partial(_response, limits.max_bytes)  # type: ignore[assignment]
 
     def connect(self) -> None:
-        self.sock = _connect(self.host, self.port, self.deadline, self.limits.allow)
+        self.sock = _connect(self.host, self.port, self.deadline, self.limits)
 
 
 class _TlsConnection(_Connection):

@@ -145,7 +145,7 @@ def _watch_workers() -> None:
 def run(settings: dict[str, Any]) -> None:
     """Runs img2dataset.download with the arguments `img2dataset`, on the shards from number `first` on that are not in
     `done`, guarded by `limits` and `max_pixels`."""
-    limits = Limits(**settings["limits"] | {"allow": tuple(settings["limits"]["allow"])})
+    limits = Limits(**settings["limits"] | {name: tuple(settings["limits"][name]) for name in ("allow", "refuse")})
     main: Any = importlib.import_module("img2dataset.main")  # img2dataset.main is a function of that name
     main.Downloader = partial(_downloader, limits, settings["max_pixels"])
     main.Reader = partial(_reader, settings["first"], settings["done"])

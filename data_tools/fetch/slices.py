@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,9 @@ class SliceShards:
 
     part: Slice
     listed: ListedRows
+    # Shards in DIR that are made again. Until the new one is whole, the old one stays; `kept`: it was better.
+    repeated: set[int] = field(default_factory=set)
+    kept: set[int] = field(default_factory=set)
 
     @property
     def numbers(self) -> range:
@@ -93,7 +96,16 @@ class SliceShards:
 
     def published(self) -> list[int]:
         endings = (".tar", ".parquet", "_stats.json")
-        return [shard for shard in self.numbers if all(self.path(shard, ending).exists() for ending in endings)]
+        whole = (shard for shard in self.numbers if all(self.path(shard, ending).exists() for ending in endings))
+        return [shard for shard in whole if shard not in self.repeated]
+
+    def repeat(self, wanted: Callable[[str | None], bool]) -> int:
+        """Lets the published shards be made again that have a row whose error message is `wanted`. -> their number."""
+        for shard in self.published():
+            table = pq.read_table(self.path(shard, ".parquet"), columns=["error_message"], partitioning=None)
+            if any(map(wanted, table["error_message"].unique().to_pylist())):
+                self.repeated.add(shard)
+        return len(self.repeated)
 
     def missing(self) -> list[int]:
         return sorted({*self.numbers} - {*self.published()})
@@ -104,13 +116,14 @@ class SliceShards:
 
     def remove_incomplete(self) -> None:
         """Removes the remaining files of missing shards: `publish` was interrupted, or a user removed a file."""
-        for shard in self.missing():
+        for shard in {*self.missing()} - self.repeated:
             for ending in ("_stats.json", ".parquet", ".tar", ".idx"):
                 self.path(shard, ending).unlink(missing_ok=True)
 
     def publish(self, attempt: Path) -> Counter[str]:
         """Moves the finished shards of an attempt to DIR, each with its _stats.json last. A shard with missing rows is
-        not moved, so it is made again. -> the outcome of the rows of the moved shards."""
+        not moved, so it is made again; nor is a repeated one with fewer pictures than before. -> the outcome of the
+        rows of these shards."""
         counts: Counter[str] = Counter()
         for stats in sorted(attempt.glob("*_stats.json")):
             shard = int(stats.name.removesuffix("_stats.json"))
@@ -122,6 +135,14 @@ class SliceShards:
                 continue
             if rows.total() != self.rows_of(shard):
                 continue
+            if shard in self.repeated:
+                self.repeated.discard(shard)
+                before = account(self.path(shard, ".parquet"))
+                if rows[SUCCESS] < before[SUCCESS]:  # servers that are down, or gone since
+                    self.kept.add(shard)
+                    stats.unlink()
+                    counts += before
+                    continue
             for ending in (".tar", ".parquet", "_stats.json"):
                 if (source := self.path(shard, ending, attempt)).exists():
                     move(source, self.path(shard, ending))

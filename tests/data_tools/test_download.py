@@ -101,6 +101,30 @@ def test_good_pictures_are_what_img2dataset_alone_writes(server, tmp_path):
     assert len(pictures[0]) == 2 * len(kinds) and pictures[0] == pictures[1]
 
 
+@pytest.mark.slow
+def test_refused_rows_are_tried_again_when_the_options_allow_them(server, tmp_path, capsys):
+    """As with a mirror in an intranet: at first the guard refuses it."""
+    rows = write_rows(tmp_path / "list.parquet", server, ["jpg", "private", "not_found", "jpg", "private", "private"])
+    out, guard = tmp_path / "out", QUICK.index("--allow-address")
+    line = [*command(rows, out, "--samples-per-shard", "3")]
+    closed = [word for word in line if word not in QUICK[guard : guard + 2]]
+    assert download.main(closed) == 2
+    error = capsys.readouterr().err
+    assert "none of 6 pictures could be downloaded" in error and "run the same command with --allow-address" in error
+    asked = len(server.requests)
+    assert download.main(line) == 0
+    said = capsys.readouterr().out
+    assert "2 shards are made again" in said and "2 of 6 pictures" in said
+    assert "not_public_address 3, http_404 1; to fetch from addresses that are not public" in said
+    assert outcomes(out) == dict(
+        enumerate(["success", "not_public_address", "http_404", "success", *["not_public_address"] * 2])
+    )
+    assert load_manifest(str(out)).samples == 2 and len(server.requests) == asked + 3
+    # Nothing is asked again: the other rows' addresses are still refused.
+    assert download.main([*line, "--refuse-address", "127.0.0.1/32"]) == 0
+    assert len(server.requests) == asked + 3
+
+
 def start(rows: Path, out: Path, *more: str) -> subprocess.Popen:
     line = [sys.executable, "-m", "data_tools.download", *command(rows, out, *more)]
     # As from a terminal: tests in the background may ignore Ctrl-C, and their children inherit that.

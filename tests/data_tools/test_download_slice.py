@@ -22,14 +22,21 @@ def a_list(path: Path, count: int) -> Path:
     return path
 
 
-def finished(directory: Path, shard: int, rows: int, stats: str | None = None) -> None:
-    """Writes a shard like img2dataset's."""
+def finished(
+    directory: Path,
+    shard: int,
+    rows: int,
+    stats: str | None = None,
+    errors: list[str | None] | None = None,
+    tar: bytes = b"a tar",
+) -> None:
+    """Writes a shard like img2dataset's; by default every other row is an error."""
     directory.mkdir(parents=True, exist_ok=True)
-    statuses = ["success", "failed_to_download"] * rows
-    errors = [None, "HTTP Error 404: Not Found"] * rows
-    table = pa.table({"status": statuses[:rows], "error_message": pa.array(errors[:rows], pa.string())})
+    errors = errors or ([None, "HTTP Error 404: Not Found"] * rows)[:rows]
+    statuses = ["failed_to_download" if error else "success" for error in errors]
+    table = pa.table({"status": statuses, "error_message": pa.array(errors, pa.string())})
     pq.write_table(table, directory / f"{shard:05d}.parquet")
-    (directory / f"{shard:05d}.tar").write_bytes(b"a tar")
+    (directory / f"{shard:05d}.tar").write_bytes(tar)
     (directory / f"{shard:05d}_stats.json").write_text(json.dumps({"count": rows}) if stats is None else stats)
 
 
@@ -69,6 +76,24 @@ def test_only_whole_shards_are_published(tmp_path):
     assert shards.publish(attempt) == {"success": 7, "http_404": 7}
     assert shards.published() == [0, 4]
     assert sorted(path.name for path in tmp_path.glob("*.tar")) == ["00000.tar", "00004.tar"]
+
+
+@pytest.mark.parametrize(("pictures", "replaced"), [(5, True), (3, True), (2, False)])
+def test_a_shard_is_made_again_but_never_replaced_by_a_poorer_one(tmp_path, pictures, replaced):
+    attempt = tmp_path / "attempt"
+    shards = SliceShards(Slice(tmp_path, 0, 1, 6), ListedRows(rows=12, kept=12, dropped={}, first=0, digits=5))
+    finished(tmp_path, 0, 6)
+    finished(tmp_path, 1, 6, errors=[None] * 6)
+    assert shards.repeat(lambda message: bool(message)) == 1
+    assert shards.published() == [1] and shards.missing() == [0]
+    shards.remove_incomplete()
+    assert (tmp_path / "00000.tar").exists()  # until the new one is whole
+    finished(attempt, 0, 6, errors=[None] * pictures + ["HTTP Error 404: Not Found"] * (6 - pictures), tar=b"new")
+    counts = shards.publish(attempt)
+    assert counts["success"] == (pictures if replaced else 3) and counts.total() == 6
+    assert (tmp_path / "00000.tar").read_bytes() == (b"new" if replaced else b"a tar")
+    assert shards.published() == [0, 1] and shards.kept == (set() if replaced else {0})
+    assert not shards.publish(attempt)
 
 
 @pytest.mark.parametrize("moved", [1, 2])
@@ -114,6 +139,8 @@ def python(monkeypatch):
         (("--samples-per-shard", "1"), "--samples-per-shard=1 is below 2"),
         (("--max-bytes", "0"), "--max-bytes=0 is below 1"),
         (("--allow-address", "here"), "--allow-address=here"),
+        (("--refuse-address", "10.0.0.1/8"), "--refuse-address=10.0.0.1/8"),
+        (("--max-pixels", "1000000000"), "--max-pixels=1000000000 is above what is decoded"),
         (("--encode-quality", "101"), "--encode-quality=101 is above the maximum"),
         (("--max-aspect-ratio", "nan"), "--max-aspect-ratio=nan"),
     ],

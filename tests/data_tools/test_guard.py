@@ -16,7 +16,8 @@ from collections.abc import Iterator
 import pytest
 
 from data_tools.fetch import guarded_fetch
-from data_tools.fetch.guarded_fetch import Limits, Refused, may_connect, opener
+from data_tools.fetch.addresses import may_connect, may_connect_now, why_not
+from data_tools.fetch.guarded_fetch import Limits, Refused, opener
 from data_tools.fetch.reasons import OTHER, reason_of
 from tests.data_tools.hostile_server import ATTACKS, GOOD, KINDS, picture
 
@@ -78,6 +79,7 @@ def test_this_machine_is_not_public(server):
         *[(address, False) for address in ("192.0.0.8", "192.0.2.1", "198.18.0.1", "203.0.113.5", "240.0.0.1")],
         *[(address, False) for address in ("::", "::1", "fe80::1%eth0", "fc00::1", "ff02::1", "2001:db8::1")],
         *[(address, False) for address in ("::ffff:10.0.0.1", "::ffff:169.254.169.254", "64:ff9b::10.0.0.1")],
+        *[(address, False) for address in ("168.63.129.16", "::ffff:168.63.129.16", "64:ff9b::168.63.129.16")],
         *[(address, False) for address in ("2002:7f00:1::", "2001:0:7f00:1::", "::127.0.0.1", "nonsense", "")],
     ],
 )
@@ -89,6 +91,51 @@ def test_an_intranet_may_be_allowed():
     allow = ("10.1.0.0/16", "fd00::/8")
     assert may_connect("10.1.2.3", allow) and may_connect("::ffff:10.1.2.3", allow) and may_connect("fd00::5", allow)
     assert not may_connect("10.2.2.3", allow) and not may_connect("127.0.0.1", allow)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["20.1.2.3", "::ffff:20.1.2.3", "64:ff9b::20.1.2.3", "2002:1401:203::1", "2001:0:1:1::ebfe:fdfc", "2606:4700::1"],
+)
+def test_a_refused_network_wins_in_whatever_form_it_is_written(address):
+    """The inside of some clusters uses public numbers."""
+    refuse = ("20.0.0.0/8", "2606:4700::/32")
+    everything = ("0.0.0.0/0", "::/0")
+    assert may_connect(address, everything) and not may_connect(address, everything, refuse)
+    assert why_not(address, (), refuse) == "refused_address"
+    assert may_connect("21.1.2.3", (), refuse) and may_connect("2606:4701::1", (), refuse)
+
+
+def test_a_refused_address_is_not_asked(server):
+    before = len(server.requests)
+    assert refusal(server.url("jpg", 1), Limits(allow=HERE, refuse=("127.0.0.0/8",))) == "refused_address"
+    assert len(server.requests) == before
+
+
+@pytest.mark.parametrize(
+    ("message", "again"),
+    [
+        ("<urlopen error guard: not_public_address 10.1.2.3>", True),
+        ("guard: not_public_address 10.2.2.3", False),
+        ("guard: not_public_address 10.2.2.3,10.1.2.3", True),
+        ("<urlopen error guard: refused_address 10.1.2.3>", True),
+        ("<urlopen error guard: refused_address 20.1.2.3>", False),
+        ("guard: refused_address 8.8.8.8", True),
+        ("guard: not_public_address fe80::1%eth0,fd00::1", True),
+        ("guard: not_public_address", False),
+        ("guard: too_many_bytes 10", False),
+        ("HTTP Error 404: Not Found", False),
+        (None, False),
+    ],
+)
+def test_which_rows_may_be_tried_again(message, again):
+    assert may_connect_now(message, ("10.1.0.0/16", "fd00::/8"), ("20.0.0.0/8",)) == again
+
+
+def test_a_refusal_names_every_address(monkeypatch):
+    answered(monkeypatch, [["10.0.0.1", "127.0.0.1"]], OSError())
+    with pytest.raises(urllib.error.URLError, match=r"guard: not_public_address 10\.0\.0\.1,127\.0\.0\.1>"):
+        fetched("http://both.example/", Limits(deadline=5))
 
 
 def answered(monkeypatch, addresses: list[list[str]], error: OSError) -> tuple[list, list]:
@@ -174,6 +221,8 @@ def test_wrong_limits_are_one_sentence():
             Limits(**wrong)
     with pytest.raises(ValueError, match=r"--allow-address=10\.0\.0\.1/8: .*write 10\.1\.0\.0/16"):
         Limits(allow=("10.0.0.1/8",))
+    with pytest.raises(ValueError, match="--refuse-address=here: "):
+        Limits(refuse=("here",))
 
 
 def test_every_kind_has_a_name_and_unknown_words_are_other():
