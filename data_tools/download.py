@@ -5,10 +5,11 @@
 Runs img2dataset in an environment of its own (bash launch/env/download.sh makes it). After a kill, run the same command
 to continue. --slice I/N downloads the I-th (from 0) of N slices of the list into the same --out, on any machine; the
 slice that finishes last writes the manifest. Pictures are decoded as in training, and those that are encoded anew are
-upright, 8 bits deep and without transparency. Servers are untrusted: only http and https, only public addresses, limits
-on bytes, time, redirects and pixels. X-Robots-Tag is respected. To fetch from a mirror in an intranet, or from a
-cluster whose own machines have public addresses, --allow-address and --refuse-address name networks; the same command
-with other networks fetches the shards again that have pictures at addresses which are permitted only now.
+upright, 8 bits deep and without transparency. URLs are sent as browsers send them. Servers are untrusted: only http and
+https, only public addresses, limits on bytes, time, redirects and pixels. X-Robots-Tag is respected. To fetch from a
+mirror in an intranet, or from a cluster whose own machines have public addresses, --allow-address and --refuse-address
+name networks; the same command with other networks fetches the shards again that have pictures at addresses which are
+permitted only now.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from data_tools.fetch.addresses import NOT_PUBLIC, check_networks, why_not
+from data_tools.fetch.urls import as_browsers_send
 
 # A progressive JPEG has about ten scans. Thousands would each cost a pass over all its pixels.
 MAX_SCANS = 100
@@ -231,9 +232,20 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return new
 
 
+class _Opener(urllib.request.OpenerDirector):
+    """Opens URLs, those of redirects too, as browsers send them; http.client takes only ASCII without blanks."""
+
+    def open(self, fullurl, *args, **kwargs):
+        if isinstance(fullurl, str):
+            fullurl = urllib.request.Request(as_browsers_send(fullurl))
+        else:
+            fullurl.full_url = as_browsers_send(fullurl.full_url)
+        return super().open(fullurl, *args, **kwargs)
+
+
 def opener(limits: Limits) -> urllib.request.OpenerDirector:
     """urllib's opener without proxies, files, ftp and data: URLs; its connections obey `limits`."""
-    director = urllib.request.OpenerDirector()
+    director = _Opener()
     for handler in (
         _Handler(limits),
         _Redirects(limits.max_redirects),

@@ -42,6 +42,7 @@ _WORDS = (
     ("nonnumeric port", "bad_url"),
     ("invalid ipv6 url", "bad_url"),
     ("idna", "bad_url"),
+    ("no browser takes", "bad_url"),
     ("codec can't encode", "bad_url"),
     ("got more than", "bad_response"),
     ("badstatusline", "bad_response"),
