@@ -16,13 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_tools.fetch.urls import ascii_host
 from data_tools.lists.caption_rules import JUNK
 from data_tools.lists.languages import UNKNOWN, detector, language_code
 
 _MOST_WORDS = 500  # RE2, the engine below, allows up to 1000 repetitions
 _DETAIL = 200  # characters of a value in a drop's detail
 # The server's name, after an optional user name, which might imitate one.
-_HOST = r"^(?i:https?)://(?:[^/?#\\@]*@)?(?P<host>[^/?#\\:@]+)"
+_HOST = r"^(?i:https?)://(?:[^/?#\\@]*@)?(?P<host>[^/?#\\:@\s]+)"
 # Scripts without blanks between words: each character counts as a word.
 _SOLID_SCRIPTS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}"
 _WORD = rf"[{_SOLID_SCRIPTS}]|[^\s{_SOLID_SCRIPTS}]+"
@@ -135,8 +136,9 @@ def _caption_filters(s: ListSettings, columns: Sequence[str]) -> list[Filter]:
 
 
 def bad_url(batch: pa.RecordBatch) -> np.ndarray:
-    """URLs that are not http(s)://SERVER..., or contain white space."""
-    return ~_true(pc.match_substring_regex(batch["url"], _HOST + r"\S*$"))
+    """URLs that are not http(s)://SERVER..., or have white space in the server's name. Blanks after it are common, and
+    the download encodes them as browsers do; no URL has a line break or a tab."""
+    return ~_true(pc.match_substring_regex(batch["url"], _HOST + r"(?:[/?#\\:][\S ]*)?$"))
 
 
 def caption_too_long(batch: pa.RecordBatch, most: int) -> np.ndarray:
@@ -177,13 +179,22 @@ def extreme_aspect(batch: pa.RecordBatch, most: float) -> np.ndarray:
 def blocked_domain(batch: pa.RecordBatch, domains: frozenset[str]) -> np.ndarray:
     """The server is one of `domains` (lower case) or a subdomain: "b.c" blocks b.c and a.b.c, but not ab.c."""
     hosts = hosts_of(batch["url"]).dictionary_encode()
-    blocked = np.array([is_below(host or "", domains) for host in hosts.dictionary.to_pylist()] + [False])
+    names = frozenset(map(_as_asked, domains))
+    blocked = np.array([is_below(_as_asked(host or ""), names) for host in hosts.dictionary.to_pylist()] + [False])
     return blocked[pc.fill_null(hosts.indices, len(blocked) - 1).to_numpy(zero_copy_only=False)]
 
 
 def is_below(host: str, domains: frozenset[str]) -> bool:
     parts = host.split(".")
     return any(".".join(parts[i:]) in domains for i in range(len(parts)))
+
+
+def _as_asked(host: str) -> str:
+    """The name by which the download asks for a server: bücher.example and b%C3%BCcher.example are one."""
+    try:
+        return host if host.isascii() and "%" not in host else ascii_host(host)
+    except ValueError:  # it will not be asked for
+        return host
 
 
 def hosts_of(urls: pa.Array) -> pa.Array:

@@ -92,12 +92,22 @@ def test_urls_without_a_server_are_bad():
         "http:///x.jpg",
         "a.example/b",
     ]
-    bad += ["http://a.example/b c.jpg", "gopher://a", "javascript:x", "http://a\\b@c"[:9] + " x"]
+    bad += [
+        "http://a.example/b\nc.jpg",
+        "http://a b/",
+        "http://a.example x/c",
+        "http://a .example",
+        "gopher://a",
+        "javascript:x",
+        "http://a\\b@c"[:9] + " x",
+    ]
     good = [
         "http://a.example",
         "HTTPS://A.example:8080/b?c=d#e",
         "http://user@a.example/b",
         "http://bücher.example/ü.jpg",
+        "http://a.example/b c.jpg",
+        "http://a.example:80/b?c d",
     ]
     assert bad_url(batch(url=bad + good)).tolist() == [True] * len(bad) + [False] * len(good)
 
@@ -107,6 +117,9 @@ def test_a_domain_blocks_its_subdomains_and_not_similar_names():
     urls += ["http://b.example@c.example/x", "http://c.example/b.example", "http://b.example./x", "no url"]
     blocked = blocked_domain(batch(url=urls), frozenset({"b.example"}))
     assert blocked.tolist() == [True, True, False, False, False, False, True, False]
+    unicode = ["http://bücher.example/x", "http://a.b%C3%BCcher.example/x", "http://xn--bcher-kva.example/x"]
+    for name in ("bücher.example", "xn--bcher-kva.example"):
+        assert blocked_domain(batch(url=[*unicode, "http://bucher.example/x"]), frozenset({name})).sum() == 3
     assert hosts_of(pa.array(urls)).to_pylist()[:2] == ["b.example", "a.b.example"]
 
 
