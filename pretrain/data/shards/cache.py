@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,6 +34,7 @@ MOST_BYTES = GIB
 # Evicting a file that was read this recently means that the cache is smaller than the set of shards in use.
 _RECENT_S = 60.0
 _GROWING = (WRITING, ".tmp")  # .tmp: of an earlier version
+_FAILED = ".failed"  # holds the message of the last failed download
 
 
 def fetch(url: str, limit: int) -> bytes:
@@ -85,17 +86,24 @@ class ShardCache:
         return self.directory / (hashlib.sha256(f"{stamp} {url}".encode()).hexdigest()[:40] + ".shard")
 
     def _download(self, url: str, path: Path, size: int | None) -> None:
-        temporary = beside(path)
+        temporary, failed, start = beside(path), path.with_suffix(_FAILED), time.time()
         with _locked(temporary) as file:
             if path.exists():  # another process was faster
                 temporary.unlink()
                 return
+            if why := _failure_since(start, failed):
+                temporary.unlink()
+                raise ShardError(why)
             try:
                 self._reserve(file, temporary, size or 0)
                 _copy(url, file, size)
                 file.flush()
                 move(temporary, path)
+                failed.unlink(missing_ok=True)
             except BaseException as error:
+                if isinstance(error, ShardError):
+                    with suppress(OSError):
+                        failed.write_text(str(error))
                 temporary.unlink(missing_ok=True)
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     text = f"no space left for {redact(url)}; free some space or lower loading.cache_gib"
@@ -154,6 +162,15 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
                 return
         finally:
             file.close()
+
+
+def _failure_since(start: float, failed: Path) -> str:
+    """Why another process failed to fetch the file while this one waited for it; "": none did. Otherwise each of many
+    workers would wait for a server that stalls, one after the other."""
+    with suppress(FileNotFoundError):
+        if failed.stat().st_mtime > start:
+            return failed.read_text()
+    return ""
 
 
 def _remove_orphan(path: str) -> bool:

@@ -87,6 +87,25 @@ def test_a_server_that_stalls_in_the_middle_ends_in_a_sentence(serve, tmp_path, 
     assert not list(tmp_path.glob("*.shard")) and not list(tmp_path.glob(".*"))
 
 
+def test_processes_that_wait_for_one_shard_share_its_failure(serve, tmp_path):
+    """Otherwise eight workers would wait for eight times as long."""
+    address, asked = serve(stalls)
+    caches = [ShardCache(tmp_path, 1.0) for _ in range(4)]
+    errors: list[str] = []
+
+    def fetch_it(cache: ShardCache) -> None:
+        errors.append(refused(lambda: cache.open(f"http://{address}/00000.tar", 1_000_000)))
+
+    threads = [threading.Thread(target=fetch_it, args=(cache,)) for cache in caches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 4 and len(set(errors)) == 1 and len(asked) == cache_module.ATTEMPTS
+    refused(lambda: caches[0].open(f"http://{address}/00000.tar", 1_000_000))  # later it is tried again
+    assert len(asked) == 2 * cache_module.ATTEMPTS
+
+
 @pytest.mark.parametrize(
     "command", ["sleep 20", "printf half; sleep 20", "sleep 20 | cat", "(sleep 20 &)", "exec >&-; sleep 20"]
 )
