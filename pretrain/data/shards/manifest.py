@@ -33,7 +33,7 @@ _REMOTE_NAME = re.compile(r"[\w.,=+@~-]+", re.ASCII)
 
 
 class Shard(NamedTuple):
-    url: str  # a local path, or what webdataset's gopen understands
+    url: str  # a local path, or what transfer.py fetches
     samples: int
     bytes: int
     sha256: str = ""  # of the tar; "": indexed by an earlier version

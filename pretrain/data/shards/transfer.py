@@ -145,7 +145,7 @@ def _command(url: str) -> list[str] | None:
     from webdataset.gopen import gopen_schemes
 
     scheme = url.partition(":")[0].lower()
-    if scheme in os.environ.get("USE_AIS_FOR", "").split(":"):
+    if not is_remote(url) or scheme in os.environ.get("USE_AIS_FOR", "").split(":"):
         return None
     if scheme == "pipe":
         if getattr(utils, "enforce_security", False):
