@@ -181,7 +181,7 @@ def test_another_list_cannot_continue_in_the_same_place(tmp_path, capsys, python
     error = refusal(capsys, rows, out)
     if "img2dataset ended with code 1" not in error:
         pytest.skip("this environment has img2dataset")
-    assert "No module named 'img2dataset'" in error and "log.txt" in error
+    assert "No module named 'img2dataset'); bash launch/env/download.sh makes" in error and "log.txt" in error
     a_list(rows, 300)
     assert "was started with fingerprint=" in refusal(capsys, rows, out)
     a_list(rows, 3)

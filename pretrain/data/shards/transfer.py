@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 _CHUNK = 2**20
 # A transfer that brings less than RATE over STALL_S has stalled. Time in which we do not read does not count.
 STALL_S, RATE = 60.0, 64 * 2**10  # seconds, bytes per second
+_TICK_S = 1.0  # a wait counts at most so much at once: the job may have been suspended meanwhile
 _CURL = ("http", "https", "ftps", "sftp", "scp")
 # By its own limit curl also ends where we were killed in the middle of a transfer that stalls.
 _CURL_OPTIONS = "--globoff --fail --silent --show-error --no-buffer --location --connect-timeout 30"
@@ -97,8 +98,8 @@ def _read(fd: int, url: str) -> Iterator[bytes]:
     waited, got = 0.0, 0  # since the transfer was last known to go on
     while True:
         start = time.monotonic()
-        ready = poll.poll(1000 * max(STALL_S - waited, 0))
-        waited += time.monotonic() - start
+        ready = poll.poll(1000 * _TICK_S)
+        waited += min(time.monotonic() - start, _TICK_S)
         data = os.read(fd, _CHUNK) if ready else None
         if data == b"":
             return

@@ -27,6 +27,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(cache_module, "PAUSE_S", 0.0)
     monkeypatch.setattr(cache_module, "ATTEMPTS", 2)
     monkeypatch.setattr(transfer, "STALL_S", 0.8)  # it takes curl some of it to start
+    monkeypatch.setattr(transfer, "_TICK_S", 0.2)
 
 
 @pytest.fixture
@@ -135,6 +136,12 @@ def test_a_slow_disk_is_no_stall(tmp_path, monkeypatch):
         parts.append(part)
         time.sleep(0.3)
     assert b"".join(parts) == bytes(300_000)
+
+
+def test_a_suspended_job_is_no_stall(monkeypatch):
+    clock = iter(range(0, 10**9, 3600))  # an hour passes with each look
+    monkeypatch.setattr(transfer.time, "monotonic", lambda: next(clock))
+    assert b"".join(transfer.chunks("pipe:printf a; printf b")) == b"ab"
 
 
 @pytest.mark.parametrize(
