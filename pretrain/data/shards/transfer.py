@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 _CHUNK = 2**20
 # A transfer that brings less than RATE over STALL_S has stalled. Time in which we do not read does not count.
@@ -40,8 +39,9 @@ _CURL_CODES = {
 }
 _BUSY = (408, 425, 429)  # the HTTP errors below 500 that pass by themselves
 _CLOSED_EARLY = 141  # a shell's, with pipefail, where the reader of a pipe has what it wants
-_WORD = re.compile(r"[^\s'\"]+")
-_FILE = re.compile(r"(.*/)?[\w.,+@~{}\[\]*?-]+\.[a-z0-9_]{1,12}|.*/")
+_WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""")  # of a command, with its quoted parts
+_FILE = re.compile(r"([\w.,+@~{}/-]*/)?[\w.,+@~{}*-]+\.[a-z0-9_]{1,12}|[\w.,+@~{}/-]*/")
+_PASSWORD_WITH_SLASH = re.compile(r"[^/?#@]*:[^/?#@\d\]][^/?#@]*/.*@")
 
 
 class ShardError(ValueError):
@@ -60,17 +60,17 @@ def redact(url: str) -> str:
     """The URL without user, password and query, which may be secrets; of a pipe: only its program and file. For
     messages."""
     if url.startswith("pipe:"):
-        program, *words = [*(word for word in _WORD.findall(url[len("pipe:") :]) if "=" not in word.split("/")[0]), ""]
+        words = [word.strip("'\"") for word in _WORD.findall(url[len("pipe:") :]) if "=" not in word.split("/")[0]]
+        program, *words = [*words, ""]
         files = [redact(word) for word in words if is_remote(word)] or [word for word in words if _FILE.fullmatch(word)]
         return " ... ".join([f"pipe:{program}", *files[-1:]])
     if not is_remote(url):
         return url
     scheme, _, rest = url.partition("://")
-    try:
-        parts = urlsplit(url)
-        return f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    except ValueError:  # a bracket in the host
-        return f"{scheme}://{re.split('[?#]', rest)[0].rpartition('@')[2]}"
+    if _PASSWORD_WITH_SLASH.match(rest):
+        rest = rest.rpartition("@")[2]
+    place, slash, path = re.split("[?#]", rest)[0].partition("/")
+    return f"{scheme}://{place.rpartition('@')[2]}{slash}{path}"
 
 
 class _Source(NamedTuple):

@@ -199,10 +199,30 @@ def test_webdatasets_own_rules_hold(tmp_path, monkeypatch):
     assert fetch("ais://bucket/a.tar", 100) == b"get ais://bucket/a.tar -\n"
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:hunter2@h/a.tar#t0k3n",
+        "https://me:hunter2/5iGn4tUr3@h/a.tar?t0k3n",
+        "https://me:hunter2@[::1]:80/a.tar?a/b@c=t0k3n",
+        "pipe:TOKEN='5iGn4tUr3 t0k3n' curl -H \"X: t0k3n/5iGn4tUr3.abc\" h/a.tar?t0k3n.abc",
+        "pipe:curl https://h/a.tar\\?X-Amz-Signature=5iGn4tUr3 -H 'Authorization: Bearer t0k3n'",
+        "pipe:curl -u me:hunter2 https://h/a.tar -H Authorization:5iGn4tUr3.t0k3n_5iGn4tUr3",
+        "pipe:http_proxy=http://me:hunter2@proxy/ wget -qO- https://h/a.tar",
+        "pipe:sh -c 'curl -u me:hunter2 https://h/a.tar?t0k3n'",
+    ],
+)
+def test_secrets_are_not_shown(url):
+    assert not [secret for secret in SECRETS if secret in redact(url)], redact(url)
+
+
 def test_of_a_pipe_its_program_and_its_file_are_shown():
     assert redact("pipe:cat /data/00000.tar") == "pipe:cat ... /data/00000.tar"
     assert redact("pipe:aws s3 cp s3://bucket/a/{0..9}.tar - | zstd -d") == "pipe:aws ... s3://bucket/a/{0..9}.tar"
     assert redact("pipe:curl 'https://h/a/") == "pipe:curl ... https://h/a/"
+    assert redact("pipe:TOKEN=x wget -qO- 'https://h/a.tar?t'") == "pipe:wget ... https://h/a.tar"
+    assert redact("https://h:8000/a@b/00000.tar?t") == "https://h:8000/a@b/00000.tar"
+    assert redact("https://[::1]/a.tar") == "https://[::1]/a.tar"
     assert redact("pipe:") == "pipe:" and redact("/data/00000.tar") == "/data/00000.tar"
 
 
