@@ -102,8 +102,8 @@ class SliceShards:
     def repeat(self, wanted: Callable[[str | None], bool]) -> int:
         """Lets the published shards be made again that have a row whose error message is `wanted`. -> their number."""
         for shard in self.published():
-            table = pq.read_table(self.path(shard, ".parquet"), columns=["error_message"], partitioning=None)
-            if any(map(wanted, table["error_message"].unique().to_pylist())):
+            messages = _read_columns(self.path(shard, ".parquet"), "error_message")["error_message"]
+            if any(map(wanted, messages.unique().to_pylist())):
                 self.repeated.add(shard)
         return len(self.repeated)
 
@@ -210,12 +210,16 @@ def owned_slice(part: Slice, plan: dict[str, Any]) -> AbstractContextManager:
 
 def account(parquet: Path) -> Counter[str]:
     """The outcome of a shard's rows: success, or the reason. Raises ValueError for an incomplete file."""
-    try:
-        table = pq.read_table(parquet, columns=["status", "error_message"], partitioning=None)
-    except (pa.ArrowInvalid, pa.ArrowKeyError, OSError) as error:
-        raise ValueError(f"cannot read {parquet} ({str(error).splitlines()[0]})") from None
+    table = _read_columns(parquet, "status", "error_message")
     counts: Counter[str] = Counter()
     for group in table.group_by(["status", "error_message"]).aggregate([([], "count_all")]).to_pylist():
         reason = SUCCESS if group["status"] == SUCCESS else reason_of(group["error_message"] or "no message")
         counts[reason] += group["count_all"]
     return counts
+
+
+def _read_columns(parquet: Path, *columns: str) -> pa.Table:
+    try:
+        return pq.read_table(parquet, columns=list(columns), partitioning=None).select(columns)
+    except (pa.ArrowInvalid, pa.ArrowKeyError, KeyError, OSError) as error:
+        raise ValueError(f"cannot read {parquet} ({str(error).splitlines()[0]})") from None

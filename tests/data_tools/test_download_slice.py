@@ -112,6 +112,12 @@ def test_a_damaged_table_is_named(tmp_path):
     (tmp_path / "00000.parquet").write_text("no table")
     with pytest.raises(ValueError, match=r"cannot read .*00000\.parquet"):
         account(tmp_path / "00000.parquet")
+    shards = SliceShards(Slice(tmp_path, 0, 1, 6), ListedRows(rows=6, kept=6, dropped={}, first=0, digits=5))
+    finished(tmp_path, 0, 6)
+    for columns in ({"status": ["success"] * 6}, {"x": [1]}):
+        pq.write_table(pa.table(columns), tmp_path / "00000.parquet")
+        with pytest.raises(ValueError, match=r"cannot read .*00000\.parquet"):
+            shards.repeat(bool)
 
 
 def test_a_slice_belongs_to_one_process(tmp_path):
