@@ -32,7 +32,9 @@ from data_tools.fetch.guarded_fetch import Limits
 from data_tools.fetch.reasons import SUCCESS
 from data_tools.fetch.run_img2dataset import ROOT, Run, download_slice
 from data_tools.fetch.slices import WORK, Slice, SliceShards, owned_slice, write_list
-from data_tools.lists.reading import EXTRA, PRESETS, fingerprint, open_list
+from data_tools.lists.columns import EXTRA
+from data_tools.lists.reading import CAPTIONS, PRESETS, fingerprint, open_list
+from data_tools.shards.step_table import describe_drops
 from data_tools.shards.steps import STEPS, Step, write_step
 from pretrain.command import add_workers, make_parser, run
 from pretrain.data.decoding import MAX_PIXELS
@@ -40,8 +42,8 @@ from pretrain.data.shards.indexing import index_directory
 from pretrain.files import write_file, write_json
 
 # img2dataset writes its own width and height.
-_OF_LIST = ("list", "fingerprint", "preset", "url_col", "caption_col")
-_PASSED_ON = ("row", *(name for name in EXTRA if name not in ("width", "height")))
+_OF_LIST = ("list", "fingerprint", "preset", "url_col", "caption_col", "captions")
+_PASSED_ON = ("row", CAPTIONS, *(name for name in EXTRA if name not in ("width", "height")))
 
 
 def find_python() -> str:
@@ -64,11 +66,13 @@ def find_python() -> str:
 def download(args: argparse.Namespace, part: Slice) -> None:
     """Downloads the slice `part` and writes the outcome of its rows to its done.json."""
     run = Run(find_python(), _arguments(args), _limits(args), args.max_pixels, args.stall_seconds)
-    rows = open_list(args.list, args.preset, args.url_col, args.caption_col)
+    rows = open_list(args.list, args.preset, args.url_col, args.caption_col, args.captions)
     with owned_slice(part, _plan(args, part)):
         start = time.monotonic()
         shards = write_list(rows, part)
         _repeat_refused(shards, run.limits)
+        if rows.first_bad_row:
+            print(f"note: {rows.dropped['bad_row']:,} rows cannot be read, the first of {rows.first_bad_row}")
         passed_on = [name for name in rows.columns if name in _PASSED_ON]
         run.img2dataset["save_additional_columns"] = passed_on
         before, rows_to_fetch = len(shards.published()), shards.listed.kept
@@ -116,18 +120,24 @@ def merge(out: Path, workers: int = 1) -> list[int]:
     if missing := [part.number for part in parts if not part.done.exists()]:
         return missing
     done = [json.loads(part.done.read_bytes()) for part in parts]
-    _write_step(out, "list", done, {name: plan[name] for name in _OF_LIST}, plan["list"])
+    listed = _write_step(out, "list", done, {name: plan.get(name) for name in _OF_LIST}, plan["list"])
     rest = {name: value for name, value in plan.items() if name not in _OF_LIST}
     result = _write_step(out, "download", done, rest, plan["list"])
+    if not listed.kept:
+        raise ValueError(
+            f"--list={plan['list'][0]}: all {listed.rows:,} rows are dropped ({describe_drops(listed.dropped)}); check "
+            "its columns"
+        )
+    dropped = _describe_drops(result.dropped)
     if not result.kept:
         raise ValueError(
-            f"--out={out}: none of {result.rows:,} pictures could be downloaded ({_describe_drops(result.dropped)}); "
-            "check the list and the network"
+            f"--out={out}: none of {result.rows:,} pictures could be downloaded ({dropped}); check the list and the "
+            "network"
         )
     indexed = index_directory(out, workers)
     print(
         f"{out}: {result.kept:,} of {result.rows:,} pictures ({100 * result.kept / result.rows:.1f} %) in "
-        f"{len(indexed.manifest.shards):,} shards; {_describe_drops(result.dropped)}"
+        f"{len(indexed.manifest.shards):,} shards; {dropped}"
     )
     return []
 
@@ -141,8 +151,8 @@ def _write_step(out: Path, name: str, done: list[dict], settings: dict[str, Any]
 
 
 def _describe_drops(dropped: dict[str, int]) -> str:
-    reasons = [f"{reason} {count:,}" for reason, count in Counter(dropped).most_common()]
-    text = "dropped: " + (", ".join(reasons) or "none")
+    """Of the whole download, with the way out where the guard refused addresses."""
+    text = f"dropped: {describe_drops(dropped)}"
     if dropped.get(NOT_PUBLIC):
         text += (
             f"; to fetch from addresses that are not public, as of a mirror in your intranet ({NOT_PUBLIC}), run the "
@@ -165,6 +175,7 @@ def _plan(args: argparse.Namespace, part: Slice) -> dict[str, Any]:
         "preset",
         "url_col",
         "caption_col",
+        "captions",
         "samples_per_shard",
         "image_size",
         "resize_mode",
@@ -226,6 +237,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--url-col", metavar="NAME", help="the column of the URLs, if the preset does not name it")
     add("--caption-col", metavar="NAME", help="the column of the captions")
+    several = "of a picture with several: the first, or all in the JSON of its sample (those that filter_list kept)"
+    add("--captions", choices=("first", "all"), help=several)
     add("--out", type=Path, required=True, metavar="OUT", help="the directory of 00000.tar, 00001.tar, ...")
     add("--slice", type=_slice, default=(0, 1), metavar="I/N", help="only the I-th (from 0) of N parts of the list")
     add("--merge", action="store_true", help="only write the manifest and the step records of all slices of --out")

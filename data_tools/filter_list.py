@@ -4,7 +4,9 @@
 
 writes clean/kept.parquet (the canonical columns), clean/dropped/kept.parquet (row, url, reason, detail) and
 clean/steps/filter_list.json (the thresholds, and the rows dropped for each reason). An --out that does not end in
-.parquet is a directory of many files. Each row counts once, under the first filter that drops it, in this order:
+.parquet is a directory of many files. A column of captions may have lists of them: the first usable one is the
+picture's caption, which the filters judge, and with --captions all the column captions keeps them all; they travel to
+the JSON of the picture's sample. Each row counts once, under the first filter that drops it, in this order:
 
     bad_row empty_url long_url long_caption not_utf8 nul_byte           always: such rows cannot be used
     empty_caption bad_url caption_too_long                              always
@@ -33,11 +35,13 @@ from typing import Any
 import pyarrow as pa
 from tqdm import tqdm
 
+from data_tools.inputs.text_stream import open_text
+from data_tools.lists.columns import EXTRA, REASONS
 from data_tools.lists.filters import Filter, ListSettings, describe_values, make_filters
 from data_tools.lists.parts import SCHEMA, Filtered, dropped_path, home, owned_parts, work_path
-from data_tools.lists.reading import EXTRA, PRESETS, REASONS, List, fingerprint, open_list
+from data_tools.lists.reading import CAPTIONS, PRESETS, List, fingerprint, open_list
 from data_tools.lists.url_set import UrlSet
-from data_tools.shards.step_table import step_table
+from data_tools.shards.step_table import describe_drops, step_table
 from data_tools.shards.steps import Step, read_steps, write_step
 from pretrain.command import make_parser, run
 
@@ -104,7 +108,7 @@ def filter_list(
 
 def schema_of(columns: Sequence[str]) -> pa.Schema:
     """The schema of a list's batches."""
-    kinds = {"row": pa.int64(), "url": pa.string(), "caption": pa.string(), **EXTRA}
+    kinds = {"row": pa.int64(), "url": pa.string(), "caption": pa.string(), CAPTIONS: pa.list_(pa.string()), **EXTRA}
     return pa.schema([(name, kinds[name]) for name in columns])
 
 
@@ -112,7 +116,8 @@ def _read_batches(rows: List, first: int, stop: int) -> Iterator[tuple[pa.Record
     """(batch, the rows beside it that cannot be used)."""
     for batch, unusable in rows.batches_and_drops(BATCH, first, stop):
         blank = pa.array([""] * len(unusable))
-        lines = pa.RecordBatch.from_arrays([unusable["row"], blank, unusable["reason"], blank], schema=SCHEMA)
+        columns = [unusable["row"], blank, unusable["reason"], unusable["detail"]]
+        lines = pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
         yield batch, Filtered(batch.slice(0, 0), [lines], Counter(unusable["reason"].to_pylist()))
 
 
@@ -184,7 +189,9 @@ def _settings_in_use(settings: ListSettings) -> dict[str, Any]:
 def read_domains(path: Path) -> tuple[str, ...]:
     """The domains of a file, one per line, in lower case; # begins a comment. Raises ValueError for any other line."""
     domains = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    with open_text(path) as file:
+        lines = file.read().decode(errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
         domain = line.partition("#")[0].strip().lower().removeprefix("*.").strip(".")
         if not domain:
             continue
@@ -211,6 +218,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--preset", required=True, metavar="NAME", help=f"the kind of list: {presets}")
     add("--url-col", metavar="NAME", help="the column of the URLs, if no preset fits")
     add("--caption-col", metavar="NAME", help="the column of the captions, if no preset fits")
+    add(
+        "--captions",
+        choices=("first", "all"),
+        help="of a picture with several: only the first, or all (first)",
+    )
     add("--out", type=Path, required=True, help="FILE.parquet, or a directory for many files")
     add("--min-similarity", type=float, metavar="COSINE", help="of picture and caption, by the list's column")
     add("--max-punsafe", type=float, metavar="P", help="probability that a picture is unsafe, by the list's column")
@@ -250,12 +262,17 @@ def _run(args: argparse.Namespace) -> None:
         language=tuple(code.strip() for code in args.language.split(",") if code.strip()),
         blocked_domains=() if args.blocked_domains is None else read_domains(args.blocked_domains),
     )
-    rows = open_list(args.list, args.preset, args.url_col, args.caption_col)
-    read_as = {name: value for name in ("url_col", "caption_col") if (value := getattr(args, name))}
+    rows = open_list(args.list, args.preset, args.url_col, args.caption_col, args.captions)
+    read_as = {name: value for name in ("url_col", "caption_col", "captions") if (value := getattr(args, name))}
     inputs = [str(path) for path in args.list]
     step, new = filter_list(rows, settings, args.out, inputs, read_as=read_as, overwrite=args.overwrite)
     print(step_table(step))
     print(f"{args.out}: {'written' if new else 'complete already'}; {dropped_path(args.out)} lists the dropped rows")
+    if not step.kept:
+        raise ValueError(
+            f"--list={inputs[0]}: all {step.rows:,} rows are dropped ({describe_drops(step.dropped)}); "
+            f"{dropped_path(args.out)} says why, so check the columns and the thresholds"
+        )
 
 
 if __name__ == "__main__":

@@ -200,11 +200,13 @@ def _evaluation_sets(args: argparse.Namespace) -> list[EvaluationSet]:
             f"{name}: {one.pictures:,} pictures, {one.flat:,} of them too flat to compare more than their bytes, "
             f"{len(one.damaged):,} damaged; {len(one.captions):,} captions, {one.short:,} shorter ones are not compared"
             + (f"; {one.excluded:,} pictures of its training split are excluded" if one.excluded else "")
+            + (f"; {len(one.bad_rows):,} rows of its captions cannot be read" if one.bad_rows else "")
         )
-        for line in one.damaged[:_MAX_NAMED]:
-            print(f"damaged: {line}", file=sys.stderr)
-        if len(one.damaged) > _MAX_NAMED:
-            print(f"damaged: {len(one.damaged) - _MAX_NAMED} more", file=sys.stderr)
+        for what, lines in (("damaged", one.damaged), (f"--captions {captions.get(name)}", one.bad_rows)):
+            for line in lines[:_MAX_NAMED]:
+                print(f"{what}: {line}", file=sys.stderr)
+            if len(lines) > _MAX_NAMED:
+                print(f"{what}: {len(lines) - _MAX_NAMED} more", file=sys.stderr)
         sets.append(one)
     return sets
 

@@ -1,59 +1,75 @@
 """Reads files of URLs and captions as raw columns in batches: parquet, csv, tsv, jsonl, and whole JSON documents.
 
-Texts are the raw bytes of the file; data_tools.lists.reading decodes and checks them. A table has `columns`, `rows()`
-and `batches(columns, size, first)`; the column PROBLEM has the reason of a row that cannot be parsed.
+Texts are bytes that should be UTF-8; data_tools.lists.columns decodes and checks them. A table has `columns`, `rows()`
+and `batches(columns, size, first, texts)`; the column PROBLEM says why a row cannot be parsed. `texts`: the columns
+that must be texts, and whether a list of texts is one too.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-PROBLEM = "_problem"
-BAD_ROW = "bad_row"
-Row = tuple[Any, ...] | None  # None: it cannot be parsed
-_LINE = 2**20  # longer lines are truncated; such captions are too long anyway
-_ELEMENT = 2**26  # characters of one JSON element or one csv cell
+from data_tools.inputs import tables
+from data_tools.inputs.tables import BadRow
+from data_tools.inputs.text_stream import open_text
+from data_tools.lists.columns import PROBLEM, check_type
+
+Row = tuple[Any, ...] | BadRow
+_LINE = 2**26  # bytes of a line of JSON; longer ones are truncated
+_ELEMENT = 2**26  # characters of one JSON element
+_CELL = 2**17  # bytes; what is longer is too long for any use, and need not be whole for that
+_BATCH = 2**26  # bytes
 _CHUNK = 2**20
 _WHITE = " \t\r\n"
+_KINDS = {bool: "true or false", int: "a number", float: "a number", dict: "an object", list: "a list"}
+
+
+@contextmanager
+def arrow_errors(path: Path, what: str) -> Iterator[None]:
+    """Raises whatever pyarrow raises about a file as ValueError: PATH `what` (...)."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, OverflowError) as error:
+        why = str(error).strip() or type(error).__name__
+        raise ValueError(f"{path} {what} ({why.splitlines()[0]}); get it again") from None
 
 
 class ParquetTable:
     def __init__(self, path: Path):
         self.path = path
-        try:
-            with pq.ParquetFile(path) as file:
-                self.columns = tuple(file.schema_arrow.names)
-                self._groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path} is not a parquet file ({str(error).splitlines()[0]}); get it again") from None
+        with arrow_errors(path, "is not a parquet file"), pq.ParquetFile(path) as file:
+            self._schema = file.schema_arrow
+            self.columns = tuple(self._schema.names)
+            self._groups = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
 
     def rows(self) -> int:
         return sum(self._groups)
 
-    def batches(self, columns: Sequence[str], size: int, first: int = 0) -> Iterator[pa.RecordBatch]:
+    def batches(
+        self, columns: Sequence[str], size: int, first: int = 0, texts: Mapping[str, bool] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        for name, lists in (texts or {}).items():
+            check_type(self.path, name, self._schema.field(name).type, lists=lists)
         groups = list(range(len(self._groups)))
         while groups and self._groups[groups[0]] <= first:
             first -= self._groups[groups.pop(0)]
-        try:
-            # pre_buffer would load whole column chunks into memory.
-            with pq.ParquetFile(self.path, pre_buffer=False) as file:
-                for batch in file.iter_batches(size, groups, columns=list(columns)):
-                    skipped = min(first, batch.num_rows)
-                    first -= skipped
-                    if skipped < batch.num_rows:
-                        yield batch.slice(skipped).select(list(columns))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{self.path} is damaged ({str(error).splitlines()[0]}); get it again") from None
+        # pre_buffer would load whole column chunks into memory.
+        with arrow_errors(self.path, "is damaged"), pq.ParquetFile(self.path, pre_buffer=False) as file:
+            for batch in file.iter_batches(size, groups, columns=list(columns)):
+                skipped = min(first, batch.num_rows)
+                first -= skipped
+                if skipped < batch.num_rows:
+                    yield batch.slice(skipped).select(list(columns))
 
 
 class TextTable:
@@ -65,127 +81,119 @@ class TextTable:
     def rows(self) -> int:
         return sum(1 for _ in self._read())
 
-    def batches(self, columns: Sequence[str], size: int, first: int = 0) -> Iterator[pa.RecordBatch]:
+    def batches(
+        self, columns: Sequence[str], size: int, first: int = 0, texts: Mapping[str, bool] | None = None
+    ) -> Iterator[pa.RecordBatch]:
         places = [self.columns.index(name) for name in columns]
-        rows = islice(self._read(), first, None)
-        while chunk := list(islice(rows, size)):
-            cells = [[None if row is None else _bytes(row[place]) for row in chunk] for place in places]
-            problems = [BAD_ROW if row is None else None for row in chunk]
-            yield pa.RecordBatch.from_arrays(
-                [*(pa.array(column, pa.large_binary()) for column in cells), pa.array(problems, pa.string())],
-                names=[*columns, PROBLEM],
-            )
+        checks = [(name, columns.index(name), lists) for name, lists in (texts or {}).items()]
+        rows = (_checked(row, places, checks) for row in islice(self._read(), first, None))
+        while chunk := list(_up_to(rows, size)):
+            good = [None if isinstance(row, BadRow) else row for row in chunk]
+            cells = [_column([row and row[n] for row in good]) for n in range(len(places))]
+            problems = [str(row) if isinstance(row, BadRow) else None for row in chunk]
+            yield pa.RecordBatch.from_arrays([*cells, pa.array(problems, pa.string())], names=[*columns, PROBLEM])
 
 
-def _bytes(value: Any) -> bytes | None:
-    if value is None or isinstance(value, bytes):
-        return value
+def _checked(row: Row, places: list[int], checks: list[tuple[str, int, bool]]) -> Row:
+    """The cells at `places` as bytes or lists of bytes, or why the row is bad."""
+    if isinstance(row, BadRow):
+        return row
+    cells = tuple(_bytes(row[place]) for place in places)
+    for name, n, lists in checks:
+        value = row[places[n]]
+        if value is None or isinstance(value, bytes | str):
+            continue
+        if isinstance(value, list) and lists and all(text is None or isinstance(text, str) for text in value):
+            continue
+        if not (isinstance(value, float) and math.isnan(value)):  # pandas writes NaN where there is no text
+            return BadRow(f"{name!r} is {_KINDS[type(value)]}, not text")
+        cells = (*cells[:n], None, *cells[n + 1 :])
+    return cells
+
+
+def _bytes(value: Any) -> bytes | list[bytes | None] | None:
+    if value is None:
+        return None
+    if isinstance(value, bytes):
+        return value[:_CELL]
+    if isinstance(value, list) and all(text is None or isinstance(text, str) for text in value):
+        return [None if text is None else _bytes(text) for text in value]  # type: ignore[misc]
+    if isinstance(value, dict | list):
+        return None  # neither a text nor a number
     # A lone surrogate becomes invalid UTF-8, and counts as such.
-    return (value if isinstance(value, str) else json.dumps(value)).encode("utf-8", "surrogatepass")
+    return (value if isinstance(value, str) else json.dumps(value)).encode("utf-8", "surrogatepass")[:_CELL]
 
 
-def open_text(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+def _column(cells: list[Any]) -> pa.Array:
+    if any(isinstance(cell, list) for cell in cells):
+        cells = [cell if cell is None or isinstance(cell, list) else [cell] for cell in cells]
+        return pa.array(cells, pa.large_list(pa.large_binary()))
+    return pa.array(cells, pa.large_binary())
 
 
-def lines(file: BinaryIO, limit: int = _LINE) -> Iterator[bytes]:
-    """The lines without their ends, truncated to `limit` bytes."""
-    while line := file.readline(limit):
-        rest = line
-        while not rest.endswith(b"\n") and (rest := file.readline(limit)):
-            pass
-        yield line.rstrip(b"\r\n")
+def _up_to(rows: Iterator[Row], most: int) -> Iterator[Row]:
+    """At most so many of the next rows, and fewer where they are large."""
+    size = 0
+    for row in islice(rows, most):
+        yield row
+        size += sum(len(cell) for cell in row if cell)
+        if size > _BATCH:
+            return
 
 
-def tab_separated(path: Path, names: Sequence[str] | None) -> TextTable:
-    """A .tsv: no quotes, each line is a row. `names` are its columns if it has no header."""
-    with open_text(path) as file:
-        header = next(lines(file), b"") if names is None else None
-    columns = _header(path, header.split(b"\t")) if header is not None else list(names or ())
-
-    def read() -> Iterator[Row]:
-        with open_text(path) as file:
-            for number, line in enumerate(lines(file)):
-                if number == 0 and header is not None:
-                    continue
-                cells = tuple(line.split(b"\t"))
-                # A file without header may have more columns than `names`.
-                good = len(cells) == len(columns) or (len(cells) > len(columns) and header is None)
-                yield cells if good else None
-
-    return TextTable(path, columns, read)
-
-
-def comma_separated(path: Path) -> TextTable:
-    """A .csv with header; quoted cells may contain line ends."""
-    csv.field_size_limit(_ELEMENT)
-
-    def raw() -> Iterator[list[str] | None]:
-        # latin-1 maps every byte to one character.
-        with io.TextIOWrapper(open_text(path), encoding="latin-1", newline="") as file:
-            reader = csv.reader(file)
-            while True:
-                try:
-                    if cells := next(reader):
-                        yield cells
-                except StopIteration:
-                    return
-                except csv.Error:  # the next row starts on the next line
-                    yield None
-
-    columns = _header(path, [cell.encode("latin-1") for cell in next(raw(), None) or []])
-
-    def read() -> Iterator[Row]:
-        for cells in islice(raw(), 1, None):
-            good = cells is not None and len(cells) == len(columns)
-            yield tuple(cell.encode("latin-1") for cell in cells) if good and cells else None
-
-    return TextTable(path, columns, read)
-
-
-def _header(path: Path, cells: list[bytes]) -> list[str]:
-    names = [cell.decode("utf-8", "replace").strip().removeprefix("\ufeff") for cell in cells]
-    if not any(names):
-        raise ValueError(f"{path} is empty; its first line should be the names of its columns")
-    return names
+def delimited(path: Path, delimiter: bytes, names: Sequence[str] | None = None) -> TextTable:
+    """A .csv or .tsv, in any dialect. `delimiter`: what its ending promises. `names`: its columns if it has no
+    header."""
+    table = tables.Table(path, delimiter, names)
+    return TextTable(path, table.columns, table.rows)
 
 
 def json_lines(path: Path) -> TextTable:
     """A .jsonl: one object per line. The columns are those of the first 100 objects."""
 
-    def objects() -> Iterator[dict[str, Any] | None]:
+    def objects() -> Iterator[dict[str, Any] | BadRow]:
         with open_text(path) as file:
-            for line in lines(file, _ELEMENT):
+            for number, line in enumerate(_lines(file), 1):
                 if line.strip():
-                    yield _object(line)
+                    yield _object(line, number)
 
     return _of_objects(path, objects)
 
 
-def _object(line: bytes) -> dict[str, Any] | None:
+def _lines(file: Any) -> Iterator[bytes]:
+    """The lines, truncated to _LINE bytes."""
+    while line := file.readline(_LINE):
+        rest = line
+        while not rest.endswith(b"\n") and (rest := file.readline(_LINE)):
+            pass
+        yield line
+
+
+def _object(line: bytes, number: int) -> dict[str, Any] | BadRow:
     try:
         value = json.loads(line.decode("utf-8", "surrogateescape"))
-        return value if isinstance(value, dict) else None
     except (ValueError, RecursionError):
-        return None
+        return BadRow(f"line {number}: it is not JSON")
+    return value if isinstance(value, dict) else BadRow(f"line {number}: it is no object")
 
 
 def json_array(path: Path) -> TextTable:
     """A .json that is one array of objects."""
 
-    def objects() -> Iterator[dict[str, Any] | None]:
-        for _, value in json_elements(path):
-            yield value if isinstance(value, dict) else None
+    def objects() -> Iterator[dict[str, Any] | BadRow]:
+        for number, (_, value) in enumerate(json_elements(path), 1):
+            yield value if isinstance(value, dict) else BadRow(f"element {number}: it is no object")
 
     return _of_objects(path, objects)
 
 
-def _of_objects(path: Path, objects: Callable[[], Iterable[dict[str, Any] | None]]) -> TextTable:
-    columns = list(dict.fromkeys(name for value in islice(objects(), 100) for name in value or ()))
+def _of_objects(path: Path, objects: Callable[[], Iterable[dict[str, Any] | BadRow]]) -> TextTable:
+    first = (value for value in islice(objects(), 100) if not isinstance(value, BadRow))
+    columns = list(dict.fromkeys(name for value in first for name in value))
 
     def read() -> Iterator[Row]:
         for value in objects():
-            yield None if value is None else tuple(value.get(name) for name in columns)
+            yield value if isinstance(value, BadRow) else tuple(value.get(name) for name in columns)
 
     return TextTable(path, columns, read)
 
@@ -244,7 +252,9 @@ class _Scanner:
                 if end < len(self._text) or not self._more(_CHUNK):
                     self._at = end
                     return value
-            except (ValueError, RecursionError) as error:
+            except RecursionError:
+                raise ValueError(f"{self._path} is nested too deeply to be a list; check the file") from None
+            except ValueError as error:
                 if len(self._text) - self._at > _ELEMENT or not self._more(more):
                     raise ValueError(f"{self._path} is not a complete JSON file ({error}); get it again") from None
                 more *= 2  # so that the work is linear in the size of an element

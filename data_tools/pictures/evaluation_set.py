@@ -1,12 +1,12 @@
 """Reads an evaluation set: a folder of pictures, with or without a file of captions, or shards.
 
 Supported files of captions: COCO's captions_*.json, Karpathy's dataset_*.json, a table with a header (CSV, TSV or with
-|), Flickr30K's NAME#0<tab>caption lines. Without one, a picture's captions are the lines of the .txt beside it.
+|; its captions may be lists), Flickr30K's NAME#0<tab>caption lines. Without one, a picture's captions are the lines of
+the .txt beside it.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data_tools.inputs.tables import BadRow, Table, texts_in
+from data_tools.inputs.text_stream import check_regular, open_text
 from data_tools.pictures.hashes import LEAST_CLEAR, caption_hash, hash_shards, look_at, mirrored_thumbnails
 from pretrain.data.shards.indexing import map_in_order
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample
@@ -26,6 +28,7 @@ from pretrain.data.shards.tar_index import IMAGE_EXTENSIONS
 MAX_ANNOTATIONS = 2**30  # bytes; COCO's have 20 to 60 MB
 _PICTURES = ("image", "image_name", "filename", "file_name", "filepath", "image_path", "image_id")
 _CAPTIONS = ("caption", "comment", "raw", "sentence", "text", "captions", "sentences")
+_Row = tuple[str, str, str]  # (file name, caption, split)
 _TOKEN = re.compile(r"(?P<name>[^\t]+?)#\d+\t(?P<caption>.*)")
 
 
@@ -44,6 +47,7 @@ class EvaluationSet:
     captions: np.ndarray  # uint64, sorted: hashes of those with enough words
     short: int  # captions that are too short to compare
     excluded: int = 0  # pictures of the set's own training split
+    bad_rows: tuple[str, ...] = ()  # of the file of captions: "line 3: why it cannot be read"
 
 
 def read_evaluation_set(
@@ -91,9 +95,9 @@ def _from_pictures(name: str, path: Path, captions: Path | None, least_words: in
         raise ValueError(
             f"--against {name}={path}: it contains no .{', .'.join(IMAGE_EXTENSIONS)} file; give another folder"
         )
-    excluded, texts = 0, list(_sidecars(files))
+    excluded, texts, bad_rows = 0, list(_sidecars(files)), tuple[BadRow, ...]()
     if captions is not None:
-        texts, training = _read_captions(captions, files)
+        texts, training, bad_rows = _read_captions(captions, files)
         evaluated = [file for file in files if file.name not in training]
         excluded, files = len(files) - len(evaluated), evaluated
     hashes: list[tuple[bytes, tuple | None, str]] = []
@@ -118,6 +122,7 @@ def _from_pictures(name: str, path: Path, captions: Path | None, least_words: in
         np.unique(np.array([number for number, words in caption_hashes if words >= max(least_words, 1)], np.uint64)),
         sum(0 < words < least_words for _, words in caption_hashes),
         excluded,
+        bad_rows,
     )
 
 
@@ -146,26 +151,24 @@ def _sidecars(files: list[Path]) -> Iterator[str]:
     for file in files:
         beside = file.with_suffix(".txt")
         if beside.is_file() and beside.stat().st_size <= MAX_TEXT_BYTES:
-            yield from filter(str.strip, beside.read_bytes().decode(errors="replace").splitlines())
+            with open_text(beside) as text:
+                yield from filter(str.strip, text.read().decode(errors="replace").split("\n"))
 
 
-def _read_captions(path: Path, files: list[Path]) -> tuple[list[str], set[str]]:
-    """(captions of the existing pictures, names of pictures in a training split)."""
-    if not path.is_file():
+def _read_captions(path: Path, files: list[Path]) -> tuple[list[str], set[str], tuple[BadRow, ...]]:
+    """(captions of the existing pictures, names of pictures in a training split, rows that cannot be read)."""
+    if not path.exists():
         raise ValueError(f"--captions {path}: the file does not exist; check the path")
-    if path.stat().st_size > MAX_ANNOTATIONS:
-        raise ValueError(
-            f"--captions {path} has {path.stat().st_size} bytes; the limit is {MAX_ANNOTATIONS}, so give a smaller file"
-        )
+    check_regular(path, f"--captions {path}")
     try:
-        data = path.read_bytes().decode("utf-8-sig")
-        rows = list(_rows_of_json(json.loads(data)) if path.suffix.lower() == ".json" else _rows_of_text(data))
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error, RecursionError) as error:
+        found = list(_rows_of_json(path) if path.suffix.lower() == ".json" else _rows_of_text(path))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, OSError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(
             f"cannot read --captions {path} ({reason}); give COCO's or Karpathy's JSON, or a table whose header "
             f"names the picture ({', '.join(_PICTURES)}) and the caption ({', '.join(_CAPTIONS)})"
         ) from None
+    rows = [row for row in found if not isinstance(row, BadRow)]
     names = {file.name for file in files}
     training = {name for name, _, split in rows if split in ("train", "restval")}
     captions = [caption for name, caption, _ in rows if name in names and name not in training]
@@ -175,11 +178,16 @@ def _read_captions(path: Path, files: list[Path]) -> tuple[list[str], set[str]]:
             f"--captions {path} has captions of other pictures, such as {example!r}; the set has {files[0].name} ...; "
             "give the file of this set"
         )
-    return captions, training
+    return captions, training, tuple(row for row in found if isinstance(row, BadRow))
 
 
-def _rows_of_json(content: dict) -> Iterator[tuple[str, str, str]]:
-    """(file name, caption, split) of COCO's annotations, or of Karpathy's."""
+def _rows_of_json(path: Path) -> Iterator[_Row]:
+    """COCO's annotations, or Karpathy's."""
+    with open_text(path) as file:
+        data = file.read(MAX_ANNOTATIONS + 1)
+    if len(data) > MAX_ANNOTATIONS:
+        raise ValueError(f"it has more than {MAX_ANNOTATIONS} bytes")
+    content = json.loads(data)
     images = content["images"]
     if "annotations" in content:
         names = {image["id"]: Path(str(image["file_name"])).name for image in images}
@@ -191,21 +199,34 @@ def _rows_of_json(content: dict) -> Iterator[tuple[str, str, str]]:
             yield Path(str(image["filename"])).name, str(sentence["raw"]), str(image.get("split", ""))
 
 
-def _rows_of_text(data: str) -> Iterator[tuple[str, str, str]]:
-    lines = data.splitlines()
-    if not lines:
-        raise ValueError("it is empty")
-    if _TOKEN.fullmatch(lines[0]):
-        for match in filter(None, map(_TOKEN.fullmatch, lines)):
-            yield Path(match["name"]).name, match["caption"], ""
-        return
-    delimiter = max("\t|,;", key=lines[0].count)
-    table = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=True)
-    header = {str(name).strip().lower(): name for name in table.fieldnames or ()}
+def _rows_of_text(path: Path) -> Iterator[_Row | BadRow]:
+    with open_text(path) as file:
+        if _TOKEN.match(file.readline(MAX_TEXT_BYTES).decode(errors="replace")):
+            yield from _rows_of_token(path)
+            return
+    table = Table(path, b"\t" if path.suffix.lower() == ".tsv" else b",")
+    header: dict[str, int] = {}
+    for place, name in enumerate(table.columns):
+        header.setdefault(name.lower(), place)
     picture, caption = (next((n for n in names if n in header), None) for names in (_PICTURES, _CAPTIONS))
     if picture is None or caption is None:
         raise ValueError(f"its columns are {', '.join(header)}")
-    for row in table:
-        texts, split = row.get(header[caption]) or "", row.get(header.get("split", ""), "") or ""
-        for text in json.loads(texts) if texts.startswith('["') else [texts]:
-            yield Path(str(row[header[picture]]).strip()).name, str(text), split.strip()
+    for row in table.rows():
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        cells = [cell.decode(errors="replace").strip() for cell in row]
+        name, split = Path(cells[header[picture]]).name, cells[header["split"]] if "split" in header else ""
+        text = cells[header[caption]]
+        for each in texts_in(text) or [text]:
+            yield name, each, split
+
+
+def _rows_of_token(path: Path) -> Iterator[_Row | BadRow]:
+    with open_text(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_TEXT_BYTES), b""), 1):
+            text = line.decode(errors="replace").rstrip("\r\n")
+            if match := _TOKEN.fullmatch(text):
+                yield Path(match["name"]).name, match["caption"], ""
+            elif text.strip():
+                yield BadRow(f"line {number}: it is not NAME#0<tab>caption")

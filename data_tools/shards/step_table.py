@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+
 from data_tools.shards.steps import Step
 
 
@@ -13,3 +16,8 @@ def step_table(step: Step) -> str:
     return "\n".join(
         f"{name:<{width}}  {count:>15,}  {share}".rstrip() for (name, count), share in zip(lines, shares, strict=True)
     )
+
+
+def describe_drops(dropped: Mapping[str, int]) -> str:
+    """The reasons and their counts as a phrase, most frequent first; "none" if nothing was dropped."""
+    return ", ".join(f"{reason} {count:,}" for reason, count in Counter(dropped).most_common()) or "none"

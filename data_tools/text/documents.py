@@ -1,28 +1,24 @@
 """Reads documents from plain text, JSONL and parquet files, in order and in bounded memory.
 
 An unusable document is not an error but gets a reason: `too_long` (over 8 MiB), `not_utf8`, `not_json`, `no_text`
-(null, missing or not a string), `empty`. An unreadable file and a missing column are errors.
+(null, missing or not a string), `empty`. An unreadable file and a missing column are errors. UTF-16 is read as UTF-8.
 """
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import io
 import json
-import lzma
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from data_tools.inputs.text_stream import COMPRESSED, as_utf8, check_regular, unpacked
+
 MAX_BYTES = 2**23  # of a document: four times the longest novels; larger texts are collections of documents
 TEXT, JSONL, PARQUET = "text", "jsonl", "parquet"
 KINDS = {".txt": TEXT, ".jsonl": JSONL, ".ndjson": JSONL, ".json": JSONL, ".parquet": PARQUET}
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 SUPPORTED = ".txt, .jsonl (also with .gz, .bz2, .xz, .zst) and .parquet"
 _ROWS = 256  # of parquet at a time
 _FIRST_LINES = 1000  # of JSONL, in which the column is searched before the work begins
@@ -65,11 +61,12 @@ def find_inputs(paths: list[Path], column: str = "text", split: str = "file") ->
             if not inside:
                 raise ValueError(f"{path} contains no documents; give files or directories of {SUPPORTED}")
             files += [(p, p.relative_to(path).as_posix()) for p in inside]
-        elif not path.is_file():
+        elif not path.exists():
             raise ValueError(f"{path} does not exist; give documents in {SUPPORTED}")
         elif not kind_of(path):
             raise ValueError(f"{path} has an unsupported format; give {SUPPORTED}")
         else:
+            check_regular(path, str(path))
             files.append((path, path.name))
     distinct: set[Path] = set()
     for path, _ in files:
@@ -136,35 +133,13 @@ def text_of_document(raw: Raw, source: Input) -> tuple[str, str]:
 
 def _read(source: Input) -> Iterator[tuple[bytes | str, str, int]]:
     """(content, reason, bytes of the file that were read)"""
-    try:
-        if source.kind == PARQUET:
-            yield from _parquet(source)
-            return
-        with open(source.path, "rb") as raw, _decompress(raw, source.path) as file:
-            read = _lines if source.kind == JSONL else _paragraphs if source.split == "blank" else _whole
-            for content, reason in read(file):
-                yield content, reason, raw.tell()
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{source.path} is truncated or damaged ({error}); fetch it again or omit it") from None
-    except OSError as error:
-        if error.filename is None and error.errno is None:  # a decompressor's own error
-            raise ValueError(f"{source.path} is truncated or damaged ({error}); fetch it again or omit it") from None
-        raise
-
-
-def _decompress(raw: IO[bytes], path: Path) -> IO[bytes]:
-    ending = path.suffix.lower()
-    if ending == ".gz":
-        return gzip.open(raw)  # type: ignore[return-value]
-    if ending == ".bz2":
-        return bz2.open(raw)
-    if ending == ".xz":
-        return lzma.open(raw)
-    if ending == ".zst":
-        import pyarrow as pa
-
-        return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), 2**20)
-    return raw
+    if source.kind == PARQUET:
+        yield from _parquet(source)
+        return
+    with open(source.path, "rb") as raw, as_utf8(unpacked(raw, source.path), source.path) as file:
+        read = _lines if source.kind == JSONL else _paragraphs if source.split == "blank" else _whole
+        for content, reason in read(file):
+            yield content, reason, raw.tell()
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[bytes, str]]:
@@ -224,7 +199,7 @@ def _parquet(source: Input) -> Iterator[tuple[bytes | str, str, int]]:
                         yield b"", "too_long", at
                     else:
                         yield value, "", at
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         why = str(error).splitlines()[0]
         raise ValueError(f"{source.path} is truncated or damaged ({why}); fetch it again or omit it") from None
 
@@ -255,11 +230,13 @@ def _check_parquet(source: Input) -> None:
 
     try:
         schema = pq.read_schema(source.path)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         why = str(error).splitlines()[0]
         raise ValueError(f"{source.path} is not a parquet file ({why}); fetch it again or omit it") from None
     if source.column not in schema.names:
         raise _no_column(source, schema.names)
+    if (times := schema.names.count(source.column)) > 1:
+        raise ValueError(f"{source.path} has {times} columns called {source.column!r}; give each a name of its own")
     kind = schema.field(source.column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
