@@ -20,6 +20,7 @@ from data_tools.inputs.text_stream import open_text
 
 DELIMITERS = (b"\t", b",", b";", b"|")
 LINE = 2**24  # bytes; longer lines are truncated, and no row has more
+_LINES = 1000  # of a row; so that a hostile table of open quotes does not take for ever
 _HEAD = 2**22  # bytes that decide about the dialect
 _FEW = 2**17  # bytes that decide about the delimiter
 _HEADER = 2**16  # bytes of a name
@@ -60,7 +61,9 @@ class Table:
         self.dialect, self._width = _look(head, default, len(names or ()))
         if names is None:
             cells = next(_Rows(io.BytesIO(head), self.dialect, 0).rows(), ())
-            names = [] if isinstance(cells, BadRow) else [c[:_HEADER].decode("utf-8", "replace").strip() for c in cells]
+            if isinstance(cells, BadRow):
+                raise ValueError(f"{path} has a header that cannot be read ({cells}); write the names of its columns")
+            names = [cell[:_HEADER].decode("utf-8", "replace").strip() for cell in cells]
             if not any(names):
                 raise ValueError(f"{path} is empty; its first line should be the names of its columns")
         self.columns = tuple(names)
@@ -72,10 +75,12 @@ class Table:
 
 
 class _Rows:
-    """The rows of an open file, the header included. `width`: the cells that a row must have; 0: any number."""
+    """The rows of an open file, the header included. `width`: the cells that a row must have; 0: any number, but then
+    each row must be one line."""
 
     def __init__(self, file: BinaryIO, dialect: Dialect, width: int):
         self._file, self._delimiter, self._quotes, self._width = file, dialect.delimiter, dialect.quotes, width
+        self._most_lines = _LINES if width else 1
         self._again: deque[bytes] = deque()  # lines that are to be read again
         self._number = 0  # of the last line
         self.seen: Counter[str] = Counter()  # quoted cells: plain, needed, and malformed
@@ -145,7 +150,7 @@ class _Rows:
         while (close := self._closing(line, at)) < 0:
             parts.append(line[at:])
             size += len(line)
-            if size > LINE or not (line := self._next()):
+            if size > LINE or len(taken) + 1 >= self._most_lines or not (line := self._next()):
                 self.seen["malformed"] += 1
                 return BadRow(_OPEN), line, 0
             taken.append(line)
@@ -191,10 +196,11 @@ def _look(head: bytes, default: bytes, least: int) -> tuple[Dialect, int]:
     few = head[: head.rfind(b"\n", 0, _FEW) + 1] or head
     place = few if least else few.partition(b"\n")[0]
     regular = {mark: _regularity(few, mark, least) for mark in DELIMITERS if mark in place}
-    delimiter = default
+    mark = default
     if regular.get(default, 0.0) < _REGULAR:
-        delimiter = max(regular, key=lambda mark: regular[mark], default=default)
-    dialect = Dialect(delimiter, _quotes(head, delimiter))
+        mark = max(regular, key=lambda mark: regular[mark], default=default)
+    width = _width(few, Dialect(mark, '""'), least)
+    dialect = Dialect(mark, _quotes(head, mark, width))
     return dialect, _width(few, dialect, least)
 
 
@@ -217,12 +223,12 @@ def _regularity(head: bytes, delimiter: bytes, least: int) -> float:
     return max(shares)
 
 
-def _quotes(head: bytes, delimiter: bytes) -> str:
+def _quotes(head: bytes, delimiter: bytes, width: int) -> str:
     """How cells are quoted. Programs quote with commas and semicolons; with tabs and | many write quotes as they are,
     so there the quoted cells must outnumber those that only begin with a quote."""
     seen = {}
     for quotes in ('""', '\\"'):
-        rows = _Rows(io.BytesIO(head), Dialect(delimiter, quotes), 0)
+        rows = _Rows(io.BytesIO(head), Dialect(delimiter, quotes), width)
         deque(rows.rows(), maxlen=0)
         seen[quotes] = rows.seen
     quotes = min(seen, key=lambda each: seen[each]["malformed"])

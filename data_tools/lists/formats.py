@@ -98,7 +98,7 @@ def _checked(row: Row, places: list[int], checks: list[tuple[str, int, bool]]) -
     """The cells at `places` as bytes or lists of bytes, or why the row is bad."""
     if isinstance(row, BadRow):
         return row
-    cells = tuple(_bytes(row[place]) for place in places)
+    cells = tuple([_bytes(row[place]) for place in places])
     for name, n, lists in checks:
         value = row[places[n]]
         if value is None or isinstance(value, bytes | str):
@@ -112,10 +112,10 @@ def _checked(row: Row, places: list[int], checks: list[tuple[str, int, bool]]) -
 
 
 def _bytes(value: Any) -> bytes | list[bytes | None] | None:
+    if isinstance(value, bytes):
+        return value if len(value) <= _CELL else value[:_CELL]
     if value is None:
         return None
-    if isinstance(value, bytes):
-        return value[:_CELL]
     if isinstance(value, list) and all(text is None or isinstance(text, str) for text in value):
         return [None if text is None else _bytes(text) for text in value]  # type: ignore[misc]
     if isinstance(value, dict | list):
@@ -136,7 +136,7 @@ def _up_to(rows: Iterator[Row], most: int) -> Iterator[Row]:
     size = 0
     for row in islice(rows, most):
         yield row
-        size += sum(len(cell) for cell in row if cell)
+        size += sum(map(len, filter(None, row)))
         if size > _BATCH:
             return
 
