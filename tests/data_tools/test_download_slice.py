@@ -13,6 +13,7 @@ import pytest
 from data_tools import download
 from data_tools.fetch.slices import ListedRows, Slice, SliceShards, account, owned_slice, write_list
 from data_tools.lists.reading import open_list
+from data_tools.shards.steps import read_steps
 from tests.toys import refused
 
 
@@ -54,6 +55,15 @@ def test_slices_share_no_row_and_no_shard(tmp_path, rows, per_shard, slices):
         assert write_list(open_list([path], "canonical"), part) == shards  # as it was written
     assert seen == list(range(rows))
     assert numbers == list(range(-(-rows // per_shard)))
+
+
+def test_a_list_without_a_usable_row_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("IMGLISH_DOWNLOAD_PYTHON", sys.executable)
+    rows = {"url": ["http://a/1", "http://a/2"], "caption": ["", None]}
+    pq.write_table(pa.table(rows), tmp_path / "l.parquet")
+    arguments = ["--list", tmp_path / "l.parquet", "--preset", "canonical", "--out", tmp_path / "out"]
+    assert "all 2 rows are dropped (empty_caption 2)" in refused(capsys, download.main, *arguments)
+    assert read_steps(tmp_path / "out")["list"].dropped == {"empty_caption": 2}
 
 
 def test_files_of_a_list_contain_whole_shards(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from data_tools.lists.filters import ListSettings
 from data_tools.lists.parts import Parts, owned_parts
 from data_tools.lists.reading import open_list
 from data_tools.shards.steps import read_steps
+from tests.toys import refused
 
 # caption, similarity, width -> the reason, or None
 ROWS = [
@@ -130,6 +131,16 @@ def test_a_run_killed_at_its_very_end_continues(listed, tmp_path, name, monkeypa
     assert new and step.rows == 23
     filtered(listed, out, 9, overwrite=True)
     assert name == "kept.parquet" or len(list(out.glob("*.parquet"))) == 3
+
+
+def test_a_list_of_which_nothing_remains_is_an_error(listed, tmp_path, capsys):
+    out = tmp_path / "clean" / "kept.parquet"
+    for _ in range(2):
+        error = refused(capsys, main, "--list", listed, "--preset", "laion", "--out", out, "--max-caption-chars", "5")
+        assert "all 23 rows are dropped (caption_too_long 16, " in error
+        assert f"{tmp_path / 'clean' / 'dropped' / 'kept.parquet'} says why" in error
+        step = read_steps(tmp_path / "clean")["filter_list"]
+        assert (step.rows, step.kept) == (23, 0) and step.dropped["nul_byte"] == 2 and out.exists()
 
 
 def test_a_second_call_does_nothing_and_other_thresholds_are_refused(listed, tmp_path, capsys):
