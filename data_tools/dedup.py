@@ -32,7 +32,7 @@ from data_tools.pictures.hashes import Hashes, hash_shards, look_alike
 from data_tools.pictures.near import keep_first
 from data_tools.shards.steps import Drop, Step, read_drops, write_drops, write_step
 from pretrain.command import add_directories, add_workers, make_parser, run
-from pretrain.data.shards.indexing import complete_shards
+from pretrain.data.shards.indexing import check_writable, complete_shards
 
 NAME = "dedup"
 EXACT, NEAR = "exact_duplicate", "near_duplicate"
@@ -218,6 +218,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(f"--show={args.show} does not end in .png; use {args.show.with_suffix('.png')}")
     for directory in args.directories:
         complete_shards(directory)  # reports a wrong path before hours of hashing
+        check_writable(directory)
     parts = [hash_shards(directory, args.workers) for directory in args.directories]
     start = time.perf_counter()
     excluded = np.concatenate([dropped_already(part) for part in parts])

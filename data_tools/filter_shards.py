@@ -34,7 +34,7 @@ from data_tools.shards.samples import make_table, samples_of
 from data_tools.shards.step_table import step_table
 from data_tools.shards.steps import Drop, Step, write_drops, write_step
 from pretrain.command import add_workers, make_parser, run
-from pretrain.data.shards.indexing import complete_shards, map_in_order, stats_path
+from pretrain.data.shards.indexing import check_writable, complete_shards, map_in_order, stats_path
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES
 from pretrain.data.shards.tar_index import Member
 
@@ -82,6 +82,7 @@ def filter_shards(directory: Path, settings: PictureSettings, workers: int = 1) 
 def measure_shards(directory: Path, workers: int = 1) -> MeasureFiles:
     """Measures all complete shards, except those whose file in DIRECTORY/measures is up to date."""
     tars = complete_shards(directory)[0]
+    check_writable(directory)
     (directory / FOLDER).mkdir(exist_ok=True)
     jobs = [(tar, directory / FOLDER / f"{tar.stem}.parquet") for tar in tars]
     started, pictures = time.perf_counter(), 0

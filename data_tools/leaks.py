@@ -28,7 +28,7 @@ from data_tools.pictures.hashes import FOLDER, Hashes, hash_shards, look_alike
 from data_tools.pictures.near import nearest
 from data_tools.shards.steps import Drop, Step, write_drops, write_step
 from pretrain.command import add_directories, add_workers, make_parser, run
-from pretrain.data.shards.indexing import complete_shards
+from pretrain.data.shards.indexing import check_writable, complete_shards
 
 NAME = "leaks"
 DISTANCE, LEAST_WORDS = 6, 6
@@ -192,6 +192,7 @@ def _evaluation_sets(args: argparse.Namespace) -> list[EvaluationSet]:
     check_directories([*args.directories, *against.values()])
     for directory in args.directories:
         complete_shards(directory)  # reports a wrong path before the evaluation sets are read
+        check_writable(directory)
     sets = []
     for name, path in against.items():
         folder = args.directories[0] / FOLDER / NAME / name

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import multiprocessing
-import os
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,19 +63,6 @@ def owned(
             _empty(work)
             write_json(stamp, settings)
         yield content and content.get(DONE)
-
-
-def end_with_parent() -> None:
-    """Ends a worker with its parent: the workers of a killed process must not hold its lock or write any more."""
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    if parent is not None:
-        threading.Thread(target=wait, daemon=True).start()
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:

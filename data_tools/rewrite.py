@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_tools.ownership import DONE, end_with_parent, owned
+from data_tools.ownership import DONE, owned
 from data_tools.pictures.recode import FORMATS, Recode
 from data_tools.shards.rewrite_plan import Plan, make_plan
 from data_tools.shards.rewrite_shard import NewShard, write_shard
@@ -33,6 +33,7 @@ from data_tools.shards.steps import STEPS, Step, read_drops, read_steps, write_d
 from pretrain.command import add_directories, add_workers, make_parser, run
 from pretrain.data.shards.indexing import complete_shards, index_directory
 from pretrain.files import WRITING, sweep, write_json
+from pretrain.lock import end_with_parent
 
 VERSION = 1
 STAMP, WORK = "rewrite.json", ".rewrite"  # in OUT: the settings, and the directory for unfinished files

@@ -30,7 +30,7 @@ from data_tools.drawn.scenes import Scene, draw_scene, encode_jpeg, random_scene
 from data_tools.shards.writer import ShardWriter
 from pretrain.command import add_workers, make_parser, run
 from pretrain.data.shards.indexing import index_directory, map_in_order, stats_path
-from pretrain.files import write_json
+from pretrain.files import WRITING, write_json
 
 VERSION = 1  # increase it if the drawings or the wording change
 STAMP = "sample_corpus.json"
@@ -196,7 +196,7 @@ def _claim(out: Path, corpus: Corpus, *, overwrite: bool) -> None:
                 "--overwrite"
             )
         _remove_shards(out)
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(not path.name.endswith(WRITING) for path in out.iterdir()):  # of a killed run
         raise ValueError(f"out={out} contains other files; choose an empty directory")
     out.mkdir(parents=True, exist_ok=True)
     write_json(stamp, wanted)

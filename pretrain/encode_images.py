@@ -31,7 +31,7 @@ from pretrain.checkpoint.weights import weights_digest
 from pretrain.command import add_directories, add_workers, make_parser, part_of, run
 from pretrain.config import Recipe, Stage
 from pretrain.data.codes import DTYPE, NO_CODE, Coding, file_heads, look_rng, plain, read_summary, summary
-from pretrain.data.shards.indexing import index_directory
+from pretrain.data.shards.indexing import check_writable, index_directory, write_beside
 from pretrain.data.shards.manifest import load_manifest
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample, ShardReader
 from pretrain.data.sources import ImageShards, picture
@@ -115,6 +115,8 @@ def encode_directory(
     _refuse_others(directory, encoder)
     todo = [k for k in range(part, len(shards), parts) if not _is_done(paths[k], heads[k], encoder, shards[k].samples)]
     pictures = bad = 0
+    if todo:
+        check_writable(directory)
     total = sum(shards[k].samples for k in todo)
     with tqdm(total=total, desc=f"encoding {directory}", unit=" pictures", disable=None) as bar:
         for shard, codes in _codes(reader, todo, encoder, batch, workers, bar):
@@ -130,7 +132,7 @@ def encode_directory(
     remaining = sum(not _is_done(paths[k], heads[k], encoder, shards[k].samples) for k in range(len(shards)))
     if not remaining:
         done = {shard.name: shard.samples for shard in shards}
-        write_file(directory / f"{encoder.name}.json", summary(encoder.coding, done))
+        write_beside(directory / f"{encoder.name}.json", summary(encoder.coding, done))
     return Result(len(todo), pictures, bad, remaining)
 
 

@@ -59,7 +59,7 @@ def read_evaluation_set(
         raise ValueError(
             f"--against {name}={path}: the directory does not exist; give a folder of pictures or of shards"
         )
-    if any(path.glob("*.tar")):
+    if any(tar.is_file() for tar in path.glob("*.tar")):
         if captions is not None:
             raise ValueError(f"--captions {name}={captions}: the shards in {path} have their own; omit the option")
         return _from_shards(name, path, least_words, workers, folder)

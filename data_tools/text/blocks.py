@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.lists.languages import detector, language_code
-from data_tools.ownership import end_with_parent
 from data_tools.text.chunks import cut, limits_of
 from data_tools.text.clean import TextRules, clean, why_dropped
 from data_tools.text.documents import Block, Input, Raw, text_of_document
 from data_tools.text.duplicates import comparable, digest, signature
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.files import write_file
+from pretrain.lock import end_with_parent
 
 _SCHEMA = pa.schema(
     {

@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import signal
+import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_tools import filter_list
+from data_tools import filter_list, rewrite
 from data_tools.shards.steps import read_steps
 from pretrain.data.shards.reader import MAX_TEXT_BYTES, load_manifest
 from tests.data_tools.pictures import scenes
@@ -30,11 +31,14 @@ def evaluation(tmp_path) -> Path:
     return tmp_path / "evaluation"
 
 
-def run(tool: str, shards: Path, evaluation: Path, workers: int = 1, more: Sequence[str] = ()) -> int:
+def run(
+    tool: str, shards: Path, evaluation: Path, workers: int = 1, more: Sequence[str] = (), out: Path | None = None
+) -> int:
+    out = out or shards.parent
     own = {
         "leaks": ["--against", f"heldout={evaluation}"],
-        "rewrite": ["--out", str(shards.parent / "clean")],
-        "audit": ["--out", str(shards.parent / "audit.html")],
+        "rewrite": ["--out", str(out / "clean")],
+        "audit": ["--out", str(out / "audit.html")],
     }
     arguments = [str(shards), "--workers", str(workers), *own.get(tool, []), *more]
     return importlib.import_module(f"data_tools.{tool}").main(arguments)
@@ -110,6 +114,40 @@ def test_a_filtered_list_on_a_full_disk(small_disk, tmp_path, capsys):
     ballast.unlink()
     assert filter_list.main(line) == 0
     assert read_steps(small_disk / "kept")["filter_list"].kept == 100
+
+
+def test_a_read_only_data_set_names_the_way_out(mount, tmp_path, evaluation, capsys):
+    disk, links = mount("2m"), tmp_path / "links"
+    write_shard(disk / "shards", 0, [pair_sample(key, number) for number, key in enumerate("ab")])
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for tool in ("index", "filter_shards", "dedup", "leaks", "rewrite"):
+        assert run(tool, disk / "shards", evaluation, out=tmp_path) == 2
+        error = capsys.readouterr().err
+        assert f"{disk / 'shards'} cannot be written to" in error and error.count("\n") == 1, tool
+        assert f"mkdir links && ln -s {disk / 'shards'}/* links/" in error
+    assert not (tmp_path / "clean").exists()
+    links.mkdir()
+    for path in (disk / "shards").iterdir():
+        (links / path.name).symlink_to(path)
+    for tool in WRITERS:
+        assert run(tool, links, evaluation) == 0, tool
+    # What is indexed can be read where it is.
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    index_source(disk / "shards")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    assert run("index", disk / "shards", evaluation) == 0
+    assert rewrite.main([str(disk / "shards"), "--out", str(tmp_path / "again")]) == 0
+
+
+def test_directories_that_are_called_like_tars(tmp_path, evaluation, capsys):
+    shards = write_source(tmp_path / "set.tar", [[pair_sample("a")]])
+    (shards / "x.tar").mkdir()
+    assert load_manifest(str(shards)).samples == 1, "a directory of shards may have any name"
+    assert run("index", shards, evaluation) == 0 and "skipped: x.tar: it is a directory" in capsys.readouterr().err
+    (evaluation / "x.tar").mkdir()
+    assert run("leaks", shards, evaluation) == 0, "a folder of pictures may contain one"
+    assert run("index", evaluation, evaluation) == 2
+    assert f"{evaluation / 'x.tar'} is a directory, not a tar" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tool", WRITERS)

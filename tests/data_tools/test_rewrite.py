@@ -190,6 +190,34 @@ def test_kills_at_random_moments_do_not_change_the_bytes(tmp_path):
     assert not list(out.glob(".*")) and read_steps(out)["rewrite"].kept == 160
 
 
+KILLED_BY_A_WORKER = """
+import os, sys, time
+from data_tools import rewrite
+from data_tools.shards import rewrite_plan
+
+plan = rewrite_plan._scan
+master = os.getpid()
+
+def scan(job):
+    if os.getpid() != master:
+        os.kill(master, 9)
+    return plan(job)
+
+rewrite_plan._scan = scan
+rewrite.main(sys.argv[1:])
+"""
+
+
+def test_a_run_killed_before_its_first_shard_continues(tmp_path):
+    """Its workers end with it: they have inherited its lock, and would hold it for ever."""
+    line = [str(source(tmp_path / "old")), "--out", str(tmp_path / "new"), "--workers", "2"]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_BY_A_WORKER, *line], env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert killed.returncode == -signal.SIGKILL and not list((tmp_path / "new").glob("*.tar"))
+    assert main(line) == 0 and contents(tmp_path / "new") == contents(tmp_path / "old")
+
+
 def test_a_second_call_does_nothing(tmp_path, capsys):
     old = source(tmp_path / "old")
     line = [str(old), "--out", str(tmp_path / "new"), "--samples-per-shard", "5", "--workers", "1"]

@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from data_tools.filter_list import read_domains
@@ -107,6 +108,17 @@ def test_every_line_end(tmp_path, end):
 def test_blank_lines_are_no_rows_and_stray_cells_are_bad_ones(tmp_path):
     content = table(",", ["one"]) + f"\n\n{URL.format(1)},two,three\n{URL.format(2)}\n"
     assert read(tmp_path / "l.csv", content) == (["one"], {"bad_row": 2}, 3)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl.zst", "l.csv.zst"])
+def test_a_long_window_of_zstd_is_told_from_damage(tmp_path, name):
+    path = tmp_path / name
+    # RFC 8878: a frame of one byte with a window of 2^28.
+    path.write_bytes(b"\x28\xb5\x2f\xfd\0" + bytes([(28 - 10) << 3]) + b"\x09\0\0x")
+    with pytest.raises(ValueError, match=r"was compressed with zstd --long=28 or more.* zstd -dc --long=31"):
+        find_inputs([path]) if name.startswith("d") else open_list([path], "generic", "url", "caption")
+    packed = pa.Codec("zstd").compress(table(",", ["one"]).encode(), asbytes=True)
+    assert read(tmp_path / "m.csv.zst", packed)[0] == ["one"]
 
 
 @pytest.mark.parametrize(

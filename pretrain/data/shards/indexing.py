@@ -16,6 +16,7 @@ from pretrain.data.shards.content import sha256_of, with_checksums
 from pretrain.data.shards.manifest import MANIFEST, Manifest, Shard, read_manifest
 from pretrain.data.shards.tar_index import EXTENSIONS, index_shard
 from pretrain.files import write_file
+from pretrain.lock import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ def complete_shards(directory: Path) -> tuple[list[Path], list[Path]]:
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; give the one that contains 00000.tar, 00001.tar, ...")
     tars = sorted(path for path in directory.glob("*.tar") if path.is_file())
+    if not tars and (folder := next(directory.glob("*.tar/"), None)):
+        raise ValueError(f"{folder} is a directory, not a tar; give it as DIR if it contains shards, or pack it")
     if not tars:
         raise ValueError(f"{directory} contains no .tar file; give the directory that img2dataset wrote to")
     if not any(directory.glob("*_stats.json")):
@@ -40,6 +43,26 @@ def complete_shards(directory: Path) -> tuple[list[Path], list[Path]]:
     if not complete:
         raise ValueError(f"none of the tars in {directory} has a _stats.json, so all are partial; download them again")
     return complete, [path for path in tars if path not in set(complete)]
+
+
+def check_writable(directory: Path) -> None:
+    """Raises ValueError, with the way out, where nothing can be written beside the shards of a directory."""
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{directory} cannot be written to, but what is made for shards is stored beside them; work in a directory "
+            f"of links to them: mkdir links && ln -s {directory.resolve()}/* links/"
+        )
+
+
+def write_beside(path: Path, data: bytes) -> None:
+    """Writes a file that lies beside shards, unless it has this content: a directory may be read-only then."""
+    try:
+        if path.read_bytes() == data:
+            return
+    except OSError:
+        pass
+    check_writable(path.parent)
+    write_file(path, data)
 
 
 def stats_path(tar: Path) -> Path:
@@ -51,6 +74,7 @@ def index_directory(directory: Path, workers: int = 1, skip_broken: bool = False
     `skip_broken`. Each file is replaced atomically."""
     complete, partial = complete_shards(directory)
     skipped = [f"{path.name}: partial, it has no {stats_path(path).name}" for path in partial]
+    skipped += [f"{path.name}: it is a directory" for path in sorted(directory.glob("*.tar/"))]
     previous = _previous_shards(directory)
     jobs = [(path, previous.get(path.name), skip_broken) for path in complete]
     shards, scanned = [], 0
@@ -69,7 +93,7 @@ def index_directory(directory: Path, workers: int = 1, skip_broken: bool = False
             f"of {', '.join(EXTENSIONS)} after the first dot of its name"
         )
     manifest = Manifest(tuple(shards))
-    write_file(directory / MANIFEST, manifest.to_json())
+    write_beside(directory / MANIFEST, manifest.to_json())
     return IndexResult(manifest, scanned, skipped)
 
 
@@ -87,6 +111,7 @@ def _index_one(job: tuple[Path, Shard | None, bool]) -> tuple[Shard, bool] | str
     if _up_to_date(path, previous):
         assert previous is not None
         return previous, False
+    check_writable(path.parent)
     try:
         size = path.stat().st_size
         index, sha256 = with_checksums(path, index_shard(path))
@@ -126,7 +151,7 @@ def map_in_order(function, jobs: list, workers: int) -> Iterator[Iterable]:
     if workers <= 1 or len(jobs) <= 1:
         yield map(function, jobs)
         return
-    with ProcessPoolExecutor(min(workers, len(jobs))) as pool:
+    with ProcessPoolExecutor(min(workers, len(jobs)), initializer=end_with_parent) as pool:
         try:
             yield pool.map(function, jobs, chunksize=max(1, min(16, len(jobs) // (4 * workers))))
         except BaseException:

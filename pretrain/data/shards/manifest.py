@@ -184,7 +184,8 @@ def _places(url: str, indexes: dict[tuple[str, str], dict[str, Shard]]) -> list[
             raise ValueError(f"shards={where} names no shard; give a .tar file, or a directory that ends in a slash")
         return [(match["prefix"], match["name"], match["suffix"])]
     url = os.path.expanduser(url)
-    directory, name = os.path.split(url) if url.endswith(".tar") else (url.rstrip("/") or "/", "*")
+    is_tar = url.endswith(".tar") and not os.path.isdir(url)
+    directory, name = os.path.split(url) if is_tar else (url.rstrip("/") or "/", "*")
     prefix = os.path.join(directory, "")
     if (prefix, "") in indexes or not _GLOB.search(directory) or os.path.isdir(directory):
         return [(prefix, name, "")]
