@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -32,6 +31,7 @@ from data_tools.fetch.guarded_fetch import Limits
 from data_tools.fetch.reasons import SUCCESS
 from data_tools.fetch.run_img2dataset import ROOT, Run, download_slice
 from data_tools.fetch.slices import WORK, Slice, SliceShards, owned_slice, write_list
+from data_tools.inputs.records import as_counts, record
 from data_tools.lists.columns import EXTRA
 from data_tools.lists.reading import CAPTIONS, PRESETS, fingerprint, open_list
 from data_tools.shards.step_table import describe_drops
@@ -112,14 +112,14 @@ def _without_success(counts: Counter[str]) -> dict[str, int]:
 def merge(out: Path, workers: int = 1) -> list[int]:
     """Writes the step records of all slices together, and the manifest. If some slices are not done, writes nothing and
     returns their numbers. Raises ValueError if no download was started, or no picture could be downloaded."""
-    try:
-        plan = json.loads((out / WORK / "plan.json").read_bytes())
-    except FileNotFoundError:
-        raise ValueError(f"--out={out} has no download; give the --out of a download that was started") from None
-    parts = [Slice(out, number, plan["slices"], plan["samples_per_shard"]) for number in range(plan["slices"])]
+    if not (out / WORK / "plan.json").exists():
+        raise ValueError(f"--out={out} has no download; give the --out of a download that was started")
+    with record(out / WORK / "plan.json", "download into another --out") as plan:
+        plan["list"] = [str(name) for name in plan["list"]]
+        parts = [Slice(out, number, plan["slices"], plan["samples_per_shard"]) for number in range(plan["slices"])]
     if missing := [part.number for part in parts if not part.done.exists()]:
         return missing
-    done = [json.loads(part.done.read_bytes()) for part in parts]
+    done = [_read_done(part.done) for part in parts]
     listed = _write_step(out, "list", done, {name: plan.get(name) for name in _OF_LIST}, plan["list"])
     rest = {name: value for name, value in plan.items() if name not in _OF_LIST}
     result = _write_step(out, "download", done, rest, plan["list"])
@@ -140,6 +140,14 @@ def merge(out: Path, workers: int = 1) -> list[int]:
         f"{len(indexed.manifest.shards):,} shards; {dropped}"
     )
     return []
+
+
+def _read_done(path: Path) -> dict[str, Any]:
+    with record(path, "remove it and run the same command again") as content:
+        for name in ("list", "download"):
+            as_counts(content[name]["dropped"])
+            as_counts({key: content[name][key] for key in ("rows", "kept")})
+        return content
 
 
 def _write_step(out: Path, name: str, done: list[dict], settings: dict[str, Any], inputs: list[str]) -> Step:
@@ -164,9 +172,9 @@ def _describe_drops(dropped: dict[str, int]) -> str:
 def carry_steps(lists: list[Path], out: Path) -> None:
     """Copies the step records of the list, such as filter_list's, to `out`."""
     for home in dict.fromkeys(path if path.is_dir() else path.parent for path in lists):
-        for record in sorted((home / STEPS).glob("*.json")):
+        for path in sorted((home / STEPS).glob("*.json")):
             (out / STEPS).mkdir(parents=True, exist_ok=True)
-            write_file(out / STEPS / record.name, record.read_bytes())
+            write_file(out / STEPS / path.name, path.read_bytes())
 
 
 def _plan(args: argparse.Namespace, part: Slice) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def _read(stamp: Path) -> dict[str, Any] | None:
         content = json.loads(stamp.read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from data_tools.inputs.text_stream import check_regular
 from data_tools.ownership import DONE, owned
 from data_tools.pictures.recode import FORMATS, Recode
 from data_tools.shards.rewrite_plan import Plan, make_plan
@@ -84,7 +85,7 @@ def rewrite(inputs: list[Path], out: Path, settings: Settings, drops: list[Path]
     request = {
         "version": VERSION,
         "inputs": [manifest.digest for manifest in manifests],
-        "drops": [hashlib.sha256(path.read_bytes()).hexdigest() for path in drops],
+        "drops": [_digest(path) for path in drops],
         **asdict(settings),
     }
     with _owned_out(out, request) as summary:
@@ -98,6 +99,11 @@ def rewrite(inputs: list[Path], out: Path, settings: Settings, drops: list[Path]
         shutil.rmtree(out / WORK, ignore_errors=True)
     step = read_steps(out)[summary["step"]]
     return Result(step, len(complete_shards(out)[0]), summary["notes"], new)
+
+
+def _digest(path: Path) -> str:
+    check_regular(path, f"--drop {path}")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _owned_out(out: Path, request: dict[str, Any]) -> AbstractContextManager[dict[str, Any] | None]:

@@ -181,8 +181,9 @@ def _claim(out: Path, corpus: Corpus, *, overwrite: bool) -> None:
     if stamp.exists():
         try:
             existing = json.loads(stamp.read_text())
-        except ValueError:
-            existing = {}
+        except (ValueError, RecursionError):
+            existing = None
+        existing = existing if isinstance(existing, dict) else {}
         if existing == wanted:
             return
         if not overwrite:

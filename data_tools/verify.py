@@ -157,7 +157,7 @@ def _index_findings(job: Job, samples: int) -> Iterator[Finding]:
     if stats_path(job.path).exists():
         try:
             successes = json.loads(stats_path(job.path).read_bytes())["successes"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             yield Finding(name, "", f"{stats_path(job.path).name} is damaged")
             return
         if successes != samples:

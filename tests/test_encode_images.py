@@ -82,6 +82,18 @@ def test_what_is_done_is_kept_and_what_is_damaged_is_made_again(shards, encoder)
     assert files(shards) == whole
 
 
+def test_a_read_only_data_set_names_the_way_out_unless_all_is_done(shards, encoder, monkeypatch):
+    denied = "pretrain.data.shards.indexing.os.access"
+    with monkeypatch.context() as patch:
+        patch.setattr(denied, lambda *_: False)
+        with pytest.raises(ValueError, match=r"cannot be written to, .*ln -s .*/shards/\*"):
+            encode_directory(shards, encoder, workers=0)
+    assert not files(shards)
+    encode_directory(shards, encoder, workers=0)
+    monkeypatch.setattr(denied, lambda *_: False)
+    assert encode_directory(shards, encoder, workers=0).shards == 0
+
+
 def test_other_codes_of_the_same_name_are_not_overwritten(shards, encoder):
     encode_directory(shards, encoder, workers=0)
     before = files(shards)

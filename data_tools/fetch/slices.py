@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.fetch.reasons import SUCCESS, reason_of
+from data_tools.inputs.records import as_counts, record
 from data_tools.lists.reading import List
 from data_tools.ownership import owned
 from pretrain.files import beside, move, sync, write_json
@@ -152,9 +153,13 @@ class SliceShards:
 
 def write_list(rows: List, part: Slice) -> SliceShards:
     """Writes the canonical rows of the slice, unless they exist. They appear all at once."""
-    record = part.list / "list.json"
-    if record.exists():
-        return SliceShards(part, ListedRows(**json.loads(record.read_bytes())))
+    done = part.list / "list.json"
+    if done.exists():
+        with record(done, f"remove {part.list} and run the same command again") as content:
+            listed = ListedRows(**content)
+            as_counts(listed.dropped)
+            as_counts(content | {"dropped": 0})
+        return SliceShards(part, listed)
     # Only slices need the number of rows, which costs a pass over a text file.
     numbers = part.shards(rows.rows) if part.slices > 1 else None
     first, stop = (0, None) if numbers is None else (numbers.start, numbers.stop)

@@ -6,7 +6,6 @@ each part. A part without counts is incomplete and ignored.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_tools.inputs.records import as_counts, record
 from data_tools.ownership import owned
 from pretrain.files import move, write_json, written_in_one_step
 
@@ -51,10 +51,11 @@ class Parts:
 
     def done(self) -> list[Counter[str]]:
         """The counts of each complete part: rows, kept, and each reason."""
-        counts: list[Counter[str]] = []
-        while (path := self._path(len(counts), "json")).exists():
-            counts.append(Counter(json.loads(path.read_bytes())))
-        return counts
+        done: list[Counter[str]] = []
+        while (path := self._path(len(done), "json")).exists():
+            with record(path, f"remove {self._work} and run the same command again") as content:
+                done.append(Counter(as_counts(content)))
+        return done
 
     def urls(self, part: int) -> Iterator[pa.Array]:
         """The URLs of a complete part's kept rows."""

@@ -136,6 +136,8 @@ def _picture_files(path: Path) -> Iterator[Path]:
 def _hash_file(path: Path) -> tuple[bytes, tuple | None, str]:
     """(SHA-256, look, why it has none)."""
     try:
+        if not path.is_file():
+            return b"", None, "is no file"
         if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
             return b"", None, f"{size} bytes are more than the limit of {MAX_IMAGE_BYTES}"
         data = path.read_bytes()

@@ -211,7 +211,7 @@ def _schema_of(tar: Path) -> pa.Schema | None:
         return pq.read_schema(tar.with_suffix(".parquet")).remove_metadata()
     except FileNotFoundError:
         return None
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         path = tar.with_suffix(".parquet")
         raise ValueError(f"cannot read {path} ({str(error).splitlines()[0]}); restore it, or remove it") from None
 
@@ -222,5 +222,5 @@ def _common_schema(schemas: Iterable[pa.Schema | None]) -> pa.Schema | None:
         return None
     try:
         return pa.unify_schemas(distinct, promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
+    except pa.ArrowException:
         return None

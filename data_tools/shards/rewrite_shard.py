@@ -139,12 +139,14 @@ def _rows(job: NewShard, samples: list[_Sample]) -> dict[tuple[int, str], dict[s
 def _rows_of(path: Path, keys: list[str]) -> Iterator[dict[str, Any]]:
     try:
         table = pq.ParquetFile(path).read()
+        if "key" in table.column_names:
+            table = table.filter(pc.is_in(table["key"].cast(pa.string()), value_set=pa.array(keys)))
     except FileNotFoundError:
         return
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, KeyError, OSError) as error:
         raise ValueError(f"cannot read {path} ({str(error).splitlines()[0]}); restore it, or remove it") from None
     if "key" in table.column_names:
-        yield from table.filter(pc.is_in(table["key"].cast(pa.string()), value_set=pa.array(keys))).to_pylist()
+        yield from table.to_pylist()
 
 
 def _schema(job: NewShard) -> pa.Schema | None:

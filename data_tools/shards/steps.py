@@ -6,7 +6,6 @@ a reason. A drops file names samples of shards; `data_tools.rewrite` drops them.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,11 +16,14 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_tools.inputs.records import as_counts, record
+from data_tools.inputs.text_stream import check_regular
 from pretrain.files import write_json, written_in_one_step
 
 STEPS = "steps"
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("shard", "key", "reason", "detail")])
 _BATCH = 65_536
+_LAST = 2.0**40  # seconds since 1970
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,16 @@ def read_steps(directory: Path) -> dict[str, Step]:
     """The records of a directory by name, oldest first. Raises ValueError for a damaged one."""
     steps = {}
     for path in sorted((directory / STEPS).glob("*.json")):
-        try:
-            steps[path.stem] = Step(**json.loads(path.read_bytes()))
-        except (ValueError, TypeError, AssertionError) as error:
-            raise ValueError(f"{path} is not a step record ({error}); remove it, or run its tool again") from None
+        with record(path, "remove it, or run its tool again", "is not a step record") as content:
+            step = Step(**content)
+            as_counts(step.dropped)
+            as_counts({"rows": step.rows, "kept": step.kept})
+            kinds = {"settings": dict, "inputs": list, "tool": str, "unit": str, "time": int | float}
+            if wrong := [name for name, kind in kinds.items() if not isinstance(getattr(step, name), kind)]:
+                raise TypeError(f"its {wrong[0]} has another type")
+            if not 0 <= step.time < _LAST:
+                raise ValueError(f"its time {step.time} is none")
+            steps[path.stem] = step
     return dict(sorted(steps.items(), key=lambda item: item[1].time))
 
 
@@ -88,12 +96,15 @@ def read_drops(paths: Iterable[Path]) -> Iterator[Drop]:
     """Every line of the files, in order. Raises ValueError for a file that is not a drops file."""
     for path in paths:
         try:
+            check_regular(path, str(path))
             with pq.ParquetFile(path) as file:
-                if missing := set(_SCHEMA.names) - set(file.schema_arrow.names):
-                    raise pa.ArrowInvalid(f"it has no column {min(missing)}")
+                names = file.schema_arrow.names
+                if wrong := [name for name in _SCHEMA.names if names.count(name) != 1]:
+                    raise pa.ArrowInvalid(f"it has {names.count(wrong[0])} columns called {wrong[0]}")
                 for batch in file.iter_batches(_BATCH, columns=_SCHEMA.names):
-                    yield from (Drop(*row) for row in zip(*(column.to_pylist() for column in batch), strict=True))
-        except (pa.ArrowInvalid, pa.ArrowKeyError, FileNotFoundError) as error:
+                    texts = (column.cast(pa.string()).to_pylist() for column in batch.select(_SCHEMA.names))
+                    yield from (Drop(*row) for row in zip(*texts, strict=True))
+        except (pa.ArrowException, FileNotFoundError) as error:
             raise ValueError(
                 f"{path} is not a drops file ({str(error).splitlines()[0]}); give one that dedup, leaks or "
                 "filter_shards wrote"

@@ -176,7 +176,7 @@ def _column(values: list[Any]) -> pa.Array:
     plain = [json.dumps(value) if isinstance(value, dict | list) else value for value in values]
     try:
         return pa.array(plain)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # rows come from untrusted files
+    except (pa.ArrowException, OverflowError):  # rows come from untrusted files
         return pa.array([None if value is None else str(value) for value in plain], pa.string())
 
 

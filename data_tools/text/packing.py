@@ -230,7 +230,7 @@ def _ahead(pool: ProcessPoolExecutor, work: BlockWork, most: int) -> Iterator[tu
 def _rows(path: Path) -> list[dict]:
     try:
         return pq.read_table(path).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"{path} is damaged ({str(error).splitlines()[0]}); remove {path.parent.parent} and start again"
         ) from None
