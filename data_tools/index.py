@@ -3,8 +3,9 @@
     python -m data_tools.index data/cc12m data/laion --workers 8
 
 A shard is read once, as a whole, for the checksums that training compares with whatever it reads. Shards whose index is
-up to date are not read again, so the tool may run after every download. If the directory has
-_stats.json files of img2dataset, only tars with one are indexed: a tar without it is the rest of a killed download.
+up to date are not read again, so the tool may run after every download. Where tars have the _stats.json of img2dataset,
+those of the same numbering without one are skipped: they are the rest of a killed download. Files that are skipped and
+members that belong to no sample are counted, each with the reason.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 
 from pretrain.command import add_directories, add_workers, make_parser, run
 from pretrain.data.shards.indexing import index_directory
+from pretrain.data.shards.left_out import in_words
 from pretrain.data.shards.manifest import MANIFEST
 
 
@@ -32,6 +34,10 @@ def _run(args: argparse.Namespace) -> None:
         manifest = result.manifest
         for line in result.skipped:
             print(f"skipped: {line}", file=sys.stderr)
+        for line in in_words(result.left_out).values():
+            print(f"left out: {line}", file=sys.stderr)
+        if result.left_out:
+            print(f"python -m data_tools.verify {directory} says where they are", file=sys.stderr)
         gib = sum(shard.bytes for shard in manifest.shards) / 2**30
         print(
             f"{directory / MANIFEST}: {len(manifest.shards)} shards ({result.scanned} read, the rest up to date), "

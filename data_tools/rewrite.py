@@ -33,6 +33,7 @@ from data_tools.shards.rewrite_shard import NewShard, write_shard
 from data_tools.shards.steps import STEPS, Step, read_drops, read_steps, write_drops, write_step
 from pretrain.command import add_directories, add_workers, make_parser, run
 from pretrain.data.shards.indexing import complete_shards, index_directory
+from pretrain.data.shards.left_out import in_words
 from pretrain.files import WRITING, sweep, write_json
 from pretrain.lock import end_with_parent
 
@@ -222,13 +223,11 @@ def _notes(plan: Plan) -> list[str]:
         )
     if plan.unused:
         notes.append(f"{plan.unused:,} drops match no sample of these shards")
-    if plan.others:
-        notes.append(f"members with unknown endings were dropped: {_counts(plan.others)}")
-    return notes
+    return notes + [f"left out: {line}" for line in in_words(plan.others).values()]
 
 
 def _counts(counts) -> str:
-    return ", ".join(f"{name or 'no ending'} {count:,}" for name, count in sorted(counts.items()) if count)
+    return ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()) if count)
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,9 +24,11 @@ from pretrain.command import add_directories, add_workers, make_parser, run
 from pretrain.data.decoding import decode_image, read_header
 from pretrain.data.shards.content import with_checksums
 from pretrain.data.shards.indexing import complete_shards, map_in_order, stats_path
+from pretrain.data.shards.left_out import count, in_words
 from pretrain.data.shards.manifest import MANIFEST, Shard, read_manifest
+from pretrain.data.shards.overlooked import overlooked
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, ShardError
-from pretrain.data.shards.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, index_shard, split_name, tar_members
+from pretrain.data.shards.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, index_shard, shard_parts
 
 KINDS = ("auto", "images", "pairs", "texts")
 # The number of shards from which the kind of a source is guessed.
@@ -67,6 +70,7 @@ def verify_directory(directory: Path, *, kind: str = "auto", decode: bool = Fals
     entries, findings = _manifest_entries(directory)
     missing = sorted(set(entries) - {path.name for path in complete})
     findings += [Finding(name, "", f"is in {MANIFEST}, but missing or partial") for name in missing]
+    findings += [Finding(name, "", why) for name, why in overlooked(directory)]
     if kind == "auto":
         kind = _guess_kind(complete)
     jobs = [Job(path, entries.get(path.name), decode, kind) for path in complete]
@@ -95,8 +99,8 @@ def _guess_kind(tars: list[Path]) -> str:
     extensions = set()
     for path in tars[:_GUESS_FROM]:
         try:
-            for member in tar_members(path):
-                extensions.add(split_name(member.name)[1])
+            for part in shard_parts(path):
+                extensions.add("" if part.left_out else part.extension)
                 if "txt" in extensions and extensions.intersection(IMAGE_EXTENSIONS):
                     return "pairs"
         except ShardError:
@@ -107,21 +111,23 @@ def _guess_kind(tars: list[Path]) -> str:
 def check_shard(job: Job) -> ShardReport:
     """The problems of one shard. A truncated tar is checked up to its end."""
     name, findings = job.path.name, []
-    size = job.path.stat().st_size
-    if job.entry is not None and job.entry.bytes != size:
+    size = job.path.stat().st_size if job.path.is_file() else None
+    if job.entry is not None and size is not None and job.entry.bytes != size:
         what = f"has {size} bytes but {MANIFEST} says {job.entry.bytes}; run python -m data_tools.index again"
         findings.append(Finding(name, "", what))
     samples: dict[str, dict[str, tuple[int, int]]] = {}
+    left_out, examples = Counter[str](), dict[str, str]()
     whole = True
     try:
-        for member in tar_members(job.path):
-            key, extension = split_name(member.name)
-            if not key or extension not in EXTENSIONS or not member.isreg() or member.issparse():
+        for key, extension, member, reason in shard_parts(job.path):
+            if reason:
+                count(left_out, reason)
+                examples.setdefault(reason, member.name)
                 continue
             if extension in samples.setdefault(key, {}):
                 repeat = Finding(name, _printable(key), f".{extension} occurs more than once; the last one is used")
                 findings += [] if repeat in findings[-len(EXTENSIONS) :] else [repeat]
-            samples[key][extension] = member.offset_data, member.size
+            samples[key][extension] = member.offset, member.size
     except ShardError as error:
         findings.append(Finding(name, "", str(error).removeprefix(f"{job.path} ")))
         whole = False
@@ -129,10 +135,30 @@ def check_shard(job: Job) -> ShardReport:
             samples.popitem()  # its other members may be missing
     if whole:
         findings += _index_findings(job, len(samples))
+    findings += [
+        Finding(name, "", f"leaves out {line} (such as {_printable(examples.get(reason, ''))})")
+        for reason, line in in_words(left_out).items()
+    ]
+    if not samples:
+        return ShardReport(findings, 0)
+    if job.kind == "pairs" and (apart := _keys_apart(samples)):
+        differ = " and ".join(map(_printable, apart))
+        findings.append(
+            Finding(name, "", f"has no sample with both picture and text, which need one key: {differ} differ")
+        )
+        job = job._replace(kind="auto")  # instead of the same for each sample
     with open(job.path, "rb") as file:
         for key, members in samples.items():
             findings += [Finding(name, _printable(key), what) for what in _sample_findings(file, members, job)]
     return ShardReport(findings, len(samples))
+
+
+def _keys_apart(samples: dict[str, dict[str, tuple[int, int]]]) -> tuple[str, str] | None:
+    """The keys of a picture and of a text, if no sample of the shard has both."""
+    picture = next((key for key, members in samples.items() if members.keys() & set(IMAGE_EXTENSIONS)), None)
+    text = next((key for key, members in samples.items() if "txt" in members), None)
+    both = any("txt" in members and members.keys() & set(IMAGE_EXTENSIONS) for members in samples.values())
+    return None if picture is None or text is None or both else (picture, text)
 
 
 def _index_findings(job: Job, samples: int) -> Iterator[Finding]:

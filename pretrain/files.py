@@ -6,12 +6,28 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 WRITING = ".writing"  # ends the name of whatever is not whole yet
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A regular file, opened for reading. ValueError for anything else: reading from a pipe could wait for ever."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        raise ValueError(f"{path} is {_file_type(mode)}, not a regular file")
+    return open(handle, "rb")
+
+
+def _file_type(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe"}
+    return kinds.get(stat.S_IFMT(mode), "a device or a socket")
 
 
 def beside(path: Path, writer: str = "") -> Path:

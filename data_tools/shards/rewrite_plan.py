@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 from data_tools.shards.steps import Drop, read_drops
 from data_tools.shards.writer import tar_bytes
 from pretrain.data.shards.indexing import map_in_order
-from pretrain.data.shards.tar_index import EXTENSIONS, ShardIndex, split_name, tar_members
+from pretrain.data.shards.left_out import count
+from pretrain.data.shards.tar_index import ShardIndex, shard_parts
 
 # The place of a sample: its tar, its line in the tar's .idx, and how many earlier samples have the same key.
 PLACE = np.dtype([("tar", "<u4"), ("line", "<u8"), ("length", "<u4"), ("copy", "<u4")])
@@ -39,7 +40,7 @@ class Plan:
     renamed: int
     dashes: str  # a later sample with the same key is renamed to KEY + dashes + number
     unused: int  # drops that match no sample
-    others: Counter[str]  # members with unknown endings, by ending
+    others: Counter[str]  # members that belong to no sample, by reason
     schema: pa.Schema | None  # of the metadata; None: some shard has no parquet, or an incompatible one
 
 
@@ -162,25 +163,24 @@ def _scan(job: _Job) -> _ShardPlan:
 
 
 def _outside_index(path: Path) -> tuple[list[Drop], Counter[str]]:
-    """What is in a tar but not in its index: samples that a later one with the same name replaces, and members with
-    unknown endings."""
-    occurrences: Counter[str] = Counter()
+    """What is in a tar but not in its index: samples that a later one with the same name replaces, and members that
+    belong to no sample, by reason."""
+    occurrences: Counter[tuple[str, str]] = Counter()
     others: Counter[str] = Counter()
     duplicates: Counter[str] = Counter()
-    for member in tar_members(path):
-        key, extension = split_name(member.name)
-        if not key or extension not in EXTENSIONS or not member.isreg() or member.issparse():
-            others[extension] += member.isreg()
+    for key, extension, _, reason in shard_parts(path):
+        if reason:
+            count(others, reason)
             continue
-        occurrences[member.name] += 1
-        duplicates[key] = max(duplicates[key], occurrences[member.name] - 1)
+        occurrences[key, extension] += 1
+        duplicates[key] = max(duplicates[key], occurrences[key, extension] - 1)
     printable = {
         key.encode(errors="surrogateescape").decode(errors="backslashreplace"): n for key, n in duplicates.items()
     }
     return [
         Drop(path.stem, key, "duplicate_key", f"a later sample of {path} has the same name")
-        for key, count in printable.items()
-        for _ in range(count)
+        for key, number in printable.items()
+        for _ in range(number)
     ], +others
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.index import main
+from data_tools.verify import verify_directory
 from pretrain.data.shards.indexing import index_directory
 from pretrain.data.shards.reader import ShardReader, load_manifest
 from tests.toys import numbered_samples, refused, write_shard, write_tar
@@ -100,13 +101,42 @@ def test_a_shard_without_samples_is_fine_but_a_source_without_any_is_an_error(so
     assert "contain no sample" in refused(capsys, main, tmp_path)
 
 
+def test_a_stray_stats_file_makes_nothing_partial(source, capsys):
+    """Only a tar whose numbering has other _stats.json files is the rest of a killed download."""
+    for path in source.glob("*_stats.json"):
+        path.unlink()
+    for name in ("00009_stats.json", "dataset_stats.json"):
+        (source / name).touch()
+    write_shard(source, 5, numbered_samples(5, 1)).rename(source / "train-0.tar")
+    assert main([str(source)]) == 0
+    assert "skipped: 00009_stats.json: its tar is missing" in capsys.readouterr().err
+    assert load_manifest(str(source)).counts == [1, 2, 3, 1]
+    assert "00009_stats.json" in [finding.shard for finding in verify_directory(source).findings]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path.symlink_to("nowhere.tar"), "is a link to nowhere.tar, which is missing"),
+        (os.mkfifo, "is a named pipe, not a regular file"),
+        (os.mkdir, "is a directory, not a regular file"),
+    ],
+)
+def test_a_tar_that_is_no_file_is_named(source, capsys, make, words):
+    make(source / "00005.tar")
+    (source / "00005_stats.json").write_text('{"successes": 1}')
+    assert f"{source}/00005.tar {words}" in refused(capsys, main, source)
+    assert main([str(source), "--skip-broken"]) == 0
+    assert words in capsys.readouterr().err and load_manifest(str(source)).counts == [1, 2, 3]
+    assert any(f.shard == "00005.tar" and words in f.what for f in verify_directory(source).findings)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda path: None, "is not a directory"),
         (lambda path: path.write_text("file"), "is not a directory"),
         (lambda path: path.mkdir(), "contains no .tar file"),
-        (lambda path: (write(path, 0, 1, stats=False), (path / "00009_stats.json").touch()), "all are partial"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(tmp_path, capsys, make, words):

@@ -131,7 +131,7 @@ def test_of_two_sets_the_first_is_the_reason(folder, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--against", "coco={tmp}/none"], "the directory does not exist"),
-        (["--against", "coco={tmp}/empty"], "contains no .jpg, .jpeg, .png, .webp file"),
+        (["--against", "coco={tmp}/empty"], "contains no .jpg, .jpeg, .png, .webp,"),
         (["--against", "coco={tmp}/bad"], "none of its 1 pictures can be decoded"),
         (["--against", "{tmp}/eval"], "is not NAME=PATH"),
         (["--against", "a={tmp}/eval", "--against", "a={tmp}/bad"], "is given twice"),

@@ -131,7 +131,7 @@ def test_hidden_duplicates_and_unknown_members_are_reported(tmp_path):
     write_source(tmp_path / "old", [samples])
     done = rewrite([tmp_path / "old"], tmp_path / "new", Settings(), [])
     assert done.step.rows == 3 and done.step.kept == 2 and done.step.dropped == {"duplicate_key": 1}
-    assert done.notes == ["members with unknown endings were dropped: cls 1"]
+    assert done.notes == ["left out: 1 member: .cls, an ending that is not read"]
     (drop,) = read_drops([tmp_path / "new" / "steps" / "rewrite.parquet"])
     assert drop[:3] == ("00000", "a", "duplicate_key")
     assert contents(tmp_path / "new")["a"]["jpg"] == pair_sample("a", 3)["jpg"]

@@ -88,7 +88,7 @@ def test_the_current_shard_is_not_visible(tmp_path):
     [
         ("", {"txt": b""}, "cannot be the name"),
         ("a.b", {"txt": b""}, "cannot be the name of key 'a.b'"),
-        ("a/", {"txt": b""}, "cannot be the name"),
+        ("a.b/", {"txt": b""}, "cannot be the name"),
         ("a", {"TXT": b""}, "cannot be the name"),
         ("a", {"x/y": b""}, "cannot be the name"),
         ("a", {}, "has no members"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
@@ -13,10 +14,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pretrain.data.shards.content import sha256_of, with_checksums
+from pretrain.data.shards.left_out import in_words
 from pretrain.data.shards.manifest import MANIFEST, Manifest, Shard, read_manifest
-from pretrain.data.shards.tar_index import EXTENSIONS, index_shard
+from pretrain.data.shards.overlooked import no_tar, overlooked
+from pretrain.data.shards.tar_index import EXTENSIONS, scan_shard
 from pretrain.files import write_file
 from pretrain.lock import end_with_parent
+
+_SHOWN = 5  # reasons in one sentence
 
 
 @dataclass(frozen=True)
@@ -27,22 +32,40 @@ class IndexResult:
     scanned: int  # shards that were indexed; the others were up to date
     skipped: list[str] = field(default_factory=list)  # "NAME: why"
 
+    @property
+    def left_out(self) -> Counter[str]:
+        """Members that belong to no sample, by reason (left_out.py)."""
+        return sum((Counter(dict(shard.left_out or ())) for shard in self.manifest.shards), Counter[str]())
+
 
 def complete_shards(directory: Path) -> tuple[list[Path], list[Path]]:
-    """(complete, partial) tars of a directory, sorted by name. ValueError if none is complete."""
+    """(complete, partial) tars of a directory, sorted by name. ValueError, with the way out, if none is complete.
+
+    A tar is partial if it lacks the _stats.json that others of its numbering have: the rest of a killed download of
+    img2dataset. A .tar that is no file at all, such as a link to nothing, counts as complete, so that whoever reads it
+    says so.
+    """
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; give the one that contains 00000.tar, 00001.tar, ...")
-    tars = sorted(path for path in directory.glob("*.tar") if path.is_file())
-    if not tars and (folder := next(directory.glob("*.tar/"), None)):
-        raise ValueError(f"{folder} is a directory, not a tar; give it as DIR if it contains shards, or pack it")
+    folders = _folders(directory)
+    tars = sorted({path for path in directory.glob("*.tar") if not path.name.startswith(".")} - set(folders))
+    if not tars and folders:
+        raise ValueError(f"{folders[0]} is a directory, not a tar; give it as DIR if it contains shards, or pack it")
     if not tars:
-        raise ValueError(f"{directory} contains no .tar file; give the directory that img2dataset wrote to")
-    if not any(directory.glob("*_stats.json")):
-        return tars, []
-    complete = [path for path in tars if stats_path(path).exists()]
-    if not complete:
-        raise ValueError(f"none of the tars in {directory} has a _stats.json, so all are partial; download them again")
-    return complete, [path for path in tars if path not in set(complete)]
+        raise ValueError(no_tar(directory))
+    downloaded = {_numbering(path) for path in tars if stats_path(path).exists()}
+    partial = {path for path in tars if _numbering(path) in downloaded and not stats_path(path).exists()}
+    return [path for path in tars if path not in partial], sorted(partial)
+
+
+def _folders(directory: Path) -> list[Path]:
+    """Directories that are called like a tar, and have no _stats.json that says that they are one."""
+    return sorted(path for path in directory.glob("*.tar") if path.is_dir() and not stats_path(path).exists())
+
+
+def _numbering(tar: Path) -> str:
+    """What stands before a tar's number: "" for 00000.tar, "train-" for train-00000.tar."""
+    return tar.stem.rstrip("0123456789")
 
 
 def check_writable(directory: Path) -> None:
@@ -74,7 +97,8 @@ def index_directory(directory: Path, workers: int = 1, skip_broken: bool = False
     `skip_broken`. Each file is replaced atomically."""
     complete, partial = complete_shards(directory)
     skipped = [f"{path.name}: partial, it has no {stats_path(path).name}" for path in partial]
-    skipped += [f"{path.name}: it is a directory" for path in sorted(directory.glob("*.tar/"))]
+    skipped += [f"{path.name}: it is a directory" for path in _folders(directory)]
+    skipped += [f"{name}: {why}" for name, why in overlooked(directory)]
     previous = _previous_shards(directory)
     jobs = [(path, previous.get(path.name), skip_broken) for path in complete]
     shards, scanned = [], 0
@@ -87,14 +111,18 @@ def index_directory(directory: Path, workers: int = 1, skip_broken: bool = False
             shard, fresh = result
             shards.append(shard)
             scanned += fresh
-    if not any(shard.samples for shard in shards):
-        raise ValueError(
-            f"the {len(shards)} shards of {directory} contain no sample: no member is called KEY.EXTENSION, with one "
-            f"of {', '.join(EXTENSIONS)} after the first dot of its name"
+    result = IndexResult(Manifest(tuple(shards)), scanned, skipped)
+    if not result.manifest.samples:
+        names = (
+            f"no member is called KEY.EXTENSION, with one of {', '.join(EXTENSIONS)} after the first dot of its name"
         )
-    manifest = Manifest(tuple(shards))
-    write_beside(directory / MANIFEST, manifest.to_json())
-    return IndexResult(manifest, scanned, skipped)
+        reasons = [*in_words(result.left_out).values(), *skipped][:_SHOWN]
+        raise ValueError(
+            f"the {len(shards)} shards of {directory} contain no sample: {names}"
+            + (f" (left out: {'; '.join(reasons)})" if reasons else "")
+        )
+    write_beside(directory / MANIFEST, result.manifest.to_json())
+    return result
 
 
 def _previous_shards(directory: Path) -> dict[str, Shard]:
@@ -113,8 +141,9 @@ def _index_one(job: tuple[Path, Shard | None, bool]) -> tuple[Shard, bool] | str
         return previous, False
     check_writable(path.parent)
     try:
-        size = path.stat().st_size
-        index, sha256 = with_checksums(path, index_shard(path))
+        size = path.stat().st_size if path.is_file() else 0  # what is no file, the scan refuses by name
+        index, left_out = scan_shard(path)
+        index, sha256 = with_checksums(path, index)
         if path.stat().st_size != size:
             raise ValueError(f"{path} changed while it was indexed; wait until the download is done")
     except ValueError as error:
@@ -122,14 +151,15 @@ def _index_one(job: tuple[Path, Shard | None, bool]) -> tuple[Shard, bool] | str
             return str(error)
         raise ValueError(f"{error}; or skip broken shards with --skip-broken") from None
     write_file(path.with_suffix(".idx"), index.data)
-    return Shard(str(path), index.samples, size, sha256, hashlib.sha256(index.data).hexdigest()), True
+    hashes = sha256, hashlib.sha256(index.data).hexdigest()
+    return Shard(str(path), index.samples, size, *hashes, tuple(sorted(left_out.items()))), True
 
 
 def _up_to_date(path: Path, previous: Shard | None) -> bool:
     index = path.with_suffix(".idx")
     try:
         tar, idx = path.stat(), index.stat()
-        if previous is None or not previous.sha256 or previous.bytes != tar.st_size:
+        if previous is None or not previous.sha256 or previous.left_out is None or previous.bytes != tar.st_size:
             return False
         if sha256_of(index) != previous.index_sha256:
             return False

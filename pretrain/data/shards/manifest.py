@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pretrain.data.shards.cache import fetch, is_remote, redact
+from pretrain.data.shards.left_out import is_reason
 from pretrain.settings import fill_variables
 
 MANIFEST, MANIFEST_VERSION = "manifest.json", 2
@@ -38,6 +39,7 @@ class Shard(NamedTuple):
     bytes: int
     sha256: str = ""  # of the tar; "": indexed by an earlier version
     index_sha256: str = ""  # of the .idx
+    left_out: tuple[tuple[str, int], ...] | None = None  # members of no sample, by reason (left_out.py); None: unknown
 
     @property
     def name(self) -> str:
@@ -85,7 +87,11 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The content of manifest.json, for the shards of one directory."""
-        shards = [{"name": s.name, **{field: getattr(s, field) for field in Shard._fields[1:]}} for s in self.shards]
+        shards = [
+            {"name": s.name, **{field: getattr(s, field) for field in ("samples", "bytes", "sha256", "index_sha256")}}
+            | ({} if s.left_out is None else {"left_out": dict(s.left_out)})
+            for s in self.shards
+        ]
         content = {"version": MANIFEST_VERSION, "digest": self.digest, "samples": self.samples, "shards": shards}
         return json.dumps(content, indent=1).encode() + b"\n"
 
@@ -117,10 +123,10 @@ def read_manifest(data: bytes, prefix: str, suffix: str = "") -> Manifest:
                 raise ValueError(f"{name!r} is not a valid shard name")
             if samples < 0 or size < 0:
                 raise ValueError(f"{name} has a negative count or size")
-            hashes = (str(entry["sha256"]), str(entry["index_sha256"])) if hashed else ()
-            if not all(_SHA256.fullmatch(value) for value in hashes):
+            hashes = (str(entry["sha256"]), str(entry["index_sha256"])) if hashed else ("", "")
+            if hashed and not all(_SHA256.fullmatch(value) for value in hashes):
                 raise ValueError(f"{name} has a SHA-256 that is none")
-            shards.append(Shard(f"{prefix}{name}{suffix}", samples, size, *hashes))
+            shards.append(Shard(f"{prefix}{name}{suffix}", samples, size, *hashes, _left_out(entry.get("left_out"))))
         manifest = Manifest(tuple(shards))
         if manifest.digest != content["digest"]:
             raise ValueError("its digest does not match its content")
@@ -128,6 +134,13 @@ def read_manifest(data: bytes, prefix: str, suffix: str = "") -> Manifest:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"cannot use {where} ({reason}); {_way_out(prefix)}") from None
     return manifest
+
+
+def _left_out(content: object) -> tuple[tuple[str, int], ...] | None:
+    """As a manifest says it; None for one of an earlier version, and for anything that no index writes."""
+    if not isinstance(content, dict) or not all(is_reason(name) and type(n) is int for name, n in content.items()):
+        return None
+    return tuple(content.items())
 
 
 def load_manifest(patterns: str | tuple[str, ...]) -> Manifest:

@@ -1,8 +1,8 @@
 """Reads one sample by its number, from shards as img2dataset writes them.
 
-A directory contains 00000.tar, 00001.tar, ... with members KEY.jpg|jpeg|png|webp, KEY.txt, KEY.json. `data_tools.index`
-adds `manifest.json` (manifest.py) and a `00000.idx` per shard (tar_index.py), so that a sample costs one `pread` per
-member and nothing is unpacked. Remote shards go through a local cache (cache.py).
+A directory contains 00000.tar, 00001.tar, ... with members KEY.jpg|jpeg|png|webp, ..., KEY.txt, KEY.json.
+`data_tools.index` adds `manifest.json` (manifest.py) and a `00000.idx` per shard (tar_index.py), so that a sample costs
+one `pread` per member and nothing is unpacked. Remote shards go through a local cache (cache.py).
 """
 
 from __future__ import annotations

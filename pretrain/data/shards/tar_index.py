@@ -2,9 +2,9 @@
 
 The format is that of DALI's wds2idx: a line `v1.2 SAMPLES`, then one line per sample with `EXTENSION OFFSET SIZE
 NAME` for each member. Fields are separated by blanks, so white space, percent signs and non-ASCII characters in names
-are percent-encoded. Keys and extensions are split as in webdataset: at the first dot of the file name. Behind the last
-sample, where DALI does not look, a line `crc32 HEX` has eight digits for each member, in the order of the lines above;
-indexes of earlier versions have none.
+are percent-encoded. Keys and extensions are split as webdataset splits them: at the first dot of the file name. Behind
+the last sample, where DALI does not look, a line `crc32 HEX` has eight digits for each member, in the order of the
+lines above; indexes of earlier versions have none.
 
 Names are untrusted: they are compared and printed, never used as paths. Members with endings other than EXTENSIONS do
 not enter the index, so nothing can read them by mistake.
@@ -12,9 +12,8 @@ not enter the index, so nothing can read them by mistake.
 
 from __future__ import annotations
 
-import os
 import string
-import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -23,14 +22,15 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from pretrain.data.shards.cache import ShardError
+from pretrain.data.shards.left_out import REPLACED, count, why_left_out
+from pretrain.data.shards.tar_members import FOLDER, TarMember, tar_members
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "jpe")  # the last two: JPEGs by older names
 EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json")
 VERSION = b"v1.2"
 _PLAIN = "".join(sorted(set(string.punctuation) - {"%"}))
 _NEWLINE, _BLANK = ord("\n"), ord(" ")
 _SUMS = b"crc32 "
-_WAY_OUT = "write or download it again, or remove it"
 
 
 class Member(NamedTuple):
@@ -119,62 +119,54 @@ class ShardIndex:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """A member's name -> (key, extension in lower case). The key of a hidden file is "" (or ends in a slash); the
-    extension of a name without a dot is ""."""
+    """A member's name -> (key, extension in lower case). The key is "" where webdataset finds none, which is so for
+    most hidden files; the extension of a name without a dot is ""."""
     slash = name.rfind("/") + 1
-    stem, _, extension = name[slash:].partition(".")
-    return name[:slash] + stem if stem else "", extension.lower()
+    stem, dot, extension = name[slash:].partition(".")
+    if stem:
+        return name[:slash] + stem, extension.lower()
+    # For FOLDER/.EXTENSION webdataset's pattern finds the key FOLDER/, unless the folder's own name has a dot.
+    folder = name[name.rfind("/", 0, max(slash - 1, 0)) + 1 : slash]
+    return name[:slash] if dot and folder and "." not in folder else "", extension.lower()
+
+
+class Part(NamedTuple):
+    """A member of a tar, and of a sample unless it is left out."""
+
+    key: str
+    extension: str  # in lower case
+    member: TarMember
+    left_out: str  # why it belongs to no sample, see left_out.py; "": it does
+
+
+def shard_parts(path: str | Path) -> Iterator[Part]:
+    """Every member of a tar but its folders. ShardError if the tar is truncated, damaged or not a plain one."""
+    for member in tar_members(path):
+        if member.kind != FOLDER:
+            key, extension = split_name(member.name)
+            yield Part(key, extension, member, why_left_out(member, key, extension, EXTENSIONS))
 
 
 def index_shard(path: str | Path) -> ShardIndex:
     """Reads the headers of a tar, not its contents. ShardError if it is truncated, damaged or not a plain tar.
 
-    Links, directories and sparse files are skipped. Members with the same key make one sample, wherever they are in the
-    tar; the later of two with the same name counts, as in unpacking.
+    Members with the same key make one sample, wherever they are in the tar; of two with the same key and extension the
+    later counts, as in unpacking.
     """
+    return scan_shard(path)[0]
+
+
+def scan_shard(path: str | Path) -> tuple[ShardIndex, Counter[str]]:
+    """`index_shard`, and how many members belong to no sample, by reason (left_out.py)."""
     samples: dict[str, dict[str, str]] = {}
-    for member in tar_members(path):
-        key, extension = split_name(member.name)
-        if key and extension in EXTENSIONS and member.isreg() and not member.issparse():
-            name = quote(member.name, safe=_PLAIN, errors="surrogateescape")
-            line = f"{extension} {member.offset_data} {member.size} {name}"
-            samples.setdefault(key, {})[extension] = line
+    left_out = Counter[str]()
+    for key, extension, member, reason in shard_parts(path):
+        if reason:
+            count(left_out, reason)
+            continue
+        name = quote(member.name, safe=_PLAIN, errors="surrogateescape")
+        members = samples.setdefault(key, {})
+        left_out[REPLACED] += extension in members
+        members[extension] = f"{extension} {member.offset} {member.size} {name}"
     lines = [f"{VERSION.decode()} {len(samples)}", *(" ".join(members.values()) for members in samples.values())]
-    return ShardIndex("\n".join([*lines, ""]).encode("ascii"), str(path))
-
-
-def tar_members(path: str | Path) -> Iterator[tarfile.TarInfo]:
-    """Every member of a plain tar, from its headers alone. ShardError, naming the byte, where it is truncated or
-    damaged: tarfile itself stops silently at a bad header, and at the end of a file that lost its last members."""
-    size = end = 0  # end: of the last complete member, with its padding
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            # Only mode `r:`: a compressed tar cannot be read by offset.
-            with tarfile.open(str(path), "r:", fileobj=file) as tar:
-                while (member := tar.next()) is not None:
-                    if member.size < 0 or tar.offset <= end:  # an old tarfile would loop backwards forever
-                        raise tarfile.ReadError(f"{member.name!r} has a size below 0")
-                    if member.offset_data + member.size > size:
-                        raise ShardError(
-                            f"{path} is truncated at byte {size}, inside {member.name!r}, which ends at byte "
-                            f"{member.offset_data + member.size}; {_WAY_OUT}"
-                        )
-                    end = tar.offset
-                    yield member
-            file.seek(end)
-            mark = file.read(tarfile.BLOCKSIZE)
-    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        if isinstance(error, ShardError):
-            raise
-        if size < max(end, tarfile.BLOCKSIZE):
-            what = f"is truncated at byte {size}"
-        elif end == 0:
-            what = f"is not a plain tar (compressed ones cannot be read): {error}"
-        else:
-            what = f"is damaged after byte {end}: {error}"
-        raise ShardError(f"{path} {what}; {_WAY_OUT}") from None
-    if len(mark) < tarfile.BLOCKSIZE:
-        raise ShardError(f"{path} is truncated at byte {size}: the end mark is missing; {_WAY_OUT}")
-    if any(mark):
-        raise ShardError(f"{path} is damaged at byte {end}: there is no tar header; {_WAY_OUT}")
+    return ShardIndex("\n".join([*lines, ""]).encode("ascii"), str(path)), +left_out

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import tarfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, strategies
+from webdataset.tariterators import base_plus_ext
 
 from pretrain.data.shards.reader import ShardError, ShardReader, load_manifest
-from pretrain.data.shards.tar_index import ShardIndex, index_shard, split_name
+from pretrain.data.shards.tar_index import ShardIndex, index_shard, scan_shard, split_name
+from pretrain.data.shards.tar_members import FILE, SPARSE, tar_members
 from tests.toys import index_source, write_tar
 
 
@@ -72,11 +78,11 @@ def test_members_of_one_key_are_one_sample_and_the_later_of_two_counts(tmp_path)
     assert reader.read(0, 0) == {"__key__": b"a", "jpg": b"newer", "txt": b"caption"}
 
 
-def test_split_name_is_webdatasets():
-    assert split_name("dir.x/0001.seg.PNG") == ("dir.x/0001", "seg.png")
-    assert split_name("./0001.jpg") == ("./0001", "jpg")
-    assert split_name("0001") == ("0001", "")
-    assert split_name("dir/.jpg") == ("", "jpg")
+@given(strategies.text("a.B/", max_size=9))
+def test_split_name_is_webdatasets(name):
+    key, extension = base_plus_ext(name)
+    own = split_name(name)
+    assert own == (key, extension.lower()) if key else "" in own, (own, key)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +132,74 @@ def test_a_negative_size_does_not_loop(tmp_path):
     (tmp_path / "a.tar").write_bytes(bytes(header) + bytes(10240))
     with pytest.raises(ShardError):
         index_shard(tmp_path / "a.tar")
+
+
+def header(kind: bytes, size: int, name: str = "x") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size = kind, size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+def block(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
+
+
+LONG_NAME = header(b"L", 6) + block(b"a.jpg\0")
+PAX = header(b"x", 14) + block(b"14 path=a.jpg\n")
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        (LONG_NAME * 3000, "more than 16 headers describe one member"),
+        (PAX * 3000, "more than 16 headers describe one member"),
+        (header(b"g", 14) + block(b"14 comment=xy\n") + LONG_NAME + header(b"K", 0) + PAX, ""),
+        (header(b"x", 6 * 2**30), "claims a header of 6,442,450,944 bytes"),
+        (header(b"g", 2**62), "claims a header of"),
+        (header(b"L", 2**21) + bytes(2**21), "claims a header of 2,097,152 bytes"),
+        (header(b"x", 10**6) + block(b"1" * 10**6), "records are damaged"),  # tarfile takes hours
+        (header(b"x", 4026) + block(b"4026 size=" + b"9" * 4015 + b"\n"), "size is no number"),
+        (header(b"x", 14) + block(b"14 size=-5120\n"), "size is no number"),
+        (header(b"g", 14) + block(b"14 path=a.jpg\n"), "a header for all members names a single one"),
+        (PAX + bytes(512), "describes a member that does not follow"),
+    ],
+)
+def test_headers_that_describe_headers_are_bounded(tmp_path, headers, words):
+    (tmp_path / "a.tar").write_bytes(headers + header(b"0", 1, "b.jpg") + block(b"x") + bytes(1024))
+    if not words:
+        assert index_shard(tmp_path / "a.tar").members(0)[0].name == "a.jpg"
+        return
+    with pytest.raises(ShardError, match=words):
+        index_shard(tmp_path / "a.tar")
+
+
+NAMES = strategies.text("ab/é\udce9.", min_size=1, max_size=260)
+
+
+@given(strategies.lists(strategies.tuples(NAMES, strategies.binary(max_size=600)), max_size=4))
+def test_headers_are_read_as_tarfile_reads_them(members):
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        with TemporaryDirectory() as place:
+            path = write_tar(Path(place) / "a.tar", members, format=form)
+            with tarfile.open(path) as tar:
+                expected = [(m.name.rstrip("/"), m.isreg(), m.offset_data, m.size if m.isreg() else 0) for m in tar]
+            own = [(m.name, m.kind == FILE, m.offset, m.size) for m in tar_members(path)]
+            assert [(name.rstrip("/"), *rest) for name, *rest in own] == expected
+
+
+@pytest.mark.parametrize("form", ["oldgnu", "posix --sparse-version=0.0", "posix --sparse-version=0.1", "posix"])
+def test_a_file_with_holes_is_left_out_and_the_next_one_read(tmp_path, form):
+    with (tmp_path / "a.jpg").open("wb") as file:
+        for number in range(60):  # more than one header of the old format holds
+            file.seek(number * 2**16)
+            file.write(b"x")
+    (tmp_path / "b.jpg").write_bytes(b"picture")
+    line = ["tar", "-C", str(tmp_path), "-Scf", str(tmp_path / "0.tar"), *f"--format={form}".split(), "a.jpg", "b.jpg"]
+    subprocess.run(line, check=True)
+    index, left_out = scan_shard(tmp_path / "0.tar")
+    (member,) = index.members(0)
+    data = (tmp_path / "0.tar").read_bytes()
+    assert data[member.offset : member.offset + member.size] == b"picture" and left_out == {SPARSE: 1}
 
 
 @pytest.mark.parametrize(
