@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.files import write_json
+from pretrain.json_files import read_object
 from pretrain.lock import LOCK, this_process, try_lock
 
 DONE = "done"  # in a stamp, beside the settings: the result of a finished task
@@ -74,12 +75,11 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 def _read(stamp: Path) -> dict[str, Any] | None:
     """The stamp's content; None: it does not exist, {}: it is damaged."""
     try:
-        content = json.loads(stamp.read_bytes())
+        return read_object(stamp)
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 @contextmanager

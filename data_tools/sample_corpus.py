@@ -31,6 +31,7 @@ from data_tools.shards.writer import ShardWriter
 from pretrain.command import add_workers, make_parser, run
 from pretrain.data.shards.indexing import index_directory, map_in_order, stats_path
 from pretrain.files import WRITING, write_json
+from pretrain.json_files import read_object
 
 VERSION = 1  # increase it if the drawings or the wording change
 STAMP = "sample_corpus.json"
@@ -180,10 +181,9 @@ def _claim(out: Path, corpus: Corpus, *, overwrite: bool) -> None:
     stamp, wanted = out / STAMP, {"version": VERSION, **asdict(corpus)}
     if stamp.exists():
         try:
-            existing = json.loads(stamp.read_text())
-        except (ValueError, RecursionError):
-            existing = None
-        existing = existing if isinstance(existing, dict) else {}
+            existing = read_object(stamp)
+        except ValueError:
+            existing = {}
         if existing == wanted:
             return
         if not overwrite:

@@ -25,10 +25,11 @@ from pretrain.data.decoding import decode_image, read_header
 from pretrain.data.shards.content import with_checksums
 from pretrain.data.shards.indexing import complete_shards, map_in_order, stats_path
 from pretrain.data.shards.left_out import count, in_words
-from pretrain.data.shards.manifest import MANIFEST, Shard, read_manifest
+from pretrain.data.shards.manifest import MANIFEST, MAX_MANIFEST_BYTES, Shard, read_manifest
 from pretrain.data.shards.overlooked import overlooked
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, ShardError
 from pretrain.data.shards.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, index_shard, shard_parts
+from pretrain.json_files import read_bytes, read_json, typed
 
 KINDS = ("auto", "images", "pairs", "texts")
 # The number of shards from which the kind of a source is guessed.
@@ -86,7 +87,7 @@ def verify_directory(directory: Path, *, kind: str = "auto", decode: bool = Fals
 
 def _manifest_entries(directory: Path) -> tuple[dict[str, Shard], list[Finding]]:
     try:
-        manifest = read_manifest((directory / MANIFEST).read_bytes(), os.path.join(directory, ""))
+        manifest = read_manifest(read_bytes(directory / MANIFEST, MAX_MANIFEST_BYTES), os.path.join(directory, ""))
     except FileNotFoundError:
         return {}, [Finding(MANIFEST, "", f"is missing; run: python -m data_tools.index {directory}")]
     except ValueError as error:
@@ -172,7 +173,7 @@ def _index_findings(job: Job, samples: int) -> Iterator[Finding]:
         right, sha256 = with_checksums(job.path, index_shard(job.path))
         if not index.exists():
             yield Finding(name, "", f"has no {index.name}; run python -m data_tools.index again")
-        elif index.read_bytes() != (right.data if job.entry.sha256 else right.places):
+        elif not index.is_file() or index.read_bytes() != (right.data if job.entry.sha256 else right.places):
             yield Finding(name, "", f"{index.name} does not match it; run python -m data_tools.index again")
         if not job.entry.sha256:
             what = f"has no checksums in {MANIFEST} of an earlier version; run python -m data_tools.index again"
@@ -182,9 +183,10 @@ def _index_findings(job: Job, samples: int) -> Iterator[Finding]:
             yield Finding(name, "", what)
     if stats_path(job.path).exists():
         try:
-            successes = json.loads(stats_path(job.path).read_bytes())["successes"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            yield Finding(name, "", f"{stats_path(job.path).name} is damaged")
+            successes = typed(read_json(stats_path(job.path)), "successes", int)
+        except (ValueError, OSError) as error:
+            reason = str(error).removeprefix(f"{stats_path(job.path)} ")
+            yield Finding(name, "", f"{stats_path(job.path).name} cannot be used: {reason}")
             return
         if successes != samples:
             yield Finding(name, "", f"has {samples} samples but {stats_path(job.path).name} says {successes}")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,7 @@ from pretrain.data.shards.manifest import MANIFEST, load_manifest
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample, ShardReader
 from pretrain.data.sources import picture
 from pretrain.files import write_file, write_json
+from pretrain.json_files import read_object
 from pretrain.pretrained import Pretrained, load
 
 ABOUT = "embed.json"
@@ -207,13 +207,13 @@ def _agree(out: Path, about: dict[str, str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / ABOUT
     try:
-        before = json.loads(path.read_bytes())
+        before = read_object(path)
     except FileNotFoundError:
         write_json(path, about)
         return
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({error}); take another --out") from None
-    changed = [name for name, value in about.items() if not isinstance(before, dict) or before.get(name) != value]
+    changed = [name for name, value in about.items() if before.get(name) != value]
     if changed:
         raise ValueError(f"{out} has the vectors of other {' and '.join(changed)}; take another --out, or remove it")
 

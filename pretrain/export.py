@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import logging
 import re
 import sys
@@ -29,6 +28,7 @@ from pretrain import command
 from pretrain.checkpoint.weights import WEIGHTS, read_weights, write_weights
 from pretrain.config import to_json
 from pretrain.files import written_in_one_step
+from pretrain.json_files import read_object
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.run.stored_weights import model_in
 
@@ -209,7 +209,7 @@ def read_model(directory: Path) -> tuple[State, MultiwayConfig, dict]:
     if not config:  # weights of other origin: their config.json lies beside them
         if not (directory / CONFIG).is_file():
             raise ValueError(f"{directory} has no {CONFIG}; give the directory of a finished stage")
-        config = json.loads((directory / CONFIG).read_text())
+        config = read_object(directory / CONFIG)
     model = model_in(config, directory)
     if not isinstance(model, MultiwayConfig):
         raise ValueError(f"{directory} has a {type(model).__name__}, not an encoder; give the directory of an encoder")

@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Any
 
 from pretrain.distributed import rank, world_size
+from pretrain.json_files import parse_json, read_bytes, typed
 
 LIVES = "lives.jsonl"
 KILLED = "killed, or its node or another rank was lost (no end was written)"
-_MOST = 2**24  # bytes that are read of the file
 
 
 @dataclass(frozen=True)
@@ -70,20 +70,20 @@ class ThisLife:
 def read_lives(directory: Path) -> list[Life]:
     """The lives so far, oldest first; [] where none was noted. Lines that are damaged are left out."""
     try:
-        with (directory / LIVES).open("rb") as file:
-            raw = file.read(_MOST)
-    except OSError:
+        raw = read_bytes(directory / LIVES)
+    except (OSError, ValueError):
         return []
     lives: list[Life] = []
     for line in raw.splitlines():
         try:
-            entry = json.loads(line)
-            if entry["event"] == "begun":
-                start, repeated, ranks = (int(entry[name]) for name in ("start", "repeated", "ranks"))
-                place = str(entry["host"]), str(entry["job"])
-                lives.append(Life(float(entry["time"]), start, repeated, ranks, *place))
+            entry = parse_json(line)
+            when = typed(entry, "time", float)
+            if typed(entry, "event", str) == "begun":
+                counts = [typed(entry, name, int) for name in ("start", "repeated", "ranks")]
+                place = [typed(entry, name, str) for name in ("host", "job")]
+                lives.append(Life(when, counts[0], counts[1], counts[2], place[0], place[1]))
             elif lives and lives[-1].ended is None:
-                lives[-1] = replace(lives[-1], ended=float(entry["time"]), reason=str(entry["reason"]))
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+                lives[-1] = replace(lives[-1], ended=when, reason=typed(entry, "reason", str))
+        except ValueError:
             continue
     return lives

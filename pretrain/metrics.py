@@ -20,10 +20,12 @@ from torch import Tensor
 from pretrain.distributed import rank
 from pretrain.files import sync, write_file
 from pretrain.flops import peak_flops
+from pretrain.json_files import parse_json, read_bytes
 
 log = logging.getLogger(__name__)
 
 FILE = "metrics.jsonl"
+_MAX_BYTES = 2**30  # of it that are read
 # Measured by the clock or the allocator: two runs that are equal bit for bit still differ in these.
 MEASURED = (
     *("samples_per_s", "tokens_per_s", "real_tokens_per_s"),
@@ -151,7 +153,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl. A torn last line is left out: the run was killed, or is writing right now. Raises
     ValueError for any other line that is not a JSON object with a step."""
     lines = []
-    for number, raw in enumerate(_whole_lines(Path(path).read_bytes()), start=1):
+    for number, raw in enumerate(_whole_lines(read_bytes(path, _MAX_BYTES)), start=1):
         line = _parse(raw)
         if line is None:
             raise ValueError(f"{path} line {number} is not a JSON object with a step; is this file of another program?")
@@ -177,7 +179,7 @@ def _whole_lines(data: bytes) -> list[bytes]:
 
 def _parse(raw: bytes) -> dict[str, Any] | None:
     try:
-        line = json.loads(raw)
+        line = parse_json(raw)
     except ValueError:
         return None
     good = isinstance(line, dict) and isinstance(line.get("step"), int)

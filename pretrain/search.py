@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import base64
 import io
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample, ShardReader
 from pretrain.data.sources import picture
 from pretrain.embed import ABOUT, read_vectors, weights_name
 from pretrain.files import write_file
+from pretrain.json_files import read_object
 from pretrain.pretrained import load
 from pretrain.report.html import TEMPLATES, render, visible
 
@@ -133,10 +133,9 @@ def _run(args: argparse.Namespace) -> None:
 
 def _about(out: Path) -> dict:
     try:
-        about = json.loads((out / ABOUT).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        return read_object(out / ABOUT)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{out / ABOUT} cannot be read ({error}); give the --out of pretrain.embed") from None
-    return about if isinstance(about, dict) else {}
 
 
 def _page(found: list[Found], pictures: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -11,6 +10,8 @@ import types
 import typing
 from difflib import get_close_matches
 from typing import Any
+
+from pretrain.json_files import parse_json
 
 LONGEST = 100  # characters of an old value that an error shows
 
@@ -105,16 +106,18 @@ def _read(text: str, hint: Any, old: Any, key: str) -> Any:
         hint = type(old)
     choices = typing.get_args(hint) if isinstance(hint, types.UnionType) or _is_union(hint) else (hint,)
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = parse_json(text)
+    except ValueError:
         value = {"True": True, "False": False, "None": None}.get(text, text)
     for choice in choices:
         try:
             return _as(value, text, choice)
         except TypeError:
             continue
+        except ValueError as error:
+            raise ValueError(f"--set {key}={_short(text)}: {error}") from None
     names = " or ".join(_name(choice) for choice in choices)
-    raise ValueError(f"--set {key}={text}: wanted {names}; it is {_short(repr(old))} in the recipe")
+    raise ValueError(f"--set {key}={_short(text)}: wanted {names}; it is {_short(repr(old))} in the recipe")
 
 
 def _as(value: Any, text: str, wanted: Any) -> Any:
@@ -130,6 +133,8 @@ def _as(value: Any, text: str, wanted: Any) -> Any:
             return value
     elif origin is int:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if number and abs(value) >= 2**63:
+            raise ValueError("it is no whole number of 64 bits")
         if number and int(value) == value:
             return int(value)  # 1e6 steps is a fine way to write an int
     elif origin is float:
@@ -154,8 +159,8 @@ def _as_tuple(value: Any, text: str, wanted: Any) -> tuple:
     read = []
     for part, kind in zip(parts, kinds, strict=True):
         try:
-            plain = json.loads(part) if isinstance(part, str) else part
-        except json.JSONDecodeError:
+            plain = parse_json(part) if isinstance(part, str) else part
+        except ValueError:
             plain = part
         read.append(_as(plain, str(part).strip(), kind))
     return tuple(read)

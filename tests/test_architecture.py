@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"contracts", "batch", "layers", "distributed", "files", "lock", "settings", "command", "flops"},
+    {"contracts", "batch", "layers", "distributed", "files", "json_files", "lock", "settings", "command", "flops"},
     {"models", "data", "parallel", "optim", "metrics", "lives"},
     {"tasks", "objectives", "evals", "checkpoint"},
     {"config"},

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_tools.inputs.text_stream import check_regular
+from pretrain.json_files import read_object
 
-_MAX_BYTES = 2**26
 _UNEXPECTED = (ValueError, RecursionError, KeyError, TypeError, AttributeError, OverflowError, AssertionError)
 
 
@@ -19,15 +17,7 @@ def record(path: Path, way_out: str, what: str = "is damaged") -> Iterator[dict[
     """The JSON object in a file. Raises ValueError ("PATH `what` (...); `way_out`") if it is none, and if the block
     finds that a key is missing or a value has another type; OSError if it cannot be read."""
     try:
-        check_regular(path, str(path))
-        with path.open("rb") as file:
-            data = file.read(_MAX_BYTES + 1)
-        if len(data) > _MAX_BYTES:
-            raise ValueError(f"more than {_MAX_BYTES} bytes")
-        content = json.loads(data)
-        if not isinstance(content, dict):
-            raise ValueError("it is no object")
-        yield content
+        yield read_object(path)
     except _UNEXPECTED as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
         raise ValueError(f"{path} {what} ({why.splitlines()[0]:.200}); {way_out}") from None

@@ -8,7 +8,6 @@ the .txt beside it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from data_tools.pictures.hashes import LEAST_CLEAR, caption_hash, hash_shards, l
 from pretrain.data.shards.indexing import map_in_order
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample
 from pretrain.data.shards.tar_index import IMAGE_EXTENSIONS
+from pretrain.json_files import parse_json
 
 MAX_ANNOTATIONS = 2**30  # bytes; COCO's have 20 to 60 MB
 _PICTURES = ("image", "image_name", "filename", "file_name", "filepath", "image_path", "image_id")
@@ -189,7 +189,7 @@ def _rows_of_json(path: Path) -> Iterator[_Row]:
         data = file.read(MAX_ANNOTATIONS + 1)
     if len(data) > MAX_ANNOTATIONS:
         raise ValueError(f"it has more than {MAX_ANNOTATIONS} bytes")
-    content = json.loads(data)
+    content = parse_json(data)
     images = content["images"]
     if "annotations" in content:
         names = {image["id"]: Path(str(image["file_name"])).name for image in images}

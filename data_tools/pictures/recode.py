@@ -12,6 +12,7 @@ import numpy as np
 
 from pretrain.data.decoding import decode_image, read_header
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS
+from pretrain.json_files import parse_json
 
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 FORMATS = ("keep", "jpg", "webp")
@@ -82,8 +83,8 @@ def _encode(pixels: np.ndarray, ending: str, quality: int) -> bytes:
 def with_facts(data: bytes, facts: Mapping[str, Any]) -> bytes:
     """A sample's JSON with those of its values that `facts` has updated; anything but a JSON object stays as it is."""
     try:
-        content = json.loads(data)
-    except (ValueError, RecursionError):
+        content = parse_json(data)
+    except ValueError:
         return data
     if not isinstance(content, dict) or not content.keys() & facts.keys():
         return data

@@ -16,14 +16,17 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.inputs.records import as_counts, record
 from data_tools.inputs.text_stream import check_regular
 from pretrain.files import write_json, written_in_one_step
+from pretrain.json_files import parse_json, read_bytes, typed
 
 STEPS = "steps"
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("shard", "key", "reason", "detail")])
 _BATCH = 65_536
-_LAST = 2.0**40  # seconds since 1970
+# The fields of a record, as JSON has them; seconds up to the year 9000 make a date.
+_TYPES: dict[str, type] = {"tool": str, "unit": str, "rows": int, "kept": int, "time": float}
+_TYPES |= {"dropped": dict, "settings": dict, "inputs": list}
+_LAST_TIME = 220_000_000_000
 
 
 @dataclass(frozen=True)
@@ -56,17 +59,24 @@ def read_steps(directory: Path) -> dict[str, Step]:
     """The records of a directory by name, oldest first. Raises ValueError for a damaged one."""
     steps = {}
     for path in sorted((directory / STEPS).glob("*.json")):
-        with record(path, "remove it, or run its tool again", "is not a step record") as content:
-            step = Step(**content)
-            as_counts(step.dropped)
-            as_counts({"rows": step.rows, "kept": step.kept})
-            kinds = {"settings": dict, "inputs": list, "tool": str, "unit": str, "time": int | float}
-            if wrong := [name for name, kind in kinds.items() if not isinstance(getattr(step, name), kind)]:
-                raise TypeError(f"its {wrong[0]} has another type")
-            if not 0 <= step.time < _LAST:
-                raise ValueError(f"its time {step.time} is none")
-            steps[path.stem] = step
+        try:
+            steps[path.stem] = _step(parse_json(read_bytes(path)))
+        except (ValueError, TypeError, AssertionError) as error:
+            raise ValueError(f"{path} is not a step record ({error}); remove it, or run its tool again") from None
     return dict(sorted(steps.items(), key=lambda item: item[1].time))
+
+
+def _step(content: Any) -> Step:
+    """ValueError or TypeError for a record that no tool writes."""
+    for name, kind in _TYPES.items():
+        if not isinstance(content, dict) or name in content:
+            typed(content, name, kind)
+    for reason in content.get("dropped", {}):
+        typed(content["dropped"], reason, int)
+    step = Step(**content)
+    if not 0 <= step.time < _LAST_TIME or not all(isinstance(name, str) for name in step.inputs):
+        raise ValueError("its time or its inputs cannot be")
+    return step
 
 
 class Drop(NamedTuple):

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.files import WRITING, move, sync, write_json
+from pretrain.files import WRITING, move, open_regular, sync, write_json
+from pretrain.json_files import read_object, typed
 
 log = logging.getLogger(__name__)
 
@@ -65,15 +66,26 @@ def complete(directory: Path) -> Iterator[tuple[str, dict]]:
     """Name and manifest of each checkpoint, newest first."""
     for path in sorted(directory.glob("step_*"), key=_step, reverse=True):
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            digest = manifest.pop("sha256")
-            if digest == _hash_json(manifest) and manifest["step"] == _step(path):
+            manifest = read_object(path / MANIFEST)
+            digest = manifest.pop("sha256", None)
+            if digest == _hash_json(manifest) and manifest.get("step") == _step(path):
+                _check_types(manifest)
                 yield path.name, manifest
                 continue
             reason = "does not match its checksum"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             reason = f"cannot be read ({error})"
         log.warning("checkpoint rejected: %s %s; trying the previous one", path / MANIFEST, reason)
+
+
+def _check_types(manifest: dict[str, Any]) -> None:
+    """ValueError for a manifest that no save writes, though its checksum is right."""
+    for name, kind in {"step": int, "world": int, "layout": dict, "files": dict, "extra": dict}.items():
+        typed(manifest, name, kind)
+    for name in manifest["files"]:
+        entry = typed(manifest["files"], name, dict)
+        typed(entry, "bytes", int)
+        typed(entry, "sha256", str)
 
 
 def damage(path: Path, files: dict[str, dict]) -> list[str]:
@@ -84,12 +96,14 @@ def damage(path: Path, files: dict[str, dict]) -> list[str]:
             if (size := (path / name).stat().st_size) != entry["bytes"]:
                 lines.append(f"{path / name} has {size} bytes instead of {entry['bytes']}")
                 continue
-            with open(path / name, "rb") as file:
+            with open_regular(path / name) as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             if digest != entry["sha256"]:
                 lines.append(f"{path / name} is damaged (its hash differs)")
         except OSError as error:
             lines.append(f"{path / name} cannot be read ({error.strerror})")
+        except ValueError as error:
+            lines.append(str(error))
     return lines
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.files import write_json, written_in_one_step
+from pretrain.json_files import parse_json, read_object, typed
 
 HEADER = "imglish"  # the one metadata key of our safetensors: several would be written in no fixed order
 WEIGHTS, CONFIG = "weights.safetensors", "config.json"
@@ -72,8 +73,8 @@ def mend_config(path: Path) -> bool:
     whether it did. The weights' own header has all of it. For one rank."""
     header, place = weights_header(path), path.with_name(CONFIG)
     try:
-        stored = json.loads(place.read_bytes()).get("weights_sha256")
-    except (OSError, ValueError, AttributeError):
+        stored = read_object(place).get("weights_sha256")
+    except (OSError, ValueError):
         stored = None
     if stored == header.get("sha256"):
         return False
@@ -214,10 +215,20 @@ def _open_safetensors(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         raise ValueError(f"{path} does not exist; run the stage that writes it to completion first")
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-            yield file, header
-    except (SafetensorError, json.JSONDecodeError) as error:
+            yield file, _own_header(path, file.metadata() or {})
+    except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); write it again") from error
+
+
+def _own_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    header = metadata.get(HEADER)
+    if header is None:
+        return {}
+    try:
+        content = parse_json(header)
+        return {"config": typed(content, "config", dict), "sha256": typed(content, "sha256", str)}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error} in its header); write it again") from None
 
 
 def _hash_tensor(digest, name: str, value: Tensor) -> None:

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from pretrain.data.shards.open_files import Descriptor, OpenFiles
 from pretrain.data.shards.reader import BadSample, ShardReader
 from pretrain.data.shards.tar_index import ShardIndex
 from pretrain.data.transforms import ImageTransform, sample_rng
+from pretrain.json_files import parse_json, read_bytes, typed
 
 VERSION = 1
 DTYPE = np.dtype("<u2")
@@ -96,12 +96,12 @@ def summary(coding: Coding, shards: dict[str, int]) -> bytes:
 def read_summary(data: bytes, where: str) -> tuple[Coding, dict[str, int]]:
     """Raises ValueError, naming `where`, if it is damaged or of another version."""
     try:
-        content = json.loads(data)
-        if content["version"] != VERSION:
-            raise ValueError(f"its version is {content['version']}, not {VERSION}")
-        coding = Coding(**content["coding"])
-        return coding, {str(name): int(samples) for name, samples in content["shards"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        content = parse_json(data)
+        if (version := typed(content, "version", int)) != VERSION:
+            raise ValueError(f"its version is {version}, not {VERSION}")
+        coding, shards = Coding(**typed(content, "coding", dict)), typed(content, "shards", dict)
+        return coding, {name: typed(shards, name, int) for name in shards}
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} cannot be used ({error!r}); run python -m pretrain.encode_images again") from None
 
 
@@ -127,7 +127,7 @@ def _small_file(url: str) -> bytes:
     if is_remote(url):
         return fetch(url, _MAX_SUMMARY)
     try:
-        return Path(url).read_bytes()
+        return read_bytes(url, _MAX_SUMMARY)
     except OSError as error:
         raise ValueError(
             f"cannot read {url} ({error.strerror}); run python -m pretrain.encode_images on its directory, or "

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pretrain.json_files import parse_json, read_bytes
 from pretrain.settings import nearest
 
 # Keys that the JSON owns, and (for its sections) what may stand in them. ds_configs/README.md explains them.
@@ -93,8 +94,8 @@ def load_ds_config(
             _known(path, key, list(SECTIONS))
         if (inside := SECTIONS.get(key)) is not None:
             _section(path, key, config[key], inside)
-    _check_precision(path, config)
     _check_zero(path, config)
+    _check_precision(path, config)
     config.pop("fp16", None)
     return (
         config
@@ -135,19 +136,17 @@ def _read(path: Path) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         if twice := sorted({key for key in keys if keys.count(key) > 1}):
-            raise ValueError(f"{path}: {twice[0]} stands there twice; keep one")
+            raise ValueError(f"{twice[0]} stands there twice")
         return dict(pairs)
 
     if not path.is_file():
         beside = sorted(str(p) for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
         raise ValueError(f"--ds {path}: there is no such file; use one of {', '.join(beside) or 'ds_configs/*.json'}")
+    data = read_bytes(path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{path}: not JSON at {where} ({error.msg}); correct it there") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not UTF-8 text; give a DeepSpeed JSON such as ds_configs/zero1.json") from None
+        config = parse_json(data, unique)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; correct it, or give a JSON such as ds_configs/zero1.json") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path}: holds a {type(config).__name__}; a DeepSpeed config is one {{...}} object")
     return config

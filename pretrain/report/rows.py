@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.weights import WEIGHTS
+from pretrain.json_files import read_object
 from pretrain.lives import Life, read_lives
 from pretrain.metrics import FILE, read_metrics
 
@@ -22,6 +22,7 @@ PARTS = {
 }
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 RANKS = (1, 5, 10)
+MOST_BYTES = 2**28  # of a stage's JSON; samples.json holds pictures
 
 
 @dataclass
@@ -56,8 +57,8 @@ class StageRun:
         """Time spent in steps: saving and starting are not in it."""
         total, seen = 0.0, 0.0
         for line in self.lines:
-            now, speed = line.get("samples_seen"), line.get("samples_per_s")
-            if isinstance(now, int | float) and isinstance(speed, int | float) and speed > 0:
+            now, speed = finite(line.get("samples_seen")), finite(line.get("samples_per_s"))
+            if now is not None and speed is not None and speed > 0:
                 total += max(now - seen, 0) / speed
                 seen = now
         return total
@@ -146,16 +147,12 @@ def _load_stage(directory: Path) -> StageRun:
 def _read_object(path: Path, notes: list[str]) -> dict:
     """The JSON object in `path`; {} with a note if there is something else, {} alone if there is no file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, MOST_BYTES)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         notes.append(f"{path.name} could not be read: {error}.")
         return {}
-    if not isinstance(value, dict):
-        notes.append(f"{path.name} holds no JSON object.")
-        return {}
-    return value
 
 
 def _dig(value: Any, *keys: str) -> Any:

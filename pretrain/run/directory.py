@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import secrets
 import shutil
@@ -17,6 +16,7 @@ from pretrain.checkpoint.weights import CONFIG, WEIGHTS, mend_config, weights_he
 from pretrain.config import Recipe, Stage, to_json
 from pretrain.distributed import gather_objects, rank, refuse_together
 from pretrain.files import WRITING, sweep, write_json
+from pretrain.json_files import read_object
 from pretrain.lock import Lock
 from pretrain.run.identity import differences, hash_of, identity_of
 from pretrain.run.inputs import text_tokenizer
@@ -123,10 +123,9 @@ def read_recipe(directory: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; {} where there is nothing readable."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def inputs_digest(recipe: Recipe, stage: Stage, run_dir: Path, shards: dict[str, str]) -> str:

@@ -140,7 +140,7 @@ def test_damaged_files_are_notes_and_not_the_end(run):
         file.write('{"step": 61, "loss": Infinity, "lr": "high", "samples_per_s": 0, "samples_seen": null}\n')
     text = read(run).text
     assert "nan" not in text and "inf" not in text
-    assert "eval.json could not be read" in text and "holds no JSON object" in text and "line 1 is not" in text
+    assert "eval.json could not be read" in text and "not a JSON object" in text and "line 1 is not" in text
 
 
 def test_nulls_are_gaps():

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from pretrain.data.shards.cache import ShardError
 from pretrain.data.shards.tar_index import ShardIndex
+from pretrain.files import open_regular
 
 _CHUNK = 2**20
 
@@ -54,5 +55,6 @@ def _take(file: BinaryIO, length: int, use: Callable[[bytes], None]) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
+    """ValueError for what is no regular file."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from pretrain.data.shards.content import sha256_of, with_checksums
 from pretrain.data.shards.left_out import in_words
-from pretrain.data.shards.manifest import MANIFEST, Manifest, Shard, read_manifest
+from pretrain.data.shards.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, Shard, read_manifest
 from pretrain.data.shards.overlooked import no_tar, overlooked
 from pretrain.data.shards.tar_index import EXTENSIONS, scan_shard
 from pretrain.files import write_file
+from pretrain.json_files import read_bytes
 from pretrain.lock import end_with_parent
 
 _SHOWN = 5  # reasons in one sentence
@@ -127,7 +128,7 @@ def index_directory(directory: Path, workers: int = 1, skip_broken: bool = False
 
 def _previous_shards(directory: Path) -> dict[str, Shard]:
     try:
-        content = (directory / MANIFEST).read_bytes()
+        content = read_bytes(directory / MANIFEST, MAX_MANIFEST_BYTES)
         return {shard.name: shard for shard in read_manifest(content, os.path.join(directory, "")).shards}
     except (FileNotFoundError, ValueError):  # a damaged manifest is about to be replaced
         return {}
@@ -168,7 +169,7 @@ def _up_to_date(path: Path, previous: Shard | None) -> bool:
             return True
         if sha256_of(path) != previous.sha256:
             return False
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return False
     with suppress(OSError):  # it only spares the next call the reading
         os.utime(index)

@@ -20,11 +20,12 @@ from typing import NamedTuple
 
 from pretrain.data.shards.cache import fetch, is_remote, redact
 from pretrain.data.shards.left_out import is_reason
+from pretrain.json_files import parse_json, read_bytes, typed
 from pretrain.settings import fill_variables
 
 MANIFEST, MANIFEST_VERSION = "manifest.json", 2
 _WITHOUT_HASHES = 1  # the version before: only names, counts and sizes
-_MAX_MANIFEST_BYTES = 2**30
+MAX_MANIFEST_BYTES = 2**30
 _GLOB = re.compile(r"[*?\[]")
 # PREFIX NAME.tar SUFFIX of a remote shard: a query, or the rest of a pipe's command, may follow the name.
 _REMOTE_SHARD = re.compile(r"(?P<prefix>.*[/\s:])(?P<name>[^/\s:?'\"]+\.tar)(?P<suffix>.*)$", re.DOTALL)
@@ -110,29 +111,30 @@ def read_manifest(data: bytes, prefix: str, suffix: str = "") -> Manifest:
     where = f"{redact(prefix)}{MANIFEST}"
     remote = is_remote(prefix)
     try:
-        content = json.loads(data)
-        if content["version"] not in (MANIFEST_VERSION, _WITHOUT_HASHES):
-            raise ValueError(f"its version is {content['version']}, not {MANIFEST_VERSION}")
-        hashed = content["version"] == MANIFEST_VERSION
+        content = parse_json(data)
+        if (version := typed(content, "version", int)) not in (MANIFEST_VERSION, _WITHOUT_HASHES):
+            raise ValueError(f"its version is {version}, not {MANIFEST_VERSION}")
+        hashed = version == MANIFEST_VERSION
         shards = []
-        for entry in sorted(content["shards"], key=lambda entry: entry["name"]):
-            name, samples, size = str(entry["name"]), int(entry["samples"]), int(entry["bytes"])
+        for entry in sorted(typed(content, "shards", list), key=lambda entry: typed(entry, "name", str)):
+            name, samples, size = typed(entry, "name", str), typed(entry, "samples", int), typed(entry, "bytes", int)
             # Only a user's own pattern may name a pipe or a URL: what a manifest names comes from outside.
             elsewhere = is_remote(f"{prefix}{name}{suffix}") and not remote
             if "/" in name or not name.endswith(".tar") or elsewhere or (remote and not _REMOTE_NAME.fullmatch(name)):
                 raise ValueError(f"{name!r} is not a valid shard name")
             if samples < 0 or size < 0:
                 raise ValueError(f"{name} has a negative count or size")
-            hashes = (str(entry["sha256"]), str(entry["index_sha256"])) if hashed else ("", "")
+            hashes = [typed(entry, field, str) if hashed else "" for field in ("sha256", "index_sha256")]
             if hashed and not all(_SHA256.fullmatch(value) for value in hashes):
                 raise ValueError(f"{name} has a SHA-256 that is none")
             shards.append(Shard(f"{prefix}{name}{suffix}", samples, size, *hashes, _left_out(entry.get("left_out"))))
         manifest = Manifest(tuple(shards))
-        if manifest.digest != content["digest"]:
+        if manifest.digest != typed(content, "digest", str):
             raise ValueError("its digest does not match its content")
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise ValueError(f"cannot use {where} ({reason}); {_way_out(prefix)}") from None
+        if manifest.samples >= 2**63:
+            raise ValueError(f"its shards claim {manifest.samples} samples")
+    except ValueError as error:
+        raise ValueError(f"cannot use {where} ({error}); {_way_out(prefix)}") from None
     return manifest
 
 
@@ -210,12 +212,12 @@ def _select(
 ) -> list[Shard]:
     if (prefix, suffix) not in indexes:
         if is_remote(prefix):
-            data = fetch(f"{prefix}{MANIFEST}{suffix}", _MAX_MANIFEST_BYTES)
+            data = fetch(f"{prefix}{MANIFEST}{suffix}", MAX_MANIFEST_BYTES)
         elif not os.path.isdir(prefix or "."):
             return []
         else:
             try:
-                data = Path(prefix, MANIFEST).read_bytes()
+                data = read_bytes(Path(prefix, MANIFEST), MAX_MANIFEST_BYTES)
             except FileNotFoundError:
                 where = prefix or "."
                 raise ValueError(f"shards={pattern}: {where} has no {MANIFEST}; {_way_out(prefix)}") from None

@@ -15,10 +15,10 @@ Opened = TypeVar("Opened")
 
 
 class Descriptor:
-    """An open file that closes itself."""
+    """An open file that closes itself. Opening a named pipe does not wait for its other end."""
 
     def __init__(self, file: str | int):
-        self.fd = os.open(file, os.O_RDONLY) if isinstance(file, str) else file
+        self.fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK) if isinstance(file, str) else file
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):

@@ -19,7 +19,15 @@ from typing import NamedTuple
 from pretrain.data.shards.cache import ShardCache, ShardError, is_remote, redact
 from pretrain.data.shards.manifest import Manifest, Shard, load_manifest
 from pretrain.data.shards.open_files import Descriptor, OpenFiles
-from pretrain.data.shards.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, Member, ShardIndex, index_shard
+from pretrain.data.shards.tar_index import (
+    EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    MAX_INDEX_BYTES,
+    Member,
+    ShardIndex,
+    index_shard,
+)
+from pretrain.json_files import read_bytes
 
 __all__ = [
     "EXTENSIONS",
@@ -139,7 +147,7 @@ class ShardReader:
     def _open_local(self, entry: Shard) -> _Open:
         try:
             file = Descriptor(entry.url)
-            size, data = os.fstat(file.fd).st_size, Path(entry.index_url).read_bytes()
+            size, data = os.fstat(file.fd).st_size, read_bytes(entry.index_url, MAX_INDEX_BYTES)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):  # not the shard's fault: close our files and retry
                 if not self._open:
@@ -148,6 +156,8 @@ class ShardReader:
                 return self._open_local(entry)
             text = f"cannot read {error.filename or entry.url} ({error.strerror})"
             raise ShardError(f"{text}; restore it, or run python -m data_tools.index again without it") from None
+        except ValueError as error:
+            raise ShardError(f"{error}; run python -m data_tools.index again") from None
         if size != entry.bytes:
             raise ShardError(
                 f"{entry.url} has {size} bytes but its manifest says {entry.bytes}: it was replaced or truncated after "

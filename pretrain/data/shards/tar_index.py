@@ -28,6 +28,7 @@ from pretrain.data.shards.tar_members import FOLDER, TarMember, tar_members
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "jpe")  # the last two: JPEGs by older names
 EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json")
 VERSION = b"v1.2"
+MAX_INDEX_BYTES = 2**32  # that are read: 40 million samples
 _PLAIN = "".join(sorted(set(string.punctuation) - {"%"}))
 _NEWLINE, _BLANK = ord("\n"), ord(" ")
 _SUMS = b"crc32 "

@@ -7,7 +7,6 @@ object, called with images (uint8, or float in [-1, 1]) [N, 3, H, W] -> fp32 [N,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.batch import Layout, make_batch
+from pretrain.json_files import read_object, typed
 from pretrain.models.visual_tokenizer.vqkd import VQKDConfig, centred, to_patches
 from pretrain.settings import fill_variables
 
@@ -238,9 +238,9 @@ def _clip_statistics(directory: Path) -> tuple[tuple[float, ...], tuple[float, .
     if not path.is_file():
         return CLIP_MEAN, CLIP_STD
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        mean, std = (tuple(map(float, settings[key])) for key in ("image_mean", "image_std"))
-    except (ValueError, KeyError, TypeError) as error:
+        settings = read_object(path)
+        mean, std = (tuple(map(float, typed(settings, key, list))) for key in ("image_mean", "image_std"))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} has no readable image_mean and image_std ({error}); download it again") from error
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise ValueError(f"{path}: image_mean={mean}, image_std={std} are not three colours; download it again")
