@@ -171,9 +171,9 @@ def _index_findings(job: Job, samples: int) -> Iterator[Finding]:
             yield Finding(name, "", f"has {samples} samples but {MANIFEST} says {job.entry.samples}; index again")
         index = job.path.with_suffix(".idx")
         right, sha256 = with_checksums(job.path, index_shard(job.path))
-        if not index.exists():
+        if not index.is_file():
             yield Finding(name, "", f"has no {index.name}; run python -m data_tools.index again")
-        elif not index.is_file() or index.read_bytes() != (right.data if job.entry.sha256 else right.places):
+        elif index.read_bytes() != (right.data if job.entry.sha256 else right.places):
             yield Finding(name, "", f"{index.name} does not match it; run python -m data_tools.index again")
         if not job.entry.sha256:
             what = f"has no checksums in {MANIFEST} of an earlier version; run python -m data_tools.index again"

@@ -106,11 +106,12 @@ def test_the_command_in_the_sentence_mends_it(folder, make, capsys):
 def test_shards_that_are_overlooked_are_named(folder, capsys):
     shards = folder.parent / "shards"
     write_shard(shards, 0, [pair_sample("good")], stats=False)
+    (shards / "3.tar").mkdir()
     for name in ("1.tar.gz", "0.tgz", "._00000.tar", "2.TAR", "00000.tar.gz"):
         (shards / name).touch()
     assert index.main([str(shards)]) == 0
     skipped = re.findall("^skipped: ([^:]*): ", capsys.readouterr().err, re.MULTILINE)
-    assert skipped == ["._00000.tar", "0.tgz", "1.tar.gz", "2.TAR"]  # 00000.tar is there
+    assert skipped == ["._00000.tar", "0.tgz", "1.tar.gz", "2.TAR", "3.tar"]  # 00000.tar is there
     assert [finding.shard for finding in verify.verify_directory(shards).findings] == skipped
     assert f"contains no .tar file, but {shards} does" in refused(capsys, index.main, shards.parent)
 

@@ -11,8 +11,9 @@ from PIL import Image
 
 from data_tools.verify import Finding, main, verify_directory
 from pretrain.data.shards.indexing import index_directory
+from pretrain.data.shards.reader import ShardError
 from tests import toys
-from tests.toys import Sample, black_png, encoded, refused
+from tests.toys import Sample, black_png, encoded, read_all, refused
 
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (20, 16), kind: str = "JPEG") -> bytes:
@@ -160,3 +161,20 @@ def test_a_key_that_would_break_the_line_is_quoted(source):
 
 def test_nothing_to_check_is_exit_code_2(tmp_path, capsys):
     assert "contains no .tar file" in refused(capsys, main, tmp_path)
+
+
+@pytest.mark.parametrize("stats", ["{", '{"successes": "2"}', '{"successes": 1e999}', "[2]", "[" * 10**5, "1" * 400])
+def test_damaged_stats_are_a_finding(source, stats):
+    for number in range(2):
+        (source / f"{number:05d}_stats.json").write_text(stats if number else '{"successes": 2}')
+    (finding,) = verify_directory(source).findings
+    assert finding.shard == "00001.tar" and finding.what.startswith("00001_stats.json cannot be used: ")
+
+
+def test_a_named_pipe_in_the_place_of_an_index_is_not_waited_for(source):
+    (source / "00001.idx").unlink()
+    os.mkfifo(source / "00001.idx")
+    assert [finding.what[:16] for finding in verify_directory(source).findings] == ["has no 00001.idx"]
+    with pytest.raises(ShardError, match=r"00001.idx is a named pipe, not a regular file"):
+        read_all(source)
+    assert index_directory(source).scanned == 1 and len(read_all(source)) == 4

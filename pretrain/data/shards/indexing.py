@@ -43,25 +43,17 @@ def complete_shards(directory: Path) -> tuple[list[Path], list[Path]]:
     """(complete, partial) tars of a directory, sorted by name. ValueError, with the way out, if none is complete.
 
     A tar is partial if it lacks the _stats.json that others of its numbering have: the rest of a killed download of
-    img2dataset. A .tar that is no file at all, such as a link to nothing, counts as complete, so that whoever reads it
-    says so.
+    img2dataset. A .tar that cannot be read at all, such as a link to nothing, counts as complete, so that whoever
+    reads it says so.
     """
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; give the one that contains 00000.tar, 00001.tar, ...")
-    folders = _folders(directory)
-    tars = sorted({path for path in directory.glob("*.tar") if not path.name.startswith(".")} - set(folders))
-    if not tars and folders:
-        raise ValueError(f"{folders[0]} is a directory, not a tar; give it as DIR if it contains shards, or pack it")
+    tars = sorted(path for path in directory.glob("*.tar") if not (path.name.startswith(".") or path.is_dir()))
     if not tars:
         raise ValueError(no_tar(directory))
     downloaded = {_numbering(path) for path in tars if stats_path(path).exists()}
     partial = {path for path in tars if _numbering(path) in downloaded and not stats_path(path).exists()}
     return [path for path in tars if path not in partial], sorted(partial)
-
-
-def _folders(directory: Path) -> list[Path]:
-    """Directories that are called like a tar, and have no _stats.json that says that they are one."""
-    return sorted(path for path in directory.glob("*.tar") if path.is_dir() and not stats_path(path).exists())
 
 
 def _numbering(tar: Path) -> str:
@@ -98,7 +90,6 @@ def index_directory(directory: Path, workers: int = 1, skip_broken: bool = False
     `skip_broken`. Each file is replaced atomically."""
     complete, partial = complete_shards(directory)
     skipped = [f"{path.name}: partial, it has no {stats_path(path).name}" for path in partial]
-    skipped += [f"{path.name}: it is a directory" for path in _folders(directory)]
     skipped += [f"{name}: {why}" for name, why in overlooked(directory)]
     previous = _previous_shards(directory)
     jobs = [(path, previous.get(path.name), skip_broken) for path in complete]
@@ -152,8 +143,8 @@ def _index_one(job: tuple[Path, Shard | None, bool]) -> tuple[Shard, bool] | str
             return str(error)
         raise ValueError(f"{error}; or skip broken shards with --skip-broken") from None
     write_file(path.with_suffix(".idx"), index.data)
-    hashes = sha256, hashlib.sha256(index.data).hexdigest()
-    return Shard(str(path), index.samples, size, *hashes, tuple(sorted(left_out.items()))), True
+    hashes = {"sha256": sha256, "index_sha256": hashlib.sha256(index.data).hexdigest()}
+    return Shard(str(path), index.samples, size, left_out=tuple(sorted(left_out.items())), **hashes), True
 
 
 def _up_to_date(path: Path, previous: Shard | None) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pretrain.data.shards.cache import fetch, is_remote, redact
 from pretrain.data.shards.left_out import is_reason
@@ -88,11 +88,7 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The content of manifest.json, for the shards of one directory."""
-        shards = [
-            {"name": s.name, **{field: getattr(s, field) for field in ("samples", "bytes", "sha256", "index_sha256")}}
-            | ({} if s.left_out is None else {"left_out": dict(s.left_out)})
-            for s in self.shards
-        ]
+        shards = [{"name": s.name, **{field: getattr(s, field) for field in Shard._fields[1:]}} for s in self.shards]
         content = {"version": MANIFEST_VERSION, "digest": self.digest, "samples": self.samples, "shards": shards}
         return json.dumps(content, indent=1).encode() + b"\n"
 
@@ -124,10 +120,11 @@ def read_manifest(data: bytes, prefix: str, suffix: str = "") -> Manifest:
                 raise ValueError(f"{name!r} is not a valid shard name")
             if samples < 0 or size < 0:
                 raise ValueError(f"{name} has a negative count or size")
-            hashes = [typed(entry, field, str) if hashed else "" for field in ("sha256", "index_sha256")]
-            if hashed and not all(_SHA256.fullmatch(value) for value in hashes):
+            hashes = {field: typed(entry, field, str) if hashed else "" for field in ("sha256", "index_sha256")}
+            if hashed and not all(_SHA256.fullmatch(value) for value in hashes.values()):
                 raise ValueError(f"{name} has a SHA-256 that is none")
-            shards.append(Shard(f"{prefix}{name}{suffix}", samples, size, *hashes, _left_out(entry.get("left_out"))))
+            left_out = _left_out(entry.get("left_out"))
+            shards.append(Shard(f"{prefix}{name}{suffix}", samples, size, left_out=left_out, **hashes))
         manifest = Manifest(tuple(shards))
         if manifest.digest != typed(content, "digest", str):
             raise ValueError("its digest does not match its content")
@@ -138,11 +135,13 @@ def read_manifest(data: bytes, prefix: str, suffix: str = "") -> Manifest:
     return manifest
 
 
-def _left_out(content: object) -> tuple[tuple[str, int], ...] | None:
+def _left_out(pairs: Any) -> tuple[tuple[str, int], ...] | None:
     """As a manifest says it; None for one of an earlier version, and for anything that no index writes."""
-    if not isinstance(content, dict) or not all(is_reason(name) and type(n) is int for name, n in content.items()):
+    try:
+        counts = {reason: number for reason, number in pairs if is_reason(reason) and type(number) is int}
+    except (TypeError, ValueError):
         return None
-    return tuple(content.items())
+    return tuple(counts.items()) if len(counts) == len(pairs) else None
 
 
 def load_manifest(patterns: str | tuple[str, ...]) -> Manifest:

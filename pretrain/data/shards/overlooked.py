@@ -28,6 +28,8 @@ def overlooked(directory: Path) -> list[tuple[str, str]]:
             why = f"compressed, and only plain tars can be read; run: {command} {shlex.quote(str(directory / name))}"
         elif name.endswith(".tar") and name.startswith("."):
             why = "its name begins with a dot"
+        elif name.endswith(".tar") and (directory / name).is_dir():
+            why = "it is a directory"
         elif name.lower().endswith(".tar") and not name.endswith(".tar"):
             why = "its name does not end in .tar in small letters; rename it"
         elif re.search(r"\d_stats\.json$", name) and f"{name.removesuffix('_stats.json')}.tar" not in present:
@@ -55,6 +57,8 @@ def no_tar(directory: Path) -> str:
         plain, command = _decompressed(packed[0])
         ending = packed[0][len(plain.removesuffix(".tar")) :]
         return f"{nothing}, but {packed[0]}, and only plain tars can be read; run: {command} {folder}/*{ending}"
+    if unpacked := next(directory.glob("*.tar/"), None):
+        return f"{unpacked} is a directory, not a tar; give it as DIR if it contains shards, or pack it"
     if below := sorted({path.parent for path in directory.glob("*/*.tar")}):
         return f"{nothing}, but {below[0]} does; give that directory"
     loose = next((path for path in directory.rglob("*.*") if split_name(path.name)[1] in EXTENSIONS), None)
