@@ -31,7 +31,6 @@ from data_tools.fetch.guarded_fetch import Limits
 from data_tools.fetch.reasons import SUCCESS
 from data_tools.fetch.run_img2dataset import ROOT, Run, download_slice
 from data_tools.fetch.slices import WORK, Slice, SliceShards, owned_slice, write_list
-from data_tools.inputs.records import as_counts, record
 from data_tools.lists.columns import EXTRA
 from data_tools.lists.reading import CAPTIONS, PRESETS, fingerprint, open_list
 from data_tools.shards.step_table import describe_drops
@@ -40,9 +39,12 @@ from pretrain.command import add_workers, make_parser, run
 from pretrain.data.decoding import MAX_PIXELS
 from pretrain.data.shards.indexing import index_directory
 from pretrain.files import write_file, write_json
+from pretrain.json_files import fields, read_fields, whole_numbers
 
 # img2dataset writes its own width and height.
 _OF_LIST = ("list", "fingerprint", "preset", "url_col", "caption_col", "captions")
+MOST_SLICES = 100_000  # that a plan may claim
+_PLAN = {"list": list, "fingerprint": str, "preset": str, "slices": int, "samples_per_shard": int}
 _PASSED_ON = ("row", CAPTIONS, *(name for name in EXTRA if name not in ("width", "height")))
 
 
@@ -105,6 +107,20 @@ def _write_done(shards: SliceShards, counts: Counter[str]) -> None:
     write_json(shards.part.done, content)
 
 
+def _read_done(part: Slice) -> dict[str, Any]:
+    """What `_write_done` wrote. ValueError if it is damaged."""
+    way_out = "remove it, and run the download of this slice again"
+    content = read_fields(part.done, {"list": dict, "download": dict}, way_out)
+    try:
+        for name in ("list", "download"):
+            outcome = fields(content[name], {"rows": int, "kept": int, "dropped": dict})
+            if outcome["rows"] != outcome["kept"] + sum(whole_numbers(outcome["dropped"]).values()):
+                raise ValueError(f"its {name} has rows that are neither kept nor dropped")
+    except ValueError as error:
+        raise ValueError(f"{part.done} is damaged ({error}); {way_out}") from None
+    return content
+
+
 def _without_success(counts: Counter[str]) -> dict[str, int]:
     return {reason: count for reason, count in sorted(counts.items()) if reason != SUCCESS}
 
@@ -112,14 +128,16 @@ def _without_success(counts: Counter[str]) -> dict[str, int]:
 def merge(out: Path, workers: int = 1) -> list[int]:
     """Writes the step records of all slices together, and the manifest. If some slices are not done, writes nothing and
     returns their numbers. Raises ValueError if no download was started, or no picture could be downloaded."""
-    if not (out / WORK / "plan.json").exists():
-        raise ValueError(f"--out={out} has no download; give the --out of a download that was started")
-    with record(out / WORK / "plan.json", "download into another --out") as plan:
-        plan["list"] = [str(name) for name in plan["list"]]
-        parts = [Slice(out, number, plan["slices"], plan["samples_per_shard"]) for number in range(plan["slices"])]
+    try:
+        plan = read_fields(out / WORK / "plan.json", _PLAN, f"take another --out than {out}")
+    except FileNotFoundError:
+        raise ValueError(f"--out={out} has no download; give the --out of a download that was started") from None
+    if not 1 <= plan["slices"] <= MOST_SLICES:
+        raise ValueError(f"{out / WORK / 'plan.json'} is damaged (slices={plan['slices']}); take another --out")
+    parts = [Slice(out, number, plan["slices"], plan["samples_per_shard"]) for number in range(plan["slices"])]
     if missing := [part.number for part in parts if not part.done.exists()]:
         return missing
-    done = [_read_done(part.done) for part in parts]
+    done = [_read_done(part) for part in parts]
     listed = _write_step(out, "list", done, {name: plan.get(name) for name in _OF_LIST}, plan["list"])
     rest = {name: value for name, value in plan.items() if name not in _OF_LIST}
     result = _write_step(out, "download", done, rest, plan["list"])
@@ -140,14 +158,6 @@ def merge(out: Path, workers: int = 1) -> list[int]:
         f"{len(indexed.manifest.shards):,} shards; {dropped}"
     )
     return []
-
-
-def _read_done(path: Path) -> dict[str, Any]:
-    with record(path, "remove it and run the same command again") as content:
-        for name in ("list", "download"):
-            as_counts(content[name]["dropped"])
-            as_counts({key: content[name][key] for key in ("rows", "kept")})
-        return content
 
 
 def _write_step(out: Path, name: str, done: list[dict], settings: dict[str, Any], inputs: list[str]) -> Step:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,6 +82,26 @@ def typed(content: Any, name: str, wanted: type[Wanted]) -> Wanted:
     if too_large or type(value) is not wanted:
         raise ValueError(f"{name} is {_a(value)}, not {_NAMES[wanted]}")
     return value
+
+
+def fields(content: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """`content`, an object that has each of these fields with a value of its type. ValueError otherwise."""
+    for name, kind in kinds.items():
+        typed(content, name, kind)
+    return content if isinstance(content, dict) else {}
+
+
+def whole_numbers(content: dict[str, Any]) -> dict[str, int]:
+    """`content`, where all its values are whole numbers. ValueError otherwise."""
+    return fields(content, dict.fromkeys(content, int))
+
+
+def read_fields(path: str | Path, kinds: Mapping[str, type], way_out: str) -> dict[str, Any]:
+    """`fields` of a file; the ValueError names it and ends with the way out."""
+    try:
+        return fields(parse_json(read_bytes(path)), kinds)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({str(error).removeprefix(f'{path} ')}); {way_out}") from None
 
 
 _NAMES: dict[type, str] = {

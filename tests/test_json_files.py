@@ -11,10 +11,14 @@ from typing import Any
 
 import pytest
 
+from data_tools import download
+from data_tools.fetch.slices import Slice, write_list
+from data_tools.lists.parts import Parts
 from data_tools.ownership import owned
 from data_tools.shards.steps import Step, read_steps, write_step
 from pretrain.checkpoint.directory import _hash_json, complete, damage
 from pretrain.data.shards.manifest import load_manifest
+from pretrain.files import write_json
 from pretrain.json_files import MAX_BYTES, parse_json, read_object, typed
 from pretrain.models.visual_tokenizer.teachers import _clip_statistics
 from pretrain.parallel.ds_config import load_ds_config
@@ -107,7 +111,46 @@ def a_teacher(place: Path) -> tuple[Path, Callable]:
     return path, lambda: _clip_statistics(place)
 
 
-READERS = [a_manifest, a_step, a_ds_config, a_stamp, a_checkpoint, a_teacher]
+def a_slice(place: Path) -> tuple[Path, Callable]:
+    """What a slice of a download listed; the slice is not done."""
+    part = Slice(place, 0, 1, 10)
+    part.list.mkdir(parents=True)
+    path = part.list / "list.json"
+    write_json(path, {"rows": 3, "kept": 2, "dropped": {"no_url": 1}, "first": 0, "digits": 5})
+    return path, lambda: write_list(None, part)  # type: ignore[arg-type]
+
+
+def a_plan(place: Path) -> tuple[Path, Callable]:
+    """A download of which nothing is done."""
+    path = place / "download" / "plan.json"
+    path.parent.mkdir()
+    plan = {"list": ["a.parquet"], "fingerprint": "x", "preset": "laion", "slices": 2, "samples_per_shard": 10}
+    write_json(path, plan | {"url_col": None, "caption_col": None})
+    return path, lambda: download.merge(place)
+
+
+def a_done_slice(place: Path) -> tuple[Path, Callable]:
+    """A download of one slice, which has no picture."""
+    a_plan(place)
+    write_json(
+        place / "download" / "plan.json", json.loads((place / "download" / "plan.json").read_text()) | {"slices": 1}
+    )
+    path = Slice(place, 0, 1, 10).done
+    path.parent.mkdir()
+    content = {"list": {"rows": 3, "kept": 2, "dropped": {"no_url": 1}}}
+    write_json(path, content | {"download": {"rows": 2, "kept": 0, "dropped": {"http_404": 2}}})
+    return path, lambda: download.merge(place)
+
+
+def a_part(place: Path) -> tuple[Path, Callable]:
+    parts = Parts(place / "kept.parquet")
+    path = parts._path(0, "json")
+    path.parent.mkdir()
+    write_json(path, {"rows": 2, "kept": 1, "no_url": 1})
+    return path, parts.done
+
+
+READERS = [a_slice, a_plan, a_done_slice, a_part, a_manifest, a_step, a_ds_config, a_stamp, a_checkpoint, a_teacher]
 
 
 def is_taken_or_refused(read: Callable, what: object) -> str:

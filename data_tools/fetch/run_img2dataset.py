@@ -27,6 +27,7 @@ from tqdm import tqdm
 from data_tools.fetch.guarded_fetch import Limits
 from data_tools.fetch.reasons import SUCCESS
 from data_tools.fetch.slices import Slice, SliceShards
+from pretrain.json_files import read_object, whole_numbers
 
 WORKER_DIED = 70  # exit code of data_tools.fetch.guarded_img2dataset
 ROOT = Path(__file__).parents[2]
@@ -172,7 +173,7 @@ def _live(attempt: Path) -> Counter[str]:
         if path.suffix:  # it is being written
             continue
         try:
-            counts.update(json.loads(path.read_bytes()))
+            counts.update(whole_numbers(read_object(path)))
         except (OSError, ValueError):
             continue
     return counts

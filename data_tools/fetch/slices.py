@@ -8,7 +8,6 @@ DIR/00012.tar .parquet _stats.json    finished shards; no two slices share a num
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.fetch.reasons import SUCCESS, reason_of
-from data_tools.inputs.records import as_counts, record
 from data_tools.lists.reading import List
 from data_tools.ownership import owned
 from pretrain.files import beside, move, sync, write_json
+from pretrain.json_files import parse_json, read_bytes, read_fields
 
 WORK = "download"
 _PART_ROWS = 200_000  # per parquet file of the list; img2dataset loads one at a time
@@ -70,6 +69,9 @@ class ListedRows:
     dropped: dict[str, int]
     first: int  # number of the first shard
     digits: int  # of a shard's number
+
+
+_LISTED = {"rows": int, "kept": int, "dropped": dict, "first": int, "digits": int}
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class SliceShards:
             shard = int(stats.name.removesuffix("_stats.json"))
             tables = (self.path(shard, ".parquet", attempt), self.path(shard, ".parquet"))
             try:
-                json.loads(stats.read_bytes())
+                parse_json(read_bytes(stats))
                 rows = account(next(path for path in tables if path.exists()))
             except (ValueError, StopIteration):  # it is being written, or the worker was killed while writing it
                 continue
@@ -153,13 +155,10 @@ class SliceShards:
 
 def write_list(rows: List, part: Slice) -> SliceShards:
     """Writes the canonical rows of the slice, unless they exist. They appear all at once."""
-    done = part.list / "list.json"
-    if done.exists():
-        with record(done, f"remove {part.list} and run the same command again") as content:
-            listed = ListedRows(**content)
-            as_counts(listed.dropped)
-            as_counts(content | {"dropped": 0})
-        return SliceShards(part, listed)
+    record = part.list / "list.json"
+    if record.exists():
+        content = read_fields(record, _LISTED, f"remove {part.list}, and the slice of the list is written again")
+        return SliceShards(part, ListedRows(**{name: content[name] for name in _LISTED}))
     # Only slices need the number of rows, which costs a pass over a text file.
     numbers = part.shards(rows.rows) if part.slices > 1 else None
     first, stop = (0, None) if numbers is None else (numbers.start, numbers.stop)

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.inputs.records import as_counts, record
 from data_tools.ownership import owned
 from pretrain.files import move, write_json, written_in_one_step
+from pretrain.json_files import read_fields
 
 DROPPED = "dropped"  # the directory beside the kept rows
 SCHEMA = pa.schema([("row", pa.int64()), ("url", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
@@ -51,11 +51,11 @@ class Parts:
 
     def done(self) -> list[Counter[str]]:
         """The counts of each complete part: rows, kept, and each reason."""
-        done: list[Counter[str]] = []
-        while (path := self._path(len(done), "json")).exists():
-            with record(path, f"remove {self._work} and run the same command again") as content:
-                done.append(Counter(as_counts(content)))
-        return done
+        counts: list[Counter[str]] = []
+        while (path := self._path(len(counts), "json")).exists():
+            way_out = f"remove {self._work} to start anew"
+            counts.append(Counter(read_fields(path, {"rows": int, "kept": int}, way_out)))
+        return counts
 
     def urls(self, part: int) -> Iterator[pa.Array]:
         """The URLs of a complete part's kept rows."""

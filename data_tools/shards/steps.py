@@ -18,13 +18,13 @@ import pyarrow.parquet as pq
 
 from data_tools.inputs.text_stream import check_regular
 from pretrain.files import write_json, written_in_one_step
-from pretrain.json_files import parse_json, read_bytes, typed
+from pretrain.json_files import fields, parse_json, read_bytes, whole_numbers
 
 STEPS = "steps"
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("shard", "key", "reason", "detail")])
 _BATCH = 65_536
 # The fields of a record, as JSON has them; seconds up to the year 9000 make a date.
-_TYPES: dict[str, type] = {"tool": str, "unit": str, "rows": int, "kept": int, "time": float}
+_TYPES: dict[str, type] = {"unit": str, "rows": int, "kept": int, "time": float}
 _TYPES |= {"dropped": dict, "settings": dict, "inputs": list}
 _LAST_TIME = 220_000_000_000
 
@@ -68,11 +68,9 @@ def read_steps(directory: Path) -> dict[str, Step]:
 
 def _step(content: Any) -> Step:
     """ValueError or TypeError for a record that no tool writes."""
-    for name, kind in _TYPES.items():
-        if not isinstance(content, dict) or name in content:
-            typed(content, name, kind)
-    for reason in content.get("dropped", {}):
-        typed(content["dropped"], reason, int)
+    content = fields(content, {"tool": str})
+    fields(content, {name: kind for name, kind in _TYPES.items() if name in content})
+    whole_numbers(content.get("dropped", {}))
     step = Step(**content)
     if not 0 <= step.time < _LAST_TIME or not all(isinstance(name, str) for name in step.inputs):
         raise ValueError("its time or its inputs cannot be")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.files import WRITING, move, open_regular, sync, write_json
-from pretrain.json_files import read_object, typed
+from pretrain.json_files import fields, read_object
 
 log = logging.getLogger(__name__)
 
@@ -80,12 +80,9 @@ def complete(directory: Path) -> Iterator[tuple[str, dict]]:
 
 def _check_types(manifest: dict[str, Any]) -> None:
     """ValueError for a manifest that no save writes, though its checksum is right."""
-    for name, kind in {"step": int, "world": int, "layout": dict, "files": dict, "extra": dict}.items():
-        typed(manifest, name, kind)
-    for name in manifest["files"]:
-        entry = typed(manifest["files"], name, dict)
-        typed(entry, "bytes", int)
-        typed(entry, "sha256", str)
+    fields(manifest, {"step": int, "world": int, "layout": dict, "files": dict, "extra": dict})
+    for entry in manifest["files"].values():
+        fields(entry, {"bytes": int, "sha256": str})
 
 
 def damage(path: Path, files: dict[str, dict]) -> list[str]:
