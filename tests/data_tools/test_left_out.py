@@ -122,3 +122,15 @@ def test_pictures_and_texts_with_different_keys_are_one_finding(tmp_path):
     index.main([str(tmp_path)])
     (finding,) = verify.verify_directory(tmp_path).findings
     assert "i/0 and t/0 differ" in finding.what
+
+
+def test_a_shard_of_chained_headers_is_skipped_and_found(tmp_path, capsys):
+    write_shard(tmp_path, 0, [pair_sample("good")], stats=False)
+    info = tarfile.TarInfo("x")
+    info.type = tarfile.GNUTYPE_LONGNAME
+    (tmp_path / "00001.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) * 3000 + bytes(1024))
+    assert "00001.tar is damaged at byte 0: more than 16 headers" in refused(capsys, index.main, tmp_path)
+    assert index.main([str(tmp_path), "--skip-broken"]) == 0
+    assert "skipped: 00001.tar: " in capsys.readouterr().err
+    assert verify.main([str(tmp_path)]) == 1
+    assert "00001.tar\tis damaged at byte 0: more than 16 headers" in capsys.readouterr().out
