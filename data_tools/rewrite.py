@@ -25,7 +25,6 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from data_tools.inputs.text_stream import check_regular
 from data_tools.ownership import DONE, owned
 from data_tools.pictures.recode import FORMATS, Recode
 from data_tools.shards.rewrite_plan import Plan, make_plan
@@ -34,7 +33,7 @@ from data_tools.shards.steps import STEPS, Step, read_drops, read_steps, write_d
 from pretrain.command import add_directories, add_workers, make_parser, run
 from pretrain.data.shards.indexing import complete_shards, index_directory
 from pretrain.data.shards.left_out import in_words
-from pretrain.files import WRITING, sweep, write_json
+from pretrain.files import WRITING, open_regular, sweep, write_json
 from pretrain.lock import end_with_parent
 
 VERSION = 1
@@ -86,7 +85,7 @@ def rewrite(inputs: list[Path], out: Path, settings: Settings, drops: list[Path]
     request = {
         "version": VERSION,
         "inputs": [manifest.digest for manifest in manifests],
-        "drops": [_digest(path) for path in drops],
+        "drops": [_sha256(path) for path in drops],
         **asdict(settings),
     }
     with _owned_out(out, request) as summary:
@@ -102,9 +101,9 @@ def rewrite(inputs: list[Path], out: Path, settings: Settings, drops: list[Path]
     return Result(step, len(complete_shards(out)[0]), summary["notes"], new)
 
 
-def _digest(path: Path) -> str:
-    check_regular(path, f"--drop {path}")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _sha256(path: Path) -> str:
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _owned_out(out: Path, request: dict[str, Any]) -> AbstractContextManager[dict[str, Any] | None]:

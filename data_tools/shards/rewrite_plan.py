@@ -24,6 +24,7 @@ from data_tools.shards.writer import tar_bytes
 from pretrain.data.shards.indexing import map_in_order
 from pretrain.data.shards.left_out import count
 from pretrain.data.shards.tar_index import ShardIndex, shard_parts
+from pretrain.files import open_regular
 
 # The place of a sample: its tar, its line in the tar's .idx, and how many earlier samples have the same key.
 PLACE = np.dtype([("tar", "<u4"), ("line", "<u8"), ("length", "<u4"), ("copy", "<u4")])
@@ -208,7 +209,8 @@ def _edges(sizes: np.ndarray, samples_per_shard: int | None, bytes_per_shard: in
 
 def _schema_of(tar: Path) -> pa.Schema | None:
     try:
-        return pq.read_schema(tar.with_suffix(".parquet")).remove_metadata()
+        with open_regular(tar.with_suffix(".parquet")) as file:
+            return pq.read_schema(file).remove_metadata()
     except FileNotFoundError:
         return None
     except pa.ArrowException as error:

@@ -20,6 +20,7 @@ from pretrain.data.shards.indexing import stats_path
 from pretrain.data.shards.open_files import Descriptor, OpenFiles
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, ShardError
 from pretrain.data.shards.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, VERSION, Member, ShardIndex
+from pretrain.files import open_regular
 
 _Files = OpenFiles[str, Descriptor]  # two per shard: its tar and its index
 
@@ -138,7 +139,8 @@ def _rows(job: NewShard, samples: list[_Sample]) -> dict[tuple[int, str], dict[s
 
 def _rows_of(path: Path, keys: list[str]) -> Iterator[dict[str, Any]]:
     try:
-        table = pq.ParquetFile(path).read()
+        with open_regular(path) as file:
+            table = pq.ParquetFile(file).read()
         if "key" in table.column_names:
             table = table.filter(pc.is_in(table["key"].cast(pa.string()), value_set=pa.array(keys)))
     except FileNotFoundError:

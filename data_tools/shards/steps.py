@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_tools.inputs.text_stream import check_regular
-from pretrain.files import write_json, written_in_one_step
+from pretrain.files import open_regular, write_json, written_in_one_step
 from pretrain.json_files import fields, parse_json, read_bytes, whole_numbers
 
 STEPS = "steps"
@@ -104,8 +103,7 @@ def read_drops(paths: Iterable[Path]) -> Iterator[Drop]:
     """Every line of the files, in order. Raises ValueError for a file that is not a drops file."""
     for path in paths:
         try:
-            check_regular(path, str(path))
-            with pq.ParquetFile(path) as file:
+            with open_regular(path) as raw, pq.ParquetFile(raw) as file:
                 names = file.schema_arrow.names
                 if wrong := [name for name in _SCHEMA.names if names.count(name) != 1]:
                     raise pa.ArrowInvalid(f"it has {names.count(wrong[0])} columns called {wrong[0]}")

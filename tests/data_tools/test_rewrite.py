@@ -267,3 +267,14 @@ def test_drops_that_match_nothing_or_everything_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no sample remains: all 2 are dropped"):
         rewrite([old], tmp_path / "new", Settings(), [everything])
     assert rewrite([old], tmp_path / "new", Settings(), []).step.kept == 2  # the directory can still be used
+
+
+@pytest.mark.parametrize("name", ["00000.parquet", "drops/d.parquet"])
+def test_a_named_pipe_in_the_place_of_a_table_is_not_waited_for(tmp_path, capsys, name):
+    old = source(tmp_path / "old", 1, 2)
+    (old / "drops").mkdir()
+    (old / name).unlink(missing_ok=True)
+    os.mkfifo(old / name)
+    drops = ["--drop", old / name] if name.startswith("drops") else []
+    error = refused(capsys, main, old, "--out", tmp_path / "new", *drops)
+    assert f"{old / name} is a named pipe, not a regular file" in error
