@@ -121,9 +121,11 @@ def test_a_stray_stats_file_makes_nothing_partial(source, capsys):
         (os.mkfifo, "is a named pipe, not a regular file"),
     ],
 )
-def test_a_tar_that_is_no_file_is_named(source, capsys, make, words):
+@pytest.mark.parametrize("stats", [True, False])
+def test_a_tar_that_is_no_file_is_named(source, capsys, make, words, stats):
     make(source / "00005.tar")
-    (source / "00005_stats.json").write_text('{"successes": 1}')
+    if stats:
+        (source / "00005_stats.json").write_text('{"successes": 1}')
     assert f"{source}/00005.tar {words}" in refused(capsys, main, source)
     assert main([str(source), "--skip-broken"]) == 0
     assert words in capsys.readouterr().err and load_manifest(str(source)).counts == [1, 2, 3]

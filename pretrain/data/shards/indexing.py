@@ -52,7 +52,7 @@ def complete_shards(directory: Path) -> tuple[list[Path], list[Path]]:
     if not tars:
         raise ValueError(no_tar(directory))
     downloaded = {_numbering(path) for path in tars if stats_path(path).exists()}
-    partial = {path for path in tars if _numbering(path) in downloaded and not stats_path(path).exists()}
+    partial = {p for p in tars if p.is_file() and _numbering(p) in downloaded and not stats_path(p).exists()}
     return [path for path in tars if path not in partial], sorted(partial)
 
 
