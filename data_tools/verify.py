@@ -122,8 +122,7 @@ def check_shard(job: Job) -> ShardReport:
     try:
         for key, extension, member, reason in shard_parts(job.path):
             if reason:
-                count(left_out, reason)
-                examples.setdefault(reason, member.name)
+                examples.setdefault(count(left_out, reason), member.name)
                 continue
             if extension in samples.setdefault(key, {}):
                 repeat = Finding(name, _printable(key), f".{extension} occurs more than once; the last one is used")
@@ -137,7 +136,7 @@ def check_shard(job: Job) -> ShardReport:
     if whole:
         findings += _index_findings(job, len(samples))
     findings += [
-        Finding(name, "", f"leaves out {line} (such as {_printable(examples.get(reason, ''))})")
+        Finding(name, "", f"leaves out {line} (such as {_printable(examples[reason])})")
         for reason, line in in_words(left_out).items()
     ]
     if not samples:

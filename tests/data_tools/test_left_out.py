@@ -134,3 +134,11 @@ def test_a_shard_of_chained_headers_is_skipped_and_found(tmp_path, capsys):
     assert "skipped: 00001.tar: " in capsys.readouterr().err
     assert verify.main([str(tmp_path)]) == 1
     assert "00001.tar\tis damaged at byte 0: more than 16 headers" in capsys.readouterr().out
+
+
+def test_any_number_of_endings_is_few_lines(tmp_path):
+    write_tar(tmp_path / "0.tar", {"good.jpg": IMAGE} | {f"{n}.e{n}": b"" for n in range(300)})
+    result = index.index_directory(tmp_path)
+    assert len(result.left_out) <= 60 and result.left_out.total() == 300
+    findings = verify.verify_directory(tmp_path).findings
+    assert len(findings) == len(result.left_out) and any("other endings (such as " in f.what for f in findings)

@@ -46,10 +46,12 @@ def why_left_out(member: TarMember, key: str, extension: str, usable: Collection
     return f".{extension}" if _PLAIN.fullmatch(extension) else OTHER_ENDING
 
 
-def count(left_out: Counter[str], reason: str) -> None:
-    """Counts one more member. The number of different reasons stays small, whatever a tar contains."""
+def count(left_out: Counter[str], reason: str) -> str:
+    """Counts one more member -> the reason under which it is counted. There are few, whatever a tar contains."""
     known = reason in left_out or reason in _WORDS or len(left_out) < MOST_ENDINGS
-    left_out[reason if known else OTHER_ENDING] += 1
+    counted = reason if known else OTHER_ENDING
+    left_out[counted] += 1
+    return counted
 
 
 def is_reason(text: object) -> bool:
