@@ -167,7 +167,8 @@ def scan_shard(path: str | Path) -> tuple[ShardIndex, Counter[str]]:
             continue
         name = quote(member.name, safe=_PLAIN, errors="surrogateescape")
         members = samples.setdefault(key, {})
-        left_out[REPLACED] += extension in members
+        if extension in members:
+            count(left_out, REPLACED)
         members[extension] = f"{extension} {member.offset} {member.size} {name}"
     lines = [f"{VERSION.decode()} {len(samples)}", *(" ".join(members.values()) for members in samples.values())]
-    return ShardIndex("\n".join([*lines, ""]).encode("ascii"), str(path)), +left_out
+    return ShardIndex("\n".join([*lines, ""]).encode("ascii"), str(path)), left_out
