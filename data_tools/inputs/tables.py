@@ -24,6 +24,7 @@ _LINES = 1000  # of a row; so that a hostile table of open quotes does not take 
 _HEAD = 2**22  # bytes that decide about the dialect
 _FEW = 2**17  # bytes that decide about the delimiter
 _HEADER = 2**16  # bytes of a name
+_COLUMNS = 10_000
 _REGULAR = 0.5  # of the rows have as many cells as they should: it is the delimiter
 _OPENING = re.compile(rb' *"')
 _QUOTES = re.compile(rb'"+')
@@ -50,7 +51,7 @@ class Dialect(NamedTuple):
 
 class Table:
     """An open table. `names`: its columns if it has no header; `default`: its delimiter if nothing speaks for another.
-    Raises ValueError for a file without a header."""
+    Raises ValueError for a file without a header or with a damaged one."""
 
     def __init__(self, path: Path, default: bytes, names: Sequence[str] | None = None):
         self.path, self._headless = path, names is not None
@@ -63,6 +64,8 @@ class Table:
             cells = next(_Rows(io.BytesIO(head), self.dialect, 0).rows(), ())
             if isinstance(cells, BadRow):
                 raise ValueError(f"{path} has a header that cannot be read ({cells}); write the names of its columns")
+            if len(cells) > _COLUMNS:
+                raise ValueError(f"{path} has {len(cells)} columns; the limit is {_COLUMNS}, so check its first line")
             names = [cell[:_HEADER].decode("utf-8", "replace").strip() for cell in cells]
             if not any(names):
                 raise ValueError(f"{path} is empty; its first line should be the names of its columns")
@@ -112,7 +115,7 @@ class _Rows:
             line = rest = self._file.readline(LINE)
             while rest and not rest.endswith(b"\n") and (rest := self._file.readline(LINE)):
                 pass
-        self._number += 1
+        self._number += bool(line)
         return line
 
     def _split(self, line: bytes) -> list[bytes]:

@@ -105,6 +105,24 @@ def test_every_line_end(tmp_path, end):
     assert read(tmp_path / "l.csv", table(",", ["one", '"two, three"'], end=end)) == (["one", "two, three"], {}, 2)
 
 
+def test_open_quotes_keep_the_numbers_of_lines(tmp_path):
+    (tmp_path / "l.csv").write_text(table(",", ['"open', '"two\nlines"', '"open', "x", "y, z"]))
+    rows = open_list([tmp_path / "l.csv"], "generic", "url", "caption")
+    drops = [row["detail"] for _, drops in rows.batches_and_drops() for row in drops.to_pylist()]
+    lines = ["line 2: its quote is never closed", "line 5: its quote is never closed"]
+    lines.append("line 7: more than 2 cells instead of 2")
+    assert drops == [f"l.csv, {line}" for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("header", "says"),
+    [('"url,caption', "header that cannot be read"), ("x," * 10_001, "has 10002 columns; the limit is 10000")],
+)
+def test_headers_that_are_none(tmp_path, header, says):
+    with pytest.raises(ValueError, match=says):
+        read(tmp_path / "l.csv", f"{header}\nhttp://a/1,x\n")
+
+
 def test_blank_lines_are_no_rows_and_stray_cells_are_bad_ones(tmp_path):
     content = table(",", ["one"]) + f"\n\n{URL.format(1)},two,three\n{URL.format(2)}\n"
     assert read(tmp_path / "l.csv", content) == (["one"], {"bad_row": 2}, 3)
