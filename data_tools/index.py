@@ -5,7 +5,8 @@
 A shard is read once, as a whole, for the checksums that training compares with whatever it reads. Shards whose index is
 up to date are not read again, so the tool may run after every download. Where tars have the _stats.json of img2dataset,
 those of the same numbering without one are skipped: they are the rest of a killed download. Files that are skipped and
-members that belong to no sample are counted, each with the reason.
+members that belong to no sample are counted, each with the reason. Where the directory cannot be written to, index one
+of links to its files.
 """
 
 from __future__ import annotations

@@ -33,8 +33,9 @@ _END = re.compile(rb" *(?=[\r\n]|$)")
 # A line inside a quoted cell that begins like a row, with a URL or the name of a picture, is a row.
 _PICTURE = re.compile(rb"""\s*"?(?:https?://|[^\s"]+\.(?:jpe?g|png|webp|gif|bmp|tiff?)\b)""", re.IGNORECASE)
 _OPEN = "its quote is never closed"
-_TEXT = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-_LIST = re.compile(rf"\[\s*(?:{_TEXT}(?:\s*,\s*{_TEXT})*)?\s*,?\s*\]", re.DOTALL)
+# Possessive (*+), so that no text makes them try again and again.
+_TEXT = r"""(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
+_LIST = re.compile(rf"\[\s*+(?:{_TEXT}(?:\s*+,\s*+{_TEXT})*+\s*+,?+\s*+)?+\]", re.DOTALL)
 
 
 class BadRow(str):

@@ -71,6 +71,12 @@ def test_lists_of_captions_as_text(tmp_path, form):
     assert read(path, "all")[0] == [*lists[:2], ["[a caption]"]]
 
 
+@pytest.mark.timeout(20)
+def test_a_hostile_cell_does_not_keep_the_reader(tmp_path):
+    path = save(tmp_path / "l.parquet", pa.array(["[" + " " * 60_000 + "x]", "['a'" + ", 'b'" * 10_000]))
+    assert [len(text) for text in read(path)[0]] == [60_003, 50_004]
+
+
 @pytest.mark.parametrize(
     "captions",
     [
