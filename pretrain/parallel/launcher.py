@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import torch.distributed as dist
 
@@ -54,6 +55,21 @@ def _adopt_slurm() -> None:
             raise ValueError(f"{source} is not set under srun with SLURM_NTASKS={tasks}; start each task by srun")
         _number(source, 0)
         os.environ[name] = os.environ[source]
+    if "LOCAL_WORLD_SIZE" not in os.environ and (here := _tasks_here()):
+        os.environ["LOCAL_WORLD_SIZE"] = str(here)
+
+
+def _tasks_here() -> int | None:
+    """Tasks of the step on this node, from a list such as 8(x3),4 and the node's place in it; None where SLURM does
+    not say."""
+    text = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", "")
+    counts: list[int] = []
+    for part in text.split(","):
+        if (found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)) is None:
+            return None
+        counts += [int(found[1])] * int(found[2] or 1)
+    place = _number("SLURM_NODEID", 0)
+    return counts[place] if place < len(counts) else None
 
 
 def _several_tasks() -> str:

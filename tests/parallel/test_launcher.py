@@ -23,7 +23,7 @@ def launched(monkeypatch):
                 monkeypatch.delenv(name)
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):  # adopting may set them
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):  # adopting may set them
             monkeypatch.setenv(name, os.environ.get(name, ""))
             if name not in variables:
                 monkeypatch.delenv(name)
@@ -85,3 +85,22 @@ def test_variables_that_go_together_are_adopted(launched, variables, place):
     launched(**variables)
     adopt_launcher()
     assert (os.environ.get("RANK"), os.environ.get("WORLD_SIZE")) == place
+
+
+@pytest.mark.parametrize(
+    ("variables", "here"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x3),4", "SLURM_NODEID": "2"}, "8"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8(x3),4", "SLURM_NODEID": "3"}, "4"),
+        ({"SLURM_TASKS_PER_NODE": "4(x2)", "SLURM_NODEID": "1"}, "4"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_NODEID": "1"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "what"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "8", "LOCAL_WORLD_SIZE": "2"}, "2"),  # somebody else knows better
+        ({}, None),
+    ],
+)
+def test_under_srun_a_rank_knows_how_many_share_its_node(launched, variables, here):
+    """What sees to the second copy of ZeRO++ and to shared memory asks for it."""
+    launched(**STEP, SLURM_PROCID="1", SLURM_NTASKS="28", **variables)
+    adopt_launcher()
+    assert os.environ.get("LOCAL_WORLD_SIZE") == here
