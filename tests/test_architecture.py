@@ -15,7 +15,7 @@ FLOORS = [
     {"config"},
     {"recipes"},
     {"run", "report", "plan"},
-    {"train", "evaluate", "export", "encode_images", "status"},
+    {"train", "evaluate", "export", "encode_images", "status", "launch"},
     {"pretrained"},
     {"embed"},
     {"search"},

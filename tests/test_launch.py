@@ -44,7 +44,12 @@ def slurm(tmp_path):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}")
         (tmp_path / name).chmod(0o755)
     calls = tmp_path / "calls"
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMP_", "SBATCH_"))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "OMP_", "SBATCH_", "IMGLISH_"))
+    }
+    kept |= {"IMGLISH_LOGS": str(tmp_path / "logs")}
     kept |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "IMGLISH_PYTHON": sys.executable}
 
     def run(*line: str, cwd: Path = ROOT, **environment: str):
@@ -58,7 +63,11 @@ def slurm(tmp_path):
 
 
 def stage(slurm, code: int, *, state: str = "RUNNING", job: str = "41", restarts: str = "", **environment: str):
-    environment |= {"CODE": str(code), "STATE": state, "SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "node[7-8]"}
+    environment = (
+        {"SLURM_NTASKS_PER_NODE": "8"}
+        | environment
+        | {"CODE": str(code), "STATE": state, "SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "node[7-8]"}
+    )
     environment |= {"SLURM_CPUS_PER_TASK": "12"} | ({"SLURM_RESTART_COUNT": restarts} if restarts else {})
     return slurm("launch/stage.sbatch", "--stage", "vision", "--set", "a=1 2", **environment)
 
@@ -68,30 +77,79 @@ def test_scripts_parse(script):
     assert subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=False).stderr == ""
 
 
-def test_each_stage_of_a_chain_waits_for_the_one_before(slurm, tmp_path):
-    done, calls = slurm(
-        str(ROOT / "launch" / "chain.sh"), "a b c", "--recipe", "r", cwd=tmp_path, SBATCH_OPTIONS="--nodes=4 -p x"
+def words_of(slurm, tmp_path, *line: str, more: str = "", **environment: str):
+    """What a script calls Python with, on a cluster whose file ends with `more`: -> outcome, words."""
+    python, mine = tmp_path / "python", tmp_path / "my.env"
+    python.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" >"$CALLS"\n')
+    python.chmod(0o755)
+    mine.write_text(f"GPU_JOB=(--partition=gpu --mem=0)\nCPU_JOB=(-p cpu)\nGPU=h100\n{more}\n")
+    return slurm(*line, **{"IMGLISH_PYTHON": str(python), "IMGLISH_CLUSTER": str(mine)} | environment)
+
+
+def test_a_chain_goes_to_the_checks_with_the_clusters_options(slurm, tmp_path):
+    chain = [str(ROOT / "launch" / "chain.sh"), "a b", "--recipe", "r", "--dry-run", "--set", "x=1 2"]
+    done, words = words_of(slurm, tmp_path, *chain, cwd=tmp_path, SBATCH_OPTIONS="--nodes=4 -p x")
+    assert done.returncode == 0, done.stderr
+    options = [f"--option={word}" for word in ("--partition=gpu", "--mem=0", "--nodes=4", "-p", "x")]
+    checks = ["-m", "pretrain.launch", "--chain=a b", "--dry-run", "--gpu", "h100"]
+    assert words == [*checks, *options, "launch/stage.sbatch", "--recipe", "r", "--set", "x=1 2"]
+
+
+@pytest.mark.parametrize("script", ["stage", "bench", "prepare"])
+def test_a_batch_script_outside_of_a_job_submits_itself(slurm, tmp_path, script):
+    done, words = words_of(slurm, tmp_path, f"launch/{script}.sbatch", "--dry-run", "--out", "x")
+    assert done.returncode == 0, done.stderr
+    options = (
+        ["--option=-p", "--option=cpu"] if script == "prepare" else ["--option=--partition=gpu", "--option=--mem=0"]
     )
-    assert done.stdout.splitlines() == ["a: job 101", "b: job 102", "c: job 103"]
-    assert [" --dependency=" in call for call in calls] == [False, True, True]
-    for call, name, before in zip(calls, "abc", ("", "101", "102"), strict=True):
-        words = call.split()
-        script = words.index("launch/stage.sbatch")
-        assert words[script + 1 :] == ["--stage", name, "--recipe", "r"]
-        assert {"--nodes=4", "-p", "x", "--kill-on-invalid-dep=yes"} <= set(words[:script])
-        assert not before or f"--dependency=afterok:{before}" in words[:script]
+    assert words[2:] == ["--dry-run", "--gpu", "h100", *options, f"launch/{script}.sbatch", "--out", "x"]
 
 
-def test_a_chain_without_arguments_says_how(slurm):
-    done, calls = slurm("launch/chain.sh")
-    assert done.returncode == 2
-    assert "launch/chain.sh" in done.stderr and not calls
+@pytest.mark.parametrize(
+    ("more", "environment", "says"),
+    [
+        ("", {"IMGLISH_CLUSTER": "/nowhere/my.env"}, "IMGLISH_CLUSTER=/nowhere/my.env does not exist"),
+        ("export DATA=/mine", {"DATA": "/yours"}, "DATA=/yours is exported, but "),
+        ("GPU_JOBS=(--mem=0)", {}, "no script reads GPU_JOBS; use GPU_JOB"),
+        ("partition = gpu", {}, "line 4: partition: command not found"),
+        ("GPU_JOB=(", {}, "line 4: "),
+        ("export A=$NOT_SET", {}, "line 4: NOT_SET: unbound variable"),
+    ],
+)
+def test_what_is_wrong_with_the_clusters_file_is_one_sentence(slurm, tmp_path, more, environment, says):
+    done, _ = words_of(slurm, tmp_path, "launch/submit.sh", "launch/stage.sbatch", more=more, **environment)
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_a_chain_stops_where_sbatch_refuses(slurm, tmp_path):
-    (tmp_path / "sbatch").write_text('#!/usr/bin/env bash\necho "$@" >>"$CALLS"; exit 1\n')
-    done, calls = slurm("launch/chain.sh", "a b", "--recipe", "r")
-    assert done.returncode == 1 and len(calls) == 1
+def test_the_clusters_file_may_lengthen_paths(slurm, tmp_path):
+    line, more = ("launch/submit.sh", "launch/stage.sbatch"), "export DATA=/mine PATH=/more:$PATH"
+    done, words = words_of(slurm, tmp_path, *line, more=more)
+    assert done.returncode == 0 and "launch/stage.sbatch" in words, done.stderr
+
+
+def test_without_a_clusters_file_submitting_says_how_to_make_one(slurm, tmp_path):
+    checkout = tmp_path / "checkout"
+    (checkout / "launch").mkdir(parents=True)
+    for name in ("submit.sh", "env"):
+        (checkout / "launch" / name).symlink_to(ROOT / "launch" / name)
+    done, _ = slurm(str(checkout / "launch" / "submit.sh"), "launch/stage.sbatch")
+    if not (ROOT / "launch" / "cluster.env").exists():
+        assert done.returncode == 2 and "cp launch/cluster.env.example launch/cluster.env" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line", [["launch/chain.sh"], ["launch/chain.sh", "--recipe", "r"], ["launch/submit.sh", "-N1"]]
+)
+def test_a_line_without_stages_or_script_says_how(slurm, tmp_path, line):
+    done, words = words_of(slurm, tmp_path, *line)
+    assert done.returncode == 2 and not words
+    assert f"bash {line[0]}" in done.stderr
+
+
+def test_the_example_of_a_clusters_file_is_read_as_it_is(slurm, tmp_path):
+    example = str(ROOT / "launch" / "cluster.env.example")
+    done, words = words_of(slurm, tmp_path, "launch/submit.sh", "launch/stage.sbatch", IMGLISH_CLUSTER=example)
+    assert done.returncode == 0 and "--option=--gpus-per-node=8" in words, done.stderr
 
 
 def test_a_stage_gives_the_ranks_their_meeting_place(slurm):
@@ -100,7 +158,7 @@ def test_a_stage_gives_the_ranks_their_meeting_place(slurm):
     assert "show node node7" in calls
     (srun,) = (call for call in calls if call.startswith("srun "))
     assert "--cpus-per-task=12 " in srun
-    assert srun.endswith(f"{sys.executable} -m pretrain.train --stage vision --set a=1 2")
+    assert srun.endswith("bash launch/env/rank.sh -m pretrain.train --stage vision --set a=1 2")
     (place,) = (call for call in calls if call.startswith("MASTER"))
     assert place.startswith("MASTER_ADDR=10.0.0.7 ") and place.endswith(" OMP_NUM_THREADS=12")
 
@@ -148,6 +206,85 @@ def test_term_to_the_batch_script_does_not_reach_srun_which_would_kill_the_tasks
 
 
 def test_a_stage_says_when_it_is_not_in_the_checkout(slurm, tmp_path):
-    done, calls = slurm(str(ROOT / "launch" / "stage.sbatch"), cwd=tmp_path)
+    done, calls = slurm(str(ROOT / "launch" / "stage.sbatch"), cwd=tmp_path, SLURM_JOB_ID="41")
     assert done.returncode == 2 and not calls
     assert "not the checkout" in done.stderr
+
+
+def test_a_stage_does_not_guess_how_many_ranks_a_node_has(slurm):
+    done, calls = stage(slurm, 0, SLURM_NTASKS_PER_NODE="")
+    assert done.returncode == 2 and not calls and "bash launch/submit.sh" in done.stderr
+
+
+LOST = "12:00:02 rank 0 of 3: another rank died or hung up (in step 3); checkpoints are intact"
+
+
+@pytest.mark.parametrize(
+    ("logs", "says"),
+    [
+        (
+            [LOST, "12:00:03 error: late", "12:00:01 error on rank 2: first"],
+            "first error: rank00002.log:12:00:01 error on",
+        ),
+        (
+            [LOST, "12:00:01 bug on rank 1\nTraceback\nKeyError: 3", LOST],
+            "rank00001.log:12:00:01 bug on rank 1: KeyError: 3",
+        ),
+        (["", "12:00:01 rank 1 of 3: a data worker died", LOST], "rank00001.log:12:00:01 rank 1 of 3: a data worker"),
+        ([LOST, "", ""], "first error: rank00000.log:12:00:02 rank 0 of 3: another rank died"),
+        (["12:00:01 step 1", "ModuleNotFoundError: No module", ""], "rank00001.log:ModuleNotFoundError: No module"),
+        (["", "", ""], "none in the logs of the ranks; see above what srun said"),
+    ],
+)
+def test_a_failed_stage_names_the_error_that_came_first(slurm, tmp_path, logs, says):
+    (tmp_path / "logs" / "job-41").mkdir(parents=True)
+    for rank, text in enumerate(logs):
+        (tmp_path / "logs" / "job-41" / f"rank{rank:05d}.log").write_text(text + "\n" * bool(text))
+    done, calls = stage(slurm, 69)
+    assert done.returncode == 69 and says in done.stdout, done.stdout
+    assert f"--output={tmp_path}/logs/job-41/rank%5t.log" in calls[2]
+    assert "first error" not in stage(slurm, 75)[0].stdout + stage(slurm, 0)[0].stdout
+
+
+def rank(tmp_path, *words: str, **environment: str) -> subprocess.CompletedProcess:
+    """launch/env/rank.sh with a Python that prints the places of caches."""
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "env" / "pyvenv.cfg").touch()
+    python.write_text(
+        '#!/usr/bin/env bash\necho "$0 $* $TRITON_CACHE_DIR $TORCHINDUCTOR_CACHE_DIR $TORCH_EXTENSIONS_DIR"\n'
+    )
+    python.chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRITON", "TORCH", "IMGLISH"))}
+    place = {"PYTHON": str(python), "TMPDIR": str(tmp_path / "tmp"), "IMGLISH_TAG": "abc"}
+    line = ["bash", str(ROOT / "launch" / "env" / "rank.sh"), *words]
+    return subprocess.run(line, env=kept | place | environment, capture_output=True, text=True, timeout=20)
+
+
+def test_what_a_rank_compiles_stays_on_its_node(tmp_path):
+    own = tmp_path / "tmp" / f"imglish-{os.getuid()}"
+    said = rank(tmp_path, "-m", "x").stdout.split()
+    assert said[1:] == ["-m", "x", f"{own}/triton", f"{own}/inductor", f"{own}/extensions-abc"]
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert rank(tmp_path, TRITON_CACHE_DIR="/mine").stdout.split()[1] == "/mine"
+
+
+def test_what_lies_at_the_caches_place_and_is_not_ours_is_not_used(tmp_path):
+    own, theirs = tmp_path / "tmp" / f"imglish-{os.getuid()}", tmp_path / "theirs"
+    own.parent.mkdir()
+    theirs.mkdir()
+    own.symlink_to(theirs)
+    done = rank(tmp_path, "-m", "x")
+    assert done.returncode == 0 and str(own) not in done.stdout and "is not ours" in done.stderr
+
+
+def test_ranks_start_from_the_nodes_copy_of_the_environment(tmp_path):
+    local = {"IMGLISH_LOCAL": str(tmp_path / "shm")}
+    copy = tmp_path / "shm" / f"imglish-{os.getuid()}" / "env-abc"
+    assert rank(tmp_path, **local).stdout.startswith(f"{tmp_path}/env/bin/python")
+    assert rank(tmp_path, "--copy", **local).returncode == 0 and (copy / "pyvenv.cfg").exists()
+    assert rank(tmp_path, **local).stdout.startswith(f"{copy}/bin/python")
+    (copy / "mark").touch()
+    rank(tmp_path, "--copy", **local)
+    assert (copy / "mark").exists(), "it was copied twice"
+    assert rank(tmp_path, **local | {"IMGLISH_TAG": "new"}).stdout.startswith(f"{tmp_path}/env/bin/python")

@@ -232,12 +232,17 @@ def _engine(task: Any, recipe: Recipe, stage: Stage, mesh: Mesh, ds_config: dict
     return build_engine(task, make_optimizer(task), factor, ds_config, mpu_of(mesh))
 
 
-def stage_ds_config(path: str, recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    """The DeepSpeed JSON with what the stage and the number of ranks derive. Raises ValueError with every reason why
-    recipe, JSON and ranks do not go together."""
+def stage_ds_config(
+    path: str, recipe: Recipe, stage: Stage, *, world: int | None = None, node: int | None = None
+) -> dict[str, Any]:
+    """The DeepSpeed JSON with what the stage and the number of ranks derive. `world` and `node`: the ranks, and those
+    of each node, of a run that starts elsewhere; by default what the launcher of this one says. Raises ValueError with
+    the first reason why recipe, JSON and ranks do not go together."""
+    world = world or world_size()
+    node = node or int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
     accumulation = stage.batch.accumulation
     # The ranks over which DeepSpeed splits a step: sequence ranks count as data ranks to it.
-    copies = max(world_size() // (stage.parallel.tensor * stage.parallel.pipe), 1)
+    copies = max(world // (stage.parallel.tensor * stage.parallel.pipe), 1)
     config = load_ds_config(
         path,
         micro=max(stage.batch.total // (copies * accumulation), 1),
@@ -247,14 +252,14 @@ def stage_ds_config(path: str, recipe: Recipe, stage: Stage) -> dict[str, Any]:
     )
     check_legal(
         stage.parallel,
-        world=world_size(),
+        world=world,
         config=config,
         counts=stage.batch.counts(),
         accumulation=accumulation,
         model=recipe.model_of(stage).splits(stage.experts),
         classes=stage.head_classes,
         compiled=stage.compile,
-        node=int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None,  # of torchrun and deepspeed
+        node=node,
     )
     return config
 

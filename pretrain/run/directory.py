@@ -48,16 +48,23 @@ def run_identity(directory: Path, recipe: Recipe, stage: Stage) -> dict[str, Any
 
 
 def finished(directory: Path, identity: dict[str, Any]) -> bool:
-    """Whether the directory holds the final weights of this very run; its checkpoints need not be there any more. What
-    a kill left undone behind them rank 0 does now. Raises ValueError for final weights of another run."""
+    """`is_finished`; what a kill left undone behind the final weights rank 0 does now."""
+    if not is_finished(directory, identity):
+        return False
+    if rank() == 0 and mend_config(directory / WEIGHTS):
+        log.info("%s: wrote %s again, which a kill had prevented", directory.name, directory / CONFIG)
+    return True
+
+
+def is_finished(directory: Path, identity: dict[str, Any]) -> bool:
+    """Whether the directory holds the final weights of this very run; its checkpoints need not be there any more.
+    Raises ValueError for final weights of another run."""
     path = directory / WEIGHTS
     if not path.exists():
         return False
     made = weights_header(path).get("config", {})
     if made.get("recipe_hash") != hash_of(identity):
         raise ValueError(f"{path} is of another run than this one; take another --run-dir, or move it away")
-    if rank() == 0 and mend_config(path):
-        log.info("%s: wrote %s again, which a kill had prevented", directory.name, path.with_name(CONFIG))
     return True
 
 

@@ -22,7 +22,16 @@ SHARED_MEMORY = Path("/dev/shm")
 
 def build_loader(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Place) -> Loader:
     """The stage's training batches for the rank at `place`. The first of the ranks that see the same batch writes the
-    traces into `stage_dir`."""
+    traces into `stage_dir`. Raises ValueError for data that cannot be read, and where this node has too little shared
+    memory for it."""
+    loader = open_data(recipe, stage, stage_dir, place)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of the launcher
+    check_shared_memory(loader, max(here // (stage.parallel.tensor * stage.parallel.sequence), 1))
+    return loader
+
+
+def open_data(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Place) -> Loader:
+    """The same, wherever the ranks will be."""
     if place.tensor or place.sequence or place.pipe:
         stage_dir = None
     model = recipe.model_of(stage)
@@ -30,7 +39,7 @@ def build_loader(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Pl
     view = View(
         text_tokenizer(recipe, stage), stage.transform, stage.masking, model.patch_size, draws=drop_path | stage.draws
     )
-    loader = Loader(
+    return Loader(
         Mixture(stage.mix, stage.batch.counts(), stage.batch.accumulation, recipe.seed, recipe.loading),
         view,
         rank=place.data,
@@ -38,9 +47,6 @@ def build_loader(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Pl
         trace=stage_dir if recipe.trace_samples else None,
         quarantine=stage_dir / "quarantine.jsonl" if stage_dir else None,
     )
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of torchrun and deepspeed
-    check_shared_memory(loader, max(here // (stage.parallel.tensor * stage.parallel.sequence), 1))
-    return loader
 
 
 def check_shared_memory(loader: Loader, loaders: int) -> None:

@@ -20,7 +20,7 @@ def prepare(tmp_path):
     python.write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" >{tmp_path}/words\n')
     python.chmod(0o755)
     base = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SLICES", "SBATCH_"))}
-    base |= {"IMGLISH_PYTHON": str(python), "IMGLISH_DOWNLOAD_PYTHON": str(python)}
+    base |= {"SLURM_JOB_ID": "7", "IMGLISH_PYTHON": str(python), "IMGLISH_DOWNLOAD_PYTHON": str(python)}
 
     def run(*words: str, cwd: Path = ROOT, **environment: str):
         script = ROOT / "launch" / "prepare.sbatch"
@@ -46,7 +46,7 @@ def test_a_task_takes_the_slice_of_its_number(prepare):
 
 def test_restarted_tasks_need_the_number_of_slices(prepare):
     done, words = prepare("--out", "D", **array(7, 2, highest=7))
-    assert done.returncode == 2 and words is None and "SLICES=N sbatch" in done.stderr
+    assert done.returncode == 2 and words is None and "SLICES=N bash launch/submit.sh" in done.stderr
     done, words = prepare("--out", "D", SLICES="16", **array(7, 2, highest=7))
     assert done.returncode == 0 and "7/16" in words
 

@@ -1,0 +1,181 @@
+"""sbatch, with checks before it: a mistake that the nodes would meet in hours is one sentence now.
+
+    python -m pretrain.launch --dry-run --option=--nodes=2 launch/stage.sbatch --recipe beit3_base --stage vision ...
+
+launch/submit.sh and launch/chain.sh call it with the options of launch/cluster.env. Checked are SLURM's partition,
+nodes, GPUs, CPUs, memory and time limit, then everything that pretrain.train would refuse: recipe, stages, settings of
+a run that began before, DeepSpeed JSON, layout, weights and data that it reads, memory of a GPU, run directory. Stages
+that are finished or in the queue are not submitted again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+from pretrain.command import make_parser, run
+from pretrain.launch.checks import Line, Ranks, check_layout, check_shared, check_stages, check_writable, job_name
+from pretrain.launch.slurm import (
+    Job,
+    WordParser,
+    check_job,
+    check_with_sbatch,
+    command_line,
+    read_job,
+    submit,
+    waiting_jobs,
+)
+from pretrain.lock import Lock
+from pretrain.plan.hardware import GPUS
+
+LOGS = "logs"  # in the run directory; of other jobs in the checkout
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    return run(lambda: _run(args), state="run it again: what was submitted is not submitted twice")
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    example = (
+        "--dry-run --option=--nodes=2 launch/stage.sbatch --recipe beit3_base --stage vision --ds ... --run-dir ..."
+    )
+    parser = make_parser("pretrain.launch", __doc__, example)
+    parser.allow_abbrev = False
+    parser.add_argument("--dry-run", action="store_true", help="check, and print what would be submitted")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="OPTION", help="one word for sbatch; repeatable"
+    )
+    parser.add_argument("--gpu", metavar="KIND", help="of pretrain.plan: check the memory of a GPU of this kind")
+    parser.add_argument("--chain", metavar="STAGES", help="submit these stages, each after the one before")
+    parser.add_argument("--local", type=int, metavar="N", help="check only, for N ranks on this machine; no SCRIPT")
+    parser.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="SCRIPT ARGUMENTS", help="a batch script, its arguments"
+    )
+    return parser.parse_args(argv)
+
+
+def _run(args: argparse.Namespace) -> None:
+    args.gpu = args.gpu or None
+    args.words = args.words[1:] if args.words[:1] == ["--"] else args.words
+    if args.gpu and args.gpu not in GPUS:
+        raise ValueError(f"GPU={args.gpu} is not known to pretrain.plan; known: {', '.join(sorted(GPUS))}")
+    if args.local is not None:
+        return _check_here(args)
+    if not args.words or not Path(args.words[0]).is_file():
+        given = args.words[0] if args.words else "(nothing)"
+        raise ValueError(f"{given} is no batch script; use launch/stage.sbatch, launch/bench.sbatch or prepare.sbatch")
+    script, words = Path(args.words[0]), args.words[1:]
+    job = read_job(args.option, script, os.environ)
+    if job.output is not None and not (folder := Path(job.output).parent).is_dir() and "%" not in str(folder):
+        raise ValueError(
+            f"--output={job.output}: there is no directory {folder}, and SLURM would drop the log; make it"
+        )
+    hosts = {node.host for node in check_job(job)}
+    if script.name == "stage.sbatch":
+        _stages(args, script, words, job, hosts)
+    else:
+        _check_other(script, words, job, Ranks(job.nodes, job.ranks, args.gpu), args.option)
+        _submit_one(args, script, words, job)
+
+
+def _check_here(args: argparse.Namespace) -> None:
+    line, stages = _train_arguments(args.words)
+    ready = check_stages(line, stages, Ranks(1, args.local, args.gpu))
+    print(f"{stages[0]}: ready" if ready else f"{stages[0]}: finished before; nothing to do")
+
+
+def _stages(args: argparse.Namespace, script: Path, words: list[str], job: Job, hosts: set[str]) -> None:
+    """Submits one stage, or a chain of them."""
+    chain = args.chain.split() if args.chain is not None else None
+    line, stages = _train_arguments(words, chain)
+    if job.tasks is None:
+        raise ValueError("--ntasks-per-node is not given; set it in GPU_JOB of cluster.env to the GPUs of a node")
+    if job.name is not None:
+        raise ValueError(f"--job-name={job.name}: the queue knows a stage by its job's name; leave it out")
+    check_shared(line.run_dir, hosts)
+    ready = check_stages(line, stages, Ranks(job.nodes, job.tasks, args.gpu))
+    logs = line.run_dir.absolute() / LOGS
+    options = [*args.option] if job.output else [*args.option, f"--output={logs}/%x-%j.log"]
+    if ready:
+        check_with_sbatch(options, script, [*words, "--stage", ready[0]] if chain else words)
+    if not args.dry_run:
+        logs.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if args.dry_run else Lock(logs):  # two calls at one moment would both submit
+        queue, before = waiting_jobs(), ""
+        for name in stages:
+            own = job_name(line.run_dir, name)
+            if name not in ready:
+                print(f"{name}: finished")
+                continue
+            if own in queue:
+                before = queue[own]
+                print(f"{name}: in the queue already, job {before}")
+                continue
+            # --kill-on-invalid-dep: if a stage fails, remove the later ones, which would otherwise wait forever.
+            after = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"] if before else []
+            whole = [*options, f"--job-name={own}", *after]
+            arguments = ["--stage", name, *words] if chain else words
+            if args.dry_run:
+                print(command_line(whole, script, arguments))
+                before = f"JOB_OF_{name}"
+            else:
+                before = submit(whole, script, arguments, IMGLISH_LOGS=str(logs))
+                print(f"{name}: job {before}", flush=True)
+
+
+def _train_arguments(words: Sequence[str], chain: list[str] | None = None) -> tuple[Line, list[str]]:
+    """pretrain.train's arguments and the stages that they, or `chain`, name. Raises ValueError."""
+    parser = WordParser(prog="arguments of pretrain.train", add_help=False)
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--stage", required=chain is None)
+    parser.add_argument("--ds", required=True)
+    parser.add_argument("--run-dir", required=True, type=Path)
+    parser.add_argument("--set", action="append", default=[])
+    given, rest = parser.parse_known_args(list(words))
+    if rest:
+        raise ValueError(f"{rest[0]} is no argument of pretrain.train; sbatch's options stand before the script")
+    if chain is not None and given.stage is not None:
+        raise ValueError(f"--stage {given.stage} stands beside the chain's stages; name stages in one place")
+    if chain is not None and not chain:
+        raise ValueError('the chain names no stage; write bash launch/chain.sh "tokenizer vision ..." ...')
+    return Line(given.recipe, given.ds, given.run_dir, given.set), chain or [given.stage]
+
+
+def _check_other(script: Path, words: list[str], job: Job, ranks: Ranks, options: list[str]) -> None:
+    parser = WordParser(prog=f"arguments of {script}", add_help=False)
+    for name, default in (("--recipe", "beit3_base"), ("--stage", "pretrain"), ("--ds", "ds_configs/zero3_bf16.json")):
+        parser.add_argument(name, default=default)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--list", type=Path)
+    parser.add_argument("--out", type=Path)
+    given, _ = parser.parse_known_args(words)
+    if given.out is not None:
+        check_writable(given.out)
+    if script.name == "prepare.sbatch":
+        if given.list is not None and not given.list.exists():
+            raise ValueError(f"--list {given.list} does not exist; give a file or a directory of the list")
+        if "--merge" not in words and not any(word.startswith(("--array", "-a")) for word in options):
+            raise ValueError("prepare.sbatch is an array of slices; give --array=0-15 before it, or --merge after it")
+    elif script.name == "bench.sbatch":
+        check_layout(Line(given.recipe, given.ds, Path(), given.set), given.stage, ranks)
+    check_with_sbatch(options, script, words)
+
+
+def _submit_one(args: argparse.Namespace, script: Path, words: list[str], job: Job) -> None:
+    logs = Path(LOGS).absolute()
+    array = any(word.startswith(("--array", "-a")) for word in args.option)
+    options = [*args.option] if job.output else [*args.option, f"--output={logs}/%x-{'%A_%a' if array else '%j'}.log"]
+    if args.dry_run:
+        print(command_line(options, script, words))
+        return
+    logs.mkdir(exist_ok=True)
+    print(f"{script.stem}: job {submit(options, script, words, IMGLISH_LOGS=str(logs))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""What pretrain.train would refuse on the nodes, said before anything waits for them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import subprocess
+import tempfile
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from pretrain.checkpoint.directory import complete
+from pretrain.checkpoint.weights import WEIGHTS
+from pretrain.config import Recipe, Stage
+from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.parallel.mesh import place_of
+from pretrain.plan.hardware import FRAGMENTS, GIB, GPUS, OUTSIDE
+from pretrain.plan.memory import Cell, peak_memory
+from pretrain.plan.model import micro_batch_layout, planned
+from pretrain.recipes import load_recipe
+from pretrain.run.build import check_model, stage_ds_config
+from pretrain.run.directory import is_finished, run_identity
+from pretrain.run.identity import as_begun, hash_of
+from pretrain.run.image_targets import predicts_codes
+from pretrain.run.inputs import open_data
+from pretrain.run.stored_weights import weights_path
+from pretrain.run.whole_recipe import check_other_stages
+from pretrain.settings import fill_variables
+
+# File systems of one machine, by the names of `stat --file-system`.
+LOCAL = {"tmpfs", "ramfs", "overlayfs", "ext2/ext3", "xfs", "btrfs", "zfs", "f2fs"}
+SHARED = "IMGLISH_SHARED"
+
+
+class Line(NamedTuple):
+    """The arguments of pretrain.train, without the stage."""
+
+    recipe: str
+    ds: str
+    run_dir: Path
+    settings: list[str]
+
+
+class Ranks(NamedTuple):
+    nodes: int
+    each: int  # on a node
+    gpu: str | None  # a kind of pretrain.plan; None: memory is not checked
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.each
+
+
+def check_stages(line: Line, names: Sequence[str], ranks: Ranks) -> list[str]:
+    """The stages that are not finished, in the order in which they will run. Writes nothing.
+
+    Raises ValueError with the stage and the way out for the first that pretrain.train would refuse. What an earlier
+    stage of `names` will have made need not be there.
+    """
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"stage {twice[0]} is named twice; name each stage once")
+    ahead: list[str] = []
+    for name in names:
+        recipe, stage = load_recipe(line.recipe, name, line.settings)
+        try:
+            if _finished(line, recipe, name, stage):
+                continue
+            check_stage(line, recipe, name, ranks, ahead)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"stage {name}: {error}") from error
+        if not ahead:
+            check_other_stages(recipe, name, line.run_dir, changed=bool(line.settings))
+        ahead.append(name)
+    return ahead
+
+
+def check_stage(line: Line, recipe: Recipe, name: str, ranks: Ranks, ahead: Collection[str]) -> None:
+    """Raises ValueError for what is wrong with one stage; `ahead` are the stages that run before it."""
+    check_writable(line.run_dir / name)
+    stage = recipe.stages[name]
+    stage = as_begun(stage, run_identity(line.run_dir / name, recipe, stage))
+    _check_layout(line, recipe, name, stage, ranks)
+    _check_inputs(line, recipe, stage, ahead)
+    open_data(recipe, stage, None, place_of(stage.parallel, 0, ranks.world))
+
+
+def check_layout(line: Line, name: str, ranks: Ranks) -> None:
+    """The same as far as no data and no run directory are asked for."""
+    recipe, stage = load_recipe(line.recipe, name, line.settings)
+    _check_layout(line, recipe, name, stage, ranks)
+
+
+def _check_layout(line: Line, recipe: Recipe, name: str, stage: Stage, ranks: Ranks) -> None:
+    config = stage_ds_config(line.ds, recipe, stage, world=ranks.world, node=ranks.each)
+    check_model(recipe, stage)
+    if ranks.gpu is not None:
+        _check_memory(line, recipe, name, stage, config, ranks)
+
+
+def _finished(line: Line, recipe: Recipe, name: str, stage: Stage) -> bool:
+    directory = line.run_dir / name
+    identity = run_identity(directory, recipe, stage)
+    _, manifest = next(complete(directory / "checkpoints"), ("", {}))
+    if manifest.get("recipe_hash", hash_of(identity)) != hash_of(identity):
+        raise ValueError(
+            f"{directory} has checkpoints of another recipe, and no recipe.json that says which; take another --run-dir"
+        )
+    return is_finished(directory, identity)
+
+
+def _check_inputs(line: Line, recipe: Recipe, stage: Stage, ahead: Collection[str]) -> None:
+    """The weights that a stage reads: those of a stage, or files."""
+    named = {"init_from": stage.init_from, **stage.task.reads()}
+    if predicts_codes(stage):
+        named["visual_tokenizer"] = stage.visual_tokenizer
+    for knob, value in named.items():
+        if value is None or value in ahead or (line.run_dir / value / WEIGHTS).is_file():
+            continue
+        if value in recipe.stages:
+            raise ValueError(
+                f"{knob}={value} is a stage that is neither finished in {line.run_dir} nor one of those that run "
+                "before this one; name it before"
+            )
+        path = Path(fill_variables(value, knob)).expanduser()
+        if path.resolve() in {(line.run_dir / each).resolve() for each in ahead}:
+            continue
+        if knob in ("init_from", "visual_tokenizer") or not path.is_dir():  # a teacher may be another program's
+            weights_path(value, line.run_dir, knob)
+
+
+def _check_memory(line: Line, recipe: Recipe, name: str, stage: Stage, config: dict, ranks: Ranks) -> None:
+    """Of models that pretrain.plan can count. Raises ValueError where a GPU's memory is too small."""
+    if not isinstance(recipe.model_of(stage), MultiwayConfig):
+        return
+    assert ranks.gpu is not None
+    stage_plan, data = planned(recipe, stage), ranks.world // stage.parallel.model
+    accumulation = stage.batch.accumulation
+    layout = micro_batch_layout(stage_plan, data * accumulation)
+    cell = Cell(config, stage.parallel, data, layout, accumulation, int(stage.activation_checkpointing))
+    need, usable = peak_memory(stage_plan, cell).total, (GPUS[ranks.gpu].memory - OUTSIDE) * (1 - FRAGMENTS)
+    if need > usable:
+        raise ValueError(
+            f"a rank needs about {need / GIB:.1f} GiB with {line.ds} on {ranks.world} ranks, and {usable / GIB:.1f} "
+            f"GiB of a {ranks.gpu} are usable; python -m pretrain.plan --recipe {line.recipe} --stage {name} --gpus "
+            f"{ranks.world} --gpu {ranks.gpu} shows the layouts that fit"
+        )
+
+
+def check_writable(directory: Path) -> None:
+    """Raises ValueError where `directory` cannot be made or written to. Leaves nothing."""
+    place = next(path for path in (directory.absolute(), *directory.absolute().parents) if os.path.lexists(path))
+    try:
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is no directory")
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{directory} cannot be written: {place}: {error.strerror}; make it writable, or take another --run-dir"
+        ) from None
+
+
+def check_shared(directory: Path, hosts: Collection[str]) -> None:
+    """Raises ValueError where `directory` is on a disk of this machine and the job's nodes are others."""
+    here = socket.gethostname().partition(".")[0]
+    if os.environ.get(SHARED) == "1" or {host.partition(".")[0] for host in hosts} == {here}:
+        return
+    place = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    line = ["stat", "--file-system", "--format=%T", str(place)]
+    kind = subprocess.run(line, capture_output=True, text=True).stdout.strip()
+    if kind in LOCAL:
+        raise ValueError(
+            f"--run-dir {directory} is on {kind}, a file system of this machine, and the job runs on others; take a "
+            f"directory on a shared file system, or export {SHARED}=1 if the nodes see this one"
+        )
+
+
+def job_name(run_dir: Path, stage: str) -> str:
+    """What tells a stage's job from all others of its user: one word that a person can read too."""
+    readable = re.sub(r"[^\w.-]", "_", run_dir.absolute().name)
+    return f"imglish-{readable}-{stage}-{hash_of({'run_dir': str(run_dir.resolve())})[:6]}"
