@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.distributed import device, rank, world_size
+from pretrain.parallel.compile_once import one_compiles
 from pretrain.parallel.ds_config import offloads, precision, zero_stage
 from pretrain.parallel.launcher import adopt_launcher
 from pretrain.parallel.state import zero3_part
@@ -165,9 +166,10 @@ def _clip(engine) -> None:
 
 
 def _host_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """DeepSpeed's vectorised AdamW for parameters that live on the host; it is compiled at first use."""
+    """DeepSpeed's vectorised AdamW for parameters that live on the host; it is compiled at first use (100 s)."""
     adam = importlib.import_module("deepspeed.ops.adam")
     names = ("params", "lr", "weight_decay")
     groups = [{name: group[name] for name in names} for group in optimizer.param_groups]
     first = optimizer.param_groups[0]
-    return adam.DeepSpeedCPUAdam(groups, lr=first["lr"], betas=first["betas"], eps=first["eps"], adamw_mode=True)
+    with one_compiles("cpu_adam"):
+        return adam.DeepSpeedCPUAdam(groups, lr=first["lr"], betas=first["betas"], eps=first["eps"], adamw_mode=True)

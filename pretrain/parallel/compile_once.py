@@ -1,0 +1,40 @@
+"""One rank of a node compiles a C++ extension, the others wait for it; and a killed one leaves nothing to wait for.
+
+torch's own lock is a file in the directory of the build. A process that is killed while it compiles leaves it there,
+and every later start waits for ever, without a word.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.utils import cpp_extension
+
+from pretrain.lock import this_process
+
+RECORD, TORCHS = "imglish.lock", "lock"
+
+
+@contextmanager
+def one_compiles(extension: str) -> Iterator[None]:
+    """Inside, no other process of ours builds `extension` into the same directory (TORCH_EXTENSIONS_DIR), and torch's
+    lock of one that was killed is gone. A lock of another program's stays: it may be at work."""
+    folder = Path(cpp_extension._get_build_directory(extension, verbose=False))
+    handle = os.open(folder / RECORD, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)  # the kernel's: it ends with its process
+        except OSError:  # a file system without locks: as without this
+            yield
+            return
+        if os.pread(handle, 1, 0):  # one of ours did not come to its end
+            (folder / TORCHS).unlink(missing_ok=True)
+        os.pwrite(handle, this_process().encode(), 0)
+        yield
+        os.ftruncate(handle, 0)
+    finally:
+        os.close(handle)
