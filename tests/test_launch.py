@@ -211,6 +211,18 @@ def test_a_stage_says_when_it_is_not_in_the_checkout(slurm, tmp_path):
     assert "not the checkout" in done.stderr
 
 
+def test_a_python_of_ones_own_needs_no_environment_of_ours(slurm, tmp_path):
+    (tmp_path / "python").symlink_to(sys.executable)
+    done, calls = stage(slurm, 0, IMGLISH_PYTHON=str(tmp_path / "python"))
+    assert done.returncode == 0 and any(call.startswith("srun ") for call in calls), done.stderr
+
+
+def test_what_fails_before_the_ranks_start_is_said(slurm, tmp_path):
+    (tmp_path / "my.env").write_text("in_job() { module load nothing; }\n")
+    done, calls = stage(slurm, 0, IMGLISH_CLUSTER=str(tmp_path / "my.env"))
+    assert done.returncode == 127 and not calls and "module: command not found" in done.stderr
+
+
 def test_a_stage_does_not_guess_how_many_ranks_a_node_has(slurm):
     done, calls = stage(slurm, 0, SLURM_NTASKS_PER_NODE="")
     assert done.returncode == 2 and not calls and "bash launch/submit.sh" in done.stderr

@@ -6,6 +6,7 @@ if [ -z "${SLURM_NTASKS_PER_NODE:-}${SLURM_NTASKS:-}" ]; then
         "sbatch --ntasks-per-node" >&2
     exit 2
 fi
+trap 'echo "job: ${BASH_SOURCE[0]} line $LINENO: $BASH_COMMAND failed" >&2' ERR # set -e says nothing
 begin_job
 check_torch || exit
 
@@ -16,7 +17,7 @@ MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 12000))
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # Names the environment, for its copies and for what is compiled for it.
-IMGLISH_TAG=$({ echo "$PYTHON" && cat "$(dirname "$PYTHON")/../.imglish-stamp" 2>/dev/null; } | sha256sum | cut -c 1-12)
+IMGLISH_TAG=$({ echo "$PYTHON"; cat "$(dirname "$PYTHON")/../.imglish-stamp" 2>/dev/null || true; } | sha256sum | cut -c 1-12)
 export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS IMGLISH_TAG
 
 # Each life of a job has logs of its own, a file per rank: ranks that share one splice their lines.

@@ -49,9 +49,17 @@ install_torch() { # a build; the CPU's saves several GB where there is no GPU
     "$PYTHON" -m pip install -q "$version"
 }
 
+way_out() { # the one command, and where
+    local first=
+    if [ "${IMGLISH_TORCH:-}" != "$1" ] && grep -qs 'IMGLISH_TORCH=' "$cluster_file"; then
+        first="set IMGLISH_TORCH=$1 in $cluster_file, and "
+    fi
+    echo "${first}call on the login node: IMGLISH_TORCH=$1 bash launch/env/setup.sh"
+}
+
 refuse_in_job() { # a job shares the environment with others, and its node may have no network
     [ -n "${SLURM_JOB_ID:-}" ] && [ "$called" = no ] || return 0
-    echo "setup: $1; call on the login node: IMGLISH_TORCH=$2 bash launch/env/setup.sh" >&2
+    echo "setup: $1; $(way_out "$2")" >&2
     return 2
 }
 
@@ -93,8 +101,8 @@ check_torch() { # torch would take the CPU beside a GPU whose driver is too old 
     [ "$code" = 3 ] || return 0
     cuda=$(nvidia-smi | sed -nE 's/.*CUDA Version: *([0-9]+).*/\1/p')
     [ "${cuda:-13}" -ge 13 ] || want=cu126
-    echo "setup: torch in $PYTHON cannot use this node's GPUs, whose driver is of CUDA ${cuda:-(unknown)}; call on the login" \
-        "node: IMGLISH_TORCH=$want bash launch/env/setup.sh" >&2
+    echo "setup: torch in $PYTHON cannot use this node's GPUs, whose driver is of CUDA ${cuda:-(unknown)};" \
+        "$(way_out "$want")" >&2
     return 2
 }
 

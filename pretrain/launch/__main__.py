@@ -169,7 +169,9 @@ def _check_other(script: Path, words: list[str], job: Job, ranks: Ranks, options
 def _submit_one(args: argparse.Namespace, script: Path, words: list[str], job: Job) -> None:
     logs = Path(LOGS).absolute()
     array = any(word.startswith(("--array", "-a")) for word in args.option)
-    options = [*args.option] if job.output else [*args.option, f"--output={logs}/%x-{'%A_%a' if array else '%j'}.log"]
+    options = [*args.option]
+    options += [] if job.output else [f"--output={logs}/%x-{'%A_%a' if array else '%j'}.log"]
+    options += [] if job.name else [f"--job-name=imglish-{script.stem}"]
     if args.dry_run:
         print(command_line(options, script, words))
         return

@@ -127,3 +127,13 @@ def test_a_driver_that_is_too_old_for_torch_is_said(setup, cuda, sees, says):
     done, _ = setup(cuda=cuda, TORCH_SEES=sees, **IN_JOB | {"script": f"source {SETUP}; check_torch; echo fine"})
     assert (done.returncode, done.stdout) == ((2, "") if says else (0, "fine\n")) and says in done.stderr
     assert not says or f"whose driver is of CUDA {cuda.split('.')[0]}" in done.stderr
+
+
+def test_the_way_out_agrees_with_the_clusters_file(setup, tmp_path):
+    setup(IMGLISH_TORCH="cuda")
+    (tmp_path / "my.env").write_text("export IMGLISH_TORCH=cuda\n")
+    job = IN_JOB | {"script": f"source {SETUP}; check_torch", "IMGLISH_CLUSTER": str(tmp_path / "my.env")}
+    done, _ = setup(cuda="12.4", TORCH_SEES="3", **job)
+    assert (
+        f"set IMGLISH_TORCH=cu126 in {tmp_path}/my.env, and call on the login node: IMGLISH_TORCH=cu126" in done.stderr
+    )
