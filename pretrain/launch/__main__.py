@@ -75,7 +75,10 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--output={job.output}: there is no directory {folder}, and SLURM would drop the log; make it"
         )
-    hosts = {node.host for node in check_job(job)}
+    nodes = check_job(job)
+    if (up := sum(node.up and node.has(job) for node in nodes)) < job.nodes:
+        print(f"note: {up} of the {len(nodes)} nodes are up, so the job will wait for {job.nodes}", file=sys.stderr)
+    hosts = {node.host for node in nodes}
     if script.name == "stage.sbatch":
         _stages(args, script, words, job, hosts)
     else:

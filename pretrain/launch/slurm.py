@@ -18,6 +18,7 @@ from typing import NamedTuple, NoReturn
 from pretrain.settings import nearest
 
 ANSWER_S = 60.0  # so long SLURM's commands may take
+AWAY = ("down", "drain", "drng", "fail", "maint", "unk")  # states that sinfo begins so
 CLEARS_S = 30.0  # so long a job may be COMPLETING before it is known whether it comes back
 # Options that these variables say too; sbatch prefers an option, and would not tell.
 VARIABLES = {
@@ -59,6 +60,10 @@ class Node(NamedTuple):
     gpus: dict[str, int]  # by type
     state: str
     minutes: float  # the partition's limit
+
+    @property
+    def up(self) -> bool:
+        return not self.state.startswith(AWAY)
 
     def has(self, job: Job) -> bool:
         return job.gpus <= (self.gpus.get(job.gpu_type, 0) if job.gpu_type else sum(self.gpus.values()))

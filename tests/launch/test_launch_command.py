@@ -156,6 +156,15 @@ def test_logs_get_a_directory_in_the_run(launch, tmp_path):
     assert code == 2 and "there is no directory /nowhere" in error and len(calls) == 1
 
 
+def test_a_job_that_waits_for_broken_nodes_says_so(launch, tmp_path):
+    code, out, error, _ = launch("--stage", "vision", options=("--dry-run",))
+    assert code == 0 and not error
+    sinfo = tmp_path / "bin" / "sinfo"
+    sinfo.write_text(sinfo.read_text().replace("idle", "drain*"))
+    code, out, error, _ = launch("--stage", "vision", options=("--dry-run",))
+    assert code == 0 and out and error == "note: 0 of the 2 nodes are up, so the job will wait for 2\n"
+
+
 def test_on_this_machine_it_only_checks(launch, data, capsys):
     line = ["--recipe", str(data / "recipe.py"), "--ds", str(ROOT / "ds_configs" / "zero0.json"), "--run-dir", "none"]
     assert main(["--local", "3", "--", *line, "--stage", "tokenizer"]) == 2
