@@ -1,4 +1,4 @@
-"""Checks that shards match their manifest, that no member is left out, and that each sample can be used. Prints one line
+"""Checks that shards match their manifest, that no member is left out, and that each sample can be used. Prints a line
 per problem.
 
     python -m data_tools.verify data/cc12m --decode --workers 8
