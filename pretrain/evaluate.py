@@ -1,10 +1,12 @@
-"""A trained stage -> its evaluations: eval.json and, for the report, samples.json with pictures."""
+"""A trained stage -> its evaluations: eval.json and, for the report, samples.json with pictures.
+
+An evaluation that is not the stage's own, of other data, settings or weights, goes into eval-NAME.json, which says what
+differs, with its pictures in eval-NAME/; the report shows it apart.
+"""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from pretrain import command
 from pretrain.checkpoint.save import newest_weights
 from pretrain.checkpoint.weights import WEIGHTS, load_handover, weights_digest
-from pretrain.config import Recipe, Stage, to_json
+from pretrain.config import Recipe, Stage
 from pretrain.data.shards.reader import load_manifest
 from pretrain.distributed import device
 from pretrain.evals.trained import Trained
@@ -25,7 +27,8 @@ from pretrain.files import write_json
 from pretrain.models.visual_tokenizer.teachers import PixelTeacher
 from pretrain.recipes import built_in_recipes, load_recipe
 from pretrain.run.build import build_task
-from pretrain.run.directory import RECIPE, read_json, read_recipe
+from pretrain.run.directory import RECIPE, read_recipe
+from pretrain.run.evaluation import Asked, asked_evaluation
 from pretrain.run.image_targets import image_targets, load_visual_tokenizer
 from pretrain.run.inputs import evaluation_loader, text_tokenizer
 
@@ -47,45 +50,67 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--recipe", help="a name or a .py file, which is code (default: the built-in recipe that trained it)"
     )
     parser.add_argument("--weights", type=Path, help="instead of the stage's own: a weights.safetensors")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in training")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as in training, on top of what it was given"
+    )
+    parser.add_argument(
+        "--name",
+        default="",
+        help="write eval-NAME.json (default: eval.json, or a hash where the evaluation is another)",
+    )
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
     directory = args.run_dir / args.stage
-    name, settings = _trained_with(directory, args)
-    recipe, stage = load_recipe(name, args.stage, settings)
-    step, weights = _weights(directory, stage, args.weights)
-    digest = weights_digest(weights)
-    # Beside the stage's own evaluation when the weights are others.
-    path = directory / (f"eval-{digest[:8]}.json" if args.weights else "eval.json")
-    look = getattr(stage.transform, "evaluation", None)
-    asked = hashlib.sha256(json.dumps([to_json(stage.evals), look], sort_keys=True).encode()).hexdigest()[:16]
-    done = read_json(path)
-    if done.get("weights") == digest and done.get("evals") == asked:
-        log.info("%s: evaluated before; nothing to do", args.stage)
+    recipe_name, settings = _trained_with(directory, args)
+    plain, stage = load_recipe(recipe_name, args.stage, settings)
+    recipe = plain
+    if args.set:
+        recipe, stage = load_recipe(recipe_name, args.stage, [*settings, *args.set])
+    step, weights = _weights(directory, plain.stages[args.stage], args.weights)
+    digest, given = weights_digest(weights), args.weights is not None
+    asked = asked_evaluation(directory, args.stage, (recipe, stage), plain, weights=digest, given=given, name=args.name)
+    if asked.differs:
+        log.info("%s: not the stage's own evaluation (%s), so that it has a file of its own", args.stage, _told(asked))
+    if asked.made:
+        log.info("%s: evaluated before; nothing to do (%s)", args.stage, asked.path)
         return
     task = build_task(recipe, stage, args.run_dir)
     handover = load_handover(task, weights)
     if handover.missing:
         raise ValueError(f"{weights} lacks {handover.missing[0]}; it is not this stage's: give the stage that wrote it")
     task.to(device()).eval()
-    trained = trained_stage(recipe, stage, args.run_dir, directory, task)
-    metrics: dict[str, Any] = {"step": step, "weights": digest, "evals": asked}
+    metrics, samples = _evaluate(stage, trained_stage(recipe, stage, args.run_dir, asked.pictures, task))
     if not stage.evals:
         log.warning("%s: the recipe names no evals for this stage", args.stage)
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            log.info("%s: %-40s %.2f", args.stage, name, value)
+    directory.mkdir(parents=True, exist_ok=True)
+    if any(samples.values()) or asked.pictures == directory:
+        asked.pictures.mkdir(exist_ok=True)
+        write_json(asked.pictures / "samples.json", samples)
+    differs = {"differs": asked.differs} if asked.differs else {}
+    write_json(asked.path, {"step": step, **asked.marks, **differs, **metrics})
+    log.info("%s: wrote %s", args.stage, asked.path)
+
+
+def _evaluate(stage: Stage, trained: Trained) -> tuple[dict[str, float], dict[str, list]]:
+    metrics: dict[str, float] = {}
     samples: dict[str, list] = {}
     for evaluation in stage.evals:
         values, shown = evaluation.run(trained)
         metrics |= values
         samples |= shown
-    for name, value in metrics.items():
-        if isinstance(value, float):
-            log.info("%s: %-40s %.2f", args.stage, name, value)
-    directory.mkdir(parents=True, exist_ok=True)
-    if not args.weights:
-        write_json(directory / "samples.json", samples)
-    write_json(path, metrics)
+    return metrics, samples
+
+
+def _told(asked: Asked) -> str:
+    """The first of the differences, for a log line."""
+    key, (own, here) = next(iter(asked.differs.items()))
+    more = f" and {len(asked.differs) - 1} more" if len(asked.differs) > 1 else ""
+    return f"{key}={here} instead of {own}{more}"
 
 
 def _weights(directory: Path, stage: Stage, given: Path | None) -> tuple[int | None, Path]:
@@ -157,7 +182,7 @@ def _trained_with(directory: Path, args: argparse.Namespace) -> tuple[str, list[
         raise ValueError(
             f"{directory / RECIPE}: command.set={settings!r} is no list of KEY=VALUE; train the stage again"
         )
-    return name, [*settings, *args.set]
+    return name, settings
 
 
 if __name__ == "__main__":

@@ -100,9 +100,11 @@ def train_stage(data: Path, run_dir: Path, stage: str, *settings: str, ds: str |
     return subprocess.run(line, env=environment(data) | env, capture_output=True, text=True, timeout=120)
 
 
-def evaluate(data: Path, run_dir: Path, stage: str, recipe: Path | None = None) -> subprocess.CompletedProcess:
+def evaluate(
+    data: Path, run_dir: Path, stage: str, recipe: Path | None = None, *more: str
+) -> subprocess.CompletedProcess:
     line = [sys.executable, "-m", "pretrain.evaluate", "--run-dir", str(run_dir), "--stage", stage]
-    line += ["--recipe", str(recipe or data / "recipe.py")]
+    line += ["--recipe", str(recipe or data / "recipe.py"), *more]
     return subprocess.run(line, env=environment(data), capture_output=True, text=True, timeout=120)
 
 

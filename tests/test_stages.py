@@ -90,6 +90,18 @@ def test_a_finished_stage_ends_at_once(data, run):
 
 
 @pytest.mark.slow
+def test_an_evaluation_of_other_sizes_leaves_the_stages_own(data, run):
+    own = {path: path.read_bytes() for path in (run / "vision").glob("eval.json")}
+    own |= {path: path.read_bytes() for path in (run / "vision" / "samples").iterdir()}
+    done = evaluate(data, run, "vision", None, "--set", "evals.0.samples=8", "--name", "few")
+    assert done.returncode == 0 and "evals.0.samples=8 instead of 512" in done.stderr, done.stderr
+    assert len(own) > 2 and {path: path.read_bytes() for path in own} == own
+    few = json.loads((run / "vision" / "eval-few.json").read_text())
+    assert few["differs"] == {"evals.0.samples": [512, 8]} and "masked/image/accuracy" in few
+    assert (run / "vision" / "eval-few" / "samples.json").is_file()
+
+
+@pytest.mark.slow
 def test_a_finished_stage_needs_no_checkpoints(data, run, tmp_path):
     settings = (f"visual_tokenizer={run}/tokenizer",)
     assert train_stage(data, tmp_path, "vision", *settings).returncode == 0

@@ -16,6 +16,7 @@ import errno
 import hashlib
 import logging
 import random
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -234,6 +235,9 @@ def _check_same_run(path: Path, manifest: dict, now: dict, names_digest: str) ->
     if manifest["version"] == 2:  # its digest has no teacher
         parts = [digest.split(" ") for digest in digests]
         digests = [" ".join(part for part in some if not part.startswith("teacher:")) for some in parts]
+    # Until 2026-11-28 weights of other origin had no digest: "init_from:".
+    for part in (part for part in str(manifest.get("data_digest")).split(" ") if part.endswith(":")):
+        digests = [re.sub(rf"(?<!\S){re.escape(part)}\S+", part, digest) for digest in digests]
     if manifest.get("data_digest") in digests:
         now = now | {"data_digest": manifest["data_digest"]}
     for key, way_out in ways_out.items():

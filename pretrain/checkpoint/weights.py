@@ -103,8 +103,11 @@ def weights_header(path: Path) -> dict[str, Any]:
 
 
 def weights_digest(path: Path) -> str:
-    """The sha256 in our header of a weights.safetensors; '' for a file of other origin."""
-    return weights_header(path).get("sha256", "")
+    """Names the content of a weights.safetensors: the sha256 in our header, or that of a file of other origin."""
+    if (digest := weights_header(path).get("sha256")) is not None:
+        return str(digest)
+    with (path / WEIGHTS if path.is_dir() else path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_handover(

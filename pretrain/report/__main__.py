@@ -14,7 +14,16 @@ from pretrain.command import make_parser, run
 from pretrain.files import write_file
 from pretrain.report.html import visible
 from pretrain.report.page import page
-from pretrain.report.rows import DIRECTIONS, RANKS, chance, load_run, masked_rows, other_rows, retrieval_rows
+from pretrain.report.rows import (
+    DIRECTIONS,
+    RANKS,
+    apart_rows,
+    chance,
+    load_run,
+    masked_rows,
+    other_rows,
+    retrieval_rows,
+)
 
 
 def format_table(run_dir: Path | str) -> str:
@@ -47,6 +56,12 @@ def format_table(run_dir: Path | str) -> str:
     if others := other_rows(stages):
         width = max(len(f"{stage}: {key}") for stage, key, _ in others) + 2
         lines += [f"{f'{stage}: {key}':<{width}}{value:>10.4g}" for stage, key, value in others]
+        lines.append("")
+    title = ""
+    for stage, name, differs, key, value in apart_rows(stages):
+        if title != (title := f"Apart: {stage}, eval-{name}.json (other: {differs})"):
+            lines.append(title)
+        lines.append(f"  {key:<40}{value:>10.4g}")
     # Names of stages and keys of eval.json may be anything: no escape code gets to the terminal.
     return "\n".join(map(visible, lines)).rstrip() or "No stage of this run has been evaluated yet."
 

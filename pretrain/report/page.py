@@ -14,7 +14,17 @@ import torch
 from pretrain.metrics import FILE
 from pretrain.report.charts import Chart, Curve, Drawing, drawing
 from pretrain.report.html import TEMPLATES, render
-from pretrain.report.rows import DIRECTIONS, RANKS, StageRun, chance, finite, masked_rows, other_rows, retrieval_rows
+from pretrain.report.rows import (
+    DIRECTIONS,
+    RANKS,
+    StageRun,
+    apart_rows,
+    chance,
+    finite,
+    masked_rows,
+    other_rows,
+    retrieval_rows,
+)
 from pretrain.report.samples import folds
 
 PART_COLOURS = {"total": 0, "image": 1, "text": 2, "pair_image": 3, "pair_text": 4}
@@ -38,6 +48,7 @@ def page(run_dir: Path, stages: list[StageRun]) -> str:
         retrieval=_retrieval(stages),
         masked=masked_rows(stages),
         others=other_rows(stages),
+        apart=apart_rows(stages),
         stages=[_stage(stage) for stage in stages],
         machine=_machine(),
     )

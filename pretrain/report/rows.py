@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ PARTS = {
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 RANKS = (1, 5, 10)
 MOST_BYTES = 2**28  # of a stage's JSON; samples.json holds pictures
+SETTINGS, LONGEST = 3, 60  # that differ and are shown; characters of a value
 
 
 @dataclass
@@ -34,6 +35,7 @@ class StageRun:
     recipe: dict = field(default_factory=dict)
     lines: list[dict[str, Any]] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    apart: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name: evaluations that are not the stage's own
     samples: dict[str, list] = field(default_factory=dict)
     lives: list[Life] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what is missing or could not be read
@@ -118,6 +120,8 @@ def _load_stage(directory: Path) -> StageRun:
     stage.recipe = _read_object(directory / "recipe.json", stage.notes)
     stage.evaluation = _read_object(directory / "eval.json", stage.notes)
     stage.lives = read_lives(directory)
+    for path in sorted(directory.glob("eval-*.json")):
+        stage.apart[path.stem.removeprefix("eval-")] = _read_object(path, stage.notes)
     samples = _read_object(directory / "samples.json", stage.notes)
     stage.samples = {
         kind: [entry for entry in entries if isinstance(entry, dict)]
@@ -173,6 +177,8 @@ def retrieval_rows(stages: list[StageRun]) -> list[RetrievalRow]:
             label = stage.name if name == "retrieval" else f"{stage.name}, {name.removeprefix('retrieval/')}"
             label += ": same budget, no pretraining" if stage.name == "scratch" else ""
             rows.append(RetrievalRow(stage.name, label, recall, int(candidates) if candidates else None))
+    if len({row.candidates for row in rows}) > 1:  # a row says among how many, where they are not the same for all
+        rows = [replace(row, label=f"{row.label} ({row.candidates or 'unknown'} candidates)") for row in rows]
     return rows
 
 
@@ -197,6 +203,31 @@ def other_rows(stages: list[StageRun]) -> list[tuple[str, str, float]]:
         for key, value in numbers(stage.evaluation).items()
         if not known.fullmatch(key) or (key.endswith("/accuracy") and not key.startswith("masked/"))
     ]
+
+
+def apart_rows(stages: list[StageRun]) -> list[tuple[str, str, str, str, float]]:
+    """(stage, name, what differs from the stage's own evaluation, key, value) of each number of another one."""
+    return [
+        (stage.name, name, _differs(values), key, value)
+        for stage in stages
+        for name, values in stage.apart.items()
+        for key, value in numbers(values).items()
+        if key != "step"
+    ]
+
+
+def _differs(values: dict[str, Any]) -> str:
+    differs = values.get("differs")
+    if not isinstance(differs, dict):
+        return "weights"
+    shown = [f"{key}={_short(pair[1])}" for key, pair in differs.items() if isinstance(pair, list) and len(pair) == 2]
+    more = [f"{len(shown) - SETTINGS} more"] if len(shown) > SETTINGS else []
+    return ", ".join([*shown[:SETTINGS], *more])
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def numbers(values: dict[str, Any]) -> dict[str, float]:

@@ -46,7 +46,7 @@ def differences(noted: dict[str, Any], recipe: Recipe, stage: Stage) -> dict[str
     for name in sorted(parts.keys() | noted.keys()):
         if name in (*OPERATIONAL_OF_STAGE, "class"):
             continue
-        _compare(name, noted.get(name, to_json(defaults.get(name))), parts.get(name), changes)
+        compare(name, noted.get(name, to_json(defaults.get(name))), parts.get(name), changes)
     return changes
 
 
@@ -69,19 +69,21 @@ def _parts(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     return own | of_stage | {"model": recipe.model_of(stage)}
 
 
-def _compare(key: str, then: Any, now: Any, changes: dict[str, tuple[Any, Any]]) -> None:
+def compare(key: str, then: Any, now: Any, changes: dict[str, tuple[Any, Any]]) -> None:
+    """Puts into `changes` {dotted key: (then, now)} where `now`, a config or a part of one, differs from the noted JSON
+    value `then`; a field that it did not know had its default."""
     if is_dataclass(now) and isinstance(then, dict) and then.get("class") == type(now).__name__:
         known = {f.name: f for f in fields(now)}
         for name, f in known.items():
-            _compare(f"{key}.{name}", then.get(name, to_json(_default(f))), getattr(now, name), changes)
+            compare(f"{key}.{name}", then.get(name, to_json(_default(f))), getattr(now, name), changes)
         for name in then.keys() - known.keys() - {"class"}:
             changes[f"{key}.{name}"] = then[name], None
     elif isinstance(now, dict) and isinstance(then, dict):
         for name in sorted(now.keys() | then.keys()):
-            _compare(f"{key}.{name}", then.get(name), now.get(name), changes)
+            compare(f"{key}.{name}", then.get(name), now.get(name), changes)
     elif isinstance(now, tuple | list) and isinstance(then, list) and len(now) == len(then):
         for place, (before, after) in enumerate(zip(then, now, strict=True)):
-            _compare(f"{key}.{place}", before, after, changes)
+            compare(f"{key}.{place}", before, after, changes)
     elif then != (plain := to_json(now)):
         changes[key] = then, plain
 

@@ -212,6 +212,13 @@ def test_a_checkpoint_of_before_shards_had_hashes_is_resumed(tmp_path):
         newest(tmp_path, **PRECISION | now | {"data_digest": "images:other text:t"})
 
 
+def test_a_run_whose_start_had_no_digest_goes_on(tmp_path):
+    save(StandIn(1), tmp_path, 1, data_digest="images:a init_from: x:")
+    assert newest(tmp_path, **PRECISION, data_digest="images:a init_from:b x:c").step == 1
+    with pytest.raises(ValueError, match="data_digest"):
+        newest(tmp_path, **PRECISION, data_digest="images:b init_from:b x:c")
+
+
 def test_another_layout_is_not_refused(tmp_path, monkeypatch, caplog):
     save(StandIn(1), tmp_path, 1)
     monkeypatch.setattr(saving, "world_size", lambda: 4)

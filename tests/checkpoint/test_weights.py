@@ -100,10 +100,12 @@ def test_one_flipped_byte_is_found(tmp_path, state):
         read_weights(tmp_path / "nothing")
 
 
-def test_files_of_other_origin_are_read_without_a_hash(tmp_path):
-    save_file({"x": torch.ones(2)}, tmp_path / "w", metadata={"format": "pt"})
+def test_files_of_other_origin_are_read_and_named_by_their_content(tmp_path):
+    for name in "wv":
+        save_file({"x": torch.full((2,), float(ord(name)))}, tmp_path / name, metadata={"format": "pt"})
     state, config = read_weights(tmp_path / "w")
-    assert config == {} and list(state) == ["x"] and weights_digest(tmp_path / "w") == ""
+    assert config == {} and list(state) == ["x"]
+    assert len({weights_digest(tmp_path / "w"), weights_digest(tmp_path / "v"), ""}) == 3
 
 
 def test_a_full_disk_keeps_the_old_file(tmp_path, state, monkeypatch):

@@ -235,3 +235,17 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(run, capsys, monkeypat
     assert main(["--run-dir", str(run)]) == 2
     assert "report.html" in capsys.readouterr().err and not list(run.glob(".*"))
     assert (run / "report.html").read_bytes() == before
+
+
+def test_another_evaluation_stands_apart_and_rows_of_other_candidates_say_so(run):
+    differs = {"evals.0.samples": [256, 8], "evals.0.pairs.shards": ["a", EVIL]}
+    (run / "retrieval" / "eval-8.json").write_text(json.dumps({"retrieval/x": 99.5, "step": 3, "differs": differs}))
+    (run / "vision" / "eval-ab12.json").write_text(json.dumps({"masked/image/accuracy": 3.5}))
+    page, table = read(run).text, format_table(run)
+    assert "99.5" in page and "99.5" in table and "evals.0.samples=8" in page and "evals.0.samples=8" in table
+    assert "weights" in table and len(masked_rows(load_run(run))) == 2 and "candidates)" not in table
+    (run / "scratch" / "eval.json").write_text(json.dumps(recalls(20.5) | {"retrieval/candidates": 64.0}))
+    assert {row.label.rpartition("(")[2] for row in retrieval_rows(load_run(run))} == {
+        "256 candidates)",
+        "64 candidates)",
+    }

@@ -1,0 +1,143 @@
+"""Which evaluation a stage's is: its own, in eval.json, or another one, which has a name and a file of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import Recipe, Stage, to_json
+from pretrain.data.shards.reader import load_manifest
+from pretrain.run.directory import read_json, read_recipe
+from pretrain.run.identity import LOADING_ORDER, compare
+from pretrain.run.inputs import text_tokenizer
+from pretrain.run.stored_weights import input_digest
+
+# What the numbers of an evaluation depend on, apart from the weights.
+OF_STAGE = ("model", "experts", "objectives", "task", "visual_tokenizer", "transform", "evals")
+OF_RECIPE = ("text_tokenizer", "seed", "loading")
+OWN = "eval.json"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An evaluation that is to be made. `marks` (flat, for its file): what it reads, by hashes; `differs`: {dotted
+    key: (the stage's own value, the value here)}; `pictures`: the directory for samples.json and samples/."""
+
+    path: Path
+    pictures: Path
+    marks: dict[str, str]
+    differs: dict[str, tuple[Any, Any]]
+
+    @property
+    def made(self) -> bool:
+        done = read_json(self.path)
+        return all(done.get(key) == value for key, value in self.marks.items())
+
+
+def asked_evaluation(
+    directory: Path,
+    stage_name: str,
+    asked: tuple[Recipe, Stage],
+    plain: Recipe,
+    *,
+    weights: str,
+    given: bool,
+    name: str,
+) -> Asked:
+    """Where the evaluation `asked` of the stage in `directory` goes. The stage's own evaluation is the one that
+    recipe.json notes, or that of `plain`, the recipe without this command's changes, where it notes none; anything
+    else never takes its place. `weights` names their content; `given`: they are not the stage's own. `name`: the
+    user's choice, or "". Raises ValueError for a name that is none, or that another evaluation has."""
+    recipe, stage = asked
+    noted = read_recipe(directory)
+    if not _notes_evals(noted, stage_name):
+        noted = to_json(plain)
+    differs = differences(noted, stage_name, recipe, stage)
+    marks = {"weights": weights, **_marks(recipe, stage, directory.parent)}
+    own = read_json(directory / OWN)
+    # One of before 2026-11-28 has no mark of its data: it is made again.
+    changed = [key for key in ("data", "evals") if "data" in own and own.get(key) != marks[key]]
+    if not differs and changed:
+        differs = {changed[0]: (own.get(changed[0]), marks[changed[0]])}
+    if not (differs or given or name):
+        return Asked(directory / OWN, directory, marks, {})
+    if name and not NAME.fullmatch(name):
+        raise ValueError(f"--name={name!r} is no name; use letters, digits, '.', '_' and '-', such as coco-5k")
+    path = directory / f"eval-{name or _default_name(marks, bool(differs), given)}.json"
+    there = read_json(path)
+    keys = ("evals", "data", *(("weights",) if given else ()))
+    if name and there and any(there.get(key) != marks[key] for key in keys):
+        raise ValueError(f"--name={name}: {path} is another evaluation; choose another name, or remove it")
+    return Asked(path, path.with_suffix(""), marks, differs)
+
+
+def differences(noted: dict[str, Any], name: str, recipe: Recipe, stage: Stage) -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (value then, value now)} of what changes an evaluation's numbers, against what recipe.json says."""
+    then = noted["stages"][name]
+    changes: dict[str, tuple[Any, Any]] = {}
+    for key, now in _parts(recipe, stage).items():
+        if key == "model":
+            compare(key, then.get(key) or noted.get(key), now, changes)
+        elif key == "loading":
+            loading = value if isinstance(value := noted.get(key), dict) else {}
+            for part, value in now.items():
+                compare(f"loading.{part}", loading.get(part, value), value, changes)
+        else:
+            compare(key, (then if key in OF_STAGE else noted).get(key), now, changes)
+    return changes
+
+
+def _parts(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    parts = {name: getattr(stage, name) for name in OF_STAGE} | {name: getattr(recipe, name) for name in OF_RECIPE}
+    loading = {name: getattr(recipe.loading, name) for name in LOADING_ORDER}
+    return parts | {"model": recipe.model_of(stage), "loading": loading}
+
+
+def _notes_evals(noted: dict[str, Any], name: str) -> bool:
+    stages = noted.get("stages")
+    stage = stages.get(name) if isinstance(stages, dict) else None
+    # Before 2026-11-28 a stage had no task, and its fields other names.
+    return isinstance(stage, dict) and "task" in stage and bool(stage.get("evals"))
+
+
+def _marks(recipe: Recipe, stage: Stage, run_dir: Path) -> dict[str, str]:
+    inputs = [load_manifest(source.shards).digest for source in sources(stage.evals)]
+    if (text := text_tokenizer(recipe, stage)) is not None:
+        inputs.append(hashlib.sha256(text.path.read_bytes()).hexdigest())
+    if stage.visual_tokenizer is not None:
+        with suppress(ValueError):  # it may be gone where no evaluation asks for codes
+            inputs.append(input_digest(stage.visual_tokenizer, run_dir, "visual_tokenizer"))
+    return {"evals": _hash(to_json(_parts(recipe, stage))), "data": _hash(inputs)}
+
+
+def sources(value: Any) -> Iterator[Any]:
+    """The sources in the configs of evaluations, wherever they stand in them."""
+    if hasattr(value, "shards"):
+        yield value
+        return
+    inside: Any = ()
+    if is_dataclass(value):
+        inside = [getattr(value, f.name) for f in fields(value)]
+    elif isinstance(value, dict):
+        inside = value.values()
+    elif isinstance(value, tuple | list):
+        inside = value
+    for each in inside:
+        yield from sources(each)
+
+
+def _default_name(marks: dict[str, str], differs: bool, given: bool) -> str:
+    if given and not differs:
+        return marks["weights"][:8]
+    return _hash([marks["evals"], marks["data"], marks["weights"] if given else ""])[:8]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
