@@ -27,6 +27,7 @@ from pretrain.files import write_json
 from pretrain.models.visual_tokenizer.teachers import PixelTeacher
 from pretrain.recipes import built_in_recipes, load_recipe
 from pretrain.run.build import build_task
+from pretrain.run.continuation import inputs_dir
 from pretrain.run.directory import RECIPE, read_recipe
 from pretrain.run.evaluation import Asked, asked_evaluation
 from pretrain.run.image_targets import image_targets, load_visual_tokenizer
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = plain
     if args.set:
         recipe, stage = load_recipe(recipe_name, args.stage, [*settings, *args.set])
+    inputs = inputs_dir(args.run_dir, read_recipe(directory).get("identity"))
     step, weights = _weights(directory, plain.stages[args.stage], args.weights)
     digest, given = weights_digest(weights), args.weights is not None
     asked = asked_evaluation(directory, args.stage, (recipe, stage), plain, weights=digest, given=given, name=args.name)
@@ -76,12 +78,12 @@ def run(args: argparse.Namespace) -> None:
     if asked.made:
         log.info("%s: evaluated before; nothing to do (%s)", args.stage, asked.path)
         return
-    task = build_task(recipe, stage, args.run_dir)
+    task = build_task(recipe, stage, inputs)
     handover = load_handover(task, weights)
     if handover.missing:
         raise ValueError(f"{weights} lacks {handover.missing[0]}; it is not this stage's: give the stage that wrote it")
     task.to(device()).eval()
-    metrics, samples = _evaluate(stage, trained_stage(recipe, stage, args.run_dir, asked.pictures, task))
+    metrics, samples = _evaluate(stage, trained_stage(recipe, stage, inputs, asked.pictures, task))
     if not stage.evals:
         log.warning("%s: the recipe names no evals for this stage", args.stage)
     for name, value in metrics.items():

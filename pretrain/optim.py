@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-SCHEDULES = ("cosine", "linear", "constant")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
 # Parts of a parameter's dotted name that keep it from being decayed although it has two or more dimensions: the class
 # and mask tokens, positions and relative position tables. BEiT, BEiT-2, its tokenizer and the released BEiT-3 exempt
 # pos_embed, cls_token and embed_positions (their `no_weight_decay()`; BEiT adds the relative position tables with
@@ -30,11 +30,20 @@ class Optim:
     warmup_steps: int = 10_000
     clip: float = 3.0  # of the global gradient norm; 0 switches it off
     layer_decay: float = 1.0  # each layer below the top learns this much slower than the one above
-    schedule: str = "cosine"  # or linear, constant; all after a linear warmup
+    # Or linear, constant, wsd (warmup, stable, decay: constant, then linear over the last decay_steps; MiniCPM, arXiv
+    # 2404.06395); all after a linear warmup. Only constant, and wsd before its decay, do not depend on the steps, so
+    # that a run which goes on with --continue-from equals one that was so long from its beginning.
+    schedule: str = "cosine"
+    decay_steps: int = 0  # of wsd
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"optim.schedule={self.schedule!r} is not known; use {', '.join(SCHEDULES)}")
+        if (self.decay_steps > 0) != (self.schedule == "wsd") or self.decay_steps < 0:
+            raise ValueError(
+                f"optim.decay_steps={self.decay_steps} does not go with optim.schedule={self.schedule!r}; wsd needs 1 "
+                "or more, about a tenth of the steps, and the others 0"
+            )
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"optim.lr={self.lr} must be above 0")
         if not 0 <= self.min_lr <= self.lr:
@@ -56,8 +65,11 @@ def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
         return optim.lr * step / warmup
     if optim.schedule == "constant":
         return optim.lr
-    progress = min((step - warmup) / max(total_steps - warmup, 1), 1.0)
-    share = 1 - progress if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    begin = warmup if optim.schedule != "wsd" else max(warmup, total_steps - optim.decay_steps)
+    if step <= begin:
+        return optim.lr
+    progress = min((step - begin) / max(total_steps - begin, 1), 1.0)
+    share = 0.5 * (1 + math.cos(math.pi * progress)) if optim.schedule == "cosine" else 1 - progress
     return optim.min_lr + (optim.lr - optim.min_lr) * share
 
 

@@ -41,7 +41,8 @@ from pretrain.parallel.share_batches import share_batches
 from pretrain.parallel.state import full_state
 from pretrain.recipes import load_recipe
 from pretrain.run.build import Run, build_run, frozen_names, stage_ds_config
-from pretrain.run.directory import finished, note_recipe, run_identity
+from pretrain.run.continuation import inputs_dir, start_identity
+from pretrain.run.directory import finished, note_recipe
 from pretrain.run.display import Display
 from pretrain.run.identity import as_begun
 from pretrain.run.inputs import text_tokenizer
@@ -102,6 +103,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ds", required=True, help="a DeepSpeed JSON: ZeRO stage, offload, precision, communication")
     parser.add_argument("--run-dir", required=True, type=Path, help="everything is written to RUN_DIR/STAGE")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the recipe")
+    parser.add_argument(
+        "--continue-from",
+        type=Path,
+        metavar="RUN_DIR/STAGE",
+        help="begin at the last step of that run (or at its checkpoints/step_N), with more steps or another optim; "
+        "see optim.schedule=constant and wsd",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     return parser.parse_args(argv)
 
@@ -109,14 +117,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace, stop: StopSignals, watch: Watch) -> int:
     recipe, stage = load_recipe(args.recipe, args.stage, args.set)
     directory = args.run_dir / args.stage
-    identity = run_identity(directory, recipe, stage)
+    identity = start_identity(directory, recipe, stage, args.continue_from)
     stage = as_begun(stage, identity)
     if finished(directory, identity):
         log.info("%s: finished before; nothing to do", args.stage)
         return 0
     stage_ds_config(args.ds, recipe, stage)  # what is wrong with this stage is said first
     check_other_stages(recipe, args.stage, args.run_dir, changed=bool(args.set))
-    run = build_run(recipe, stage, args.ds, args.run_dir, watch, directory=directory, settings=identity)
+    run = build_run(
+        recipe, stage, args.ds, inputs_dir(args.run_dir, identity), watch, directory=directory, settings=identity
+    )
     command = {"recipe": _findable(args.recipe), "set": args.set, "ds": run.ds_config, "world": world_size()}
     fail_together(lambda: note_recipe(directory, recipe, identity, command) if rank() == 0 else None)
     reached = last_step(directory)  # before what was not saved is cut off

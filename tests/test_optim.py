@@ -46,6 +46,16 @@ def test_warmup_is_linear_and_the_end_is_reached(kind):
     assert middle == pytest.approx(0.1 if kind == "constant" else 0.055)  # half-way, both decays are at their middle
 
 
+def test_wsd_is_constant_and_then_decays_and_no_step_before_depends_on_the_total():
+    optim = Optim(lr=0.3, min_lr=0.1, warmup_steps=4, schedule="wsd", decay_steps=5)
+    constant = Optim(lr=0.3, min_lr=0.1, warmup_steps=4, schedule="constant")
+    rates = [learning_rate(optim, step, 20) for step in range(1, 21)]
+    assert rates[:15] == [learning_rate(constant, step, 999) for step in range(1, 16)], "to the bit"
+    assert rates[15:] == pytest.approx([0.26, 0.22, 0.18, 0.14, 0.1])
+    cut = [learning_rate(optim, step, 6) for step in range(1, 7)]  # a decay longer than what warmup leaves
+    assert cut == pytest.approx([0.075, 0.15, 0.225, 0.3, 0.2, 0.1])
+
+
 def test_learning_rate_at_the_edges():
     assert learning_rate(Optim(lr=1.0, warmup_steps=0), 1, 1) == 0.0  # one step is also the last
     assert learning_rate(Optim(lr=1.0, warmup_steps=100), 10, 10) == 1.0  # a warmup longer than the run is cut to it
@@ -136,6 +146,9 @@ def test_nothing_to_train_and_layer_decay_without_layers_are_refused():
         ({"lr": float("nan")}, "optim.lr=nan"),
         ({"lr": 1e-3, "min_lr": 1e-2}, "optim.min_lr=0.01"),
         ({"schedule": "step"}, "optim.schedule='step'"),
+        ({"schedule": "wsd"}, "optim.decay_steps=0"),
+        ({"decay_steps": 5}, "optim.schedule='cosine'"),
+        ({"schedule": "wsd", "decay_steps": -1}, "optim.decay_steps=-1"),
         ({"betas": (0.9, 1.0)}, "optim.betas"),
         ({"layer_decay": 0.0}, "optim.layer_decay=0.0"),
         ({"clip": -1.0}, "optim.clip=-1.0"),

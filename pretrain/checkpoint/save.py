@@ -107,18 +107,27 @@ def save(
 
 
 def newest(
-    directory: Path, *, precision: str, recipe_hash: str = "", data_digest: str = "", names_digest: str = ""
+    directory: Path,
+    *,
+    precision: str,
+    recipe_hash: str = "",
+    data_digest: str = "",
+    names_digest: str = "",
+    step: int | None = None,
+    own: bool = True,
 ) -> Checkpoint | None:
-    """The newest undamaged checkpoint of `directory`, or None. A damaged one costs a log line, and the previous one is
-    tried. Every rank must call it.
+    """The newest undamaged checkpoint of `directory`, or that of `step`; None where there is none. A damaged one costs
+    a log line, and the previous one is tried. `own`: no other run writes there, so that what killed ones left can be
+    removed. Every rank must call it.
 
     Raises ValueError for a checkpoint of another recipe, data or precision ("fp32", "bf16"). `names_digest` is the
     data's digest as it was before shards had hashes.
     """
     candidates: list[tuple[str, dict]] = []
     if rank() == 0:
-        sweep(directory)
-        candidates = list(complete(directory))
+        if own:
+            sweep(directory)
+        candidates = [(name, manifest) for name, manifest in complete(directory) if step in (None, manifest["step"])]
     now = {"recipe_hash": recipe_hash, "data_digest": data_digest, "precision": precision}
     for name, manifest in gather_objects(candidates)[0]:
         path = directory / name

@@ -20,6 +20,7 @@ from pretrain.report.rows import (
     StageRun,
     apart_rows,
     chance,
+    dig,
     finite,
     masked_rows,
     other_rows,
@@ -125,6 +126,8 @@ def _stage(stage: StageRun) -> dict[str, Any]:
     facts += [f"effective training time {share:.1%}"] if (share := stage.effective()) is not None else []
     if isinstance(settings, dict) and isinstance(start := settings.get("init_from"), str):
         facts.append(f"starts from {start}")
+    if isinstance(parent := dig(stage.recipe, "identity", "continues"), dict):
+        facts.append(f"goes on from step {parent.get('step')} of {parent.get('from')}")
     state = "finished" if stage.finished else "not finished"
     if not stage.finished and stage.steps and stage.lines:
         state = f"step {stage.step:,} of {stage.steps:,}"

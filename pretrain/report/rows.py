@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass, field, replace
@@ -43,7 +44,7 @@ class StageRun:
     @property
     def steps(self) -> int | None:
         """Steps that the recipe asks for."""
-        steps = _dig(self.recipe, "stages", self.name, "steps")
+        steps = dig(self.recipe, "stages", self.name, "steps")
         return steps if isinstance(steps, int) else None
 
     @property
@@ -159,7 +160,7 @@ def _read_object(path: Path, notes: list[str]) -> dict:
         return {}
 
 
-def _dig(value: Any, *keys: str) -> Any:
+def dig(value: Any, *keys: str) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value

@@ -20,7 +20,7 @@ from pretrain.checkpoint.save import Checkpoint, newest, resume
 from pretrain.checkpoint.weights import load_handover
 from pretrain.config import Recipe, Stage, to_json
 from pretrain.data.loader import Loader
-from pretrain.distributed import device, rank, world_size
+from pretrain.distributed import device, fail_together, rank, world_size
 from pretrain.layers import PLAIN, Layers
 from pretrain.lock import Lock
 from pretrain.optim import build_optimizer, schedule
@@ -32,6 +32,7 @@ from pretrain.parallel.mesh import Mesh, create_mesh, mpu_of, place_of
 from pretrain.parallel.pipeline import build_pipeline_engine, pipeline_step
 from pretrain.parallel.state import dense_shape, fill, named_state
 from pretrain.parallel.tensor import parallel_layers
+from pretrain.run.continuation import parent_checkpoint, take_metrics
 from pretrain.run.directory import inputs_digest, take_directory
 from pretrain.run.identity import hash_of
 from pretrain.run.image_targets import image_targets
@@ -105,8 +106,9 @@ def build_run(
     settings: dict[str, Any] | None = None,
 ) -> Run:
     """Everything that a stage needs for its steps, on this rank; goes on from the newest checkpoint in `directory`.
-    `settings` is the identity of the run there (directory.run_identity). Without a directory nothing is written and
-    nothing resumed. Raises ValueError for what a user can get wrong, before the ranks talk where that can be known.
+    `settings` is the identity of the run there (continuation.start_identity); `run_dir` holds the stages that it names.
+    Without a directory nothing is written and nothing resumed. Raises ValueError for what a user can get wrong, before
+    the ranks talk where that can be known.
     """
     place = place_of(stage.parallel, rank(), world_size())
     ds_config = stage_ds_config(ds, recipe, stage)
@@ -124,12 +126,9 @@ def build_run(
     checkpoint = lock = None
     if directory is not None:
         lock = take_directory(directory)
-        checkpoint = newest(
-            directory / "checkpoints",
-            precision=precision_name(ds_config),
-            names_digest=inputs_digest(recipe, stage, run_dir, loader.names_digests),
-            **identity,
-        )
+        names_digest = inputs_digest(recipe, stage, run_dir, loader.names_digests)
+        digests = identity | {"names_digest": names_digest}
+        checkpoint = _checkpoint(directory, settings or {}, precision_name(ds_config), **digests)
     layers = parallel_layers(mesh)
     task: nn.Module
     if mesh.pipe.size > 1:
@@ -145,6 +144,20 @@ def build_run(
     watch.outlast_all()
     done = 0 if checkpoint is None else checkpoint.step
     return Run(recipe, stage, engine, mesh, loader, add_targets, ds_config, identity, done, init_file, lock)
+
+
+def _checkpoint(
+    directory: Path, settings: dict[str, Any], precision: str, *, recipe_hash: str, data_digest: str, names_digest: str
+) -> Checkpoint | None:
+    """The run's own newest one, else its parent's, with the metrics up to there; None for a run that begins."""
+    find = partial(newest, precision=precision, data_digest=data_digest, names_digest=names_digest)
+    checkpoint = find(directory / "checkpoints", recipe_hash=recipe_hash)
+    if checkpoint is not None:
+        return checkpoint
+    checkpoint = parent_checkpoint(settings, find)
+    if checkpoint is not None:
+        fail_together(lambda: take_metrics(settings, directory) if rank() == 0 else None)
+    return checkpoint
 
 
 def check_model(recipe: Recipe, stage: Stage) -> None:

@@ -33,18 +33,24 @@ def run_identity(directory: Path, recipe: Recipe, stage: Stage) -> dict[str, Any
     """The identity of the run in `directory`: what was noted at its first start, else that of a run which starts now.
     Raises ValueError when the directory holds a run with other settings, naming those that differ. What is only about
     logging or saving may change between two starts."""
-    noted = read_recipe(directory).get("identity")
-    begun = (directory / WEIGHTS).exists() or any((directory / "checkpoints").glob("step_*"))
-    if not isinstance(noted, dict) or not begun:
+    if (noted := noted_identity(directory)) is None:
         return identity_of(recipe, stage)
     if changed := differences(noted, recipe, stage):
         named = ", ".join(f"{key}={then} (now {now})" for key, (then, now) in list(changed.items())[:SHOWN])
         more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
         raise ValueError(
             f"{directory} holds a run with other settings: {named}{more}; start it with its own settings, or take "
-            "another --run-dir (and init_from=, to go on from its weights)"
+            "another --run-dir (with --continue-from, for more steps or other rates, or init_from=, to go on from its "
+            "weights)"
         )
     return noted
+
+
+def noted_identity(directory: Path) -> dict[str, Any] | None:
+    """What was noted of a run that has saved something; None where there is none."""
+    noted = read_recipe(directory).get("identity")
+    begun = (directory / WEIGHTS).exists() or any((directory / "checkpoints").glob("step_*"))
+    return noted if isinstance(noted, dict) and begun else None
 
 
 def finished(directory: Path, identity: dict[str, Any]) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pretrain.config import Recipe, Stage, to_json
 from pretrain.data.shards.reader import load_manifest
+from pretrain.run.continuation import inputs_dir
 from pretrain.run.directory import read_json, read_recipe
 from pretrain.run.identity import LOADING_ORDER, compare
 from pretrain.run.inputs import text_tokenizer
@@ -57,10 +58,11 @@ def asked_evaluation(
     user's choice, or "". Raises ValueError for a name that is none, or that another evaluation has."""
     recipe, stage = asked
     noted = read_recipe(directory)
+    inputs = inputs_dir(directory.parent, noted.get("identity"))
     if not _notes_evals(noted, stage_name):
         noted = to_json(plain)
     differs = differences(noted, stage_name, recipe, stage)
-    marks = {"weights": weights, **_marks(recipe, stage, directory.parent)}
+    marks = {"weights": weights, **_marks(recipe, stage, inputs)}
     own = read_json(directory / OWN)
     # One of before 2026-11-28 has no mark of its data: it is made again.
     changed = [key for key in ("data", "evals") if "data" in own and own.get(key) != marks[key]]

@@ -18,6 +18,7 @@ from pretrain.data.transforms import ImageTransform
 OPERATIONAL = ("log_every", "save_every", "keep", "trace_samples", "timeout_s")
 OPERATIONAL_OF_STAGE = ("evals", "parallel", "activation_checkpointing", "compile")
 LOADING_ORDER = ("streams", "block_shards", "skip_bad_shards")
+CONTINUES = "continues"  # in the identity of a run that goes on where another one stopped; see continuation.py
 
 
 def identity_of(recipe: Recipe, stage: Stage) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def differences(noted: dict[str, Any], recipe: Recipe, stage: Stage) -> dict[str
     changes: dict[str, tuple[Any, Any]] = {}
     parts = _parts(recipe, stage)
     for name in sorted(parts.keys() | noted.keys()):
-        if name in (*OPERATIONAL_OF_STAGE, "class"):
+        if name in (*OPERATIONAL_OF_STAGE, CONTINUES, "class"):
             continue
         compare(name, noted.get(name, to_json(defaults.get(name))), parts.get(name), changes)
     return changes

@@ -68,6 +68,14 @@ def test_page_has_every_stage_table_and_chart(run):
     assert names == ["total", "image", "text"]
 
 
+def test_a_run_that_goes_on_names_its_parent(run):
+    recipe = json.loads((run / "vision" / "recipe.json").read_text())
+    recipe["identity"] = {"continues": {"from": "/runs/base/vision", "step": 20}}
+    (run / "vision" / "recipe.json").write_text(json.dumps(recipe))
+    (run / "fusion" / "recipe.json").write_text(json.dumps({"identity": {"continues": EVIL}}))
+    assert "goes on from step 20 of /runs/base/vision" in read(run).text
+
+
 def test_untrusted_text_stays_text(run):
     assert check_inert(write_report(run).read_text(encoding="utf-8")).inline["script"]
 

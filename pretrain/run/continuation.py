@@ -1,0 +1,117 @@
+"""A run that goes on where another one stopped: for more steps, or with other rates (pretrain.train --continue-from).
+
+It is a run of its own, in a directory of its own, whose identity names its parent. It begins at a checkpoint of the
+parent with all that this holds, so that the order of the data and the number of the step go on, and takes over the
+parent's metrics up to there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint.directory import complete
+from pretrain.checkpoint.save import Checkpoint
+from pretrain.config import Recipe, Stage
+from pretrain.files import write_file
+from pretrain.metrics import FILE
+from pretrain.run.directory import noted_identity, read_recipe, run_identity
+from pretrain.run.identity import CONTINUES, as_begun, differences, hash_of, identity_of
+
+log = logging.getLogger("pretrain")
+
+MAY_CHANGE = ("steps", "optim")
+CHECKPOINTS = "checkpoints"
+GENERATIONS = 1000  # of runs that continue one another; more are a circle
+
+
+def start_identity(directory: Path, recipe: Recipe, stage: Stage, parent: Path | None) -> dict[str, Any]:
+    """The identity of the run in `directory`, which continues the stage's directory or the checkpoint `parent`, if
+    there is one. Raises ValueError as run_identity, and where parent and run do not go together."""
+    if parent is None:
+        return run_identity(directory, recipe, stage)
+    chosen = parent.resolve()
+    place = chosen.parent.parent if chosen.parent.name == CHECKPOINTS else chosen
+    if (noted := noted_identity(directory)) is not None:
+        if _continues(noted).get("from") != str(place):
+            raise ValueError(f"--continue-from {parent}: {directory} holds another run; take another --run-dir")
+        return run_identity(directory, recipe, stage)  # it goes on from its own checkpoints
+    if place == directory.resolve():
+        raise ValueError(f"--continue-from {parent} is this run itself; take another --run-dir")
+    before = read_recipe(place).get("identity")
+    if not isinstance(before, dict):
+        raise ValueError(f"--continue-from {parent} is no stage's directory of a run, such as runs/base/vision")
+    _check_changes(parent, before, recipe, stage)
+    step = _last_step(parent, place / CHECKPOINTS, chosen.name if place != chosen else None)
+    if stage.steps <= step:
+        raise ValueError(
+            f"steps={stage.steps}: the run in {place} has done {step} already; set steps= to more than that"
+        )
+    identity = identity_of(recipe, as_begun(stage, before))
+    if as_begun(stage, before) is not stage:
+        del identity["transform"]["antialias"]  # as in the parent, by which later starts know how it began
+    return identity | {CONTINUES: {"from": str(place), "run": hash_of(before), "step": step}}
+
+
+def inputs_dir(run_dir: Path, identity: Any) -> Path:
+    """The run directory whose stages the settings name: that of the run with which it began."""
+    for _ in range(GENERATIONS):
+        parent = _continues(identity).get("from")
+        if not isinstance(parent, str):
+            break
+        run_dir, identity = Path(parent).parent, read_recipe(Path(parent)).get("identity")
+    return run_dir
+
+
+def parent_checkpoint(identity: dict[str, Any], find: Callable[..., Checkpoint | None]) -> Checkpoint | None:
+    """The parent's checkpoint at which the run begins; None for a run without a parent. `find`: checkpoint.save.newest
+    with this run's precision and data. Every rank must call it. Raises ValueError where the checkpoint is gone or
+    damaged, or where data or precision are not the parent's."""
+    if not (parent := _continues(identity)):
+        return None
+    directory, step = Path(parent["from"]) / CHECKPOINTS, parent["step"]
+    checkpoint = find(directory, recipe_hash=parent["run"], step=step, own=False)
+    if checkpoint is None:
+        raise ValueError(
+            f"--continue-from: the checkpoint of step {step} in {directory} is damaged or gone; give another one, such "
+            f"as --continue-from {directory / 'step_00001000'}"
+        )
+    return checkpoint
+
+
+def take_metrics(identity: dict[str, Any], directory: Path) -> None:
+    """The parent's metrics.jsonl into the directory of a run that begins; MetricsLog drops what is beyond its start.
+    For one rank."""
+    path = Path(_continues(identity)["from"]) / FILE
+    try:
+        write_file(directory / FILE, path.read_bytes())
+    except FileNotFoundError:
+        log.warning("%s is not there: the curves begin with this run", path)
+
+
+def _continues(identity: Any) -> dict[str, Any]:
+    parent = identity.get(CONTINUES) if isinstance(identity, dict) else None
+    return parent if isinstance(parent, dict) else {}
+
+
+def _check_changes(parent: Path, before: dict[str, Any], recipe: Recipe, stage: Stage) -> None:
+    changed = differences(before, recipe, stage)
+    wrong = {key: values for key, values in changed.items() if key.split(".")[0] not in MAY_CHANGE}
+    if wrong:
+        named = ", ".join(f"{key}={then} (now {now})" for key, (then, now) in list(wrong.items())[:4])
+        raise ValueError(
+            f"--continue-from {parent}: only {' and '.join(MAY_CHANGE)} may change, and {named} would; undo that, or "
+            "begin a new run with init_from="
+        )
+
+
+def _last_step(parent: Path, checkpoints: Path, name: str | None) -> int:
+    for found, manifest in complete(checkpoints):
+        if name in (None, found):
+            return manifest["step"]
+    raise ValueError(
+        f"--continue-from {parent}: {checkpoints} holds no complete checkpoint{f' {name}' if name else ''}; of its "
+        "weights alone a new run begins, with init_from="
+    )
