@@ -31,6 +31,7 @@ from pretrain.files import written_in_one_step
 from pretrain.json_files import read_object
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.run.stored_weights import model_in
+from pretrain.tensors import check_finite, check_type
 
 log = logging.getLogger(__name__)
 State = dict[str, Tensor]
@@ -126,6 +127,8 @@ def from_released(state: State, heads: int | None = None) -> tuple[State, Multiw
     ours |= {mine: state[theirs].clone() for mine, theirs in HEADS.items() if theirs in state}
     if "objectives.contrastive.logit_scale" in ours:
         ours["objectives.contrastive.logit_scale"] = ours["objectives.contrastive.logit_scale"].reshape(1)
+    for mine, value in ours.items():
+        check_type("these weights", mine, value.dtype)
     convertible = {*names(cfg.depth).values(), *HEADS.values()}
     if dropped := sorted(set(state) - convertible):
         log.info("dropped %d tensors that have no counterpart here: %s ...", len(dropped), ", ".join(dropped[:5]))
@@ -184,7 +187,7 @@ def read_tensors(path: Path) -> State:
     are loaded, anything else raises ValueError."""
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            return _checked(load_file(path), path)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a complete safetensors file ({error}); fetch or write it again") from None
     try:
@@ -200,7 +203,14 @@ def read_tensors(path: Path) -> State:
         content = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} has no dictionary of tensors, neither at the top nor under 'model' or 'module'")
-    return content
+    return _checked(content, path)
+
+
+def _checked(state: State, path: Path) -> State:
+    """ValueError for numbers that are not finite. Their types matter only where they become weights."""
+    for name, value in state.items():
+        check_finite(path, name, value)
+    return state
 
 
 def read_model(directory: Path) -> tuple[State, MultiwayConfig, dict]:
@@ -211,6 +221,8 @@ def read_model(directory: Path) -> tuple[State, MultiwayConfig, dict]:
             raise ValueError(f"{directory} has no {CONFIG}; give the directory of a finished stage")
         config = read_object(directory / CONFIG)
     model = model_in(config, directory)
+    for name, value in state.items():
+        check_type(directory, name, value.dtype)
     if not isinstance(model, MultiwayConfig):
         raise ValueError(f"{directory} has a {type(model).__name__}, not an encoder; give the directory of an encoder")
     return state, model, config

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = [
-    {"contracts", "batch", "layers", "distributed", "files", "json_files", "lock", "settings", "command", "flops"},
+    {"contracts", "batch", "layers", "distributed", "files", "json_files", "lock", "settings", "command", "flops"}
+    | {"tensors"},
     {"models", "data", "parallel", "optim", "metrics", "lives"},
     {"tasks", "objectives", "evals", "checkpoint"},
     {"config"},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.metrics import MEASURED, read_metrics
-from tests.small_run import Ranks, check_weights, command, tokenizer_of
+from tests.small_run import Ranks, check_weights, command, evaluate, tokenizer_of
 
 CONSTANT = ("optim.schedule=constant",)
 WSD = ("optim.schedule=wsd", "optim.decay_steps=2")
@@ -43,3 +43,6 @@ def test_more_steps_equal_a_run_that_was_so_long_from_the_beginning(data, tmp_pa
     assert {path: path.read_bytes() for path in before} == before, "the parent stays as it was"
     assert json.loads((longer / "fusion/recipe.json").read_text())["identity"]["continues"]["step"] == 3
     assert "finished before" in train(data, longer, n, "steps=6", *schedule, more=more, ds=ds)
+    if n == 1:  # it finds the tokenizer where its parent does
+        done = evaluate(data, longer, "fusion")
+        assert done.returncode == 0 and (longer / "fusion" / "eval.json").is_file(), done.stderr

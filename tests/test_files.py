@@ -8,7 +8,23 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.checkpoint.directory import complete
 from pretrain.files import beside, move, sweep, write_file, write_json, written_in_one_step
+from pretrain.metrics import read_metrics
+from pretrain.report.rows import _read_object
+from pretrain.run.directory import read_json
+
+
+def test_json_that_is_nested_too_deeply_is_damaged_json_to_every_reader(tmp_path):
+    deep = tmp_path / "step_00000001" / "MANIFEST.json"
+    deep.parent.mkdir()
+    deep.write_text("[" * 100_000)
+    assert list(complete(tmp_path)) == [] and read_json(deep) == {}
+    notes: list[str] = []
+    assert _read_object(deep, notes) == {} and "nested more than" in notes[0]
+    deep.write_text("[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match="line 1 is not a JSON object"):
+        read_metrics(deep)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

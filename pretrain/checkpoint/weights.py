@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.files import write_json, written_in_one_step
-from pretrain.json_files import parse_json, read_object, typed
+from pretrain.json_files import parse_json, read_object
+from pretrain.tensors import check_finite, check_type
 
 HEADER = "imglish"  # the one metadata key of our safetensors: several would be written in no fixed order
 WEIGHTS, CONFIG = "weights.safetensors", "config.json"
@@ -91,7 +92,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         for name in sorted(file.keys()):
             state[name] = file.get_tensor(name)
             _hash_tensor(digest, name, state[name])
-            _check_finite(path, name, state[name])
+            check_finite(path, name, state[name])
         _check_digest(path, header, digest)
     return state, header.get("config", {})
 
@@ -121,7 +122,8 @@ def load_handover(
     """Fill a module's parameters and buffers, or a dictionary of tensors, from a weights.safetensors. Where a rank has
     only parts of tensors, `shape_of(tensor)` is the whole's shape and `fill(tensor, whole)` copies the part. `adapt`
     may change tensors of a wrong shape (see contracts.Model.adapt). Raises ValueError if the file is damaged, if a
-    number in it is not finite, or if a shape is still wrong (with its name and both shapes)."""
+    number in it is not finite, if a type would lose digits, or if a shape is still wrong (with its name and both
+    shapes)."""
     wanted = wanted.state_dict(keep_vars=True) if isinstance(wanted, nn.Module) else wanted
     with _open_safetensors(path) as (file, header), torch.no_grad():
         names = sorted(file.keys())
@@ -129,7 +131,10 @@ def load_handover(
         misfits = {name: shape_of(wanted[name]) for name, shape in shapes.items() if shape != shape_of(wanted[name])}
         adapted: dict[str, Tensor] = {}
         if misfits and adapt is not None:
-            adapted = adapt({name: file.get_tensor(name) for name in misfits}, header.get("config", {}), misfits)
+            state = {name: file.get_tensor(name) for name in misfits}
+            for name, value in state.items():
+                check_type(path, name, value.dtype, wanted[name].dtype)
+            adapted = adapt(state, header.get("config", {}), misfits)
         for name, shape in misfits.items():
             if name not in adapted or tuple(adapted[name].shape) != shape:
                 raise ValueError(
@@ -140,8 +145,9 @@ def load_handover(
         for name in names:
             value = file.get_tensor(name)
             _hash_tensor(digest, name, value)
-            _check_finite(path, name, value)
+            check_finite(path, name, value)
             if name in wanted:
+                check_type(path, name, value.dtype, wanted[name].dtype)
                 fill(wanted[name], adapted.get(name, value))
         _check_digest(path, header, digest)
     loaded = [name for name in names if name in wanted]
@@ -218,30 +224,27 @@ def _open_safetensors(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         raise ValueError(f"{path} does not exist; run the stage that writes it to completion first")
     try:
         with safe_open(path, framework="pt") as file:
-            yield file, _own_header(path, file.metadata() or {})
+            yield file, _our_header(path, (file.metadata() or {}).get(HEADER, "{}"))
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); write it again") from error
 
 
-def _own_header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    header = metadata.get(HEADER)
-    if header is None:
-        return {}
+def _our_header(path: Path, text: str) -> dict[str, Any]:
     try:
-        content = parse_json(header)
-        return {"config": typed(content, "config", dict), "sha256": typed(content, "sha256", str)}
+        header = parse_json(text)
+        if not isinstance(header, dict):
+            raise ValueError("it is no object")
+        for name, kind in (("config", dict), ("sha256", str)):
+            if not isinstance(header.get(name, kind()), kind):
+                raise ValueError(f"its {name} is a {type(header[name]).__name__}")
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error} in its header); write it again") from None
+        raise ValueError(f"{path} is damaged: its metadata cannot be used ({error}); write it again") from None
+    return header
 
 
 def _hash_tensor(digest, name: str, value: Tensor) -> None:
     digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
     digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _check_finite(path: Path, name: str, value: Tensor) -> None:
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{path}: {name} holds NaN or infinite numbers; the run that wrote it diverged, give others")
 
 
 def _check_digest(path: Path, header: dict[str, Any], digest) -> None:

@@ -17,6 +17,7 @@ from pretrain.data.codes import stored_coding
 from pretrain.data.shards.manifest import load_manifest
 from pretrain.models.visual_tokenizer.vqkd import VQKD, VQKDConfig
 from pretrain.run.stored_weights import read_model, weights_path
+from pretrain.tensors import load_tensors
 
 
 def image_targets(recipe: Recipe, stage: Stage, run_dir: Path, device: torch.device) -> Callable[[Batch], Batch]:
@@ -98,7 +99,8 @@ def load_visual_tokenizer(recipe: Recipe, stage: Stage, run_dir: Path) -> VQKD:
     check_tokenizer(cfg, name, recipe, stage)
     assert isinstance(cfg, VQKDConfig)
     tokenizer = cfg.build()
-    tokenizer.load_state_dict({key.removeprefix("tokenizer."): value for key, value in state.items()})
+    own = {key.removeprefix("tokenizer."): value for key, value in state.items()}
+    load_tensors(tokenizer, own, f"visual_tokenizer={name}")
     return tokenizer.eval().requires_grad_(False)
 
 

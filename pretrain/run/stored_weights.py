@@ -69,10 +69,13 @@ def model_in(config: dict[str, Any], where: Path, known: Iterable[type] = ()) ->
     values = {key: value for key, value in config[section].items() if key != "class"}
     classes = {each.__name__: each for each in (*SECTIONS.values(), *known)}
     name = config[section].get("class", SECTIONS[section].__name__)
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         raise ValueError(f"{where} holds a {name}, which is no model of this recipe; name a recipe that uses it")
     names = {f.name for f in fields(classes[name])}
     values = {key: value for key, value in values.items() if key in names or key not in MOVED}
     if unknown := sorted(values.keys() - names):
         raise ValueError(f"{where}: {name} has no {unknown[0]}; the weights are of another version of it")
-    return classes[name](**values)
+    try:
+        return classes[name](**values)
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:  # what a class says of wrong values
+        raise ValueError(f"{where}: its config is no {name} ({error}); give weights that a stage wrote") from error

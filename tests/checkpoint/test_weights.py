@@ -144,6 +144,43 @@ def test_a_config_that_a_kill_left_out_is_written_again(tmp_path, state, left):
     assert config.read_bytes() == whole and not mend_config(path)
 
 
+@pytest.mark.parametrize("metadata", ["[]", "7", "[" * 100_000, '{"config": []}', '{"sha256": 3}', "{"])
+def test_damaged_metadata_is_one_sentence(tmp_path, metadata):
+    path = tmp_path / "weights.safetensors"
+    save_file({"weight": torch.ones(2, 2)}, path, metadata={"imglish": metadata})
+    for read in (
+        lambda: load_handover(nn.Linear(2, 2, bias=False), path),
+        lambda: read_weights(path),
+        lambda: mend_config(path),
+    ):
+        with pytest.raises(ValueError, match=r"weights\.safetensors is damaged: its metadata") as refused:
+            read()
+        assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.float64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e5m2]
+)
+def test_a_type_that_would_be_cast_is_refused_by_name(tmp_path, kind):
+    path, module = tmp_path / "weights.safetensors", nn.Linear(2, 2)
+    write_weights({"weight": torch.ones(2, 2).to(kind), "bias": torch.zeros(2)}, path, {})
+    name = str(kind).removeprefix("torch.")
+    with pytest.raises(ValueError, match=f"weights.safetensors: weight holds {name} but must hold float32; convert it"):
+        load_handover(module, path)
+    # Neither is it made to fit another shape first.
+    with pytest.raises(ValueError, match=f"weight holds {name}"):
+        load_handover(nn.Linear(3, 2), path, adapt=lambda state, *_: {"weight": state["weight"].repeat(1, 2)[:, :3]})
+    read_weights(path)  # a stage that does not build it passes it on
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_types_that_fp32_holds_exactly_are_read(tmp_path, kind):
+    module, value = nn.Linear(2, 2, bias=False), torch.randn(2, 2).to(kind)
+    write_weights({"weight": value}, tmp_path / "w", {})
+    load_handover(module, tmp_path / "w")
+    assert torch.equal(module.weight, value.float())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", ["weight", "not_built_here"])
 def test_numbers_that_are_not_finite_are_named_as_such(tmp_path, value, name):

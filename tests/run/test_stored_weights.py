@@ -45,6 +45,10 @@ def test_a_config_json_names_its_model(config, model):
         ({"model": to_json(PAPER) | {"rotary": True}}, "MultiwayConfig has no rotary"),
         ({"vqkd": {}}, "does not say which model its weights are of"),
         ({}, "does not say which model"),
+        ({"model": {"class": ["MultiwayConfig"]}}, "is no model of this recipe"),
+        ({"model": to_json(PAPER) | {"dim": "x"}}, "its config is no MultiwayConfig"),
+        ({"model": to_json(PAPER) | {"heads": []}}, "its config is no MultiwayConfig"),
+        ({"model": to_json(VQ) | {"patch_size": 0}}, "its config is no VQKDConfig"),
     ],
 )
 def test_what_is_not_known_is_refused_and_nothing_is_imported(config, says):

@@ -20,6 +20,7 @@ from pretrain.batch import Layout, make_batch
 from pretrain.json_files import read_object, typed
 from pretrain.models.visual_tokenizer.vqkd import VQKDConfig, centred, to_patches
 from pretrain.settings import fill_variables
+from pretrain.tensors import check_finite, load_tensors
 
 # What OpenAI trained CLIP with; a directory's preprocessor_config.json goes before it.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -76,7 +77,8 @@ class Encoder:
                 "teacher=Clip(DIR)"
             )
         encoder = model.build(("vision",))
-        encoder.load_state_dict({name: state[prefix + name] for name in encoder.state_dict()})
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        load_tensors(encoder, own, f"task.teacher.weights={self.weights}")
         return EncoderTeacher(encoder, model, tokenizer.grid)
 
     def reads(self) -> dict[str, str]:
@@ -218,6 +220,7 @@ def _load_clip(directory: Path) -> Any:
             output_loading_info=True,
             dtype=torch.float32,
         )
+        _check_clip_tensors(directory, model)
     except Exception as error:  # transformers and safetensors raise a dozen kinds for a damaged directory
         raise ValueError(
             f"teacher={directory} cannot be read as a CLIP model ({error}); download it again, or name another"
@@ -231,6 +234,20 @@ def _load_clip(directory: Path) -> Any:
             f"misfit {len(report['mismatched_keys'])} of its tensors; use one such as openai/clip-vit-base-patch16"
         )
     return model.eval().requires_grad_(False)
+
+
+def _check_clip_tensors(directory: Path, model: nn.Module) -> None:
+    """transformers casts what it reads."""
+    from safetensors import safe_open
+
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  it is no mapping
+                kind = file.get_slice(name).get_dtype()
+                if kind not in ("F32", "F16", "BF16") and not name.endswith("position_ids"):
+                    raise ValueError(f"{path.name}: {name} holds {kind} but must hold F32, F16 or BF16")
+    for name, value in model.named_parameters():
+        check_finite(directory, name, value)
 
 
 def _clip_statistics(directory: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -115,6 +115,11 @@ def test_clip_says_what_is_wrong_with_a_directory(clip_directory, tmp_path):
     save_file({k: v for k, v in weights.items() if "layers.1" not in k}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="no whole CLIP vision model"):
         ClipTeacher(tmp_path, grid=4)
+    name = next(name for name in weights if "vision" in name and "layers.1" in name)
+    for wrong, says in ((weights[name].double(), "F64"), (weights[name].int(), "I32"), (weights[name] / 0, "NaN")):
+        save_file(weights | {name: wrong}, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=f"cannot be read as a CLIP.*layers.1.* holds {says}"):
+            ClipTeacher(tmp_path, grid=4)
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="cannot be read"):
         ClipTeacher(tmp_path, grid=4)
