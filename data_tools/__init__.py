@@ -1,0 +1,5 @@
+"""Commands that prepare data."""
+
+from pretrain.interrupt import quiet_imports
+
+quiet_imports()

@@ -132,12 +132,15 @@ def _filter_batches(batches: Iterable[tuple[pa.RecordBatch, Filtered]], filters:
         return Filtered(rows, unusable.drops + drops, unusable.counts + counts)
 
     with ThreadPoolExecutor(threads) as pool:
-        for batch, unusable in batches:
-            pending.append((unusable, pool.submit(apply_filters, batch, filters)))
-            if len(pending) > threads:
+        try:
+            for batch, unusable in batches:
+                pending.append((unusable, pool.submit(apply_filters, batch, filters)))
+                if len(pending) > threads:
+                    yield next_batch()
+            while pending:
                 yield next_batch()
-        while pending:
-            yield next_batch()
+        finally:  # after an error or Ctrl-C, not those that wait
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _drop_duplicates(batches: Iterable[Filtered], url_set: UrlSet | None, bar: tqdm) -> Iterator[Filtered]:

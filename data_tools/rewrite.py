@@ -15,7 +15,7 @@ import hashlib
 import shutil
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from pretrain.command import add_directories, add_workers, make_parser, run
 from pretrain.data.shards.indexing import complete_shards, index_directory
 from pretrain.data.shards.left_out import in_words
 from pretrain.files import WRITING, open_regular, sweep, write_json
-from pretrain.lock import end_with_parent
+from pretrain.workers import worker_pool
 
 VERSION = 1
 STAMP, WORK = "rewrite.json", ".rewrite"  # in OUT: the settings, and the directory for unfinished files
@@ -171,13 +171,9 @@ def _write(jobs: list[NewShard], workers: int) -> Iterator[NewShard]:
     if min(workers, len(jobs)) <= 1:
         yield from map(write_shard, jobs)
         return
-    with ProcessPoolExecutor(min(workers, len(jobs)), initializer=end_with_parent) as pool:
-        try:
-            for future in as_completed([pool.submit(write_shard, job) for job in jobs]):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with worker_pool(min(workers, len(jobs))) as pool:
+        for future in as_completed([pool.submit(write_shard, job) for job in jobs]):
+            yield future.result()
 
 
 def _finish(inputs: list[Path], drops: list[Path], out: Path, settings: Settings, plan: Plan) -> dict[str, Any]:

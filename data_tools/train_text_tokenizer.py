@@ -15,7 +15,9 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
 
 from data_tools.text.documents import Input, find_inputs, kind_of, read_blocks, text_of_document
@@ -24,6 +26,7 @@ from pretrain.data.shards.reader import BadSample, Manifest, ShardReader, load_m
 from pretrain.data.sources import TEXT, text_of
 from pretrain.data.text_tokenizer import OFFSET
 from pretrain.files import write_file
+from pretrain.workers import worker_pool
 
 # The trainer drops sentences above 4192 bytes, so longer texts are split, at a space if possible.
 MAX_CHARACTERS = 1000
@@ -34,18 +37,20 @@ REPORT_SECONDS = 5.0
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    return run(
-        lambda: train(
-            args.inputs,
-            args.out,
-            args.vocab_size,
-            args.max_texts,
-            column=args.text_col,
-            model_type=args.model_type,
-            verbose=args.verbose,
-        ),
-        state="nothing was written",
-    )
+    return run(lambda: _train_apart(args), state="nothing was written")
+
+
+def _train_apart(args: argparse.Namespace) -> None:
+    """In a process of its own, which can be killed: signals wait until SentencePiece's C++ is done."""
+    options = {"column": args.text_col, "model_type": args.model_type, "verbose": args.verbose}
+    with worker_pool(1, get_context("spawn")) as pool:
+        try:
+            pool.submit(train, args.inputs, args.out, args.vocab_size, args.max_texts, **options).result()
+        except BrokenProcessPool:
+            raise ValueError(
+                "the training process was killed, most likely because the memory was full; use a lower --max-texts"
+            ) from None
+    print(f"{args.out}: {args.vocab_size} pieces, {args.vocab_size + OFFSET + 1} ids with <pad> and <mask>")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -124,7 +129,6 @@ def train(
     except RuntimeError as error:
         raise _explain(error, vocab_size, inputs) from None
     write_file(out, model.getvalue())
-    print(f"{out}: {vocab_size} pieces, {vocab_size + OFFSET + 1} ids with <pad> and <mask>")
 
 
 def _check_out(out: Path) -> None:

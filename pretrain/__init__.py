@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pretrain.interrupt import quiet_imports
+
 if TYPE_CHECKING:
     from pretrain.pretrained import load
 
 __all__ = ["load"]
+
+quiet_imports()
 
 
 def __getattr__(name: str) -> Any:

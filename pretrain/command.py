@@ -13,6 +13,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from pretrain.interrupt import imported
+
 
 def make_parser(name: str, description: str | None, example: str) -> argparse.ArgumentParser:
     """A parser for `python -m NAME`. `description`: the module's docstring; `example`: arguments after the name."""
@@ -47,6 +49,7 @@ def run(action: Callable[[], int | None], *, state: str) -> int:
     """The exit code of a command: what `action` returns (None: 0); 2 for wrong input (ValueError, OSError) and for a
     worker process that was killed; 130 for Ctrl-C. `state` tells the user what happened to the work so far. Errors of
     the program itself are raised, with their traceback."""
+    imported()
     try:
         return action() or 0
     except (ValueError, OSError) as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
-import multiprocessing
 import os
 import socket
 import threading
@@ -39,20 +38,6 @@ def try_lock(handle: int, path: Path, lock: Callable[[int, int], object] | None 
 def this_process() -> str:
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     return f"process {os.getpid()} on {socket.gethostname()} since {since}"
-
-
-def end_with_parent() -> None:
-    """Called in a worker: ends it with its parent. The workers of a killed process must not hold its lock, which they
-    inherit, or write any more."""
-    parent = multiprocessing.parent_process()
-
-    def wait() -> None:
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    if parent is not None:
-        threading.Thread(target=wait, daemon=True).start()
 
 
 class Lock:

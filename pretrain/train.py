@@ -5,17 +5,10 @@ python -m pretrain.train --recipe tiny --stage vision --ds ds_configs/zero1.json
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-
-if __name__ == "__main__":
-    # Until the imports below are through, a second or more, Ctrl-C would be a traceback out of the middle of them.
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"stopped before the start\n"), os._exit(130)))
-
 import argparse
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -31,6 +24,7 @@ from pretrain.checkpoint.weights import WEIGHTS, carry_over, write_weights
 from pretrain.data.text_tokenizer import TOKENIZER
 from pretrain.distributed import any_rank, device, fail_together, rank, reduce_mean, world_size
 from pretrain.files import write_file
+from pretrain.interrupt import imported
 from pretrain.lives import ThisLife
 from pretrain.metrics import MetricsLog, Throughput, last_step
 from pretrain.optim import learning_rate
@@ -63,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         log.error("error: %s", error)
         return 2
+    imported()
     stop = StopSignals()
     watch = Watch(stop.seconds)
     try:
@@ -249,5 +244,4 @@ def _findable(recipe: str) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -26,7 +26,7 @@ import img2dataset.resizer
 from data_tools.fetch.guarded_fetch import Limits, install
 from data_tools.fetch.pictures import TrainingCv2
 from data_tools.fetch.reasons import reason_of
-from pretrain.lock import end_with_parent
+from pretrain.workers import end_with_parent
 
 WORKER_DIED = 70  # exit code
 LIVE = "live"  # DIRECTORY/live/PID: a worker's counts

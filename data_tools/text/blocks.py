@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from data_tools.text.documents import Block, Input, Raw, text_of_document
 from data_tools.text.duplicates import comparable, digest, signature
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.files import write_file
-from pretrain.lock import end_with_parent
 
 _SCHEMA = pa.schema(
     {
@@ -95,13 +93,10 @@ _cutter: Cutter  # of this worker
 _directory: Path
 
 
-def start_worker(work: BlockWork, directory: Path, own_process: bool = False) -> None:
+def start_worker(work: BlockWork, directory: Path) -> None:
     """Called once in each worker, before its first block."""
     global _cutter, _directory
     _cutter, _directory = Cutter(work), directory / "blocks"
-    if own_process:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
-        end_with_parent()
 
 
 def cut_block(block: Block) -> Path:

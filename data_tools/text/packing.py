@@ -37,6 +37,7 @@ from data_tools.text.duplicates import KeptTexts
 from pretrain.data.shards.indexing import index_directory
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.files import move
+from pretrain.workers import worker_pool
 
 VERSION = 1  # increase it when a change of the code changes the shards
 NAME, CHUNKS = "pack_text", "pack_text_chunks"
@@ -208,11 +209,8 @@ def _cut_blocks(work: BlockWork, directory: Path, workers: int) -> Iterator[Iter
         yield ((block, _rows(cut_block(block))) for block in read_blocks(list(work.inputs)))
         return
     # Not forked, because pyarrow has started threads.
-    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (work, directory, True)) as pool:
-        try:
-            yield _ahead(pool, work, 2 * workers)
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    with worker_pool(workers, get_context("spawn"), start_worker, (work, directory)) as pool:
+        yield _ahead(pool, work, 2 * workers)
 
 
 def _ahead(pool: ProcessPoolExecutor, work: BlockWork, most: int) -> Iterator[tuple[Block, list[dict]]]:

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from pretrain.data.shards.overlooked import no_tar, overlooked
 from pretrain.data.shards.tar_index import EXTENSIONS, scan_shard
 from pretrain.files import write_file
 from pretrain.json_files import read_bytes
-from pretrain.lock import end_with_parent
+from pretrain.workers import worker_pool
 
 _SHOWN = 5  # reasons in one sentence
 
@@ -173,9 +172,5 @@ def map_in_order(function, jobs: list, workers: int) -> Iterator[Iterable]:
     if workers <= 1 or len(jobs) <= 1:
         yield map(function, jobs)
         return
-    with ProcessPoolExecutor(min(workers, len(jobs)), initializer=end_with_parent) as pool:
-        try:
-            yield pool.map(function, jobs, chunksize=max(1, min(16, len(jobs) // (4 * workers))))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with worker_pool(min(workers, len(jobs))) as pool:
+        yield pool.map(function, jobs, chunksize=max(1, min(16, len(jobs) // (4 * workers))))
