@@ -57,7 +57,7 @@ def run(action: Callable[[], int | None], *, state: str) -> int:
         return 2
     except RuntimeError as error:
         # torch's DataLoader has no exception class for a dead worker.
-        if not isinstance(error, BrokenProcessPool) and "DataLoader worker" not in str(error):
+        if not isinstance(error, BrokenProcessPool) and not str(error).startswith("DataLoader worker (pid"):
             raise
         killed = "a worker process was killed, perhaps because memory ran out; use fewer --workers"
         print(f"error: {killed} ({state})", file=sys.stderr)

@@ -17,13 +17,19 @@ WRITING = ".writing"  # ends the name of whatever is not whole yet
 
 
 def open_regular(path: str | Path) -> BufferedReader:
-    """A regular file, opened for reading. ValueError for anything else: reading from a pipe could wait for ever."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    """A regular file, opened for reading. ValueError for anything else."""
+    return open(regular_descriptor(path), "rb")
+
+
+def regular_descriptor(path: str | Path) -> int:
+    """The same as a descriptor, which the caller closes. A pipe without a writer would be waited for, for ever and deaf
+    to every signal."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)
         raise ValueError(f"{path} is {_file_type(mode)}, not a regular file")
-    return open(handle, "rb")
+    return handle
 
 
 def _file_type(mode: int) -> str:

@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from pretrain.data.loader import _start_worker
 from pretrain.metrics import read_metrics
-from pretrain.parallel.faults import LOST, STOPPED, Watch, leave
+from pretrain.parallel.faults import LOST, STOPPED, Watch, leave, worker_died
 from pretrain.recipes import find_recipe
 from pretrain.run.identity import stage_hash
 from tests.small_run import Ranks, check_weights, command, tokenizer_of
@@ -203,6 +204,9 @@ def come_alone(rank: int) -> None:
         (RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error"), "another rank died or hung up (in step 7;"),
         (RuntimeError("NCCL error in: x.cpp:1, remote process exited"), "another rank died or hung up (in step 7;"),
         (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. "), "by signal: Killed), most likely"),
+        (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "a data worker died (in step 7"),
+        (KeyError("Caught KeyError in DataLoader worker process 0.\nOriginal Traceback"), None),
+        (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal"), None),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
     ],
 )
@@ -224,6 +228,15 @@ def test_workers_that_a_run_leaves_behind_raise_nothing_later():
         time.sleep(0.01)
     assert not multiprocessing.active_children() and signal.getsignal(signal.SIGCHLD) == handler
     del rows
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_its_worker(capfd):
+    """As one does for which /dev/shm has no room: torch shows a traceback, and waits for ever."""
+    loader = DataLoader([lambda: None] * 4, batch_size=None, num_workers=1, worker_init_fn=_start_worker, timeout=20)
+    with pytest.raises(RuntimeError) as met:
+        next(iter(loader))
+    assert worker_died(met.value) and "cannot hand over its batch" in (said := capfd.readouterr().err)
+    assert "Traceback" not in said
 
 
 def test_a_loss_met_on_the_way_out_does_not_hide_the_cause():

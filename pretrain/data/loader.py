@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing.queues
 import os
 import re
 import signal
 import threading
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -242,6 +243,8 @@ def _start_worker(worker: int) -> None:
     the main process still needs the batches of its current step, and stops its workers itself."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # By itself the queue would show a traceback and drop the batch, for which the main process waits for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_cannot_hand_over)  # type: ignore[attr-defined]
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     parent = os.getppid()
 
@@ -251,3 +254,10 @@ def _start_worker(worker: int) -> None:
         os._exit(0)
 
     threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
+def _cannot_hand_over(error: Exception, batch: object) -> NoReturn:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    line = f"a data worker ends, as it cannot hand over its batch: {reason} (is /dev/shm full?)\n"
+    os.write(2, line.encode(errors="replace"))
+    os._exit(1)

@@ -75,7 +75,7 @@ class Watch:
     def explain(self, error: Exception) -> str | None:
         """The sentence for an error that means that another process is gone; None for any other error."""
         text = str(error)
-        if "DataLoader worker" in text:
+        if worker_died(error):
             return (
                 f"{place()}: a data worker died (in {self._doing}: {text.splitlines()[0].rstrip('. ')}), most likely "
                 f"killed because the memory was full; use less loading.workers or loading.prefetch; {WAY_OUT}"
@@ -99,6 +99,12 @@ class Watch:
                 what = "its own data did not come" if self.waits_for_data else "another rank did not answer"
                 log.error("%s: %s within %.0f s (in %s); %s", place(), what, self._limit, self._doing, WAY_OUT)
                 _end_now(LOST)
+
+
+def worker_died(error: Exception) -> bool:
+    """Whether torch says that a data worker was killed or has ended, for which it has no exception class. What is
+    raised in a worker ("Caught KeyError in DataLoader worker ...") is another matter."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def place() -> str:

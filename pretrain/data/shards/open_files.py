@@ -7,6 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
+from pretrain.files import regular_descriptor
+
 # Per process and cache: most systems allow 1024 descriptors, and the index of 10,000 samples takes 1 MB.
 MOST = 256
 
@@ -15,10 +17,10 @@ Opened = TypeVar("Opened")
 
 
 class Descriptor:
-    """An open file that closes itself. Opening a named pipe does not wait for its other end."""
+    """An open file that closes itself. ValueError for what is no regular file."""
 
     def __init__(self, file: str | int):
-        self.fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK) if isinstance(file, str) else file
+        self.fd = regular_descriptor(file) if isinstance(file, str) else file
 
     def __del__(self) -> None:
         if hasattr(self, "fd"):

@@ -27,6 +27,7 @@ from pretrain.data.shards.tar_index import (
     ShardIndex,
     index_shard,
 )
+from pretrain.files import regular_descriptor
 from pretrain.json_files import read_bytes
 
 __all__ = [
@@ -124,9 +125,11 @@ class ShardReader:
         if is_remote(url):
             return self._open_remote(shard, url, None, f"{entry.bytes} {stamp}")
         try:
-            return os.open(url, os.O_RDONLY)
+            return regular_descriptor(url)
         except OSError as error:
             raise ShardError(f"cannot read {url} ({error.strerror}); restore it, or make it again") from None
+        except ValueError as error:
+            raise ShardError(f"{error}; restore it, or make it again") from None
 
     def close(self) -> None:
         self._open.clear()

@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import resource
+import signal
 
 import pytest
 
@@ -100,3 +101,20 @@ def test_a_member_that_is_too_large_is_a_bad_sample(source, monkeypatch):
 def test_remote_shards_need_a_cache(source):
     with pytest.raises(ValueError, match=r"loading.cache_dir is not set"):
         ShardReader(load_manifest(f"pipe:cat {source}/*.tar"))
+
+
+@pytest.mark.parametrize("name", ["00001.tar", "00001.idx", "manifest.json"])
+def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(source, name):
+    (source / name).unlink()
+    os.mkfifo(source / name)
+
+    def waited(*_):
+        raise AssertionError("it waits for a writer")
+
+    signal.signal(signal.SIGALRM, waited)
+    signal.alarm(5)
+    try:
+        with pytest.raises(ValueError, match=rf"{name} is a named pipe, not a regular file"):
+            read_all(source)
+    finally:
+        signal.alarm(0)
