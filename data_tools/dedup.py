@@ -33,6 +33,7 @@ from data_tools.pictures.near import keep_first
 from data_tools.shards.steps import Drop, Step, read_drops, write_drops, write_step
 from pretrain.command import add_directories, add_workers, make_parser, run
 from pretrain.data.shards.indexing import check_writable, complete_shards
+from pretrain.visible import say
 
 NAME = "dedup"
 EXACT, NEAR = "exact_duplicate", "near_duplicate"
@@ -240,10 +241,10 @@ def _run(args: argparse.Namespace) -> None:
         )
     for part, step in zip(parts, steps, strict=True):
         if before := step.settings["dropped_before"]:
-            print(f"{part.directory}: {before:,} samples were not compared because other files in drops/ name them")
+            say(f"{part.directory}: {before:,} samples were not compared because other files in drops/ name them")
     print(f"compared in {time.perf_counter() - start:.1f} s; wrote drops/{NAME}.parquet and steps/{NAME}.json")
     if args.show is not None:
-        print(f"{args.show}: {_show(parts, duplicates, args.show, 48)} pairs")
+        say(f"{args.show}: {_show(parts, duplicates, args.show, 48)} pairs")
 
 
 def check_distance(distance: int) -> None:

@@ -44,6 +44,7 @@ from data_tools.lists.url_set import UrlSet
 from data_tools.shards.step_table import describe_drops, step_table
 from data_tools.shards.steps import Step, read_steps, write_step
 from pretrain.command import make_parser, run
+from pretrain.visible import visible
 
 STEP = "filter_list"
 DUPLICATE = "duplicate_url"
@@ -93,7 +94,9 @@ def filter_list(
                 for urls in parts.urls(number):
                     url_set.add(urls)
         skip = sum(each["rows"] for each in counts)
-        with tqdm(total=rows.rows, initial=skip, desc=f"filtering to {out.name}", unit=" rows", disable=None) as bar:
+        with tqdm(
+            total=rows.rows, initial=skip, desc=visible(f"filtering to {out.name}"), unit=" rows", disable=None
+        ) as bar:
             for number in range(len(counts), total):
                 batches = _filter_batches(_read_batches(rows, number * part, (number + 1) * part), filters)
                 counts.append(parts.write(number, _drop_duplicates(batches, url_set, bar), schema_of(rows.columns)))

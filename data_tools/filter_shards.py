@@ -37,6 +37,7 @@ from pretrain.command import add_workers, make_parser, run
 from pretrain.data.shards.indexing import check_writable, complete_shards, map_in_order, stats_path
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES
 from pretrain.data.shards.tar_index import Member
+from pretrain.visible import say, visible
 
 STEP = "filter_shards"
 DROPS = "drops"  # the directory for drops files
@@ -87,7 +88,9 @@ def measure_shards(directory: Path, workers: int = 1) -> MeasureFiles:
     jobs = [(tar, directory / FOLDER / f"{tar.stem}.parquet") for tar in tars]
     started, pictures = time.perf_counter(), 0
     with map_in_order(_up_to_date, jobs, workers) as results:
-        for fresh in tqdm(results, total=len(jobs), desc=f"measuring {directory}", unit=" shards", disable=None):
+        for fresh in tqdm(
+            results, total=len(jobs), desc=visible(f"measuring {directory}"), unit=" shards", disable=None
+        ):
             pictures += fresh
     return MeasureFiles(tuple(file for _, file in jobs), pictures, time.perf_counter() - started)
 
@@ -192,13 +195,13 @@ def _run(args: argparse.Namespace) -> None:
     settings = PictureSettings(**{field.name: getattr(args, field.name) for field in fields(PictureSettings)})
     step, measures = filter_shards(args.directory, settings, args.workers)
     for path in complete_shards(args.directory)[1]:
-        print(f"note: {path.name} is partial (no {stats_path(path).name}) and was not filtered")
+        say(f"note: {path.name} is partial (no {stats_path(path).name}) and was not filtered")
     print(step_table(step))
     if measures.pictures:
         rate = measures.pictures / measures.seconds
         print(f"{measures.pictures:,} pictures measured in {measures.seconds:.1f} s, {rate:,.0f} pictures/s")
     path = args.directory / DROPS / f"{STEP}.parquet"
-    print(f"{path} names {step.rows - step.kept:,} samples to drop; drop them with python -m data_tools.rewrite")
+    say(f"{path} names {step.rows - step.kept:,} samples to drop; drop them with python -m data_tools.rewrite")
 
 
 if __name__ == "__main__":

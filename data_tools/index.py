@@ -18,6 +18,7 @@ from pretrain.command import add_directories, add_workers, make_parser, run
 from pretrain.data.shards.indexing import index_directory
 from pretrain.data.shards.left_out import in_words
 from pretrain.data.shards.manifest import MANIFEST
+from pretrain.visible import say
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,9 +35,9 @@ def _run(args: argparse.Namespace) -> None:
         result = index_directory(directory, args.workers, args.skip_broken)
         manifest = result.manifest
         for line in result.skipped:
-            print(f"skipped: {line}", file=sys.stderr)
+            say(f"skipped: {line}", error=True)
         for line in in_words(result.left_out).values():
-            print(f"left out: {line}", file=sys.stderr)
+            say(f"left out: {line}", error=True)
         if result.left_out:
             print(f"python -m data_tools.verify {directory} says where they are", file=sys.stderr)
         gib = sum(shard.bytes for shard in manifest.shards) / 2**30

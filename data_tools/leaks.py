@@ -29,6 +29,7 @@ from data_tools.pictures.near import nearest
 from data_tools.shards.steps import Drop, Step, write_drops, write_step
 from pretrain.command import add_directories, add_workers, make_parser, run
 from pretrain.data.shards.indexing import check_writable, complete_shards
+from pretrain.visible import say
 
 NAME = "leaks"
 DISTANCE, LEAST_WORDS = 6, 6
@@ -169,7 +170,7 @@ def _run(args: argparse.Namespace) -> None:
         hashes = hash_shards(directory, args.workers)
         leaks = [find_leaks(hashes, one, args.distance, args.caption_words) for one in sets]
         step = write_result(hashes, leaks, settings)
-        print(f"{directory}: {step.rows:,} samples, {step.rows - step.kept:,} to drop")
+        say(f"{directory}: {step.rows:,} samples, {step.rows - step.kept:,} to drop")
         for leak in leaks:
             one = leak.evaluation
             print(
@@ -177,7 +178,7 @@ def _run(args: argparse.Namespace) -> None:
                 f"({len(leak.matched_pictures):,} of {one.pictures:,} match, {int(leak.equal.sum()):,} by bytes),  "
                 f"{int(leak.caption.sum()):,} with one of its captions"
             )
-        print(f"  by reason: {dict(Counter(step.dropped)) or 'nothing'}; see {directory / 'drops' / NAME}.parquet")
+        say(f"  by reason: {dict(Counter(step.dropped)) or 'nothing'}; see {directory / 'drops' / NAME}.parquet")
 
 
 def _evaluation_sets(args: argparse.Namespace) -> list[EvaluationSet]:
@@ -205,9 +206,9 @@ def _evaluation_sets(args: argparse.Namespace) -> list[EvaluationSet]:
         )
         for what, lines in (("damaged", one.damaged), (f"--captions {captions.get(name)}", one.bad_rows)):
             for line in lines[:_MAX_NAMED]:
-                print(f"{what}: {line}", file=sys.stderr)
+                say(f"{what}: {line}", error=True)
             if len(lines) > _MAX_NAMED:
-                print(f"{what}: {len(lines) - _MAX_NAMED} more", file=sys.stderr)
+                say(f"{what}: {len(lines) - _MAX_NAMED} more", error=True)
         sets.append(one)
     return sets
 

@@ -34,6 +34,7 @@ from pretrain.command import add_directories, add_workers, make_parser, run
 from pretrain.data.shards.indexing import complete_shards, index_directory
 from pretrain.data.shards.left_out import in_words
 from pretrain.files import WRITING, open_regular, sweep, write_json
+from pretrain.visible import say, visible
 from pretrain.workers import worker_pool
 
 VERSION = 1
@@ -161,7 +162,7 @@ def _write_all(tars: list[Path], plan: Plan, out: Path, settings: Settings, work
         for number, (first, last) in enumerate(edges)
     ]
     todo = [job for job in jobs if not job.is_done]
-    with tqdm(total=len(plan.places), desc=f"writing {out}", unit=" samples", disable=None) as bar:
+    with tqdm(total=len(plan.places), desc=visible(f"writing {out}"), unit=" samples", disable=None) as bar:
         bar.update(len(plan.places) - sum(job.last - job.first for job in todo))
         for job in _write(todo, workers):
             bar.update(job.last - job.first)
@@ -268,11 +269,11 @@ def _run(args: argparse.Namespace) -> None:
     )
     result = rewrite(args.directories, args.out, settings, args.drop, args.workers)
     for note in result.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     dropped = f"; dropped: {_counts(result.step.dropped)}" if result.step.dropped else ""
     already = "" if result.new else " (complete already)"
     kept, rows = result.step.kept, result.step.rows
-    print(f"{args.out}: {kept:,} of {rows:,} samples in {result.shards:,} shards{already}{dropped}")
+    say(f"{args.out}: {kept:,} of {rows:,} samples in {result.shards:,} shards{already}{dropped}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from pretrain.data.shards.overlooked import overlooked
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, ShardError
 from pretrain.data.shards.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, index_shard, shard_parts
 from pretrain.json_files import read_bytes, read_json, typed
+from pretrain.visible import say, visible
 
 KINDS = ("auto", "images", "pairs", "texts")
 # The number of shards from which the kind of a source is guessed.
@@ -78,7 +79,9 @@ def verify_directory(directory: Path, *, kind: str = "auto", decode: bool = Fals
     jobs = [Job(path, entries.get(path.name), decode, kind) for path in complete]
     samples = 0
     with map_in_order(check_shard, jobs, workers) as results:
-        for shard_report in tqdm(results, total=len(jobs), desc=f"verifying {directory}", unit=" shards", disable=None):
+        for shard_report in tqdm(
+            results, total=len(jobs), desc=visible(f"verifying {directory}"), unit=" shards", disable=None
+        ):
             findings += shard_report.findings
             samples += shard_report.samples
     if entries:
@@ -251,9 +254,9 @@ def _run(args: argparse.Namespace) -> int:
     for directory in args.directories:
         report = verify_directory(directory, kind=args.kind, decode=args.decode, workers=args.workers)
         for path in complete_shards(directory)[1]:
-            print(f"note: {directory / path.name} is partial (no {stats_path(path).name}) and was not checked")
+            say(f"note: {directory / path.name} is partial (no {stats_path(path).name}) and was not checked")
         for finding in report.findings:
-            print(f"{directory}{os.sep}{finding}")
+            print("\t".join(map(visible, f"{directory}{os.sep}{finding}".split("\t"))))
             findings.append({"directory": str(directory), **asdict(finding)})
         shards, samples = shards + report.shards, samples + report.samples
     if args.json is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.interrupt import imported
+from pretrain.visible import Formatter, say
 
 
 def make_parser(name: str, description: str | None, example: str) -> argparse.ArgumentParser:
@@ -50,10 +52,12 @@ def run(action: Callable[[], int | None], *, state: str) -> int:
     worker process that was killed; 130 for Ctrl-C. `state` tells the user what happened to the work so far. Errors of
     the program itself are raised, with their traceback."""
     imported()
+    if logging.lastResort is not None:  # what prints the warnings of a command that starts no log
+        logging.lastResort.setFormatter(Formatter("%(message)s"))
     try:
         return action() or 0
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return 2
     except RuntimeError as error:
         # torch's DataLoader has no exception class for a dead worker.

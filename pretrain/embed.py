@@ -36,6 +36,7 @@ from pretrain.data.sources import picture
 from pretrain.files import write_file, write_json
 from pretrain.json_files import read_object
 from pretrain.pretrained import Pretrained, load
+from pretrain.visible import say
 
 ABOUT = "embed.json"
 PER_FILE = 2048  # pictures of a folder in one file
@@ -195,7 +196,7 @@ def _run(args: argparse.Namespace) -> None:
     todo = [p for p in source.portions[part::parts] if not (args.out / f"{p.name}.parquet").is_file()]
     done, left_out = embed(model, source, args.out, todo, args.batch, args.workers)
     for line in left_out:
-        print(f"left out: {line}", file=sys.stderr)
+        say(f"left out: {line}", error=True)
     before = len(source.portions[part::parts]) - len(todo)
     print(f"{args.out}: {done:,} pictures in {len(todo)} files, {len(left_out)} left out; {before} files were there")
     if todo and not done and left_out:

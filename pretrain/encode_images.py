@@ -42,6 +42,7 @@ from pretrain.models.visual_tokenizer.vqkd import VQKD
 from pretrain.recipes import load_recipe
 from pretrain.run.image_targets import load_visual_tokenizer, picture_codes
 from pretrain.run.stored_weights import weights_path
+from pretrain.visible import visible
 
 
 class Encoder(NamedTuple):
@@ -118,7 +119,7 @@ def encode_directory(
     if todo:
         check_writable(directory)
     total = sum(shards[k].samples for k in todo)
-    with tqdm(total=total, desc=f"encoding {directory}", unit=" pictures", disable=None) as bar:
+    with tqdm(total=total, desc=visible(f"encoding {directory}"), unit=" pictures", disable=None) as bar:
         for shard, codes in _codes(reader, todo, encoder, batch, workers, bar):
             write_file(paths[shard], heads[shard][0] + codes.tobytes())
             pictures += len(codes)

@@ -32,13 +32,14 @@ from pretrain.run.directory import RECIPE, read_recipe
 from pretrain.run.evaluation import Asked, asked_evaluation
 from pretrain.run.image_targets import image_targets, load_visual_tokenizer
 from pretrain.run.inputs import evaluation_loader, text_tokenizer
+from pretrain.visible import start_logging
 
 log = logging.getLogger("pretrain")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+    start_logging()
     log.setLevel(logging.INFO)
     return command.run(lambda: run(args), state="an earlier evaluation is intact")
 

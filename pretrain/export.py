@@ -32,6 +32,7 @@ from pretrain.json_files import read_object
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.run.stored_weights import model_in
 from pretrain.tensors import check_finite, check_type
+from pretrain.visible import start_logging
 
 log = logging.getLogger(__name__)
 State = dict[str, Tensor]
@@ -278,7 +279,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    start_logging("%(message)s")
+    logging.getLogger().setLevel(logging.INFO)
     return command.run(lambda: run(args), state="nothing was written")
 
 

@@ -26,7 +26,8 @@ from pretrain.embed import ABOUT, read_vectors, weights_name
 from pretrain.files import write_file
 from pretrain.json_files import read_object
 from pretrain.pretrained import load
-from pretrain.report.html import TEMPLATES, render, visible
+from pretrain.report.html import TEMPLATES, render
+from pretrain.visible import say
 
 SIDE = 224  # pixels of a picture on the page
 
@@ -123,9 +124,9 @@ def _run(args: argparse.Namespace) -> None:
         uris = [pictures.uri(row["key"], row["file"], row["sample"]) if pictures else None for row in rows]
         hits = [Hit(row["key"], row["score"], row["caption"], uri) for row, uri in zip(rows, uris, strict=True)]
         found.append(Found(query, hits))
-        print(visible(query))
+        say(query)
         for hit in hits:
-            print(visible(f"  {hit.score:.3f}  {hit.key}  {hit.caption or ''}").rstrip())
+            say(f"  {hit.score:.3f}  {hit.key}  {hit.caption or ''}".rstrip())
     if args.html:
         write_file(args.html, _page(found, count).encode())
         print(f"wrote {args.html}", file=sys.stderr)

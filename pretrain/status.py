@@ -20,8 +20,8 @@ from pretrain.checkpoint.directory import complete
 from pretrain.command import make_parser, run
 from pretrain.lives import KILLED, Life
 from pretrain.lock import BEAT_S, BEATS, LOCK
-from pretrain.report.html import visible
 from pretrain.report.rows import StageRun, finite, load_run
+from pretrain.visible import visible
 
 RECENT = 20  # lines of metrics.jsonl whose mean rate is the present one
 

@@ -42,6 +42,7 @@ from pretrain.run.identity import as_begun
 from pretrain.run.inputs import text_tokenizer
 from pretrain.run.signals import Stopped, StopSignals
 from pretrain.run.whole_recipe import check_other_stages
+from pretrain.visible import start_logging
 
 log = logging.getLogger("pretrain")
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     worker died or did not answer within timeout_s (one sentence), 75 stopped by a signal after saving (where one of
     several ranks waits for its data: without), 130 Ctrl-C."""
     args = parse_args(argv)
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+    start_logging()
     try:
         adopt_launcher()  # before anyone asks for the rank
     except ValueError as error:

@@ -15,6 +15,7 @@ from data_tools.audit_page.shard import Job, Place, ShardFacts, read_shard
 from data_tools.audit_page.sketches import Histogram, RandomSample, Repeats, TopCounter, hash_of, lot
 from data_tools.shards.steps import Step, read_drops, read_steps
 from pretrain.data.shards.indexing import complete_shards, map_in_order
+from pretrain.visible import visible
 
 SIDES = (0, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048, 4096)
 ASPECTS = (0, 1 / 3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.25, 1.43, 1.67, 2, 2.5, 3, 100)  # width / height
@@ -113,7 +114,7 @@ def gather(
         facts.partial += [str(path) for path in partial]
         jobs = [Job(tar, seed, wall, frozenset(wanted[directory, tar.stem])) for tar in complete]
         with map_in_order(read_shard, jobs, workers) as results:
-            bar = tqdm(results, total=len(jobs), desc=f"auditing {directory}", unit=" shards", disable=None)
+            bar = tqdm(results, total=len(jobs), desc=visible(f"auditing {directory}"), unit=" shards", disable=None)
             for job, shard in zip(jobs, bar, strict=True):
                 places |= {(directory, job.tar.stem, key): place for key, place in shard.places.items()}
                 facts.add(shard)

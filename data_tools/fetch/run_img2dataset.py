@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -28,6 +27,7 @@ from data_tools.fetch.guarded_fetch import Limits
 from data_tools.fetch.reasons import SUCCESS
 from data_tools.fetch.slices import Slice, SliceShards
 from pretrain.json_files import read_object, whole_numbers
+from pretrain.visible import say
 
 WORKER_DIED = 70  # exit code of data_tools.fetch.guarded_img2dataset
 ROOT = Path(__file__).parents[2]
@@ -247,7 +247,7 @@ class _Progress:
         self._say(text)
 
     def _say(self, text: str) -> None:
-        print(f"{self._description}: {text}", file=sys.stderr, flush=True)
+        say(f"{self._description}: {text}", error=True)
 
 
 def _summary(counts: Counter[str]) -> str:

@@ -24,6 +24,7 @@ from pretrain.data.shards.indexing import map_in_order
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample
 from pretrain.data.shards.tar_index import IMAGE_EXTENSIONS
 from pretrain.json_files import parse_json
+from pretrain.visible import visible
 
 MAX_ANNOTATIONS = 2**30  # bytes; COCO's have 20 to 60 MB
 _PICTURES = ("image", "image_name", "filename", "file_name", "filepath", "image_path", "image_id")
@@ -102,7 +103,7 @@ def _from_pictures(name: str, path: Path, captions: Path | None, least_words: in
         excluded, files = len(files) - len(evaluated), evaluated
     hashes: list[tuple[bytes, tuple | None, str]] = []
     with map_in_order(_hash_file, files, workers) as results:
-        hashes = list(tqdm(results, total=len(files), desc=f"hashing {name}", unit=" pictures", disable=None))
+        hashes = list(tqdm(results, total=len(files), desc=visible(f"hashing {name}"), unit=" pictures", disable=None))
     looks = [(file, look) for file, (_, look, _) in zip(files, hashes, strict=True) if look and look[2] >= LEAST_CLEAR]
     damaged = tuple(f"{file}: {why}" for file, (_, _, why) in zip(files, hashes, strict=True) if why)
     if len(damaged) == len(files):

@@ -33,6 +33,7 @@ from pretrain.data.decoding import decode_image, read_header
 from pretrain.data.shards.indexing import complete_shards, map_in_order
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, BadSample
 from pretrain.data.shards.tar_index import Member
+from pretrain.visible import visible
 
 FOLDER, VERSION = "hashes", 1
 SIDE, BITS, THUMB = 32, 64, 8
@@ -188,7 +189,7 @@ def hash_shards(directory: Path, workers: int = 1, folder: Path | None = None) -
     folder = directory / FOLDER if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     with map_in_order(_up_to_date, [(tar, folder / f"{tar.stem}.parquet") for tar in tars], workers) as results:
-        bar = tqdm(results, total=len(tars), desc=f"hashing {directory}", unit=" shards", disable=None)
+        bar = tqdm(results, total=len(tars), desc=visible(f"hashing {directory}"), unit=" shards", disable=None)
         files = tuple(bar)
     parts: list[dict[str, np.ndarray]] = [_columns(pq.read_table(file)) for file in files]
     starts = np.cumsum([0, *(len(part["phash"]) for part in parts)])

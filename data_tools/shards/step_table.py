@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Mapping
 
 from data_tools.shards.steps import Step
+from pretrain.visible import visible
 
 
 def step_table(step: Step) -> str:
     """A line for the rows, for each reason, and for the kept rows, each with its share of the rows."""
-    lines = [(step.unit, step.rows), *step.dropped.items(), ("kept", step.kept)]
+    dropped = ((visible(reason), count) for reason, count in step.dropped.items())
+    lines = [(step.unit, step.rows), *dropped, ("kept", step.kept)]
     width = max(len(name) for name, _ in lines)
     shares = (f"{100 * count / step.rows:6.2f} %" if step.rows else "" for _, count in lines)
     return "\n".join(

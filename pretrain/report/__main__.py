@@ -12,7 +12,6 @@ from pathlib import Path
 
 from pretrain.command import make_parser, run
 from pretrain.files import write_file
-from pretrain.report.html import visible
 from pretrain.report.page import page
 from pretrain.report.rows import (
     DIRECTIONS,
@@ -24,6 +23,7 @@ from pretrain.report.rows import (
     other_rows,
     retrieval_rows,
 )
+from pretrain.visible import visible
 
 
 def format_table(run_dir: Path | str) -> str:

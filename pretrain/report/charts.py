@@ -8,7 +8,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from pretrain.report.html import visible
+from pretrain.visible import visible
 
 POINTS_AT_MOST = 400
 SMOOTH_FROM = 40  # curves with fewer points are shown as they are

@@ -17,16 +17,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from pretrain.visible import visible
+
 TEMPLATES = Path(__file__).parent / "templates"
-_JOINERS = "\u200c\u200d"  # they join emoji and part letters; no text turns around or disappears by them
-
-
-def visible(text: str) -> str:
-    """The text with � for each character that steers instead of being shown: a terminal's escape codes, NUL, marks that
-    turn the direction of what follows, halves of a surrogate pair. Line breaks become spaces."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in _JOINERS else " " if c.isspace() else "\ufffd" for c in text)
 
 
 def render(template: Path, *, styles: Iterable[Path] = (), scripts: Iterable[Path] = (), **values: Any) -> str:

@@ -10,6 +10,7 @@ import time
 from tqdm import tqdm
 
 from pretrain.distributed import rank
+from pretrain.visible import visible
 
 log = logging.getLogger("pretrain")
 PLAIN_SECONDS = 5.0
@@ -22,13 +23,13 @@ class Display:
     def __init__(self, name: str, start: int, steps: int):
         self.steps, self.last_shown = steps, 0.0
         quiet = rank() != 0 or not sys.stderr.isatty()
-        self.bar = tqdm(total=steps, initial=start, desc=name, unit="step", disable=quiet, **_size())
+        self.bar = tqdm(total=steps, initial=start, desc=visible(name), unit="step", disable=quiet, **_size())
 
     def show(self, step: int, line: dict) -> None:
         prefix = "accuracy/"
         accuracies = " ".join(f"{k.removeprefix(prefix)} {v:.1%}" for k, v in line.items() if k.startswith(prefix))
         text = f"loss {line['loss']:.4f} {accuracies} {line['samples_per_s']:.0f}/s wait {line['data_wait']:.0%}"
-        self.bar.set_postfix_str(text)
+        self.bar.set_postfix_str(visible(text))
         if self.bar.disable and (step == self.steps or time.monotonic() - self.last_shown > PLAIN_SECONDS):
             log.info("step %d/%d %s", step, self.steps, text)
             self.last_shown = time.monotonic()

@@ -12,8 +12,8 @@ from PIL import Image
 
 from pretrain.report.__main__ import format_table, main, write_report
 from pretrain.report.charts import Chart, Curve, downsampled, drawing, histogram, nice_ticks, number, smoothed
-from pretrain.report.html import visible
 from pretrain.report.rows import load_run, masked_rows, retrieval_rows
+from pretrain.visible import visible
 from tests.report.reader import EVIL, SHOWN, Reader, check_inert
 
 

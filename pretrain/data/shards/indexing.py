@@ -19,6 +19,7 @@ from pretrain.data.shards.overlooked import no_tar, overlooked
 from pretrain.data.shards.tar_index import EXTENSIONS, scan_shard
 from pretrain.files import write_file
 from pretrain.json_files import read_bytes
+from pretrain.visible import visible
 from pretrain.workers import worker_pool
 
 _SHOWN = 5  # reasons in one sentence
@@ -94,7 +95,7 @@ def index_directory(directory: Path, workers: int = 1, skip_broken: bool = False
     jobs = [(path, previous.get(path.name), skip_broken) for path in complete]
     shards, scanned = [], 0
     with map_in_order(_index_one, jobs, workers) as results:
-        bar = tqdm(results, total=len(jobs), desc=f"indexing {directory}", unit=" shards", disable=None)
+        bar = tqdm(results, total=len(jobs), desc=visible(f"indexing {directory}"), unit=" shards", disable=None)
         for path, result in zip(complete, bar, strict=True):
             if isinstance(result, str):
                 skipped.append(f"{path.name}: {result}")
