@@ -126,12 +126,16 @@ class Recipe:
     save_every: int = 1000
     keep: int = 2  # complete checkpoints to keep; the one before is used if the newest is damaged
     trace_samples: bool = False
+    # Steps in a row whose gradients may be inf or nan: such a step moves nothing and is counted. One more ends the run.
+    max_skipped_steps: int = 0
     timeout_s: float = 1800.0  # how long a rank waits in a step for another one, or for its data, before it gives up
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "keep", "timeout_s"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1; use 1 or more")
+        if self.max_skipped_steps < 0:
+            raise ValueError(f"max_skipped_steps={self.max_skipped_steps} is below 0; use 0 to end at the first one")
         if not 0 <= self.seed < MAX_SEED:
             raise ValueError(f"seed={self.seed} is wrong; use a whole number from 0 to {MAX_SEED - 1}")
         for name, stage in self.stages.items():

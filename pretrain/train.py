@@ -28,10 +28,10 @@ from pretrain.interrupt import imported
 from pretrain.lives import ThisLife
 from pretrain.metrics import MetricsLog, Throughput, last_step
 from pretrain.optim import learning_rate
-from pretrain.parallel.engine import gradient_norm
 from pretrain.parallel.faults import LOST, STOPPED, Watch, leave
 from pretrain.parallel.launcher import adopt_launcher
 from pretrain.parallel.share_batches import share_batches
+from pretrain.parallel.skipping import gradient_norm, skipped_steps
 from pretrain.parallel.state import full_state
 from pretrain.recipes import load_recipe
 from pretrain.run.build import Run, build_run, frozen_names, stage_ds_config
@@ -41,6 +41,7 @@ from pretrain.run.display import Display
 from pretrain.run.identity import as_begun
 from pretrain.run.inputs import text_tokenizer
 from pretrain.run.signals import Stopped, StopSignals
+from pretrain.run.step import Judge
 from pretrain.run.whole_recipe import check_other_stages
 from pretrain.visible import start_logging
 
@@ -142,8 +143,8 @@ def run(args: argparse.Namespace, stop: StopSignals, watch: Watch) -> int:
 def train(run: Run, directory: Path, stop: StopSignals, watch: Watch) -> int:
     """Steps run.done + 1 to stage.steps; returns the last one done, an earlier one only after SIGTERM or SIGUSR1.
 
-    Raises ValueError when the loss is not finite, before it could reach a checkpoint; OSError on every rank when one of
-    them cannot write.
+    Raises ValueError when the loss or the gradients are not finite (see run/step.Judge), before a checkpoint could hold
+    them; OSError on every rank when one of them cannot write.
     """
     recipe, stage, start, step = run.recipe, run.stage, run.done, run.done
     stop.begin()
@@ -151,6 +152,7 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch) -> int:
     meter = Throughput(device(), run.mesh.data.size)
     batches = share_batches(partial(run.loader.batches, start, stage.steps), run.mesh, watch)
     display, saved = Display(directory.name, start, stage.steps), start
+    judge = Judge(recipe.max_skipped_steps, way_out(directory))
     for step in range(start + 1, stage.steps + 1):
         # The first one compiles, and fills caches.
         watch.enter(f"the reading of step {step}", patient=step == start + 1)
@@ -159,28 +161,33 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch) -> int:
             step -= 1
             if step == 0:
                 raise Stopped
+            judge.settle()
             if step > saved:
                 save_checkpoint(run, step, directory, metrics)
             break
         watch.enter(f"step {step}", patient=step == start + 1)
         report = run.step(micro_batches, first=step == 1)
+        judge.note(step, gradient_norm(run.engine), report)
         real = sum(batch.real_rows() for batch in micro_batches)
         meter.tick(samples=stage.batch.total, tokens=run.rows, real=real, flops=run.flops, executed=run.executed_flops)
         stopping = any_rank(stop.asked, device())
-        saving = step % recipe.save_every == 0 or step == stage.steps or stopping
-        if step % recipe.log_every == 0 or saving:
-            line = metrics_line(run, step, report, directory)
-            if step % recipe.log_every == 0 or step == stage.steps:
+        telling, last = step % recipe.log_every == 0, step == stage.steps
+        saving = step % recipe.save_every == 0 or stopping
+        if telling or saving or last:
+            judge.settle()
+            line = metrics_line(run, step, report, directory, skipped=judge.in_a_row > 0)
+            if telling or last:
                 line |= meter.read()
                 fail_together(partial(metrics.write, step, line))
                 display.show(step, line)
         display.bar.update()
-        if saving:
+        # What a skipped step left outside the optimizer, such as a codebook, may not be finite: a later step is saved.
+        if saving := (saving and not judge.in_a_row) or last:
             watch.enter(f"the save of step {step}", patient=True)
             save_checkpoint(run, step, directory, metrics)
             saved = step
             meter.skip()
-        if stopping:
+        if stopping and saving:
             break
     watch.enter("the end", patient=True)
     display.bar.close()
@@ -201,19 +208,24 @@ def next_batches(batches: Iterator[list[Batch]], meter: Throughput, stop: StopSi
     return micro_batches
 
 
-def metrics_line(run: Run, step: int, report: dict[str, Tensor], directory: Path) -> dict[str, Any]:
-    """The mean over the ranks of what the step reported, with rate, gradient norm and samples. Raises ValueError when
-    the loss is not finite; every rank has the same numbers, so all of them end here together."""
+def metrics_line(run: Run, step: int, report: dict[str, Tensor], directory: Path, *, skipped: bool) -> dict[str, Any]:
+    """The mean over the ranks of what the step reported, with rate, gradient norm, samples and the number of steps that
+    were skipped so far. Raises ValueError when the loss of a step that was not `skipped` is not finite; every rank has
+    the same numbers, so all of them end here together."""
     stage = run.stage
     line: dict[str, Any] = reduce_mean(report) | {"lr": learning_rate(stage.optim, step, stage.steps)}
-    line |= {"grad_norm": gradient_norm(run.engine), "samples_seen": step * stage.batch.total}
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(line[name]):
-            raise ValueError(
-                f"step {step}: the {name} is {line[name]}, the run has diverged; its checkpoints in "
-                f"{directory / 'checkpoints'} are from before: use a lower optim.lr or a longer optim.warmup_steps"
-            )
+    line |= {"grad_norm": float(gradient_norm(run.engine)), "samples_seen": step * stage.batch.total}
+    line["skipped_steps"] = skipped_steps(run.engine, step)
+    if not skipped and not math.isfinite(line["loss"]):
+        raise ValueError(f"step {step}: the loss is {line['loss']}, the run has diverged: {way_out(directory)}")
     return line
+
+
+def way_out(directory: Path) -> str:
+    return (
+        f"its checkpoints in {directory / 'checkpoints'} are from before; use a lower optim.lr or a longer "
+        "optim.warmup_steps"
+    )
 
 
 def save_checkpoint(run: Run, step: int, directory: Path, metrics: MetricsLog) -> None:

@@ -131,8 +131,8 @@ def train_alone(task: nn.Module, optim: Optim, batches: Iterable[Batch], precisi
 def train_on_ranks(engine: Any, mesh: Any, micro_batches: Callable[[int, int, int], Batch], steps: int) -> Trained:
     """`micro_batches(step, part, parts)` of the steps 1 .. `steps` through the calls of pretrain/run: this rank's own
     reports and norms, and on rank 0 the whole weights."""
-    from pretrain.parallel.engine import gradient_norm
     from pretrain.parallel.pipeline import pipeline_step
+    from pretrain.parallel.skipping import gradient_norm
     from pretrain.parallel.state import full_state
     from pretrain.run.step import train_step
 
@@ -146,7 +146,7 @@ def train_on_ranks(engine: Any, mesh: Any, micro_batches: Callable[[int, int, in
         else:
             report = train_step(engine, batches, lambda batch: batch, first=step == 1)
         reports.append({name: value.item() for name, value in report.items()})
-        norms.append(gradient_norm(engine))
+        norms.append(float(gradient_norm(engine)))
     return Trained(reports, norms, full_state(engine, mesh))
 
 

@@ -47,6 +47,7 @@ def test_every_stage_leaves_the_files_of_the_contract(run):
         "loss",
         "lr",
         "grad_norm",
+        "skipped_steps",
         "samples_per_s",
         "tokens_per_s",
         "real_tokens_per_s",

@@ -28,7 +28,7 @@ ZERO = {
 }
 SECTIONS: dict[str, set[str] | None] = {
     "zero_optimization": ZERO,
-    "bf16": {"enabled", "immediate_grad_update", "check_grad_overflow"},
+    "bf16": {"enabled", "immediate_grad_update"},
     "data_types": {"grad_accum_dtype", "buffer_dtype"},
     "communication_data_type": None,
     "prescale_gradients": None,
@@ -70,11 +70,16 @@ OWNED_ELSEWHERE = {
 
 # The same, inside a section.
 OWNED_INSIDE = {
+    ("bf16", "check_grad_overflow"): "it is derived, and the recipe's max_skipped_steps says what may be skipped",
     ("pipeline", "stages"): "the recipe's parallel.pipe owns it",
     ("pipeline", "partition"): "the stages are cut by FLOPs",
     ("pipeline", "seed_layers"): "the recipe's seed owns it",
     ("pipeline", "activation_checkpoint_interval"): "the recipe's activation_checkpointing owns it",
 }
+
+# DeepSpeed's defaults that would cost time in each step, unless the JSON asks for them: its throughput timer waits for
+# the device twice a micro-step, and pretrain/metrics.py measures the same.
+PINNED = {"timers": {"throughput": {"enabled": False}}, "wall_clock_breakdown": False, "memory_breakdown": False}
 
 
 def load_ds_config(
@@ -98,7 +103,9 @@ def load_ds_config(
     _check_precision(path, config)
     config.pop("fp16", None)
     return (
-        config
+        PINNED
+        | config
+        | _bf16(config)
         | {
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": accumulation,
@@ -112,6 +119,15 @@ def load_ds_config(
         }
         | derived
     )
+
+
+def _bf16(config: dict[str, Any]) -> dict[str, Any]:
+    """The section of a bf16 run. DeepSpeed's check for gradients that are not finite makes more than half of the calls
+    of a step, waits for the device and holds the schedule; pretrain/parallel/skipping.py does without. Only offload
+    keeps it: there the optimizer is DeepSpeed's, on the host, which waits for every gradient anyway."""
+    if precision(config) == torch.float32:
+        return {}
+    return {"bf16": config["bf16"] | {"check_grad_overflow": offloads(config)}}
 
 
 def zero_stage(config: dict[str, Any]) -> int:

@@ -19,6 +19,7 @@ from pretrain.distributed import device, rank, world_size
 from pretrain.parallel.compile_once import one_compiles
 from pretrain.parallel.ds_config import offloads, precision, zero_stage
 from pretrain.parallel.launcher import adopt_launcher
+from pretrain.parallel.skipping import skip_on_device
 from pretrain.parallel.state import zero3_part
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ def build_engine(
 
     `factor(steps done)` times each group's lr is the rate of the coming step; `config` is load_ds_config's. Weights are
     loaded into `task` before this call. Every `engine.backward(loss)` is followed by `engine.step()`; the optimizer
-    moves after `gradient_accumulation_steps` of them, and losses are averaged over those and over the ranks.
+    moves after `gradient_accumulation_steps` of them, and losses are averaged over those and over the ranks. A step
+    whose gradients are not finite moves nothing; see skipping.py.
     """
     scalars = [name for name, value in task.named_parameters() if value.ndim == 0]
     assert not scalars, f"DeepSpeed cannot broadcast 0-d parameters; give {scalars} the shape (1,)"
@@ -71,6 +73,7 @@ def build_engine(
     )
     if zero_stage(config) == 0:
         engine.clip_fp32_gradients = lambda: _clip(engine)
+    skip_on_device(engine)
     _restore_masters(engine, exact)
     return engine
 
@@ -104,12 +107,6 @@ def _restore_masters(engine, exact: dict[str, Tensor]) -> None:
                 continue
             was_whole = weight.shape == value.ds_shape  # the engine has cut it
             fragment.safe_set_local_fp32_param(value, zero3_part(value, weight) if was_whole else weight)
-
-
-def gradient_norm(engine) -> float:
-    """The global norm before clipping, of the last optimizer step; nan before the first."""
-    norm = engine.get_global_grad_norm()
-    return float("nan") if norm is None else float(norm)
 
 
 def set_progress(engine, step: int) -> None:

@@ -45,7 +45,7 @@ def write_moments(engine, mesh: Mesh | None, file: Any) -> None:
     parameters, and in the header where each belongs."""
     tensors: dict[str, Tensor] = {}
     places, steps = {}, 0
-    for name, share in _shares(engine, create=False):
+    for name, share in _shares(engine, create=True):  # DeepSpeed may have skipped every step so far
         steps = int(share.state["step"])
         if _writes(share.parameter, engine, mesh):
             places[name] = {"start": share.start, "split": split_dim(share.parameter)}

@@ -88,7 +88,15 @@ def recipe(name: str, model: MultiwayConfig) -> Recipe:
         "pretrain": pretrain,
         "retrieval": _retrieval("fusion"),
     }
-    return Recipe(name=name, model=model, text_tokenizer="$DATA/text.model", stages=stages, save_every=2000)
+    # A choice: one bad batch must not end a run of weeks; a run that diverged is lost in any case.
+    return Recipe(
+        name=name,
+        model=model,
+        text_tokenizer="$DATA/text.model",
+        stages=stages,
+        save_every=2000,
+        max_skipped_steps=3,
+    )
 
 
 def _tokenizer(model: MultiwayConfig) -> Stage:

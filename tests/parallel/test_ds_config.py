@@ -49,6 +49,22 @@ def test_derived_keys_are_added():
     assert config["zero_allow_untested_optimizer"] is True
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_what_costs_time_in_each_step_is_off_whatever_deepspeeds_defaults_are(path):
+    config = load_ds_config(path, **BATCH)
+    assert config["timers"] == {"throughput": {"enabled": False}}
+    assert config["wall_clock_breakdown"] is config["memory_breakdown"] is False
+    if precision(config) == torch.bfloat16:
+        assert config["bf16"] == {"enabled": True, "check_grad_overflow": offloads(config)}
+
+
+def test_a_json_may_ask_for_timers_but_not_for_silent_skips(tmp_path):
+    path = tmp_path / "timers.json"
+    path.write_text(json.dumps({"timers": {"throughput": {"enabled": True}}}))
+    assert load_ds_config(path, **BATCH)["timers"] == {"throughput": {"enabled": True}}
+    assert "max_skipped_steps" in refused(tmp_path, {"bf16": {"enabled": True, "check_grad_overflow": True}})
+
+
 @pytest.mark.parametrize("key", sorted(OWNED_ELSEWHERE))
 def test_a_key_in_two_places_is_refused_by_name(tmp_path, key):
     message = refused(tmp_path, {"zero_optimization": {"stage": 1}, key: 1})
