@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.batch import Layout, Rows
+from pretrain.cross_entropy import Scored, linear_cross_entropy
 from pretrain.distributed import gather_own
 
 # Of a head's weights, from a normal distribution that is not cut: as BEiT's fine-tuning heads and VLMo's. BEiT's own
@@ -65,11 +66,11 @@ class Classifier(nn.Module):
         self.register_parameter("weight", None if tied else nn.Parameter(draw_head(torch.empty(classes, inputs))))
         self.bias = nn.Parameter(torch.zeros(classes))
 
-    def forward(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """rows [R, inputs], targets int64 [R] -> losses [R] in fp32, and [R] 1.0 where the best class is the target."""
-        logits = self.logits(rows)
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        return losses, (logits.detach().argmax(-1) == targets).float()
+    def forward(self, rows: Tensor, targets: Tensor, weights: Tensor) -> Scored:
+        """rows [R, inputs], targets int64 [R], weights fp32 [R] of the rows' losses; see cross_entropy.Scored. All
+        logits are never there at once."""
+        assert self.weight is not None
+        return linear_cross_entropy(rows, self.weight, self.bias, targets, weights)
 
     def predict(self, rows: Tensor) -> Tensor:
         """[R, inputs] -> int64 [R]: the best class of each."""

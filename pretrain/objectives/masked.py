@@ -104,15 +104,6 @@ class Part(NamedTuple):
     targets: Tensor  # int64 [n, L]
 
 
-class Score(NamedTuple):
-    """How one part was answered."""
-
-    loss: Tensor
-    accuracy: Tensor
-    sequences: int
-    weight: int  # sequences or targets: what the loss is a mean over
-
-
 class MaskedDataHeads(nn.Module):
     """One linear head per vocabulary, run on masked rows only. `parts` are the kinds of rows that are hidden: image,
     pair_image, pair_text, text; of images and texts the dual pairs' count only if `dual`. A head without a part is not
@@ -135,10 +126,20 @@ class MaskedDataHeads(nn.Module):
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder | None = None) -> dict[str, Tensor]:
         """-> `loss` (as MaskedData's `mean_over` and `terms` say; by default the mean over sequences of the mean over a
         sequence's targets), `loss/PART` and `accuracy/PART`, where a part is image, pair_image, text or pair_text."""
-        scores: dict[str, Score] = {}
-        for head, parts in self._heads(encoded, batch):
-            scores |= _score(head, parts, self.mean_over)
-        return _combine(scores, self.terms)
+        heads = self._heads(encoded, batch)
+        weighed = {name: _weigh(part, self.mean_over) for _, parts in heads for name, part in parts.items()}
+        whole = max(sum(over for _, over in weighed.values()), 1)
+        report: dict[str, Tensor] = {}
+        losses = []
+        for head, parts in heads:
+            # What each target's loss counts in the objective's.
+            shares = {
+                name: weighed[name][0] / (whole if self.terms == "mean" else max(weighed[name][1], 1)) for name in parts
+            }
+            loss, own = _score(head, parts, weighed, shares)
+            losses.append(loss)
+            report |= own
+        return {"loss": torch.stack(losses).sum(), **report}
 
     def needed_rows(self, batch: Batch) -> Kinds:
         """The hidden patches and words."""
@@ -182,34 +183,34 @@ class MaskedDataHeads(nn.Module):
         return [(head, {name: part for name, part in own.items() if name in self.parts}) for head, own in heads]
 
 
-def _score(head: nn.Module, parts: dict[str, Part], mean_over: str) -> dict[str, Score]:
-    """One matrix product for all parts, on zero rows if nothing is masked: a head must run on every micro-step, or ZeRO
-    mixes up gradients."""
+def _weigh(part: Part, mean_over: str) -> tuple[Tensor, int]:
+    """The weight of each target in its part's loss, fp32 [targets], and by what their sum is divided: sequences or
+    targets."""
+    # A sequence's targets share its weight of one, so long and short sequences count the same.
+    weights = (1 / part.masked.sum(-1).clamp(min=1)).unsqueeze(-1).expand_as(part.masked)[part.masked]
+    if mean_over == "targets":
+        return torch.ones_like(weights), len(weights)
+    return weights, len(part.masked)
+
+
+def _score(
+    head: nn.Module,
+    parts: dict[str, Part],
+    weighed: dict[str, tuple[Tensor, int]],
+    shares: dict[str, Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The head's share of the loss, and what to report of its parts. One matrix product for all of them, on zero rows
+    if nothing is masked: a head must run on every micro-step, or ZeRO mixes up gradients."""
     rows = torch.cat([part.rows.flatten(0, 1)[part.masked.flatten()] for part in parts.values()])
     targets = torch.cat([part.targets[part.masked] for part in parts.values()])
-    losses, right = head(rows, targets)
-    scores, start = {}, 0
+    scored = head(rows, targets, torch.cat([shares[name] for name in parts]))
+    right = (scored.best == targets).float()
+    report, start = {}, 0
     for name, part in parts.items():
-        per_sequence = part.masked.sum(-1)
-        # A sequence's targets share its weight of one, so long and short sequences count the same.
-        weight = (1 / per_sequence.clamp(min=1)).unsqueeze(-1).expand_as(part.masked)[part.masked]
-        own = slice(start, start + len(weight))
-        start += len(weight)
-        accuracy = right[own].sum() / max(len(weight), 1)
-        sequences = over = len(part.masked)
-        if mean_over == "targets":
-            over, weight = len(weight), torch.ones_like(weight)
-        scores[name] = Score((losses[own] * weight).sum() / max(over, 1), accuracy, sequences, over)
-    return scores
-
-
-def _combine(scores: dict[str, Score], terms: str) -> dict[str, Tensor]:
-    if terms == "sum":
-        report = {"loss": torch.stack([score.loss for score in scores.values()]).sum()}
-    else:
-        total = max(sum(score.weight for score in scores.values()), 1)
-        report = {"loss": torch.stack([score.loss * score.weight for score in scores.values()]).sum() / total}
-    for name, score in scores.items():
-        if score.sequences:
-            report |= {f"loss/{name}": score.loss.detach(), f"accuracy/{name}": score.accuracy}
-    return report
+        weights, over = weighed[name]
+        own = slice(start, start + len(weights))
+        start += len(weights)
+        if len(part.masked):
+            report[f"loss/{name}"] = (scored.losses[own] * weights).sum() / max(over, 1)
+            report[f"accuracy/{name}"] = right[own].sum() / max(len(weights), 1)
+    return scored.total, report

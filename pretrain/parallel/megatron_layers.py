@@ -10,10 +10,9 @@ import warnings
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pretrain.distributed import all_gather
+from pretrain.cross_entropy import Scored, join_best, linear_cross_entropy
 from pretrain.layers import draw, draw_head
 from pretrain.parallel.mesh import Axis
 
@@ -24,7 +23,6 @@ with warnings.catch_warnings():
         ColumnParallelLinear,
         RowParallelLinear,
         VocabParallelEmbedding,
-        vocab_parallel_cross_entropy,
     )
     from megatron.core.tensor_parallel.layers import (
         linear_with_frozen_weight,
@@ -138,24 +136,14 @@ class Classifier(_Plain, ColumnParallelLinear):
         self._load_state_dict_pre_hooks.clear()
         self.tensor = tensor
 
-    def forward(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.logits(rows)
-        # Before the loss: it computes the softmax in the place of the logits.
-        right = (best_class(logits.detach(), self.tensor) == targets).float()
-        return vocab_parallel_cross_entropy(logits, targets), right
+    def forward(self, rows: Tensor, targets: Tensor, weights: Tensor) -> Scored:
+        return linear_cross_entropy(rows, self.weight, self.bias, targets, weights, group=self.tensor.group)
 
     def predict(self, rows: Tensor) -> Tensor:
-        return best_class(self.logits(rows), self.tensor)
+        logits = self.logits(rows)
+        top, place = logits.float().max(-1)
+        return join_best(top, place + self.tensor.rank * logits.shape[-1], self.tensor.group)[1]
 
     def logits(self, rows: Tensor) -> Tensor:
         """[R, inputs] -> [R, classes of this rank]."""
         return super().forward(rows)[0]
-
-
-def best_class(logits: Tensor, tensor: Axis) -> Tensor:
-    """[R, classes of this rank] -> int64 [R], the best of all classes; of equals the first, as argmax on one device."""
-    value, place = logits.float().max(-1)
-    # As fp32 in one collective: exact up to 16 million classes.
-    own = torch.stack([value, (place + tensor.rank * logits.shape[-1]).float()])
-    values, places = torch.stack(all_gather(own, tensor.group)).unbind(1)
-    return places.gather(0, values.argmax(0, keepdim=True)).squeeze(0).long()

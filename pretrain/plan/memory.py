@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from pretrain.batch import Layout
+from pretrain.cross_entropy import CHUNK
 from pretrain.parallel.ds_config import offloads, precision, zero_stage
 from pretrain.parallel.sizes import Parallel
 from pretrain.plan.hardware import BUCKET, FP32, LIVE, PERSISTENCE, PREFETCH, REUSE, SUB_GROUP
@@ -294,23 +295,29 @@ def _embedding(planned: Planned, cell: Cell) -> float:
 
 
 def _heads(planned: Planned, cell: Cell) -> float:
-    """The final norm, the rows that each head reads, and its log-probabilities in fp32."""
+    """The final norm, and for each head the gradients that its forward pass makes: of its rows, its matrix and its
+    bias; see pretrain/cross_entropy.py."""
     m, products = planned.model, planned.products(cell.layout)
     read = min(read_rows(planned, cell.layout), cell.layout.rows)
     total: float = read * (m.dim * cell.width + 2 * FP32 + 8)
+    matrices = 0.0  # every sequence rank has the whole head
     for product in products:
         total += product.rows * (product.inputs * cell.width + 16)
-        if product.classes:  # the log-probabilities
-            total += product.rows * product.outputs * FP32 / cell.parallel.tensor
-    return total / cell.parallel.sequence
+        if product.classes:
+            matrices += (product.inputs + 1) * product.outputs * cell.width / cell.parallel.tensor
+    return total / cell.parallel.sequence + matrices
 
 
 def working_bytes(planned: Planned, cell: Cell, parts: range) -> float:
-    """The most that one operation holds beside what is saved: gradients of a block's inner rows, or the logits in their
-    own dtype, in fp32, and their gradient."""
+    """The most that one operation holds beside what is saved: gradients of a block's inner rows; or a chunk of logits
+    in their own dtype, in fp32, and their gradient, and what it adds to the matrix's gradient, in fp32 and not."""
     m, split = planned.model, cell.parallel.tensor * cell.parallel.sequence
     block = cell.layout.rows * (2 * m.ffn_dim + 2 * m.dim) * cell.width / split
     products = planned.products(cell.layout) if m.depth + 1 in parts else []
-    logits = [product.rows * product.outputs for product in products if product.classes]
-    heads = max((size * (2 * cell.width + FP32) for size in logits), default=0)
-    return max(block, heads / split)
+    heads = [
+        min(product.rows * product.outputs / split, CHUNK) * (2 * cell.width + FP32)
+        + product.inputs * product.outputs / cell.parallel.tensor * (cell.width + FP32)
+        for product in products
+        if product.classes
+    ]
+    return max(block, *heads, 0.0)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.batch import Batch, Kinds, Layout, make_batch
+from pretrain.cross_entropy import Scored
 from pretrain.data.masking import Masking, combine
 from pretrain.objectives.masked import MaskedData
 from pretrain.tasks.pretrain import PretrainTask
@@ -57,8 +58,8 @@ def test_the_loss_is_the_mean_over_sequences_of_the_mean_over_targets():
 class Prices(torch.nn.Module):
     """A head whose loss at a row is the row's first number."""
 
-    def forward(self, rows, targets):
-        return rows[:, 0], torch.zeros(len(rows))
+    def forward(self, rows, targets, weights):
+        return Scored((rows[:, 0] * weights).sum(), rows[:, 0], targets)
 
 
 @pytest.mark.parametrize(

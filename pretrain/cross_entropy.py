@@ -1,0 +1,140 @@
+"""The loss of a linear head over a vocabulary, without ever holding the logits of all rows.
+
+Rows go through head and softmax a chunk at a time, and their gradients are made in the same pass (as Liger's fused
+linear cross-entropy, arXiv 2410.10989, does): so no product is done twice, and under ZeRO-3 one gathering of the weight
+is enough. That needs the weight of each row's loss beforehand. torch 2.13's linear_cross_entropy does alike, but tells
+neither the loss of each row nor whether the best class is right, and knows no split vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.distributed import all_gather
+
+# Logits of a chunk, 256 MiB in fp32: enough rows (1024 of 64k classes) for a full rate of products, and few enough
+# chunks that adding up the weight's gradient costs little.
+CHUNK = 2**26
+
+
+class Scored(NamedTuple):
+    """What `linear_cross_entropy` returns."""
+
+    total: Tensor  # [], fp32: the sum of weights * losses; the only one that has a gradient
+    losses: Tensor  # [R], fp32
+    best: Tensor  # int64 [R]: the class with the highest logit, the first of equals
+
+
+def linear_cross_entropy(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Scored:
+    """Cross-entropy of `rows` [R, D] against `targets` int64 [R], each times `weights` [R]. `weight` [C, D] and `bias`
+    [C]; with a `group` each of its ranks holds C consecutive classes, in rank order, and all have the same rows. At
+    most CHUNK logits are held at once."""
+    training = torch.is_grad_enabled()
+    return Scored(*_LinearCrossEntropy.apply(rows, weight, bias, targets, weights, group, training))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        group: dist.ProcessGroup | None,
+        training: bool,
+    ) -> tuple[Tensor, ...]:
+        count = max(CHUNK // len(weight), 1)
+        wanted = [training and needed for needed in ctx.needs_input_grad[:3]]
+        sums = _Gradients(rows, weight, bias, wanted, several=len(rows) > count)
+        losses, best = torch.empty(len(rows), device=rows.device), torch.empty_like(targets)
+        for start in range(0, len(rows), count):
+            part = slice(start, start + count)
+            logits = F.linear(rows[part], weight, bias)
+            dtype, logits = logits.dtype, logits.float()
+            losses[part], best[part] = _score(logits, targets[part], group)
+            if any(wanted):
+                sums.add(part, logits.mul_(weights[part].unsqueeze(1)), dtype)
+        if group is not None and sums.rows is not None:
+            dist.all_reduce(sums.rows, group=group)
+        ctx.save_for_backward(*sums.results())
+        ctx.mark_non_differentiable(losses, best)
+        return (losses * weights).sum(), losses, best
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ready = (None if grad is None else grad * grads[0] for grad in ctx.saved_tensors)
+        return (*ready, None, None, None, None)
+
+
+def _score(logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Losses [r] and best classes [r] of `logits` [r, C] in fp32, which become the gradient of each row's loss."""
+    top, best = logits.max(-1)
+    own, there = targets.unsqueeze(1), None
+    if group is not None:
+        first = dist.get_rank(group) * logits.shape[1]
+        top, best = join_best(top, best + first, group)
+        own = own - first
+        there = (own >= 0) & (own < logits.shape[1])
+        own = own.clamp(0, logits.shape[1] - 1)
+    logits.sub_(top.unsqueeze(1))
+    target = logits.gather(1, own).squeeze(1)
+    total = logits.exp_().sum(-1)
+    hit = torch.ones_like(own, dtype=torch.float32) if there is None else there.float()
+    if group is not None:
+        both = torch.stack([total, target * hit.squeeze(1)])
+        dist.all_reduce(both, group=group)
+        total, target = both.unbind(0)
+    logits.div_(total.unsqueeze(1)).scatter_add_(1, own, -hit)
+    return total.log() - target, best
+
+
+def join_best(top: Tensor, best: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """The highest logits [r] of all ranks and their classes [r]; of equals the first, as argmax on one device."""
+    # As fp32 in one collective: exact up to 16 million classes.
+    tops, places = torch.stack(all_gather(torch.stack([top, best.float()]), group)).unbind(1)
+    top, rank = tops.max(0)
+    return top, places.gather(0, rank.unsqueeze(0)).squeeze(0).long()
+
+
+class _Gradients:
+    """Of the total, as far as they are `wanted`; over `several` chunks the weight's is added up in fp32."""
+
+    def __init__(self, rows: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool], *, several: bool):
+        self.of, self.several = (rows, weight, bias), several
+        self.rows = torch.zeros_like(rows) if wanted[0] else None
+        exact = torch.float32 if several else weight.dtype
+        self.weight = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
+        self.bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if bias is not None and wanted[2] else None
+
+    def add(self, part: slice, logits: Tensor, dtype: torch.dtype) -> None:
+        """`logits`: the gradient of the rows `part`'s logits, which have `dtype`."""
+        rows, weight, _ = self.of
+        if self.bias is not None:
+            self.bias += logits.sum(0)
+        logits = logits.to(dtype)
+        if self.rows is not None:
+            self.rows[part] = logits @ weight.to(dtype)
+        if self.weight is not None:
+            product = logits.T @ rows[part].to(dtype)
+            self.weight = self.weight.add_(product) if self.several else product
+
+    def results(self) -> list[Tensor | None]:
+        return [
+            None if grad is None or like is None else grad.to(like.dtype)
+            for grad, like in zip((self.rows, self.weight, self.bias), self.of, strict=True)
+        ]

@@ -1,0 +1,94 @@
+"""The loss of a head in chunks, against the one over whole logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pretrain import cross_entropy
+from pretrain.cross_entropy import linear_cross_entropy
+
+ROWS, WIDTH, CLASSES = 23, 16, 50
+
+
+def inputs(dtype: torch.dtype = torch.float32, rows: int = ROWS) -> list[torch.Tensor]:
+    """rows, weight, bias, targets, weights; the third row has equal best classes."""
+    made = torch.Generator().manual_seed(0)
+    x, weight, bias = (
+        torch.randn(*shape, generator=made).to(dtype).requires_grad_()
+        for shape in ((rows, WIDTH), (CLASSES, WIDTH), (CLASSES,))
+    )
+    with torch.no_grad():
+        weight[9], bias[9] = weight[4], bias[4]
+        x[2:3] = weight[4] * 3
+    targets = torch.randint(CLASSES, (rows,), generator=made)
+    targets[2:3] = 4
+    return [x, weight, bias, targets, torch.rand(rows, generator=made) / 7]
+
+
+def plain(x, weight, bias, targets, weights):
+    logits = F.linear(x, weight, bias)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none")
+    return (losses * weights).sum(), losses, logits.argmax(-1)
+
+
+def gradients(total: torch.Tensor, *of: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of a part of a loss, as an accumulation of four makes it."""
+    return torch.autograd.grad(total / 4, [each for each in of if each.requires_grad])
+
+
+@pytest.mark.parametrize("rows_of_a_chunk", [1, 5, ROWS, 1000])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize("frozen", [(), (0,), (1,), (1, 2)], ids=str)
+def test_losses_gradients_and_best_classes_are_those_of_whole_logits(monkeypatch, rows_of_a_chunk, dtype, near, frozen):
+    monkeypatch.setattr(cross_entropy, "CHUNK", rows_of_a_chunk * CLASSES)
+    given = inputs(dtype)
+    for number in frozen:
+        given[number].requires_grad_(False)
+    got, want = linear_cross_entropy(*given), plain(*given)
+    torch.testing.assert_close(tuple(got), want, atol=1e-6, rtol=1e-6)
+    assert got.best[2] == 4, "of equals the first"
+    for mine, right in zip(gradients(got.total, *given[:3]), gradients(want[0], *given[:3]), strict=True):
+        assert mine.dtype == dtype
+        scale = float(right.abs().max())
+        torch.testing.assert_close(mine / scale, right / scale, atol=near, rtol=0)
+
+
+def test_no_rows_give_zero_gradients():
+    given = inputs(rows=0)
+    total = linear_cross_entropy(*given).total
+    assert total == 0 and all(not grad.any() for grad in gradients(total, *given[:3]))
+
+
+def test_without_gradients_none_are_made():
+    given = inputs()
+    with torch.no_grad(), Largest() as seen:
+        got = linear_cross_entropy(*given)
+    assert not got.total.requires_grad
+    torch.testing.assert_close(got.total, plain(*given)[0].detach())
+    assert seen.products == 1
+
+
+class Largest(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = self.products = 0
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        out = call(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.numbers = max(self.numbers, *sizes, 0)
+        self.products += call.overloadpacket.__name__ in ("mm", "addmm")
+        return out
+
+
+def test_the_whole_logits_are_never_there_and_no_product_is_made_twice(monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK", 4 * CLASSES)
+    given = inputs(rows=400)
+    with Largest() as seen:
+        linear_cross_entropy(*given).total.backward()
+    assert seen.numbers == 400 * WIDTH, "the rows' own gradient; whole logits have 400 * 50"
+    assert seen.products == 3 * 100
