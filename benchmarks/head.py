@@ -75,6 +75,7 @@ def one_way(way: str, args: argparse.Namespace, results: Any) -> None:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     figures: dict[str, Any] = {}
+    peaks = []
     for way in WAYS:
         results = context.Queue()
         process = context.Process(target=one_way, args=(way, args, results))
@@ -84,14 +85,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"the run with {way} ended with exit code {process.exitcode}; use less --rows")
         peak, seconds = results.get()
         figures[way] = {"memory_gib": round(peak / 2**30, 3), "seconds": round(seconds, 3)}
+        peaks.append(max(peak, 1))
     whole, chunks = (torch.load(Path(args.place) / f"{way}.pt", weights_only=True) for way in WAYS)
     away = [
         float((a.float() - b.float()).abs().max() / a.float().abs().max()) for a, b in zip(whole, chunks, strict=True)
     ]
     names = ("loss", "rows", "weight", "bias")
     figures["difference"] = {name: float(f"{value:.1e}") for name, value in zip(names, away, strict=True)}
-    figures["memory_ratio"] = round(figures["whole"]["memory_gib"] / figures["chunks"]["memory_gib"], 2)
-    figures["time_ratio"] = round(figures["whole"]["seconds"] / figures["chunks"]["seconds"], 2)
+    figures["memory_ratio"] = round(peaks[0] / peaks[1], 2)
+    figures["time_ratio"] = round(figures["whole"]["seconds"] / max(figures["chunks"]["seconds"], 1e-3), 2)
     return figures
 
 

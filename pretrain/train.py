@@ -11,16 +11,18 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from pretrain.batch import Batch
 from pretrain.checkpoint.save import save
 from pretrain.checkpoint.weights import WEIGHTS, carry_over, write_weights
+from pretrain.config import Recipe, Stage
 from pretrain.data.text_tokenizer import TOKENIZER
 from pretrain.distributed import any_rank, device, fail_together, rank, reduce_mean, world_size
 from pretrain.files import write_file
@@ -121,9 +123,41 @@ def run(args: argparse.Namespace, stop: StopSignals, watch: Watch) -> int:
         return 0
     stage_ds_config(args.ds, recipe, stage)  # what is wrong with this stage is said first
     check_other_stages(recipe, args.stage, args.run_dir, changed=bool(args.set))
-    run = build_run(
-        recipe, stage, args.ds, inputs_dir(args.run_dir, identity), watch, directory=directory, settings=identity
-    )
+    with memory_suffices(stage):
+        done = run_stage(args, recipe, stage, directory, identity, stop, watch)
+    if done < stage.steps:
+        log.info("%s: stopped by a signal and saved at step %d; start the same line again", args.stage, done)
+        return STOPPED
+    log.info("%s: finished at step %d; wrote %s", args.stage, done, directory / WEIGHTS)
+    return 0
+
+
+@contextmanager
+def memory_suffices(stage: Stage) -> Iterator[None]:
+    """ValueError where the device's memory does not."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        what = str(error).split(". ")[:2]  # then come torch's own figures, and advice that is set in launch/
+        raise ValueError(
+            f"the GPU's memory is full ({'. '.join(what)}): batch.accumulation={stage.batch.accumulation} and "
+            f"activation_checkpointing={int(stage.activation_checkpointing)}; raise batch.accumulation, which makes "
+            "micro-batches smaller, or set activation_checkpointing=1 (python -m pretrain.plan says what fits)"
+        ) from error
+
+
+def run_stage(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    stage: Stage,
+    directory: Path,
+    identity: dict[str, Any],
+    stop: StopSignals,
+    watch: Watch,
+) -> int:
+    """Builds, trains and hands over; the last step that was done."""
+    inputs = inputs_dir(args.run_dir, identity)
+    run = build_run(recipe, stage, args.ds, inputs, watch, directory=directory, settings=identity)
     command = {"recipe": _findable(args.recipe), "set": args.set, "ds": run.ds_config, "world": world_size()}
     fail_together(lambda: note_recipe(directory, recipe, identity, command) if rank() == 0 else None)
     reached = last_step(directory)  # before what was not saved is cut off
@@ -133,11 +167,7 @@ def run(args: argparse.Namespace, stop: StopSignals, watch: Watch) -> int:
             hand_over(run, directory / WEIGHTS)
         else:
             life.reason = "stopped by a signal, after saving"
-    if done < stage.steps:
-        log.info("%s: stopped by a signal and saved at step %d; start the same line again", args.stage, done)
-        return STOPPED
-    log.info("%s: finished at step %d; wrote %s", args.stage, done, directory / WEIGHTS)
-    return 0
+    return done
 
 
 def train(run: Run, directory: Path, stop: StopSignals, watch: Watch) -> int:

@@ -1,4 +1,4 @@
-"""A whole run on two ranks, of which one has losses that are not finite in some steps."""
+"""Whole runs on two ranks: of one the losses are not finite in some steps, or the memory is full."""
 
 from __future__ import annotations
 
@@ -64,3 +64,35 @@ def test_one_bad_step_more_than_allowed_ends_it(data, tmp_path):
     codes, said, checkpoints = run(data, tmp_path, (3, 4), "zero1_bf16.json", "max_skipped_steps=1")
     assert codes == [2, 2] and checkpoints == ["2"], said
     assert "step 4: the gradient norm is inf" in said and "2 steps in a row with max_skipped_steps=1" in said
+
+
+def fill_memory(full: tuple[int, ...], rank: int) -> None:
+    import torch
+
+    from pretrain.objectives.masked import MaskedDataHeads
+
+    forward = MaskedDataHeads.forward
+
+    def too_large(self, *args):
+        if rank in full:
+            said = "CUDA out of memory. Tried to allocate 7.81 GiB. GPU 0 has a capacity of 79.10 GiB."
+            raise torch.cuda.OutOfMemoryError(said)
+        return forward(self, *args)
+
+    MaskedDataHeads.forward = too_large
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [(0, 1), (1,)], ids=str)
+def test_a_gpu_that_is_full_is_one_sentence_on_every_rank_that_meets_it(data, tmp_path, full):
+    line = command(data, tmp_path, "language", *SETTINGS, "batch.accumulation=2", ds="zero1_bf16.json")
+    ranks = Ranks(line, data, 2, tmp_path / "log", partial(fill_memory, full))
+    codes = ranks.wait(90)
+    ranks.kill()
+    said = (tmp_path / "log").read_text()
+    assert codes == [2 if rank in full else 69 for rank in range(2)], said
+    lines = [line for line in said.splitlines() if "memory is full" in line]
+    assert len(lines) == len(full) and "Traceback" not in said, said
+    for line in lines:
+        assert "Tried to allocate 7.81 GiB" in line and "batch.accumulation=2" in line
+        assert "activation_checkpointing=0" in line and "capacity" not in line

@@ -300,3 +300,22 @@ def test_ranks_start_from_the_nodes_copy_of_the_environment(tmp_path):
     rank(tmp_path, "--copy", **local)
     assert (copy / "mark").exists(), "it was copied twice"
     assert rank(tmp_path, **local | {"IMGLISH_TAG": "new"}).stdout.startswith(f"{tmp_path}/env/bin/python")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "given", "want"),
+    [
+        (True, {}, "expandable_segments:True 1048576"),
+        (True, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native", "MALLOC_MMAP_THRESHOLD_": "7"}, "backend:native 7"),
+        (False, {}, "unset unset"),
+    ],
+)
+def test_memory_settings_are_for_gpus_and_the_users_own_stay(tmp_path, gpu, given, want):
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n{'echo GPU 0: one' if gpu else 'exit 9'}\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "MALLOC_MMAP_THRESHOLD_")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "IMGLISH_PYTHON": sys.executable}
+    line = 'source launch/env/setup.sh; echo "${PYTORCH_ALLOC_CONF:-unset} ${MALLOC_MMAP_THRESHOLD_:-unset}"'
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=20)
+    assert done.stdout.strip() == want, done

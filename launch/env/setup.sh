@@ -114,3 +114,9 @@ else
     make_environment || exit
 fi
 export PYTHON NO_ALBUMENTATIONS_UPDATE=1 PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+if has_gpu; then
+    # Blocks of the GPU's memory that grow: batches of another shape find room without a second cache. And glibc returns
+    # large blocks of the host's at once (python -m benchmarks.build_memory); on the CPU that would cost time instead.
+    export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}"
+    export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1048576}"
+fi

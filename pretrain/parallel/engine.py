@@ -31,7 +31,7 @@ def init_distributed(timeout_s: float = 1800.0) -> None:
     adopt_launcher()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
-        torch.cuda.set_device(device())
+        _take_device()
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
@@ -49,6 +49,16 @@ def init_distributed(timeout_s: float = 1800.0) -> None:
             ) from error
     os.environ.setdefault("LOCAL_RANK", "0")
     _deepspeed().init_distributed(backend, verbose=False)
+
+
+def _take_device() -> None:
+    """This rank's GPU, also for DeepSpeed, which takes the one with the number LOCAL_RANK: where a launcher shows each
+    rank only its own (srun --gpus-per-task=1, --gpu-bind=single:1), that is number 0 on every rank."""
+    own = device()
+    torch.cuda.set_device(own)
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
+        if name == "LOCAL_RANK" or name in os.environ:  # DeepSpeed wants mpirun's to be the same
+            os.environ[name] = str(own.index)
 
 
 def build_engine(

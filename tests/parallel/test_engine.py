@@ -189,6 +189,21 @@ def test_ranks_that_do_not_come_are_an_error_in_time():
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.parametrize(("visible", "rank", "gpu"), [(1, 3, 0), (4, 3, 3), (4, 0, 0)])
+def test_deepspeed_takes_the_gpu_that_torch_took(monkeypatch, visible, rank, gpu):
+    """A launcher may show each rank one GPU only."""
+    from pretrain.parallel import engine
+
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    for _ in range(2):  # evaluation joins again
+        engine._take_device()
+    assert taken == [torch.device("cuda", gpu)] * 2 and os.environ["LOCAL_RANK"] == str(gpu)
+
+
 def test_srun_needs_a_meeting_point():
     with pytest.raises(ValueError, match="MASTER_ADDR is not set under srun"):
         alone(join, {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
