@@ -42,7 +42,7 @@ def inputs(args: argparse.Namespace) -> tuple[Tensor, ...]:
 def passes(way: str, rows: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """Forward and backward; the total."""
     if way == "chunks":
-        total = cross_entropy.linear_cross_entropy(rows, weight, bias, targets, weights).total
+        total = cross_entropy.linear_cross_entropy(rows, weight, bias, targets, weights, classes=len(weight)).total
     else:
         logits = F.linear(rows, weight, bias)
         total = (F.cross_entropy(logits.float(), targets, reduction="none") * weights).sum()

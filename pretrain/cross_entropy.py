@@ -8,6 +8,7 @@ neither the loss of each row nor whether the best class is right, and knows no s
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -37,13 +38,14 @@ def linear_cross_entropy(
     targets: Tensor,
     weights: Tensor,
     *,
+    classes: int,
     group: dist.ProcessGroup | None = None,
 ) -> Scored:
     """Cross-entropy of `rows` [R, D] against `targets` int64 [R], each times `weights` [R]. `weight` [C, D] and `bias`
-    [C]; with a `group` each of its ranks holds C consecutive classes, in rank order, and all have the same rows. At
-    most CHUNK logits are held at once."""
+    [C]; with a `group` each of its ranks holds C consecutive classes, in rank order, and all have the same rows. Only
+    the first `classes` of them are real, and count. At most CHUNK logits are held at once."""
     training = torch.is_grad_enabled()
-    return Scored(*_LinearCrossEntropy.apply(rows, weight, bias, targets, weights, group, training))
+    return Scored(*_LinearCrossEntropy.apply(rows, weight, bias, targets, weights, classes, group, training))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -55,18 +57,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         weights: Tensor,
+        classes: int,
         group: dist.ProcessGroup | None,
         training: bool,
     ) -> tuple[Tensor, ...]:
         count = max(CHUNK // len(weight), 1)
         wanted = [training and needed for needed in ctx.needs_input_grad[:3]]
+        first = 0 if group is None else dist.get_rank(group) * len(weight)
         sums = _Gradients(rows, weight, bias, wanted, several=len(rows) > count)
         losses, best = torch.empty(len(rows), device=rows.device), torch.empty_like(targets)
         for start in range(0, len(rows), count):
             part = slice(start, start + count)
             logits = F.linear(rows[part], weight, bias)
             dtype, logits = logits.dtype, logits.float()
-            losses[part], best[part] = _score(logits, targets[part], group)
+            if classes < first + len(weight):
+                logits[:, max(classes - first, 0) :] = -math.inf
+            losses[part], best[part] = _score(logits, targets[part] - first, first, group)
             if any(wanted):
                 sums.add(part, logits.mul_(weights[part].unsqueeze(1)), dtype)
         if group is not None and sums.rows is not None:
@@ -78,28 +84,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ready = (None if grad is None else grad * grads[0] for grad in ctx.saved_tensors)
-        return (*ready, None, None, None, None)
+        return (*ready, None, None, None, None, None)
 
 
-def _score(logits: Tensor, targets: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """Losses [r] and best classes [r] of `logits` [r, C] in fp32, which become the gradient of each row's loss."""
+def _score(logits: Tensor, own: Tensor, first: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """Losses [r] and best classes [r] of `logits` [r, C] in fp32, which become the gradient of each row's loss. `own`
+    [r] are the targets counted from this rank's `first` class, some of them other ranks'."""
     top, best = logits.max(-1)
-    own, there = targets.unsqueeze(1), None
+    hit = torch.ones_like(own, dtype=torch.float32)
     if group is not None:
-        first = dist.get_rank(group) * logits.shape[1]
         top, best = join_best(top, best + first, group)
-        own = own - first
-        there = (own >= 0) & (own < logits.shape[1])
+        hit = ((own >= 0) & (own < logits.shape[1])).float()
         own = own.clamp(0, logits.shape[1] - 1)
+    own = own.unsqueeze(1)
     logits.sub_(top.unsqueeze(1))
     target = logits.gather(1, own).squeeze(1)
     total = logits.exp_().sum(-1)
-    hit = torch.ones_like(own, dtype=torch.float32) if there is None else there.float()
     if group is not None:
-        both = torch.stack([total, target * hit.squeeze(1)])
+        both = torch.stack([total, torch.where(hit > 0, target, 0.0)])
         dist.all_reduce(both, group=group)
         total, target = both.unbind(0)
-    logits.div_(total.unsqueeze(1)).scatter_add_(1, own, -hit)
+    logits.div_(total.unsqueeze(1)).scatter_add_(1, own, -hit.unsqueeze(1))
     return total.log() - target, best
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,25 @@ from pretrain.distributed import gather_own
 # Of a head's weights, from a normal distribution that is not cut: as BEiT's fine-tuning heads and VLMo's. BEiT's own
 # pretraining head is cut at one standard deviation like the rest of its weights, so it starts with 0.54 of this.
 HEAD_STD = 0.02
+
+
+# Tensor cores want matrices whose sides are multiples of 8 and more, and 64010 is one of 2; so a vocabulary gets rows
+# that stand for nothing: a multiple of MULTIPLE, which tensor ranks can divide too. One of less than SMALL gains little
+# and stays as it is. Only a run's memory has them: files hold the real rows (parallel/state.py, parallel/moments.py).
+MULTIPLE, SMALL = 128, 4096
+
+
+def padded(classes: int) -> int:
+    """The rows of a vocabulary of so many classes."""
+    return classes if classes < SMALL else -(-classes // MULTIPLE) * MULTIPLE
+
+
+def mark_padded(parameter: nn.Parameter, classes: int) -> nn.Parameter:
+    """`real_rows` tells those who read and write files how many rows of the whole parameter are real; the others are
+    zero and stay zero, since their gradients are."""
+    marked: Any = parameter
+    marked.real_rows = classes
+    return parameter
 
 
 class Linear(nn.Linear):
@@ -38,12 +57,15 @@ class Linear(nn.Linear):
 
 
 class Vocabulary(nn.Embedding):
+    """An embedding whose rows are padded; see `padded`."""
+
     def __init__(self, size: int, dim: int, *, std: float = 0.02):
-        self.std = std
-        super().__init__(size, dim)
+        self.std, self.size = std, size
+        super().__init__(padded(size), dim)
+        mark_padded(self.weight, size)
 
     def reset_parameters(self) -> None:
-        draw(self.weight, self.std)
+        draw_first(self.weight, self.size, partial(draw, std=self.std))
 
 
 class Head(nn.Linear):
@@ -56,28 +78,34 @@ class Head(nn.Linear):
 
 
 class Classifier(nn.Module):
-    """A linear head over a vocabulary, and its cross-entropy. A `tied` one has no weight of its own: whoever builds it
-    sets `weight` to the embedding table that it shares."""
+    """A linear head over a vocabulary, and its cross-entropy. Its classes are padded (see `padded`), and no padding has
+    a probability. A `tied` one has no weight of its own: whoever builds it sets `weight` to the embedding table that it
+    shares."""
 
     weight: nn.Parameter | None
 
     def __init__(self, inputs: int, classes: int, *, tied: bool = False):
         super().__init__()
-        self.register_parameter("weight", None if tied else nn.Parameter(draw_head(torch.empty(classes, inputs))))
-        self.bias = nn.Parameter(torch.zeros(classes))
+        self.classes, rows = classes, padded(classes)
+        self.register_parameter("weight", None)
+        if not tied:
+            drawn = draw_first(torch.empty(rows, inputs), classes, draw_head)
+            self.weight = mark_padded(nn.Parameter(drawn), classes)
+        self.bias = mark_padded(nn.Parameter(torch.zeros(rows)), classes)
 
     def forward(self, rows: Tensor, targets: Tensor, weights: Tensor) -> Scored:
         """rows [R, inputs], targets int64 [R], weights fp32 [R] of the rows' losses; see cross_entropy.Scored. All
         logits are never there at once."""
         assert self.weight is not None
-        return linear_cross_entropy(rows, self.weight, self.bias, targets, weights)
+        return linear_cross_entropy(rows, self.weight, self.bias, targets, weights, classes=self.classes)
 
     def predict(self, rows: Tensor) -> Tensor:
         """[R, inputs] -> int64 [R]: the best class of each."""
         return self.logits(rows).argmax(-1)
 
     def logits(self, rows: Tensor) -> Tensor:
-        return F.linear(rows, self.weight, self.bias)
+        """[..., inputs] -> [..., classes]"""
+        return F.linear(rows, self.weight, self.bias)[..., : self.classes]
 
 
 class Share(NamedTuple):
@@ -136,6 +164,14 @@ def draw(weight: Tensor, std: float, cut: float = 1.0) -> Tensor:
     if math.isinf(cut):
         return weight.copy_(drawn.normal_(std=std))
     return weight.copy_(nn.init.trunc_normal_(drawn, std=std, a=-cut * std, b=cut * std))
+
+
+def draw_first(weight: Tensor, rows: int, draw_rows: Callable[[Tensor], Any]) -> Tensor:
+    """Draws the first `rows` of a weight, which get the numbers that they would get alone; the others are zero."""
+    with torch.no_grad():
+        draw_rows(weight[:rows])
+        weight[rows:].zero_()
+    return weight
 
 
 def draw_head(weight: Tensor) -> Tensor:

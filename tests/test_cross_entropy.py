@@ -48,7 +48,7 @@ def test_losses_gradients_and_best_classes_are_those_of_whole_logits(monkeypatch
     given = inputs(dtype)
     for number in frozen:
         given[number].requires_grad_(False)
-    got, want = linear_cross_entropy(*given), plain(*given)
+    got, want = linear_cross_entropy(*given, classes=CLASSES), plain(*given)
     torch.testing.assert_close(tuple(got), want, atol=1e-6, rtol=1e-6)
     assert got.best[2] == 4, "of equals the first"
     for mine, right in zip(gradients(got.total, *given[:3]), gradients(want[0], *given[:3]), strict=True):
@@ -59,14 +59,14 @@ def test_losses_gradients_and_best_classes_are_those_of_whole_logits(monkeypatch
 
 def test_no_rows_give_zero_gradients():
     given = inputs(rows=0)
-    total = linear_cross_entropy(*given).total
+    total = linear_cross_entropy(*given, classes=CLASSES).total
     assert total == 0 and all(not grad.any() for grad in gradients(total, *given[:3]))
 
 
 def test_without_gradients_none_are_made():
     given = inputs()
     with torch.no_grad(), Largest() as seen:
-        got = linear_cross_entropy(*given)
+        got = linear_cross_entropy(*given, classes=CLASSES)
     assert not got.total.requires_grad
     torch.testing.assert_close(got.total, plain(*given)[0].detach())
     assert seen.products == 1
@@ -89,6 +89,6 @@ def test_the_whole_logits_are_never_there_and_no_product_is_made_twice(monkeypat
     monkeypatch.setattr(cross_entropy, "CHUNK", 4 * CLASSES)
     given = inputs(rows=400)
     with Largest() as seen:
-        linear_cross_entropy(*given).total.backward()
+        linear_cross_entropy(*given, classes=CLASSES).total.backward()
     assert seen.numbers == 400 * WIDTH, "the rows' own gradient; whole logits have 400 * 50"
     assert seen.products == 3 * 100

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pretrain.files import write_json, written_in_one_step
 from pretrain.json_files import parse_json, read_object
+from pretrain.parallel.state import dense_shape, fill
 from pretrain.tensors import check_finite, check_type
 
 HEADER = "imglish"  # the one metadata key of our safetensors: several would be written in no fixed order
@@ -115,8 +116,8 @@ def load_handover(
     wanted: nn.Module | dict[str, Tensor],
     path: Path,
     *,
-    shape_of: Callable[[Tensor], tuple[int, ...]] = lambda value: tuple(value.shape),
-    fill: Callable[[Tensor, Tensor], Any] = Tensor.copy_,
+    shape_of: Callable[[Tensor], tuple[int, ...]] = dense_shape,
+    fill: Callable[[Tensor, Tensor], Any] = fill,
     adapt: Adapt | None = None,
 ) -> Handover:
     """Fill a module's parameters and buffers, or a dictionary of tensors, from a weights.safetensors. Where a rank has

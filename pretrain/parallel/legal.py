@@ -8,6 +8,7 @@ from typing import Any
 
 from pretrain.batch import batch_problem
 from pretrain.contracts import ModelSizes
+from pretrain.layers import padded
 from pretrain.parallel.ds_config import zero_stage
 from pretrain.parallel.sizes import Parallel, world_problem
 
@@ -79,7 +80,7 @@ def _splits(parallel: Parallel, model: ModelSizes, classes: Mapping[str, int]) -
         )
     sizes = {"model.ffn_dim": model.ffn_dim, "model.vocab_size": model.vocab_size, **classes}
     for name, size in sizes.items():
-        if size % parallel.tensor:
+        if (size if name == "model.ffn_dim" else padded(size)) % parallel.tensor:
             multiple = parallel.tensor if name == "model.ffn_dim" else math.lcm(VOCABULARY_MULTIPLE, parallel.tensor)
             above = -(-size // multiple) * multiple
             reasons.append(

@@ -6,14 +6,16 @@ one tensor, and have no `_extra_state` in their state_dict.
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import partial
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.cross_entropy import Scored, join_best, linear_cross_entropy
-from pretrain.layers import draw, draw_head
+from pretrain.layers import draw, draw_first, draw_head, mark_padded, padded
 from pretrain.parallel.mesh import Axis
 
 with warnings.catch_warnings():
@@ -117,7 +119,9 @@ class Vocabulary(VocabParallelEmbedding):
     """Splits its rows."""
 
     def __init__(self, size: int, dim: int, *, std: float = 0.02, tensor: Axis, config: Any):
-        super().__init__(size, dim, init_method=partial(draw, std=std), config=config, tp_group=tensor.group)
+        drawn = partial(draw_first, rows=size, draw_rows=partial(draw, std=std))
+        super().__init__(padded(size), dim, init_method=drawn, config=config, tp_group=tensor.group)
+        mark_padded(self.weight, size)
 
 
 class Classifier(_Plain, ColumnParallelLinear):
@@ -126,18 +130,21 @@ class Classifier(_Plain, ColumnParallelLinear):
     def __init__(self, inputs: int, classes: int, *, tied: bool = False, tensor: Axis, config: Any):
         super().__init__(
             inputs,
-            classes,
+            padded(classes),
             config=config,
-            init_method=draw_head,
+            init_method=partial(draw_first, rows=classes, draw_rows=draw_head),
             gather_output=False,
             skip_weight_param_allocation=tied,
             tp_group=tensor.group,
         )
         self._load_state_dict_pre_hooks.clear()
-        self.tensor = tensor
+        self.tensor, self.classes = tensor, classes
+        for parameter in (self.bias,) if tied else (self.weight, self.bias):
+            mark_padded(parameter, classes)
 
     def forward(self, rows: Tensor, targets: Tensor, weights: Tensor) -> Scored:
-        return linear_cross_entropy(rows, self.weight, self.bias, targets, weights, group=self.tensor.group)
+        group = self.tensor.group
+        return linear_cross_entropy(rows, self.weight, self.bias, targets, weights, classes=self.classes, group=group)
 
     def predict(self, rows: Tensor) -> Tensor:
         logits = self.logits(rows)
@@ -145,5 +152,9 @@ class Classifier(_Plain, ColumnParallelLinear):
         return join_best(top, place + self.tensor.rank * logits.shape[-1], self.tensor.group)[1]
 
     def logits(self, rows: Tensor) -> Tensor:
-        """[R, inputs] -> [R, classes of this rank]."""
-        return super().forward(rows)[0]
+        """[R, inputs] -> [R, classes of this rank]; padding is -inf."""
+        logits = super().forward(rows)[0]
+        real = max(self.classes - self.tensor.rank * logits.shape[1], 0)
+        return (
+            logits if real >= logits.shape[1] else F.pad(logits[:, :real], (0, logits.shape[1] - real), value=-math.inf)
+        )

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.parallel.state import dense_shape, named_state, split_dim
+from pretrain.parallel.state import dense_shape, named_state, padded_shape, real_rows, split_dim
 
 if TYPE_CHECKING:
     from pretrain.parallel.mesh import Mesh
@@ -66,13 +66,32 @@ def read_moments(engine, mesh: Mesh | None, files: list[Path]) -> None:
             split, end = split_dim(share.parameter), share.start + share.length
             if split is None:  # whole on this rank, but perhaps not on theirs
                 split = saved.splits.get(name)
+            vocabulary = _vocabulary(share.parameter, mesh, size)
             for key in MOMENTS:
-                if split is None or saved.tensor_size == size:
+                if vocabulary is not None and saved.numbers(name) != vocabulary.padded:
+                    value = saved.vocabulary(key, name, vocabulary)
+                    value = value.chunk(vocabulary.parts)[rank % vocabulary.parts][share.start : end]
+                elif split is None or saved.tensor_size == size:
                     value = saved.run(key, name, 0 if split is None else rank, share.start, end)
                 else:
-                    whole = saved.whole(key, name, split, dense_shape(share.parameter, mesh))
+                    whole = saved.whole(key, name, split, padded_shape(share.parameter, mesh))
                     value = whole.chunk(size, split)[rank].flatten()[share.start : end]
                 share.moment(key).copy_(value)
+
+
+class _Vocabulary(NamedTuple):
+    """Sizes of a parameter that is padded: numbers with and without padding, and tensor ranks that share them."""
+
+    padded: int
+    real: int
+    parts: int
+
+
+def _vocabulary(parameter: Any, mesh: Mesh | None, size: int) -> _Vocabulary | None:
+    if real_rows(parameter) is None:
+        return None
+    parts = 1 if split_dim(parameter) is None else size
+    return _Vocabulary(math.prod(padded_shape(parameter, mesh)), math.prod(dense_shape(parameter, mesh)), parts)
 
 
 def _shares(engine, *, create: bool) -> Iterator[tuple[str, _Share]]:
@@ -175,6 +194,17 @@ class _Saved:
                 f"the checkpoint holds {key} of {name} only in part; remove it, and the one before it is used"
             )
         return torch.cat(parts)
+
+    def numbers(self, name: str) -> int:
+        """Of a parameter, on all tensor ranks."""
+        return sum(run[-1][1] for (each, _), run in self.pieces.items() if each == name)
+
+    def vocabulary(self, key: str, name: str, wanted: _Vocabulary) -> Tensor:
+        """A vocabulary's moment, flat, that was saved with other padding, or none: runs from before 2026-11-29."""
+        indices = sorted(index for each, index in self.pieces if each == name)
+        parts = [self.run(key, name, index, 0, self.pieces[name, index][-1][1]) for index in indices]
+        whole = torch.cat(parts)[: wanted.real]
+        return torch.cat([whole, whole.new_zeros(wanted.padded - len(whole))])
 
     def whole(self, key: str, name: str, split: int, shape: tuple[int, ...]) -> Tensor:
         """A parameter's moment from all tensor ranks."""

@@ -23,8 +23,14 @@ def named_state(module: nn.Module) -> dict[str, Tensor]:
     return module.state_dict(keep_vars=True)
 
 
-def dense_shape(value: Tensor, mesh: Mesh | None) -> tuple[int, ...]:
-    """The shape on one device of a parameter of which this rank may hold a part."""
+def dense_shape(value: Tensor, mesh: Mesh | None = None) -> tuple[int, ...]:
+    """The shape on one device, and in files, of a parameter of which this rank may hold a part."""
+    shape = padded_shape(value, mesh)
+    return shape if real_rows(value) is None else (real_rows(value), *shape[1:])
+
+
+def padded_shape(value: Tensor, mesh: Mesh | None) -> tuple[int, ...]:
+    """The same with the rows of padding that a vocabulary has in memory."""
     shape = list(getattr(value, "ds_shape", value.shape))
     split = split_dim(value)
     if split is not None and mesh is not None:
@@ -32,8 +38,11 @@ def dense_shape(value: Tensor, mesh: Mesh | None) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def fill(value: Any, whole: Tensor, mesh: Mesh | None) -> None:
+def fill(value: Any, whole: Tensor, mesh: Mesh | None = None) -> None:
     """Puts this rank's part of a tensor in its place, before the engine is built."""
+    if real_rows(value) is not None:
+        padding = padded_shape(value, mesh)[0] - len(whole)
+        whole = torch.cat([whole, whole.new_zeros(padding, *whole.shape[1:])])
     split = split_dim(value)
     if split is not None and mesh is not None:
         whole = whole.chunk(mesh.tensor.size, split)[mesh.tensor.rank]
@@ -93,10 +102,10 @@ def _whole(engine, mesh: Mesh | None) -> Iterator[tuple[str, Tensor]]:
 
 
 def _join(value: Tensor, part: Tensor, mesh: Mesh | None) -> Tensor:
-    """All tensor ranks' parts side by side."""
-    if split_dim(value) is None or mesh is None or mesh.tensor.size == 1:
-        return part
-    return torch.cat(all_gather(part, mesh.tensor.group), split_dim(value))
+    """All tensor ranks' parts side by side, without padding."""
+    if split_dim(value) is not None and mesh is not None and mesh.tensor.size > 1:
+        part = torch.cat(all_gather(part, mesh.tensor.group), split_dim(value))
+    return part[: real_rows(value)]  # None: all of it
 
 
 def _on_rank_0(value: Tensor) -> Tensor:
@@ -125,6 +134,11 @@ def _pass_on(mine: tuple[str, Tensor] | None, stage: int, mesh: Mesh) -> tuple[s
 def split_dim(value: Any) -> int | None:
     """The dimension that tensor parallelism splits; None for what every tensor rank holds whole."""
     return value.partition_dim if getattr(value, "tensor_model_parallel", False) else None
+
+
+def real_rows(value: Any) -> Any:
+    """Of a padded vocabulary, its rows without padding (layers.mark_padded); None for any other tensor."""
+    return getattr(value, "real_rows", None)
 
 
 def zero3_part(value: Any, whole: Tensor) -> Tensor:

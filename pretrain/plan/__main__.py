@@ -196,7 +196,7 @@ def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    example = "--recipe beit3_giant --stage pretrain --gpus 64 --gpu a100-80g --set model.vocab_size=64064"
+    example = "--recipe beit3_giant --stage pretrain --gpus 64 --gpu a100-80g"
     parser = make_parser("pretrain.plan", __doc__, example)
     parser.allow_abbrev = False
     parser.add_argument("--recipe", required=True, help="a name in pretrain/recipes, or a .py file with RECIPE = ...")

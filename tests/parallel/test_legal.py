@@ -70,13 +70,13 @@ SENTENCES = {
     ),
     "vocabulary": (
         Parallel(tensor=4),
-        {"model": GIANT._replace(vocab_size=64010)},
-        ["model.vocab_size=64010 is not a multiple of parallel.tensor=4", "set model.vocab_size=64016", "never used"],
+        {"model": GIANT._replace(vocab_size=1010)},
+        ["model.vocab_size=1010 is not a multiple of parallel.tensor=4", "set model.vocab_size=1016", "never used"],
     ),
     "image codes": (
         Parallel(tensor=8),
-        {"classes": {"objectives.0.image_codes": 8190}},
-        ["objectives.0.image_codes=8190", "set objectives.0.image_codes=8192"],
+        {"classes": {"objectives.0.image_codes": 1020}},
+        ["objectives.0.image_codes=1020", "set objectives.0.image_codes=1024"],
     ),
     "world": (
         Parallel(tensor=2, pipe=4),
@@ -183,8 +183,8 @@ def test_objectives_and_tasks_refuse_for_themselves(stage, setting, says):
 
 
 def test_the_sizes_that_a_sentence_offers_are_legal():
-    wrong = GIANT._replace(vocab_size=64010, ffn_dim=6146)
-    codes = {"objectives.0.image_codes": 8190}
+    wrong = GIANT._replace(vocab_size=1010, ffn_dim=6146)
+    codes = {"objectives.0.image_codes": 1022}
     for tensor in (4, 8, 16):
         offered = {}
         for sentence in problems_of(Parallel(tensor=tensor), model=wrong, classes=codes):
@@ -201,7 +201,7 @@ def test_the_sizes_that_a_sentence_offers_are_legal():
 
 
 def test_everything_that_is_wrong_is_said():
-    sentences = problems_of(Parallel(tensor=3, pipe=50), zero(3))
+    sentences = problems_of(Parallel(tensor=3, pipe=50), zero(3), model=GIANT._replace(vocab_size=1000))
     assert len(sentences) >= 6
     for part in ("64 ranks", "heads", "vocab_size", "image_codes", "blocks", "stage=3"):
         assert any(part in sentence for sentence in sentences), part

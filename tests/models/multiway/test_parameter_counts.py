@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -9,13 +11,14 @@ from pretrain.models.multiway import sizes
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.models.multiway.encoder import MultiwayEncoder
 from pretrain.objectives.masked import MaskedData
+from pretrain.parallel.state import dense_shape
 
 
 def count(cfg: MultiwayConfig, *parts: str, without: str = "no such name") -> int:
-    """Parameters whose name holds one of `parts` (all of them when none is given)."""
+    """Parameters whose name holds one of `parts` (all of them when none is given), without a vocabulary's padding."""
     with torch.device("meta"):
         model = MultiwayEncoder(cfg)
-    named = [(name, p.numel()) for name, p in model.named_parameters()]
+    named = [(name, math.prod(dense_shape(p))) for name, p in model.named_parameters()]
     return sum(n for name, n in named if (not parts or any(part in name for part in parts)) and without not in name)
 
 
