@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Submit the stages of a recipe as a chain of jobs, each after the previous one has succeeded; prints the job ids:
 #   bash launch/chain.sh "tokenizer vision language fusion retrieval" \
-#       --recipe beit3_base --ds ds_configs/zero2_bf16.json --run-dir runs/base
+#       --recipe beit3_base --ds ds_configs/zero1_bf16.json --run-dir runs/base
 # SBATCH_OPTIONS goes to sbatch: SBATCH_OPTIONS="--nodes=4" bash launch/chain.sh ... Call it again at any time: finished
 # stages are left out, and those in the queue stay there. --dry-run checks, and prints what it would submit.
 set -euo pipefail

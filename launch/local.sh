@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run one stage on this machine, one process per GPU (or one on the CPU); all arguments go to pretrain.train:
-#   bash launch/local.sh --recipe beit3_base --stage vision --ds ds_configs/zero2_bf16.json --run-dir runs/base
+#   bash launch/local.sh --recipe beit3_base --stage vision --ds ds_configs/zero1_bf16.json --run-dir runs/base
 # --dry-run checks the arguments, the layout and the data, and starts nothing.
 # With DeepSpeed's own launcher: deepspeed --module pretrain.train --recipe ... (see README.md).
 set -euo pipefail

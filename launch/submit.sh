@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # sbatch, with this cluster's options (launch/cluster.env) and with checks before: what would fail in hours fails now.
-#   bash launch/submit.sh --nodes=4 launch/stage.sbatch --recipe beit3_base --stage vision --ds ds_configs/zero2_bf16.json \
+#   bash launch/submit.sh --nodes=4 launch/stage.sbatch --recipe beit3_base --stage vision --ds ds_configs/zero1_bf16.json \
 #       --run-dir runs/base
-#   bash launch/submit.sh --nodes=4 launch/bench.sbatch --recipe beit3_base --stage pretrain --ds ds_configs/zero2_bf16.json
+#   bash launch/submit.sh --nodes=4 launch/bench.sbatch --recipe beit3_base --stage pretrain --ds ds_configs/zero1_bf16.json
 #   bash launch/submit.sh --array=0-15 launch/prepare.sbatch --list laion/ --preset laion --out data/laion
 # sbatch's options stand before the script, its own arguments after it. --dry-run checks, and prints what it would submit.
 set -euo pipefail
