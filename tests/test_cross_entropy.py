@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pretrain import cross_entropy
 from pretrain.cross_entropy import linear_cross_entropy
+from pretrain.tasks.pretrain import PretrainTask
+from tests.distributed import run_ranks
+from tests.parallel.test_skipping import Calls
+from tests.step_batches import CONFIGS, EXPERTS, MASKED, PAPER
+from tests.test_parity import OPTIM, micro_batch
 
 ROWS, WIDTH, CLASSES = 23, 16, 50
 
@@ -92,3 +98,29 @@ def test_the_whole_logits_are_never_there_and_no_product_is_made_twice(monkeypat
         linear_cross_entropy(*given, classes=CLASSES).total.backward()
     assert seen.numbers == 400 * WIDTH, "the rows' own gradient; whole logits have 400 * 50"
     assert seen.products == 3 * 100
+
+
+def gatherings(chunks: list[int]) -> list[int]:
+    """Collectives by which ZeRO-3 fetches parameters in one micro-step, with so many logits at once."""
+    from pretrain.optim import build_optimizer, schedule
+    from pretrain.parallel.ds_config import load_ds_config
+    from pretrain.parallel.engine import build_engine, partitioned_init
+
+    config = load_ds_config(CONFIGS / "zero3.json", micro=6, accumulation=1, world=2, clip=1.0)
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 0}
+    with partitioned_init(config):
+        task = PretrainTask(PAPER, EXPERTS, (MASKED,))
+    engine, counts = build_engine(task, build_optimizer(task, OPTIM), schedule(OPTIM, 9), config), []
+    for chunk in chunks:
+        cross_entropy.CHUNK = chunk
+        for _ in range(2):  # the first traces
+            with Calls() as calls:
+                engine.backward(engine(micro_batch(1, dist.get_rank(), 2))["loss"])
+            engine.step()
+        counts.append(sum(count for name, count in calls.counts.items() if "gather" in name and name != "gather"))
+    return counts
+
+
+def test_zero_3_fetches_a_head_no_oftener_for_many_chunks_than_for_one():
+    whole, chunks = run_ranks(gatherings, 2, [10**9, 64])[0]
+    assert whole == chunks > 20

@@ -1,9 +1,9 @@
 """Tensor parallelism (Megatron-LM, arXiv 1909.08053, section 3): each matrix in parts, one per rank of the group.
 
-The linear layers and the embedding are Megatron's (megatron_layers.py), the cross-entropy is in cross_entropy.py; here
-is what Megatron lacks: the norm over a dimension that is split, and a split of values by heads. Between the split
-layers every rank of the group holds the same rows, so what it computes there, and the gradients of what is not
-split, are the same numbers on all of them.
+The linear layers and the embedding are Megatron's (megatron_layers.py), the cross-entropy is that of one device
+(pretrain/cross_entropy.py); here is what Megatron lacks: the norm over a dimension that is split, and a split of values
+by heads. Between the split layers every rank of the group holds the same rows, so what it computes there, and the
+gradients of what is not split, are the same numbers on all of them.
 """
 
 from __future__ import annotations
