@@ -104,7 +104,7 @@ def _score(logits: Tensor, own: Tensor, first: int, group: dist.ProcessGroup | N
         both = torch.stack([total, torch.where(hit > 0, target, 0.0)])
         dist.all_reduce(both, group=group)
         total, target = both.unbind(0)
-    logits.div_(total.unsqueeze(1)).scatter_add_(1, own, -hit.unsqueeze(1))
+    logits.mul_(total.reciprocal().unsqueeze(1)).scatter_add_(1, own, -hit.unsqueeze(1))
     return total.log() - target, best
 
 
