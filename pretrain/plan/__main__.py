@@ -139,7 +139,7 @@ def report(plan: Plan, top: int) -> dict[str, Any]:
     """The plan as plain JSON values; memory in GiB, seconds, bytes that one GPU sends in a step."""
     return {
         "what": "counted memory and modelled time; nothing here was measured",
-        "parameters": sum(p.numel for p in plan.planned.parameters),
+        "parameters": sum(p.real for p in plan.planned.parameters),
         "gpus": plan.cluster.gpus,
         "layouts": [_row(plan, row) for row in plan.fits[:top]],
         "too_large": len(plan.too_large),

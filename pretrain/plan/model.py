@@ -5,6 +5,7 @@ Names of shapes: T rows of a micro-batch, D width, F inner width of an expert, R
 
 from __future__ import annotations
 
+import math
 import re
 from fnmatch import fnmatch
 from functools import cache
@@ -23,6 +24,7 @@ from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
 from pretrain.optim import parameter_groups
 from pretrain.parallel.partition import cut
+from pretrain.parallel.state import dense_shape
 from pretrain.tasks.pipeline import block_flops
 from pretrain.tasks.pretrain import head_products, layer_of
 
@@ -35,10 +37,11 @@ SPLIT = re.compile(
 
 class Parameter(NamedTuple):
     name: str
-    numel: int
+    numel: int  # in memory, with a vocabulary's padding
     split: bool  # over the tensor ranks
     group: int | None  # of the optimizer; None: frozen
     part: int  # 0 the embeddings, 1 .. depth the blocks, depth + 1 the final norm and the heads
+    real: int  # elements without the padding
 
     def elements(self, tensor: int) -> int:
         """Elements on one of `tensor` ranks."""
@@ -87,7 +90,14 @@ def planned(recipe: Recipe, stage: Stage) -> Planned:
         stage,
         model,
         tuple(
-            Parameter(name, value.numel(), SPLIT.search(name) is not None, group_of.get(id(value)), layers(name))
+            Parameter(
+                name,
+                value.numel(),
+                SPLIT.search(name) is not None,
+                group_of.get(id(value)),
+                layers(name),
+                math.prod(dense_shape(value)),
+            )
             for name, value in task.named_parameters()
         ),
     )

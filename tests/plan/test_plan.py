@@ -48,7 +48,7 @@ def test_parameters_are_those_of_the_model_that_a_run_builds(recipe, stage, tmp_
 )
 def test_published_sizes(recipe, millions):
     # REFERENCE: the released base has 276 M. The paper's giant has 1.9 B.
-    assert sum(p.numel for p in a_plan(recipe).parameters) / 1e6 == pytest.approx(millions, abs=0.1)
+    assert sum(p.real for p in a_plan(recipe).parameters) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
 def test_frozen_parameters_are_in_no_group():
@@ -118,7 +118,7 @@ def test_time_is_near_what_others_publish():
 
 
 def test_each_layout_pays_for_its_own_communication():
-    plan, cluster = a_plan("beit3_giant", "pretrain", "model.vocab_size=64064"), NODE._replace(gpus=64)
+    plan, cluster = a_plan("beit3_giant", "pretrain"), NODE._replace(gpus=64)
     total = 2 * sum(p.numel for p in plan.parameters)
 
     def sent(ds="zero1_bf16", **sizes) -> dict[str, float]:
@@ -151,7 +151,7 @@ def run(capsys, *arguments: str) -> dict:
 
 
 def test_the_fastest_that_fits_comes_first(capsys):
-    plan = run(capsys, "--recipe", "beit3_giant", "--gpus", "8", "--top", "30", "--set", "model.vocab_size=64064")
+    plan = run(capsys, "--recipe", "beit3_giant", "--gpus", "8", "--top", "30")
     steps = [row["step_s"] for row in plan["layouts"]]
     assert len(steps) == 30 and steps == sorted(steps)
     usable = (GPUS["a100-80g"].memory - plan_module.OUTSIDE) / plan_module.GIB
