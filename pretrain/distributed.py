@@ -66,7 +66,8 @@ def fail_together(action: Callable[[], T]) -> T:
     try:
         result = action()
     except OSError as error:
-        failure = (error.errno or errno.EIO, f"{error.strerror or error} ({error.filename})")
+        file = f" ({error.filename})" if error.filename else ""
+        failure = (error.errno or errno.EIO, f"{error.strerror or error}{file}")
     for number, failed in enumerate(gather_objects(failure)):
         if failed is not None:
             raise OSError(failed[0], f"rank {number}: {failed[1]}")

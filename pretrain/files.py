@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -80,6 +81,50 @@ def _in_one_step(path: Path, growing: Path) -> Iterator[Path]:
     except BaseException:
         growing.unlink(missing_ok=True)
         raise
+
+
+class Lines:
+    """A file that grows line by line, each of them in one write: a reader never sees half of one in the middle. Raises
+    OSError with the file's name."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def write(self, line: bytes) -> None:
+        left = memoryview(line)
+        with self._named():
+            # A disk that fills takes a part of a write, without an error; the next write tells it.
+            while left:
+                left = left[os.write(self._handle, left) :]
+
+    def sync(self) -> None:
+        """What was written survives the loss of the node."""
+        with self._named():
+            os.fsync(self._handle)
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, f"could not be written: {error.strerror}", str(self.path)) from None
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """An open safetensors file. Raises OSError where it cannot be read, SafetensorError for a file of another kind."""
+    from safetensors import safe_open
+
+    try:
+        file = safe_open(path, framework="pt")
+    except RuntimeError as error:  # of torch, which maps the file, for whatever the disk says
+        raise OSError(errno.EIO, f"could not be read: {str(error).splitlines()[0]}", str(path)) from error
+    with file:
+        yield file
 
 
 def move(path: Path, place: Path) -> None:

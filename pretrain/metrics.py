@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import logging
 import math
-import os
 import resource
 import statistics
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pretrain.distributed import rank
-from pretrain.files import sync, write_file
+from pretrain.files import Lines, sync, write_file
 from pretrain.flops import peak_flops
 from pretrain.json_files import parse_json, read_bytes
 
@@ -100,20 +103,16 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, resume_step: int = 0, every: int | None = None):
         """`every`: how many steps lie between two lines; a larger hole before `resume_step` is named in the log."""
-        self._file: Any = None
-        self._board: Any = None
+        self._file: Lines | None = None
         if rank() != 0:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         _cut(run_dir / FILE, resume_step)
         if resume_step and every is not None:
             _name_holes(run_dir / FILE, resume_step, every)
-        # Unbuffered and append-only: each line is one write, and a reader never sees half of one in the middle.
-        self._file = open(run_dir / FILE, "ab", buffering=0)  # noqa: SIM115
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1, flush_secs=10)
+        self._file = Lines(run_dir / FILE)
+        self._board = _Board(run_dir / "tensorboard", resume_step)
         sync(run_dir)
 
     def write(self, step: int, values: dict[str, float | int | None]) -> None:
@@ -127,14 +126,12 @@ class MetricsLog:
                 log.warning("step %d: %s is %s; %s says null", step, name, value, FILE)
             line[name] = value if finite else None
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
-        for name, value in line.items():
-            if value is not None and name != "step":
-                self._board.add_scalar(name, value, step)
+        self._board.write(step, {name: value for name, value in line.items() if value is not None and name != "step"})
 
     def sync(self) -> None:
         """What was written survives the loss of the node."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            self._file.sync()
 
     def close(self) -> None:
         if self._file is not None:
@@ -147,6 +144,48 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Board:
+    """TensorBoard's file. It has nothing that metrics.jsonl does not have: where it cannot be written, one log line
+    says so, and the run goes on without it."""
+
+    def __init__(self, directory: Path, resume_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.directory, self._failed = directory, False
+        self._writer: Any = None
+        self._hook, threading.excepthook = threading.excepthook, self._thread_ends
+        with self._lose():
+            self._writer = SummaryWriter(str(directory), purge_step=resume_step + 1, flush_secs=10)
+
+    def write(self, step: int, values: dict[str, float | int]) -> None:
+        with self._lose():
+            for name, value in values.items() if self._writer else ():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        with self._lose():
+            if self._writer:
+                self._writer.close()
+            if self._failed and self._writer:  # in what its thread wrote last
+                raise OSError(errno.EIO, "its end is missing")
+        threading.excepthook = self._hook
+
+    @contextmanager
+    def _lose(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            log.warning("%s cannot be written: %s; metrics.jsonl has all of it", self.directory, error.strerror)
+            self._writer = None
+
+    def _thread_ends(self, told: threading.ExceptHookArgs) -> None:
+        """The writer's own thread leaves its error to the next write, which raises it again."""
+        if isinstance(told.exc_value, OSError) and type(told.thread).__module__.startswith("tensorboard."):
+            self._failed = True
+        else:
+            self._hook(told)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

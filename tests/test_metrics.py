@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import struct
@@ -9,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pretrain import metrics
 from pretrain.metrics import MetricsLog, Throughput, read_metrics
+from tests.toys import full_beyond
 
 
 @pytest.fixture
@@ -97,6 +100,43 @@ def test_a_cut_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         MetricsLog(tmp_path, resume_step=3)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_disk_that_takes_half_a_line_is_an_error_at_once(tmp_path):
+    """Else the step is saved without its line, which the next start cuts off."""
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(tmp_path) as log:
+        log.write(1, {"loss": 1.0})
+        whole = path.stat().st_size
+        with full_beyond(whole + 10), pytest.raises(OSError, match=r"File too large: '.*metrics\.jsonl'"):
+            log.write(2, {"loss": 2.0})
+    assert path.stat().st_size == whole + 10
+    with MetricsLog(tmp_path, resume_step=1) as log:
+        log.write(2, {"loss": 2.0})
+    assert [line["step"] for line in read_metrics(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("records", [0, 1, 2, 3])
+def test_a_board_that_cannot_be_written_is_one_log_line(tmp_path, monkeypatch, caplog, records):
+    """TensorBoard writes in a thread of its own, whose traceback nobody shall see. 0: of its very first record; 3: of
+    the last, which no later write could tell."""
+    untold: list[object] = []
+    monkeypatch.setattr("threading.excepthook", untold.append)
+    write, left = RecordWriter.write, [records]
+
+    def failing(self, data):
+        left[0] -= 1
+        if left[0] == -1:
+            raise OSError(errno.EIO, "Input/output error", b"events.out")
+        write(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", failing)
+    with MetricsLog(tmp_path) as log:
+        log.write(1, {"loss": 1.0})
+        log.write(2, {"loss": 2.0})
+    assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1.0, 2.0] and not untold
+    (said,) = [record.message for record in caplog.records]
+    assert "tensorboard cannot be written: " in said and "metrics.jsonl has all of it" in said
 
 
 def test_nan_becomes_null_and_says_so(tmp_path, caplog):

@@ -9,11 +9,13 @@ import importlib.util
 import io
 import json
 import os
+import resource
 import struct
 import tarfile
 import time
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +152,17 @@ def write_text_model(path: Path, lines: Iterable[str], vocab_size: int) -> Path:
     )
     path.write_bytes(data.getvalue())
     return path
+
+
+@contextmanager
+def full_beyond(size: int) -> Iterator[None]:
+    """No file grows beyond so many bytes, and as on a full disk the write that comes there is only done in part."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from pretrain.files import write_json, written_in_one_step
+from pretrain.files import open_safetensors, write_json, written_in_one_step
 from pretrain.json_files import parse_json, read_object
 from pretrain.parallel.state import dense_shape, fill
 from pretrain.tensors import check_finite, check_type
@@ -218,13 +218,13 @@ class HashedFile:
 @contextmanager
 def _open_safetensors(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The open safetensors file and our header: {} in files of other origin."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     path = path / WEIGHTS if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path} does not exist; run the stage that writes it to completion first")
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             yield file, _our_header(path, (file.metadata() or {}).get(HEADER, "{}"))
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); write it again") from error

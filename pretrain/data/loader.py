@@ -14,6 +14,7 @@ import re
 import signal
 import threading
 from collections.abc import Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +27,7 @@ from pretrain.data.micro_batches import Failure, Feed, MicroBatches, Replaced, S
 from pretrain.data.mixture import KINDS, Mixture, View, check_mixture, layout_of
 from pretrain.data.order import Order
 from pretrain.data.shards.reader import ShardReader, load_manifest
+from pretrain.files import Lines
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ class Loader:
         self.accumulation, self.rank, self.ranks, self.loading = mixture.accumulation, rank, ranks, mixture.loading
         self.trace = Path(trace) if trace else None
         self.quarantine = Path(quarantine) if quarantine else None
-        self._trace_file: int | None = None
+        self._trace_file: Lines | None = None
         self.replaced = 0  # samples of this rank, so far
         self.layout = layout_of(mixture, view, ranks * mixture.accumulation)
         self.feeds = [_feed(kind, mixture, view, self.layout.patches) for kind in KINDS if kind in mixture.mix]
@@ -120,7 +122,7 @@ class Loader:
                 micro_batches = [self._accept(step, next(items)) for _ in range(self.accumulation)]
                 if trace is not None:
                     keys = [key for batch in micro_batches for key in batch.keys]
-                    os.write(trace, _json_line({"step": step, "keys": keys}))
+                    trace.write(_json_line({"step": step, "keys": keys}))
                 yield micro_batches
         except BaseException:
             for worker in getattr(items, "_workers", ()):
@@ -130,12 +132,12 @@ class Loader:
             del items  # ends the workers
             if trace is not None:
                 self._trace_file = None
-                os.close(trace)
+                trace.close()
 
     def sync(self) -> None:
         """The trace, as far as it is written, survives the loss of the node."""
         if self._trace_file is not None:
-            os.fsync(self._trace_file)
+            self._trace_file.sync()
 
     def _accept(self, step: int, item: tuple[Batch, list[Replaced]] | Failure) -> Batch:
         if isinstance(item, Failure):
@@ -148,15 +150,12 @@ class Loader:
                 log.warning("sample %d of %s replaced: %s%s", bad.sample, bad.shard, bad.error, more)
         if replaced and self.quarantine is not None:
             self.quarantine.parent.mkdir(parents=True, exist_ok=True)
-            file = os.open(self.quarantine, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                for bad in replaced:  # one write per line: ranks share the file, and lines must not interleave
-                    os.write(file, _json_line({"step": step, "rank": self.rank, **bad._asdict()}))
-            finally:
-                os.close(file)
+            with closing(Lines(self.quarantine)) as file:  # which the ranks share
+                for bad in replaced:
+                    file.write(_json_line({"step": step, "rank": self.rank, **bad._asdict()}))
         return batch
 
-    def _open_trace(self, start: int) -> int | None:
+    def _open_trace(self, start: int) -> Lines | None:
         if self.trace is None:
             return None
         self.trace.mkdir(parents=True, exist_ok=True)
@@ -169,8 +168,7 @@ class Loader:
                     log.warning(
                         "%s ends at step %d, not %d: lost with a node, or trace_samples was off", path, last, start
                     )
-        path = self.trace / f"samples.rank{self.rank:05d}.jsonl"
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        return Lines(self.trace / f"samples.rank{self.rank:05d}.jsonl")
 
 
 def _feed(kind: str, mixture: Mixture, view: View, patches: int) -> Feed:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pretrain.files import open_safetensors
 from pretrain.parallel.state import dense_shape, named_state, padded_shape, real_rows, split_dim
 
 if TYPE_CHECKING:
@@ -164,14 +165,12 @@ class _Saved:
     """The moments of a checkpoint, whatever layout wrote them."""
 
     def __init__(self, files: list[Path], opened: ExitStack):
-        from safetensors import safe_open
-
         # (name, tensor rank) -> [(first number, one behind the last, file)]
         self.pieces: dict[tuple[str, int], list[tuple[int, int, Any]]] = defaultdict(list)
         self.splits: dict[str, int | None] = {}  # the dimension that was split over tensor ranks
         self.steps, self.tensor_size = 0, 1
         for path in files:
-            file = opened.enter_context(safe_open(path, framework="pt"))
+            file = opened.enter_context(open_safetensors(path))
             header = json.loads(file.metadata()[HEADER])
             for name, place in header["places"].items():
                 length = file.get_slice(f"{MOMENTS[0]}/{name}").get_shape()[0]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -18,6 +20,7 @@ from pretrain.checkpoint.weights import (
     weights_digest,
     write_weights,
 )
+from pretrain.parallel import moments
 
 
 @pytest.fixture
@@ -192,3 +195,18 @@ def test_numbers_that_are_not_finite_are_named_as_such(tmp_path, value, name):
         with pytest.raises(ValueError, match=f"weights.safetensors: {name} holds NaN or infinite numbers") as refused:
             read()
         assert "\n" not in str(refused.value)
+
+
+def test_a_disk_that_fails_is_one_sentence(tmp_path, state, monkeypatch):
+    """torch, which maps the file, has a RuntimeError for whatever the disk says."""
+    path = tmp_path / "weights.safetensors"
+    write_weights(state, path, {})
+
+    def failing(*_, **__):
+        raise RuntimeError(f"unable to open file <{path}> in read-only mode: Input/output error (5)\nmore")
+
+    monkeypatch.setattr(safetensors, "safe_open", failing)
+    with pytest.raises(OSError, match=r"could not be read: unable to open .*: Input/output error \(5\): '.*tensors'"):
+        read_weights(path)
+    with pytest.raises(OSError, match="could not be read"), ExitStack() as opened:
+        moments._Saved([path], opened)

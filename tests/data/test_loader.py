@@ -21,7 +21,7 @@ from pretrain.data.masking import Masking
 from pretrain.data.sources import window_ids
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform, sample_rng
-from tests.toys import COUNTS, SIZE, encoded, index_source, picture
+from tests.toys import COUNTS, SIZE, encoded, full_beyond, index_source, picture
 
 PARTS = {
     "images": ("images", "image_masks"),
@@ -212,6 +212,17 @@ def test_the_trace_lists_the_steps_so_far_and_survives_a_restart(build, tmp_path
         (line,) = [line for lines in traces.values() for line in lines if line["step"] == step]
         both = [key for lines in whole.values() for line in lines if line["step"] == step for key in line["keys"]]
         assert sorted(line["keys"]) == sorted(both)
+
+
+def test_a_disk_that_takes_half_a_line_of_the_trace_is_an_error_at_once(build, tmp_path: Path) -> None:
+    batches = build(trace=tmp_path).batches(0, 3)
+    next(batches)
+    path = tmp_path / "samples.rank00000.jsonl"
+    with full_beyond(path.stat().st_size + 10), pytest.raises(OSError, match=r"File too large: '.*rank00000\.jsonl'"):
+        next(batches)
+    next(resumed := build(trace=tmp_path).batches(1, 3))
+    resumed.close()
+    assert [line["step"] for line in trace_of(tmp_path)[path.name]] == [1, 2]
 
 
 def test_only_steps_that_were_used_are_traced(build, tmp_path: Path) -> None:
