@@ -152,7 +152,7 @@ def test_finished_runs_of_another_seed_are_refused(tmp_path, capsys):
 def test_ten_faults_and_what_would_be_seen(data, tmp_path):
     work, out = tmp_path / "work", tmp_path / "out.json"
     shutil.copytree(data, work / "data")
-    line = [sys.executable, "-m", "benchmarks.faults", "--faults", "10", "--seed", "7", "--work", str(work)]
+    line = [sys.executable, "-m", "benchmarks.faults", "--faults", "10", "--seed", "2", "--work", str(work)]
     done = subprocess.run(
         [*line, "--out", str(out)], env=environment(data), capture_output=True, text=True, timeout=200
     )
@@ -165,7 +165,7 @@ def test_ten_faults_and_what_would_be_seen(data, tmp_path):
     stage = tmp_path / "stage"
     shutil.copytree(alone, stage)
     assert not compare(stage, alone).unequal
-    for name, change in [("metrics.jsonl", '"loss": 3'), ("samples.rank00000.jsonl", '"keys": ["')]:
+    for name, change in [("metrics.jsonl", '"loss": 3'), ("samples.rank00000.jsonl", '"keys": ["i')]:
         path = stage / name
         path.write_text(path.read_text().replace(change, f"{change[:-1]}9", 1))
     ending = compare(stage, alone)

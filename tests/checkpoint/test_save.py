@@ -7,7 +7,7 @@ import io
 import json
 import os
 import random
-import resource
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from pretrain.checkpoint.save import SaveError, newest, resume
 from pretrain.checkpoint.weights import load_handover, read_weights
 from tests.distributed import run_ranks
 from tests.parallel.test_engine import CONFIGS, OPTIM, Toy, layer_of, micro_batches
+from tests.toys import full_beyond
 
 
 class StandIn:
@@ -176,13 +177,8 @@ def test_killed_at_any_moment_of_a_save(tmp_path, monkeypatch, call):
 
 def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
     save(StandIn(1), tmp_path, 1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    try:
-        with pytest.raises(SaveError, match=r"step 2 .*moments_rank00000.*intact") as error:
-            save(StandIn(2), tmp_path, 2, keep=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_beyond(2000), pytest.raises(SaveError, match=r"step 2 .*moments_rank00000.*intact") as error:
+        save(StandIn(2), tmp_path, 2, keep=1)
     assert error.value.errno == errno.EFBIG and "\n" not in str(error.value)
     assert names(tmp_path) == ["step_00000001"]
     assert restored_value(tmp_path) == (1, 1.0)
@@ -312,15 +308,11 @@ def disk_full_on_rank_1(config: str, root: str) -> tuple[str, list[str], int, in
     engine = make_engine(config, 0)
     run_steps(engine, 1, 1)
     whole_save(engine, Path(root), 1)
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if rank() == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    run_steps(engine, 2, 2)
-    try:
-        whole_save(engine, Path(root), 2)
-    except SaveError as error:
-        message = str(error)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    with full_beyond(1000) if rank() == 1 else nullcontext():
+        run_steps(engine, 2, 2)
+        with pytest.raises(SaveError) as error:
+            whole_save(engine, Path(root), 2)
+    message = str(error.value)
     run_steps(engine, 3, 3)  # the engine is whole: training could go on
     whole_save(engine, Path(root), 3)
     remaining, step = names(Path(root)), newest(Path(root), **PRECISION).step

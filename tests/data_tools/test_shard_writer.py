@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +13,7 @@ import pytest
 from data_tools.shards.writer import ShardWriter
 from pretrain.data.shards.indexing import complete_shards, index_directory
 from pretrain.data.shards.reader import ShardReader, load_manifest
+from tests.toys import full_beyond
 
 
 def write(directory: Path, samples: int, size: int = 0, **limits) -> ShardWriter:
@@ -137,11 +137,6 @@ def test_a_schema_holds_in_every_shard(tmp_path):
 
 
 def test_a_full_disk_names_the_file(tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
-    try:
-        with pytest.raises(OSError, match=r"cannot be written: .*00000\.tar"):
-            write(tmp_path, 2, samples_per_shard=10**6, size=2**20)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with full_beyond(2**20), pytest.raises(OSError, match=r"cannot be written: .*00000\.tar"):
+        write(tmp_path, 2, samples_per_shard=10**6, size=2**20)
     assert not list(tmp_path.iterdir())
