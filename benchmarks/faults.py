@@ -14,8 +14,10 @@ A run goes on from life to life with the same line until it is finished. Then we
 generators' state, metrics.jsonl (without what a clock measured) and the samples of each rank must be equal to the bit;
 where the layout changed on the way, the samples of each step, and losses and weights to rounding.
 
-From the repository's root, on Linux, with a C++ compiler: the calls are struck in the C library, below Python and Rust.
-Finished runs stand in WORK/finished.jsonl, and the same command goes on behind them.
+The calls that open, write, sync, rename, remove, make or cut files and directories are struck, in the C library, below
+Python and Rust; calls that read or list are not. A killed process leaves what it wrote to the system: what a loss of
+power takes is not tried here. From the repository's root, on Linux, with a C++ compiler. Finished runs
+stand in WORK/finished.jsonl, and the same command goes on behind them.
 """
 
 from __future__ import annotations

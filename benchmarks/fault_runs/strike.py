@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,9 @@ class Strike(NamedTuple):
 
 
 def build(place: Path) -> Path:
-    """The library of strike.cpp, in the directory `place`. Raises ValueError where there is no compiler."""
+    """The library of strike.cpp, in the directory `place`. Raises ValueError where it cannot be built or preloaded."""
+    if sys.platform != "linux":
+        raise ValueError(f"this benchmark strikes the C library of Linux, and this is {sys.platform}; run it on Linux")
     compiler = shutil.which(os.environ.get("CXX") or "c++")
     if compiler is None:
         raise ValueError("there is no C++ compiler, which this benchmark needs; install one, or set CXX to yours")
