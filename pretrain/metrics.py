@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import resource
 import statistics
 import sys

@@ -12,9 +12,11 @@ import multiprocessing.queues
 import os
 import re
 import signal
+import sys
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -252,6 +254,7 @@ def _start_worker(worker: int) -> None:
         os._exit(0)
 
     threading.Thread(target=wait_for_parent, daemon=True).start()
+    sys.excepthook = partial(_tell, sys.excepthook)
 
 
 def _cannot_hand_over(error: Exception, batch: object) -> NoReturn:
@@ -259,3 +262,10 @@ def _cannot_hand_over(error: Exception, batch: object) -> NoReturn:
     line = f"a data worker ends, as it cannot hand over its batch: {reason} (is /dev/shm full?)\n"
     os.write(2, line.encode(errors="replace"))
     os._exit(1)
+
+
+def _tell(tell: Callable[..., object], kind: type[BaseException], *rest: Any) -> None:
+    """For a worker's sys.excepthook. What its own code raises the main process tells; what comes here is of the thread
+    that hands batches over, whose connection ends when the main process is killed meanwhile, or has an error itself."""
+    if not issubclass(kind, (EOFError, ConnectionError)):
+        tell(kind, *rest)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import multiprocessing
 import os
 import signal
+import socket
+import sys
 import time
 from collections import Counter
+from multiprocessing.resource_sharer import DupFd
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +20,12 @@ import pytest
 import torch
 
 from pretrain.batch import BOS, EOS, PAD, Batch
-from pretrain.data.loader import shard_names
+from pretrain.data.loader import _start_worker, shard_names
 from pretrain.data.masking import Masking
 from pretrain.data.sources import window_ids
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform, sample_rng
+from tests.distributed import run_ranks
 from tests.toys import COUNTS, SIZE, encoded, full_beyond, index_source, picture
 
 PARTS = {
@@ -280,3 +285,18 @@ def test_a_batch_can_be_indexed_again_without_changing_what_was_read(build, mix:
 def test_shards_with_the_same_name_get_different_keys() -> None:
     assert shard_names(["00000.tar", "00001.tar"]) == ("00000", "00001")
     assert len(set(shard_names(["00000.tar", "00001.tar", "00000.tar"]))) == 3
+
+
+def broken_hand_over() -> str:
+    """What a worker says when the main process ends in the middle of taking a batch from it."""
+    sys.stderr = io.StringIO()
+    _start_worker(0)
+    batch = DupFd(1)
+    with socket.socket(socket.AF_UNIX) as main:
+        main.connect(batch._id[0])
+    os.close(batch.detach())  # served after the one before
+    return sys.stderr.getvalue()
+
+
+def test_a_worker_whose_main_process_is_killed_leaves_no_traceback() -> None:
+    assert run_ranks(broken_hand_over, 1) == [""]
