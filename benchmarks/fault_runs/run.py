@@ -14,6 +14,7 @@ from benchmarks.fault_runs.compare import ROUNDING, Ending, check_epochs, compar
 from benchmarks.fault_runs.schedule import CHANGING, Alone, Layout, Life, Schedule
 from benchmarks.fault_runs.strike import Strike, arm, read_events
 from pretrain.checkpoint.weights import WEIGHTS
+from pretrain.parallel import faults as watching
 from pretrain.parallel.faults import LOST, STOPPED
 from tests.distributed import CONTEXT, PRELOAD
 from tests.small_run import Ranks, command, tokenizer_of, train_stage, write_data
@@ -21,7 +22,8 @@ from tests.small_run import Ranks, command, tokenizer_of, train_stage, write_dat
 STAGE = "fusion"
 SETTINGS = ["steps=40", "save_every=2", "drop_path=0.1", "timeout_s=20"]
 MOST_LIVES = 60
-LIFE_S = 120.0  # a life that is not over then hangs
+LIFE_S = 180.0  # a life that is not over then hangs
+PATIENCE_S = 45.0  # instead of 10 minutes: so long a rank waits for one that was killed before they met
 # With which codes the ranks of a life may end, by the kind of its strike; "": nothing struck.
 CODES = {
     "": {0},
@@ -73,6 +75,7 @@ def live(data: Path, run: Path, life: Life) -> Ended:
 
 
 def _armed(run: Path, notes: Path, strike: Strike | None, victim: int, rank: int) -> None:
+    watching.PATIENCE_S = PATIENCE_S
     arm(run, Path(f"{notes}.{rank}"), strike if rank == victim else None)
 
 
