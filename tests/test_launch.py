@@ -133,8 +133,7 @@ def test_without_a_clusters_file_submitting_says_how_to_make_one(slurm, tmp_path
     for name in ("submit.sh", "env"):
         (checkout / "launch" / name).symlink_to(ROOT / "launch" / name)
     done, _ = slurm(str(checkout / "launch" / "submit.sh"), "launch/stage.sbatch")
-    if not (ROOT / "launch" / "cluster.env").exists():
-        assert done.returncode == 2 and "cp launch/cluster.env.example launch/cluster.env" in done.stderr
+    assert done.returncode == 2 and "cp launch/cluster.env.example launch/cluster.env" in done.stderr
 
 
 @pytest.mark.parametrize(
