@@ -104,10 +104,10 @@ def _stages(args: argparse.Namespace, script: Path, words: list[str], job: Job, 
     ready = check_stages(line, stages, Ranks(job.nodes, job.tasks, args.gpu))
     logs = line.run_dir.absolute() / LOGS
     options = [*args.option] if job.output else [*args.option, f"--output={logs}/%x-%j.log"]
-    if job.gpus and args.gpu is None:
-        print("note: GPU is not set in cluster.env, so the memory of a GPU was not checked", file=sys.stderr)
     if ready:
         check_with_sbatch(options, script, [*words, "--stage", ready[0]] if chain else words)
+    if job.gpus and args.gpu is None:
+        print("note: GPU is not set in cluster.env, so the memory of a GPU was not checked", file=sys.stderr)
     if not args.dry_run:
         logs.mkdir(parents=True, exist_ok=True)
     with nullcontext() if args.dry_run else Lock(logs):  # two calls at one moment would both submit

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch.utils import cpp_extension
-
 from pretrain.lock import this_process
 
 RECORD, TORCHS = "imglish.lock", "lock"
@@ -23,6 +21,8 @@ RECORD, TORCHS = "imglish.lock", "lock"
 def one_compiles(extension: str) -> Iterator[None]:
     """Inside, no other process of ours builds `extension` into the same directory (TORCH_EXTENSIONS_DIR), and torch's
     lock of one that was killed is gone. A lock of another program's stays: it may be at work."""
+    from torch.utils import cpp_extension  # it imports setuptools
+
     folder = Path(cpp_extension._get_build_directory(extension, verbose=False))
     handle = os.open(folder / RECORD, os.O_RDWR | os.O_CREAT, 0o644)
     try:
