@@ -112,6 +112,7 @@ def _stages(args: argparse.Namespace, script: Path, words: list[str], job: Job, 
         logs.mkdir(parents=True, exist_ok=True)
     with nullcontext() if args.dry_run else Lock(logs):  # two calls at one moment would both submit
         queue, before = waiting_jobs(), ""
+        _check_order({name: queue.get(job_name(line.run_dir, name)) for name in ready})
         for name in stages:
             own = job_name(line.run_dir, name)
             if name not in ready:
@@ -131,6 +132,20 @@ def _stages(args: argparse.Namespace, script: Path, words: list[str], job: Job, 
             else:
                 before = submit(whole, script, arguments, IMGLISH_LOGS=str(logs))
                 print(f"{name}: job {before}", flush=True)
+
+
+def _check_order(jobs: dict[str, str | None]) -> None:
+    """`jobs`: of the stages that are not finished, in their order. Raises ValueError where one is in the queue and one
+    before it is not: it would not wait for the job that is submitted now."""
+    missing = ""
+    for name, job in jobs.items():
+        if job is None:
+            missing = missing or name
+        elif missing:
+            raise ValueError(
+                f"stage {name} is in the queue as job {job}, and {missing}, which comes before it, is not; scancel "
+                f"{job}, then call this again"
+            )
 
 
 def _train_arguments(words: Sequence[str], chain: list[str] | None = None) -> tuple[Line, list[str]]:

@@ -149,6 +149,14 @@ def test_what_is_in_the_queue_is_not_submitted_again(launch, tmp_path):
     assert code == 2 and "--job-name=mine" in error
 
 
+def test_a_stage_in_the_queue_that_would_wait_for_no_new_job_is_said(launch, tmp_path):
+    _, _, _, (_, language) = chain(launch, "vision language")
+    (tmp_path / "queue").write_text(f"56 PENDING {language.split('--job-name=')[1].split()[0]}\n")
+    code, _, error, calls = chain(launch, "vision language")
+    assert code == 2 and len(calls) == 2
+    assert "stage language is in the queue as job 56, and vision, which comes before it, is not; scancel 56" in error
+
+
 def test_logs_get_a_directory_in_the_run(launch, tmp_path):
     _, _, _, (call,) = launch("--stage", "vision")
     assert f"--output={tmp_path}/run/logs/%x-%j.log" in call and (tmp_path / "run" / "logs").is_dir()
