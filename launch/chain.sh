@@ -6,6 +6,7 @@
 # stages are left out, and those in the queue stay there. --dry-run checks, and prints what it would submit.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ "${1:-}" != --dry-run ] || set -- "${@:2}" --dry-run
 if [ $# -lt 2 ] || [[ $1 == -* ]]; then
     sed -n '2,6s/^# \?//p' launch/chain.sh >&2
     exit 2

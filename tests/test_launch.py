@@ -93,6 +93,8 @@ def test_a_chain_goes_to_the_checks_with_the_clusters_options(slurm, tmp_path):
     options = [f"--option={word}" for word in ("--partition=gpu", "--mem=0", "--nodes=4", "-p", "x")]
     checks = ["-m", "pretrain.launch", "--chain=a b", "--dry-run", "--gpu", "h100"]
     assert words == [*checks, *options, "launch/stage.sbatch", "--recipe", "r", "--set", "x=1 2"]
+    first = [chain[0], "--dry-run", *(word for word in chain[1:] if word != "--dry-run")]
+    assert words_of(slurm, tmp_path, *first, cwd=tmp_path, SBATCH_OPTIONS="--nodes=4 -p x")[1] == words
 
 
 @pytest.mark.parametrize("script", ["stage", "bench", "prepare"])
