@@ -75,6 +75,8 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--output={job.output}: there is no directory {folder}, and SLURM would drop the log; make it"
         )
+    if job.tasks is None and script.name != "prepare.sbatch":
+        raise ValueError("--ntasks-per-node is not given; set it in GPU_JOB of cluster.env to the GPUs of a node")
     nodes = check_job(job)
     if (up := sum(node.up and node.has(job) for node in nodes)) < job.nodes:
         print(f"note: {up} of the {len(nodes)} nodes are up, so the job will wait for {job.nodes}", file=sys.stderr)
@@ -96,12 +98,10 @@ def _stages(args: argparse.Namespace, script: Path, words: list[str], job: Job, 
     """Submits one stage, or a chain of them."""
     chain = args.chain.split() if args.chain is not None else None
     line, stages = _train_arguments(words, chain)
-    if job.tasks is None:
-        raise ValueError("--ntasks-per-node is not given; set it in GPU_JOB of cluster.env to the GPUs of a node")
     if job.name is not None:
         raise ValueError(f"--job-name={job.name}: the queue knows a stage by its job's name; leave it out")
     check_shared(line.run_dir, hosts)
-    ready = check_stages(line, stages, Ranks(job.nodes, job.tasks, args.gpu))
+    ready = check_stages(line, stages, Ranks(job.nodes, job.ranks, args.gpu))
     logs = line.run_dir.absolute() / LOGS
     options = [*args.option] if job.output else [*args.option, f"--output={logs}/%x-%j.log"]
     if ready:

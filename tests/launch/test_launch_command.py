@@ -199,6 +199,12 @@ def test_other_jobs_are_checked_too(launch, capsys, script, options, words, says
     assert says in said.err and said.err.count("\n") == 1 and not said.out
 
 
+@pytest.mark.parametrize("script", ["stage", "bench"])
+def test_the_ranks_of_a_node_are_not_guessed(launch, capsys, script):
+    assert main(["--option=-pgpu", str(ROOT / "launch" / f"{script}.sbatch"), "--stage", "x"]) == 2
+    assert "--ntasks-per-node is not given; set it in GPU_JOB of cluster.env" in capsys.readouterr().err
+
+
 def test_the_identity_in_recipe_json_is_what_the_settings_are_compared_with(launch, tmp_path):
     path = tmp_path / "run" / "tokenizer" / "recipe.json"
     noted = json.loads(path.read_text())
