@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.rows import Index, by_expert, make_index, sent
 from pretrain.settings import near
 
 # Ids as XLM-R and BEiT-3's `beit3.spm` are used: see transformers.XLMRobertaTokenizer.
@@ -95,7 +98,7 @@ class Layout:
 
     def split(self, *, fusion: bool) -> tuple[int, ...]:
         """Rows of (vision, language), or of (vision, fusion, language) in a block with a fusion expert."""
-        return _by_expert(self.counts, fusion)
+        return by_expert(self.counts, fusion)
 
 
 class Kinds(NamedTuple):
@@ -134,28 +137,6 @@ class Kinds(NamedTuple):
         return Kinds(*(kind[:, 0] if kind.shape[1] else kind.flatten(0, 1) for kind in self))
 
 
-class Rows(NamedTuple):
-    """A selection of the rows of a packed pass, or of such a selection."""
-
-    places: Tensor  # int64 [R], rising
-    counts: tuple[int, ...]  # of each kind, as Layout.counts
-
-    @classmethod
-    def where(cls, chosen: Tensor, among: Layout | Rows) -> Rows:
-        """Those for which `chosen`, bool [rows], is true."""
-        counts = torch.stack([kind.sum() for kind in chosen.split(list(among.counts))]).tolist()
-        return cls(chosen.nonzero().squeeze(1), tuple(counts))
-
-    def split(self, *, fusion: bool) -> tuple[int, ...]:
-        """As `Layout.split`."""
-        return _by_expert(self.counts, fusion)
-
-
-def _by_expert(counts: tuple[int, ...], fusion: bool) -> tuple[int, ...]:
-    images, pair_images, pair_texts, texts = counts
-    return (images, pair_images + pair_texts, texts) if fusion else (images + pair_images, pair_texts + texts)
-
-
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank. N = images + pairs, P = patches, L = pair_len or text_len.
@@ -180,6 +161,51 @@ class Batch:
     # What a source adds, by its own names: a tensor [samples that have it, ...], or a tuple of strings or lists.
     extra: dict[str, Any] = field(default_factory=dict)
     keys: tuple[str, ...] = ()  # "source/shard/key" of each sample: images, pairs, dual pairs, texts
+    # Where its padding and its targets stand. A changed copy has none, unless what changes says nothing about them.
+    index: Index | None = field(default=None, init=False)
+    _host: Batch | None = field(default=None, init=False)
+
+    @property
+    def on_host(self) -> Batch:
+        """The batch without its pictures where its masks and lengths can be asked without a wait: on the host, if it
+        was there with an index before it went to its device."""
+        return self._host or self
+
+    def indexed(self) -> Batch:
+        """The batch with its index. One that comes from the loader has it; on a GPU, to make one waits for the
+        device."""
+        if self.index is not None:
+            return self
+        device = self.images.device
+        host = self if device.type == "cpu" else self._without_pictures().map(Tensor.cpu)
+        index = make_index(self.layout.shapes, *host.keys_seen, host.hidden, self.layout.dual)
+        if host is self:
+            return self.with_index(index, None)
+        return self.with_index(index.map(partial(sent, device=device)), host.with_index(index, None))
+
+    @property
+    def keys_seen(self) -> tuple[Tensor, Tensor]:
+        """The words that attention may see, bool [pairs, pair_len] and [texts, text_len]: no padding. A text that is
+        all padding sees itself: the softmax of nothing would be NaN."""
+        texts = self.text_inputs != PAD
+        return self.pair_inputs != PAD, texts | ~texts.any(-1, keepdim=True)
+
+    @property
+    def hidden(self) -> Kinds:
+        """bool [n, length] per kind: where a target stands."""
+        layout = self.layout
+        masks = F.pad(self.image_masks, (1, 0)) if layout.patches else self.image_masks
+        images, pair_images = masks.split([layout.images, layout.pairs])
+        return Kinds(images, pair_images, self.pair_masked, self.text_masked)
+
+    def _without_pictures(self) -> Batch:
+        return replace(self, images=self.images[:0], image_codes=None)
+
+    def with_index(self, index: Index | None, host: Batch | None) -> Batch:
+        made = replace(self)
+        object.__setattr__(made, "index", index)
+        object.__setattr__(made, "_host", host)
+        return made
 
     def real_rows(self) -> Tensor:
         """How many of its rows are no padding; a scalar where the batch is, so that nothing waits for it."""
@@ -187,11 +213,17 @@ class Batch:
         return words + self.layout.vision_rows
 
     def to(self, device: torch.device | str) -> Batch:
-        return self.map(lambda value: value.to(device, non_blocking=True))
+        moved = self._moved(lambda value: value.to(device, non_blocking=True))
+        if self.index is None or self._host is not None or moved.images.device == self.images.device:
+            return moved
+        return moved.with_index(moved.index, self._without_pictures().with_index(self.index, None))
 
     def pin_memory(self) -> Batch:
         """For the data loader's pinning thread, so that the copy to the device runs beside the computation."""
-        return self.map(Tensor.pin_memory)
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return self.map(change).with_index(self.index and self.index.map(change), self._host)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with every tensor of it changed."""
@@ -206,14 +238,17 @@ class Batch:
                 yield from ((f"{name}/{key}", part) for key, part in value.items() if isinstance(part, Tensor))
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Batch:
-        """A copy with these tensors, by the names of `tensors`."""
+        """A copy with these tensors, by the names of `tensors`. It keeps the index if they say nothing about it."""
         own = {name: value for name, value in tensors.items() if "/" not in name}
         for parent in ("draws", "extra"):
             named = {n.removeprefix(f"{parent}/"): v for n, v in tensors.items() if n.startswith(f"{parent}/")}
             own[parent] = {**getattr(self, parent), **named}
-        return replace(self, **own)
+        made = replace(self, **own)
+        return made.with_index(self.index, self._host) if tensors.keys().isdisjoint(INDEXED) else made
 
 
+# What an index was made from.
+INDEXED = ("image_masks", "pair_inputs", "pair_masked", "text_inputs", "text_masked")
 DROP_PATH = "drop_path"  # its name among `Batch.draws`
 
 

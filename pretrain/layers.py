@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.batch import Layout, Rows
+from pretrain.batch import Batch
 from pretrain.cross_entropy import Scored, linear_cross_entropy
 from pretrain.distributed import gather_own
+from pretrain.rows import Rows, put_at, sent
 
 # Of a head's weights, from a normal distribution that is not cut: as BEiT's fine-tuning heads and VLMo's. BEiT's own
 # pretraining head is cut at one standard deviation like the rest of its weights, so it starts with 0.54 of this.
@@ -117,16 +118,22 @@ class Share(NamedTuple):
     join: Callable[[Tensor], Tensor]
 
 
-def whole_pass(layout: Layout, needed: Tensor | None, device: torch.device) -> Share:
+def whole_pass(batch: Batch, needed: Tensor | None) -> Share:
+    """All rows but the padding."""
+    index, host, layout = batch.index, batch.on_host, batch.layout
+    assert index is not None and host.index is not None
+    device, real = batch.images.device, host.index.real
     if needed is None:
-        return Share(None, None, lambda rows: rows)
-    read = Rows.where(needed, layout)
-    return Share(None, read, partial(put_at, places=read.places, length=layout.rows))
+        places = None if index.real is None else index.real.places
+        return Share(index.real, None, partial(_join, places=places, length=layout.rows))
+    needed = needed.to(host.images.device)
+    read = Rows.where(needed if real is None else needed[real.places], real or layout)
+    places = sent(read.places if real is None else real.places[read.places], device)
+    return Share(index.real, read.to(device), partial(_join, places=places, length=layout.rows))
 
 
-def put_at(rows: Tensor, *, places: Tensor, length: int) -> Tensor:
-    """[R, D] at `places` [R] among zeros, [length, D]."""
-    return rows.new_zeros(length, rows.shape[1]).index_copy(0, places, rows)
+def _join(rows: Tensor, *, places: Tensor | None, length: int) -> Tensor:
+    return rows if places is None else put_at(rows, places=places, length=length)
 
 
 class Layers(NamedTuple):
@@ -139,8 +146,8 @@ class Layers(NamedTuple):
     classifier: Callable[..., nn.Module] = Classifier  # (inputs, classes, *, tied): splits its classes
     # (values [..., heads] that every rank has) -> those of this rank's heads
     own_heads: Callable[[Tensor], Tensor] = lambda values: values
-    # (layout, needed bool [layout.rows] or None: the rows that heads read, device) -> this rank's share of the pass
-    share: Callable[[Layout, Tensor | None, torch.device], Share] = whole_pass
+    # (a batch with an index; the rows that heads read, bool [layout.rows], or None) -> this rank's share of the pass
+    share: Callable[[Batch, Tensor | None], Share] = whole_pass
     # attention of whole sequences, (queries, keys, values [rows, heads, C], layout, ...) -> the same of a share's rows
     attention: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda attend: attend
     # (rows [n, ...]) -> (all data ranks' rows, the place of the first own row among them)

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"contracts", "batch", "layers", "distributed", "files", "json_files", "lock", "settings", "command", "flops"}
-    | {"cross_entropy", "tensors", "workers", "interrupt", "visible"},
+    | {"cross_entropy", "rows", "tensors", "workers", "interrupt", "visible"},
     {"models", "data", "parallel", "optim", "metrics", "lives"},
     {"tasks", "objectives", "evals", "checkpoint"},
     {"config"},

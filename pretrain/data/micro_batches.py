@@ -163,7 +163,7 @@ class MicroBatches(Dataset):
             image_codes=self._codes(pictures) if any(feed.codes for feed in self.feeds) else None,
             extra=_extras(everything),
             keys=tuple(sample.key for sample in everything),
-        )
+        ).indexed()
 
     def _codes(self, pictures: list[_Sample]) -> Tensor:
         """int64 [N, P]; zeros for kinds without stored codes."""

@@ -1,7 +1,8 @@
 """The kernel door: attention inside each sequence of a packed pass, grouped by kind of sequence.
 
-Images go through torch's scaled_dot_product_attention without a mask (flash on CUDA, no copies). Pairs and texts take
-it with a mask where there is padding, or on CUDA in bf16 and fp16 one variable-length call that skips the padding.
+The rows come without padding, but for the few that fill up a shape (pretrain/rows.py). Images go through torch's
+scaled_dot_product_attention without a mask (flash on CUDA, no copies). Pairs and texts go, on CUDA in bf16 and fp16,
+through one variable-length call; elsewhere their texts are spread over rows with padding, which a mask hides.
 What comes out for rows of padding differs between the two, and nothing reads it: no other row sees them.
 """
 
@@ -9,29 +10,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.batch import PAD, Batch, Layout
+from pretrain.batch import Batch, Layout
+from pretrain.rows import Rows, put_at, take
 
 
 class Packing(NamedTuple):
     """The pair and text rows without padding, sequence after sequence."""
 
-    rows: Tensor  # int64 [R]: their places in the packed pass
-    starts: Tensor  # int32 [pairs + texts + 1]: where each sequence begins among these rows, and R
+    joined: Tensor  # int64 [J]: their places among the rows behind the image-only ones
+    starts: Tensor  # int32 [pairs + texts + 1]: where each sequence begins among them, and J
     longest: int  # an upper bound of the sequences' lengths
 
 
 class Padding(NamedTuple):
-    """Which text keys may be seen, bool [pairs, pair_len] and [texts, text_len], None: all; or the rows to pack."""
+    """What attention must know about padding. `rows`: those of the pass that it gets, None: all. Then either `packing`,
+    or which text keys may be seen, bool [pairs, pair_len] and [texts, text_len], None: all; and where the texts' rows
+    stand among all of their kind, int64 [rows], None: all of them are there."""
 
+    rows: Rows | None = None
+    packing: Packing | None = None
     pair_keys: Tensor | None = None
     text_keys: Tensor | None = None
-    packing: Packing | None = None
+    pair_places: Tensor | None = None
+    text_places: Tensor | None = None
 
 
 class Bias(NamedTuple):
@@ -46,15 +53,26 @@ NO_PADDING, NO_BIAS = Padding(), Bias()
 
 
 def padding_of(batch: Batch, *, packed: bool = False) -> Padding:
-    """The keys that are no padding; `packed` for the variable-length kernel. A text that is all padding sees itself:
-    the softmax of nothing would be NaN."""
-    texts = batch.text_inputs != PAD
-    pairs, texts = batch.pair_inputs != PAD, texts | ~texts.any(-1, keepdim=True)
+    """Of a batch with an index; `packed` for the variable-length kernel. A text that is all padding sees itself: the
+    softmax of nothing would be NaN."""
+    index, layout = batch.index, batch.layout
+    assert index is not None
     if packed:
-        return Padding(packing=_pack(batch.layout, pairs, texts))
-    if texts.device.type == "cpu":  # elsewhere the question would wait for the device
-        return Padding(*(None if bool(keys.all()) else keys for keys in (pairs, texts)))
-    return Padding(pairs if pairs.numel() else None, texts if texts.numel() else None)
+        longest = max(layout.image_len + layout.pair_len if layout.pairs else 0, layout.text_len)
+        return Padding(index.real, Packing(index.joined, index.starts, longest))
+    counts = layout.counts if index.real is None else index.real.counts
+    pairs, texts = (real != whole for real, whole in zip(counts[2:], layout.counts[2:], strict=True))
+    pair_keys, text_keys = (keys if some else None for keys, some in zip(batch.keys_seen, index.padded, strict=True))
+    if index.real is None:
+        return Padding(None, None, pair_keys, text_keys)
+    _, of_pairs, of_texts = index.real.places.split([layout.vision_rows, *counts[2:]])
+    return Padding(
+        index.real,
+        pair_keys=pair_keys,
+        text_keys=text_keys,
+        pair_places=of_pairs - layout.vision_rows if pairs else None,
+        text_places=of_texts - layout.vision_rows - layout.pair_text_rows if texts else None,
+    )
 
 
 def can_pack(x_TD: Tensor, layout: Layout, head_dim: int) -> bool:
@@ -74,36 +92,60 @@ def can_pack(x_TD: Tensor, layout: Layout, head_dim: int) -> bool:
 def attend(
     q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, layout: Layout, padding: Padding = NO_PADDING, bias: Bias = NO_BIAS
 ) -> Tensor:
-    """Scaled dot-product attention of every sequence with itself: [T, H, C] each (T `layout.rows`, H heads, C width of
-    a head) -> [T, H, C]. A pair is its image rows and its text rows joined; with `layout.causal` its text sees the
-    image and the text before it, and its image only itself (BEiT-3's captioning: unilm beit3/modeling_finetune.py)."""
-    # A split and no slices: its backward is one concatenation, and not a zero-filled tensor per slice.
-    kinds = zip(*(x.split(list(layout.counts)) for x in (q_THC, k_THC, v_THC)), strict=True)
-    images, pair_images, pair_texts, texts = kinds
-    parts: list[Tensor] = []
-    # A kind without sequences is left out: attention has no parameters that would miss a gradient.
-    if layout.images:
-        parts.append(_sdpa(*_each(images, layout.images), None, bias.images).flatten(0, 1))
+    """Scaled dot-product attention of every sequence with itself: [T, H, C] each (T rows, those of `padding.rows`; H
+    heads, C width of a head) -> [T, H, C]. A pair is its image rows and its text rows joined; with `layout.causal` its
+    text sees the image and the text before it, and its image only itself (BEiT-3's captioning: unilm
+    beit3/modeling_finetune.py)."""
+    counts = list(layout.counts if padding.rows is None else padding.rows.counts)
     if padding.packing is not None:
-        parts.append(_attend_packed(q_THC, k_THC, v_THC, layout, padding.packing))
+        counts = [counts[0], sum(counts[1:])]
+    # A split and no slices: its backward is one concatenation, and not a zero-filled tensor per slice.
+    kinds: Any = zip(*(x.split(counts) for x in (q_THC, k_THC, v_THC)), strict=True)
+    images, *others = kinds
+    # A kind without sequences is left out: attention has no parameters that would miss a gradient.
+    parts = [_sdpa(*_each(images, layout.images), None, bias.images).flatten(0, 1)] if layout.images else []
+    if padding.packing is not None:
+        parts.append(_attend_packed(others[0], padding.packing))
     else:
-        if layout.pairs:
-            pairs = _each(pair_images, layout.pairs), _each(pair_texts, layout.pairs)
-            attend_pairs = _attend_causally if layout.causal else _attend_joined
-            parts += attend_pairs(*pairs, padding.pair_keys, bias.pairs)
-        if layout.texts:
-            seen = _for_all_queries(padding.text_keys)
-            parts.append(_sdpa(*_each(texts, layout.texts), seen, bias.texts).flatten(0, 1))
+        parts += _attend_grouped(others, layout, padding, bias)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
-def _each(qkv: tuple[Tensor, ...], sequences: int) -> QKV:
+def _each(qkv: QKV, sequences: int) -> QKV:
     """[n * L, H, C] -> [n, L, H, C], for queries, keys and values."""
     q, k, v = (x.unflatten(0, (sequences, -1)) for x in qkv)
     return q, k, v
+
+
+def _spread(qkv: QKV, places: Tensor | None, shape: tuple[int, int]) -> QKV:
+    """[rows, H, C] -> [n, L, H, C], with zeros for the padding that is not there."""
+    n, length = shape
+    if places is not None:
+        q, k, v = (put_at(x, places=places, length=n * length) for x in qkv)
+        qkv = q, k, v
+    return _each(qkv, n)
+
+
+def _gathered(rows: Tensor, places: Tensor | None) -> Tensor:
+    return rows if places is None else take(rows, places)
+
+
+def _attend_grouped(others: list[QKV], layout: Layout, padding: Padding, bias: Bias) -> list[Tensor]:
+    """-> [pair image rows, pair text rows, text-only rows], of the kinds that there are."""
+    (pair_images, pair_texts, texts), parts = others, []
+    if layout.pairs:
+        pairs = _each(pair_images, layout.pairs), _spread(pair_texts, padding.pair_places, layout.shapes[2])
+        attend_pairs = _attend_causally if layout.causal else _attend_joined
+        image_out, text_out = attend_pairs(*pairs, padding.pair_keys, bias.pairs)
+        parts += [image_out, _gathered(text_out, padding.pair_places)]
+    if layout.texts:
+        seen = _for_all_queries(padding.text_keys)
+        out = _sdpa(*_spread(texts, padding.text_places, layout.shapes[3]), seen, bias.texts)
+        parts.append(_gathered(out.flatten(0, 1), padding.text_places))
+    return parts
 
 
 def _attend_joined(images: QKV, texts: QKV, text_keys: Tensor | None, bias: Tensor | None) -> list[Tensor]:
@@ -145,25 +187,13 @@ def _sdpa(q_NLHC: Tensor, k_NLHC: Tensor, v_NLHC: Tensor, seen: Tensor | None, b
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
 
 
-def _pack(layout: Layout, pair_keys: Tensor, text_keys: Tensor) -> Packing:
-    place = torch.arange(layout.image_rows, layout.rows, device=text_keys.device)
-    images, pairs, texts = place.split([layout.pair_image_rows, layout.pair_text_rows, layout.text_rows])
-    both = torch.cat([images.view(layout.pairs, layout.image_len), pairs.view(layout.pairs, layout.pair_len)], 1)
-    keys = F.pad(pair_keys, (layout.image_len, 0), value=True)
-    # The one place that waits for the device, once for all blocks.
-    rows = torch.cat([both[keys], texts.view_as(text_keys)[text_keys]])
-    starts = F.pad(torch.cat([keys.sum(1), text_keys.sum(1)]).cumsum(0), (1, 0)).to(torch.int32)
-    return Packing(rows, starts, max(layout.image_len + layout.pair_len if layout.pairs else 0, layout.text_len))
-
-
-def _attend_packed(q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, layout: Layout, packing: Packing) -> Tensor:
+def _attend_packed(qkv: QKV, packing: Packing) -> Tensor:
     """The pair and text rows; rows of padding come out as zero."""
-    q, k, v = (x.index_select(0, packing.rows) for x in (q_THC, k_THC, v_THC))
+    q, k, v = (take(x, packing.joined) for x in qkv)
     kernel = _varlen_kernel()
     assert kernel is not None
     attended = kernel(q, k, v, packing.starts, packing.starts, packing.longest, packing.longest)
-    out = attended.new_zeros(layout.rows - layout.image_rows, *attended.shape[1:])
-    return out.index_copy(0, packing.rows - layout.image_rows, attended)
+    return put_at(attended, places=packing.joined, length=len(qkv[0]))
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from pretrain.contracts import Encoder, Objective
 from pretrain.data.masking import Masking
 from pretrain.flops import Product
 from pretrain.layers import PLAIN, Layers
+from pretrain.rows import take
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,10 @@ class Part(NamedTuple):
     """What one kind of sequences is asked: n sequences of L rows."""
 
     rows: Tensor  # [n, L, width]
-    masked: Tensor  # bool [n, L]: where a target stands
-    targets: Tensor  # int64 [n, L]
+    places: Tensor  # int64 [targets]: where a target stands among the n * L rows, rising
+    targets: Tensor  # int64 [targets]
+    per_sequence: Tensor  # int64 [n]: targets of each
+    sequences: int  # how many of them count
 
 
 class MaskedDataHeads(nn.Module):
@@ -143,18 +147,15 @@ class MaskedDataHeads(nn.Module):
 
     def needed_rows(self, batch: Batch) -> Kinds:
         """The hidden patches and words."""
-        layout = batch.layout
-        masks = F.pad(batch.image_masks, (1, 0)) if layout.patches else batch.image_masks
-        images, pair_images = masks.split([layout.images, layout.pairs])
-        return Kinds(images, pair_images, batch.pair_masked, batch.text_masked)
+        return batch.hidden
 
     def predict(self, encoded: Kinds, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """{part: (predictions, targets)}, each [masked positions], in row order; for evaluation."""
         return {
-            name: (head.predict(part.rows.flatten(0, 1)[part.masked.flatten()]), part.targets[part.masked])
+            name: (head.predict(take(part.rows.flatten(0, 1), part.places)), part.targets)
             for head, parts in self._heads(encoded, batch)
             for name, part in parts.items()
-            if len(part.masked)
+            if part.sequences
         }
 
     def after_step(self) -> None:
@@ -162,35 +163,55 @@ class MaskedDataHeads(nn.Module):
 
     def _heads(self, encoded: Kinds, batch: Batch) -> list[tuple[Any, dict[str, Part]]]:
         """Each head that is built, with the parts that it answers."""
-        heads: list[tuple[Any, dict[str, Part]]] = []
-        whole = 0 if self.dual else batch.layout.dual  # the last images and the first texts, of which nothing is hidden
-        if self.image is not None:
-            codes = batch.image_codes
-            if codes is None:
-                assert not batch.image_masks.any(), "masked images need image_codes: run the visual tokenizer first"
-                codes = torch.zeros_like(batch.image_masks, dtype=torch.long)
-            split = [batch.layout.images, batch.layout.pairs]
-            masks, targets = batch.image_masks.split(split), codes.split(split)
-            # The class row has no target.
-            images, pair_images = (kind[:, 1:] for kind in (encoded.images, encoded.pair_images))
-            alone = batch.layout.images - whole
-            image = Part(images[:alone], masks[0][:alone], targets[0][:alone])
-            heads.append((self.image, {"image": image, "pair_image": Part(pair_images, masks[1], targets[1])}))
-        if self.text is not None:
-            pairs = Part(encoded.pair_texts, batch.pair_masked, batch.pair_tokens)
-            texts = Part(encoded.texts[whole:], batch.text_masked[whole:], batch.text_tokens[whole:])
-            heads.append((self.text, {"pair_text": pairs, "text": texts}))
-        return [(head, {name: part for name, part in own.items() if name in self.parts}) for head, own in heads]
+        batch = batch.indexed()
+        layout, hidden = batch.layout, batch.hidden
+        whole = 0 if self.dual else layout.dual  # the last images and the first texts, of which nothing is hidden
+        counts = layout.images - whole, layout.pairs, layout.pairs, layout.texts - whole
+        targets = self._image_codes(batch).split([layout.images, layout.pairs])
+        tokens = (*targets, batch.pair_tokens, batch.text_tokens)
+        parts = [
+            Part(rows, places, own.flatten().index_select(0, places), masked.sum(-1), count)
+            for rows, masked, places, own, count in zip(
+                encoded, hidden, self._places(batch), tokens, counts, strict=True
+            )
+        ]
+        by_name = dict(zip(("image", "pair_image", "pair_text", "text"), parts, strict=True))
+        own = [(self.image, ("image", "pair_image")), (self.text, ("pair_text", "text"))]
+        return [
+            (head, {name: by_name[name] for name in names if name in self.parts})
+            for head, names in own
+            if head is not None
+        ]
+
+    def _places(self, batch: Batch) -> list[Tensor]:
+        """Where the targets that count stand among the rows of each kind, int64 [targets] each."""
+        index = batch.index
+        assert index is not None
+        images, dual_images, pair_images, pair_texts, dual_texts, texts = index.hidden.split(list(index.hidden_counts))
+        if self.dual:
+            images, texts = torch.cat([images, dual_images]), torch.cat([dual_texts, texts])
+        starts = itertools.accumulate(batch.layout.counts, initial=0)
+        return [own - start for own, start in zip((images, pair_images, pair_texts, texts), starts, strict=False)]
+
+    def _image_codes(self, batch: Batch) -> Tensor:
+        """int64 [N, image_len]: the class row has a place and no target."""
+        codes = batch.image_codes
+        if codes is None:
+            assert self.image is None or batch.index is None or not any(batch.index.hidden_counts[:3]), (
+                "masked images need image_codes: run the visual tokenizer first"
+            )
+            codes = torch.zeros_like(batch.image_masks, dtype=torch.long)
+        return F.pad(codes, (1, 0)) if batch.layout.patches else codes
 
 
 def _weigh(part: Part, mean_over: str) -> tuple[Tensor, int]:
     """The weight of each target in its part's loss, fp32 [targets], and by what their sum is divided: sequences or
     targets."""
     # A sequence's targets share its weight of one, so long and short sequences count the same.
-    weights = (1 / part.masked.sum(-1).clamp(min=1)).unsqueeze(-1).expand_as(part.masked)[part.masked]
+    weights = (1 / part.per_sequence.clamp(min=1)).index_select(0, part.places // max(part.rows.shape[1], 1))
     if mean_over == "targets":
         return torch.ones_like(weights), len(weights)
-    return weights, len(part.masked)
+    return weights, part.sequences
 
 
 def _score(
@@ -201,8 +222,8 @@ def _score(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The head's share of the loss, and what to report of its parts. One matrix product for all of them, on zero rows
     if nothing is masked: a head must run on every micro-step, or ZeRO mixes up gradients."""
-    rows = torch.cat([part.rows.flatten(0, 1)[part.masked.flatten()] for part in parts.values()])
-    targets = torch.cat([part.targets[part.masked] for part in parts.values()])
+    rows = torch.cat([take(part.rows.flatten(0, 1), part.places) for part in parts.values()])
+    targets = torch.cat([part.targets for part in parts.values()])
     scored = head(rows, targets, torch.cat([shares[name] for name in parts]))
     right = (scored.best == targets).float()
     report, start = {}, 0
@@ -210,7 +231,7 @@ def _score(
         weights, over = weighed[name]
         own = slice(start, start + len(weights))
         start += len(weights)
-        if len(part.masked):
+        if part.sequences:
             report[f"loss/{name}"] = (scored.losses[own] * weights).sum() / max(over, 1)
             report[f"accuracy/{name}"] = right[own].sum() / max(len(weights), 1)
     return scored.total, report

@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.batch import Layout, Rows
-from pretrain.layers import Layers, Share, put_at
+from pretrain.batch import Batch, Layout
+from pretrain.layers import Layers, Share
 from pretrain.parallel.mesh import Axis
+from pretrain.rows import Counted, Rows, put_at, sent
 
 Attend = Callable[..., Tensor]
 
@@ -47,50 +48,63 @@ class Cut(NamedTuple):
     back: Tensor  # int64 [rows]: where each row of the pass stands in that order
 
     @classmethod
-    def of(cls, layout: Layout, sequence: Axis, device: torch.device) -> Cut:
-        return _cut(layout, sequence.rank, sequence.size, device)
+    def of(cls, rows: Counted, sequence: Axis, device: torch.device) -> Cut:
+        return _cut(rows.counts, sequence.rank, sequence.size, device)
 
 
-@lru_cache(maxsize=16)  # a run has few layouts, and every block of every step needs one
-def _cut(layout: Layout, rank: int, ranks: int, device: torch.device) -> Cut:
-    kinds = torch.arange(layout.rows).split(list(layout.counts))
+@lru_cache(maxsize=16)  # every block of a step needs the same ones
+def _cut(counts: tuple[int, ...], rank: int, ranks: int, device: torch.device) -> Cut:
+    kinds = torch.arange(sum(counts)).split(list(counts))
     # tensor_split would give the remainders of every kind to the first ranks.
     shares = [[kind[r * len(kind) // ranks : (r + 1) * len(kind) // ranks] for kind in kinds] for r in range(ranks)]
     with torch.inference_mode(False):  # cached tensors must also serve training if an evaluation made them
-        by_rank = torch.cat([run for share in shares for run in share]).to(device)
-        own = Rows(torch.cat(shares[rank]).to(device), tuple(len(run) for run in shares[rank]))
-    return Cut(own, [sum(map(len, share)) for share in shares], by_rank, by_rank.argsort())
+        by_rank = torch.cat([run for share in shares for run in share])
+        own = Rows(torch.cat(shares[rank]), tuple(len(run) for run in shares[rank])).to(device)
+        back = by_rank.argsort()
+    return Cut(own, [sum(map(len, share)) for share in shares], sent(by_rank, device), sent(back, device))
 
 
-def share_pass(layout: Layout, needed: Tensor | None, device: torch.device, *, sequence: Axis) -> Share:
-    """See `Layers.share`."""
-    cut = Cut.of(layout, sequence, device)
+def share_pass(batch: Batch, needed: Tensor | None, *, sequence: Axis) -> Share:
+    """See `Layers.share`; the ranks share the rows without padding."""
+    index, layout = batch.on_host.index, batch.layout
+    assert index is not None
+    device, host = batch.images.device, batch.on_host.images.device
+    cut = Cut.of(index.real or layout, sequence, host)
+    places = cut.by_rank if index.real is None else index.real.places[cut.by_rank]  # of each rank's rows, in the pass
+    mine = places.split(cut.sizes)[sequence.rank]
+    own = Rows(sent(mine, device), cut.own.counts)
+    join = partial(_join, length=layout.rows, axis=sequence)
     if needed is None:
-        return Share(cut.own, None, partial(_join, places=cut.by_rank, sizes=cut.sizes, layout=layout, axis=sequence))
-    by_rank = needed[cut.by_rank]
+        return Share(own, None, partial(join, places=sent(places, device), sizes=cut.sizes))
+    needed = needed.to(host)
+    by_rank = needed[places]
     sizes = torch.stack([part.sum() for part in by_rank.split(cut.sizes)]).tolist()
-    join = partial(_join, places=cut.by_rank[by_rank], sizes=sizes, layout=layout, axis=sequence)
-    return Share(cut.own, Rows.where(needed[cut.own.places], cut.own), join)
+    join = partial(join, places=sent(places[by_rank], device), sizes=sizes)
+    return Share(own, Rows.where(needed[mine], cut.own).to(device), join)
 
 
-def _join(rows: Tensor, *, places: Tensor, sizes: list[int], layout: Layout, axis: Axis) -> Tensor:
-    """[own rows, D] -> [layout.rows, D]: the rows of all ranks, `sizes` of each, at their `places`."""
+def _join(rows: Tensor, *, places: Tensor, sizes: list[int], length: int, axis: Axis) -> Tensor:
+    """[own rows, D] -> [length, D]: the rows of all ranks, `sizes` of each, at their `places`."""
     assert len(rows) == sizes[axis.rank], (rows.shape, sizes)
     # The same rows go to each rank. In the backward pass the gradients of all ranks' losses add up.
-    sent = rows.repeat(axis.size, 1)
-    return put_at(_Exchange.apply(sent, [len(rows)] * axis.size, sizes, axis), places=places, length=layout.rows)
+    copies = rows.repeat(axis.size, 1)
+    return put_at(_Exchange.apply(copies, [len(rows)] * axis.size, sizes, axis), places=places, length=length)
 
 
-def attend_by_heads(attend: Attend, q: Tensor, k: Tensor, v: Tensor, layout: Layout, *more: Any, sequence: Axis):
-    """`attend` for [own rows, H, C] each: all rows of H / size heads go through it. -> [own rows, H, C]"""
+def attend_by_heads(
+    attend: Attend, q: Tensor, k: Tensor, v: Tensor, layout: Layout, padding: Any = None, *more: Any, sequence: Axis
+) -> Tensor:
+    """`attend` for [own rows, H, C] each: all rows of H / size heads go through it. -> [own rows, H, C]. `padding.rows`
+    are all ranks' rows together, None: all of the pass."""
     assert q.shape[1] % sequence.size == 0, (q.shape, sequence.size)
-    cut = Cut.of(layout, sequence, q.device)
+    cut = Cut.of(getattr(padding, "rows", None) or layout, sequence, q.device)
     own = [len(q)] * sequence.size
     # [ranks, own rows, heads, 3, C]: the heads of each rank, in one message.
     by_heads = torch.stack([x.unflatten(1, (sequence.size, -1)).transpose(0, 1) for x in (q, k, v)], 3)
     arrived = _Exchange.apply(by_heads.flatten(0, 1), own, cut.sizes, sequence)
     q, k, v = _Reorder.apply(arrived, cut.back, cut.by_rank).unbind(2)
-    y_THC = _Reorder.apply(attend(q, k, v, layout, *more), cut.by_rank, cut.back)
+    given = more if padding is None else (padding, *more)
+    y_THC = _Reorder.apply(attend(q, k, v, layout, *given), cut.by_rank, cut.back)
     return (
         _Exchange.apply(y_THC, cut.sizes, own, sequence).unflatten(0, (sequence.size, -1)).transpose(0, 1).flatten(1, 2)
     )

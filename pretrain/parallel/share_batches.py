@@ -108,7 +108,8 @@ def _unpack(header: bytes, content: Tensor) -> list[Batch]:
         own = {name: value for name, value in tensors.items() if "/" not in name}
         extra = {name: tuple(value) for name, value in about["extra"].items()}
         batch = Batch(layout=Layout(**about["layout"]), keys=tuple(about["keys"]), extra=extra, **own)
-        batches.append(batch.with_tensors(tensors))
+        # Here, and not in the step: it asks the device.
+        batches.append(batch.with_tensors(tensors).indexed())
     return batches
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def image_targets(recipe: Recipe, stage: Stage, run_dir: Path, device: torch.dev
             made = picture_codes(tokenizer, batch.images[first:last])
             for span in spans:
                 codes[span] = made[span.start - first : span.stop - first]
-        return replace(batch, image_codes=codes)
+        return batch.with_tensors({"image_codes": codes})
 
     return add_codes
 

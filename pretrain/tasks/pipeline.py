@@ -93,11 +93,14 @@ class PipelineTask(PretrainTask):
             sheet_ED = self._write_sheet(batch, x_TD)
         else:
             x_TD, sheet_ED = arrived.split([self.layout.rows, len(arrived) - self.layout.rows])
-        stand_in = self._read_sheet(sheet_ED.detach())
+        sheet_ED = sheet_ED.detach()
+        known = self._read_sheet(sheet_ED)
+        if batch is not None:  # it knows where padding is without a wait for the device
+            batch = known = batch.indexed().with_tensors({f"draws/{name}": own for name, own in known.draws.items()})
         if not self.last:
-            return torch.cat([self.encoder.run(x_TD, stand_in), sheet_ED.detach()])
+            return torch.cat([self.encoder.run(x_TD, known), sheet_ED])
         assert batch is not None
-        rows = self.encoder.finish(x_TD, stand_in, self.needed_rows(batch).pack())
+        rows = self.encoder.finish(x_TD, known, self.needed_rows(batch.on_host).pack())
         return self.score(Kinds.split(rows, self.layout), batch)
 
     def _write_sheet(self, batch: Batch, x_TD: Tensor) -> Tensor:

@@ -95,7 +95,9 @@ class PretrainTask(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """-> `loss` (the sum of the objectives'), and what each objective reports, all scalars."""
-        return self.score(self.encoder(batch, needed=self.needed_rows(batch)), batch)
+        batch = batch.indexed()
+        # Asked of the host: the number of rows that are read would be a wait for the device.
+        return self.score(self.encoder(batch, needed=self.needed_rows(batch.on_host)), batch)
 
     def score(self, encoded: Kinds, batch: Batch) -> dict[str, Tensor]:
         """What `forward` returns, from the encoder's rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 from pretrain.batch import PAD, Batch, Kinds, Layout
 from pretrain.models import attention
-from pretrain.models.attention import Bias, attend, can_pack, padding_of
+from pretrain.models.attention import Bias, Padding, attend, can_pack, padding_of
 from pretrain.models.multiway import encoder as multiway
+from pretrain.rows import put_at, take
 from tests.toy_models import CONFIGS, ROUTES, encoder, random_batch
 
 HEADS, WIDTH = 2, 8
@@ -24,6 +26,7 @@ LAYOUTS = [
     Layout(2, 3, 4, 4, 6, 9, causal=True),
 ]
 PACKED = [layout for layout in LAYOUTS if layout.language_rows and not layout.causal]
+LONG = [*PACKED, replace(LAYOUTS[0], pair_len=40, text_len=50)]
 
 
 def queries_keys_values(layout: Layout, **options) -> list[torch.Tensor]:
@@ -77,17 +80,35 @@ def assert_same(ours: torch.Tensor, theirs: torch.Tensor, qkv: list, read: torch
         torch.testing.assert_close(a, b, **near)
 
 
+def unpadded(qkv: list[torch.Tensor], batch: Batch, *, packed: bool) -> torch.Tensor:
+    """The rows without padding through attention, and back to their places."""
+    batch = batch.indexed()
+    assert batch.index is not None
+    padding, real = padding_of(batch, packed=packed), batch.index.real
+    if real is None:
+        return attend(*qkv, batch.layout, padding)
+    own = (take(x, real.places) for x in qkv)
+    return put_at(attend(*own, batch.layout, padding), places=real.places, length=batch.layout.rows)
+
+
+def masked(qkv: list[torch.Tensor], batch: Batch) -> torch.Tensor:
+    """All rows through attention, with the padding hidden by a mask."""
+    return attend(*qkv, batch.layout, Padding(None, None, *batch.keys_seen))
+
+
+@pytest.mark.parametrize("long", [False, True])  # padding that fills up the shape only; and such that is left out
 @pytest.mark.parametrize(
     ("layout", "packed"), [*((layout, False) for layout in LAYOUTS), *((layout, True) for layout in PACKED)]
 )
-def test_grouped_attention_is_the_plain_formula(layout, packed, kernel):
+def test_grouped_attention_is_the_plain_formula(layout, packed, long, kernel):
+    layout = replace(layout, pair_len=40, text_len=50) if long else layout
     batch, qkv = random_batch(layout), queries_keys_values(layout)
-    out = attend(*qkv, layout, padding_of(batch, packed=packed))
+    out = unpadded(qkv, batch, packed=packed)
     assert_same(out, plain(*qkv, batch), qkv, no_padding(batch), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("layout", PACKED)
+@pytest.mark.parametrize("layout", LONG)
 def test_packed_is_masked(layout, padded, kernel):
     """In fp32, on the CPU; also where a text is nothing but padding, which sees itself."""
     batch, qkv = random_batch(layout, padded=padded), queries_keys_values(layout)
@@ -95,9 +116,10 @@ def test_packed_is_masked(layout, padded, kernel):
     if padded and layout.texts:
         batch.text_inputs[1] = PAD
         Kinds.split(read, layout).texts[1] = True
-    packed, masked = (attend(*qkv, layout, padding_of(batch, packed=packed)) for packed in (True, False))
-    assert_same(packed, masked, qkv, read, atol=1e-6, rtol=1e-5)
-    assert not packed[~read].any()
+    for plain in (masked(qkv, batch), unpadded(qkv, batch, packed=False)):
+        packed = unpadded(qkv, batch, packed=True)
+        assert_same(packed, plain, qkv, read, atol=1e-6, rtol=1e-5)
+        assert not packed[~read].any()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -105,11 +127,11 @@ def test_an_encoder_packs_where_it_may(name, kernel, monkeypatch):
     """Relative positions are a bias, which the variable-length kernels do not take."""
     model, batch = encoder(CONFIGS[name]), random_batch(ROUTES["masked data"])
     asked = []
-    masked = model.rows(batch)
+    plain = model.rows(batch)
     monkeypatch.setattr(multiway, "can_pack", lambda *_: True)
     monkeypatch.setattr(attention, "_varlen_kernel", lambda: asked.append(name) or by_loop)
     packed, read = model.rows(batch), no_padding(batch)
-    torch.testing.assert_close(packed[read], masked[read], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed[read], plain[read], atol=1e-5, rtol=1e-5)
     assert len(asked) == (0 if name == "vlmo" else model.cfg.depth)
 
 
@@ -147,5 +169,6 @@ def test_the_cuda_kernel_agrees_with_the_masked_one(layout):
     batch = random_batch(layout)
     assert can_pack(torch.zeros(layout.rows, 1, device="cuda", dtype=torch.bfloat16), layout, WIDTH)
     qkv = queries_keys_values(layout, device="cuda", dtype=torch.bfloat16)
-    packed, masked = (attend(*qkv, layout, padding_of(batch.to("cuda"), packed=packed)) for packed in (True, False))
-    assert_same(packed, masked, qkv, no_padding(batch), atol=3e-2, rtol=3e-2)
+    there = batch.indexed().to("cuda")
+    packed = unpadded(qkv, there, packed=True)
+    assert_same(packed, masked(qkv, there), qkv, no_padding(batch), atol=3e-2, rtol=3e-2)

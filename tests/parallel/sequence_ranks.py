@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.batch import Batch, Layout
+from pretrain.batch import Batch, Layout, make_batch
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.parallel.mesh import Axis
 from pretrain.parallel.sequence import Cut, attend_by_heads, share_pass
@@ -79,7 +79,8 @@ def both_sides_of_an_exchange() -> None:
         torch.testing.assert_close(x.grad, factor * whole[3][cut.own.places])
     # Rows that two heads read: what each rank's loss says adds up.
     needed = torch.tensor([False, True])
-    share = share_pass(layout, needed, torch.device("cpu"), sequence=mesh_axis)
+    batch = make_batch(layout, text_tokens=torch.full((1, 2), 7))
+    share = share_pass(batch.indexed(), needed, sequence=mesh_axis)
     assert share.own is not None and share.read is not None
     ends = whole[0][:, 0][cut.own.places][share.read.places].requires_grad_()
     joined = share.join(ends)

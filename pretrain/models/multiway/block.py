@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pretrain.batch import Layout, Rows
+from pretrain.batch import Layout
 from pretrain.layers import PLAIN, Layers
 from pretrain.models.attention import NO_BIAS, NO_PADDING, Bias, Padding, attend
 from pretrain.models.multiway.shape import MultiwayShape
+from pretrain.rows import Rows, take
 
 
 class Multiway(nn.ModuleDict):
@@ -53,7 +54,7 @@ class Attention(nn.Module):
         q, k, v = (p(x_TD, own or layout).unflatten(-1, (-1, self.head_dim)) for p in (self.q, self.k, self.v))
         y_TD = self.attend(q, k, v, layout, padding, bias).flatten(-2)
         if read is not None:
-            y_TD = y_TD.index_select(0, read.places)
+            y_TD = take(y_TD, read.places)
         rows = read or own or layout
         return self.out(y_TD if self.inner_norm is None else self.inner_norm(y_TD, rows), rows)
 
@@ -132,7 +133,7 @@ class MultiwayBlock(nn.Module):
         without them nothing is dropped."""
         attention_factor, expert_factor = self._drop_path_factors(draws, layout, own, read, x_TD.dtype)
         attended = self.attention(self.norm(x_TD, own or layout), layout, padding, bias, own, read)
-        x = x_TD if read is None else x_TD.index_select(0, read.places)
+        x = x_TD if read is None else take(x_TD, read.places)
         x = _add(x, attended, self.attention_scale, attention_factor)
         return _add(x, self.experts(x, read or own or layout), self.expert_scale, expert_factor)
 

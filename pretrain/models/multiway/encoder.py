@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.batch import DROP_PATH, Batch, Kinds, Layout, Rows
+from pretrain.batch import DROP_PATH, Batch, Kinds, Layout
 from pretrain.layers import PLAIN, Layers
 from pretrain.models.attention import NO_BIAS, Bias, Padding, can_pack, padding_of
 from pretrain.models.multiway.block import Multiway, MultiwayBlock, attention_names
 from pretrain.models.multiway.embeddings import RelativePosition, TextEmbedding, VisionEmbedding
 from pretrain.models.multiway.shape import EXPERTS, MultiwayShape, check_experts, check_layout
+from pretrain.rows import Rows, take
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -71,7 +72,7 @@ class MultiwayEncoder(nn.Module):
 
     def rows(self, batch: Batch, needed: Tensor | None = None) -> Tensor:
         """-> x_TD [layout.rows, dim] after the final norm, rows in the order of `batch.Layout`; `needed`: bool
-        [layout.rows]."""
+        [layout.rows], asked without a wait where it lies on the host. Padding comes out as anything."""
         return self.finish(self.embed(batch), batch, needed)
 
     def embed(self, batch: Batch) -> Tensor:
@@ -86,16 +87,21 @@ class MultiwayEncoder(nn.Module):
         return torch.cat(parts)
 
     def finish(self, x_TD: Tensor, batch: Batch, needed: Tensor | None = None) -> Tensor:
-        """Everything of `rows` after the embedding; see `run`."""
-        own, read, join = self.share(batch.layout, needed, x_TD.device)
-        if own is not None:
-            x_TD = x_TD.index_select(0, own.places)
-        x_TD = self.run(x_TD, batch, own, read)
+        """Everything of `rows` after the embedding."""
+        batch = batch.indexed()
+        own, read, join = self.share(batch, needed)
+        x_TD = self._blocks(x_TD if own is None else take(x_TD, own.places), batch, own, read)
         return join(self.norm(x_TD, read or own or batch.layout))
 
-    def run(self, x_TD: Tensor, batch: Batch, own: Rows | None = None, read: Rows | None = None) -> Tensor:
-        """Rows through the blocks that are here; `own` and `read` as for a block. Of the batch only its layout, the
-        places of padding and the draws for drop path are read."""
+    def run(self, x_TD: Tensor, batch: Batch) -> Tensor:
+        """All rows of the pass through the blocks that are here, for a pipe stage; padding comes out as zeros. Of the
+        batch only its layout, the places of padding and the draws for drop path are read."""
+        batch = batch.indexed()
+        own, _, join = self.share(batch, None)
+        return join(self._blocks(x_TD if own is None else take(x_TD, own.places), batch, own, None))
+
+    def _blocks(self, x_TD: Tensor, batch: Batch, own: Rows | None, read: Rows | None) -> Tensor:
+        """Through the blocks that are here; `own` and `read` as for a block."""
         steps = self._steps(batch, read)
         packed = self.relative_position is None and can_pack(x_TD, batch.layout, self.cfg.dim // self.cfg.heads)
         padding = padding_of(batch, packed=packed)

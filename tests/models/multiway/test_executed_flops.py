@@ -37,7 +37,7 @@ def attention_flops(cfg: MultiwayConfig, layout: Layout) -> float:
 @pytest.mark.parametrize("route", ["masked data", "language", "dual"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_they_are_those_of_torchs_counter(name, route, trained):
-    cfg, batch = CONFIGS[name], random_batch(ROUTES[route])
+    cfg, batch = CONFIGS[name], random_batch(ROUTES[route], padded=False)
     model, layout = encoder(cfg), batch.layout
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(any(fnmatch(key, pattern) for pattern in TRAINED[trained]))
@@ -62,7 +62,7 @@ def test_they_are_those_of_torchs_counter(name, route, trained):
 
 @pytest.mark.parametrize("read", [0, 5, 17])
 def test_rows_that_nobody_reads_are_left_out(read):
-    cfg, batch = CONFIGS["paper"], random_batch(ROUTES["language"])
+    cfg, batch = CONFIGS["paper"], random_batch(ROUTES["language"], padded=False)
     model, layout = encoder(cfg), batch.layout
     needed = torch.arange(layout.rows) < read
     with FlopCounterMode(display=False) as counter:

@@ -1,0 +1,151 @@
+"""Rows of a packed pass by their places: which of them go through the blocks, and which of them carry a target.
+
+The loader makes an `Index` of every batch, since it knows masks and lengths: on a GPU the same questions would wait for
+the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# The rows of a kind's texts are filled up to a multiple of this share of all that there could be, so that a run has a
+# few shapes and not a new one at each step.
+FILL_SHARE, FILL_LEAST = 32, 8
+
+
+class Counted(Protocol):
+    """A `batch.Layout`, or `Rows`."""
+
+    @property
+    def counts(self) -> tuple[int, ...]: ...
+
+
+class Rows(NamedTuple):
+    """A selection of the rows of a packed pass, or of such a selection."""
+
+    places: Tensor  # int64 [R], rising
+    counts: tuple[int, ...]  # of each kind, as Layout.counts
+
+    @classmethod
+    def where(cls, chosen: Tensor, among: Counted) -> Rows:
+        """Those for which `chosen`, bool [rows], is true. Where that lies on a GPU, this waits for it."""
+        counts = torch.stack([kind.sum() for kind in chosen.split(list(among.counts))]).tolist()
+        return cls(chosen.nonzero().squeeze(1), tuple(counts))
+
+    def split(self, *, fusion: bool) -> tuple[int, ...]:
+        """As `Layout.split`."""
+        return by_expert(self.counts, fusion)
+
+    def to(self, device: torch.device) -> Rows:
+        return self._replace(places=sent(self.places, device))
+
+
+def by_expert(counts: tuple[int, ...], fusion: bool) -> tuple[int, ...]:
+    """Rows of (vision, language), or of (vision, fusion, language), from those of every kind."""
+    images, pair_images, pair_texts, texts = counts
+    return (images, pair_images + pair_texts, texts) if fusion else (images + pair_images, pair_texts + texts)
+
+
+def sent(value: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; a copy from the host to a GPU waits for nothing."""
+    if value.device == device:
+        return value
+    pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
+    return pinned.to(device, non_blocking=True)
+
+
+def take(rows: Tensor, places: Tensor) -> Tensor:
+    """[T, ...] -> [R, ...]: the rows at `places` [R], of which no two are equal."""
+    return _Take.apply(rows, places)
+
+
+class _Take(torch.autograd.Function):
+    """index_select, whose own backward pass adds up: with atomics on a GPU, though here no two rows meet."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.length = len(rows)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return put_at(grads[0], places=places, length=ctx.length), None
+
+
+def put_at(rows: Tensor, *, places: Tensor, length: int) -> Tensor:
+    """[R, ...] at `places` [R] among zeros, [length, ...]."""
+    return rows.new_zeros(length, *rows.shape[1:]).index_copy(0, places, rows)
+
+
+class Index(NamedTuple):
+    """What a step must know about a batch before it can ask the device. Places are of the layout's rows, if nothing
+    else is said.
+
+    `real` leaves out the padding, but for a few rows that fill up its shapes; pictures have none. `joined` and `starts`
+    are what attention of variable length wants: the pair and text rows without any padding, sequence after sequence.
+    `hidden` are the rows with a target, in six groups: images, dual images, pair images, pair texts, dual texts, texts.
+    """
+
+    real: Rows | None  # the rows that go through the blocks; None: all
+    joined: Tensor  # int64 [J]: places among `real`, counted behind those of the image-only rows
+    starts: Tensor  # int32 [pairs + texts + 1]: where each sequence begins in `joined`, and J
+    hidden: Tensor  # int64 [M], rising
+    hidden_counts: tuple[int, ...]  # of each group
+    lengths: tuple[tuple[int, ...], tuple[int, ...]]  # of each pair's text and of each text, without padding
+    padded: tuple[bool, bool]  # whether any pair's text, any text has padding
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Index:
+        """The index with every tensor of it changed."""
+        real = self.real and self.real._replace(places=change(self.real.places))
+        own = {name: change(getattr(self, name)) for name in ("joined", "starts", "hidden")}
+        return self._replace(real=real, **own)
+
+
+def make_index(
+    shapes: Sequence[tuple[int, int]], pair_keys: Tensor, text_keys: Tensor, hidden: Sequence[Tensor], dual: int
+) -> Index:
+    """The index of a batch whose layout has `shapes` and `dual`. `pair_keys` and `text_keys`: bool [pairs, pair_len]
+    and [texts, text_len], true where there is no padding; `hidden`: bool [n, length] of every kind, where a target
+    is."""
+    keys = [torch.ones(shape, dtype=torch.bool, device=text_keys.device) for shape in shapes[:2]]
+    keys += [pair_keys, text_keys]
+    whole, kept = [n * length for n, length in shapes], [_filled(kind.flatten()) for kind in keys]
+    counts = tuple(int(kind.sum()) if length else 0 for kind, (_, length) in zip(kept, shapes, strict=True))
+    real = None if list(counts) == whole else Rows(torch.cat(kept).nonzero().squeeze(1), counts)
+    joined, starts = _joined(torch.cat(kept), keys, shapes)
+    groups = [
+        *hidden[0].split([len(hidden[0]) - dual, dual]),
+        *hidden[1:3],
+        *hidden[3].split([dual, shapes[3][0] - dual]),
+    ]
+    hidden_counts = tuple(torch.stack([group.sum() for group in groups]).tolist())
+    places = torch.cat([kind.flatten() for kind in hidden]).nonzero().squeeze(1)
+    lengths = tuple(pair_keys.sum(1).tolist()), tuple(text_keys.sum(1).tolist())
+    padded = not bool(pair_keys.all()), not bool(text_keys.all())
+    return Index(real, joined, starts, places, hidden_counts, lengths, padded)
+
+
+def _filled(keys: Tensor) -> Tensor:
+    """bool [n], with as many of the padding's rows, its first ones, as fill up the shape."""
+    step = max(FILL_LEAST, -(-len(keys) // FILL_SHARE // FILL_LEAST) * FILL_LEAST)
+    more = -int(keys.sum()) % step
+    return keys | (~keys & ((~keys).cumsum(0) <= more))
+
+
+def _joined(kept: Tensor, keys: list[Tensor], shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """See Index."""
+    (images, image_len), (pairs, _), (_, pair_len), (texts, text_len) = shapes
+    place = kept.cumsum(0)[images * image_len :] - 1 - images * image_len
+    of_images, of_pairs, of_texts = place.split([pairs * image_len, pairs * pair_len, texts * text_len])
+    both = torch.cat([of_images.view(pairs, image_len), of_pairs.view(pairs, pair_len)], 1)
+    seen = F.pad(keys[2], (image_len, 0), value=True)
+    rows = torch.cat([both[seen], of_texts.view(texts, text_len)[keys[3]]])
+    starts = F.pad(torch.cat([seen.sum(1), keys[3].sum(1)]).cumsum(0), (1, 0)).to(torch.int32)
+    return rows, starts
