@@ -237,6 +237,10 @@ class Batch:
             elif isinstance(value, dict):
                 yield from ((f"{name}/{key}", part) for key, part in value.items() if isinstance(part, Tensor))
 
+    def every_tensor(self) -> list[Tensor]:
+        """Those of the batch, and of its index where it has one."""
+        return [*dict(self.tensors()).values(), *(() if self.index is None else self.index.tensors())]
+
     def with_tensors(self, tensors: dict[str, Tensor]) -> Batch:
         """A copy with these tensors, by the names of `tensors`. It keeps the index if they say nothing about it."""
         own = {name: value for name, value in tensors.items() if "/" not in name}

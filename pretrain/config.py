@@ -58,7 +58,8 @@ class Stage:
     drop_path: float = 0.0  # of the last block; it rises linearly from 0
     activation_checkpointing: bool | int = 0  # n: the backward pass keeps every n-th block's input; True is 1
     parallel: Parallel = field(default_factory=Parallel)  # ranks that share one copy of the model
-    compile: bool = False  # the blocks, by torch.compile
+    # The blocks, by torch.compile. None: on a GPU, where ZeRO-3 or ranks that share the blocks do not cut them up.
+    compile: bool | None = None
     evals: tuple[Evaluation, ...] = ()
 
     def __post_init__(self) -> None:

@@ -29,20 +29,30 @@ class Rows(NamedTuple):
     """A selection of the rows of a packed pass, or of such a selection."""
 
     places: Tensor  # int64 [R], rising
-    counts: tuple[int, ...]  # of each kind, as Layout.counts
+    # The same of each kind. A compiled block knows counts by their shapes, which may change; a number may not.
+    by_kind: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, places: Tensor, counts: Sequence[int]) -> Rows:
+        """`counts`: of each kind, as Layout.counts."""
+        return cls(places, places.split(list(counts)))
 
     @classmethod
     def where(cls, chosen: Tensor, among: Counted) -> Rows:
         """Those for which `chosen`, bool [rows], is true. Where that lies on a GPU, this waits for it."""
         counts = torch.stack([kind.sum() for kind in chosen.split(list(among.counts))]).tolist()
-        return cls(chosen.nonzero().squeeze(1), tuple(counts))
+        return cls.of(chosen.nonzero().squeeze(1), counts)
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(part.shape[0] for part in self.by_kind)
 
     def split(self, *, fusion: bool) -> tuple[int, ...]:
         """As `Layout.split`."""
         return by_expert(self.counts, fusion)
 
     def to(self, device: torch.device) -> Rows:
-        return self._replace(places=sent(self.places, device))
+        return Rows.of(sent(self.places, device), self.counts)
 
 
 def by_expert(counts: tuple[int, ...], fusion: bool) -> tuple[int, ...]:
@@ -101,9 +111,12 @@ class Index(NamedTuple):
     lengths: tuple[tuple[int, ...], tuple[int, ...]]  # of each pair's text and of each text, without padding
     padded: tuple[bool, bool]  # whether any pair's text, any text has padding
 
+    def tensors(self) -> list[Tensor]:
+        return [self.joined, self.starts, self.hidden, *([] if self.real is None else [self.real.places])]
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Index:
         """The index with every tensor of it changed."""
-        real = self.real and self.real._replace(places=change(self.real.places))
+        real = self.real and Rows.of(change(self.real.places), self.real.counts)
         own = {name: change(getattr(self, name)) for name in ("joined", "starts", "hidden")}
         return self._replace(real=real, **own)
 
@@ -118,7 +131,7 @@ def make_index(
     keys += [pair_keys, text_keys]
     whole, kept = [n * length for n, length in shapes], [_filled(kind.flatten()) for kind in keys]
     counts = tuple(int(kind.sum()) if length else 0 for kind, (_, length) in zip(kept, shapes, strict=True))
-    real = None if list(counts) == whole else Rows(torch.cat(kept).nonzero().squeeze(1), counts)
+    real = None if list(counts) == whole else Rows.of(torch.cat(kept).nonzero().squeeze(1), counts)
     joined, starts = _joined(torch.cat(kept), keys, shapes)
     groups = [
         *hidden[0].split([len(hidden[0]) - dual, dual]),

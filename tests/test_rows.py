@@ -29,7 +29,7 @@ def test_the_index_says_what_loops_find(name):
     batch = random_batch(LAYOUTS[name]).indexed()
     layout, index, seen = batch.layout, batch.index, real_rows(batch)
     assert index is not None
-    real = index.real or Rows(torch.arange(layout.rows), layout.counts)
+    real = index.real or Rows.of(torch.arange(layout.rows), layout.counts)
     assert set(seen.nonzero().flatten().tolist()) <= set(real.places.tolist()), "no word is left out"
     kinds = torch.arange(layout.rows).split(list(layout.counts))
     for kind, count in zip(kinds, real.counts, strict=True):

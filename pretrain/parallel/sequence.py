@@ -59,7 +59,7 @@ def _cut(counts: tuple[int, ...], rank: int, ranks: int, device: torch.device) -
     shares = [[kind[r * len(kind) // ranks : (r + 1) * len(kind) // ranks] for kind in kinds] for r in range(ranks)]
     with torch.inference_mode(False):  # cached tensors must also serve training if an evaluation made them
         by_rank = torch.cat([run for share in shares for run in share])
-        own = Rows(torch.cat(shares[rank]), tuple(len(run) for run in shares[rank])).to(device)
+        own = Rows.of(torch.cat(shares[rank]), [len(run) for run in shares[rank]]).to(device)
         back = by_rank.argsort()
     return Cut(own, [sum(map(len, share)) for share in shares], sent(by_rank, device), sent(back, device))
 
@@ -72,7 +72,7 @@ def share_pass(batch: Batch, needed: Tensor | None, *, sequence: Axis) -> Share:
     cut = Cut.of(index.real or layout, sequence, host)
     places = cut.by_rank if index.real is None else index.real.places[cut.by_rank]  # of each rank's rows, in the pass
     mine = places.split(cut.sizes)[sequence.rank]
-    own = Rows(sent(mine, device), cut.own.counts)
+    own = Rows.of(sent(mine, device), cut.own.counts)
     join = partial(_join, length=layout.rows, axis=sequence)
     if needed is None:
         return Share(own, None, partial(join, places=sent(places, device), sizes=cut.sizes))

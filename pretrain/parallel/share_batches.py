@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pretrain.batch import Batch, Layout
 from pretrain.distributed import device
+from pretrain.parallel.copy_ahead import copied
 from pretrain.parallel.faults import Watch
 from pretrain.parallel.mesh import Axis, Mesh
 
@@ -41,11 +42,11 @@ def share_batches(load: Callable[[], Iterator[list[Batch]]], mesh: Mesh, watch: 
     if not loads(mesh):
         while True:
             yield _unpack(*_pass_on(axes, None))
-    batches = load()
+    batches = copied(load(), device())
     while True:
         watch.waits_for_data = True
         try:
-            step = [batch.to(device()) for batch in next(batches)]
+            step = next(batches)
         except StopIteration:
             return
         except LOADING as error:

@@ -24,7 +24,7 @@ from pretrain.distributed import device, fail_together, rank, world_size
 from pretrain.layers import PLAIN, Layers
 from pretrain.lock import Lock
 from pretrain.optim import build_optimizer, schedule
-from pretrain.parallel.ds_config import load_ds_config, precision_name
+from pretrain.parallel.ds_config import load_ds_config, precision_name, zero_stage
 from pretrain.parallel.engine import build_engine, init_distributed, partitioned_init
 from pretrain.parallel.faults import Watch
 from pretrain.parallel.legal import check_legal
@@ -136,7 +136,7 @@ def build_run(
     else:
         task = build_task(recipe, stage, run_dir, layers, partitioned_init(ds_config, mpu_of(mesh)))
     init_file = load_start(task, recipe, stage, run_dir, checkpoint, mesh)
-    if stage.compile:
+    if compiles(task, stage, ds_config):
         compile_blocks(task, recipe.model_of(stage))
     engine = _engine(task, recipe, stage, mesh, ds_config)
     if checkpoint is not None:
@@ -228,6 +228,14 @@ def _freeze(task: nn.Module, stage: Stage) -> nn.Module:
     return task
 
 
+def compiles(task: Any, stage: Stage, ds_config: dict[str, Any]) -> bool:
+    """What stage.compile says; None: whether there is a GPU, and blocks that nothing cuts up."""
+    if stage.compile is not None:
+        return stage.compile
+    whole = zero_stage(ds_config) < 3 and stage.parallel.tensor == stage.parallel.sequence == 1
+    return torch.cuda.is_available() and whole and hasattr(getattr(task, "encoder", None), "compile_blocks")
+
+
 def compile_blocks(task: Any, model: Any) -> None:
     compile_ = getattr(getattr(task, "encoder", None), "compile_blocks", None)
     if compile_ is None:
@@ -271,7 +279,7 @@ def stage_ds_config(
         accumulation=accumulation,
         model=recipe.model_of(stage).splits(stage.experts),
         classes=stage.head_classes,
-        compiled=stage.compile,
+        compiled=bool(stage.compile),
         node=node,
     )
     return config

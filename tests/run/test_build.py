@@ -11,11 +11,12 @@ import torch
 from pretrain.checkpoint.weights import carry_over, read_weights, write_weights
 from pretrain.config import Recipe, Stage, to_json
 from pretrain.export import resize_positions
+from pretrain.layers import PLAIN
 from pretrain.models.multiway.resize import resize_relative_positions
 from pretrain.parallel.mesh import create_mesh
 from pretrain.parallel.sizes import Parallel
 from pretrain.recipes import find_recipe
-from pretrain.run.build import build_task, load_start
+from pretrain.run.build import build_task, compiles, load_start
 
 SIZE = {"dim": 16, "depth": 4, "heads": 2, "ffn_dim": 32, "patch_size": 16, "vocab_size": 64}
 
@@ -79,3 +80,28 @@ def test_pictures_of_another_size_are_refused_before_anything_starts(tmp_path, k
     stage = replace(recipe.stages[key], transform=replace(recipe.stages[key].transform, size=48))
     with pytest.raises(ValueError, match=rf"transform\.size=48 but model\.image_size={pixels}"):
         build_task(recipe, stage, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "says", "zero", "parallel", "compiled"),
+    [
+        (True, None, 2, Parallel(), True),
+        (True, None, 3, Parallel(), False),  # its hooks cut blocks into pieces
+        (True, None, 1, Parallel(tensor=2), False),
+        (True, None, 1, Parallel(sequence=2), False),
+        (True, False, 1, Parallel(), False),
+        (False, None, 1, Parallel(), False),
+        (False, True, 1, Parallel(), True),
+    ],
+)
+def test_blocks_are_compiled_by_default_where_there_is_a_gpu(
+    monkeypatch, tmp_path, gpu, says, zero, parallel, compiled
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    recipe = small("tiny", 32)
+    stage = replace(recipe.stages["fusion"], compile=says, parallel=parallel)
+    with torch.device("meta"):
+        task = stage.task.build(recipe.model, stage, PLAIN, None)
+    config = {"zero_optimization": {"stage": zero}}
+    assert compiles(task, stage, config) == compiled
+    assert not compiles(torch.nn.Module(), replace(stage, compile=None), config), "it has no blocks"

@@ -52,8 +52,7 @@ def step(name: str, objectives: str, device: str = "cpu") -> tuple[PretrainTask,
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_waits_for_nothing(name, objectives):
     task, batches = step(name, objectives)
-    there = [value for batch in batches for _, value in batch.tensors()]
-    there += [value for batch in batches for value in batch.index if isinstance(value, torch.Tensor)]
+    there = [value for batch in batches for value in batch.every_tensor()]
     with Calls([*task.parameters(), *there]) as calls:
         report = train_step(Plain(task), batches, lambda batch: batch)
     assert calls.waits.total() == 0, calls.waits

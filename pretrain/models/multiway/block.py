@@ -100,15 +100,11 @@ def _cut(cfg: MultiwayShape) -> float:
 
 
 class MultiwayBlock(nn.Module):
-    """Self-attention, then one feed-forward expert per kind of rows (BEiT-3, figure 2). `layer` counts from 1;
-    `drop_path` is this block's rate."""
+    """Self-attention, then one feed-forward expert per kind of rows (BEiT-3, figure 2). `layer` counts from 1."""
 
-    def __init__(
-        self, cfg: MultiwayShape, experts: Sequence[str], layer: int, layers: Layers = PLAIN, *, drop_path: float = 0.0
-    ):
+    def __init__(self, cfg: MultiwayShape, experts: Sequence[str], layer: int, layers: Layers = PLAIN):
         super().__init__()
         names = attention_names(cfg, experts)
-        self.drop_path = drop_path
         self.norm = Multiway(names, lambda: nn.LayerNorm(cfg.dim, eps=cfg.norm_eps))
         self.attention = Attention(cfg, names, layer, layers)
         fusion = "fusion" in experts and layer > cfg.depth - cfg.fusion_layers
@@ -126,27 +122,17 @@ class MultiwayBlock(nn.Module):
         bias: Bias = NO_BIAS,
         own: Rows | None = None,
         read: Rows | None = None,
-        draws: Tensor | None = None,
+        factors: Tensor | None = None,
     ) -> Tensor:
         """[T, D] -> [T, D]. With `own` x_TD holds only these rows of the pass; with `read` (for the last block) only
-        these of them come out. `draws` in [0, 1), [sequences, 2], decide what drop path drops of attention and expert;
-        without them nothing is dropped."""
-        attention_factor, expert_factor = self._drop_path_factors(draws, layout, own, read, x_TD.dtype)
+        these of them come out. `factors` [T, 2] are drop path's for attention and expert; None: nothing is dropped."""
         attended = self.attention(self.norm(x_TD, own or layout), layout, padding, bias, own, read)
-        x = x_TD if read is None else take(x_TD, read.places)
-        x = _add(x, attended, self.attention_scale, attention_factor)
-        return _add(x, self.experts(x, read or own or layout), self.expert_scale, expert_factor)
-
-    def _drop_path_factors(
-        self, draws: Tensor | None, layout: Layout, own: Rows | None, read: Rows | None, dtype: torch.dtype
-    ) -> list[Tensor | None]:
-        """Drop path's factor for each branch, [rows that come out, 1]; None: one."""
-        if draws is None or self.drop_path == 0:
-            return [None, None]
-        factors = [drop_path_factor(layout, self.drop_path, branch).to(dtype) for branch in draws.unbind(1)]
-        for rows in (own, read):
-            factors = factors if rows is None else [factor.index_select(0, rows.places) for factor in factors]
-        return [*factors]
+        x = x_TD
+        if read is not None:
+            x, factors = take(x, read.places), None if factors is None else factors.index_select(0, read.places)
+        of_attention, of_expert = (None, None) if factors is None else factors.split(1, dim=1)
+        x = _add(x, attended, self.attention_scale, of_attention)
+        return _add(x, self.experts(x, read or own or layout), self.expert_scale, of_expert)
 
 
 def _add(x: Tensor, branch: Tensor, scale: Tensor | None, factor: Tensor | None) -> Tensor:
@@ -161,10 +147,13 @@ def attention_names(cfg: MultiwayShape, experts: Sequence[str]) -> tuple[str, ..
     return tuple(name for name in ("vision", "language") if name in experts)
 
 
-def drop_path_factor(layout: Layout, rate: float, draws: Tensor) -> Tensor:
-    """Stochastic depth: [T, 1], 0 for all rows of a sequence whose `draws` [sequences] in [0, 1) fell below `rate`, and
-    1 / (1 - rate) elsewhere."""
-    factor = (draws >= rate).unsqueeze(1) / (1 - rate)
-    images, pairs, texts = factor.split([layout.images, layout.pairs, layout.texts])
-    parts = zip((images, pairs, pairs, texts), layout.shapes, strict=True)
-    return torch.cat([part.expand(-1, length).reshape(-1, 1) for part, (_, length) in parts])
+def drop_path_factor(rate: float, draws: Tensor) -> Tensor:
+    """Stochastic depth: 0 where `draws` in [0, 1) fell below `rate`, and 1 / (1 - rate) elsewhere."""
+    return (draws >= rate) / (1 - rate)
+
+
+def sequence_of_row(layout: Layout, device: torch.device) -> Tensor:
+    """int64 [T]: to which of the layout's sequences a row belongs. A pair's image and its text are one."""
+    numbers = torch.arange(layout.sequences, device=device).split([layout.images, layout.pairs, layout.texts])
+    kinds = zip((numbers[0], numbers[1], *numbers[1:]), layout.shapes, strict=True)
+    return torch.cat([own.unsqueeze(1).expand(-1, length).flatten() for own, (_, length) in kinds])

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.batch import DROP_PATH, Batch, Kinds, Layout
 from pretrain.layers import PLAIN, Layers
 from pretrain.models.attention import NO_BIAS, Bias, Padding, can_pack, padding_of
-from pretrain.models.multiway.block import Multiway, MultiwayBlock, attention_names
+from pretrain.models.multiway.block import Multiway, MultiwayBlock, attention_names, drop_path_factor, sequence_of_row
 from pretrain.models.multiway.embeddings import RelativePosition, TextEmbedding, VisionEmbedding
 from pretrain.models.multiway.shape import EXPERTS, MultiwayShape, check_experts, check_layout
 from pretrain.rows import Rows, take
@@ -52,14 +52,14 @@ class MultiwayEncoder(nn.Module):
             return part if keep(name) else None
 
         self.cfg, self.expert_names, self.share = cfg, tuple(experts), layers.share
-        self.drop_path, self.checkpointing = drop_path, checkpointing
+        self.drop_path, self.checkpointing, self.compiled = drop_path, checkpointing, False
         self.vision_embed = build("vision_embed", lambda: VisionEmbedding(cfg)) if "vision" in experts else None
         self.text_embed = build("text_embed", lambda: TextEmbedding(cfg, layers)) if "language" in experts else None
         bias = cfg.relative_position
         self.relative_position = build("relative_position", lambda: RelativePosition(cfg, layers)) if bias else None
         self.blocks = nn.ModuleList()
         for number in range(cfg.depth):
-            make = partial(MultiwayBlock, cfg, experts, number + 1, layers, drop_path=self.drop_rate(number))
+            make = partial(MultiwayBlock, cfg, experts, number + 1, layers)
             if block := build(f"blocks.{number}", make):
                 self.blocks.add_module(str(number), block)
         norm = partial(Multiway, attention_names(cfg, experts), lambda: nn.LayerNorm(cfg.dim, eps=cfg.norm_eps))
@@ -102,28 +102,31 @@ class MultiwayEncoder(nn.Module):
 
     def _blocks(self, x_TD: Tensor, batch: Batch, own: Rows | None, read: Rows | None) -> Tensor:
         """Through the blocks that are here; `own` and `read` as for a block."""
-        steps = self._steps(batch, read)
+        steps = self._steps(batch, own, read, x_TD.dtype)
         packed = self.relative_position is None and can_pack(x_TD, batch.layout, self.cfg.dim // self.cfg.heads)
         padding = padding_of(batch, packed=packed)
+        same = (batch.layout, padding, own, self.compiled)
         every = self.checkpointing if self.training else 0
         for first in range(0, len(steps), every or len(steps)):
             some = steps[first : first + (every or len(steps))]
-            if every:
-                x_TD = checkpoint(_run, some, x_TD, batch.layout, padding, own, use_reentrant=False)
-            else:
-                x_TD = _run(some, x_TD, batch.layout, padding, own)
+            x_TD = checkpoint(_run, some, x_TD, *same, use_reentrant=False) if every else _run(some, x_TD, *same)
         return x_TD
 
-    def _steps(self, batch: Batch, read: Rows | None) -> list[Step]:
+    def _steps(self, batch: Batch, own: Rows | None, read: Rows | None, dtype: torch.dtype) -> list[Step]:
         """What each block that is here works with beside the rows."""
         biases = None if self.relative_position is None else self.relative_position(batch.layout)
         draws = self._drop_path_draws(batch)
+        sequences = sequence_of_row(batch.layout, batch.images.device) if draws is not None else None
+        if sequences is not None and own is not None:
+            sequences = sequences.index_select(0, own.places)
         steps = []
         for name, block in self.blocks.named_children():
             number = int(name)
-            last = number == self.cfg.depth - 1
             bias = NO_BIAS if biases is None else biases[number]
-            steps.append(Step(block, bias, read if last else None, None if draws is None else draws[number]))
+            factors = None
+            if draws is not None and sequences is not None and self.drop_rate(number):
+                factors = drop_path_factor(self.drop_rate(number), draws[number]).to(dtype).index_select(0, sequences)
+            steps.append(Step(block, bias, read if number == self.cfg.depth - 1 else None, factors))
         return steps
 
     def _drop_path_draws(self, batch: Batch) -> Sequence[Tensor] | None:
@@ -144,15 +147,15 @@ class MultiwayEncoder(nn.Module):
         return None if self.text_embed is None else cast(nn.Parameter, self.text_embed.tokens.weight)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compile every block but the model's last, in place and at first use; names and weights stay as they are.
+        """Compile every block, in place and at first use; names and weights stay as they are.
 
-        Blocks of one kind share their code: a model compiles three or four times whatever its depth (drop path's rate
-        is zero in the first block, and the top ones may have a third expert). The last block stays as it is: how many
-        rows its heads read changes with every mask, and each new size may compile again.
+        Blocks of one kind share their code: a model compiles three or four times whatever its depth (drop path drops
+        nothing in the first block, the top ones may have a third expert, and the last leaves rows out) and whatever its
+        masks and lengths: what they change of the shapes is marked, so that no new number compiles again.
         """
-        for name, block in self.blocks.named_children():
-            if int(name) < self.cfg.depth - 1:
-                block.compile(backend=backend)
+        self.compiled = True
+        for block in self.blocks:
+            block.compile(backend=backend)
 
 
 class Step(NamedTuple):
@@ -161,11 +164,30 @@ class Step(NamedTuple):
     block: nn.Module
     bias: Bias
     read: Rows | None
-    draws: Tensor | None
+    factors: Tensor | None
 
 
-def _run(steps: list[Step], x_TD: Tensor, layout: Layout, padding: Padding, own: Rows | None) -> Tensor:
+def _run(steps: list[Step], x_TD: Tensor, layout: Layout, padding: Padding, own: Rows | None, compiled: bool) -> Tensor:
     """The rows through some blocks, one after another."""
-    for block, bias, read, draws in steps:
-        x_TD = block(x_TD, layout, padding, bias, own, read, draws)
+    for block, bias, read, factors in steps:
+        if compiled:
+            mark_changing(layout, x_TD, factors, padding, own, read)
+        x_TD = block(x_TD, layout, padding, bias, own, read, factors)
     return x_TD
+
+
+def mark_changing(
+    layout: Layout, x_TD: Tensor, factors: Tensor | None, padding: Padding, own: Rows | None, read: Rows | None
+) -> None:
+    """Tell the compiler whose numbers of rows change from batch to batch."""
+    rows: list[Tensor | None] = [padding.pair_places, padding.text_places]
+    rows += [padding.packing.joined] if padding.packing is not None else []
+    for some in (own, padding.rows, read):
+        if some is not None:
+            rows.append(some.places)
+            rows += [part for part, count in zip(some.by_kind, layout.counts, strict=True) if len(part) != count]
+    rows += [x_TD, factors] if own is not None else []
+    for value in rows:
+        if value is not None and len(value) > 1:  # the compiler takes 0 and 1 as they are
+            # `maybe`: where sequence ranks exchange rows, the compiler may take a number as it is.
+            torch._dynamo.maybe_mark_dynamic(value, 0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from pretrain.batch import Layout
+from pretrain.batch import PAD, Layout
 from pretrain.metrics import read_metrics
 from pretrain.models.multiway.encoder import MultiwayEncoder
 from pretrain.objectives.masked import MaskedData
@@ -27,23 +27,30 @@ def task() -> PretrainTask:
 
 
 @pytest.mark.slow
-def test_seven_blocks_compile_three_times_under_changing_masks_and_rates():
+def test_seven_blocks_compile_four_times_under_changing_masks_lengths_and_rates():
     torch._dynamo.reset()
     counters.clear()
     plain, compiled = task(), task()
     compiled.encoder.compile_blocks(backend="aot_eager")  # all of it but the last and slow part, the kernels
     assert compiled.state_dict().keys() == plain.state_dict().keys()
+    shapes = set()
     for step in range(1, STEPS + 1):
-        # Other masks and other draws in each step.
-        batch = random_batch(Layout(3, 3, 3, PATCHES, pair_len=6, text_len=8), step, cfg=DEEP, drop_path=True)
+        # Other masks, lengths and draws in each step.
+        layout = Layout(3, 3, 12, PATCHES, pair_len=12, text_len=12)
+        batch = random_batch(layout, step, cfg=DEEP, drop_path=True, padded=False)
+        ends = torch.randint(2, 12, (12, 1), generator=torch.Generator().manual_seed(step))
+        batch.text_inputs.masked_fill_(torch.arange(12) >= ends, PAD)
+        batch.text_masked.masked_fill_(batch.text_inputs == PAD, False)
+        batch = batch.indexed()
+        shapes.add(batch.index.real.counts)
         for one in (plain, compiled):
             one.zero_grad()
             one(batch)["loss"].backward()
         for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
             assert torch.allclose(a.grad, b.grad, atol=1e-6), name
-    # The first block drops nothing, the three fusion blocks have a third expert.
-    assert counters["stats"]["unique_graphs"] == 3
-    assert not counters["graph_break"] and counters["frames"]["total"] == 3
+    # The first block drops nothing, the three fusion blocks have a third expert, the last leaves rows out.
+    assert len(shapes) > 2 and counters["stats"]["unique_graphs"] == 4
+    assert not counters["graph_break"] and counters["frames"]["total"] == 4
 
 
 def with_backend(backend: str, rank: int) -> None:
@@ -62,7 +69,6 @@ def test_a_compiled_run_reports_the_losses_of_a_plain_one(data, tmp_path, ranks,
     metrics = {}
     for compiled in ("false", "true"):
         run, log = tmp_path / compiled, tmp_path / f"{compiled}.log"
-        # Of the two blocks one is compiled: each kind of block costs half a minute of the C++ compiler.
         line = command(data, run, "fusion", "steps=3", f"compile={compiled}", tokenizer_of(data), ds="zero1.json")
         cache = str(tmp_path / "inductor")
         started = Ranks(line, data, ranks, log, partial(with_backend, backend), TORCHINDUCTOR_CACHE_DIR=cache)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.batch import PAD, Kinds, Layout, make_batch
-from pretrain.models.multiway.block import drop_path_factor
+from pretrain.models.multiway.block import drop_path_factor, sequence_of_row
 from pretrain.models.multiway.embeddings import RelativePosition
 from pretrain.models.multiway.encoder import MultiwayEncoder
 from pretrain.models.multiway.sizes import VLMO_BASE
@@ -125,9 +125,10 @@ def test_bytes_are_normalised_as_the_reference_does():
 def test_drop_path_drops_whole_sequences_and_keeps_the_mean():
     torch.manual_seed(0)
     layout = Layout(200, 200, 200, 4, 3, 4)
-    factor = drop_path_factor(layout, 0.25, torch.rand(layout.sequences))
+    of_sequence = drop_path_factor(0.25, torch.rand(layout.sequences, 1))
+    assert of_sequence.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    factor = of_sequence[sequence_of_row(layout, torch.device("cpu"))]
     assert factor.shape == (layout.rows, 1)
-    assert factor.unique().tolist() == pytest.approx([0, 1 / 0.75])
     kinds = Kinds.split(factor, layout)
     assert all((kind == kind[:, :1]).all() for kind in kinds)
     # A pair's image and its text share their fate.
@@ -137,7 +138,7 @@ def test_drop_path_drops_whole_sequences_and_keeps_the_mean():
 
 def test_drop_path_rises_with_depth_and_rests_in_evaluation():
     model, batch = encoder(drop_path=0.4), random_batch(ROUTES["masked data"])
-    assert [block.drop_path for block in model.blocks] == pytest.approx([0, 0.2, 0.4])
+    assert [model.drop_rate(number) for number in range(3)] == pytest.approx([0, 0.2, 0.4])
     assert not torch.equal(model.rows(batch), model.rows(batch))
     with_draws = random_batch(ROUTES["masked data"], drop_path=True)
     assert torch.equal(model.rows(with_draws), model.rows(with_draws)), "the batch's own draws count"
