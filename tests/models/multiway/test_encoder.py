@@ -8,7 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.calls import Calls
 from pretrain.batch import PAD, Kinds, Layout, make_batch
+from pretrain.layers import Linear
+from pretrain.models.multiway import block
 from pretrain.models.multiway.block import drop_path_factor, sequence_of_row
 from pretrain.models.multiway.embeddings import RelativePosition
 from pretrain.models.multiway.encoder import MultiwayEncoder
@@ -287,3 +290,34 @@ def test_drop_path_treats_needed_rows_as_the_whole_pass_does():
     needed = torch.arange(batch.layout.rows) % 3 == 0
     rows = [model.rows(batch, some)[needed] for some in (None, needed)]
     torch.testing.assert_close(*rows, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_queries_keys_and_values_by_one_product_are_those_by_three(name, monkeypatch):
+    model, batch = encoder(CONFIGS[name]), random_batch(ROUTES["masked data"])
+    results, products = [], []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(block, "can_fuse", lambda linears: False)
+        model.zero_grad()
+        with Calls([]) as calls:
+            rows = model.rows(batch)
+        rows.square().sum().backward()
+        results.append((rows, [p.grad.clone() for p in model.parameters()]))
+        products.append(calls.names["addmm"] + calls.names["mm"])
+    torch.testing.assert_close(results[0][0], results[1][0], atol=1e-6, rtol=1e-5)
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-4)
+    sets = 2 if name == "released" else 1
+    assert products[1] - products[0] == 2 * sets * model.cfg.depth
+
+
+def test_weights_that_are_split_or_trained_apart_are_not_joined():
+    linears = [Linear(4, 4) for _ in range(3)]
+    assert block.can_fuse(linears)
+    linears[1].requires_grad_(False)
+    assert not block.can_fuse(linears)
+    linears[1].requires_grad_(True)
+    linears[2].weight.ds_id = 7  # ZeRO-3 holds a part of it here
+    assert not block.can_fuse(linears)
+    assert not block.can_fuse([*linears[:2], torch.nn.Linear(4, 4)])
