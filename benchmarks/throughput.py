@@ -36,6 +36,7 @@ from pretrain.command import about, write
 from pretrain.config import Recipe, Stage, to_json
 from pretrain.data.shards.indexing import index_directory
 from pretrain.distributed import barrier, device, rank, world_size
+from pretrain.flops import StepFlops
 from pretrain.layers import PLAIN
 from pretrain.metrics import Throughput
 from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace, recipe: Recipe, stage: Stage, place: Path) -> 
     """The steps of the run that pretrain.train would make, without its metrics and checkpoints."""
     watch = Watch()
     run = build_run(recipe, stage, args.ds, place, watch)
-    meter, seconds, waits, real = Throughput(device(), run.mesh.data.size), [], [], []
+    meter, seconds, waits, real, flops = Throughput(device(), run.mesh.data.size), [], [], [], []
     batches = share_batches(partial(run.loader.batches, 0, args.warmup + args.steps), run.mesh, watch)
     for step in range(1, args.warmup + args.steps + 1):
         watch.enter(f"step {step}", patient=step == 1)
@@ -104,11 +105,13 @@ def run(args: argparse.Namespace, recipe: Recipe, stage: Stage, place: Path) -> 
         if step > args.warmup:
             seconds.append(time.perf_counter() - begin)
             waits.append(waited)
-            real.append(int(sum(batch.real_rows() for batch in micro_batches)))
+            real.append(sum(batch.real_rows() for batch in micro_batches))
+            flops.append(run.flops(micro_batches))
     watch.enter("the end", patient=True)
     barrier()
     watch.stop()
     middle = statistics.median(seconds)
+    mean = StepFlops(*map(statistics.mean, zip(*flops, strict=True)))
     return {
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
         "torch": torch.__version__,
@@ -121,10 +124,10 @@ def run(args: argparse.Namespace, recipe: Recipe, stage: Stage, place: Path) -> 
         "samples_per_s": stage.batch.total / middle,
         "tokens_per_s": run.rows * run.mesh.data.size / middle,
         "real_tokens_per_s": statistics.mean(real) * run.mesh.data.size / middle,  # without padding
-        "tflops_per_rank": run.flops / middle / 1e12,
-        "executed_tflops_per_rank": run.executed_flops / middle / 1e12,
-        "mfu": run.flops / middle / meter.peak if meter.peak else None,
-        "mfu_executed": run.executed_flops / middle / meter.peak if meter.peak else None,
+        "tflops_per_rank": mean.padded / middle / 1e12,
+        "real_tflops_per_rank": mean.real / middle / 1e12,  # without padding
+        "executed_tflops_per_rank": mean.executed / middle / 1e12,
+        **meter.mfu(mean, middle),
         "memory_gib": meter.read()["memory_gib"],
         "data_wait": sum(waits) / sum(seconds),
         "model": to_json(recipe.model_of(stage)),

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -207,10 +207,18 @@ class Batch:
         object.__setattr__(made, "_host", host)
         return made
 
-    def real_rows(self) -> Tensor:
-        """How many of its rows are no padding; a scalar where the batch is, so that nothing waits for it."""
-        words = (self.pair_tokens != PAD).sum() + (self.text_tokens != PAD).sum()
-        return words + self.layout.vision_rows
+    @property
+    def real_layout(self) -> Layout:
+        """The layout without padding: its texts have the mean of the real lengths, which is no whole number. What is
+        linear in rows is exact by it; attention grows by squares, and is a little more."""
+        index = self.indexed().index
+        assert index is not None
+        pairs, texts = (sum(lengths) / max(len(lengths), 1) for lengths in index.lengths)
+        return replace(self.layout, pair_len=cast(int, pairs), text_len=cast(int, texts))
+
+    def real_rows(self) -> int:
+        """How many of its rows are no padding."""
+        return round(self.real_layout.rows)
 
     def to(self, device: torch.device | str) -> Batch:
         moved = self._moved(lambda value: value.to(device, non_blocking=True))

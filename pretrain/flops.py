@@ -43,6 +43,14 @@ class Product(NamedTuple):
     classes: bool = False  # a softmax over the outputs follows, as in a cross-entropy
 
 
+class StepFlops(NamedTuple):
+    """FLOPs of one step on one rank, forward and backward."""
+
+    padded: float = 0.0  # of all rows of its layouts, padding too
+    real: float = 0.0  # of the rows that are no padding
+    executed: float = 0.0  # of these, what is computed: see Model.executed_flops
+
+
 def product_flops(products: Iterable[Product]) -> int:
     """FLOPs of these products, forward and backward (3 x forward; a multiply-add counts as two)."""
     return sum(3 * 2 * each.rows * each.inputs * each.outputs for each in products)

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pretrain.distributed import rank
 from pretrain.files import Lines, sync, write_file
-from pretrain.flops import peak_flops
+from pretrain.flops import StepFlops, peak_flops
 from pretrain.json_files import parse_json, read_bytes
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ _MAX_BYTES = 2**30  # of it that are read
 # Measured by the clock or the allocator: two runs that are equal bit for bit still differ in these.
 MEASURED = (
     *("samples_per_s", "tokens_per_s", "real_tokens_per_s"),
-    *("mfu", "mfu_executed", "data_wait", "memory_gib"),
+    *("mfu", "mfu_real", "mfu_executed", "data_wait", "memory_gib"),
 )
 
 
@@ -44,20 +43,20 @@ class Throughput:
         self.device, self.data_ranks = torch.device(device), data_ranks
         self.peak = peak_flops(self.device)
         self._mark = time.perf_counter()
-        self._seconds = self._waited = self._flops = self._executed = 0.0
-        self._samples = self._tokens = 0
-        self._real: Tensor | int = 0  # a tensor where the batches are: it is read when the meter is
+        self._seconds = self._waited = 0.0
+        self._samples = self._tokens = self._real = 0
+        self._flops = StepFlops()
 
     def wait(self, seconds: float) -> None:
         """Seconds that the step waited for its data."""
         self._waited += seconds
 
-    def tick(self, *, samples: int, tokens: int, real: Tensor | int, flops: float, executed: float) -> None:
+    def tick(self, *, samples: int, tokens: int, real: int, flops: StepFlops) -> None:
         """A step is done. `samples`: of the global batch; of this rank `tokens` (rows), how many of them are `real` and
-        no padding, `flops`, and how many of them were `executed`."""
+        no padding, and `flops`."""
         self._add_time()
         self._samples, self._tokens, self._real = self._samples + samples, self._tokens + tokens, self._real + real
-        self._flops, self._executed = self._flops + flops, self._executed + executed
+        self._flops = StepFlops(*map(sum, zip(self._flops, flops, strict=True)))
 
     def skip(self) -> None:
         """Forget the time since the last call: it went into something else, such as saving."""
@@ -65,30 +64,35 @@ class Throughput:
 
     def read(self) -> dict[str, float | None]:
         """Means since the last reading: samples_per_s, tokens_per_s (rows, padding counted) and real_tokens_per_s
-        (without it) of the whole run, mfu of all model FLOPs and mfu_executed of those that were computed (None where
-        the peak is unknown), data_wait (fraction of the time), memory_gib (peak: allocated on the GPU, else of the
-        process)."""
+        (without it) of the whole run, the three of `mfu`, data_wait (fraction of the time), memory_gib (peak: allocated
+        on the GPU, else of the process)."""
         self._add_time()
         seconds = max(self._seconds, 1e-9)
         values = {
             "samples_per_s": self._samples / seconds,
             "tokens_per_s": self._tokens * self.data_ranks / seconds,
-            "real_tokens_per_s": float(self._real) * self.data_ranks / seconds,
-            "mfu": self._flops / seconds / self.peak if self.peak else None,
-            "mfu_executed": self._executed / seconds / self.peak if self.peak else None,
+            "real_tokens_per_s": self._real * self.data_ranks / seconds,
+            **self.mfu(self._flops, seconds),
             "data_wait": min(self._waited / seconds, 1.0),
             "memory_gib": _memory_gib(self.device),
         }
         self._clear()
         return values
 
+    def mfu(self, flops: StepFlops, seconds: float) -> dict[str, float | None]:
+        """Shares of the peak, None where that is unknown: mfu of the model FLOPs of all rows, padding counted as is
+        usual, mfu_real of those of real rows, and mfu_executed of what of these was computed."""
+        rates = [each / seconds / self.peak if self.peak else None for each in flops]
+        return dict(zip(("mfu", "mfu_real", "mfu_executed"), rates, strict=True))
+
     def _add_time(self) -> None:
         now = time.perf_counter()
         self._seconds, self._mark = self._seconds + now - self._mark, now
 
     def _clear(self) -> None:
-        self._seconds = self._waited = self._flops = self._executed = 0.0
+        self._seconds = self._waited = 0.0
         self._samples = self._tokens = self._real = 0
+        self._flops = StepFlops()
 
 
 def _memory_gib(device: torch.device) -> float:

@@ -199,7 +199,7 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch) -> int:
         report = run.step(micro_batches, first=step == 1)
         judge.note(step, gradient_norm(run.engine), report)
         real = sum(batch.real_rows() for batch in micro_batches)
-        meter.tick(samples=stage.batch.total, tokens=run.rows, real=real, flops=run.flops, executed=run.executed_flops)
+        meter.tick(samples=stage.batch.total, tokens=run.rows, real=real, flops=run.flops(micro_batches))
         stopping = any_rank(stop.asked, device())
         telling, last = step % recipe.log_every == 0, step == stage.steps
         saving = step % recipe.save_every == 0 or stopping

@@ -55,9 +55,10 @@ def test_every_tensor_has_a_name_and_follows():
 
 def test_padding_is_no_real_row():
     batch = random_batch(ROUTES["masked data"])
-    batch.pair_tokens[:] = torch.tensor([BOS, 7, 8, EOS, PAD, PAD, PAD])  # two pairs
-    batch.text_tokens[:] = torch.tensor([BOS, 7, EOS, PAD, PAD, PAD, PAD, PAD, PAD])  # four texts
-    assert int(batch.real_rows()) == 5 * (PATCHES + 1) + 2 * 4 + 4 * 3
+    batch.pair_inputs[:] = torch.tensor([BOS, 7, 8, EOS, PAD, PAD, PAD])  # two pairs
+    batch.text_inputs[:] = torch.tensor([BOS, 7, EOS, PAD, PAD, PAD, PAD, PAD, PAD])  # four texts
+    assert batch.real_rows() == 5 * (PATCHES + 1) + 2 * 4 + 4 * 3
+    assert (batch.real_layout.pair_len, batch.real_layout.text_len) == (4, 3)
 
 
 def test_with_tensors_replaces_by_name_and_leaves_the_rest():

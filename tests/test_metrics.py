@@ -9,10 +9,10 @@ import struct
 from types import SimpleNamespace
 
 import pytest
-import torch
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from pretrain import metrics
+from pretrain.flops import StepFlops
 from pretrain.metrics import MetricsLog, Throughput, read_metrics
 from tests.toys import full_beyond
 
@@ -30,18 +30,19 @@ def test_throughput_is_the_mean_since_the_last_reading(clock):
     for _ in range(4):
         clock.now += 0.5
         meter.wait(0.1)
-        meter.tick(samples=32, tokens=100, real=torch.tensor(70), flops=2.5e11, executed=2e11)
+        meter.tick(samples=32, tokens=100, real=70, flops=StepFlops(2.5e11, 2.25e11, 2e11))
     read = meter.read()
     assert read["samples_per_s"] == pytest.approx(64)
     assert read["tokens_per_s"] == pytest.approx(400)
     assert read["real_tokens_per_s"] == pytest.approx(280)
-    assert read["mfu"] == pytest.approx(0.5) and read["mfu_executed"] == pytest.approx(0.4)
+    assert read["mfu"] == pytest.approx(0.5) and read["mfu_real"] == pytest.approx(0.45)
+    assert read["mfu_executed"] == pytest.approx(0.4)
     assert read["data_wait"] == pytest.approx(0.2)
     assert 0.01 < read["memory_gib"] < 1000
     clock.now += 30  # saving a checkpoint
     meter.skip()
     clock.now += 1
-    meter.tick(samples=10, tokens=1, real=1, flops=0, executed=0)
+    meter.tick(samples=10, tokens=1, real=1, flops=StepFlops())
     assert meter.read()["samples_per_s"] == pytest.approx(10)
 
 

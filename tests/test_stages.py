@@ -52,6 +52,8 @@ def test_every_stage_leaves_the_files_of_the_contract(run):
         "tokens_per_s",
         "real_tokens_per_s",
         "mfu",
+        "mfu_real",
+        "mfu_executed",
         "data_wait",
         "memory_gib",
     ):

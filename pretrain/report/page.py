@@ -156,6 +156,7 @@ def _charts(lines: list[dict]) -> list[tuple[Drawing, str]]:
     speed = [Curve("samples/s", _points(lines, "samples_per_s"), noise=True)]
     wait = [Curve("of the step", _points(lines, "data_wait", 100), noise=True)]
     utilisation = [Curve("all (MFU)", _points(lines, "mfu", 100))]
+    utilisation += [Curve("without padding", _points(lines, "mfu_real", 100))]
     utilisation += [Curve("computed", _points(lines, "mfu_executed", 100))]
     minor = [
         Chart("Learning rate", [Curve("highest", _points(lines, "lr"))], from_zero=True, peak=True),

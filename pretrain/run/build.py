@@ -21,6 +21,7 @@ from pretrain.checkpoint.weights import load_handover
 from pretrain.config import Recipe, Stage, to_json
 from pretrain.data.loader import Loader
 from pretrain.distributed import device, fail_together, rank, world_size
+from pretrain.flops import StepFlops
 from pretrain.layers import PLAIN, Layers
 from pretrain.lock import Lock
 from pretrain.optim import build_optimizer, schedule
@@ -67,20 +68,18 @@ class Run:
             return pipeline_step(self.engine, micro_batches, self.add_targets)
         return train_step(self.engine, micro_batches, self.add_targets, first=first)
 
-    @property
-    def flops(self) -> float:
-        """Model FLOPs of one step on this rank."""
+    def flops(self, micro_batches: list[Batch]) -> StepFlops:
+        """Of one step on this rank's `micro_batches`; zero on a pipe stage that has none."""
         stage, model = self.stage, self.recipe.model_of(self.stage)
-        whole = stage.task.flops(model, stage, self.loader.layout) * stage.batch.accumulation
-        return whole / stage.parallel.model
+        real = [batch.real_layout for batch in micro_batches]
+        whole = sum(stage.task.flops(model, stage, batch.layout) for batch in micro_batches)
+        own = sum(stage.task.flops(model, stage, layout) for layout in real)
+        executed = sum(stage.task.executed_flops(model, stage, layout, self._trained) for layout in real)
+        return StepFlops(*(each / stage.parallel.model for each in (whole, own, executed)))
 
     @cached_property
-    def executed_flops(self) -> float:
-        """Of `flops`, those that the step computes."""
-        stage, model = self.stage, self.recipe.model_of(self.stage)
-        trained = frozenset(parameter_names(self.recipe, stage)) - frozen_names(self.recipe, stage)
-        whole = stage.task.executed_flops(model, stage, self.loader.layout, trained) * stage.batch.accumulation
-        return whole / stage.parallel.model
+    def _trained(self) -> frozenset[str]:
+        return frozenset(parameter_names(self.recipe, self.stage)) - frozen_names(self.recipe, self.stage)
 
     @property
     def rows(self) -> int:

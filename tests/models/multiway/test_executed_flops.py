@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.batch import Kinds, Layout
+from pretrain.batch import PAD, Kinds, Layout
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.plan.model import micro_batch_layout, planned
 from pretrain.recipes import load_recipe
@@ -87,3 +87,16 @@ def test_what_mfu_credits_beyond_them(recipe, stage, more):
     trained = frozenset(p.name for p in plan.parameters if p.group is not None)
     executed = plan.stage.task.executed_flops(plan.model, plan.stage, layout, trained)
     assert plan.stage.task.flops(plan.model, plan.stage, layout) / executed - 1 == pytest.approx(more, abs=0.0005)
+
+
+def test_without_padding_they_are_those_of_the_rows_that_exist():
+    """Of texts whose lengths fill up their shape, so that the pass has no row of padding."""
+    cfg, batch = CONFIGS["paper"], random_batch(Layout(texts=6, text_len=12), padded=False)
+    batch.text_inputs[:3, 4:] = PAD  # lengths of 4, and of 12: 48 rows of 72
+    model, real = encoder(cfg), batch.real_layout
+    assert (real.text_len, real.rows) == (8, 48) and len(batch.indexed().index.real.places) == 48
+    with FlopCounterMode(display=False) as counter:
+        model(batch).pack().square().sum().backward()
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in PRODUCTS)
+    trained = frozenset(key for key, _ in model.named_parameters())
+    assert cfg.executed_flops(real, EXPERTS, real.rows, trained) == counted + 3 * attention_flops(cfg, real)
