@@ -105,7 +105,8 @@ def _join(value: Tensor, part: Tensor, mesh: Mesh | None) -> Tensor:
     """All tensor ranks' parts side by side, without padding."""
     if split_dim(value) is not None and mesh is not None and mesh.tensor.size > 1:
         part = torch.cat(all_gather(part, mesh.tensor.group), split_dim(value))
-    return part[: real_rows(value)]  # None: all of it
+    rows = real_rows(value)
+    return part if rows is None else part[:rows]
 
 
 def _on_rank_0(value: Tensor) -> Tensor:
