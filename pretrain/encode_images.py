@@ -152,21 +152,24 @@ def _codes(
     loader = DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available())
     items = zip(stretches, loader, strict=True)
     on = device()
-    for shard in todo:
-        codes = np.full((samples[shard], coding.crops, coding.patches), NO_CODE, DTYPE)
-        filled = 0
-        while filled < samples[shard]:
-            stretch, looks = next(items)
-            if isinstance(looks, Exception):
-                raise looks
-            pixels, decodable = looks
-            if len(pixels):
-                computed = picture_codes(encoder.tokenizer, pixels.to(on, non_blocking=True)).cpu().numpy()
-                samples_in_shard = np.flatnonzero(decodable.numpy()) + stretch.first
-                codes[samples_in_shard] = computed.reshape(len(samples_in_shard), coding.crops, coding.patches)
-            filled += stretch.samples
-            bar.update(stretch.samples)
-        yield shard, codes
+    try:
+        for shard in todo:
+            codes = np.full((samples[shard], coding.crops, coding.patches), NO_CODE, DTYPE)
+            filled = 0
+            while filled < samples[shard]:
+                stretch, looks = next(items)
+                if isinstance(looks, Exception):
+                    raise looks
+                pixels, decodable = looks
+                if len(pixels):
+                    computed = picture_codes(encoder.tokenizer, pixels.to(on, non_blocking=True)).cpu().numpy()
+                    samples_in_shard = np.flatnonzero(decodable.numpy()) + stretch.first
+                    codes[samples_in_shard] = computed.reshape(len(samples_in_shard), coding.crops, coding.patches)
+                filled += stretch.samples
+                bar.update(stretch.samples)
+            yield shard, codes
+    finally:
+        del items  # ends the workers, which the traceback of an error would keep
 
 
 def _is_done(path: Path, heads: tuple[bytes, ...], encoder: Encoder, samples: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +122,7 @@ def test_a_shard_that_changes_meanwhile_is_one_sentence_from_a_worker_too(shards
     with pytest.raises(ValueError, match=r"00002\.tar was changed after indexing or is damaged") as caught:
         encode_directory(shards, encoder, workers=1)
     assert "Traceback" not in str(caught.value)
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(
