@@ -1,17 +1,21 @@
-"""What a training step asks of a device, counted and not timed, so that no GPU is needed: calls of torch's kernels, and
-those among them for whose answer the host would wait.
+"""What a training step asks of a device, counted, so that no GPU is needed: calls of torch's kernels, and those among
+them for whose answer the host would wait. Beside it what leaving out the padding is worth in time here, and what one
+product for queries, keys and values would be.
 
     python -m benchmarks.calls --size quickstart --images 8 --pairs 8 --texts 8
 
 One forward and backward pass of masked data modeling, without the optimizer. A wait is an answer that comes from a
 weight or from the batch on its device: a number (`item`, `tolist`), or a shape that depends on values (`nonzero`, an
-index of booleans). What is asked of the batch's copy on the host is none.
+index of booleans). What is asked of the batch's copy on the host is none. Times are CPU seconds of steps in turns; a
+ratio is the median over the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -26,6 +30,7 @@ from benchmarks.attention import SIZES, random_batch
 from benchmarks.record import machine
 from pretrain.batch import PAD, Batch, Layout
 from pretrain.command import about, run, write
+from pretrain.models.multiway import block
 from pretrain.objectives.masked import MaskedData
 from pretrain.tasks.pretrain import PretrainTask
 
@@ -115,6 +120,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{kind}", type=int, default=8, help="sequences of this kind (default: 8)")
     parser.add_argument("--pair-len", type=int, default=32)
     parser.add_argument("--text-len", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=15, help="of timed steps, one of each form (default: 15)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     return parser.parse_args(argv)
 
@@ -127,6 +133,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     batch = on_device(masked_batch(random_batch(cfg, layout, "cpu", padded=True), cfg.vocab_size - 1))
     with Calls([*task.parameters(), *(value for _, value in batch.tensors())]) as calls:
         task(batch)["loss"].backward()
+    assert batch.index is not None
+    real = layout.rows if batch.index.real is None else len(batch.index.real.places)
     return {
         "size": args.size,
         "layout": vars(layout),
@@ -134,7 +142,33 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "waits": calls.waits.total(),
         "waiting_calls": dict(calls.waits),
         "dearest": dict(calls.names.most_common(12)),
+        "rows": {"of the layout": layout.rows, "no padding": batch.real_rows(), "in the blocks": real},
+        "times_as_long": slower(task, batch, args.rounds),
     }
+
+
+def slower(task: PretrainTask, batch: Batch, rounds: int) -> dict[str, float]:
+    """How many times as long a step takes with its padding, and how many with one product for queries, keys, values."""
+    assert batch.index is not None
+    whole = batch.index._replace(real=None)
+    padded = batch.with_index(whole, batch.on_host.with_index(whole, None))
+    by_device, seconds = block.gains_by_fusing, dict[str, list[float]]()
+    forms = {"now": (batch, by_device), "with padding": (padded, by_device), "one product": (batch, _always)}
+    for _ in range(rounds + 1):
+        for name, (given, fuses) in forms.items():
+            block.gains_by_fusing = fuses  # type: ignore[assignment]
+            task.zero_grad()
+            begin = time.process_time()
+            task(given)["loss"].backward()
+            seconds.setdefault(name, []).append(time.process_time() - begin)
+    block.gains_by_fusing = by_device
+    now = seconds.pop("now")[1:]  # the first round warms up
+    ratios = {name: [a / b for a, b in zip(own[1:], now, strict=True)] for name, own in seconds.items()}
+    return {name: round(statistics.median(own), 3) for name, own in ratios.items()}
+
+
+def _always(rows: Tensor) -> bool:
+    return True
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -59,13 +59,19 @@ class Attention(nn.Module):
         return self.out(y_TD if self.inner_norm is None else self.inner_norm(y_TD, rows), rows)
 
     def _project(self, x_TD: Tensor, rows: Layout | Rows) -> Sequence[Tensor]:
-        """Queries, keys and values, [T, D of this rank] each; by one product where their weights lie here whole."""
+        """Queries, keys and values, [T, D of this rank] each; by one product where that gains something."""
         sets = [(self.q[name], self.k[name], self.v[name]) for name in self.q]
-        if not all(map(can_fuse, sets)):
+        if not (gains_by_fusing(x_TD) and all(map(can_fuse, sets))):
             return [projection(x_TD, rows) for projection in (self.q, self.k, self.v)]
         parts = x_TD.split(rows.split(fusion=False)) if len(sets) > 1 else [x_TD]
         fused = [_fused(part, own) for part, own in zip(parts, sets, strict=True)]
         return (fused[0] if len(fused) == 1 else torch.cat(fused)).chunk(3, -1)
+
+
+def gains_by_fusing(x_TD: Tensor) -> bool:
+    """Whether fewer and larger products are worth the joined weights, which the backward pass keeps. On a CPU they are
+    not: benchmarks/results/calls.json."""
+    return x_TD.is_cuda
 
 
 def can_fuse(linears: Sequence[nn.Module]) -> bool:
@@ -77,7 +83,7 @@ def can_fuse(linears: Sequence[nn.Module]) -> bool:
 
 def _fused(x_TD: Tensor, linears: Sequence[Any]) -> Tensor:
     """[T, D] -> [T, outputs of all]. The weights are joined anew in each pass, so that each stays a parameter with its
-    own name; that costs less than three products of a third of the size."""
+    own name."""
     biases = [one.weight.new_zeros(len(one.weight)) if one.bias is None else one.bias for one in linears]
     return nn.functional.linear(x_TD, torch.cat([one.weight for one in linears]), torch.cat(biases))
 
