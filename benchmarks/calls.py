@@ -6,8 +6,8 @@ product for queries, keys and values would be.
 
 One forward and backward pass of masked data modeling, without the optimizer. A wait is an answer that comes from a
 weight or from the batch on its device: a number (`item`, `tolist`), or a shape that depends on values (`nonzero`, an
-index of booleans). What is asked of the batch's copy on the host is none. Times are CPU seconds of steps in turns; a
-ratio is the median over the rounds.
+index of booleans). What is asked of the batch's copy on the host is none. Times are CPU seconds of steps in
+turns, on one thread; a ratio is the median over the rounds.
 """
 
 from __future__ import annotations
@@ -152,6 +152,8 @@ def slower(task: PretrainTask, batch: Batch, rounds: int) -> dict[str, float]:
     assert batch.index is not None
     whole = batch.index._replace(real=None)
     padded = batch.with_index(whole, batch.on_host.with_index(whole, None))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that wait for each other are CPU seconds too
     by_device, seconds = block.gains_by_fusing, dict[str, list[float]]()
     forms = {"now": (batch, by_device), "with padding": (padded, by_device), "one product": (batch, _always)}
     for _ in range(rounds + 1):
@@ -161,6 +163,7 @@ def slower(task: PretrainTask, batch: Batch, rounds: int) -> dict[str, float]:
             begin = time.process_time()
             task(given)["loss"].backward()
             seconds.setdefault(name, []).append(time.process_time() - begin)
+    torch.set_num_threads(threads)
     block.gains_by_fusing = by_device
     now = seconds.pop("now")[1:]  # the first round warms up
     ratios = {name: [a / b for a, b in zip(own[1:], now, strict=True)] for name, own in seconds.items()}

@@ -45,7 +45,8 @@ class Encoder(Protocol):
 
     def __call__(self, batch: Batch, needed: Kinds | None = None) -> Kinds:
         """-> the rows of each kind, float [n, length, width of that kind]; row 0 stands for its sequence. `needed`
-        names the rows that heads read; the others may come out as anything."""
+        names the rows that heads read, on the host where that is known there; the others, and padding, may come out as
+        anything."""
 
     @property
     def token_table(self) -> nn.Parameter | None:
@@ -120,7 +121,8 @@ class Head(Protocol):
     """What an objective adds to the model, as a module whose parameters are trained with it."""
 
     def needed_rows(self, batch: Batch) -> Kinds:
-        """bool [n, length] per kind: the rows that `__call__` reads."""
+        """bool [n, length] per kind: the rows that `__call__` reads, none of them padding. The batch is the one on the
+        host, without its pictures: what is asked of it waits for no device."""
 
     def __call__(self, encoded: Kinds, batch: Batch, encode: Encoder) -> dict[str, Tensor]:
         """-> `loss` and whatever else metrics.jsonl should say, all scalars. `encode` is the same model, for passes

@@ -70,6 +70,9 @@ def test_a_damaged_step_record(tmp_path, content):
     assert len(str(error.value)) < 500
 
 
+PLAN = {"list": ["l"], "fingerprint": "f", "preset": "canonical", "slices": 1, "samples_per_shard": 10}
+
+
 @pytest.mark.parametrize("content", [DEEP, "5", '{"rows": "x"}', '{"rows": 1, "kept": 1, "first": 0, "digits": 5}'])
 def test_damaged_records_of_unfinished_work(tmp_path, content, monkeypatch, capsys):
     pq.write_table(pa.table({"url": ["http://a/1"], "caption": ["c"]}), tmp_path / "l.parquet")
@@ -86,7 +89,7 @@ def test_damaged_records_of_unfinished_work(tmp_path, content, monkeypatch, caps
     part.work.mkdir(parents=True)
     (part.work.parent / "plan.json").write_text(content)
     assert "plan.json is damaged" in refused(capsys, download.main, "--merge", "--out", part.out)
-    (part.work.parent / "plan.json").write_text('{"list": ["l"], "slices": 1, "samples_per_shard": 10}')
+    (part.work.parent / "plan.json").write_text(json.dumps(PLAN))
     part.done.write_text(content)
     assert "done.json is damaged" in refused(capsys, download.main, "--merge", "--out", part.out)
     stamp = tmp_path / "stamp.json"
