@@ -60,9 +60,9 @@ def random_batch(cfg: MultiwayConfig, layout: Layout, device: str, *, padded: bo
     masks = torch.rand(count, cfg.grid**2) < 0.4
     pairs, texts = ids(layout.pairs, layout.pair_len), ids(layout.texts, layout.text_len)
     if not count:
-        return make_batch(layout, pair_tokens=pairs, text_tokens=texts).to(device)
+        return make_batch(layout, pair_tokens=pairs, text_tokens=texts).indexed().to(device)
     batch = make_batch(layout, images=images, image_masks=masks, pair_tokens=pairs, text_tokens=texts)
-    return batch.to(device)
+    return batch.indexed().to(device)
 
 
 def products(cfg: MultiwayConfig, layout: Layout) -> Iterator[tuple[int, int, int]]:

@@ -121,6 +121,7 @@ class PipelineTask(PretrainTask):
         pairs, texts, draws = sheet_ED.flatten()[: sum(sizes)].split(sizes)
         return make_batch(
             layout,
+            images=sheet_ED.new_zeros(layout.images + layout.pairs, 3, 1, 1, dtype=torch.uint8),
             pair_tokens=torch.where(pairs > 0, UNK, PAD).view(layout.pairs, layout.pair_len),
             text_tokens=torch.where(texts > 0, UNK, PAD).view(layout.texts, layout.text_len),
             # Draws of 1 and 0: a block drops what falls below its rate.

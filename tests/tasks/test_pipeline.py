@@ -151,3 +151,11 @@ def test_another_layout_is_refused():
     first = stages_of(CASES["all"], (0, 2, 4))[0]
     with pytest.raises(AssertionError, match="Layout"):
         first(None, CASES["images"].batch)
+
+
+def test_what_a_stage_reads_from_the_sheet_lies_where_the_sheet_does():
+    """The middle stages make an index of it: all of one device's tensors, or none."""
+    first = stages_of(CASES["all"], (0, 2, 4))[0]
+    sheet = first(None, CASES["all"].batch)[first.layout.rows :]
+    known = first._read_sheet(sheet.to("meta"))
+    assert {value.device.type for _, value in known.tensors()} == {"meta"}
