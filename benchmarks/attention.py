@@ -149,7 +149,7 @@ def measure(args: argparse.Namespace) -> dict:
 
     def step(batches: list[Batch]) -> None:
         for batch in batches:
-            model(batch).float().square().mean().backward()
+            model(batch).pack().float().square().mean().backward()
         model.zero_grad()
 
     packed = seconds(lambda: step(batches[:1]), args.repeats, device)

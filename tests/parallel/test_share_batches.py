@@ -77,6 +77,9 @@ def shared(sizes: dict[Parallel, list[int]]) -> list[bool]:
             got = next(batches)
             assert len(got) == (0 if between else len(want))
             assert all(same(a, b) for a, b in zip(got, want, strict=False))
+            if not loads(mesh):  # who loads gets an index from the loader
+                known = [(a.index, b.indexed().index) for a, b in zip(got, want, strict=False)]
+                assert all((a.hidden_counts, a.lengths) == (b.hidden_counts, b.lengths) for a, b in known if b)
         assert bool(asked) == loads(mesh)
         read.append(bool(asked))
     return read
