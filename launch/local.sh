@@ -7,6 +7,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env/setup.sh"
 check_torch || exit
 
+# Threads that wait must not spin: beside one busy process that takes three times as long as sleeping does.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 arguments=()
 for word in "$@"; do
