@@ -125,3 +125,24 @@ def gather_own(rows: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Te
     """`gather_rows`, and the place of this rank's first row among them."""
     own = dist.get_rank(group) * len(rows) if dist.is_initialized() else 0
     return gather_rows(rows, group), own
+
+
+def visit_ranks(
+    rows: Tensor, see: Callable[[Tensor, int], Tensor | None], group: dist.ProcessGroup | None = None
+) -> Tensor | None:
+    """Shows every rank's `rows` [n, ...] to `see(rows, distance)`, one rank's after another's, so that no more than
+    those are held; `distance` is how many rows they lie behind this rank's own in the order of all ranks' rows. What
+    `see` returns about them is added up over all ranks and returned to the rank whose rows they are, without gradients.
+    Every rank passes the same shape, and gets None if `see` returns None."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return see(rows, 0)
+    own, back = dist.get_rank(group), None
+    for number in range(dist.get_world_size(group)):
+        source = number if group is None else dist.get_global_rank(group, number)
+        shown = rows.contiguous() if number == own else torch.empty_like(rows, memory_format=torch.contiguous_format)
+        dist.broadcast(shown, source, group=group)
+        said = see(shown, (number - own) * len(rows))
+        if said is not None:
+            dist.reduce(said, source, group=group)
+            back = said if number == own else back
+    return back

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pretrain.batch import Batch
 from pretrain.cross_entropy import Scored, linear_cross_entropy
-from pretrain.distributed import gather_own
+from pretrain.distributed import gather_own, visit_ranks
 from pretrain.rows import Rows, put_at, sent
 
 # Of a head's weights, from a normal distribution that is not cut: as BEiT's fine-tuning heads and VLMo's. BEiT's own
@@ -152,6 +152,8 @@ class Layers(NamedTuple):
     attention: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda attend: attend
     # (rows [n, ...]) -> (all data ranks' rows, the place of the first own row among them)
     gather: Callable[[Tensor], tuple[Tensor, int]] = gather_own
+    # (rows [n, ...], what sees each data rank's) -> what was said about the own ones; see distributed.visit_ranks
+    visit: Callable[[Tensor, Callable[[Tensor, int], Tensor | None]], Tensor | None] = visit_ranks
 
 
 PLAIN = Layers()

@@ -1,4 +1,5 @@
-"""Image-text contrast over the whole data-parallel batch: BEiT-3's intermediate fine-tuning for retrieval (App. A)."""
+"""Image-text contrast over the whole data-parallel batch: BEiT-3's intermediate fine-tuning for retrieval (App. A), or
+with loss="sigmoid" SigLIP's (arXiv 2303.15343)."""
 
 from __future__ import annotations
 
@@ -15,26 +16,42 @@ from pretrain.batch import Batch, Kinds, Layout
 from pretrain.contracts import Encoder, Objective
 from pretrain.flops import Product
 from pretrain.layers import PLAIN, Head, Layers
+from pretrain.objectives.pairwise_sigmoid import pairwise_sigmoid
 
 MAX_SCALE = 100.0  # CLIP (arXiv 2103.00020, 2.5): "clipped to prevent scaling the logits by more than 100"
+CLIP_TEMPERATURE = 0.07
+# SigLIP begins near the prior that nearly every image and text are no pair; its scale has no bound (released ones end
+# above 100).
+SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0
 
 
 @dataclass(frozen=True)
 class Contrastive(Objective):
-    """Softmax contrast of class rows and BOS rows; `embed_dim` None keeps the model's width, as BEiT-3 does."""
+    """Contrast of class rows and BOS rows; `embed_dim` None keeps the model's width, as BEiT-3 does. `loss`: softmax
+    over the batch, or sigmoid, which asks of each image and text by themselves whether they are a pair (SigLIP)."""
 
     embed_dim: int | None = None
-    temperature: float = 0.07  # at the start; learned
+    temperature: float = CLIP_TEMPERATURE  # of the softmax at the start; learned. The sigmoid begins as SigLIP's
+    loss: str = "softmax"
     name = "contrastive"
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"objectives: temperature={self.temperature} must be above 0; CLIP begins with 0.07")
+        if self.loss not in ("softmax", "sigmoid"):
+            raise ValueError(f"contrastive.loss={self.loss!r} is unknown; use softmax or sigmoid")
+        if self.loss == "sigmoid" and self.temperature != CLIP_TEMPERATURE:
+            raise ValueError(
+                f"contrastive.temperature={self.temperature} does not go with loss='sigmoid', which begins at SigLIP's "
+                f"scale {SIGMOID_SCALE:g} and bias {SIGMOID_BIAS:g}; leave temperature out, or use loss='softmax'"
+            )
 
     def build(
         self, model: Any, experts: Sequence[str], layers: Layers = PLAIN, tokens: nn.Parameter | None = None
     ) -> ContrastiveHead:
-        return ContrastiveHead(self._width(model), self.embed_dim, self.temperature, layers)
+        return ContrastiveHead(
+            self._width(model), self.embed_dim, self.temperature, layers, sigmoid=self.loss == "sigmoid"
+        )
 
     def problems(self, stage: Any) -> list[str]:
         problems = []
@@ -63,17 +80,27 @@ class Contrastive(Objective):
 
 
 class ContrastiveHead(nn.Module):
-    """Linear projections without bias and a learned logit scale, as unilm's beit3 BEiT3ForRetrieval. `widths`: of image
-    rows and text rows."""
+    """Linear projections without bias and a learned logit scale, as unilm's beit3 BEiT3ForRetrieval; for the sigmoid a
+    learned logit bias too. `widths`: of image rows and text rows."""
 
-    def __init__(self, widths: tuple[int, int], embed_dim: int | None, temperature: float, layers: Layers = PLAIN):
+    def __init__(
+        self,
+        widths: tuple[int, int],
+        embed_dim: int | None,
+        temperature: float,
+        layers: Layers = PLAIN,
+        *,
+        sigmoid: bool = False,
+    ):
         super().__init__()
         images, texts = widths
         self.vision = Head(images, embed_dim or images, bias=False)
         self.language = Head(texts, embed_dim or images, bias=False)
-        self.gather = layers.gather
+        self.gather, self.visit = layers.gather, layers.visit
         # One element and not a scalar: ZeRO-3 partitions by rows.
-        self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / temperature)))
+        start = math.log(SIGMOID_SCALE if sigmoid else 1 / temperature)
+        self.logit_scale = nn.Parameter(torch.full((1,), start))
+        self.logit_bias = nn.Parameter(torch.full((1,), SIGMOID_BIAS)) if sigmoid else None
 
     @property
     def width(self) -> int:
@@ -102,8 +129,12 @@ class ContrastiveHead(nn.Module):
         return F.normalize(self.language(encoded.first.texts).float(), dim=-1)
 
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder | None = None) -> dict[str, Tensor]:
-        """-> loss and in-batch accuracy of this rank's dual pairs against all ranks' pairs."""
+        """-> loss and in-batch accuracy of this rank's dual pairs against all ranks' pairs; of the sigmoid's, which
+        never has all images beside a text, only from image to text."""
         images, texts = self.embed(encoded, batch.layout)
+        return self._softmax(images, texts) if self.logit_bias is None else self._sigmoid(images, texts)
+
+    def _softmax(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
         (all_images, first), (all_texts, _) = self.gather(images), self.gather(texts)
         # The value is clamped and the gradient is not: a scale that has grown too far must find its way back.
         learned = self.logit_scale.float()
@@ -116,6 +147,18 @@ class ContrastiveHead(nn.Module):
             "accuracy/image_to_text": (to_text.detach().argmax(-1) == own).float().mean(),
             "accuracy/text_to_image": (to_image.detach().argmax(-1) == own).float().mean(),
             "logit_scale": scale.detach().squeeze(),
+        }
+
+    def _sigmoid(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+        assert self.logit_bias is not None
+        scale, bias = self.logit_scale.float().exp(), self.logit_bias.float()
+        answered = pairwise_sigmoid(images, texts, scale, bias, self.visit)
+        own = torch.arange(len(images), device=images.device)
+        return {
+            "loss": answered.loss,
+            "accuracy/image_to_text": (answered.best == own).float().mean(),
+            "logit_scale": scale.detach().squeeze(),
+            "logit_bias": bias.detach().squeeze(),
         }
 
     def after_step(self) -> None:

@@ -8,6 +8,7 @@ gradients of what is not split, are the same numbers on all of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pretrain.distributed import all_gather, gather_own
+from pretrain.distributed import all_gather, gather_own, visit_ranks
 from pretrain.layers import Layers
 from pretrain.parallel.mesh import Axis, Mesh
 from pretrain.parallel.sequence import over_rows
@@ -25,7 +26,10 @@ def parallel_layers(mesh: Mesh) -> Layers:
     """The layers of a model on `mesh`: split over its tensor ranks, their rows shared among its sequence ranks, with
     contrast over its data ranks. Every split parameter says so by Megatron's attributes `tensor_model_parallel` and
     `partition_dim`."""
-    layers = Layers(gather=partial(gather_own, group=mesh.data.group) if mesh.data.size > 1 else _alone)
+    group = mesh.data.group
+    layers = Layers(gather=_alone, visit=_visit_alone)
+    if mesh.data.size > 1:
+        layers = Layers(gather=partial(gather_own, group=group), visit=partial(visit_ranks, group=group))
     if mesh.tensor.size > 1:
         layers = _split(layers, mesh.tensor)
     return layers if mesh.sequence.size == 1 else over_rows(layers, mesh.sequence)
@@ -116,3 +120,7 @@ def mark_split(parameter: nn.Parameter, dim: int) -> nn.Parameter:
 
 def _alone(rows: Tensor) -> tuple[Tensor, int]:
     return rows, 0
+
+
+def _visit_alone(rows: Tensor, see: Callable[[Tensor, int], Tensor | None]) -> Tensor | None:
+    return see(rows, 0)
