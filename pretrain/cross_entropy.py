@@ -40,12 +40,14 @@ def linear_cross_entropy(
     *,
     classes: int,
     group: dist.ProcessGroup | None = None,
+    smoothing: float = 0.0,
 ) -> Scored:
     """Cross-entropy of `rows` [R, D] against `targets` int64 [R], each times `weights` [R]. `weight` [C, D] and `bias`
     [C]; with a `group` each of its ranks holds C consecutive classes, in rank order, and all have the same rows. Only
-    the first `classes` of them are real, and count. At most CHUNK logits are held at once."""
+    the first `classes` of them are real, and count. `smoothing`: the share of each target that all classes have in
+    equal parts (Szegedy et al., arXiv 1512.00567, section 7). At most CHUNK logits are held at once."""
     training = torch.is_grad_enabled()
-    return Scored(*_LinearCrossEntropy.apply(rows, weight, bias, targets, weights, classes, group, training))
+    return Scored(*_LinearCrossEntropy.apply(rows, weight, bias, targets, weights, classes, group, smoothing, training))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -59,6 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights: Tensor,
         classes: int,
         group: dist.ProcessGroup | None,
+        smoothing: float,
         training: bool,
     ) -> tuple[Tensor, ...]:
         count = max(CHUNK // len(weight), 1)
@@ -70,9 +73,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             part = slice(start, start + count)
             logits = F.linear(rows[part], weight, bias)
             dtype, logits = logits.dtype, logits.float()
-            if classes < first + len(weight):
-                logits[:, max(classes - first, 0) :] = -math.inf
-            losses[part], best[part] = _score(logits, targets[part] - first, first, group)
+            real = min(max(classes - first, 0), len(weight))
+            if real < len(weight):
+                logits[:, real:] = -math.inf
+            even = smoothing / classes
+            losses[part], best[part] = _score(logits, targets[part] - first, first, group, real, smoothing, even)
             if any(wanted):
                 sums.add(part, logits.mul_(weights[part].unsqueeze(1)), dtype)
         if group is not None and sums.rows is not None:
@@ -84,12 +89,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ready = (None if grad is None else grad * grads[0] for grad in ctx.saved_tensors)
-        return (*ready, None, None, None, None, None)
+        return (*ready, None, None, None, None, None, None)
 
 
-def _score(logits: Tensor, own: Tensor, first: int, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+def _score(
+    logits: Tensor,
+    own: Tensor,
+    first: int,
+    group: dist.ProcessGroup | None,
+    real: int,
+    smoothing: float,
+    even: float,
+) -> tuple[Tensor, Tensor]:
     """Losses [r] and best classes [r] of `logits` [r, C] in fp32, which become the gradient of each row's loss. `own`
-    [r] are the targets counted from this rank's `first` class, some of them other ranks'."""
+    [r] are the targets counted from this rank's `first` class, some of them other ranks'; the first `real` classes are
+    no padding. Each class has the probability `even` in the target, and its own class 1 - `smoothing` more."""
     top, best = logits.max(-1)
     hit = torch.ones_like(own, dtype=torch.float32)
     if group is not None:
@@ -99,12 +113,18 @@ def _score(logits: Tensor, own: Tensor, first: int, group: dist.ProcessGroup | N
     own = own.unsqueeze(1)
     logits.sub_(top.unsqueeze(1))
     target = logits.gather(1, own).squeeze(1)
+    if group is not None:
+        target = torch.where(hit > 0, target, 0.0)
+    if smoothing:
+        target = (1 - smoothing) * target + even * logits[:, :real].sum(-1)
     total = logits.exp_().sum(-1)
     if group is not None:
-        both = torch.stack([total, torch.where(hit > 0, target, 0.0)])
+        both = torch.stack([total, target])
         dist.all_reduce(both, group=group)
         total, target = both.unbind(0)
-    logits.mul_(total.reciprocal().unsqueeze(1)).scatter_add_(1, own, -hit.unsqueeze(1))
+    logits.mul_(total.reciprocal().unsqueeze(1)).scatter_add_(1, own, (smoothing - 1) * hit.unsqueeze(1))
+    if smoothing:
+        logits[:, :real] -= even
     return total.log() - target, best
 
 

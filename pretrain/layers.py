@@ -94,11 +94,12 @@ class Classifier(nn.Module):
             self.weight = mark_padded(nn.Parameter(drawn), classes)
         self.bias = mark_padded(nn.Parameter(torch.zeros(rows)), classes)
 
-    def forward(self, rows: Tensor, targets: Tensor, weights: Tensor) -> Scored:
-        """rows [R, inputs], targets int64 [R], weights fp32 [R] of the rows' losses; see cross_entropy.Scored. All
-        logits are never there at once."""
+    def forward(self, rows: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0) -> Scored:
+        """rows [R, inputs], targets int64 [R], weights fp32 [R] of the rows' losses; `smoothing` and what
+        comes out as for cross_entropy.linear_cross_entropy. All logits are never there at once."""
         assert self.weight is not None
-        return linear_cross_entropy(rows, self.weight, self.bias, targets, weights, classes=self.classes)
+        options: Any = {"classes": self.classes, "smoothing": smoothing}
+        return linear_cross_entropy(rows, self.weight, self.bias, targets, weights, **options)
 
     def predict(self, rows: Tensor) -> Tensor:
         """[R, inputs] -> int64 [R]: the best class of each."""

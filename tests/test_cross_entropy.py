@@ -63,6 +63,43 @@ def test_losses_gradients_and_best_classes_are_those_of_whole_logits(monkeypatch
         torch.testing.assert_close(mine / scale, right / scale, atol=near, rtol=0)
 
 
+SMOOTHING, REAL = 0.3, CLASSES - 7  # the last classes are padding
+
+
+def smooth(group=None) -> list[torch.Tensor]:
+    """Total, losses and gradients of smoothed targets; with a group from this rank's half of the classes."""
+    x, weight, bias, targets, weights = inputs()
+    parts = 1 if group is None else 2
+    mine = slice(0, CLASSES) if group is None else slice(dist.get_rank() * 25, dist.get_rank() * 25 + 25)
+    given = [x, weight[mine].detach().requires_grad_(), bias[mine].detach().requires_grad_(), targets % REAL, weights]
+    got = linear_cross_entropy(*given, classes=REAL, group=group, smoothing=SMOOTHING)
+    assert parts * len(given[1]) == CLASSES
+    return [got.total.detach(), got.losses, *torch.autograd.grad(got.total, given[:3])]
+
+
+def smooth_on_ranks() -> list[torch.Tensor]:
+    return smooth(dist.group.WORLD)
+
+
+@pytest.mark.parametrize("rows_of_a_chunk", [5, 1000])
+def test_smoothed_targets_are_those_of_torch_without_the_padding(monkeypatch, rows_of_a_chunk):
+    monkeypatch.setattr(cross_entropy, "CHUNK", rows_of_a_chunk * CLASSES)
+    x, weight, bias, targets, weights = inputs()
+    logits = F.linear(x, weight, bias)[:, :REAL]
+    losses = F.cross_entropy(logits, targets % REAL, reduction="none", label_smoothing=SMOOTHING)
+    total = (losses * weights).sum()
+    want = [total, losses, *torch.autograd.grad(total, [x, weight, bias])]
+    for mine, right in zip(smooth(), want, strict=True):
+        torch.testing.assert_close(mine, right.detach(), atol=2e-6, rtol=2e-6)
+
+
+def test_smoothed_targets_of_split_classes_are_those_of_whole_ones():
+    (total, losses, rows, *first), (*_, weight, bias) = run_ranks(smooth_on_ranks, 2)
+    parts = torch.cat([first[0], weight]), torch.cat([first[1], bias])
+    for mine, right in zip([total, losses, rows, *parts], smooth(), strict=True):
+        torch.testing.assert_close(mine, right, atol=2e-6, rtol=2e-6)
+
+
 def test_no_rows_give_zero_gradients():
     given = inputs(rows=0)
     total = linear_cross_entropy(*given, classes=CLASSES).total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -131,7 +131,7 @@ class MaskedDataHeads(nn.Module):
         """-> `loss` (as MaskedData's `mean_over` and `terms` say; by default the mean over sequences of the mean over a
         sequence's targets), `loss/PART` and `accuracy/PART`, where a part is image, pair_image, text or pair_text."""
         heads = self._heads(encoded, batch)
-        weighed = {name: _weigh(part, self.mean_over) for _, parts in heads for name, part in parts.items()}
+        weighed = {name: weigh(part, self.mean_over) for _, parts in heads for name, part in parts.items()}
         whole = max(sum(over for _, over in weighed.values()), 1)
         report: dict[str, Tensor] = {}
         losses = []
@@ -140,7 +140,7 @@ class MaskedDataHeads(nn.Module):
             shares = {
                 name: weighed[name][0] / (whole if self.terms == "mean" else max(weighed[name][1], 1)) for name in parts
             }
-            loss, own = _score(head, parts, weighed, shares)
+            loss, own = score(head, parts, weighed, shares)
             losses.append(loss)
             report |= own
         return {"loss": torch.stack(losses).sum(), **report}
@@ -204,7 +204,7 @@ class MaskedDataHeads(nn.Module):
         return F.pad(codes, (1, 0)) if batch.layout.patches else codes
 
 
-def _weigh(part: Part, mean_over: str) -> tuple[Tensor, int]:
+def weigh(part: Part, mean_over: str) -> tuple[Tensor, int]:
     """The weight of each target in its part's loss, fp32 [targets], and by what their sum is divided: sequences or
     targets."""
     # A sequence's targets share its weight of one, so long and short sequences count the same.
@@ -214,14 +214,15 @@ def _weigh(part: Part, mean_over: str) -> tuple[Tensor, int]:
     return weights, part.sequences
 
 
-def _score(
-    head: nn.Module,
+def score(
+    head: Callable[..., Any],
     parts: dict[str, Part],
     weighed: dict[str, tuple[Tensor, int]],
     shares: dict[str, Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The head's share of the loss, and what to report of its parts. One matrix product for all of them, on zero rows
-    if nothing is masked: a head must run on every micro-step, or ZeRO mixes up gradients."""
+    """The head's share of the loss, and what to report of its parts. `weighed`: of each part what `weigh` says;
+    `shares`: what each target's loss counts in the objective's. One matrix product for all of them, on zero rows if
+    nothing is masked: a head must run on every micro-step, or ZeRO mixes up gradients."""
     rows = torch.cat([take(part.rows.flatten(0, 1), part.places) for part in parts.values()])
     targets = torch.cat([part.targets for part in parts.values()])
     scored = head(rows, targets, torch.cat([shares[name] for name in parts]))

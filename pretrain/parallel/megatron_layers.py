@@ -142,9 +142,9 @@ class Classifier(_Plain, ColumnParallelLinear):
         for parameter in (self.bias,) if tied else (self.weight, self.bias):
             mark_padded(parameter, classes)
 
-    def forward(self, rows: Tensor, targets: Tensor, weights: Tensor) -> Scored:
-        group = self.tensor.group
-        return linear_cross_entropy(rows, self.weight, self.bias, targets, weights, classes=self.classes, group=group)
+    def forward(self, rows: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0) -> Scored:
+        options: dict[str, Any] = {"classes": self.classes, "group": self.tensor.group, "smoothing": smoothing}
+        return linear_cross_entropy(rows, self.weight, self.bias, targets, weights, **options)
 
     def predict(self, rows: Tensor) -> Tensor:
         logits = self.logits(rows)

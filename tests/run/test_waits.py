@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.calls import Calls, on_device
 from pretrain.batch import Layout
+from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked import MaskedData
 from pretrain.run.step import train_step
@@ -21,6 +22,7 @@ OBJECTIVES = {
     "masked": (MASKED,),
     "masked by targets": (MaskedData(image_codes=CODES, mean_over="targets", tied_text_head=True),),
     "with contrast": (MaskedData(image_codes=CODES, dual=False), Contrastive()),
+    "with captions": (MASKED, Captioning(smoothing=0.1)),
 }
 
 

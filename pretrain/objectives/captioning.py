@@ -1,0 +1,148 @@
+"""Language modelling of a pair's text behind its picture: each word from the picture and the words before it.
+
+BLIP (arXiv 2201.12086, 3.2) adds it to contrast and matching, each counting the same, and smooths its targets by 0.1;
+CoCa (arXiv 2205.01917, 3.2) counts it twice beside a contrast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.batch import DROP_PATH, PAD, Batch, Kinds, Layout, make_batch
+from pretrain.contracts import Encoder, Objective, Pass
+from pretrain.flops import Product
+from pretrain.layers import PLAIN, Layers
+from pretrain.objectives.masked import Part, score, weigh
+from pretrain.rows import sent
+
+
+@dataclass(frozen=True)
+class Captioning(Objective):
+    """Predict each word and the end of the texts of pairs, and of dual pairs, which are fused for it. The picture is
+    whole and sees itself; the text sees the picture and the text before. Beside objectives that look both ways this is
+    a pass of its own, from clean words."""
+
+    smoothing: float = 0.0  # share of each target that the whole vocabulary has in equal parts
+    mean_over: str = "sequences"  # or targets, each word; as MaskedData's
+    name = "captioning"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(
+                f"captioning.smoothing={self.smoothing} is not a share; use at least 0 and less than 1, "
+                "such as BLIP's 0.1"
+            )
+        if self.mean_over not in ("sequences", "targets"):
+            raise ValueError(f"captioning.mean_over={self.mean_over!r} is unknown; use sequences or targets")
+
+    def build(
+        self, model: Any, experts: Sequence[str], layers: Layers = PLAIN, tokens: nn.Parameter | None = None
+    ) -> CaptioningHead:
+        words = layers.classifier(model.width("pair_texts"), model.vocab_size)
+        return CaptioningHead(words, smoothing=self.smoothing, mean_over=self.mean_over)
+
+    def problems(self, stage: Any) -> list[str]:
+        problems = []
+        if not {"pairs", "dual"} & set(stage.mix):
+            problems.append(f"captioning needs pairs or dual in the mix (mix={sorted(stage.mix)}); add one of them")
+        if missing := [name for name in ("vision", "language") if name not in stage.experts]:
+            problems.append(
+                f"captioning reads pictures and texts, and experts={list(stage.experts)} lacks {' and '.join(missing)}"
+                "; add what is missing"
+            )
+        return problems
+
+    def passes(self, layout: Layout) -> list[Pass]:
+        return [Pass(caption_layout(layout))]
+
+    def products(self, layout: Layout, model: Any) -> list[Product]:
+        """About: the last row of a text has no target, and how much is padding depends on the texts."""
+        own = caption_layout(layout)
+        return [Product(own.pair_text_rows, model.width("pair_texts"), model.vocab_size, classes=True)]
+
+
+def caption_layout(layout: Layout) -> Layout:
+    """The pass of a batch's pairs and dual pairs."""
+    length = max(layout.pair_len if layout.pairs else 0, layout.text_len if layout.dual else 0)
+    return Layout(pairs=layout.pairs + layout.dual, patches=layout.patches, pair_len=length, causal=True)
+
+
+class CaptioningHead(nn.Module):
+    """A linear head over the vocabulary, on the rows of a pass of its own."""
+
+    def __init__(self, words: nn.Module, *, smoothing: float = 0.0, mean_over: str = "sequences"):
+        super().__init__()
+        self.words, self.smoothing, self.mean_over = words, smoothing, mean_over
+
+    def needed_rows(self, batch: Batch) -> Kinds:
+        """None of the first pass."""
+        return Kinds.rows_of(batch.layout, batch.images.device)
+
+    def forward(self, encoded: Kinds, batch: Batch, encode: Encoder) -> dict[str, Tensor]:
+        """-> `loss`, over sequences the mean over a text's words, or as `mean_over` says; `loss/caption` the same, and
+        `accuracy/caption` of all words."""
+        captions = caption_batch(batch)
+        host = captions.on_host
+        asked = has_next(host.pair_tokens)
+        needed = Kinds.rows_of(host.layout, host.images.device)._replace(pair_texts=asked)
+        rows = encode(captions, needed=needed).pair_texts
+        places = sent(asked.flatten().nonzero().squeeze(1), captions.images.device)
+        part = Part(
+            rows=rows,
+            places=places,
+            targets=following(captions.pair_tokens).flatten().index_select(0, places),
+            per_sequence=has_next(captions.pair_tokens).sum(-1),
+            sequences=captions.layout.pairs,
+        )
+        weights, over = weigh(part, self.mean_over)
+        head = partial(self.words, smoothing=self.smoothing)
+        own = {"caption": part}, {"caption": (weights, over)}, {"caption": weights / max(over, 1)}
+        loss, report = score(head, *own)
+        return {"loss": loss, **report}
+
+    def after_step(self) -> None:
+        """Nothing moves between steps."""
+
+
+def following(tokens: Tensor) -> Tensor:
+    """int64 [n, L] -> [n, L]: behind each word the next one, PAD behind the last."""
+    return F.pad(tokens[:, 1:], (0, 1), value=PAD)
+
+
+def has_next(tokens: Tensor) -> Tensor:
+    """bool [n, L]: which rows predict something."""
+    return (tokens != PAD) & (following(tokens) != PAD)
+
+
+def caption_batch(batch: Batch) -> Batch:
+    """The pass of `caption_layout`: whole pictures and clean words, with an index that waits for no device."""
+    host = _captions(batch.on_host).indexed()
+    if batch.on_host is batch:
+        return host
+    assert host.index is not None
+    index = host.index.map(partial(sent, device=batch.images.device))
+    return _captions(batch).with_index(index, host)
+
+
+def _captions(batch: Batch) -> Batch:
+    layout, own = batch.layout, caption_layout(batch.layout)
+    pictures = slice(layout.images, None), slice(layout.images - layout.dual, layout.images)
+    texts = batch.pair_tokens, batch.text_tokens[: layout.dual]
+    widened = [F.pad(ids, (0, own.pair_len - ids.shape[1]), value=PAD) for ids in texts if len(ids)]
+    draws = {}
+    if (drawn := batch.draws.get(DROP_PATH)) is not None:
+        # A dual pair has two; its picture's serve the fused pair.
+        draws[DROP_PATH] = torch.cat([drawn[layout.images : layout.images + layout.pairs], drawn[pictures[1]]])
+    return make_batch(
+        own,
+        images=torch.cat([batch.images[part] for part in pictures]),
+        pair_tokens=torch.cat(widened) if widened else None,
+        draws=draws,
+    )
