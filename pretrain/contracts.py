@@ -150,6 +150,11 @@ class Objective(Protocol):
     def build(self, model: Any, experts: Sequence[str], layers: Layers = PLAIN, tokens: Any = None) -> nn.Module:
         """Its Head with fresh weights; `tokens` is the text embedding's table, or None."""
 
+    def join(self, head: Any, heads: Mapping[str, nn.Module]) -> None:
+        """Shows its head the stage's heads by their names once all are built. One that it keeps must not become a part
+        of it: its parameters would have two names."""
+        return None
+
     def problems(self, stage: Any) -> list[str]:
         """Why it does not go with a config.Stage, each a sentence with the way out."""
         return []

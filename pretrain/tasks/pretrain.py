@@ -92,6 +92,9 @@ class PretrainTask(nn.Module):
         self.objectives = nn.ModuleDict(
             {objective.name: objective.build(model, experts, layers, tokens) for objective in objectives}
         )
+        heads = dict(self.objectives.items())
+        for objective in objectives:
+            objective.join(heads[objective.name], heads)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """-> `loss` (the sum of the objectives'), and what each objective reports, all scalars."""

@@ -1,0 +1,165 @@
+"""Image-text matching with hard negatives (ALBEF, arXiv 2107.07651, 3.2; over all ranks as VLMo, arXiv 2111.02358): do
+a picture and a text belong together? The wrong partners are those that the contrast finds the most alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.batch import DROP_PATH, Batch, Kinds, Layout, make_batch
+from pretrain.contracts import Encoder, Objective, Pass
+from pretrain.flops import Product
+from pretrain.layers import PLAIN, Head, Layers
+
+NEGATIVES = ("global", "local", "random")
+
+
+@dataclass(frozen=True)
+class Matching(Objective):
+    """Each dual pair fused, its picture with a wrong text, and its text with a wrong picture: true or not. `negatives`:
+    global, drawn among all data ranks' pairs in proportion to the contrast's softmax (VLMo); local, among this rank's
+    (ALBEF), which gives other numbers on other numbers of ranks; random, all ranks' pairs with equal chances."""
+
+    negatives: str = "global"
+    name = "matching"
+
+    def __post_init__(self) -> None:
+        if self.negatives not in NEGATIVES:
+            raise ValueError(f"matching.negatives={self.negatives!r} is unknown; use {', '.join(NEGATIVES)}")
+
+    @property
+    def draws(self) -> int:
+        return 1  # a picture's wrong text, a text's wrong picture
+
+    def build(
+        self, model: Any, experts: Sequence[str], layers: Layers = PLAIN, tokens: nn.Parameter | None = None
+    ) -> MatchingHead:
+        return MatchingHead(model.width("pair_images"), self.negatives, layers)
+
+    def join(self, head: Any, heads: Mapping[str, nn.Module]) -> None:
+        head.contrast = (heads["contrastive"],)
+
+    def problems(self, stage: Any) -> list[str]:
+        problems, names = [], [objective.name for objective in stage.objectives]
+        if "contrastive" not in names:
+            problems.append(
+                f"matching draws its wrong partners by the objective contrastive, and this stage has {', '.join(names)}"
+                "; add Contrastive() to its objectives"
+            )
+        if stage.batch.dual < 2:
+            problems.append(f"matching needs wrong partners and batch.dual={stage.batch.dual} has none; use 2 or more")
+        if missing := [name for name in ("vision", "language") if name not in stage.experts]:
+            problems.append(
+                f"matching reads pictures and texts, and experts={list(stage.experts)} lacks {' and '.join(missing)}; "
+                "add what is missing"
+            )
+        return problems
+
+    def passes(self, layout: Layout) -> list[Pass]:
+        return [Pass(fused(layout))]
+
+    def products(self, layout: Layout, model: Any) -> list[Product]:
+        return [Product(3 * layout.dual, model.width("pair_images"), 2, classes=True)]
+
+
+def fused(layout: Layout) -> Layout:
+    """One pass for all three: ALBEF and VLMo make two or three, which compute the same."""
+    return Layout(pairs=3 * layout.dual, patches=layout.patches, pair_len=layout.text_len)
+
+
+class MatchingHead(nn.Module):
+    """A linear head with two answers on the class row of a fused pair. `contrast` holds the contrast's head, in a
+    tuple, so that it is no part of this one."""
+
+    contrast: tuple[Any, ...] = ()
+
+    def __init__(self, width: int, negatives: str = "global", layers: Layers = PLAIN):
+        super().__init__()
+        self.match = Head(width, 2)
+        self.negatives, self.gather, self.visit = negatives, layers.gather, layers.visit
+
+    def needed_rows(self, batch: Batch) -> Kinds:
+        """Those of the contrast."""
+        return self.contrast[0].needed_rows(batch)
+
+    def forward(self, encoded: Kinds, batch: Batch, encode: Encoder) -> dict[str, Tensor]:
+        """-> loss and accuracy over three fused pairs of each dual pair. On a GPU it waits once for the device: how
+        long the wrong texts are is not known before."""
+        layout, count = batch.layout, batch.layout.dual
+        pictures, texts = slice(layout.images - count, layout.images), slice(0, count)
+        images, tokens = batch.images[pictures], batch.text_tokens[texts]
+        wrong_text, wrong_image = self.draw(encoded, batch)
+        pairs = make_batch(
+            fused(layout),
+            images=torch.cat([images, images, self._fetch(images, wrong_image)]),
+            pair_tokens=torch.cat([tokens, self._fetch(tokens, wrong_text), tokens]),
+            draws={DROP_PATH: torch.cat(_own(batch, DROP_PATH, (0, 0, 1)))} if DROP_PATH in batch.draws else {},
+        )
+        first = Kinds.rows_of(pairs.layout, images.device, first=True)
+        needed = first._replace(pair_texts=torch.zeros_like(first.pair_texts))
+        logits = self.match(encode(pairs, needed=needed).first.pair_images).float()
+        label = (torch.arange(3 * count, device=images.device) < count).long()
+        accuracy = (logits.detach().argmax(-1) == label).float().mean()
+        return {"loss": F.cross_entropy(logits, label), "accuracy/matching": accuracy}
+
+    @torch.no_grad()
+    def draw(self, encoded: Kinds, batch: Batch) -> tuple[Tensor, Tensor]:
+        """For each picture of a dual pair a wrong text, and for each text a wrong picture: int64 [N] each, how far they
+        lie behind this rank's first pair in the order of all ranks' pairs. ValueError where there is none."""
+        contrast = self.contrast[0]
+        vectors = contrast.embed(encoded, batch.layout)
+        (all_images, first), (all_texts, _) = (
+            ((own, 0) if self.negatives == "local" else self.gather(own)) for own in vectors
+        )
+        if len(all_texts) < 2:
+            raise ValueError(
+                "matching.negatives='local' finds no wrong partner for a rank's only dual pair; use 'global' or a "
+                "larger batch.dual"
+            )
+        scale = 0.0 if self.negatives == "random" else contrast.logit_scale.float().exp()
+        images, texts = vectors
+        picture_draws, text_draws = _own(batch, Matching.name, (0, 1))
+        wrong_text = _pick(scale * images @ all_texts.T, first, picture_draws[:, 0])
+        wrong_image = _pick(scale * texts @ all_images.T, first, text_draws[:, 0])
+        return wrong_text - first, wrong_image - first
+
+    def _fetch(self, rows: Tensor, wanted: Tensor) -> Tensor:
+        """The rows [N, ...] at the places `wanted` [N] behind this rank's first one; one rank's are held at once."""
+        if self.negatives == "local":
+            return rows[wanted]
+        found = rows.clone()
+
+        def see(shown: Tensor, distance: int) -> None:
+            place = wanted - distance
+            inside = (place >= 0) & (place < len(shown))
+            theirs = shown[place.clamp(0, len(shown) - 1)]
+            found.copy_(torch.where(inside.view(-1, *[1] * (rows.dim() - 1)), theirs, found))
+
+        self.visit(rows, see)
+        return found
+
+    def after_step(self) -> None:
+        """Nothing moves between steps."""
+
+
+def _own(batch: Batch, name: str, which: Sequence[int]) -> list[Tensor]:
+    """The draws of the dual pairs' pictures (0) or texts (1): [N, n] each."""
+    layout, drawn = batch.layout, batch.draws[name]
+    images, _, texts = drawn.split([layout.images, layout.pairs, layout.texts])
+    both = images[layout.images - layout.dual :], texts[: layout.dual]
+    return [both[number] for number in which]
+
+
+def _pick(scores: Tensor, first: int, uniform: Tensor) -> Tensor:
+    """For each row of `scores` [n, N] one of the columns in proportion to exp(score), but never the row's own, which is
+    `first` columns further: where the running sum of the shares passes the row's number in [0, 1). In fp64, or rounding
+    would decide where other ranks give other last bits."""
+    own = torch.arange(first, first + len(scores), device=scores.device)
+    shares = scores.double().scatter(1, own.unsqueeze(1), -torch.inf).softmax(-1).cumsum(-1)
+    # `<=`: a column without a share is passed over, also by a number of 0.
+    return (shares <= uniform.double().unsqueeze(1) * shares[:, -1:]).sum(-1).clamp(max=scores.shape[1] - 1)
