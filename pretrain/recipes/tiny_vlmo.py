@@ -1,0 +1,54 @@
+"""VLMo's three stages (arXiv 2111.02358) on the quickstart's corpus, with its own third one: contrast, matching with
+hard negatives of the whole batch, and masked words. tiny.py is the same with masked data modeling in its place.
+
+Published, and kept: the model's parts (fusion experts in the last two blocks, LayerScale 0.1, relative positions, no
+bias on keys), 15 % of a pair's words hidden and none of its picture, temperature 0.07, negatives drawn from the
+contrast's softmax over all ranks, nothing frozen in stage 3, AdamW with betas (0.9, 0.98) and weight decay 0.01,
+linear decay [vlmo/config.py, vlmo/modules/objectives.py]. For the small corpus: sizes, batch, rate, steps.
+
+Left out: a second contrast on rows that passed the fusion experts, and whole-word masking. Words are filled in for
+pairs of their own, in the same batch, where VLMo takes the pairs that it contrasts. Its 0.25 for masked words is not
+there: the three losses count the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pretrain.config import BatchSize, Recipe, Stage
+from pretrain.evals.masked import MaskedAccuracy
+from pretrain.evals.retrieval import Retrieval
+from pretrain.objectives.contrastive import Contrastive
+from pretrain.objectives.masked import MaskedData
+from pretrain.objectives.matching import Matching
+from pretrain.optim import Optim
+from pretrain.recipes import tiny
+
+MODEL = replace(
+    tiny.MODEL, fusion_layers=2, layer_scale=0.1, relative_position=True, text_norm=True, key_bias=False
+)  # as models/multiway/sizes.py's VLMO_BASE
+
+WORDS = MaskedData(
+    image_ratio=0.0, pair_image_ratio=0.0, text_ratio=0.0, pair_text_ratio=0.15, dual=False, image_codes=512
+)
+
+FUSION = Stage(
+    mix={"pairs": tiny.PAIRS, "dual": tiny.PAIRS},
+    batch=BatchSize(pairs=64, dual=64),
+    init_from="language",
+    objectives=(Contrastive(), Matching(), WORDS),
+    transform=tiny.LOOK,
+    optim=Optim(lr=1e-3, betas=(0.9, 0.98), eps=1e-8, warmup_steps=30, weight_decay=0.01, schedule="linear", clip=3.0),
+    steps=600,
+    evals=(Retrieval(tiny.HELD_PAIRS, samples=256), MaskedAccuracy({"pairs": tiny.HELD_PAIRS})),
+)
+
+RECIPE = Recipe(
+    name="tiny_vlmo",
+    model=MODEL,
+    text_tokenizer=tiny.RECIPE.text_tokenizer,
+    stages={name: tiny.RECIPE.stages[name] for name in ("tokenizer", "vision", "language")} | {"fusion": FUSION},
+    loading=tiny.RECIPE.loading,
+    log_every=5,
+    save_every=500,
+)
