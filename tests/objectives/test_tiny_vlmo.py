@@ -13,7 +13,7 @@ from pretrain.checkpoint.weights import weights_digest
 from tests.small_run import Ranks, command, evaluate
 from tests.toys import pair_sample, write_source, write_text_model
 
-SHORT = ("init_from=None", "steps=4", "batch.pairs=4", "batch.dual=8")
+SHORT = ("init_from=None", "steps=4", "optim.warmup_steps=1", "batch.pairs=4", "batch.dual=8")
 
 
 def run(data: Path, directory: Path) -> None:
@@ -40,14 +40,14 @@ def test_the_third_stage_trains_resumes_and_retrieves(tmp_path):
     stage = tmp_path / "run/fusion"
     run(tmp_path, stage.parent)
     lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    assert {"loss/contrastive", "loss/matching", "loss/masked", "accuracy/matching", "accuracy/pair_text"} <= set(
-        lines[0]
-    )
+    names = {"loss/contrastive", "loss/matching", "loss/masked", "accuracy/matching", "accuracy/pair_text"}
+    assert names <= set(lines[0])
     assert lines[-1]["loss"] < lines[0]["loss"]
     first = weights_digest(stage)
     (stage / "weights.safetensors").unlink()
     shutil.rmtree(stage / "checkpoints/step_00000004")
     run(tmp_path, stage.parent)
+    assert "resumed from" in (stage.parent / "log").read_text()
     assert weights_digest(stage) == first, "as if it had not been killed after step 2"
     done = evaluate(tmp_path, stage.parent, "fusion")
     assert done.returncode == 0, done.stderr
