@@ -1,7 +1,8 @@
 """VLMo's sizes (arXiv 2111.02358; microsoft/unilm vlmo) with masked data modeling. VLMo's own third stage contrasts,
 matches and fills in words at once, in four fusion and two unimodal passes: the cost that BEiT-3's single objective set
 out to remove. Here its architecture, data sizes and optimizer are VLMo's and the objective is masked data modeling;
-tiny_vlmo.py has the three losses. Its word pieces (BERT uncased, 30522 ids) are replaced by a SentencePiece model of that size.
+tiny_vlmo.py has the three losses. Its word pieces (BERT uncased, 30522 ids) are replaced by a SentencePiece model of
+that size.
 """
 
 from __future__ import annotations
