@@ -19,12 +19,20 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a GPU, and torch sees none")
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
     """The data of small_run and its first stage, trained (`tokenizer_of` names it): to read, not to write to."""
     from tests.small_run import train_stage, write_data
 
     path = write_data(tmp_path_factory.mktemp("small"))
-    done = train_stage(path, path / "start", "tokenizer")
+    done = train_stage(path, path / "start", "tokenizer", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     return path

@@ -30,15 +30,7 @@ def test_an_error_comes_when_its_step_is_asked_for():
         next(ahead)
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-        ),
-    ],
-)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_the_batches_of_every_step_arrive_with_what_the_host_knows(device):
     batches = [random_batch(ROUTES["masked data"], seed).indexed() for seed in range(3)]
     arrived = list(copied(iter([[batch] for batch in batches]), torch.device(device)))

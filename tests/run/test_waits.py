@@ -82,7 +82,6 @@ def test_what_would_wait_is_counted(asks):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA can be asked whether it waits")
 @pytest.mark.parametrize("objectives", OBJECTIVES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_on_a_gpu_waits_for_nothing(name, objectives):
