@@ -14,19 +14,13 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
 
-from benchmarks.throughput import run, write_shards, write_visual_tokenizer
+from benchmarks.throughput import run, store_codes, with_looks, write_shards, write_visual_tokenizer
 from pretrain import command
 from pretrain.command import about, write
-from pretrain.config import Recipe, Stage
-from pretrain.data.sources import TextShards
-from pretrain.encode_images import encode_directory, load_encoder
 from pretrain.recipes import load_recipe
-from pretrain.settings import fill_variables
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -40,7 +34,7 @@ def measure(args: argparse.Namespace) -> dict:
         os.environ["DATA"] = name
         write_shards(place, stage)
         write_visual_tokenizer(recipe, stage, place)
-        pictures, seconds = encode(args, recipe, stage, place)
+        pictures, seconds = store_codes(recipe, stage, place, args.crops)
         runs: dict[str, list[dict]] = {"online": [], "stored": []}
         for _ in range(args.rounds):
             for kind, results in runs.items():
@@ -60,26 +54,6 @@ def measure(args: argparse.Namespace) -> dict:
         "encode_looks_per_s": pictures * args.crops / seconds,
         **{name: runs["online"][0][name] for name in facts},
     }
-
-
-def encode(args: argparse.Namespace, recipe: Recipe, stage: Stage, place: Path) -> tuple[int, float]:
-    """Encodes every source with pictures. -> (pictures, seconds)."""
-    encoder = load_encoder(recipe, stage, str(place / "tokenizer"), args.crops, "codes")
-    start, pictures = time.perf_counter(), 0
-    for source in stage.mix.values():
-        patterns = () if isinstance(source, TextShards) else source.shards
-        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
-            directory = Path(fill_variables(pattern, "shards"))
-            pictures += encode_directory(directory, encoder, workers=recipe.loading.workers).pictures
-    return pictures, time.perf_counter() - start
-
-
-def with_looks(stage: Stage, crops: int, codes: str | None) -> Stage:
-    mix = {
-        kind: source if isinstance(source, TextShards) else replace(cast(Any, source), crops=crops, codes=codes)
-        for kind, source in stage.mix.items()
-    }
-    return replace(stage, mix=mix)
 
 
 def main(argv: list[str] | None = None) -> int:

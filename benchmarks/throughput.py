@@ -5,7 +5,8 @@
     torchrun --nproc-per-node 8 -m benchmarks.throughput ...      the same on a whole node
 
 Pictures are smooth noise of 256 pixels, texts random words, the visual tokenizer has random weights: what is timed does
-the work of a real step, what comes out means nothing. Reported are medians over the steps after the warmup.
+the work of a real step, what comes out means nothing. Reported are medians over the steps after the warmup. `mfu`
+counts padding, `mfu_real` does not; `planned_memory_gib` is what pretrain.plan counts for a GPU.
 """
 
 from __future__ import annotations
@@ -24,27 +25,38 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.before import GAINS, without
 from data_tools.train_text_tokenizer import train as train_text_tokenizer
 from pretrain import command
 from pretrain.checkpoint.weights import WEIGHTS, write_weights
 from pretrain.command import about, write
 from pretrain.config import Recipe, Stage, to_json
 from pretrain.data.shards.indexing import index_directory
+from pretrain.data.sources import TextShards
 from pretrain.distributed import barrier, device, rank, world_size
+from pretrain.encode_images import encode_directory, load_encoder
 from pretrain.flops import StepFlops
 from pretrain.layers import PLAIN
 from pretrain.metrics import Throughput
 from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
+from pretrain.parallel.ds_config import precision
 from pretrain.parallel.faults import Watch
 from pretrain.parallel.launcher import adopt_launcher
 from pretrain.parallel.share_batches import share_batches
+from pretrain.plan.hardware import GIB
+from pretrain.plan.memory import Cell, peak_memory
+from pretrain.plan.model import planned
 from pretrain.recipes import load_recipe
 from pretrain.run.build import Run, build_run
+from pretrain.run.image_targets import predicts_codes
+from pretrain.settings import fill_variables
+from pretrain.train import memory_suffices
 
 SHARDS, SAMPLES, SIDE = 8, 256, 256
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "tu", "re", "so") for b in ("n", "ra", "vik", "del", "po", "shi", "mar")]
@@ -73,19 +85,33 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--steps", type=int, default=50, help="timed steps")
     parser.add_argument("--warmup", type=int, default=5, help="steps before the clock starts")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"in each of {SHARDS} shards (%(default)s)")
+    parser.add_argument("--stored-codes", action="store_true", help="the visual tokenizer runs before, not in a step")
+    parser.add_argument("--without", nargs="+", choices=GAINS, default=[], help="a step as it was before these gains")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     return parser.parse_args(argv)
 
 
 def measure(args: argparse.Namespace) -> dict:
     recipe, stage = load_recipe(args.recipe, args.stage, args.set)
+    for name, least in (("steps", 1), ("warmup", 0), ("samples", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name}={getattr(args, name)} is below {least}; use {least} or more")
+    if args.stored_codes and stage.visual_tokenizer is None:
+        raise ValueError(f"--stored-codes: --stage {args.stage} predicts no codes; leave it out, or name one that does")
     with tempfile.TemporaryDirectory(prefix="throughput") as name:
         # Every rank writes its own copy: no shared disk is asked for, and the order is the same everywhere.
         place = Path(name)
         os.environ["DATA"] = str(place)
-        write_shards(place, stage)
+        write_shards(place, stage, args.samples)
         write_visual_tokenizer(recipe, stage, place)
-        return run(args, recipe, replace(stage, init_from=None), place)
+        stage = replace(stage, init_from=None)
+        if args.stored_codes:
+            stage = replace(stage, visual_tokenizer="tokenizer")
+            store_codes(recipe, stage, place, crops=1)
+            stage = with_looks(stage, 1, "codes")
+        with without(args.without), memory_suffices(stage):
+            return run(args, recipe, stage, place)
 
 
 def run(args: argparse.Namespace, recipe: Recipe, stage: Stage, place: Path) -> dict:
@@ -129,9 +155,29 @@ def run(args: argparse.Namespace, recipe: Recipe, stage: Stage, place: Path) -> 
         "executed_tflops_per_rank": mean.executed / middle / 1e12,
         **meter.mfu(mean, middle),
         "memory_gib": meter.read()["memory_gib"],
+        "planned_memory_gib": planned_memory(run),
         "data_wait": sum(waits) / sum(seconds),
         "model": to_json(recipe.model_of(stage)),
     }
+
+
+def planned_memory(run: Run) -> float | None:
+    """GiB on a GPU by pretrain.plan; None for a task that it does not plan."""
+    recipe, stage = run.recipe, run.stage
+    if recipe.model_of(stage).splits(stage.experts) is None:
+        return None
+    pictures = [source for source in stage.mix.values() if not isinstance(source, TextShards)]
+    cell = Cell(
+        run.ds_config,
+        stage.parallel,
+        run.mesh.data.size,
+        run.loader.layout,
+        stage.batch.accumulation,
+        int(stage.activation_checkpointing),
+        packed=precision(run.ds_config) != torch.float32,
+        targets=predicts_codes(stage) and not all(getattr(source, "codes", None) for source in pictures),
+    )
+    return peak_memory(planned(recipe, stage), cell).total / GIB
 
 
 def parameters(run: Run) -> int:
@@ -142,8 +188,29 @@ def parameters(run: Run) -> int:
     return sum(value.numel() for value in task.parameters())
 
 
-def write_shards(place: Path, stage: Stage) -> None:
-    """What the stage's mix reads, with $DATA at `place`; and $DATA/text.model."""
+def store_codes(recipe: Recipe, stage: Stage, place: Path, crops: int) -> tuple[int, float]:
+    """The codes of every source with pictures, beside its shards -> (pictures, seconds)."""
+    encoder = load_encoder(recipe, stage, str(place / "tokenizer"), crops, "codes")
+    start, pictures = time.perf_counter(), 0
+    for source in stage.mix.values():
+        patterns = () if isinstance(source, TextShards) else source.shards
+        for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+            directory = Path(fill_variables(pattern, "shards"))
+            pictures += encode_directory(directory, encoder, workers=recipe.loading.workers).pictures
+    return pictures, time.perf_counter() - start
+
+
+def with_looks(stage: Stage, crops: int, codes: str | None) -> Stage:
+    """The stage with so many fixed crops of each picture, and the codes of that name, if any."""
+    mix = {
+        kind: source if isinstance(source, TextShards) else replace(cast(Any, source), crops=crops, codes=codes)
+        for kind, source in stage.mix.items()
+    }
+    return replace(stage, mix=mix)
+
+
+def write_shards(place: Path, stage: Stage, samples: int = SAMPLES) -> None:
+    """What the stage's mix reads, with $DATA at `place`, `samples` in each shard; and $DATA/text.model."""
     texts = []
     for kind, source in stage.mix.items():
         members = "pairs" if kind == "dual" else kind
@@ -153,7 +220,7 @@ def write_shards(place: Path, stage: Stage) -> None:
             texts += [str(directory)] if kind != "images" else []
             for shard in range(SHARDS):
                 with tarfile.open(directory / f"{shard:05d}.tar", "w") as tar:
-                    for name, data in _members(members, shard):
+                    for name, data in _members(members, shard, samples):
                         info = tarfile.TarInfo(name)
                         info.size = len(data)
                         tar.addfile(info, io.BytesIO(data))
@@ -162,9 +229,9 @@ def write_shards(place: Path, stage: Stage) -> None:
         train_text_tokenizer(texts, place / "text.model", 64, model_type="bpe")
 
 
-def _members(kind: str, shard: int) -> Iterator[tuple[str, bytes]]:
+def _members(kind: str, shard: int, samples: int) -> Iterator[tuple[str, bytes]]:
     random = np.random.default_rng([shard, len(kind)])
-    for sample in range(SAMPLES):
+    for sample in range(samples):
         key = f"{shard:05d}{sample:04d}"
         if kind != "texts":
             coarse = Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8))

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_hour.quickstart import reached
+from pretrain.recipes import tiny
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -30,6 +33,7 @@ def test_the_quickstart_runs_to_its_table_and_a_second_call_ends_at_once(tmp_pat
         assert row in first.stdout, row
     page = (tmp_path / "report.html").read_text()
     assert "data:image/png" in page and "scratch" in page
+    assert all(reached(tmp_path)[stage]["step"] == 2 for stage in tiny.RECIPE.stages), "as benchmarks.gpu_hour reads it"
     begin = time.monotonic()
     again = quickstart(tmp_path)
     assert again.returncode == 0
