@@ -23,7 +23,6 @@ import pytest
 import sentencepiece
 from PIL import Image
 
-from data_tools import download
 from pretrain.data.shards.indexing import index_directory
 from pretrain.data.shards.reader import ShardReader, load_manifest
 
@@ -186,6 +185,8 @@ def needs(package: str) -> None:
     set it fails: there the scripts have run, and nobody reads the list of what was skipped."""
     try:
         if package == "img2dataset":
+            from data_tools import download  # it needs pyarrow, which the tests of a GPU do without
+
             download.find_python()  # it has an environment of its own
         elif importlib.util.find_spec(package) is None:
             raise ValueError(f"{package} is not installed; run bash tests/run.sh, which installs it")

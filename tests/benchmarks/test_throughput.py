@@ -8,22 +8,25 @@ from typing import Any
 
 import pytest
 
+from benchmarks.throughput import main
 from pretrain.batch import Layout
 from pretrain.layers import PLAIN
 from pretrain.recipes import load_recipe
 from tests.distributed import run_ranks
 from tests.small_run import RECIPE
 from tests.step_batches import CONFIGS
+from tests.toys import refused
 
 # A step of small_run's fusion stage.
 STEP = Layout(images=4, pairs=4, texts=4, patches=16, pair_len=8, text_len=10)
 ROOM = "model.vocab_size=128"  # for the benchmark's own words
 
 
-def measure(recipe: Path, ds: str, settings: list[str]) -> tuple[dict[str, Any], int]:
-    """The benchmark's result on this rank, and how often blocks were compiled."""
+def measure(recipe: Path, ds: str, settings: list[str], *more: str) -> tuple[dict[str, Any], int]:
+    """The benchmark's result on this rank, and how often blocks were compiled. `more`: arguments."""
     from benchmarks import throughput
     from pretrain.models.multiway.encoder import MultiwayEncoder
+    from pretrain.run import image_targets
 
     throughput.SHARDS, throughput.SAMPLES, throughput.SIDE = 2, 16, 32
     compiled: list[Any] = []
@@ -32,7 +35,9 @@ def measure(recipe: Path, ds: str, settings: list[str]) -> tuple[dict[str, Any],
     MultiwayEncoder.compile_blocks = lambda self: compiled.append(real(self, backend="aot_eager"))  # type: ignore
     line = ["--recipe", str(recipe), "--stage", "fusion", "--ds", str(CONFIGS / ds), "--steps", "2", "--warmup", "1"]
     settings = [ROOM, *settings]
-    args = throughput.parse_args([*line, *(word for setting in settings for word in ("--set", setting))])
+    if "--stored-codes" in more:
+        image_targets.load_visual_tokenizer = image_targets.picture_codes = None  # type: ignore  # none in a step
+    args = throughput.parse_args([*line, *more, *(word for setting in settings for word in ("--set", setting))])
     return throughput.measure(args), len(compiled)
 
 
@@ -48,6 +53,21 @@ def test_one_process(recipe, settings):
     ((result, compiled),) = run_ranks(measure, 1, recipe, "zero1.json", settings)
     check(result, recipe, ranks=1, data_ranks=1)
     assert compiled == ("compile=true" in settings)
+
+
+def test_stored_codes_leave_the_tokenizer_out_of_the_steps(recipe):
+    """It runs before them, in pretrain.encode_images; and the plan does not count it as a part of the step's memory."""
+    more = ("--stored-codes", "--samples", "2", "--without", "vocabulary", "overflow", "fusing")
+    ((result, _),) = run_ranks(measure, 1, recipe, "zero1.json", [], *more)
+    check(result, recipe, ranks=1, data_ranks=1)
+    ((online, _),) = run_ranks(measure, 1, recipe, "zero1.json", [], "--samples", "2")
+    assert 0 < result["planned_memory_gib"] < online["planned_memory_gib"]
+
+
+def test_what_is_wrong_is_one_sentence(recipe, capsys):
+    line = ["--recipe", str(recipe), "--stage", "language", "--stored-codes"]
+    assert "--stored-codes: --stage language predicts no codes" in refused(capsys, main, *line)
+    assert "--samples=0 is below 1" in refused(capsys, main, "--samples", 0)
 
 
 @pytest.mark.parametrize(
