@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from benchmarks import throughput
 from benchmarks.throughput import main
 from pretrain.batch import Layout
 from pretrain.layers import PLAIN
@@ -68,6 +70,18 @@ def test_what_is_wrong_is_one_sentence(recipe, capsys):
     line = ["--recipe", str(recipe), "--stage", "language", "--stored-codes"]
     assert "--stored-codes: --stage language predicts no codes" in refused(capsys, main, *line)
     assert "--samples=0 is below 1" in refused(capsys, main, "--samples", 0)
+
+
+def test_a_full_gpu_is_one_sentence(monkeypatch, capsys):
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.81 GiB. GPU 0 has no more.")
+
+    monkeypatch.setattr(throughput, "run", full)
+    monkeypatch.setenv("DATA", "")  # which the benchmark sets
+    line = ["--recipe", "tiny", "--stage", "fusion", "--ds", str(CONFIGS / "zero1.json"), "--samples", "2"]
+    assert main(line) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: the GPU's memory is full (CUDA out of memory. Tried to allocate 7.81 GiB)")
 
 
 @pytest.mark.parametrize(
