@@ -47,7 +47,7 @@ GresTypes=gpu
 ReturnToService=2
 JobRequeue=1
 KillWait=5
-SlurmdTimeout=10
+SlurmdTimeout=60
 MessageTimeout=10
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 """
