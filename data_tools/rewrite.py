@@ -11,7 +11,6 @@ audit shows the complete history, and OUT/steps/rewrite.parquet lists the sample
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shutil
 import sys
 from collections.abc import Iterator
@@ -33,7 +32,7 @@ from data_tools.shards.steps import STEPS, Step, read_drops, read_steps, write_d
 from pretrain.command import add_directories, add_workers, make_parser, run
 from pretrain.data.shards.indexing import complete_shards, index_directory
 from pretrain.data.shards.left_out import in_words
-from pretrain.files import WRITING, open_regular, sweep, write_json
+from pretrain.files import WRITING, sha256_of, sweep, write_json
 from pretrain.visible import say, visible
 from pretrain.workers import worker_pool
 
@@ -86,7 +85,7 @@ def rewrite(inputs: list[Path], out: Path, settings: Settings, drops: list[Path]
     request = {
         "version": VERSION,
         "inputs": [manifest.digest for manifest in manifests],
-        "drops": [_sha256(path) for path in drops],
+        "drops": [sha256_of(path) for path in drops],
         **asdict(settings),
     }
     with _owned_out(out, request) as summary:
@@ -100,11 +99,6 @@ def rewrite(inputs: list[Path], out: Path, settings: Settings, drops: list[Path]
         shutil.rmtree(out / WORK, ignore_errors=True)
     step = read_steps(out)[summary["step"]]
     return Result(step, len(complete_shards(out)[0]), summary["notes"], new)
-
-
-def _sha256(path: Path) -> str:
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _owned_out(out: Path, request: dict[str, Any]) -> AbstractContextManager[dict[str, Any] | None]:

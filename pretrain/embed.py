@@ -28,12 +28,12 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from pretrain.checkpoint.weights import WEIGHTS, weights_digest
+from pretrain.checkpoint.weights import weights_digest
 from pretrain.command import add_workers, make_parser, part_of, run
 from pretrain.data.shards.manifest import MANIFEST, load_manifest
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample, ShardReader
 from pretrain.data.sources import picture
-from pretrain.files import write_file, write_json
+from pretrain.files import sha256_of, write_file, write_json
 from pretrain.json_files import read_object
 from pretrain.pretrained import Pretrained, load
 from pretrain.visible import say
@@ -221,12 +221,7 @@ def _agree(out: Path, about: dict[str, str]) -> None:
 
 def weights_name(weights: Path) -> str:
     """A hash that names weights: what embed.json says."""
-    path = weights / WEIGHTS if weights.is_dir() else weights
-    known = weights_digest(path) if path.suffix == ".safetensors" else ""
-    if known:
-        return known
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return weights_digest(weights) if weights.is_dir() or weights.suffix == ".safetensors" else sha256_of(weights)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -31,6 +32,12 @@ def regular_descriptor(path: str | Path) -> int:
         os.close(handle)
         raise ValueError(f"{path} is {_file_type(mode)}, not a regular file")
     return handle
+
+
+def sha256_of(path: str | Path) -> str:
+    """Of the content of a regular file. ValueError for anything else."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _file_type(mode: int) -> str:

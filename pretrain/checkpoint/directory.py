@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pretrain.files import WRITING, move, open_regular, sync, write_json
+from pretrain.files import WRITING, move, sha256_of, sync, write_json
 from pretrain.json_files import fields, read_object
 
 log = logging.getLogger(__name__)
@@ -93,9 +93,7 @@ def damage(path: Path, files: dict[str, dict]) -> list[str]:
             if (size := (path / name).stat().st_size) != entry["bytes"]:
                 lines.append(f"{path / name} has {size} bytes instead of {entry['bytes']}")
                 continue
-            with open_regular(path / name) as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest != entry["sha256"]:
+            if sha256_of(path / name) != entry["sha256"]:
                 lines.append(f"{path / name} is damaged (its hash differs)")
         except OSError as error:
             lines.append(f"{path / name} cannot be read ({error.strerror})")

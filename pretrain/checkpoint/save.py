@@ -13,7 +13,6 @@ rewrite a file and the manifest together, and nothing here notices.
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import random
 import re
@@ -203,9 +202,7 @@ def _write_share(engine, mesh: Mesh | None, beside: Path) -> dict[str, dict]:
 
 def _write_weights(state: dict[str, torch.Tensor], config: dict[str, Any], beside: Path) -> dict[str, dict]:
     write_weights(state, beside / WEIGHTS, config)
-    with open(beside / WEIGHTS, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {WEIGHTS: {"bytes": (beside / WEIGHTS).stat().st_size, "sha256": digest}}
+    return {WEIGHTS: {"bytes": (beside / WEIGHTS).stat().st_size, "sha256": files.sha256_of(beside / WEIGHTS)}}
 
 
 def _random_state() -> dict[str, Any]:

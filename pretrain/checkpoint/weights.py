@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from pretrain.files import open_safetensors, write_json, written_in_one_step
+from pretrain.files import open_safetensors, sha256_of, write_json, written_in_one_step
 from pretrain.json_files import parse_json, read_object
 from pretrain.parallel.state import dense_shape, fill
 from pretrain.tensors import check_finite, check_type
@@ -108,8 +108,7 @@ def weights_digest(path: Path) -> str:
     """Names the content of a weights.safetensors: the sha256 in our header, or that of a file of other origin."""
     if (digest := weights_header(path).get("sha256")) is not None:
         return str(digest)
-    with (path / WEIGHTS if path.is_dir() else path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path / WEIGHTS if path.is_dir() else path)
 
 
 def load_handover(

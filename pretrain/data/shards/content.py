@@ -17,7 +17,6 @@ from typing import BinaryIO
 
 from pretrain.data.shards.cache import ShardError
 from pretrain.data.shards.tar_index import ShardIndex
-from pretrain.files import open_regular
 
 _CHUNK = 2**20
 
@@ -52,9 +51,3 @@ def _take(file: BinaryIO, length: int, use: Callable[[bytes], None]) -> None:
             raise ShardError(f"{file.name} ends at byte {file.tell()}: it became shorter while it was read")
         use(data)
         length -= len(data)
-
-
-def sha256_of(path: Path) -> str:
-    """ValueError for what is no regular file."""
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

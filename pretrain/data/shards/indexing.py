@@ -12,12 +12,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pretrain.data.shards.content import sha256_of, with_checksums
+from pretrain.data.shards.content import with_checksums
 from pretrain.data.shards.left_out import in_words
 from pretrain.data.shards.manifest import MANIFEST, MAX_MANIFEST_BYTES, Manifest, Shard, read_manifest
 from pretrain.data.shards.overlooked import no_tar, overlooked
 from pretrain.data.shards.tar_index import EXTENSIONS, scan_shard
-from pretrain.files import write_file
+from pretrain.files import sha256_of, write_file
 from pretrain.json_files import read_bytes
 from pretrain.visible import visible
 from pretrain.workers import worker_pool
