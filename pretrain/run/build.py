@@ -34,7 +34,7 @@ from pretrain.parallel.pipeline import build_pipeline_engine, pipeline_step
 from pretrain.parallel.state import dense_shape, fill, named_state
 from pretrain.parallel.tensor import parallel_layers
 from pretrain.run.continuation import parent_checkpoint, take_metrics
-from pretrain.run.directory import inputs_digest, take_directory
+from pretrain.run.directory import inputs_digest, other_inputs, take_directory
 from pretrain.run.identity import hash_of
 from pretrain.run.image_targets import image_targets
 from pretrain.run.inputs import build_loader
@@ -115,7 +115,7 @@ def build_run(
     check_model(recipe, stage)
     identity = {
         "recipe_hash": hash_of(settings or {}),
-        "data_digest": inputs_digest(recipe, stage, run_dir, loader.digests),
+        "data_digest": inputs_digest(loader.digests, others := other_inputs(recipe, stage, run_dir)),
     }
     add_targets = image_targets(recipe, stage, run_dir, device())
     # From here on the ranks talk: what a user can get wrong has been said.
@@ -125,8 +125,7 @@ def build_run(
     checkpoint = lock = None
     if directory is not None:
         lock = take_directory(directory)
-        names_digest = inputs_digest(recipe, stage, run_dir, loader.names_digests)
-        digests = identity | {"names_digest": names_digest}
+        digests = identity | {"names_digest": inputs_digest(loader.names_digests, others)}
         checkpoint = _checkpoint(directory, settings or {}, precision_name(ds_config), **digests)
     layers = parallel_layers(mesh)
     task: nn.Module

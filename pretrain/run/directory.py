@@ -141,12 +141,15 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
 
 
-def inputs_digest(recipe: Recipe, stage: Stage, run_dir: Path, shards: dict[str, str]) -> str:
-    """Names everything that a run reads: shards, text tokenizer, the weights it starts from, the visual tokenizer and
-    its teacher."""
-    parts = [f"{kind}:{digest}" for kind, digest in shards.items()]
+def inputs_digest(shards: dict[str, str], others: list[str]) -> str:
+    """Names everything that a run reads: `shards`, kind -> digest, and what `other_inputs` gives."""
+    return " ".join([*(f"{kind}:{digest}" for kind, digest in shards.items()), *others])
+
+
+def other_inputs(recipe: Recipe, stage: Stage, run_dir: Path) -> list[str]:
+    """The digests of the text tokenizer, the weights that a run starts from, the visual tokenizer and its teacher."""
+    parts = []
     if (text := text_tokenizer(recipe, stage)) is not None:
         parts.append("text:" + hashlib.sha256(text.path.read_bytes()).hexdigest()[:16])
     names = {"init_from": stage.init_from, "visual_tokenizer": stage.visual_tokenizer, **stage.task.reads()}
-    parts += [f"{knob}:{input_digest(name, run_dir, knob)}" for knob, name in names.items() if name is not None]
-    return " ".join(parts)
+    return parts + [f"{knob}:{input_digest(name, run_dir, knob)}" for knob, name in names.items() if name is not None]

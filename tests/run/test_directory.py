@@ -11,13 +11,13 @@ import torch
 from pretrain.checkpoint.weights import write_weights
 from pretrain.config import Stage
 from pretrain.models.visual_tokenizer.teachers import Clip, Encoder
-from pretrain.run.directory import inputs_digest
+from pretrain.run.directory import inputs_digest, other_inputs
 from pretrain.tasks.tokenizer import TrainTokenizer
 from tests.run.test_identity import RECIPE, TOKENIZER, VISION
 
 
 def digest(stage: Stage, run_dir: Path) -> str:
-    return inputs_digest(RECIPE, stage, run_dir, {"images": "a1b2"})
+    return inputs_digest({"images": "a1b2"}, other_inputs(RECIPE, stage, run_dir))
 
 
 def store(path: Path, value: float) -> None:
