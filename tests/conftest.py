@@ -33,6 +33,6 @@ def data(tmp_path_factory) -> Path:
     from tests.small_run import train_stage, write_data
 
     path = write_data(tmp_path_factory.mktemp("small"))
-    done = train_stage(path, path / "start", "tokenizer", CUDA_VISIBLE_DEVICES="")
+    done = train_stage(path, path / "start", "tokenizer", launched=True, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     return path

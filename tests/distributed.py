@@ -14,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 # Imported once into the server that the ranks fork from: a set of ranks then starts in a fraction of a second.
-# The muon optimizer is what deepspeed.initialize imports (with torch._inductor, a second of work); the last brings
-# Megatron, two seconds.
+# The muon optimizer is what deepspeed.initialize imports (with torch._inductor, a second of work), auto_ep_layer the
+# engine; megatron_layers brings Megatron, two seconds. The rest is what a small run imports on its way.
 PRELOAD = [
     *("torch", "torch.distributed", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"),
-    *("deepspeed.runtime.pipe.module", "pretrain.parallel.megatron_layers"),
+    *("deepspeed.runtime.pipe.module", "deepspeed.module_inject.auto_ep_layer", "pretrain.parallel.megatron_layers"),
+    *("torch.utils.serialization", "torch.utils.tensorboard", "numpy.ctypeslib"),
+    *("PIL.JpegImagePlugin", "PIL.PngImagePlugin", "PIL.GifImagePlugin"),
+    *("pretrain.train", "pretrain.evaluate", "pretrain.tasks.tokenizer", "pretrain.evals.masked"),
+    *("pretrain.evals.retrieval", "pretrain.objectives.contrastive", "pretrain.objectives.masked"),
+    "tests.frozen",
 ]
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -94,18 +96,45 @@ def command(data: Path, run_dir: Path, stage: str, *settings: str, ds: str | Pat
     return [*line, "--ds", str(path), "--run-dir", str(run_dir), *(word for s in settings for word in ("--set", s))]
 
 
-def train_stage(data: Path, run_dir: Path, stage: str, *settings: str, ds: str | Path = "zero0.json", **env: str):
-    """One process, as a user starts it -> CompletedProcess with text output."""
+def train_stage(
+    data: Path,
+    run_dir: Path,
+    stage: str,
+    *settings: str,
+    ds: str | Path = "zero0.json",
+    launched: bool = False,
+    **env: str,
+) -> subprocess.CompletedProcess[str]:
+    """One process, with what it said."""
     line = command(data, run_dir, stage, *settings, ds=ds)
-    return subprocess.run(line, env=environment(data) | env, capture_output=True, text=True, timeout=120)
+    return run_line(line, environment(data) | env, launched=launched)
 
 
 def evaluate(
     data: Path, run_dir: Path, stage: str, recipe: Path | None = None, *more: str
-) -> subprocess.CompletedProcess:
+) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", "pretrain.evaluate", "--run-dir", str(run_dir), "--stage", stage]
     line += ["--recipe", str(recipe or data / "recipe.py"), *more]
-    return subprocess.run(line, env=environment(data), capture_output=True, text=True, timeout=120)
+    return run_line(line, environment(data))
+
+
+def run_line(
+    line: list[str], environment: dict[str, str], *, launched: bool = False, seconds: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """`python -m MODULE WORDS` with this whole environment, in a process that is forked with everything imported, so
+    that it starts at once and not after five seconds; with `launched` in a new interpreter, as a user starts it."""
+    if launched:
+        return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=seconds)
+    with tempfile.TemporaryDirectory() as place:
+        out, err = Path(place, "out"), Path(place, "err")
+        process = CONTEXT.Process(target=_command, args=(line, environment, out, err))
+        process.start()
+        process.join(seconds)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(line, seconds, out.read_bytes(), err.read_bytes())
+        return subprocess.CompletedProcess(line, process.exitcode, out.read_text(), err.read_text())
 
 
 def check_weights(stage: Path, other: Path, most: float = 0.0) -> None:
@@ -172,12 +201,9 @@ def _launched(line: list[str], environment: dict[str, str], log: Path) -> None:
 def _forked(prepare: Callable[[int], None] | None, line: list[str], environment: dict[str, str], log: Path) -> None:
     _write_to(log)
     os.environ.update(environment)
-    import torch
-
+    _begin()
     from pretrain import train
 
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of the data workers; a forked rank inherits "forkserver"
     if prepare is not None:
         prepare(int(environment["RANK"]))
     code = train.main(line[line.index("pretrain.train") + 1 :])
@@ -185,7 +211,26 @@ def _forked(prepare: Callable[[int], None] | None, line: list[str], environment:
     os._exit(code)
 
 
-def _write_to(log: Path) -> None:
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+def _command(line: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
+    _write_to(out, err)
+    os.environ.clear()
+    os.environ.update(environment)
+    _begin()
+    _, _, module, *words = line
+    sys.argv = [module, *words]
+    sys.exit(importlib.import_module(module).main(words))
+
+
+def _begin() -> None:
+    """As if this interpreter were new."""
+    import torch
+
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of the data workers; a forked rank inherits "forkserver"
+
+
+def _write_to(out: Path, err: Path | None = None) -> None:
+    for number, path in ((1, out), (2, err or out)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)

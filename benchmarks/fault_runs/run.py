@@ -47,16 +47,14 @@ def prepare(place: Path) -> Path:
     data = place / "data"
     if not (data / "start" / "tokenizer" / WEIGHTS).exists():
         shutil.rmtree(data, ignore_errors=True)
-        done = train_stage(write_data(data), data / "start", "tokenizer")
+        done = train_stage(write_data(data), data / "start", "tokenizer", launched=True)
         if done.returncode:
             raise ValueError(f"the tokenizer stage ended with {done.returncode}: {done.stderr.strip()[-300:]}")
     return data
 
 
 def start_server() -> None:
-    mine = ["pretrain.train", "torch.utils.tensorboard", "tests.small_run", "benchmarks.fault_runs.run"]
-    mine += ["pretrain.objectives.masked", "pretrain.evals.masked", "pretrain.tasks.tokenizer", "PIL.JpegImagePlugin"]
-    CONTEXT.set_forkserver_preload([*PRELOAD, *mine])
+    CONTEXT.set_forkserver_preload([*PRELOAD, "tests.small_run", "benchmarks.fault_runs.run"])
 
 
 def live(data: Path, run: Path, life: Life) -> Ended:

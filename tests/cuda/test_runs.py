@@ -24,7 +24,7 @@ STEPS = 6
 def run(data: Path, place: Path, ds: str, *settings: str, **env: str) -> tuple[list[dict[str, Any]], str]:
     """The metrics of a run in `place`, and what it said. Blocks are not compiled, which takes a minute."""
     settings = ("compile=false", f"steps={STEPS}", f"keep={STEPS}", tokenizer_of(data), *settings)
-    done = train_stage(data, place, "fusion", *settings, ds=ds, **env)
+    done = train_stage(data, place, "fusion", *settings, ds=ds, launched=True, **env)
     assert done.returncode == 0, done.stderr[-3000:]
     return read_metrics(place / "fusion" / "metrics.jsonl"), done.stderr
 
