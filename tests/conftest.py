@@ -19,6 +19,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first, and of these the ones with a time limit of their own: one that began last would run for a
+    minute beside a worker that has nothing left to steal."""
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("slow", "timeout")])
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda"):
         import torch
