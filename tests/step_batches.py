@@ -106,15 +106,17 @@ def freeze(task: nn.Module, trainable: Sequence[str]) -> None:
         value.requires_grad_(any(fnmatch(name, pattern) for pattern in trainable))
 
 
-def train_alone(task: nn.Module, optim: Optim, batches: Iterable[Batch], precision: str = "fp32") -> Trained:
-    """A step for each batch in one process without DeepSpeed. In bf16 weights and activations are, and AdamW has fp32
-    masters."""
+def train_alone(
+    task: nn.Module, optim: Optim, batches: Iterable[Batch], precision: str = "fp32", of: int | None = None
+) -> Trained:
+    """A step for each batch in one process without DeepSpeed; `of` so many, if not of as many as there are batches. In
+    bf16 weights and activations are, and AdamW has fp32 masters."""
     rounded: Any = task if precision == "fp32" else copy.deepcopy(task).bfloat16()
     optimizer, batches = build_optimizer(task, optim), list(batches)
     reports, norms = [], []
     for step, batch in enumerate(batches, 1):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(optim, step, len(batches))
+            group["lr"] = learning_rate(optim, step, of or len(batches))
         rounded.load_state_dict(task.state_dict())
         rounded.zero_grad()
         report = rounded(batch)

@@ -24,6 +24,8 @@ from pretrain.parallel.sizes import Parallel
 from tests.step_batches import CONFIGS, DROP, MASKED, MODELS, TIED, Mix
 
 STEPS = 5
+# The first of them, by which DeepSpeed has recorded its order of work, has used it and has gone on with its moments.
+FIRST = 3
 # AdamW divides a gradient by its size, so where it is almost zero rounding is multiplied: a small rate keeps that below
 # the tolerance. The bound on the norm is below every norm that occurs.
 OPTIM = Optim(lr=2e-4, warmup_steps=2, weight_decay=0.05, clip=0.1)

@@ -15,7 +15,7 @@ from pretrain.batch import Batch, Kinds
 from pretrain.optim import build_optimizer
 from pretrain.tasks.pretrain import PretrainTask
 from tests.distributed import run_ranks
-from tests.parity.cells import LEGAL, OPTIM, STEPS, Cell, legal_cells
+from tests.parity.cells import FIRST, LEGAL, OPTIM, STEPS, Cell, legal_cells
 from tests.parity.passes import MARGIN, PassCell, pass_cells
 from tests.step_batches import (
     DROP,
@@ -53,38 +53,38 @@ TOLERANCES = {"fp32": Apart(1e-6, 1e-6, 1e-6, 1e-6, 1e-4), "bf16": Apart(3e-3, 3
 # ---- one process
 
 
-def dense(cell: AnyCell, precision: str = "fp32") -> tuple[Trained, dict[str, Tensor]]:
+def dense(cell: AnyCell, precision: str = "fp32", steps: int = STEPS) -> tuple[Trained, dict[str, Tensor]]:
     """The cell on one process without DeepSpeed, Megatron, checkpointing or accumulation, and the weights that it began
     with."""
     recipe, stage = cell.recipe()
-    return _dense(recipe.model, stage.objectives, stage.trainable, cell.mix, cell.seed, precision)
+    return _dense(recipe.model, stage.objectives, stage.trainable, cell.mix, cell.seed, precision, steps)
 
 
 @cache
-def _dense(model: Any, objectives: Any, trainable: tuple[str, ...], mix: Mix, seed: int, precision: str):
+def _dense(model: Any, objectives: Any, trainable: tuple[str, ...], mix: Mix, seed: int, precision: str, steps: int):
     torch.manual_seed(0)
     task = PretrainTask(model, EXPERTS, objectives, drop_path=DROP)
     freeze(task, trainable)
     start = {name: value.clone() for name, value in task.state_dict().items()}
     draws = {objective.name: objective.draws for objective in objectives}
-    batches = [step_batch(mix, seed + step, 0, 1, draws=draws) for step in range(1, STEPS + 1)]
-    return train_alone(task, OPTIM, batches, precision), start
+    batches = [step_batch(mix, seed + step, 0, 1, draws=draws) for step in range(1, steps + 1)]
+    return train_alone(task, OPTIM, batches, precision, of=STEPS), start
 
 
 # ---- ranks
 
 
-def train_cells(cells: list[tuple[AnyCell, Path]], sabotage: str = "") -> list[Trained]:
-    """On every rank of the cells' one topology."""
+def train_cells(cells: list[tuple[AnyCell, Path, int]], sabotage: str = "") -> list[Trained]:
+    """On every rank of the cells' one topology, each with its DeepSpeed JSON and its number of steps."""
     from pretrain.parallel.engine import init_distributed
     from pretrain.parallel.mesh import create_mesh
 
     init_distributed()
     mesh = create_mesh(cells[0][0].topology.parallel)
-    return [_train(cell, str(ds), mesh, sabotage) for cell, ds in cells]
+    return [_train(cell, str(ds), steps, mesh, sabotage) for cell, ds, steps in cells]
 
 
-def _train(cell: AnyCell, ds: str, mesh: Any, sabotage: str) -> Trained:
+def _train(cell: AnyCell, ds: str, steps: int, mesh: Any, sabotage: str) -> Trained:
     """As run/build.py builds it, with made-up batches."""
     from pretrain.optim import schedule
     from pretrain.parallel.engine import build_engine, partitioned_init
@@ -117,7 +117,7 @@ def _train(cell: AnyCell, ds: str, mesh: Any, sabotage: str) -> Trained:
     def micro_batch(step: int, part: int, parts: int) -> Batch:
         return step_batch(cell.mix, cell.seed + step, part, parts, draws=stage.draws)
 
-    return train_on_ranks(engine, mesh, micro_batch, STEPS)
+    return train_on_ranks(engine, mesh, micro_batch, steps)
 
 
 def _every_second_detached() -> Callable[..., Kinds]:
@@ -128,17 +128,21 @@ def _every_second_detached() -> Callable[..., Kinds]:
 # ---- both
 
 
-def compare(cells: Sequence[AnyCell], folder: Path, sabotage: str = "") -> dict[AnyCell, Apart]:
-    """Runs cells of one topology and says how far each is from one dense process."""
-    work = [(cell, cell.write_json(folder)) for cell in cells]
+def compare(
+    cells: Sequence[AnyCell], folder: Path, sabotage: str = "", *, sooner: bool = False
+) -> dict[AnyCell, Apart]:
+    """Runs cells of one topology and says how far each is from one dense process. `sooner`: those that accumulate, and
+    so have four passes a step, end after their first steps."""
+    steps = [FIRST if sooner and cell.accumulation > 1 else STEPS for cell in cells]
+    work = [(cell, cell.write_json(folder), some) for cell, some in zip(cells, steps, strict=True)]
     ranks = run_ranks(train_cells, cells[0].topology.world, work, sabotage, timeout=280)
-    return {cell: apart(cell, [runs[number] for runs in ranks]) for number, cell in enumerate(cells)}
+    return {cell: apart(cell, [runs[i] for runs in ranks], steps[i]) for i, cell in enumerate(cells)}
 
 
-def apart(cell: AnyCell, ranks: list[Trained]) -> Apart:
+def apart(cell: AnyCell, ranks: list[Trained], steps: int = STEPS) -> Apart:
     """Asserts that the run is a test of something (clipping was active in every step, training moved the weights
     further than the tolerance), and that what is frozen stood still to the bit."""
-    (reports, norms, weights), start = dense(cell)
+    (reports, norms, weights), start = dense(cell, steps=steps)
     margin = min(report.get("margin", MARGIN) for report in reports)
     assert margin >= MARGIN, f"{cell}: rounding may draw another text: {margin}"
     assert min(norms) > OPTIM.clip, f"{cell}: clipping must have been active: {norms}"
