@@ -25,5 +25,7 @@ if [ $# -eq 0 ]; then
     "$PYTHON" -m ruff format --check .
     "$PYTHON" -m mypy
 fi
+# Hundreds of processes import this checkout: where the environment forbids it to be compiled once, each compiles it anew.
+export PYTHONDONTWRITEBYTECODE=
 # One thread per process: the tests run several processes on few cores.
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} exec "$PYTHON" -m pytest -n "${TEST_WORKERS:-2}" --dist worksteal "$@"
