@@ -158,6 +158,10 @@ def _deepspeed():
     # A C++ shared-memory all-reduce that only inference calls; building it takes 20 to 50 s of the first start, and a
     # killed rank leaves 69 MB of it in /dev/shm.
     comm.build_shm_op = lambda: None
+    # `initialize` imports DeepSpeed's Muon, which nothing here uses; compiling it as it is imported brings all of
+    # torch's compiler, a second of every start.
+    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
+    compiler.compile = lambda: compiler.dummy_decorator
     logger = logging.getLogger("DeepSpeed")
     if logger.handlers:  # it writes to stdout by a handler of its own; let the run's logging have it
         logger.handlers.clear()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -244,3 +246,11 @@ def masters_after_start() -> list[tuple[str, float]]:
 def test_bf16_masters_begin_with_the_bits_that_were_handed_over():
     for name, error in run_ranks(masters_after_start, RANKS)[0]:
         assert error == 0, name
+
+
+def test_a_start_does_not_import_torchs_compiler():
+    """DeepSpeed would by its Muon, which it imports with every engine: a second."""
+    code = "import sys; from pretrain.parallel.engine import _deepspeed; _deepspeed(); "
+    code += "import deepspeed.runtime.zero.muon.muon_optimizer; print('torch._inductor.compile_fx' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIGS.parent, check=True)
+    assert done.stdout == "False\n"
