@@ -18,7 +18,7 @@ from pretrain.metrics import MEASURED, read_metrics
 from tests.small_run import Ranks, check_weights, command, tokenizer_of
 from tests.toys import wait_for
 
-STEPS = 40
+STEPS = 24
 KILLS = 5
 
 
