@@ -126,6 +126,8 @@ class Recipe:
     log_every: int = 10
     save_every: int = 1000
     keep: int = 2  # complete checkpoints to keep; the one before is used if the newest is damaged
+    keep_every: int = 0  # of the steps that this divides checkpoints stay for good
+    save_in_background: bool = True  # training waits for a copy in host memory, not for the disk
     trace_samples: bool = False
     # Steps in a row whose gradients may be inf or nan: such a step moves nothing and is counted. One more ends the run.
     max_skipped_steps: int = 0
@@ -135,6 +137,8 @@ class Recipe:
         for name in ("log_every", "save_every", "keep", "timeout_s"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1; use 1 or more")
+        if self.keep_every < 0:
+            raise ValueError(f"keep_every={self.keep_every} is below 0; use 0 to keep none for good")
         if self.max_skipped_steps < 0:
             raise ValueError(f"max_skipped_steps={self.max_skipped_steps} is below 0; use 0 to end at the first one")
         if not 0 <= self.seed < MAX_SEED:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -81,13 +81,13 @@ def refuse_together(problem: str | None) -> None:
             raise ValueError(each)
 
 
-def any_rank(flag: bool, on: torch.device) -> bool:
-    """True on every rank when it is true on one: all ranks must take the same branch."""
+def highest(values: Sequence[int], on: torch.device) -> list[int]:
+    """Of each value the highest of all ranks, in one collective: all ranks must take the same branch."""
     if not dist.is_initialized():
-        return flag
-    seen = torch.tensor(int(flag), device=on)
+        return list(values)
+    seen = torch.tensor(values, device=on)
     dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-    return bool(seen.item())
+    return seen.tolist()
 
 
 def all_gather(own: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:

@@ -14,17 +14,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pretrain.batch import Batch
-from pretrain.checkpoint.save import save
+from pretrain.checkpoint.directory import Retention
+from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.weights import WEIGHTS, carry_over, write_weights
 from pretrain.config import Recipe, Stage
 from pretrain.data.text_tokenizer import TOKENIZER
-from pretrain.distributed import any_rank, device, fail_together, rank, reduce_mean, world_size
+from pretrain.distributed import device, fail_together, highest, rank, reduce_mean, world_size
 from pretrain.files import write_file
 from pretrain.interrupt import imported
 from pretrain.lives import ThisLife
@@ -162,7 +163,8 @@ def run_stage(
     fail_together(lambda: note_recipe(directory, recipe, identity, command) if rank() == 0 else None)
     reached = last_step(directory)  # before what was not saved is cut off
     with run.lock or nullcontext(), fail_together(lambda: ThisLife(directory, run.done, reached)) as life:
-        done = train(run, directory, stop, watch)
+        with _saver(run, directory, watch) as saver:
+            done = train(run, directory, stop, watch, saver)
         if done == stage.steps:
             hand_over(run, directory / WEIGHTS)
         else:
@@ -170,7 +172,7 @@ def run_stage(
     return done
 
 
-def train(run: Run, directory: Path, stop: StopSignals, watch: Watch) -> int:
+def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Saver) -> int:
     """Steps run.done + 1 to stage.steps; returns the last one done, an earlier one only after SIGTERM or SIGUSR1.
 
     Raises ValueError when the loss or the gradients are not finite (see run/step.Judge), before a checkpoint could hold
@@ -193,14 +195,15 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch) -> int:
                 raise Stopped
             judge.settle()
             if step > saved:
-                save_checkpoint(run, step, directory, metrics)
+                save_checkpoint(run, saver, step, directory, metrics)
             break
         watch.enter(f"step {step}", patient=step == start + 1)
         report = run.step(micro_batches, first=step == 1)
         judge.note(step, gradient_norm(run.engine), report)
         real = sum(batch.real_rows() for batch in micro_batches)
         meter.tick(samples=stage.batch.total, tokens=run.rows, real=real, flops=run.flops(micro_batches))
-        stopping = any_rank(stop.asked, device())
+        stopping, saves = highest([stop.asked, saver.state], device())
+        saver.advance(saves)
         telling, last = step % recipe.log_every == 0, step == stage.steps
         saving = step % recipe.save_every == 0 or stopping
         if telling or saving or last:
@@ -214,11 +217,12 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch) -> int:
         # What a skipped step left outside the optimizer, such as a codebook, may not be finite: a later step is saved.
         if saving := (saving and not judge.in_a_row) or last:
             watch.enter(f"the save of step {step}", patient=True)
-            save_checkpoint(run, step, directory, metrics)
+            save_checkpoint(run, saver, step, directory, metrics)
             saved = step
             meter.skip()
         if stopping and saving:
             break
+    saver.finish()
     watch.enter("the end", patient=True)
     display.bar.close()
     metrics.close()
@@ -258,13 +262,16 @@ def way_out(directory: Path) -> str:
     )
 
 
-def save_checkpoint(run: Run, step: int, directory: Path, metrics: MetricsLog) -> None:
+def _saver(run: Run, directory: Path, watch: Watch) -> Saver:
+    background = run.recipe.save_in_background
+    path = directory / "checkpoints"
+    return Saver(run.engine, path, watch, mesh=run.mesh, identity=run.identity, background=background)
+
+
+def save_checkpoint(run: Run, saver: Saver, step: int, directory: Path, metrics: MetricsLog) -> None:
     # First: a node that is lost later must not take lines of steps that are never done again.
-    fail_together(metrics.sync)
-    fail_together(run.loader.sync)
-    weights = full_state(run.engine, run.mesh), run.weights_config(directory.name)
-    path, identity = directory / "checkpoints", cast(dict[str, Any], run.identity)
-    save(run.engine, path, step, weights=weights, mesh=run.mesh, keep=run.recipe.keep, **identity)
+    first = (metrics.sync, run.loader.sync)
+    saver.save(step, run.weights_config(directory.name), Retention(run.recipe.keep, run.recipe.keep_every), first)
 
 
 def hand_over(run: Run, path: Path) -> None:

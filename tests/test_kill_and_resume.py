@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -39,17 +40,31 @@ def saves(run: Path) -> set[str]:
     return {path.name for path in (run / "fusion" / "checkpoints").glob("step_*")}
 
 
+def slow_disk(rank: int) -> None:
+    """Most of the time something is being written behind the steps."""
+    sync = os.fsync
+
+    def slow(file) -> None:
+        if threading.current_thread().name == "save":
+            time.sleep(0.005)
+        sync(file)
+
+    os.fsync = slow
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ds", ["zero1.json", "zero3.json"])
 def test_a_killed_run_ends_bit_equal(data, tmp_path, ds):
+    """Its checkpoints are written in the background, and those of the run that was left alone are not."""
     left_alone, killed = tmp_path / "alone", tmp_path / "killed"
-    ranks = Ranks(command(data, left_alone, "fusion", *settings(data), ds=ds), data, 2, tmp_path / "alone.log")
+    plain = command(data, left_alone, "fusion", *settings(data), "save_in_background=false", ds=ds)
+    ranks = Ranks(plain, data, 2, tmp_path / "alone.log")
     assert ranks.wait(120) == [0, 0], (tmp_path / "alone.log").read_text()
     log = tmp_path / "killed.log"
     dice, done = random.Random(ds), 0
     for _ in range(KILLS):
         before = saves(killed)
-        ranks = Ranks(command(data, killed, "fusion", *settings(data), ds=ds), data, 2, log)
+        ranks = Ranks(command(data, killed, "fusion", *settings(data), ds=ds), data, 2, log, slow_disk)
         # Not before it gets somewhere (its start takes seconds); then at any moment of a step or a save.
         wait_for(lambda b=before, r=ranks: saves(killed) != b or r.wait(0.05) == [0, 0])
         time.sleep(dice.uniform(0, 0.25))

@@ -8,9 +8,11 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pretrain.checkpoint.weights import matches_entry
 from pretrain.files import WRITING, move, sha256_of, sync, write_json
 from pretrain.json_files import fields, read_object
 
@@ -36,7 +38,14 @@ def sweep(directory: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def publish(body: dict[str, Any], beside: Path, final: Path) -> None:
+def place_of(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:08d}"
+
+
+def publish(about: dict[str, Any], shares: list[dict[str, dict]], beside: Path, final: Path) -> None:
+    """`beside`, in which every rank has written and synced its files, becomes the checkpoint `final`. `shares`: each
+    rank's manifest entries by file name. Raises OSError."""
+    body = about | {"files": {name: entry for share in shares for name, entry in share.items()}}
     for folder in {(beside / name).parent for name in body["files"]} | {beside}:
         sync(folder)
     write_json(beside / MANIFEST, body | {"sha256": _hash_json(body)})
@@ -45,9 +54,26 @@ def publish(body: dict[str, Any], beside: Path, final: Path) -> None:
     move(beside, final)
 
 
-def prune(directory: Path, step: int, keep: int) -> None:
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest `last`, for good those of every `every`-th step (0: none), and the steps of
+    `best`."""
+
+    last: int = 2
+    every: int = 0
+    best: frozenset[int] = frozenset()
+
+    def stays(self, step: int) -> bool:
+        """Whether that of `step` stays though it is not among the newest."""
+        return step in self.best or (self.every > 0 and step % self.every == 0)
+
+
+def prune(directory: Path, step: int, retention: Retention) -> None:
+    """Removes what need not stay, of the checkpoints up to `step`, which is the newest of this run."""
     older = sorted((number, path) for path in directory.glob("step_*") if 0 <= (number := _step(path)) <= step)
-    for _, path in older[: -max(keep, 1)]:
+    for number, path in older[: -max(retention.last, 1)]:
+        if retention.stays(number):
+            continue
         try:
             _remove(path)
         except OSError as error:
@@ -93,7 +119,9 @@ def damage(path: Path, files: dict[str, dict]) -> list[str]:
             if (size := (path / name).stat().st_size) != entry["bytes"]:
                 lines.append(f"{path / name} has {size} bytes instead of {entry['bytes']}")
                 continue
-            if sha256_of(path / name) != entry["sha256"]:
+            # Until 2026-11-28 the weights' entry had the hash of the whole file, as the other files' have.
+            whole = "header" not in entry
+            if not (sha256_of(path / name) == entry["sha256"] if whole else matches_entry(path / name, entry)):
                 lines.append(f"{path / name} is damaged (its hash differs)")
         except OSError as error:
             lines.append(f"{path / name} cannot be read ({error.strerror})")

@@ -17,7 +17,8 @@ import logging
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,18 +27,19 @@ import numpy as np
 import torch
 
 from pretrain import files
-from pretrain.checkpoint.directory import complete, damage, prepare, prune, publish, sweep
-from pretrain.checkpoint.weights import WEIGHTS, HashedFile, SaveError, write_weights
+from pretrain.checkpoint.directory import Retention, complete, damage, place_of, prepare, prune, publish, sweep
+from pretrain.checkpoint.snapshot import VERSION, layout_of, take_snapshot, write_snapshot
+from pretrain.checkpoint.weights import WEIGHTS, SaveError
 from pretrain.distributed import fail_together, gather_objects, rank, world_size
 from pretrain.parallel.engine import set_progress
-from pretrain.parallel.moments import read_moments, write_moments
+from pretrain.parallel.moments import read_moments
 
 if TYPE_CHECKING:
     from pretrain.parallel.mesh import Mesh
 
 log = logging.getLogger(__name__)
 
-VERSION = 3  # of the manifest; version 2 had no teacher in data_digest
+PLAIN = Retention()
 
 
 @dataclass(frozen=True)
@@ -63,46 +65,50 @@ def save(
     *,
     weights: tuple[dict[str, torch.Tensor], dict[str, Any]],
     mesh: Mesh | None = None,
-    keep: int = 2,
+    retention: Retention = PLAIN,
     recipe_hash: str = "",
     data_digest: str = "",
     extra: dict[str, Any] | None = None,
 ) -> Path:
-    """Write step_STEP into `directory` (shared by all nodes), then remove all but the newest `keep` up to that step.
+    """Write step_STEP into `directory` (shared by all nodes), then remove what `retention` lets go up to that step.
 
     Every rank must call it. `weights` is (full_state, config) on rank 0; `extra` is JSON and comes back from `newest`.
     Raises SaveError on every rank if any rank cannot write; earlier checkpoints stay intact.
     """
-    final = directory / f"step_{step:08d}"
-    beside = files.beside(final)
-    try:
+    about = {"step": step, "recipe_hash": recipe_hash, "data_digest": data_digest, "extra": extra or {}}
+    beside, final = begin(directory, step), place_of(directory, step)
+    snapshot = take_snapshot(engine, mesh, about, weights)
+    with together(directory, step):
+        shares = gather_objects(fail_together(lambda: write_snapshot(snapshot, beside)))
+        fail_together(lambda: publish(snapshot.about, shares, beside, final) if rank() == 0 else None)
+    if rank() == 0:
+        prune(directory, step, retention)
+    return final
+
+
+def begin(directory: Path, step: int) -> Path:
+    """Where step_STEP grows, the same directory for every rank. A collective. Raises SaveError on every rank."""
+    beside = files.beside(place_of(directory, step))
+    with together(directory, step):
         fail_together(lambda: prepare(directory, beside) if rank() == 0 else None)
         fail_together(lambda: _check_shared(beside))
-        own = fail_together(lambda: _write_share(engine, mesh, beside))
-        own |= fail_together(lambda: _write_weights(*weights, beside) if rank() == 0 else {})
-        body = {
-            "version": VERSION,
-            "step": step,
-            "world": world_size(),
-            "layout": _layout(engine, mesh),
-            "precision": _precision(engine),
-            "recipe_hash": recipe_hash,
-            "data_digest": data_digest,
-            "extra": extra or {},
-            "files": {name: entry for share in gather_objects(own) for name, entry in share.items()},
-        }
-        fail_together(lambda: publish(body, beside, final) if rank() == 0 else None)
+    return beside
+
+
+@contextmanager
+def together(directory: Path, step: int) -> Iterator[None]:
+    """Inside, every rank raises the same OSError (`fail_together`): what was written so far is removed, and it becomes
+    a SaveError."""
+    try:
+        yield
     except OSError as error:
         if rank() == 0:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(files.beside(place_of(directory, step)), ignore_errors=True)
         raise SaveError(
             error.errno,
             f"cannot save step {step} to {directory}: {error.strerror}; "
             "free some space or repair that disk, then start again; earlier checkpoints are intact",
         ) from error
-    if rank() == 0:
-        prune(directory, step, keep)
-    return final
 
 
 def newest(
@@ -149,7 +155,7 @@ def resume(engine, checkpoint: Checkpoint, mesh: Mesh | None = None) -> None:
     was built with the weights of `checkpoint.weights`. Every rank must call it."""
     read_moments(engine, mesh, [checkpoint.path / name for name in checkpoint.files if name.startswith("moments_rank")])
     set_progress(engine, checkpoint.step)
-    layout = _layout(engine, mesh)
+    layout = layout_of(engine, mesh)
     if (checkpoint.world, checkpoint.layout) == (world_size(), layout):
         _set_random_state(checkpoint.path / f"random_rank{rank():05d}.pt")
         log.info("resumed from %s", checkpoint.path)
@@ -165,53 +171,10 @@ def newest_weights(directory: Path) -> tuple[int, Path] | None:
     return next(((manifest["step"], directory / name / WEIGHTS) for name, manifest in complete(directory)), None)
 
 
-# ---- one rank's share of a checkpoint
-
-
-class _Writer:
-    """Writes hashed, synced files; the first error is stored, to be raised at the end."""
-
-    def __init__(self, root: Path):
-        self.root = root
-        self.files: dict[str, dict[str, Any]] = {}
-        self.error: OSError | None = None
-
-    def save(self, name: str, write: Callable[[HashedFile], None]) -> None:
-        file = HashedFile(self.root / name)
-        write(file)
-        file.close()
-        if file.error is not None and self.error is None:
-            self.error = OSError(file.error.errno, file.error.strerror, str(self.root / name))
-        self.files[name] = {"bytes": file.bytes, "sha256": file.digest.hexdigest()}
-
-
 def _check_shared(beside: Path) -> None:
     if not beside.is_dir():
         reason = "rank 0 created this directory but this rank cannot see it, so the disk is not shared"
         raise OSError(errno.ENOENT, reason, str(beside))
-
-
-def _write_share(engine, mesh: Mesh | None, beside: Path) -> dict[str, dict]:
-    writer = _Writer(beside)
-    writer.save(f"moments_rank{rank():05d}.safetensors", lambda file: write_moments(engine, mesh, file))
-    writer.save(f"random_rank{rank():05d}.pt", lambda file: torch.save(_random_state(), file))
-    if writer.error is not None:
-        raise writer.error
-    return writer.files
-
-
-def _write_weights(state: dict[str, torch.Tensor], config: dict[str, Any], beside: Path) -> dict[str, dict]:
-    write_weights(state, beside / WEIGHTS, config)
-    return {WEIGHTS: {"bytes": (beside / WEIGHTS).stat().st_size, "sha256": files.sha256_of(beside / WEIGHTS)}}
-
-
-def _random_state() -> dict[str, Any]:
-    """The state of this rank's generators, in types that torch.load(weights_only=True) accepts."""
-    name, keys, *rest = np.random.get_state()
-    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state | {"numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest)}
 
 
 def _set_random_state(path: Path) -> None:
@@ -235,7 +198,7 @@ def _check_same_run(path: Path, manifest: dict, now: dict, names_digest: str) ->
         "another --run-dir with init_from",
         "precision": "use a --ds JSON of that precision",
     }
-    if manifest.get("version") not in (2, VERSION):
+    if manifest.get("version") not in (2, 3, VERSION):
         raise ValueError(f"{path} was written by another version of this program; use another --run-dir")
     digests = [now["data_digest"], *([names_digest] if names_digest else [])]
     if manifest["version"] == 2:  # its digest has no teacher
@@ -249,16 +212,6 @@ def _check_same_run(path: Path, manifest: dict, now: dict, names_digest: str) ->
     for key, way_out in ways_out.items():
         if manifest.get(key) != now[key]:
             raise ValueError(f"{path} was saved with {key}={manifest.get(key)} and this run has {now[key]}: {way_out}")
-
-
-def _precision(engine) -> str:
-    return "bf16" if engine.bfloat16_enabled() else "fp32"
-
-
-def _layout(engine, mesh: Mesh | None) -> dict[str, int]:
-    """The sizes that decide which rank holds which part of the state."""
-    sizes = {} if mesh is None else {"tensor": mesh.tensor.size, "pipe": mesh.pipe.size, "sequence": mesh.sequence.size}
-    return {"zero": int(engine.zero_optimization_stage()), **{name: size for name, size in sizes.items() if size > 1}}
 
 
 def _describe(layout: dict[str, int]) -> str:

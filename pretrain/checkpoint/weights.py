@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from pretrain.files import open_safetensors, sha256_of, write_json, written_in_one_step
+from pretrain.files import open_regular, open_safetensors, sha256_of, write_json, written_in_one_step
 from pretrain.json_files import parse_json, read_object
 from pretrain.parallel.state import dense_shape, fill
 from pretrain.tensors import check_finite, check_type
@@ -109,6 +109,31 @@ def weights_digest(path: Path) -> str:
     if (digest := weights_header(path).get("sha256")) is not None:
         return str(digest)
     return sha256_of(path / WEIGHTS if path.is_dir() else path)
+
+
+def weights_entry(path: Path, digest: str) -> dict[str, Any]:
+    """What a manifest says of the weights that `write_weights` has just written with this digest. It covers names,
+    types, shapes and numbers, and `header` the bytes before them: nothing is hashed, or read, a second time."""
+    return {"bytes": path.stat().st_size, "sha256": digest, "header": _header_hash(path)}
+
+
+def matches_entry(path: Path, entry: dict[str, Any]) -> bool:
+    """Whether the file is the one of `weights_entry`. Raises OSError and ValueError where it cannot be read."""
+    if _header_hash(path) != entry["header"]:
+        return False
+    with _open_safetensors(path) as (file, _):
+        digest = hashlib.sha256()
+        for name in sorted(file.keys()):
+            _hash_tensor(digest, name, file.get_tensor(name))
+    return digest.hexdigest() == entry["sha256"]
+
+
+def _header_hash(path: Path) -> str:
+    """Of all that stands before the numbers: 8 bytes of length, and a JSON of that length."""
+    with open_regular(path) as file:
+        length = file.read(8)
+        rest = min(int.from_bytes(length, "little"), path.stat().st_size)
+        return hashlib.sha256(length + file.read(rest)).hexdigest()
 
 
 def load_handover(

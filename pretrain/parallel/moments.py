@@ -41,9 +41,15 @@ class _Share(NamedTuple):
         return self.state[name].view(-1).narrow(0, self.offset, self.length)
 
 
-def write_moments(engine, mesh: Mesh | None, file: Any) -> None:
-    """This rank's share as safetensors into `file` (anything with `write`): fp32 runs "exp_avg/NAME" of flattened
-    parameters, and in the header where each belongs."""
+class Moments(NamedTuple):
+    """This rank's share: fp32 runs of flattened parameters as "exp_avg/NAME", and where each belongs."""
+
+    tensors: dict[str, Tensor]
+    header: dict[str, Any]
+
+
+def own_moments(engine, mesh: Mesh | None) -> Moments:
+    """This rank's share as it is in the optimizer: the next step overwrites these tensors."""
     tensors: dict[str, Tensor] = {}
     places, steps = {}, 0
     for name, share in _shares(engine, create=True):  # DeepSpeed may have skipped every step so far
@@ -52,7 +58,7 @@ def write_moments(engine, mesh: Mesh | None, file: Any) -> None:
             places[name] = {"start": share.start, "split": split_dim(share.parameter)}
             tensors |= {f"{key}/{name}": share.moment(key) for key in MOMENTS}
     rank, size = (mesh.tensor.rank, mesh.tensor.size) if mesh is not None else (0, 1)
-    _write(file, tensors, {"tensor_rank": rank, "tensor_size": size, "steps": steps, "places": places})
+    return Moments(tensors, {"tensor_rank": rank, "tensor_size": size, "steps": steps, "places": places})
 
 
 def read_moments(engine, mesh: Mesh | None, files: list[Path]) -> None:
@@ -145,10 +151,11 @@ def _writes(parameter: Any, engine, mesh: Mesh | None) -> bool:
     return mesh is None or split_dim(parameter) is not None or mesh.tensor.rank == 0
 
 
-def _write(file: Any, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
-    """A safetensors file, one tensor in host memory at a time (the format: 8 bytes of length, a JSON of types, shapes
-    and offsets, then the numbers)."""
-    about: dict[str, Any] = {"__metadata__": {HEADER: json.dumps(header, sort_keys=True)}}
+def write_moments(moments: Moments, file: Any) -> None:
+    """A safetensors file into `file` (anything with `write`), one tensor in host memory at a time (the format: 8 bytes
+    of length, a JSON of types, shapes and offsets, then the numbers)."""
+    tensors = moments.tensors
+    about: dict[str, Any] = {"__metadata__": {HEADER: json.dumps(moments.header, sort_keys=True)}}
     end = 0
     for name, value in tensors.items():
         assert value.dtype == torch.float32, (name, value.dtype)

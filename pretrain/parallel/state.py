@@ -5,7 +5,7 @@ Names and shapes are those of the model on one device."""
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +16,8 @@ from pretrain.distributed import all_gather, device
 
 if TYPE_CHECKING:
     from pretrain.parallel.mesh import Mesh
+
+Copy = Callable[[str, Tensor], Tensor]
 
 
 def named_state(module: nn.Module) -> dict[str, Tensor]:
@@ -53,13 +55,13 @@ def fill(value: Any, whole: Tensor, mesh: Mesh | None = None) -> None:
             value.copy_(whole)
 
 
-def stream_state(engine, mesh: Mesh | None = None) -> Iterator[tuple[str, Tensor]]:
+def stream_state(engine, mesh: Mesh | None = None, copy: Copy | None = None) -> Iterator[tuple[str, Tensor]]:
     """Name and whole tensor of each parameter and persistent buffer, in state_dict order (pipeline stages one after
     another): fp32 on the CPU on rank 0 (integers stay integers), an empty tensor elsewhere. A collective of every rank;
-    holds one tensor at a time."""
+    holds one tensor at a time. `copy(name, value)` gives the copy on the CPU; by default memory of its own."""
     mine = _whole(engine, mesh)
     if mesh is None or mesh.pipe.rank == 0:
-        yield from ((name, _on_rank_0(value)) for name, value in mine)
+        yield from ((name, _on_rank_0(name, value, copy)) for name, value in mine)
     if mesh is None or mesh.pipe.size == 1:
         return
     # Later stages pass theirs along the line of ranks that begins at rank 0; other lines hold the same, and are silent.
@@ -73,13 +75,14 @@ def stream_state(engine, mesh: Mesh | None = None) -> Iterator[tuple[str, Tensor
                 _pass_on(None, stage, mesh)
         elif in_line:
             while (entry := _pass_on(None, stage, mesh)) is not None:
-                yield entry
+                name, value = entry
+                yield name, _on_rank_0(name, value, copy)
 
 
-def full_state(engine, mesh: Mesh | None = None) -> dict[str, Tensor]:
+def full_state(engine, mesh: Mesh | None = None, copy: Copy | None = None) -> dict[str, Tensor]:
     """The whole model by name on rank 0, {} on the others; see `stream_state`. Every rank must call it."""
     on_rank_0 = not dist.is_initialized() or dist.get_rank() == 0
-    return {name: value for name, value in stream_state(engine, mesh) if on_rank_0}
+    return {name: value for name, value in stream_state(engine, mesh, copy) if on_rank_0}
 
 
 def _whole(engine, mesh: Mesh | None) -> Iterator[tuple[str, Tensor]]:
@@ -109,11 +112,14 @@ def _join(value: Tensor, part: Tensor, mesh: Mesh | None) -> Tensor:
     return part if rows is None else part[:rows]
 
 
-def _on_rank_0(value: Tensor) -> Tensor:
+def _on_rank_0(name: str, value: Tensor, copy: Copy | None) -> Tensor:
     if dist.is_initialized() and dist.get_rank() != 0:
         return torch.empty(0)
+    dtype = torch.float32 if value.is_floating_point() else value.dtype
+    if copy is not None:
+        return copy(name, value.to(dtype))
     # Always a copy: masters and gathered parameters are views of buffers that the next step overwrites.
-    return value.to("cpu", torch.float32 if value.is_floating_point() else value.dtype, copy=True).contiguous()
+    return value.to("cpu", dtype, copy=True).contiguous()
 
 
 def _pass_on(mine: tuple[str, Tensor] | None, stage: int, mesh: Mesh) -> tuple[str, Tensor] | None:
@@ -126,7 +132,7 @@ def _pass_on(mine: tuple[str, Tensor] | None, stage: int, mesh: Mesh) -> tuple[s
     name, shape, dtype = about[0]
     there = torch.empty(shape, dtype=dtype, device=device()) if mine is None else mine[1].contiguous()
     dist.broadcast(there, source, group=mesh.pipe.group)
-    return name, _on_rank_0(there)
+    return name, there
 
 
 # ---- parts

@@ -15,7 +15,10 @@ from pretrain.config import Recipe, Stage, to_json
 from pretrain.data.transforms import ImageTransform
 
 # What may change between two starts of one run without changing its numbers.
-OPERATIONAL = ("log_every", "save_every", "keep", "trace_samples", "max_skipped_steps", "timeout_s")
+OPERATIONAL = (
+    *("log_every", "save_every", "keep", "keep_every", "save_in_background"),
+    *("trace_samples", "max_skipped_steps", "timeout_s"),
+)
 OPERATIONAL_OF_STAGE = ("evals", "parallel", "activation_checkpointing", "compile")
 LOADING_ORDER = ("streams", "block_shards", "skip_bad_shards")
 CONTINUES = "continues"  # in the identity of a run that goes on where another one stopped; see continuation.py

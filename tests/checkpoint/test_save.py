@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import random
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,41 +15,18 @@ import pytest
 import torch
 
 from pretrain.checkpoint import save as saving
-from pretrain.checkpoint.directory import shutil
+from pretrain.checkpoint import saver
+from pretrain.checkpoint.directory import Retention, place_of, shutil
 from pretrain.checkpoint.save import SaveError, newest, resume
-from pretrain.checkpoint.weights import load_handover, read_weights
+from pretrain.checkpoint.saver import Saver
+from pretrain.checkpoint.weights import load_handover
+from pretrain.parallel.faults import Watch
+from tests.checkpoint.stand_in import StandIn, restored_value
 from tests.distributed import run_ranks
 from tests.parallel.test_engine import CONFIGS, OPTIM, Toy, layer_of, micro_batches
 from tests.toys import full_beyond
 
-
-class StandIn:
-    """What `save` asks an engine; its moments are one number (see `moments_of_stand_ins`)."""
-
-    def __init__(self, value: float = 0.0, stage: int = 1):
-        self.value, self.stage = torch.full((1000,), value), stage
-
-    def zero_optimization_stage(self) -> int:
-        return self.stage
-
-    def bfloat16_enabled(self) -> bool:
-        return False
-
-
-@pytest.fixture
-def moments_of_stand_ins(monkeypatch):
-    def read(engine, mesh, files):
-        engine.value = torch.load(io.BytesIO(files[0].read_bytes()), weights_only=True)["value"]
-
-    def write(engine, mesh, file):
-        torch.save({"value": engine.value}, file)
-
-    monkeypatch.setattr(saving, "write_moments", write)
-    monkeypatch.setattr(saving, "read_moments", read)
-    monkeypatch.setattr(saving, "set_progress", lambda engine, step: None)
-
-
-pytestmark = pytest.mark.usefixtures("moments_of_stand_ins")
+pytestmark = pytest.mark.usefixtures("stand_ins")
 PRECISION = {"precision": "fp32"}
 FILES = ("moments_rank00000.safetensors", "random_rank00000.pt", "weights.safetensors")
 
@@ -62,19 +39,9 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def restored_value(directory: Path, **identity) -> tuple[int, float] | None:
-    checkpoint = newest(directory, **PRECISION | identity)
-    if checkpoint is None:
-        return None
-    engine = StandIn()
-    resume(engine, checkpoint)
-    assert read_weights(checkpoint.weights)[0]["weight"][0] == checkpoint.step
-    return checkpoint.step, float(engine.value[0])
-
-
 def test_the_newest_comes_back_with_its_extra_and_old_ones_go(tmp_path):
     for step in (5, 10, 100):
-        save(StandIn(step), tmp_path, step, keep=2, extra={"stage": "vision"})
+        save(StandIn(step), tmp_path, step, retention=Retention(2), extra={"stage": "vision"})
     assert names(tmp_path) == ["step_00000010", "step_00000100"]
     assert restored_value(tmp_path) == (100, 100.0)
     assert newest(tmp_path, **PRECISION).extra == {"stage": "vision"}
@@ -159,7 +126,7 @@ def test_killed_at_any_moment_of_a_save(tmp_path, monkeypatch, call):
         calls[0] = 0
         monkeypatch.setattr(os, call, dying)
         try:
-            save(StandIn(2), tmp_path, 2, keep=1)
+            save(StandIn(2), tmp_path, 2, retention=Retention(1))
             ended = True
         except Killed:
             ended = False
@@ -178,7 +145,7 @@ def test_killed_at_any_moment_of_a_save(tmp_path, monkeypatch, call):
 def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
     save(StandIn(1), tmp_path, 1)
     with full_beyond(2000), pytest.raises(SaveError, match=r"step 2 .*moments_rank00000.*intact") as error:
-        save(StandIn(2), tmp_path, 2, keep=1)
+        save(StandIn(2), tmp_path, 2, retention=Retention(1))
     assert error.value.errno == errno.EFBIG and "\n" not in str(error.value)
     assert names(tmp_path) == ["step_00000001"]
     assert restored_value(tmp_path) == (1, 1.0)
@@ -270,30 +237,39 @@ def interrupted_and_not(configs: list[str], root: str) -> dict:
     from pretrain.distributed import rank
     from pretrain.parallel.state import full_state
 
-    results = {}
+    results, done, write = {}, threading.Event(), saver.write_snapshot
+    # The write begins when training is over.
+    saver.write_snapshot = lambda *args: done.wait() and write(*args)
     for name in configs:
         directory = Path(root) / name
         torch.manual_seed(10 + rank())
         engine = make_engine(name, 0)
         losses = run_steps(engine, 1, HALF)
-        whole_save(engine, directory, HALF, recipe_hash="r")
-        losses += run_steps(engine, HALF + 1, STEPS)
+        whole_save(engine, directory / "plain", HALF, recipe_hash="r")
+        done.clear()
+        directory = directory / "background"
+        with Saver(engine, directory, Watch(), identity={"recipe_hash": "r"}) as background:
+            background.save(HALF, {}, Retention())
+            losses += run_steps(engine, HALF + 1, STEPS)
+            done.set()
         whole = full_state(engine), losses
 
         torch.manual_seed(77)
         checkpoint = newest(directory, precision="bf16" if "bf16" in name else "fp32", recipe_hash="r")
         engine = make_engine(name, 1, checkpoint)
         halves = losses[: 2 * HALF] + run_steps(engine, HALF + 1, STEPS)
-        results[name] = whole, (full_state(engine), halves), checkpoint.step
+        manifests = [directory.with_name(kind) / place_of(directory, HALF).name for kind in ("plain", "background")]
+        files = [json.loads((path / "MANIFEST.json").read_text())["files"] for path in manifests]
+        results[name] = whole, (full_state(engine), halves), files
     return results
 
 
-def test_a_resumed_run_is_bit_equal(tmp_path):
+def test_a_run_that_resumes_from_a_save_in_the_background_is_bit_equal(tmp_path):
     configs = [f"zero{stage}.json" for stage in range(4)] + [f"zero{stage}_bf16.json" for stage in (1, 2, 3)]
     ranks = run_ranks(interrupted_and_not, 2, configs, str(tmp_path), timeout=60)
     for number, results in enumerate(ranks):
-        for name, ((state, losses), (again, losses_again), step) in results.items():
-            assert step == HALF
+        for name, ((state, losses), (again, losses_again), (plain, background)) in results.items():
+            assert len(plain) == 5 and plain == background, "what was written meanwhile is what a plain save writes"
             assert losses == losses_again, (name, number)
             assert list(state) == list(again)
             for key, value in state.items():

@@ -52,13 +52,13 @@ def _train(engine, mesh, steps: range) -> list[float]:
 def left_alone_and_resumed(place: Path, ds: str) -> tuple[dict, dict]:
     from pretrain.distributed import barrier, rank
     from pretrain.parallel.engine import set_progress
-    from pretrain.parallel.moments import read_moments, write_moments
+    from pretrain.parallel.moments import own_moments, read_moments, write_moments
     from pretrain.parallel.state import full_state
 
     engine, mesh = _engine(place, ds, "fp32")
     _train(engine, mesh, range(1, 3))
     with open(place / f"{rank()}.safetensors", "wb") as file:
-        write_moments(engine, mesh, file)
+        write_moments(own_moments(engine, mesh), file)
     if state := full_state(engine, mesh):
         torch.save(state, place / "state")
     barrier()

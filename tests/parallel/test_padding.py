@@ -103,13 +103,13 @@ def _train(engine, mesh, steps: range) -> None:
 def saved(place: Path, run: Run, tied: bool) -> None:
     """Two steps, and what a checkpoint holds of them."""
     from pretrain.distributed import rank
-    from pretrain.parallel.moments import write_moments
+    from pretrain.parallel.moments import own_moments, write_moments
 
     _, mesh, build = _engine(*run, tied)
     engine = build()
     _train(engine, mesh, range(1, 3))
     with open(place / f"{rank()}.safetensors", "wb") as file:
-        write_moments(engine, mesh, file)
+        write_moments(own_moments(engine, mesh), file)
     if state := full_state(engine, mesh):
         torch.save(state, place / "state")
 

@@ -1,0 +1,119 @@
+"""What one rank writes of a checkpoint: taken as a snapshot, then written.
+
+A snapshot of a plain save is made of the tensors themselves, and is written before the next step. With `HostCopies` it
+is made of copies in host memory, so that training may go on while it is written.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint.weights import WEIGHTS, HashedFile, weights_entry, write_weights
+from pretrain.distributed import rank, world_size
+from pretrain.parallel.moments import Moments, own_moments, write_moments
+
+if TYPE_CHECKING:
+    from pretrain.parallel.mesh import Mesh
+
+VERSION = 4  # of the manifest; 3 hashed the weights' file as a whole, 2 had no teacher in data_digest
+
+
+class HostCopies:
+    """Host memory for the tensors of a snapshot. It is made at the first one and used again by each later one, whose
+    copies overwrite it; pinned for what comes from a GPU, so that the copies run at the bus's speed."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def copy(self, name: str, value: Tensor) -> Tensor:
+        """Of a GPU's tensor it is complete after `wait`."""
+        buffer = self._buffers.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
+            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self._buffers[name] = buffer
+        return buffer.copy_(value.detach(), non_blocking=True)
+
+    def wait(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
+
+    @property
+    def bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+
+class Snapshot(NamedTuple):
+    """A rank's part of a checkpoint. `about`: the manifest but for its files; `weights`: the whole model and its config
+    on rank 0."""
+
+    about: dict[str, Any]
+    moments: Moments
+    random: dict[str, Any]
+    weights: tuple[dict[str, Tensor], dict[str, Any]] | None
+
+
+def take_snapshot(
+    engine,
+    mesh: Mesh | None,
+    about: dict[str, Any],
+    weights: tuple[dict[str, Tensor], dict[str, Any]],
+    copies: HostCopies | None = None,
+) -> Snapshot:
+    """`weights`: (full_state, config), of which only rank 0's count. No collective."""
+    about = {"version": VERSION, "world": world_size(), **about}
+    about |= {"layout": layout_of(engine, mesh), "precision": precision_of(engine)}
+    moments = own_moments(engine, mesh)
+    if copies is not None:
+        tensors = {name: copies.copy(name, value) for name, value in moments.tensors.items()}
+        moments = moments._replace(tensors=tensors)
+        copies.wait()
+    return Snapshot(about, moments, _random_state(), weights if rank() == 0 else None)
+
+
+def write_snapshot(snapshot: Snapshot, place: Path) -> dict[str, dict[str, Any]]:
+    """Writes and syncs this rank's files in the directory `place` -> their manifest entries by name. Raises OSError."""
+    files = {
+        f"moments_rank{rank():05d}.safetensors": lambda file: write_moments(snapshot.moments, file),
+        f"random_rank{rank():05d}.pt": lambda file: torch.save(snapshot.random, file),
+    }
+    entries = {name: _write_hashed(place / name, write) for name, write in files.items()}
+    if snapshot.weights is not None:
+        state, config = snapshot.weights
+        digest = write_weights(state, place / WEIGHTS, config)
+        entries[WEIGHTS] = weights_entry(place / WEIGHTS, digest)
+    return entries
+
+
+def _write_hashed(path: Path, write: Callable[[HashedFile], None]) -> dict[str, Any]:
+    file = HashedFile(path)
+    write(file)
+    file.close()
+    if file.error is not None:
+        raise OSError(file.error.errno, file.error.strerror, str(path))
+    return {"bytes": file.bytes, "sha256": file.digest.hexdigest()}
+
+
+def precision_of(engine) -> str:
+    return "bf16" if engine.bfloat16_enabled() else "fp32"
+
+
+def layout_of(engine, mesh: Mesh | None) -> dict[str, int]:
+    """The sizes that decide which rank holds which part of the state."""
+    sizes = {} if mesh is None else {"tensor": mesh.tensor.size, "pipe": mesh.pipe.size, "sequence": mesh.sequence.size}
+    return {"zero": int(engine.zero_optimization_stage()), **{name: size for name, size in sizes.items() if size > 1}}
+
+
+def _random_state() -> dict[str, Any]:
+    """The state of this rank's generators, in types that torch.load(weights_only=True) accepts."""
+    name, keys, *rest = np.random.get_state()
+    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state | {"numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest)}
