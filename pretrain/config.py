@@ -61,6 +61,9 @@ class Stage:
     # The blocks, by torch.compile. None: on a GPU, where ZeRO-3 or ranks that share the blocks do not cut them up.
     compile: bool | None = None
     evals: tuple[Evaluation, ...] = ()
+    evals_every: int = 0  # steps between two evaluations during training; 0: none before its end
+    best: str = ""  # the figure by which the best checkpoint stays, "-" before one that should be low
+    patience: int = 0  # evaluations without a better figure that end the stage, with the best weights; 0: never
 
     def __post_init__(self) -> None:
         wants = {"batch": BatchSize, "optim": Optim, "transform": ImageTransform, "parallel": Parallel}
@@ -89,8 +92,22 @@ class Stage:
             )
         objections = [problem for objective in self.objectives for problem in objective.problems(self)]
         objections += [problem for evaluation in self.evals for problem in evaluation.problems(self)]
+        objections += self._problems_of_evals()
         if objections:
             raise ValueError(objections[0])
+
+    def _problems_of_evals(self) -> list[str]:
+        numbers = {name: getattr(self, name) for name in ("evals_every", "patience")}
+        problems = [f"{name}={value} is below 0; use 0 for none" for name, value in numbers.items() if value < 0]
+        if self.evals_every and not self.evals:
+            problems.append(f"evals_every={self.evals_every} but the stage has no evals; name some, or set it to 0")
+        if self.best and not self.evals_every:
+            problems.append(f"best={self.best} needs evaluations during training; set evals_every too")
+        if self.patience and not self.best:
+            problems.append(
+                f"patience={self.patience} needs a figure; set best, such as best=retrieval/image_to_text/R@1"
+            )
+        return problems
 
     @property
     def masking(self) -> Masking | None:

@@ -9,29 +9,20 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from pretrain import command
 from pretrain.checkpoint.save import newest_weights
 from pretrain.checkpoint.weights import WEIGHTS, load_handover, weights_digest
-from pretrain.config import Recipe, Stage
-from pretrain.data.shards.reader import load_manifest
+from pretrain.config import Stage
 from pretrain.distributed import device
-from pretrain.evals.trained import Trained
 from pretrain.files import write_json
-from pretrain.models.visual_tokenizer.teachers import PixelTeacher
 from pretrain.recipes import built_in_recipes, load_recipe
 from pretrain.run.build import build_task
 from pretrain.run.continuation import inputs_dir
 from pretrain.run.directory import RECIPE, read_recipe
 from pretrain.run.evaluation import Asked, asked_evaluation
-from pretrain.run.image_targets import image_targets, load_visual_tokenizer
-from pretrain.run.inputs import evaluation_loader, text_tokenizer
+from pretrain.run.trained import evaluate, trained_stage
 from pretrain.visible import start_logging
 
 log = logging.getLogger("pretrain")
@@ -84,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     if handover.missing:
         raise ValueError(f"{weights} lacks {handover.missing[0]}; it is not this stage's: give the stage that wrote it")
     task.to(device()).eval()
-    metrics, samples = _evaluate(stage, trained_stage(recipe, stage, inputs, asked.pictures, task))
+    metrics, samples = evaluate(stage, trained_stage(recipe, stage, inputs, asked.pictures, task))
     if not stage.evals:
         log.warning("%s: the recipe names no evals for this stage", args.stage)
     for name, value in metrics.items():
@@ -97,16 +88,6 @@ def run(args: argparse.Namespace) -> None:
     differs = {"differs": asked.differs} if asked.differs else {}
     write_json(asked.path, {"step": step, **asked.marks, **differs, **metrics})
     log.info("%s: wrote %s", args.stage, asked.path)
-
-
-def _evaluate(stage: Stage, trained: Trained) -> tuple[dict[str, float], dict[str, list]]:
-    metrics: dict[str, float] = {}
-    samples: dict[str, list] = {}
-    for evaluation in stage.evals:
-        values, shown = evaluation.run(trained)
-        metrics |= values
-        samples |= shown
-    return metrics, samples
 
 
 def _told(asked: Asked) -> str:
@@ -127,42 +108,6 @@ def _weights(directory: Path, stage: Stage, given: Path | None) -> tuple[int | N
         log.info("the stage is not finished; evaluating its checkpoint of step %d", newest[0])
         return newest
     raise ValueError(f"{directory} has neither weights nor a complete checkpoint; train the stage, or give --weights")
-
-
-def trained_stage(recipe: Recipe, stage: Stage, run_dir: Path, directory: Path, task: nn.Module) -> Trained:
-    """The task with everything that evaluations ask for."""
-    return Trained(
-        task=task,
-        device=device(),
-        directory=directory,
-        loader=lambda mix, counts, masking: evaluation_loader(recipe, stage, mix, counts, masking),
-        with_codes=image_targets(recipe, stage, run_dir, device()),
-        draw_codes=_painter(recipe, stage, run_dir, task),
-        samples_of=lambda source: sum(load_manifest(source.shards).counts),
-        masking=stage.masking,
-        text=text_tokenizer(recipe, stage),
-    )
-
-
-def _painter(recipe: Recipe, stage: Stage, run_dir: Path, task: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """Codes -> pictures, where the visual tokenizer learned pixels; None where it learned features."""
-    tokenizer: Any
-    if hasattr(task, "tokenizer"):
-        tokenizer = task.tokenizer
-    elif stage.visual_tokenizer is not None:
-        tokenizer = load_visual_tokenizer(recipe, stage, run_dir).to(device())
-    else:
-        return None
-    if tokenizer.cfg.distill != "mse":
-        return None
-    teacher = PixelTeacher(tokenizer.cfg.patch_size)
-
-    @torch.no_grad()
-    def draw(codes: Tensor) -> Tensor:
-        picture = teacher.picture(tokenizer.decode_codes(codes))
-        return nn.functional.interpolate(picture.float(), size=tokenizer.cfg.image_size, mode="nearest").byte()
-
-    return draw
 
 
 def _trained_with(directory: Path, args: argparse.Namespace) -> tuple[str, list[str]]:

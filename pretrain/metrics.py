@@ -27,7 +27,7 @@ from pretrain.json_files import parse_json, read_bytes
 
 log = logging.getLogger(__name__)
 
-FILE = "metrics.jsonl"
+FILE, EVALS = "metrics.jsonl", "evals.jsonl"
 _MAX_BYTES = 2**30  # of it that are read
 # Measured by the clock or the allocator: two runs that are equal bit for bit still differ in these.
 MEASURED = (
@@ -132,6 +132,11 @@ class MetricsLog:
             line[name] = value if finite else None
         self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
         self._board.write(step, {name: value for name, value in line.items() if value is not None and name != "step"})
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Figures that have a file of their own, such as evals.jsonl: to TensorBoard only."""
+        if self._file is not None:
+            self._board.write(step, values)
 
     def sync(self) -> None:
         """What was written survives the loss of the node."""

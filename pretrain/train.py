@@ -22,7 +22,7 @@ from torch import Tensor
 from pretrain.batch import Batch
 from pretrain.checkpoint.directory import Retention
 from pretrain.checkpoint.saver import Saver
-from pretrain.checkpoint.weights import WEIGHTS, carry_over, write_weights
+from pretrain.checkpoint.weights import WEIGHTS, carry_over, read_weights, write_weights
 from pretrain.config import Recipe, Stage
 from pretrain.data.text_tokenizer import TOKENIZER
 from pretrain.distributed import device, fail_together, highest, rank, reduce_mean, world_size
@@ -43,6 +43,7 @@ from pretrain.run.directory import finished, note_recipe
 from pretrain.run.display import Display
 from pretrain.run.identity import as_begun
 from pretrain.run.inputs import text_tokenizer
+from pretrain.run.progress import Progress
 from pretrain.run.signals import Stopped, StopSignals
 from pretrain.run.step import Judge
 from pretrain.run.whole_recipe import check_other_stages
@@ -125,11 +126,12 @@ def run(args: argparse.Namespace, stop: StopSignals, watch: Watch) -> int:
     stage_ds_config(args.ds, recipe, stage)  # what is wrong with this stage is said first
     check_other_stages(recipe, args.stage, args.run_dir, changed=bool(args.set))
     with memory_suffices(stage):
-        done = run_stage(args, recipe, stage, directory, identity, stop, watch)
-    if done < stage.steps:
+        done, ended = run_stage(args, recipe, stage, directory, identity, stop, watch)
+    if not ended:
         log.info("%s: stopped by a signal and saved at step %d; start the same line again", args.stage, done)
         return STOPPED
-    log.info("%s: finished at step %d; wrote %s", args.stage, done, directory / WEIGHTS)
+    early = "" if done == stage.steps else f" of {stage.steps}, early"
+    log.info("%s: finished at step %d%s; wrote %s", args.stage, done, early, directory / WEIGHTS)
     return 0
 
 
@@ -155,25 +157,28 @@ def run_stage(
     identity: dict[str, Any],
     stop: StopSignals,
     watch: Watch,
-) -> int:
-    """Builds, trains and hands over; the last step that was done."""
+) -> tuple[int, bool]:
+    """Builds, trains and hands over; the last step that was done, and whether the stage is finished."""
     inputs = inputs_dir(args.run_dir, identity)
     run = build_run(recipe, stage, args.ds, inputs, watch, directory=directory, settings=identity)
     command = {"recipe": _findable(args.recipe), "set": args.set, "ds": run.ds_config, "world": world_size()}
     fail_together(lambda: note_recipe(directory, recipe, identity, command) if rank() == 0 else None)
     reached = last_step(directory)  # before what was not saved is cut off
     with run.lock or nullcontext(), fail_together(lambda: ThisLife(directory, run.done, reached)) as life:
+        progress = Progress(run, inputs, directory)
         with _saver(run, directory, watch) as saver:
-            done = train(run, directory, stop, watch, saver)
-        if done == stage.steps:
-            hand_over(run, directory / WEIGHTS)
+            done = train(run, directory, stop, watch, saver, progress)
+        if ended := done == stage.steps or progress.ended:
+            hand_over(run, directory / WEIGHTS, progress)
+            life.reason = f"ended early, {progress.why}" if done < stage.steps else life.reason
         else:
             life.reason = "stopped by a signal, after saving"
-    return done
+    return done, ended
 
 
-def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Saver) -> int:
-    """Steps run.done + 1 to stage.steps; returns the last one done, an earlier one only after SIGTERM or SIGUSR1.
+def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Saver, progress: Progress) -> int:
+    """Steps run.done + 1 to stage.steps; returns the last one done, an earlier one only after SIGTERM or SIGUSR1, or
+    where `progress` ended the stage.
 
     Raises ValueError when the loss or the gradients are not finite (see run/step.Judge), before a checkpoint could hold
     them; OSError on every rank when one of them cannot write.
@@ -185,7 +190,8 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
     batches = share_batches(partial(run.loader.batches, start, stage.steps), run.mesh, watch)
     display, saved = Display(directory.name, start, stage.steps), start
     judge = Judge(recipe.max_skipped_steps, way_out(directory))
-    for step in range(start + 1, stage.steps + 1):
+    progress.catch_up(metrics)
+    for step in range(start + 1, 0 if progress.ended else stage.steps + 1):
         # The first one compiles, and fills caches.
         watch.enter(f"the reading of step {step}", patient=step == start + 1)
         if (micro_batches := next_batches(batches, meter, stop)) is None:
@@ -195,7 +201,7 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
                 raise Stopped
             judge.settle()
             if step > saved:
-                save_checkpoint(run, saver, step, directory, metrics)
+                save_checkpoint(run, saver, step, metrics, progress)
             break
         watch.enter(f"step {step}", patient=step == start + 1)
         report = run.step(micro_batches, first=step == 1)
@@ -206,7 +212,8 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
         saver.advance(saves)
         telling, last = step % recipe.log_every == 0, step == stage.steps
         saving = step % recipe.save_every == 0 or stopping
-        if telling or saving or last:
+        evaluating = progress.due(step) and not stopping  # else the next start does it
+        if telling or saving or last or evaluating:
             judge.settle()
             line = metrics_line(run, step, report, directory, skipped=judge.in_a_row > 0)
             if telling or last:
@@ -214,13 +221,15 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
                 fail_together(partial(metrics.write, step, line))
                 display.show(step, line)
         display.bar.update()
+        if evaluating and not judge.in_a_row:
+            saving |= evaluate(progress, step, metrics, meter, watch)
+            last |= progress.ended
         # What a skipped step left outside the optimizer, such as a codebook, may not be finite: a later step is saved.
         if saving := (saving and not judge.in_a_row) or last:
-            watch.enter(f"the save of step {step}", patient=True)
-            save_checkpoint(run, saver, step, directory, metrics)
+            save_checkpoint(run, saver, step, metrics, progress)
             saved = step
             meter.skip()
-        if stopping and saving:
+        if (stopping and saving) or progress.ended:
             break
     saver.finish()
     watch.enter("the end", patient=True)
@@ -262,28 +271,42 @@ def way_out(directory: Path) -> str:
     )
 
 
+def evaluate(progress: Progress, step: int, metrics: MetricsLog, meter: Throughput, watch: Watch) -> bool:
+    """Whether the checkpoint of `step` is wanted."""
+    watch.enter(f"the evaluation after step {step}", patient=True)
+    wanted = progress.evaluate(step, metrics)
+    meter.skip()
+    return wanted
+
+
 def _saver(run: Run, directory: Path, watch: Watch) -> Saver:
     background = run.recipe.save_in_background
     path = directory / "checkpoints"
     return Saver(run.engine, path, watch, mesh=run.mesh, identity=run.identity, background=background)
 
 
-def save_checkpoint(run: Run, saver: Saver, step: int, directory: Path, metrics: MetricsLog) -> None:
+def save_checkpoint(run: Run, saver: Saver, step: int, metrics: MetricsLog, progress: Progress) -> None:
+    best = frozenset() if progress.best is None else frozenset([progress.best])
+    retention = Retention(run.recipe.keep, run.recipe.keep_every, best)
     # First: a node that is lost later must not take lines of steps that are never done again.
     first = (metrics.sync, run.loader.sync)
-    saver.save(step, run.weights_config(directory.name), Retention(run.recipe.keep, run.recipe.keep_every), first)
+    saver.save(step, run.weights_config(progress.directory.name), retention, first)
+    progress.check()
 
 
-def hand_over(run: Run, path: Path) -> None:
-    """Write the whole model for the next stage: what was trained, and untouched what was frozen or not built; and
-    beside it the text tokenizer, so that the directory can be used by itself."""
-    state, config = full_state(run.engine, run.mesh), run.weights_config(path.parent.name)
+def hand_over(run: Run, path: Path, progress: Progress) -> None:
+    """Write the whole model for the next stage: what was trained, or the best of it where the stage ended early, and
+    untouched what was frozen or not built; and beside it the text tokenizer, so that the directory can be used by
+    itself."""
+    best = progress.best_checkpoint() if progress.ended else None
+    state, config = {} if best else full_state(run.engine, run.mesh), run.weights_config(path.parent.name)
     frozen, text = frozen_names(run.recipe, run.stage), text_tokenizer(run.recipe, run.stage)
 
     def write() -> None:
         if text is not None:
             write_file(path.with_name(TOKENIZER), text.path.read_bytes())
-        write_weights(carry_over(state, run.init_file, frozen), path, config)
+        trained = read_weights(best)[0] if best else state
+        write_weights(carry_over(trained, run.init_file, frozen), path, config)
 
     fail_together(lambda: write() if rank() == 0 else None)
 

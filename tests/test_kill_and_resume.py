@@ -16,11 +16,12 @@ import pytest
 
 from pretrain.lives import read_lives
 from pretrain.metrics import MEASURED, read_metrics
-from tests.small_run import Ranks, check_weights, command, tokenizer_of
+from tests.small_run import Ranks, check_weights, command, evaluate, tokenizer_of
 from tests.toys import wait_for
 
 STEPS = 24
 KILLS = 5
+EVALS_EVERY = 10
 
 
 def settings(data: Path) -> list[str]:
@@ -55,16 +56,17 @@ def slow_disk(rank: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("ds", ["zero1.json", "zero3.json"])
 def test_a_killed_run_ends_bit_equal(data, tmp_path, ds):
-    """Its checkpoints are written in the background, and those of the run that was left alone are not."""
+    """It evaluates itself, and writes its checkpoints in the background; the run that was left alone does neither."""
     left_alone, killed = tmp_path / "alone", tmp_path / "killed"
     plain = command(data, left_alone, "fusion", *settings(data), "save_in_background=false", ds=ds)
     ranks = Ranks(plain, data, 2, tmp_path / "alone.log")
     assert ranks.wait(120) == [0, 0], (tmp_path / "alone.log").read_text()
     log = tmp_path / "killed.log"
     dice, done = random.Random(ds), 0
+    line = command(data, killed, "fusion", *settings(data), f"evals_every={EVALS_EVERY}", ds=ds)
     for _ in range(KILLS):
         before = saves(killed)
-        ranks = Ranks(command(data, killed, "fusion", *settings(data), ds=ds), data, 2, log, slow_disk)
+        ranks = Ranks(line, data, 2, log, slow_disk)
         # Not before it gets somewhere (its start takes seconds); then at any moment of a step or a save.
         wait_for(lambda b=before, r=ranks: saves(killed) != b or r.wait(0.05) == [0, 0])
         time.sleep(dice.uniform(0, 0.25))
@@ -74,13 +76,20 @@ def test_a_killed_run_ends_bit_equal(data, tmp_path, ds):
             break
         done += 1
     assert done >= 3, f"only {done} kills hit the run; its log: {log.read_text()}"
-    ranks = Ranks(command(data, killed, "fusion", *settings(data), ds=ds), data, 2, log)
+    ranks = Ranks(line, data, 2, log)
     assert ranks.wait(120) == [0, 0], log.read_text()
     assert "resumed from" in log.read_text()
     assert numbers(killed / "fusion") == numbers(left_alone / "fusion")
     assert len(numbers(killed / "fusion")) == STEPS
     assert traces(killed / "fusion") == traces(left_alone / "fusion")
     check_weights(killed / "fusion", left_alone / "fusion")
+    during = read_metrics(killed / "fusion" / "evals.jsonl")
+    assert [line["step"] for line in during] == [*range(EVALS_EVERY, STEPS + 1, EVALS_EVERY)]
+    if ds == "zero1.json":
+        assert evaluate(data, left_alone, "fusion").returncode == 0
+        afterwards = json.loads((left_alone / "fusion" / "eval.json").read_text())
+        told = {name: value for name, value in during[-1].items() if name not in ("step", "seconds")}
+        assert told and told == {name: afterwards[name] for name in told}
     lives = read_lives(killed / "fusion")
     # A kill before the first step is no life; one at its very end may have let it finish.
     assert 3 <= len(lives) <= done + 1 and lives[-1].reason == "finished" and lives[0].reason == ""

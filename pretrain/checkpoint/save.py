@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import random
 import re
 import shutil
 from collections.abc import Iterator
@@ -23,12 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from pretrain import files
 from pretrain.checkpoint.directory import Retention, complete, damage, place_of, prepare, prune, publish, sweep
-from pretrain.checkpoint.snapshot import VERSION, layout_of, take_snapshot, write_snapshot
+from pretrain.checkpoint.snapshot import VERSION, layout_of, set_random_state, take_snapshot, write_snapshot
 from pretrain.checkpoint.weights import WEIGHTS, SaveError
 from pretrain.distributed import fail_together, gather_objects, rank, world_size
 from pretrain.parallel.engine import set_progress
@@ -157,7 +155,7 @@ def resume(engine, checkpoint: Checkpoint, mesh: Mesh | None = None) -> None:
     set_progress(engine, checkpoint.step)
     layout = layout_of(engine, mesh)
     if (checkpoint.world, checkpoint.layout) == (world_size(), layout):
-        _set_random_state(checkpoint.path / f"random_rank{rank():05d}.pt")
+        set_random_state(torch.load(checkpoint.path / f"random_rank{rank():05d}.pt", weights_only=True))
         log.info("resumed from %s", checkpoint.path)
         return
     log.info(
@@ -175,16 +173,6 @@ def _check_shared(beside: Path) -> None:
     if not beside.is_dir():
         reason = "rank 0 created this directory but this rank cannot see it, so the disk is not shared"
         raise OSError(errno.ENOENT, reason, str(beside))
-
-
-def _set_random_state(path: Path) -> None:
-    state = torch.load(path, weights_only=True)
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 # ---- the run

@@ -74,7 +74,7 @@ def take_snapshot(
         tensors = {name: copies.copy(name, value) for name, value in moments.tensors.items()}
         moments = moments._replace(tensors=tensors)
         copies.wait()
-    return Snapshot(about, moments, _random_state(), weights if rank() == 0 else None)
+    return Snapshot(about, moments, random_state(), weights if rank() == 0 else None)
 
 
 def write_snapshot(snapshot: Snapshot, place: Path) -> dict[str, dict[str, Any]]:
@@ -110,10 +110,19 @@ def layout_of(engine, mesh: Mesh | None) -> dict[str, int]:
     return {"zero": int(engine.zero_optimization_stage()), **{name: size for name, size in sizes.items() if size > 1}}
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
     """The state of this rank's generators, in types that torch.load(weights_only=True) accepts."""
     name, keys, *rest = np.random.get_state()
     state = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state | {"numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest)}
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -19,7 +19,10 @@ OPERATIONAL = (
     *("log_every", "save_every", "keep", "keep_every", "save_in_background"),
     *("trace_samples", "max_skipped_steps", "timeout_s"),
 )
-OPERATIONAL_OF_STAGE = ("evals", "parallel", "activation_checkpointing", "compile")
+OPERATIONAL_OF_STAGE = (
+    *("evals", "evals_every", "best", "patience"),
+    *("parallel", "activation_checkpointing", "compile"),
+)
 LOADING_ORDER = ("streams", "block_shards", "skip_bad_shards")
 CONTINUES = "continues"  # in the identity of a run that goes on where another one stopped; see continuation.py
 

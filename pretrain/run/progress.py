@@ -1,0 +1,174 @@
+"""Evaluations of a stage while it trains: what they say, which step is the best so far, and whether it goes on.
+
+Rank 0 evaluates the whole model, built once more from the weights after the step, so that the figures are those of
+`pretrain.evaluate` on a checkpoint of that step; the other ranks wait for it. Nothing of the training is touched, and
+the generators are put back: a run has the same numbers with evaluations and without.
+
+The figures are lines of evals.jsonl. Which step is best and whether the stage ends early follow from these lines alone;
+a run that goes on from a checkpoint has those up to it, and so takes the decisions that it would have taken.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.checkpoint.directory import place_of
+from pretrain.checkpoint.snapshot import random_state, set_random_state
+from pretrain.distributed import device, fail_together, gather_objects, rank, refuse_together
+from pretrain.files import Lines, write_file
+from pretrain.json_files import parse_json
+from pretrain.metrics import EVALS, MetricsLog
+from pretrain.parallel.state import fill, full_state, named_state
+from pretrain.run.build import Run, build_task
+from pretrain.run.trained import evaluate, trained_stage
+from pretrain.settings import nearest
+
+log = logging.getLogger("pretrain")
+
+Figures = dict[str, float]
+
+
+class Progress:
+    """Of the run in `directory`, which goes on from step run.done; `inputs` holds the stages that its settings name.
+    A collective, as is `evaluate`."""
+
+    def __init__(self, run: Run, inputs: Path, directory: Path):
+        self.run, self.stage, self.inputs, self.directory = run, run.stage, inputs, directory
+        self._path = directory / EVALS
+        lines = fail_together(lambda: _cut(self._path, run.done) if rank() == 0 else {})
+        self.history: dict[int, Figures] = gather_objects(lines)[0]
+        self._problem = ""
+
+    def due(self, step: int) -> bool:
+        every = self.stage.evals_every
+        return bool(every and step and step % every == 0 and step not in self.history)
+
+    @property
+    def best(self) -> int | None:
+        """The first step whose figure no other one's exceeds; None where no figure is asked for, or none is finite."""
+        return best_step(self.history, self.stage.best)
+
+    @property
+    def ended(self) -> bool:
+        """Whether `patience` evaluations in a row brought no better figure."""
+        after = [step for step in self.history if self.best is not None and step > self.best]
+        return bool(self.stage.patience) and len(after) >= self.stage.patience
+
+    @property
+    def why(self) -> str:
+        """Why it ended."""
+        return f"as no later evaluation than that after step {self.best} gave a better {self.stage.best}"
+
+    def catch_up(self, metrics: MetricsLog) -> None:
+        """Evaluates the step from which the run goes on, where a signal came before that."""
+        own = place_of(self.directory / "checkpoints", self.run.done)
+        if gather_objects(self.due(self.run.done) and own.is_dir())[0]:
+            self.evaluate(self.run.done, metrics)
+
+    def evaluate(self, step: int, metrics: MetricsLog) -> bool:
+        """After `step`; whether its checkpoint is wanted. Raises ValueError on every rank where an evaluation refuses
+        what it is given, OSError where the figures cannot be written."""
+        start = time.monotonic()
+        state, figures, problem = full_state(self.run.engine, self.run.mesh), Figures(), None
+        try:
+            if rank() == 0:
+                with _same_generators():
+                    figures = self._figures(state)
+        except (ValueError, OSError) as error:
+            problem = f"the evaluation after step {step}: {error}"
+        except torch.OutOfMemoryError:
+            problem = (
+                f"the evaluation after step {step} needs a second copy of the model, and the GPU's memory is full; "
+                "use a smaller batch of the evals, or evals_every=0 and pretrain.evaluate"
+            )
+        refuse_together(problem)
+        self.history[step] = figures = gather_objects(figures)[0]
+        seconds = time.monotonic() - start
+        fail_together(lambda: self._write(step, figures, seconds) if rank() == 0 else None)
+        metrics.show(step, {f"evals/{name}": value for name, value in figures.items()})
+        if (best := self.stage.best.removeprefix("-")) and best not in figures:
+            self._problem = f"best={self.stage.best}: the evals give no such figure{nearest(best, list(figures))}"
+        told = f", {best} {figures[best]:.4g}, best so far at step {self.best}" if best in figures else ""
+        log.info("step %d: evaluated in %.1f s%s", step, seconds, told)
+        return step == self.best or bool(self._problem)
+
+    def check(self) -> None:
+        """ValueError on every rank where `best` is no figure; its first evaluation is over and saved by then."""
+        if self._problem:
+            raise ValueError(f"{self._problem}; the run is saved, start it with another one")
+
+    def best_checkpoint(self) -> Path | None:
+        """Of a stage that ended early; None on every rank, with a warning, where it is gone."""
+        assert self.best is not None
+        path = place_of(self.directory / "checkpoints", self.best)
+        if gather_objects(path.is_dir())[0]:
+            return path
+        log.warning("%s, the best checkpoint, is gone; the last step's weights are handed over", path)
+        return None
+
+    def _figures(self, state: dict[str, Tensor]) -> Figures:
+        recipe, stage = self.run.recipe, self.stage
+        task = build_task(recipe, stage, self.inputs)
+        for name, value in named_state(task).items():
+            fill(value, state[name])
+        task.to(device()).eval()
+        with TemporaryDirectory() as pictures:  # which nobody looks at
+            trained = trained_stage(recipe, stage, self.inputs, Path(pictures), task, self.run.add_targets)
+            return evaluate(stage, trained)[0]
+
+    def _write(self, step: int, figures: Figures, seconds: float) -> None:
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        file = Lines(self._path)
+        try:
+            file.write(json.dumps({"step": step, "seconds": seconds, **finite}).encode() + b"\n")
+            file.sync()
+        finally:
+            file.close()
+
+
+def best_step(history: dict[int, Figures], best: str) -> int | None:
+    """Of {step: figures}: the first step with the highest value of the figure `best`, or with the lowest where it
+    begins with "-"; None where there is none."""
+    name, sign = best.removeprefix("-"), -1.0 if best.startswith("-") else 1.0
+    values = {step: figures.get(name) for step, figures in history.items()}
+    known = {step: sign * value for step, value in values.items() if value is not None and math.isfinite(value)}
+    return max(known, key=lambda step: (known[step], -step)) if known else None
+
+
+def _cut(path: Path, done: int) -> dict[int, Figures]:
+    """The figures up to step `done`; what stands beyond it, or is damaged, is taken out of the file."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    lines: dict[int, dict[str, Any]] = {}
+    for text in raw.splitlines():
+        try:
+            line = parse_json(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(step := line.get("step"), int) and step <= done:
+            lines[step] = line
+    write_file(path, b"".join(json.dumps(line).encode() + b"\n" for line in lines.values()))
+    return {step: {k: v for k, v in line.items() if k not in ("step", "seconds")} for step, line in lines.items()}
+
+
+@contextmanager
+def _same_generators() -> Iterator[None]:
+    """What is drawn inside changes nothing outside."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

@@ -1,0 +1,73 @@
+"""A stage's trained model as its evaluations see it, and what they say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.batch import Batch
+from pretrain.config import Recipe, Stage
+from pretrain.data.shards.reader import load_manifest
+from pretrain.distributed import device
+from pretrain.evals.trained import Trained
+from pretrain.models.visual_tokenizer.teachers import PixelTeacher
+from pretrain.run.image_targets import image_targets, load_visual_tokenizer
+from pretrain.run.inputs import evaluation_loader, text_tokenizer
+
+
+def evaluate(stage: Stage, trained: Trained) -> tuple[dict[str, float], dict[str, list]]:
+    """-> (numbers for eval.json, what samples.json holds)."""
+    metrics: dict[str, float] = {}
+    samples: dict[str, list] = {}
+    for evaluation in stage.evals:
+        values, shown = evaluation.run(trained)
+        metrics |= values
+        samples |= shown
+    return metrics, samples
+
+
+def trained_stage(
+    recipe: Recipe,
+    stage: Stage,
+    run_dir: Path,
+    directory: Path,
+    task: nn.Module,
+    add_targets: Callable[[Batch], Batch] | None = None,
+) -> Trained:
+    """The task with everything that evaluations ask for. `add_targets`: image_targets, where they are made already."""
+    return Trained(
+        task=task,
+        device=device(),
+        directory=directory,
+        loader=lambda mix, counts, masking: evaluation_loader(recipe, stage, mix, counts, masking),
+        with_codes=add_targets or image_targets(recipe, stage, run_dir, device()),
+        draw_codes=_painter(recipe, stage, run_dir, task),
+        samples_of=lambda source: sum(load_manifest(source.shards).counts),
+        masking=stage.masking,
+        text=text_tokenizer(recipe, stage),
+    )
+
+
+def _painter(recipe: Recipe, stage: Stage, run_dir: Path, task: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """Codes -> pictures, where the visual tokenizer learned pixels; None where it learned features."""
+    tokenizer: Any
+    if hasattr(task, "tokenizer"):
+        tokenizer = task.tokenizer
+    elif stage.visual_tokenizer is not None:
+        tokenizer = load_visual_tokenizer(recipe, stage, run_dir).to(device())
+    else:
+        return None
+    if tokenizer.cfg.distill != "mse":
+        return None
+    teacher = PixelTeacher(tokenizer.cfg.patch_size)
+
+    @torch.no_grad()
+    def draw(codes: Tensor) -> Tensor:
+        picture = teacher.picture(tokenizer.decode_codes(codes))
+        return nn.functional.interpolate(picture.float(), size=tokenizer.cfg.image_size, mode="nearest").byte()
+
+    return draw
