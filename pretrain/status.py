@@ -16,10 +16,11 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pretrain.checkpoint.directory import complete
+from pretrain.checkpoint.directory import place_of
 from pretrain.command import make_parser, run
 from pretrain.lives import KILLED, Life
 from pretrain.lock import BEAT_S, BEATS, LOCK
+from pretrain.report.checkpoints import checkpoints
 from pretrain.report.rows import StageRun, finite, load_run
 from pretrain.visible import visible
 
@@ -41,6 +42,7 @@ class Status:
     loss: float | None = None
     saved_step: int | None = None
     saved_age_s: float | None = None
+    checkpoints: tuple[str, ...] = ()  # step of each, newest first, and why it stays
     lives: int = 0
     repeated_steps: int = 0
     effective: float | None = None  # see above, 0 to 1
@@ -51,7 +53,8 @@ def status_of(stage: StageRun, now: float) -> Status:
     """`now`: seconds since 1970."""
     running = _running(stage.directory, now)
     state = "finished" if stage.finished else "running" if running else "not running" if stage.step else "not begun"
-    newest = next(complete(stage.directory / "checkpoints"), None)
+    stay = checkpoints(stage)
+    newest = place_of(stage.directory / "checkpoints", stay[0].step) if stay else None
     rate = _mean(stage, "samples_per_s")
     lives = stage.lives
     ended = lives if stage.finished or not running else lives[:-1]
@@ -65,8 +68,9 @@ def status_of(stage: StageRun, now: float) -> Status:
         _mean(stage, "mfu"),
         _mean(stage, "data_wait"),
         finite(stage.lines[-1].get("loss")) if stage.lines else None,
-        newest[1]["step"] if newest else None,
-        max(now - (stage.directory / "checkpoints" / newest[0]).stat().st_mtime, 0) if newest else None,
+        stay[0].step if stay else None,
+        max(now - newest.stat().st_mtime, 0) if newest else None,
+        tuple(map(str, stay)),
         len(lives),
         sum(life.repeated for life in lives),
         stage.effective(now if running else None),
@@ -120,6 +124,8 @@ def lines_of(status: Status) -> list[str]:
     for parts in (now, past):
         if text := ", ".join(part for part in parts if part):
             lines.append(f"{'':<13}{text}")
+    if any(not kept.replace(",", "").isdigit() for kept in status.checkpoints):
+        lines.append(f"{'':<13}checkpoints of step {'; '.join(status.checkpoints)}")
     lines += [f"{'':<13}ended: {reason}" for reason in status.reasons if reason != "finished"]
     return [visible(line) for line in lines]
 

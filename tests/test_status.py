@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.checkpoint.directory import Retention
+from pretrain.checkpoint.saver import Saver
 from pretrain.lives import KILLED, LIVES, ThisLife, read_lives
 from pretrain.lock import Lock
+from pretrain.parallel.faults import Watch
 from pretrain.report.rows import load_run
 from pretrain.status import main, status_of
+from tests.checkpoint.stand_in import StandIn, install
 from tests.toys import refused
 
 
@@ -73,6 +77,23 @@ def test_lives_are_counted_with_the_reasons_of_their_ends(tmp_path, capsys):
     assert main([str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert "3 lives, 3 steps done again, effective training time 50.0%" in shown and "\x1b" not in shown
+
+
+def test_the_checkpoints_that_stay_are_named_with_their_reason(tmp_path, monkeypatch, capsys):
+    install(monkeypatch.setattr)
+    stage = write_stage(tmp_path / "vision", steps=100, done=40)
+    recipe = {"keep_every": 20, "stages": {"vision": {"steps": 100, "best": "-x/loss"}}}
+    (stage / "recipe.json").write_text(json.dumps(recipe))
+    values = {10: 0.5, 20: 0.25, 30: None, 40: 0.75}
+    (stage / "evals.jsonl").write_text("".join(json.dumps({"step": s, "x/loss": v}) + "\n" for s, v in values.items()))
+    with Saver(StandIn(), stage / "checkpoints", Watch(), background=False) as saver:
+        for step in (10, 20, 39, 40):
+            saver.save(step, {}, Retention(9))
+    (status,) = (status_of(stage, time.time()) for stage in load_run(tmp_path))
+    assert status.checkpoints == ("40 for good", "39", "20 best x/loss (0.25), for good", "10")
+    assert status.saved_step == 40
+    assert main([str(tmp_path)]) == 0
+    assert "checkpoints of step 40 for good; 39; 20 best x/loss (0.25), for good; 10\n" in capsys.readouterr().out
 
 
 def test_a_life_writes_how_it_begins_and_ends(tmp_path):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,16 @@ class Retention:
     def stays(self, step: int) -> bool:
         """Whether that of `step` stays though it is not among the newest."""
         return step in self.best or (self.every > 0 and step % self.every == 0)
+
+
+def best_step(history: Mapping[int, Mapping[str, Any]], best: str) -> int | None:
+    """Of {step: figures}: the first step with the highest value of the figure `best`, or with the lowest where it
+    begins with "-"; None where there is none."""
+    name, sign = best.removeprefix("-"), -1.0 if best.startswith("-") else 1.0
+    values: dict[int, Any] = {step: figures.get(name) for step, figures in history.items()}
+    numbers = {step: value for step, value in values.items() if type(value) in (int, float) and math.isfinite(value)}
+    known = {step: sign * value for step, value in numbers.items()}
+    return max(known, key=lambda step: (known[step], -step)) if known else None
 
 
 def prune(directory: Path, step: int, retention: Retention) -> None:

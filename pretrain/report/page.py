@@ -13,6 +13,7 @@ import torch
 
 from pretrain.metrics import FILE
 from pretrain.report.charts import Chart, Curve, Drawing, drawing
+from pretrain.report.checkpoints import checkpoints
 from pretrain.report.html import TEMPLATES, render
 from pretrain.report.rows import (
     DIRECTIONS,
@@ -124,6 +125,7 @@ def _stage(stage: StageRun) -> dict[str, Any]:
     facts += [f"{stage.seconds / 60:.1f} min in steps"] if stage.seconds else []
     facts += [f"{len(stage.lives)} lives"] if len(stage.lives) > 1 else []
     facts += [f"effective training time {share:.1%}"] if (share := stage.effective()) is not None else []
+    facts += [f"checkpoints of step {'; '.join(map(str, stays))}"] if (stays := checkpoints(stage)) else []
     if isinstance(settings, dict) and isinstance(start := settings.get("init_from"), str):
         facts.append(f"starts from {start}")
     if isinstance(parent := dig(stage.recipe, "identity", "continues"), dict):
@@ -137,20 +139,21 @@ def _stage(stage: StageRun) -> dict[str, Any]:
         "state": state,
         "badge": "" if stage.finished else "open",
         "facts": " · ".join(facts),
-        "charts": _charts(stage.lines),
+        "charts": _charts(stage.lines, stage.during),
         "folds": groups,
         "notes": [*stage.notes, *problems],
     }
 
 
-def _charts(lines: list[dict]) -> list[tuple[Drawing, str]]:
-    """The charts that have numbers, each with the class of its width."""
+def _charts(lines: list[dict], during: list[dict]) -> list[tuple[Drawing, str]]:
+    """The charts that have numbers, each with the class of its width. `during`: the lines of evals.jsonl."""
     losses = _curves(lines, "loss/")
     total = [Curve("total", _points(lines, "loss"), 0, noise=True)]
     major = [
         Chart("Loss", total + (losses if len(losses) > 1 else []), smooth=True),
         Chart("Accuracy on training batches", _curves(lines, "accuracy/", 100), unit="%", from_zero=True, smooth=True),
         Chart("Codebook", _curves(lines, "codebook"), from_zero=True),
+        *_held_out(during),
     ]
     norm = [Curve("norm", _points(lines, "grad_norm"), noise=True)]
     speed = [Curve("samples/s", _points(lines, "samples_per_s"), noise=True)]
@@ -171,6 +174,23 @@ def _charts(lines: list[dict]) -> list[tuple[Drawing, str]]:
         sizes[-1] = "full"
     sizes += ["third" if len(small) in (3, 5, 6) else ""] * len(small)
     return list(zip([*wide, *small], sizes, strict=True))
+
+
+def _held_out(during: list[dict]) -> list[Chart]:
+    """A chart for each kind of figure of the evaluations: the last part of its name, such as accuracy and R@1."""
+    keys = {key: None for line in during for key in line if "/" in key}
+    kinds = {key.rpartition("/")[2]: None for key in keys}
+    charts = []
+    for kind in kinds:
+        if kind in ("baseline", "candidates", "captions"):  # the same at each step
+            continue
+        names = [key for key in keys if key.rpartition("/")[2] == kind]
+        curves = [
+            Curve(name.rpartition("/")[0].replace("_", " "), _points(during, name), i % 6)
+            for i, name in enumerate(names)
+        ]
+        charts.append(Chart(f"Held out: {kind.replace('_', ' ')}", curves, from_zero=True))
+    return charts
 
 
 def _points(lines: list[dict], key: str, scale: float = 1) -> list[tuple[float, float | None]]:

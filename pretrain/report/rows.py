@@ -12,7 +12,7 @@ from typing import Any
 from pretrain.checkpoint.weights import WEIGHTS
 from pretrain.json_files import read_object
 from pretrain.lives import Life, read_lives
-from pretrain.metrics import FILE, read_metrics
+from pretrain.metrics import EVALS, FILE, read_metrics
 
 USUAL_ORDER = ("tokenizer", "vision", "language", "fusion", "retrieval", "scratch")
 PARTS = {
@@ -35,6 +35,7 @@ class StageRun:
     directory: Path
     recipe: dict = field(default_factory=dict)
     lines: list[dict[str, Any]] = field(default_factory=list)
+    during: list[dict[str, Any]] = field(default_factory=list)  # evaluations while it trained, by step
     evaluation: dict[str, Any] = field(default_factory=dict)
     apart: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name: evaluations that are not the stage's own
     samples: dict[str, list] = field(default_factory=dict)
@@ -129,12 +130,8 @@ def _load_stage(directory: Path) -> StageRun:
         for kind, entries in samples.items()
         if isinstance(entries, list)
     }
-    try:
-        stage.lines = read_metrics(directory / FILE)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        stage.notes.append(str(error))
+    stage.lines = _read_lines(directory / FILE, stage.notes)
+    stage.during = _read_lines(directory / EVALS, stage.notes)
     missing = [
         name
         for name, there in (
@@ -147,6 +144,17 @@ def _load_stage(directory: Path) -> StageRun:
     if missing:
         stage.notes.append(f"Not there yet: {', '.join(missing)}.")
     return stage
+
+
+def _read_lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The lines of a metrics file; [] with a note if they cannot be read, [] alone if there is no file."""
+    try:
+        return read_metrics(path)
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        notes.append(str(error))
+        return []
 
 
 def _read_object(path: Path, notes: list[str]) -> dict:

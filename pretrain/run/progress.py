@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.directory import place_of
+from pretrain.checkpoint.directory import best_step, place_of
 from pretrain.checkpoint.snapshot import random_state, set_random_state
 from pretrain.distributed import device, fail_together, gather_objects, rank, refuse_together
 from pretrain.files import Lines, write_file
@@ -135,15 +135,6 @@ class Progress:
             file.sync()
         finally:
             file.close()
-
-
-def best_step(history: dict[int, Figures], best: str) -> int | None:
-    """Of {step: figures}: the first step with the highest value of the figure `best`, or with the lowest where it
-    begins with "-"; None where there is none."""
-    name, sign = best.removeprefix("-"), -1.0 if best.startswith("-") else 1.0
-    values = {step: figures.get(name) for step, figures in history.items()}
-    known = {step: sign * value for step, value in values.items() if value is not None and math.isfinite(value)}
-    return max(known, key=lambda step: (known[step], -step)) if known else None
 
 
 def _cut(path: Path, done: int) -> dict[int, Figures]:

@@ -76,6 +76,19 @@ def test_a_run_that_goes_on_names_its_parent(run):
     assert "goes on from step 20 of /runs/base/vision" in read(run).text
 
 
+def test_evaluations_during_training_are_curves(run):
+    lines = [{"step": step, "seconds": 1.0, "masked/image/accuracy": step, EVIL: 1.0} for step in (20, 40)]
+    lines[0] |= {"masked/image/baseline": 5.0, f"{EVIL}/accuracy": 7.0}
+    (run / "vision" / "evals.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = read(run)
+    charts = [attributes for tag, attributes in page.tags if tag == "figure"]
+    (chart,) = [chart for chart in charts if chart["aria-label"].startswith("Held out: accuracy")]
+    curves = json.loads(chart["data-chart"])["curves"]
+    assert curves[0]["name"] == "masked/image"
+    assert not any("baseline" in chart["aria-label"] for chart in charts)
+    check_inert(write_report(run).read_text(encoding="utf-8"))
+
+
 def test_untrusted_text_stays_text(run):
     assert check_inert(write_report(run).read_text(encoding="utf-8")).inline["script"]
 

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pretrain.checkpoint.directory import best_step
 from pretrain.checkpoint.weights import read_weights
 from pretrain.config import Stage
 from pretrain.lives import read_lives
 from pretrain.metrics import EVALS, read_metrics
-from pretrain.run.progress import Progress, best_step
+from pretrain.run.progress import Progress
 from tests.run.test_identity import COMMON, MASKED
 from tests.small_run import Ranks, check_weights, command, tokenizer_of
 from tests.test_kill_and_resume import numbers, saves
