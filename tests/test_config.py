@@ -82,6 +82,7 @@ def test_settings_are_typed_and_reach_every_depth():
         ("log_every=0", "log_every=0 is below 1"),
         ("save_every=0", "save_every=0 is below 1"),
         ("keep=0", "keep=0 is below 1"),
+        ("keep_every=-1", "keep_every=-1 is below 0"),
         ("seed=1e30", "seed=.*whole number"),
         ("seed=-1", "seed=-1.*whole number"),
         ("batch.accumulation=0", "batch.accumulation=0 is below 1"),

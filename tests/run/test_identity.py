@@ -11,12 +11,13 @@ import pytest
 
 from pretrain.config import BatchSize, Recipe, Stage
 from pretrain.data.sources import ImageShards
+from pretrain.evals.masked import MaskedAccuracy
 from pretrain.models.visual_tokenizer.teachers import Clip, Encoder, Pixels
 from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim
 from pretrain.parallel.sizes import Parallel
 from pretrain.run.directory import finished, note_recipe, run_identity
-from pretrain.run.identity import as_begun, differences, hash_of, identity_of
+from pretrain.run.identity import as_begun, differences, hash_of, identity_of, stage_hash
 from pretrain.tasks.tokenizer import TrainTokenizer
 from tests.toy_models import CODES, PAPER, VQ
 
@@ -74,7 +75,11 @@ def test_a_changed_setting_is_named_with_both_values(name, stage, key, values):
 def test_what_changes_no_number_may_change():
     stage = replace(VISION, parallel=Parallel(tensor=2), activation_checkpointing=2, compile=True)
     stage = replace(stage, transform=replace(stage.transform, evaluation="squash"))
+    evals = (MaskedAccuracy({"images": ImageShards("images")}),)
+    stage = replace(stage, evals=evals, evals_every=2, best="masked/image/accuracy", patience=3)
     recipe = replace(RECIPE, log_every=3, keep=9, name="other", loading=replace(RECIPE.loading, workers=7))
+    recipe = replace(recipe, keep_every=5, save_in_background=False)
+    assert stage_hash(recipe, stage) == stage_hash(RECIPE, VISION)
     assert differences(noted(), recipe, stage) == {} == differences(OLD["vision"], recipe, stage)
     assert differences(noted(), replace(recipe, seed=3), stage) == {"seed": (0, 3)}
 
