@@ -150,7 +150,7 @@ class Saver:
             self._finish_alone()
 
     def _finish_alone(self) -> None:
-        self.watch.enter(f"the end of the save of step {self.step}", patient=True)
+        self.watch.extend()  # what ended the run names the part that it was in
         try:
             self._wait()
             if not self._publishing and rank() == 0:

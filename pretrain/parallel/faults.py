@@ -59,6 +59,10 @@ class Watch:
         self._limit = max(self.timeout_s, PATIENCE_S) if patient else self.timeout_s
         self._doing, self.waits_for_data, self._waited, self._starting = doing, False, 0.0, False
 
+    def extend(self) -> None:
+        """The part that the run is in takes longer, as a patient one."""
+        self.enter(self._doing, patient=True)
+
     def stop(self) -> None:
         self._over.set()
 
