@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -71,12 +72,11 @@ def test_a_rank_hangs_then_one_dies_and_the_run_ends_bit_equal(data, tmp_path, l
     log.unlink()
 
     ranks = Ranks(line(data, struck, layout), data, 2, log, partial(strike, signal.SIGSTOP, 1, 6))
-    assert ranks.wait(60, 0) == [LOST], log.read_text()
-    ranks.kill()
-    assert sentences(log) == [
-        "rank 0 of 2: another rank did not answer within 4 s (in step 6); checkpoints are intact, start the same line "
-        "again"
-    ]
+    assert ranks.wait(60) == [LOST, LOST], log.read_text()
+    assert "in struck" in log.read_text(), "the stack of the rank that hung"
+    first, *_ = sentences(log)
+    assert first.startswith(f"rank 0 of 2: rank 1 on {socket.gethostname()} gives no sign of life for ")
+    assert first.endswith("(here: in step 6); checkpoints are intact, start the same line again")
 
     ranks = Ranks(line(data, struck, layout), data, 2, log, partial(strike, signal.SIGKILL, 0, 6))
     assert ranks.wait(60) == [-signal.SIGKILL, LOST], log.read_text()
@@ -89,6 +89,43 @@ def test_a_rank_hangs_then_one_dies_and_the_run_ends_bit_equal(data, tmp_path, l
     assert len(read_metrics(struck / "fusion" / "metrics.jsonl")) == STEPS
     check_weights(struck / "fusion", alone / "fusion")
     assert not list(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")), "69 MB each, left by killed ranks"
+
+
+def wait(victim: int, rank: int) -> None:
+    """`victim` reads for 5 s before its sixth step, and sleeps for ever in its ninth; a step may take 2 s."""
+    from pretrain.data.loader import Loader
+    from pretrain.parallel import patience
+    from pretrain.run import build
+
+    patience.FLOORS_S["step"] = 2.0
+    batches, step, steps = Loader.batches, build.train_step, iter(range(1, 100))
+
+    def reading(self, start: int, stop: int):
+        for count, micro_batches in enumerate(batches(self, start, stop), 1):
+            if count == 6:
+                time.sleep(5)
+            yield micro_batches
+
+    def stepping(*args, **kwargs):
+        if next(steps) == 9:
+            time.sleep(600)
+        return step(*args, **kwargs)
+
+    if rank == victim:
+        Loader.batches, build.train_step = reading, stepping
+
+
+@pytest.mark.slow
+def test_a_rank_that_reads_for_long_is_waited_for_and_one_that_hangs_is_named(data, tmp_path):
+    log = tmp_path / "log"
+    ranks = Ranks(line(data, tmp_path, "zero1", "timeout_s=300"), data, 2, log, partial(wait, 1))
+    began = time.monotonic()
+    assert ranks.wait(60) == [LOST, LOST], log.read_text()
+    assert time.monotonic() - began < 40, "it waited for timeout_s"
+    assert "in stepping" in log.read_text(), "the stack of the rank that hung"
+    missing = f"rank 1 on {socket.gethostname()} hangs in step 9: it did not come to the collective in which"
+    told = sentences(log)
+    assert len(told) == 2 and all(f"{missing} others wait (here: in step 9)" in sentence for sentence in told), told
 
 
 def fail(error: Exception, victim: int, rank: int) -> None:

@@ -1,11 +1,14 @@
 """A rank that dies or hangs: every other one ends within the configured time, with one sentence and a code of its own.
 
 The connections of a dead rank close, and the next call of its peers fails: gloo raises at once; under NCCL torch's own
-watchdog ends the process, with lines of its own. A rank that hangs closes nothing, and for it there is `Watch`.
+watchdog ends the process, with lines of its own. A rank that hangs closes nothing, and for it there is `Watch`: it
+learns from a run's own steps how long a part of it may take (patience.py), and finds by what all ranks say of
+themselves (board.py) which one the others wait for.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import multiprocessing
 import os
@@ -20,14 +23,21 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from pretrain.distributed import rank, world_size
+from pretrain.parallel.board import Board, Verdict, silent_rank, slow_rank
+from pretrain.parallel.patience import PATIENCE_S, Patience, has_reason_to_wait
 
 log = logging.getLogger("pretrain")
 
 # EX_UNAVAILABLE of sysexits.h: another rank, or the data, did not answer. A failure for every launcher.
 LOST = 69
-# Starting and saving take longer than a step, by other amounts on each rank: they get at least so long.
-PATIENCE_S = 600.0
 TICK_S = 0.25
+# Between the naming of a rank that hangs and the end: all ranks write their stacks meanwhile.
+DUMP_S = 3.0
+# So long a rank may give no sign of life (its watch needs no more than Python's lock for a moment), in a step and
+# elsewhere, where large files are read; and so long the store of the signs may not answer.
+SILENT_S, SILENT_ELSEWHERE_S, STORE_S = 15.0, 60.0, 30.0
+# How long, once the time is over, it may take to see for which rank the others wait.
+JUDGE_S = 5.0
 # EX_TEMPFAIL of sysexits.h: stopped by a signal; a launcher may start the same line again.
 STOPPED = 75
 # So long a run that was asked to end may wait for its data or, at its start, for other ranks.
@@ -36,15 +46,23 @@ WAY_OUT = "checkpoints are intact, start the same line again"
 
 
 class Watch:
-    """Ends this process with LOST when it stays longer than `timeout_s` in one part of the run. It is a thread of its
-    own, as the main one may wait for the others in gloo, NCCL or CUDA; and it counts time by its own ticks, so that a
-    job that is suspended as a whole and goes on later is not ended for it. `asked_s`: seconds since a signal asked for
+    """Ends this process with LOST when a rank hangs, or this one's data do not come. It is a thread of its own, as the
+    main one may wait for the others in gloo, NCCL or CUDA; and it counts time by its own ticks, so that a job that is
+    suspended as a whole and goes on later is not ended for it.
+
+    A part of the run that takes longer than it ever did raises the question which rank the others wait for. One that is
+    silent, or over its own limit, is named, all ranks write their stacks, and the run ends; one that may still need its
+    time (it saves, or fetches a shard) is waited for, up to `timeout_s`. `asked_s`: seconds since a signal asked for
     the end; what waits is then ended with STOPPED."""
 
     def __init__(self, asked_s: Callable[[], float] = lambda: 0.0) -> None:
-        self.timeout_s = self._limit = self._waited = 0.0
+        self.timeout_s = self._limit = self._soft = self._waited = 0.0
         self.asked_s, self._starting = asked_s, True
-        self._doing, self.waits_for_data = "the start", False  # or for another rank
+        self._doing, self._patient, self._part = "the start", True, 0
+        self.waits_for_data = False  # or for another rank
+        self._patience = Patience()
+        self._board: Board | None = None
+        self._rounds, self._unanswered = 0, 0.0
         self._over = threading.Event()
 
     def start(self, timeout_s: float) -> None:
@@ -52,12 +70,27 @@ class Watch:
         self.timeout_s = timeout_s
         self.enter("the start", patient=True)
         self._starting = True
+        # C code writes the stacks of all threads: it needs no lock of Python's, which a rank that hangs may hold.
+        faulthandler.register(signal.SIGUSR2, file=2)
         threading.Thread(target=self._count, name="watch", daemon=True).start()
 
+    def join(self) -> None:
+        """The process group is formed: from now on the ranks see what each of them does."""
+        if world_size() > 1 and "MASTER_ADDR" in os.environ:
+            try:
+                self._board = Board(self._sign)
+            except (dist.DistError, RuntimeError) as error:
+                log.warning("%s sees no signs of the others (%s); it waits %.0f s", place(), error, self.timeout_s)
+
     def enter(self, doing: str, *, patient: bool = False) -> None:
-        """The next part of the run. `patient`: one that may take PATIENCE_S."""
+        """The next part of the run; every rank enters the same ones. `patient`: one that may take PATIENCE_S, and from
+        whose like nothing is learned about those that are not."""
+        if self._part:
+            self._patience.note(self._doing, self._patient, self._waited)
         self._limit = max(self.timeout_s, PATIENCE_S) if patient else self.timeout_s
-        self._doing, self.waits_for_data, self._waited, self._starting = doing, False, 0.0, False
+        self._soft = min(self._limit, self._patience.limit_s(doing, patient))
+        self._doing, self._patient, self._part = doing, patient, self._part + 1
+        self.waits_for_data, self._waited, self._starting = False, 0.0, False
 
     def extend(self) -> None:
         """The part that the run is in takes longer, as a patient one."""
@@ -65,6 +98,8 @@ class Watch:
 
     def stop(self) -> None:
         self._over.set()
+        if self._board is not None:
+            self._board.close()
 
     @property
     def outlast_s(self) -> float:
@@ -99,10 +134,54 @@ class Watch:
             if self.asked_s() > GRACE_S and (self.waits_for_data or self._starting):
                 log.error("%s: stopped by a signal (in %s); %s", place(), self._doing, WAY_OUT)
                 _end_now(STOPPED)
-            if self._waited > self._limit and (self.waits_for_data or world_size() > 1):
-                what = "its own data did not come" if self.waits_for_data else "another rank did not answer"
-                log.error("%s: %s within %.0f s (in %s); %s", place(), what, self._limit, self._doing, WAY_OUT)
-                _end_now(LOST)
+            if self.waits_for_data and self._waited > self._soft:
+                self._give_up("its own data did not come", self._soft)
+            if world_size() == 1:
+                continue
+            if self._board is not None:
+                self._judge(self._board)
+            elif self._waited > self._soft:
+                self._give_up("another rank did not answer", self._soft)
+            if self._waited > self._limit + (JUDGE_S if self._board is not None else 0.0):
+                self._give_up("another rank did not answer", self._limit)
+
+    def _judge(self, board: Board) -> None:
+        """Ends this process where a rank hangs, by the signs of all."""
+        self._unanswered = 0.0 if board.rounds != self._rounds else self._unanswered + TICK_S
+        self._rounds = board.rounds
+        late = self._waited > self._soft
+        board.looks = board.looks or late
+        silent_s = min(SILENT_ELSEWHERE_S if self._patient else SILENT_S, self.timeout_s)
+        verdict = board.hang or silent_rank(board.signs, board.silent_s, silent_s)
+        if verdict is None and late:
+            verdict = slow_rank(board.signs)
+            if verdict is not None and verdict.rank < 0 and self._waited < min(self._limit, PATIENCE_S):
+                verdict = None  # all of them may be busy with the same thing
+        if verdict is None and board.rounds and self._unanswered > STORE_S:
+            verdict = Verdict(0, os.environ["MASTER_ADDR"], f"does not answer for {self._unanswered:.0f} s")
+        if verdict is not None and not self._over.is_set():
+            self._end_for(verdict, board)
+
+    def _end_for(self, verdict: Verdict, board: Board) -> None:
+        if board.hang is None:
+            board.accuse(verdict)
+        log.error("%s: %s (here: in %s); %s", place(), verdict, self._doing, WAY_OUT)
+        faulthandler.dump_traceback(file=2)
+        board.signal_accused(verdict, signal.SIGUSR2)
+        self._over.wait(DUMP_S)
+        # One that was stopped writes its stack when it goes on, and ends as the others are gone.
+        board.signal_accused(verdict, signal.SIGCONT)
+        _end_now(LOST)
+
+    def _sign(self) -> tuple[int, str, float]:
+        """For the board."""
+        limit = self._limit if self._waited > self._soft and has_reason_to_wait() else self._soft
+        return self._part, self._doing, limit - self._waited
+
+    def _give_up(self, what: str, limit_s: float) -> NoReturn:
+        log.error("%s: %s within %.0f s (in %s); %s", place(), what, limit_s, self._doing, WAY_OUT)
+        faulthandler.dump_traceback(file=2)
+        _end_now(LOST)
 
 
 def worker_died(error: Exception) -> bool:

@@ -121,6 +121,7 @@ def build_run(
     # From here on the ranks talk: what a user can get wrong has been said.
     watch.start(recipe.timeout_s)
     init_distributed(watch.outlast_s)
+    watch.join()
     mesh = create_mesh(stage.parallel, watch.outlast_s)
     checkpoint = lock = None
     if directory is not None:

@@ -1,0 +1,196 @@
+"""What each rank is doing, where all of them can see it: signs of life in the store of the process group.
+
+Collectives say no more than that somebody is missing. Once a second each rank posts what it is doing, from a thread of
+its own, so that a rank which waits in gloo or NCCL does it too. From these signs follows which rank hangs, and which
+ones only wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from pretrain.distributed import rank, world_size
+
+BEAT_S = 1.0
+# Ranks that read all signs all the time; the others do it when their own part takes too long.
+LOOKERS = 4
+ANSWER_S = 10.0  # of the store
+HANG = "watch/hang"
+
+
+class Sign(NamedTuple):
+    """What a rank says of itself. `part`: how many parts of the run it has entered, the same on every rank; `left_s`:
+    until it thinks itself that this part takes too long; `calls`: how many collectives of each group it has begun."""
+
+    beat: int
+    part: int
+    doing: str
+    left_s: float
+    host: str
+    process: Sequence[int]  # its number, and when it was started
+    calls: dict[str, int]
+
+
+class Verdict(NamedTuple):
+    """Which rank hangs (-1: none is behind the others), on which host, and what shows it."""
+
+    rank: int
+    host: str
+    says: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host} {self.says}" if self.rank >= 0 else self.says
+
+
+def silent_rank(signs: Sequence[Sign | None], silent_s: Sequence[float], most_s: float) -> Verdict | None:
+    """The rank that has said nothing for the longest time, if that is more than `most_s`: it is stopped, or its node
+    is gone."""
+    longest = max(range(len(signs)), key=lambda number: silent_s[number])
+    sign = signs[longest]
+    if sign is None or silent_s[longest] <= most_s:
+        return None
+    return Verdict(longest, sign.host, f"gives no sign of life for {silent_s[longest]:.0f} s, the last in {sign.doing}")
+
+
+def slow_rank(signs: Sequence[Sign | None]) -> Verdict | None:
+    """The rank for which the others wait, by the signs of all; None while it may still need its time, or a rank has not
+    come yet."""
+    known = [sign for sign in signs if sign is not None]
+    if len(known) < len(signs):
+        return None
+    first = min(sign.part for sign in known)
+    behind = [number for number, sign in enumerate(known) if sign.part == first]
+    if any(known[number].left_s > 0 for number in behind):
+        return None
+    if len(behind) < len(known):
+        sign = known[behind[0]]
+        return Verdict(behind[0], sign.host, f"is still in {sign.doing}, and others wait for it")
+    if waited_for := _missing_in_collectives(known):
+        sign = known[waited_for[0]]
+        return Verdict(
+            waited_for[0], sign.host, f"hangs in {sign.doing}: it did not come to the collective in which others wait"
+        )
+    return Verdict(-1, "", f"all ranks wait in {known[0].doing}, and none is behind the others")
+
+
+def _missing_in_collectives(signs: Sequence[Sign]) -> list[int]:
+    """Ranks that began fewer collectives of a group than another member, and wait in none themselves: a rank that is
+    ahead in one group may be missing in the next only because it waits."""
+    most: dict[str, int] = {}
+    for sign in signs:
+        for group, count in sign.calls.items():
+            most[group] = max(most.get(group, 0), count)
+    members = {group: [sign.calls[group] for sign in signs if group in sign.calls] for group in most}
+    uneven = {group for group, counts in members.items() if min(counts) < max(counts)}
+
+    def counts_of(sign: Sign) -> dict[str, int]:
+        return {group: count for group, count in sign.calls.items() if group in uneven}
+
+    return [
+        number
+        for number, sign in enumerate(signs)
+        if (counts := counts_of(sign)) and all(count < most[group] for group, count in counts.items())
+    ]
+
+
+class Board:
+    """The signs of all ranks. `own` gives this rank's part, what it is doing, and the seconds left. Raises
+    dist.DistError where the store does not answer."""
+
+    def __init__(self, own: Callable[[], tuple[int, str, float]]):
+        self._own, self._beat, self._rounds = own, 0, 0
+        # A connection of its own: calls on one connection wait for each other.
+        self._store = dist.distributed_c10d._get_default_store().clone()
+        self._store.set_timeout(timedelta(seconds=ANSWER_S))
+        self._names = [f"watch/{number}" for number in range(world_size())]
+        self._process = os.getpid(), started(os.getpid())
+        self.looks = rank() < LOOKERS
+        self.signs: list[Sign | None] = [None] * world_size()
+        self.silent_s = [0.0] * world_size()
+        self.hang: Verdict | None = None
+        self._over = threading.Event()
+        self._post()
+        threading.Thread(target=self._work, name="board", daemon=True).start()
+
+    @property
+    def rounds(self) -> int:
+        """How often the store has answered: a watch sees by it whether it still does."""
+        return self._rounds
+
+    def accuse(self, verdict: Verdict) -> None:
+        """Tells all ranks. Whoever comes first is heard."""
+        with suppress(dist.DistError, RuntimeError):
+            self._store.compare_set(HANG, "", json.dumps(verdict))
+
+    def close(self) -> None:
+        self._over.set()
+
+    def signal_accused(self, verdict: Verdict, number: int) -> None:
+        """Sends a signal to the process that hangs, if it is another one on this node."""
+        sign = self.signs[verdict.rank] if verdict.rank >= 0 else None
+        if sign is None or sign.host != socket.gethostname() or verdict.rank == rank():
+            return
+        process, since = sign.process
+        if since == started(process):  # it is the same process still
+            with suppress(OSError):
+                os.kill(process, number)
+
+    def _work(self) -> None:
+        while not self._over.wait(BEAT_S):
+            try:
+                self._post()
+                if self.hang is None and self._store.check([HANG]):
+                    self.hang = Verdict(*json.loads(self._store.get(HANG)))
+                if self.looks or self.hang is not None:
+                    self._look()
+            except (dist.DistError, RuntimeError, ValueError):
+                continue
+            self._rounds += 1
+
+    def _post(self) -> None:
+        self._beat += 1
+        part, doing, left_s = self._own()
+        sign = Sign(self._beat, part, doing, left_s, socket.gethostname(), self._process, _calls())
+        self._store.set(self._names[rank()], json.dumps(sign))
+
+    def _look(self) -> None:
+        names = self._names
+        there = range(len(names)) if self._store.check(names) else [n for n in range(len(names)) if self._has(n)]
+        for number, said in zip(there, self._store.multi_get([names[n] for n in there]), strict=True):
+            sign = Sign(*json.loads(said))
+            before = self.signs[number]
+            fresh = before is None or before.beat != sign.beat
+            # Counted by this thread's own rounds: a job that is suspended as a whole has not been silent.
+            self.silent_s[number] = 0.0 if fresh else self.silent_s[number] + BEAT_S
+            self.signs[number] = sign
+
+    def _has(self, number: int) -> bool:
+        return self._store.check([self._names[number]])
+
+
+def started(process: int) -> int:
+    """When a process was started, in the kernel's ticks; 0 where that is not known. No other process has the same
+    number and the same start."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _calls() -> dict[str, int]:
+    """{group: collectives that this rank has begun}, of the groups that count them."""
+    calls = {}
+    for group, name in list(dist.distributed_c10d._world.pg_names.items()):
+        with suppress(RuntimeError):
+            calls[name] = group._get_sequence_number_for_group()
+    return calls
