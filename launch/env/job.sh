@@ -13,40 +13,30 @@ check_torch || exit
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 # The address, because node names need not resolve.
 MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-# A requeued job needs another port than before; the kernel never assigns ports below 32768 by itself.
-MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 12000))
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # Names the environment, for its copies and for what is compiled for it.
 IMGLISH_TAG=$({ echo "$PYTHON"; cat "$(dirname "$PYTHON")/../.imglish-stamp" 2>/dev/null || true; } | sha256sum | cut -c 1-12)
-export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS IMGLISH_TAG
+export MASTER_ADDR OMP_NUM_THREADS IMGLISH_TAG
 
-# Each life of a job has logs of its own, a file per rank: ranks that share one splice their lines.
-logs=${IMGLISH_LOGS:-$PWD/logs}/${SLURM_JOB_NAME:-job}-$SLURM_JOB_ID${SLURM_RESTART_COUNT:+.$SLURM_RESTART_COUNT}
-mkdir -p "$logs" || exit 2
-echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: the ranks write to $logs/rank*.log"
+start=(srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0)
 
-# --cpus-per-task again: since SLURM 22.05 srun does not inherit it from sbatch and may bind every task to one core.
-# --kill-on-bad-exit=0: the first rank that has saved and exits with 75 must not kill the others.
-# --wait: kill ranks that hang after another one has ended, but only after SLURM would notice a lost node (SlurmdTimeout,
-# by default 300 s): a job that ends before that counts as failed and is not requeued on another node.
-# shellcheck disable=SC2034  # the batch scripts call it
-ranks=(srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 --wait=900 --output="$logs/rank%5t.log"
-    "${SRUN[@]}" "${CONTAINER[@]}" bash launch/env/rank.sh)
+begin_life() { # of the job's ranks, the $1-th beside the first: their port, their logs, and the command that starts them
+    # Another port than before: the kernel may still hold the old one. By itself it never assigns ports below 32768.
+    export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0} + 131 * $1) % 12000))
+    # A file per rank: ranks that share one splice their lines.
+    logs=${IMGLISH_LOGS:-$PWD/logs}/${SLURM_JOB_NAME:-job}-$SLURM_JOB_ID${SLURM_RESTART_COUNT:+.$SLURM_RESTART_COUNT}
+    [ "$1" = 0 ] || logs+=-again$1
+    mkdir -p "$logs" || exit 2
+    echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: the ranks write to $logs/rank*.log"
+    # --cpus-per-task again: since SLURM 22.05 srun does not inherit it from sbatch and may bind every task to one core.
+    # --kill-on-bad-exit=0: the first rank that has saved and exits with 75 must not kill the others.
+    # --wait: so long after the first rank has ended, SLURM kills those that hang. A node that is lost is another matter:
+    # srun waits for its tasks until SLURM notices (SlurmdTimeout), and then SLURM requeues the job.
+    # shellcheck disable=SC2034  # the batch scripts call it
+    ranks=("${start[@]}" --wait=20 --output="$logs/rank%5t.log" "${SRUN[@]}" "${CONTAINER[@]}" bash launch/env/rank.sh)
+}
 
 if [ -n "${IMGLISH_LOCAL:-}" ]; then
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
         --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" bash launch/env/rank.sh --copy || true
 fi
-
-first_error() { # the first line in which a rank names a reason of its own, and not another rank's end
-    local found
-    cd "$logs" || return
-    found=$(grep -HE '^([0-9]{2}:){2}[0-9]{2} (error|bug on rank|rank [0-9]+ of)' rank*.log |
-        grep -v 'another rank d' | sort -s -t: -k2,4 | head -n 1 || true)
-    if [[ $found == *"bug on rank"* ]]; then
-        found+=$(tail -n 1 "${found%%:*}" | sed 's/^/: /')
-    elif [ -z "$found" ]; then # no rank knew what befell it
-        found=$(grep -H . rank*.log 2>/dev/null | tail -n 1 || true)
-    fi
-    echo "first error: ${found:-none in the logs of the ranks; see above what srun said}"
-}

@@ -168,7 +168,7 @@ def check_job(job: Job) -> list[Node]:
 
 def check_with_sbatch(options: Sequence[str], script: Path, arguments: Sequence[str]) -> None:
     """Account, QOS, constraints and all that SLURM itself refuses at submission. Raises ValueError with its words."""
-    done = _ask("sbatch", "--test-only", *options, str(script), *arguments)
+    done = ask("sbatch", "--test-only", *options, str(script), *arguments)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason was given"]
         said = re.sub(r"^(sbatch: |error: |allocation failure: )+", "", lines[-1])
@@ -181,7 +181,7 @@ def waiting_jobs() -> dict[str, str]:
     """{name: id} of this user's jobs that wait or run."""
     end = time.monotonic() + CLEARS_S
     while True:
-        lines = [line.split() for line in _answer("squeue", "-h", "--me", "-o", "%i %T %j").splitlines()]
+        lines = [line.split() for line in answer("squeue", "-h", "--me", "-o", "%i %T %j").splitlines()]
         jobs = [line for line in lines if len(line) == 3]
         # One that ends may be requeued: by then it waits again.
         if time.monotonic() > end or not any(state == "COMPLETING" for _, state, _ in jobs):
@@ -191,7 +191,7 @@ def waiting_jobs() -> dict[str, str]:
 
 def submit(options: Sequence[str], script: Path, arguments: Sequence[str], **variables: str) -> str:
     """The job's id; `variables` are added to its environment. Raises ValueError where sbatch refuses."""
-    done = _ask("sbatch", "--parsable", *options, str(script), *arguments, environment=os.environ | variables)
+    done = ask("sbatch", "--parsable", *options, str(script), *arguments, environment=os.environ | variables)
     if done.returncode:
         raise ValueError(f"sbatch: {done.stderr.strip() or 'failed without a reason'}")
     return done.stdout.strip().partition(";")[0]  # ;CLUSTER
@@ -202,7 +202,7 @@ def command_line(options: Sequence[str], script: Path, arguments: Sequence[str])
 
 
 def _nodes_of(partition: str | None) -> list[Node]:
-    known = [line.split("|") for line in _answer("sinfo", "-h", "-o", "%R|%P").splitlines()]
+    known = [line.split("|") for line in answer("sinfo", "-h", "-o", "%R|%P").splitlines()]
     names = [name for name, _ in known]
     default = [name for name, marked in known if marked.endswith("*")]
     asked = partition.split(",") if partition else default
@@ -211,7 +211,7 @@ def _nodes_of(partition: str | None) -> list[Node]:
     for name in asked:
         if name not in names:
             raise ValueError(f"--partition={name} is no partition of this cluster{nearest(name, names)}")
-    rows = _answer("sinfo", "-h", "-e", "-N", "-p", ",".join(asked), "-o", "%N|%n|%c|%m|%t|%l|%G").splitlines()
+    rows = answer("sinfo", "-h", "-e", "-N", "-p", ",".join(asked), "-o", "%N|%n|%c|%m|%t|%l|%G").splitlines()
     nodes = {}
     for row in rows:
         name, host, cpus, memory, state, limit, gres = row.split("|", 6)
@@ -276,14 +276,14 @@ def _minutes(name: str, text: str) -> float:
     return hours * 60 + minutes + seconds / 60
 
 
-def _answer(*line: str) -> str:
-    done = _ask(*line)
+def answer(*line: str) -> str:
+    done = ask(*line)
     if done.returncode:
         raise ValueError(f"{line[0]} failed: {(done.stderr.strip() or 'no reason was given').splitlines()[-1]}")
     return done.stdout
 
 
-def _ask(*line: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def ask(*line: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=ANSWER_S)
     except FileNotFoundError:

@@ -47,7 +47,7 @@ GresTypes=gpu
 ReturnToService=2
 JobRequeue=1
 KillWait=5
-SlurmdTimeout=60
+SlurmdTimeout={lost_s}
 MessageTimeout=10
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 """
@@ -67,17 +67,20 @@ def why_not() -> str | None:
 
 
 @contextmanager
-def slurm(place: Path, nodes: int = 2, gpus: int = 2, cpus: int = 4) -> Iterator[dict[str, str]]:
-    """Gives what the environment of SLURM's commands needs more."""
+def slurm(
+    place: Path, nodes: int = 2, gpus: int = 2, cpus: int = 4, lost_s: int = 60, more: str = ""
+) -> Iterator[dict[str, str]]:
+    """Gives what the environment of SLURM's commands needs more. `lost_s`: a node that is silent for so long is lost;
+    `more`: lines for slurm.conf."""
     place.chmod(0o755)  # munged and slurmd see to that
-    write_configuration(place, nodes, gpus, cpus)
+    write_configuration(place, nodes, gpus, cpus, lost_s, more)
     environment = {"SLURM_CONF": str(place / "slurm.conf")}
     try:
         for line in (
             ["munged", "--force", f"--socket={place}/munge.socket", f"--key-file={place}/munge.key",
              f"--pid-file={place}/munged.pid", f"--log-file={place}/munged.log", f"--seed-file={place}/munge.seed"],
             ["slurmctld", "-c", "-f", environment["SLURM_CONF"]],
-            *(["slurmd", "-N", f"node{i}", "-f", environment["SLURM_CONF"]] for i in range(1, nodes + 1)),
+            *(start_node(place, f"node{i}") for i in range(1, nodes + 1)),
         ):  # fmt: skip
             subprocess.run(line, check=True, timeout=READY_S)
         _wait_for_nodes(environment, nodes)
@@ -86,12 +89,17 @@ def slurm(place: Path, nodes: int = 2, gpus: int = 2, cpus: int = 4) -> Iterator
         _stop(place, environment)
 
 
-def write_configuration(place: Path, nodes: int, gpus: int, cpus: int) -> None:
+def start_node(place: Path, node: str) -> list[str]:
+    """The command that does it."""
+    return ["slurmd", "-N", node, "-f", str(place / "slurm.conf")]
+
+
+def write_configuration(place: Path, nodes: int, gpus: int, cpus: int, lost_s: int, more: str) -> None:
     (place / "munge.key").write_bytes(os.urandom(128))
     (place / "munge.key").chmod(0o600)
     port, *ports = _free_ports(nodes + 1)
     host = socket.gethostname().partition(".")[0]
-    conf, gres = CONF.format(host=host, port=port, place=place), ""
+    conf, gres = CONF.format(host=host, port=port, place=place, lost_s=lost_s), ""
     for number, own in enumerate(ports, 1):
         (place / "state" / f"node{number}").mkdir(parents=True)
         conf += (
@@ -101,7 +109,7 @@ def write_configuration(place: Path, nodes: int, gpus: int, cpus: int) -> None:
         gres += f"NodeName=node{number} Name=gpu Type=a100 File={place}/gpu[0-{gpus - 1}]\n"
     for number in range(gpus):
         os.mknod(place / f"gpu{number}", 0o020600, os.makedev(1, 3))  # clones of /dev/null
-    (place / "slurm.conf").write_text(conf + PARTITIONS.format(nodes=nodes))
+    (place / "slurm.conf").write_text(conf + PARTITIONS.format(nodes=nodes) + more)
     (place / "gres.conf").write_text(gres)
 
 

@@ -1,0 +1,163 @@
+"""Faults on a real SLURM of three nodes on this machine: what each costs, and what the run ends with.
+
+    python -m benchmarks.slurm_faults scenarios --out benchmarks/results/slurm_faults.json
+    python -m benchmarks.slurm_faults soak --faults 100 --out benchmarks/results/slurm_soak.json
+
+A run of 2 nodes with 2 ranks each goes through launch/submit.sh. `scenarios`: each kind of fault strikes one run of its
+own. `soak`: faults of a seeded schedule strike one run, one after the other, each when the run has come further than
+ever before. Weights, the optimizer's state, metrics.jsonl (without what a clock measured) and the samples of each rank
+must equal those of a run that was left alone, to the bit. The seconds are from the strike to the next step that was
+done; on few cores most of them are imports of Python. Each run's directory is a file system of its own, in memory,
+which a fault can fill. For root on Debian with SLURM (tests/run.sh installs it), from the repository's root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.fault_runs.compare import check_epochs, compare
+from benchmarks.record import machine
+from benchmarks.slurm_runs.job import MORE, STAGE, Job, Measured, sum_by_kind
+from benchmarks.slurm_runs.strike import STRIKES
+from pretrain.command import about, make_parser, run, write
+from pretrain.lives import read_lives
+from pretrain.report.rows import load_run
+from tests.slurm.one_host import slurm, why_not
+from tests.small_run import train_stage, write_data
+
+RANKS, DISK_MIB = 2, 256
+SAVE_EVERY, STEPS, MEAN_STEPS = 5, 120, 7
+SETTINGS = ["drop_path=0.1", f"save_every={SAVE_EVERY}"]
+# How often each kind strikes in a soak. What SLURM is asked for is rarer than what breaks, as on a cluster; the time
+# limit's warning comes by SLURM's own minute, and is among the scenarios only.
+WEIGHTS = {
+    **{"rank killed": 60, "rank stopped": 12, "USR1": 8, "requeue": 6, "node down": 4, "node killed": 3},
+    **{"preemption": 3, "store stalled": 2, "disk full": 2},
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser("benchmarks.slurm_faults", __doc__, "scenarios --kinds 'rank killed' --work runs/slurm")
+    parser.add_argument("what", choices=["scenarios", "soak"])
+    parser.add_argument("--kinds", nargs="+", choices=STRIKES, default=list(STRIKES), help="of the scenarios (all)")
+    parser.add_argument("--ds", nargs="+", default=["zero1.json"], metavar="JSON", help="of ds_configs/ (%(default)s)")
+    parser.add_argument("--faults", type=int, default=100, metavar="N", help="of the soak (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the soak's schedule (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=600, help="after which a soak strikes no more (%(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("runs/slurm_faults"), metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args(arguments)
+    return run(lambda: _run(args, arguments), state=f"what the runs left is in {args.work}")
+
+
+def _run(args: argparse.Namespace, arguments: list[str] | None) -> int:
+    if reason := why_not():
+        raise ValueError(reason)
+    work = args.work.resolve()
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "slurm").mkdir(parents=True)
+    data = write_data(work / "data")
+    done = train_stage(data, data / "start", "tokenizer", CUDA_VISIBLE_DEVICES="")
+    if done.returncode:
+        raise ValueError(f"the tokenizer of the runs could not be trained: {done.stderr[-500:]}")
+    results = about("benchmarks.slurm_faults", arguments) | machine("torch", "deepspeed")
+    with slurm(work / "slurm", nodes=3, gpus=2 * RANKS, lost_s=10, more=MORE) as more:
+        measure = scenarios if args.what == "scenarios" else soak
+        results |= measure(args, data, work, more)
+    write(results, args.out)
+    return 0 if results["good"] else 1
+
+
+def scenarios(args: argparse.Namespace, data: Path, work: Path, more: Mapping[str, str]) -> dict[str, Any]:
+    runs = []
+    for ds in args.ds:
+        settings = [*SETTINGS, f"steps={STEPS}"]
+        alone = left_alone(data, work, more, ds, settings)
+        for kind in args.kinds:
+            with file_system(work / f"{ds}_{kind.replace(' ', '_')}") as place:
+                # Any number of workers gives the same bits, and only data that workers read can stall.
+                own = [*settings, f"loading.workers={int(kind == 'store stalled')}"]
+                runs.append({"ds": ds, **_scenario(kind, Job(data, place, work, more, 2, RANKS, ds, *own), alone)})
+                print(runs[-1], file=sys.stderr, flush=True)
+    return {"good": all(each["good"] for each in runs), "runs": runs}
+
+
+def _scenario(kind: str, job: Job, alone: Path) -> dict[str, Any]:
+    if not job.wait_step(2 * SAVE_EVERY + 3):
+        raise ValueError(f"{kind}: the run did not come to its first steps: {job.said()[-2000:]}")
+    fault = job.strike(kind, 1)
+    return {**fault._asdict(), **ending(job, alone)}
+
+
+def soak(args: argparse.Namespace, data: Path, work: Path, more: Mapping[str, str]) -> dict[str, Any]:
+    dice, ds = random.Random(args.seed), args.ds[0]
+    faults: list[Measured] = []
+    settings = [*SETTINGS, f"steps={args.faults * (MEAN_STEPS + SAVE_EVERY)}", "loading.workers=1"]
+    alone = left_alone(data, work, more, ds, settings)
+    end, began = time.monotonic() + 60 * args.minutes, time.monotonic()
+    with file_system(work / "soak") as place:
+        job, reached = Job(data, place, work, more, 2, RANKS, ds, *settings), 0
+        while len(faults) < args.faults and time.monotonic() < end:
+            kind = dice.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
+            victim, later = dice.randrange(2 * RANKS), dice.randint(1, 2 * MEAN_STEPS)
+            if not job.wait_step(reached + later) or job.over:
+                break
+            faults.append(job.strike(kind, victim))
+            reached = max(reached, faults[-1].step)
+            print(len(faults), faults[-1], file=sys.stderr, flush=True)
+        result = {"faults": len(faults), "seed": args.seed, "ds": ds, **ending(job, alone)}
+        result["minutes"] = round((time.monotonic() - began) / 60, 1)
+    result["good"] = result["good"] and len(faults) == args.faults
+    return result | {"kinds": sum_by_kind(faults), "by": _count_by(faults), "each": [list(fault) for fault in faults]}
+
+
+def _count_by(faults: list[Measured]) -> dict[str, int]:
+    by = [fault.by for fault in faults]
+    return {name: by.count(name) for name in sorted(set(by))}
+
+
+def left_alone(data: Path, work: Path, more: Mapping[str, str], ds: str, settings: list[str]) -> Path:
+    """The stage of a run that nothing struck, with all of its ranks on one node."""
+    job = Job(data, work / f"alone_{ds.removesuffix('.json')}", work, more, 1, 2 * RANKS, ds, *settings)
+    if (state := job.finish()) != "COMPLETED":
+        raise ValueError(f"the run that was left alone ended as {state}: {job.said()[-2000:]}")
+    check_epochs(job.stage)
+    return job.stage
+
+
+def ending(job: Job, alone: Path) -> dict[str, Any]:
+    """How the run ended, against the one that was left alone."""
+    state = job.finish()
+    lives = read_lives(job.stage)
+    told: dict[str, Any] = {"state": state, "lives": len(lives)}
+    if state == "COMPLETED":
+        told |= compare(job.stage, alone)._asdict()
+        (stage,) = [each for each in load_run(job.stage.parent) if each.name == STAGE]
+        told["effective_training_time"] = stage.effective()
+    else:
+        told["said"] = job.said()[-2000:]
+    return told | {"good": state == "COMPLETED" and not told["unequal"]}
+
+
+@contextmanager
+def file_system(place: Path) -> Iterator[Path]:
+    """A directory of its own of DISK_MIB, in memory."""
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(place)], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

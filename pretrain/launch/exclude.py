@@ -1,0 +1,21 @@
+"""Leaves a bad node out of a job, if its partition has enough others."""
+
+from __future__ import annotations
+
+from pretrain.launch.slurm import AWAY, answer
+
+
+def exclude(node: str, job: str) -> None:
+    """Adds `node` to those that `job` avoids from its next start on. Raises ValueError with the reason where that
+    cannot be: a job with too few nodes left would wait for ever."""
+    facts = dict(word.split("=", 1) for word in answer("scontrol", "-o", "show", "job", job).split() if "=" in word)
+    partition, needed = facts.get("Partition", ""), int(facts.get("NumNodes", "1").partition("-")[0])
+    listed = facts.get("ExcNodeList", "(null)")
+    avoided = set() if listed == "(null)" else set(answer("scontrol", "show", "hostnames", listed).split())
+    rows = [line.split("|") for line in answer("sinfo", "-h", "-N", "-p", partition, "-o", "%N|%t").splitlines()]
+    if node not in {name for name, _ in rows}:
+        raise ValueError(f"partition {partition} has no node {node}")
+    left = {name for name, state in rows if not state.startswith(AWAY)} - avoided - {node}
+    if len(left) < needed:
+        raise ValueError(f"only {len(left)} other nodes of partition {partition} are left, and the job needs {needed}")
+    answer("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(sorted(avoided | {node}))}")
