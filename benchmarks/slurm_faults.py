@@ -86,7 +86,9 @@ def scenarios(args: argparse.Namespace, data: Path, work: Path, more: Mapping[st
             with file_system(work / f"{ds}_{kind.replace(' ', '_')}") as place:
                 # Any number of workers gives the same bits, and only data that workers read can stall.
                 own = [*settings, f"loading.workers={int(kind == 'store stalled')}"]
-                runs.append({"ds": ds, **_scenario(kind, Job(data, place, work, more, 2, RANKS, ds, *own), alone)})
+                runs.append(
+                    {"ds": ds, **_scenario(kind, Job(data, place, work / "slurm", more, 2, RANKS, ds, *own), alone)}
+                )
                 print(runs[-1], file=sys.stderr, flush=True)
     return {"good": all(each["good"] for each in runs), "runs": runs}
 
@@ -105,7 +107,7 @@ def soak(args: argparse.Namespace, data: Path, work: Path, more: Mapping[str, st
     alone = left_alone(data, work, more, ds, settings)
     end, began = time.monotonic() + 60 * args.minutes, time.monotonic()
     with file_system(work / "soak") as place:
-        job, reached = Job(data, place, work, more, 2, RANKS, ds, *settings), 0
+        job, reached = Job(data, place, work / "slurm", more, 2, RANKS, ds, *settings), 0
         while len(faults) < args.faults and time.monotonic() < end:
             kind = dice.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
             victim, later = dice.randrange(2 * RANKS), dice.randint(1, 2 * MEAN_STEPS)
@@ -127,7 +129,7 @@ def _count_by(faults: list[Measured]) -> dict[str, int]:
 
 def left_alone(data: Path, work: Path, more: Mapping[str, str], ds: str, settings: list[str]) -> Path:
     """The stage of a run that nothing struck, with all of its ranks on one node."""
-    job = Job(data, work / f"alone_{ds.removesuffix('.json')}", work, more, 1, 2 * RANKS, ds, *settings)
+    job = Job(data, work / f"alone_{ds.removesuffix('.json')}", work / "slurm", more, 1, 2 * RANKS, ds, *settings)
     if (state := job.finish()) != "COMPLETED":
         raise ValueError(f"the run that was left alone ended as {state}: {job.said()[-2000:]}")
     check_epochs(job.stage)

@@ -25,6 +25,10 @@ case "$1 $2" in
 esac
 """
 SRUN = """
+if [[ "$*" == *preflight* ]]; then
+    echo "preflight $*" >>"$CALLS"
+    exit "${PREFLIGHT:-0}"
+fi
 echo "srun $*" >>"$CALLS"
 echo "MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT OMP_NUM_THREADS=$OMP_NUM_THREADS" >>"$CALLS"
 trap 'echo "srun got USR1" >>"$CALLS"; exit 75' USR1
@@ -70,9 +74,15 @@ def slurm(tmp_path):
 
 def stage(slurm, code: int | str, *, state: str = "RUNNING", job: str = "41", restarts: str = "", **environment: str):
     environment = (
-        {"SLURM_NTASKS_PER_NODE": "8"}
+        {"SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_NUM_NODES": "2"}
         | environment
-        | {"CODE": str(code), "STATE": state, "SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "node[7-8]"}
+        | {
+            "CODE": str(code),
+            "STATE": state,
+            "SLURM_JOB_ID": job,
+            "SLURM_JOB_NODELIST": "node[7-8]",
+            "SLURM_JOB_NUM_NODES": "2",
+        }
     )
     environment |= {"SLURM_CPUS_PER_TASK": "12"} | ({"SLURM_RESTART_COUNT": restarts} if restarts else {})
     # Its directory cannot be made: no progress is known from one call to the next.
@@ -217,6 +227,25 @@ def test_ranks_that_were_lost_are_started_again_in_place(slurm, codes, state, li
     assert len(starts) == lives == len(set(ports)), "each life meets at a port of its own"
     assert ("logs/job-41-again1/rank" in starts[-1]) == (lives == 2)
     assert ("requeue 41" in calls) == (code == 75)
+
+
+def test_nodes_are_checked_before_each_start(slurm, tmp_path):
+    _, calls = stage(slurm, "69 0")
+    kinds = [call.split()[0] for call in calls if call.startswith(("preflight ", "srun "))]
+    assert kinds == ["preflight", "srun"] * 2
+    assert "--ntasks-per-node=1 " in next(call for call in calls if call.startswith("preflight "))
+    _, calls = stage(slurm, 0, IMGLISH_PREFLIGHT="no")
+    assert not [call for call in calls if call.startswith("preflight ")]
+
+
+def test_nothing_is_started_on_a_bad_node(slurm, tmp_path):
+    logs = tmp_path / "logs" / "job-41"
+    logs.mkdir(parents=True)
+    (logs / "preflight00000.log").write_text("12:00:01 bad node node8: /dev/shm has 3 MiB free\n")
+    done, calls = stage(slurm, 0, PREFLIGHT="69")
+    assert done.returncode == 69 and not [call for call in calls if call.startswith("srun ")]
+    assert "first error: preflight00000.log:12:00:01 bad node node8: /dev/shm has" in done.stderr
+    assert "but cannot be left out" in done.stderr, "the stand-in knows no partition"
 
 
 def test_a_users_mistake_is_not_tried_again(slurm, tmp_path):

@@ -10,13 +10,14 @@ trap 'echo "job: ${BASH_SOURCE[0]} line $LINENO: $BASH_COMMAND failed" >&2' ERR 
 begin_job
 check_torch || exit
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+IMGLISH_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
 # The address, because node names need not resolve.
-MASTER_ADDR=$(scontrol show node "$first" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+MASTER_ADDR=$(scontrol show node "${IMGLISH_NODES%% *}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # Names the environment, for its copies and for what is compiled for it.
 IMGLISH_TAG=$({ echo "$PYTHON"; cat "$(dirname "$PYTHON")/../.imglish-stamp" 2>/dev/null || true; } | sha256sum | cut -c 1-12)
-export MASTER_ADDR OMP_NUM_THREADS IMGLISH_TAG
+IMGLISH_RANKS_OF_NODE=${SLURM_NTASKS_PER_NODE:-1}
+export MASTER_ADDR OMP_NUM_THREADS IMGLISH_TAG IMGLISH_NODES IMGLISH_RANKS_OF_NODE
 
 start=(srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0)
 
@@ -34,6 +35,14 @@ begin_life() { # of the job's ranks, the $1-th beside the first: their port, the
     # srun waits for its tasks until SLURM notices (SlurmdTimeout), and then SLURM requeues the job.
     # shellcheck disable=SC2034  # the batch scripts call it
     ranks=("${start[@]}" --wait=20 --output="$logs/rank%5t.log" "${SRUN[@]}" "${CONTAINER[@]}" bash launch/env/rank.sh)
+}
+
+check_nodes() { # one process on each; the first one's log says what is wrong, and with which node
+    [ "${IMGLISH_PREFLIGHT:-yes}" != no ] || return 0
+    local nodes=$SLURM_JOB_NUM_NODES
+    MASTER_PORT=$((MASTER_PORT + 1)) timeout --kill-after=10 120 "${start[@]}" --wait=20 --nodes="$nodes" \
+        --ntasks="$nodes" --ntasks-per-node=1 --output="$logs/preflight%5t.log" "${CONTAINER[@]}" \
+        bash launch/env/rank.sh -m pretrain.launch.preflight "$@"
 }
 
 if [ -n "${IMGLISH_LOCAL:-}" ]; then

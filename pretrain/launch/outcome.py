@@ -36,8 +36,8 @@ DISK = re.compile(r"error: \[Errno (28|122|5|30|116|19|107)\]|error on rank \d+:
 MISTAKE = re.compile(r":(?:\d\d:){2}\d\d error(?: on rank \d+)?: (?!rank \d+ of \d+: the process group)")
 NODE = re.compile(r"rank \d+ on (\S+) (?:gives no sign|hangs in|is still in)|^srun: error: ([\w.-]+): tasks? ")
 REASON = re.compile(r"^(?:\d\d:){2}\d\d (error|bug on rank|rank \d+ of)")
-PREFLIGHT = "preflight.log"
-BAD_NODE = re.compile(r"^bad node (\S+): (.*)")
+PREFLIGHT = "preflight00000.log"
+BAD_NODE = re.compile(r"^(?:\d\d:){2}\d\d bad node (\S+): ")
 
 
 class Failure(NamedTuple):
@@ -78,8 +78,9 @@ def first_failure(logs: Path) -> Failure:
     rank's end; else what srun says of a task; else the last that a rank said."""
     bad = [found for line in _lines(logs / PREFLIGHT) if (found := BAD_NODE.match(line))]
     if bad:
-        return Failure(f"{PREFLIGHT}:{bad[0][0]}", bad[0][1])
-    told = [(path, _lines(path)) for path in sorted(logs.glob("rank*.log"))]
+        return Failure(f"{PREFLIGHT}:{bad[0].string}", bad[0][1])
+    files = [*sorted(logs.glob("rank*.log")), *sorted(logs.glob("preflight*.log"))]
+    told = [(path, _lines(path)) for path in files]
     reasons = [(line[:8], path, line) for path, lines in told for line in lines if REASON.match(line)]
     own = sorted((each for each in reasons if "another rank d" not in each[2]), key=lambda each: each[0])
     if own:
@@ -90,7 +91,7 @@ def first_failure(logs: Path) -> Failure:
     killed = [line for line in _lines(logs / "srun.log") if (found := NODE.match(line)) and found[2]]
     if killed:
         return _failure(killed[0])
-    last = [f"{path.name}:{lines[-1]}" for path, lines in told if lines]
+    last = [f"{path.name}:{lines[-1]}" for path, lines in told if lines and path.name.startswith("rank")]
     return _failure(last[-1] if last else "")
 
 

@@ -53,7 +53,8 @@ def logs(tmp_path):
         ([HANG, LOST], {"srun": "srun: error: node8: task 1: Exited with exit code 69"}, "rank00000.log:", "node7"),
         (["12:00:01 step 1", "ModuleNotFoundError: No", ""], {}, "rank00001.log:ModuleNotFoundError: No", ""),
         (["", "", ""], {}, "", ""),
-        (["", ""], {"preflight": "bad node n5: /dev/shm is full"}, "preflight.log:bad node n5: /dev/shm is", "n5"),
+        (["", ""], {"preflight00000": "12:00:01 bad node n5: no GPU"}, f"{PREFLIGHT}:12:00:01 bad node n5: no", "n5"),
+        ([], {"preflight00001": "12:00:01 error: n5 is lost"}, "preflight00001.log:12:00:01 error: n5 is lost", ""),
     ],
 )
 def test_the_error_that_came_first_and_its_node(logs, ranks, others, first, node):

@@ -1,0 +1,112 @@
+"""What can be wrong with one node, seen from the node itself, before anything is trained on it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import shutil
+import socket
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "triton")
+SHM_FREE = (
+    64 * 2**20
+)  # of each rank: semaphores and queues of its data workers (what its batches need is checked later)
+FILES = 1024  # open files of a rank: shards, sockets, workers' pipes
+PRODUCT, COPY_BYTES, TIMES = {"cuda": 8192, "cpu": 768}, {"cuda": 2**30, "cpu": 2**26}, 3
+
+
+def node_name() -> str:
+    """As SLURM calls it, else the host."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def report() -> dict[str, Any]:
+    """All that is compared between nodes, and `problems` that this one has by itself. JSON."""
+    facts: dict[str, Any] = {"node": node_name(), "problems": problems()}
+    facts["versions"] = {name: _version(name) for name in PACKAGES} | {"checkout": checkout_digest()}
+    try:
+        facts |= speeds()
+    except RuntimeError as error:  # of CUDA: a GPU that fell off the bus, or whose memory is broken
+        facts["problems"].append(f"a device does not compute: {str(error).splitlines()[0]}")
+    return facts
+
+
+def problems() -> list[str]:
+    found = []
+    asked, seen = os.environ.get("SLURM_GPUS_ON_NODE", ""), torch.cuda.device_count()
+    if torch.version.cuda and asked.isdigit() and int(asked) != seen:
+        found.append(
+            f"torch sees {seen} GPUs, and SLURM gave {asked}; see nvidia-smi there, and the driver against torch"
+        )
+    ranks = int(os.environ.get("IMGLISH_RANKS_OF_NODE", "1"))
+    free = shutil.disk_usage("/dev/shm").free
+    if free < SHM_FREE * ranks:
+        found.append(
+            f"/dev/shm has {free / 2**20:.0f} MiB free, and its {ranks} ranks need {SHM_FREE * ranks / 2**20:.0f}"
+        )
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files != resource.RLIM_INFINITY and files < FILES:
+        found.append(f"a process may open {files} files (ulimit -n), and a rank needs {FILES}")
+    return found
+
+
+def speeds() -> dict[str, list[float]]:
+    """Of each device, best of TIMES: `product` in FLOP/s of a square matrix product, `copy` in bytes/s in its memory.
+    Every product must be right."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    devices = (
+        [torch.device("cuda", n) for n in range(torch.cuda.device_count())] if kind == "cuda" else [torch.device("cpu")]
+    )
+    result: dict[str, list[float]] = {"product": [], "copy": []}
+    for device in devices:
+        size = PRODUCT[kind]
+        matrix = torch.full((size, size), 0.5, device=device, dtype=torch.bfloat16 if kind == "cuda" else torch.float32)
+        best, product = _best(lambda matrix=matrix: matrix @ matrix, device)
+        wrong = int((product != size / 4).sum())
+        if wrong:
+            raise RuntimeError(f"{wrong} entries of a matrix product are wrong on {device}")
+        result["product"].append(2 * size**3 / best)
+        block = torch.empty(COPY_BYTES[kind], dtype=torch.uint8, device=device)
+        best, _ = _best(block.clone, device)
+        result["copy"].append(2 * COPY_BYTES[kind] / best)
+    return result
+
+
+def _best(action: Any, device: torch.device) -> tuple[float, Tensor]:
+    result, best = action(), float("inf")
+    for _ in range(TIMES):
+        _settle(device)
+        began = time.perf_counter()
+        result = action()
+        _settle(device)
+        best = min(best, time.perf_counter() - began)
+    return best, result
+
+
+def _settle(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def checkout_digest() -> str:
+    """Of the code that the ranks import."""
+    place = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for file in sorted(place.rglob("*.py")):
+        digest.update(f"{file.relative_to(place)} ".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
