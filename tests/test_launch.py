@@ -177,7 +177,10 @@ def test_a_stage_gives_the_ranks_their_meeting_place(slurm):
     assert "show node node7" in calls
     (srun,) = (call for call in calls if call.startswith("srun "))
     assert "--cpus-per-task=12 " in srun
-    assert srun.endswith("bash launch/env/rank.sh -m pretrain.train --stage vision --run-dir /dev/null/run --set a=1 2")
+    words = "pretrain.train --stage vision --run-dir /dev/null/run --set a=1 2"
+    assert "bash launch/env/rank.sh -m pretrain.launch.warm --logs " in srun and srun.endswith(f" --life 0 {words}")
+    _, calls = stage(slurm, 0, IMGLISH_WARM="no")
+    assert any(call.endswith(f"bash launch/env/rank.sh -m {words}") for call in calls)
     (place,) = (call for call in calls if call.startswith("MASTER"))
     assert place.startswith("MASTER_ADDR=10.0.0.7 ") and place.endswith(" OMP_NUM_THREADS=12")
 

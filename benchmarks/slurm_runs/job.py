@@ -38,7 +38,7 @@ class Measured(NamedTuple):
     step: int
     seconds: float
     by: str
-    repeated: int
+    steps_again: int
 
 
 class Job:

@@ -38,15 +38,19 @@ class Target(NamedTuple):
         return self.ask("scontrol", "show", "hostnames", self.fact("NodeList")).split()
 
     def ranks(self) -> dict[int, int]:
-        """{rank: its process}, of those that train."""
-        found = {}
-        for process, variables in self._processes():
-            command = _read(process, "cmdline")
-            if "pretrain.train" in command and "python" in command[0] and "SLURM_PROCID" in variables:
-                parent = dict(_variables(_parent(process)))
-                if "pretrain.train" not in _read(_parent(process), "cmdline") or "SLURM_PROCID" not in parent:
-                    found[int(variables["SLURM_PROCID"])] = process
-        return found
+        """{rank: its process}, of those that train: of a start that forks, the forked one, and no data worker."""
+        trains = {
+            process: int(variables["SLURM_PROCID"])
+            for process, variables in self._processes()
+            if "pretrain.train" in (command := _read(process, "cmdline")) and "python" in command[0]
+        }
+        forks = {process for process in trains if "pretrain.launch.warm" in _read(process, "cmdline")}
+        first = {process for process in forks if _parent(process) not in trains}
+        return {
+            rank: process
+            for process, rank in trains.items()
+            if (_parent(process) in first if process in forks else _parent(process) not in trains)
+        }
 
     def on_node(self, node: str) -> list[int]:
         return [process for process, variables in self._processes() if variables.get("SLURMD_NODENAME") == node]

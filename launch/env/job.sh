@@ -25,7 +25,8 @@ begin_life() { # of the job's ranks, the $1-th beside the first: their port, the
     # Another port than before: the kernel may still hold the old one. By itself it never assigns ports below 32768.
     export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0} + 131 * $1) % 12000))
     # A file per rank: ranks that share one splice their lines.
-    logs=${IMGLISH_LOGS:-$PWD/logs}/${SLURM_JOB_NAME:-job}-$SLURM_JOB_ID${SLURM_RESTART_COUNT:+.$SLURM_RESTART_COUNT}
+    all_logs=${IMGLISH_LOGS:-$PWD/logs}/${SLURM_JOB_NAME:-job}-$SLURM_JOB_ID${SLURM_RESTART_COUNT:+.$SLURM_RESTART_COUNT}
+    logs=$all_logs
     [ "$1" = 0 ] || logs+=-again$1
     mkdir -p "$logs" || exit 2
     echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: the ranks write to $logs/rank*.log"

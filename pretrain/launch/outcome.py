@@ -34,8 +34,11 @@ DISK_PAUSES_S = (20, 60, 300)
 DISK = re.compile(r"error: \[Errno (28|122|5|30|116|19|107)\]|error on rank \d+: \[Errno (28|122|5|30|116|19|107)\]")
 # A process group that did not form is said as an error too, but it is no mistake of the user's.
 MISTAKE = re.compile(r":(?:\d\d:){2}\d\d error(?: on rank \d+)?: (?!rank \d+ of \d+: the process group)")
-NODE = re.compile(r"rank \d+ on (\S+) (?:gives no sign|hangs in|is still in)|^srun: error: ([\w.-]+): tasks? ")
-REASON = re.compile(r"^(?:\d\d:){2}\d\d (error|bug on rank|rank \d+ of)")
+NODE = re.compile(
+    r"rank \d+ on (\S+) (?:gives no sign|hangs in|is still in|was killed)|^srun: error: ([\w.-]+): tasks? "
+)
+REASON = re.compile(r"^(?:\d\d:){2}\d\d (error|bug on rank|rank \d+ o[fn])")
+NONE = "none in the logs of the ranks; see above what srun said"
 PREFLIGHT = "preflight00000.log"
 BAD_NODE = re.compile(r"^(?:\d\d:){2}\d\d bad node (\S+): ")
 
@@ -88,7 +91,9 @@ def first_failure(logs: Path) -> Failure:
         if "bug on rank" in line:
             line += f": {next(reversed(_lines(path)))}"
         return _failure(f"{path.name}:{line}")
-    killed = [line for line in _lines(logs / "srun.log") if (found := NODE.match(line)) and found[2]]
+    # Ranks that end with 69 say themselves that another one was lost.
+    told_by_srun = [line for line in _lines(logs / "srun.log") if "exit code 69" not in line]
+    killed = [line for line in told_by_srun if (found := NODE.match(line)) and found[2]]
     if killed:
         return _failure(killed[0])
     last = [f"{path.name}:{lines[-1]}" for path, lines in told if lines and path.name.startswith("rank")]
@@ -163,25 +168,32 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     failure = first_failure(args.logs)
-    none = "none in the logs of the ranks; see above what srun said"
-    print(f"first error: {failure.first or none}", file=sys.stderr if args.code is not None else sys.stdout)
     if args.code is None:
+        print(f"first error: {failure.first or NONE}")
         return
-    stage = args.run_dir / args.stage
+    action, pause = decide_and_note(failure, args.code, args.run_dir / args.stage, args.life)
+    print(f"{action} {pause:g}" if action == "again" else action)
+
+
+def decide_and_note(failure: Failure, code: int, stage: Path, life: int, only: str = "") -> tuple[str, float]:
+    """`decide`, with a line of restarts.jsonl and why on stderr. What is not the action `only`, if that is given, is
+    left to somebody else to decide, and nothing is noted."""
     before = read_restarts(stage)
     reached = max([reached_step(stage), *(restart.reached for restart in before)])
     action, why, pause = decide(failure, before, reached)
+    if only and action != only:
+        return action, 0.0
     job = os.environ.get("SLURM_JOB_ID", "")
     if action == "requeue":
         try:
             exclude(failure.node, job)
         except ValueError as error:
             action, why = "again", f"{why}, but cannot be left out: {error}"
-    note = Restart(time.time(), job, args.code, reached, action, failure.node, failure.first[:500])
-    if (problem := _note(stage, note)) and args.life >= MOST:
+    note = Restart(time.time(), job, code, reached, action, failure.node, failure.first[:500])
+    if (problem := _note(stage, note)) and life >= MOST:
         action, why = "end", problem  # who does not know how often it was tried would try for ever
-    print(f"{action}: {why}", file=sys.stderr)
-    print(f"{action} {pause:g}" if action == "again" else action)
+    print(f"first error: {failure.first or NONE}\n{action}: {why}", file=sys.stderr, flush=True)
+    return action, pause
 
 
 def _note(stage: Path, restart: Restart) -> str:

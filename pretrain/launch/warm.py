@@ -1,0 +1,273 @@
+"""Starts a rank, and starts it again in place: one process for each rank imports everything once and forks the rank.
+
+    srun python -m pretrain.launch.warm --logs runs/base/logs/JOB pretrain.train --recipe beit3_base --stage vision ...
+
+launch/stage.sbatch calls it. When a rank is lost, the processes of all ranks agree in a store of their own to fork
+again: no imports, no step of SLURM, and each life has its port and its logs. What is to be done is decided as in
+outcome.py; all but a start in place is left to the batch script, and so is everything when one of these processes, and
+with it perhaps a node, does not answer. A fork must not follow CUDA's start: a first child tries that, and where it
+cannot use the GPU the rank is no fork, and not started again here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from pretrain.command import make_parser, run
+from pretrain.launch.node_checks import node_name
+from pretrain.launch.outcome import decide_and_note, first_failure
+from pretrain.launch.preflight import main as preflight
+from pretrain.parallel.engine import preload
+
+HANG_S = 20.0  # so long after the first rank has ended those that have not are killed
+AGREE_S = 90.0  # in which all ranks' processes end a phase together
+LOOK_S, CHECK_S = 0.02, 0.5
+SIGNALLED = (75, 138)  # see launch/stage.sbatch: the job requeues itself
+LOST = 69
+STOP = "stop"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser("pretrain.launch.warm", __doc__, "--logs logs/job-41 pretrain.train --recipe tiny ...")
+    parser.add_argument("--logs", type=Path, required=True, help="of the first life; those that follow get -againN")
+    parser.add_argument("--life", type=int, default=0, help="of the job's ranks, which begins now (%(default)s)")
+    parser.add_argument("module", help="whose main() is a rank")
+    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="ARGUMENTS", help="of the module")
+    args = parser.parse_args(arguments)
+    return run(lambda: _run(args), state="nothing was started")
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Whether there is a GPU is asked without starting CUDA, which no fork survives.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    preload()
+    module = importlib.import_module(args.module)
+    if torch.version.cuda and torch.cuda.device_count() and _wait(_fork(_use_gpu, None)):
+        os.execv(sys.executable, [sys.executable, "-m", args.module, *args.words])
+    where, _ = _stage_parser().parse_known_args(args.words)
+    rank = Rank(args.logs, args.life, where.run_dir / where.stage)
+    return rank.live(lambda: module.main(args.words))
+
+
+def _stage_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--run-dir", type=Path, default=Path())
+    parser.add_argument("--stage", default="")
+    return parser
+
+
+class Rank:
+    """One rank's lives. The store is held by the first rank's process; `life` counts those of the job."""
+
+    def __init__(self, logs: Path, life: int, stage: Path):
+        self.number, self.world = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+        self.first_of_node = os.environ["SLURM_LOCALID"] == "0"
+        self.base, self.life, self.stage = logs, life, stage
+        self.first_life = life  # whose logs srun writes
+        self.port = int(os.environ["MASTER_PORT"])
+        self.child, self.asked = 0, 0
+        self.store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], self.port + 2, self.world, self.number == 0, timedelta(seconds=AGREE_S),
+            wait_for_workers=False,
+        )  # fmt: skip
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._pass_on)
+
+    @property
+    def logs(self) -> Path:
+        return self.base.with_name(f"{self.base.name}-again{self.life}") if self.life else self.base
+
+    def live(self, main: Callable[[], int]) -> int:
+        """-> the exit code of the last life."""
+        code = self._live(main)
+        while self._agree(code) == "again":
+            if not self._nodes_are_fit():
+                return LOST
+            code = self._live(main)
+        self._part()
+        return code
+
+    def _part(self) -> None:
+        """The store ends with the first rank's process, which waits for the others."""
+        with suppress(dist.DistError):
+            self.store.set(f"over/{self.number}", "")
+            if self.number == 0:
+                self.store.wait([f"over/{number}" for number in range(self.world)], timedelta(seconds=HANG_S))
+
+    def _live(self, main: Callable[[], int]) -> int:
+        """One life of this rank: its exit code, 128 + the signal that killed it, and on all ranks' word."""
+        os.environ["MASTER_PORT"] = str(self.port + 3 + self.life)
+        log = self.logs / f"rank{self.number:05d}.log" if self.life > self.first_life else None
+        self.child = _fork(main, log)
+        ended = checked = 0.0
+        by_us = False
+        while (code := _poll(self.child)) is None:
+            time.sleep(LOOK_S)
+            if (now := time.monotonic()) - checked > CHECK_S:
+                checked = now
+                ended = ended or (now if self._says(f"ended/{self.life}") else 0.0)
+                if ended and now - ended > HANG_S:
+                    by_us = True
+                    os.kill(self.child, signal.SIGKILL)
+        self.child = 0
+        if code < 0:
+            code, name = 128 - code, signal.Signals(-code).name
+            if not by_us and code not in SIGNALLED:
+                _say(f"rank {self.number} on {node_name()} was killed by {name}", log)
+        with suppress(dist.DistError):
+            if code:
+                self.store.set(f"ended/{self.life}", "")
+            self.store.set(f"code/{self.life}/{self.number}", str(code))
+        return code
+
+    def _agree(self, code: int) -> str:
+        """What all ranks do after this life: "again", when the next one may begin, or STOP."""
+        try:
+            codes = self._codes(code)
+            if max(codes) == 0 or any(each in SIGNALLED for each in codes):
+                return STOP
+            if self.number == 0:
+                said = STOP if self.asked else self._decide(max(codes))
+                self.store.set(f"do/{self.life}", said)
+            said = self.store.get(f"do/{self.life}").decode()
+        except dist.DistError:  # a node is lost, or the first rank's process: SLURM will say
+            return STOP
+        if said == STOP:
+            return STOP
+        end = time.monotonic() + float(said)
+        while time.monotonic() < end and not self.asked:
+            time.sleep(LOOK_S)
+        self.life += 1
+        self.logs.mkdir(parents=True, exist_ok=True)
+        return "again"
+
+    def _codes(self, code: int) -> list[int]:
+        """Of all ranks. One that has finished waits as long as the others work; DistError where one does not answer."""
+        names = [f"code/{self.life}/{number}" for number in range(self.world)]
+        while code == 0 and not self._says(f"ended/{self.life}") and not self.store.check(names):
+            time.sleep(CHECK_S)
+        self.store.wait(names, timedelta(seconds=HANG_S + AGREE_S))
+        return [int(said) for said in self.store.multi_get(names)]
+
+    def _decide(self, code: int) -> str:
+        """The seconds to wait before the next life, or STOP."""
+        job_log = Path(os.environ.get("IMGLISH_JOB_LOG", "/dev/null"))
+        with job_log.open("a") as file, redirect_stderr(file):
+            action, pause = decide_and_note(first_failure(self.logs), code, self.stage, self.life, only="again")
+            if action == "again":
+                print(f"the ranks of life {self.life + 1} write to {self.base}-again{self.life + 1}", file=sys.stderr)
+        return str(pause) if action == "again" else STOP
+
+    def _nodes_are_fit(self) -> bool:
+        """The checks of preflight.py, by the first rank of each node."""
+        if os.environ.get("IMGLISH_PREFLIGHT") == "no":
+            return True
+        node, nodes = os.environ["SLURM_NODEID"], int(os.environ["SLURM_JOB_NUM_NODES"])
+        try:
+            if self.first_of_node:
+                place = {"RANK": node, "WORLD_SIZE": str(nodes), "MASTER_PORT": str(self.port + 1)}
+                words = ["--run-dir", str(self.stage.parent)]
+                log = self.logs / f"preflight{int(node):05d}.log"
+                code = _wait(_fork(lambda: preflight(words), log, place))
+                self.store.set(f"fit/{self.life}/{node}", str(code))
+            names = [f"fit/{self.life}/{number}" for number in range(nodes)]
+            self.store.wait(names, timedelta(seconds=2 * AGREE_S))
+            return all(said == b"0" for said in self.store.multi_get(names))
+        except dist.DistError:
+            return False
+
+    def _says(self, name: str) -> bool:
+        with suppress(dist.DistError):
+            return self.store.check([name])
+        return True  # the store is gone, and with it the first rank's node
+
+    def _pass_on(self, number: int, frame: object) -> None:
+        self.asked = number
+        if self.child:
+            with suppress(ProcessLookupError):
+                os.kill(self.child, number)
+
+
+def _fork(action: Callable[[], int], log: Path | None, place: dict[str, str] | None = None) -> int:
+    """A child that does `action` and ends with its exit code; it dies with its parent. Its output goes to `log`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    waiting = {signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, waiting)  # the child must not meet them with its parent's handlers
+    child = os.fork()
+    if child == 0:
+        _be_child(action, log, place or {}, waiting)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, waiting)
+    return child
+
+
+def _be_child(
+    action: Callable[[], int], log: Path | None, place: dict[str, str], waiting: set[signal.Signals]
+) -> NoReturn:
+    code = 1
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        for number in waiting:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, waiting)
+        if log is not None:
+            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+        if place:
+            os.environ.pop("SLURM_PROCID", None)
+            os.environ.update(place)
+        code = action() or 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _poll(child: int) -> int | None:
+    """Its exit code, or minus the signal that killed it; None while it runs."""
+    done, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+def _wait(child: int) -> int:
+    while True:
+        with suppress(InterruptedError):
+            return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _say(text: str, log: Path | None) -> None:
+    line = f"{time.strftime('%H:%M:%S')} {text}\n".encode()
+    if log is None:
+        os.write(2, line)
+    else:
+        with log.open("ab") as file:
+            file.write(line)
+
+
+def _use_gpu() -> int:
+    torch.zeros(1, device="cuda").cpu()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
