@@ -6,7 +6,6 @@ import hashlib
 import os
 import resource
 import shutil
-import socket
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,17 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.parallel.board import node_name
+
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "triton")
 SHM_FREE = (
     64 * 2**20
 )  # of each rank: semaphores and queues of its data workers (what its batches need is checked later)
 FILES = 1024  # open files of a rank: shards, sockets, workers' pipes
 PRODUCT, COPY_BYTES, TIMES = {"cuda": 8192, "cpu": 768}, {"cuda": 2**30, "cpu": 2**26}, 3
-
-
-def node_name() -> str:
-    """As SLURM calls it, else the host."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def report() -> dict[str, Any]:

@@ -30,7 +30,8 @@ import torch
 import torch.distributed as dist
 
 from pretrain.command import make_parser, run
-from pretrain.launch.node_checks import node_name, report
+from pretrain.launch.node_checks import report
+from pretrain.parallel.board import node_name
 from pretrain.visible import start_logging
 
 log = logging.getLogger("pretrain.launch")

@@ -28,9 +28,9 @@ import torch
 import torch.distributed as dist
 
 from pretrain.command import make_parser, run
-from pretrain.launch.node_checks import node_name
 from pretrain.launch.outcome import decide_and_note, first_failure
 from pretrain.launch.preflight import main as preflight
+from pretrain.parallel.board import node_name
 from pretrain.parallel.engine import preload
 
 HANG_S = 20.0  # so long after the first rank has ended those that have not are killed

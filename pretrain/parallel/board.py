@@ -138,7 +138,7 @@ class Board:
     def signal_accused(self, verdict: Verdict, number: int) -> None:
         """Sends a signal to the process that hangs, if it is another one on this node."""
         sign = self.signs[verdict.rank] if verdict.rank >= 0 else None
-        if sign is None or sign.host != socket.gethostname() or verdict.rank == rank():
+        if sign is None or sign.host != node_name() or verdict.rank == rank():
             return
         process, since = sign.process
         if since == started(process):  # it is the same process still
@@ -160,7 +160,7 @@ class Board:
     def _post(self) -> None:
         self._beat += 1
         part, doing, left_s = self._own()
-        sign = Sign(self._beat, part, doing, left_s, socket.gethostname(), self._process, _calls())
+        sign = Sign(self._beat, part, doing, left_s, node_name(), self._process, _calls())
         self._store.set(self._names[rank()], json.dumps(sign))
 
     def _look(self) -> None:
@@ -176,6 +176,11 @@ class Board:
 
     def _has(self, number: int) -> bool:
         return self._store.check([self._names[number]])
+
+
+def node_name() -> str:
+    """As SLURM calls it, else the host."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def started(process: int) -> int:

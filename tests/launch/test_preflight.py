@@ -12,6 +12,7 @@ import pytest
 
 from pretrain.launch import node_checks
 from pretrain.launch.preflight import BAD, judge, main, partner
+from pretrain.parallel.board import node_name
 from tests.small_run import ROOT
 
 
@@ -65,7 +66,7 @@ def test_this_machine_is_fit_or_says_why(monkeypatch, capsys):
     monkeypatch.setattr(node_checks, "FILES", 2**40)
     assert main([]) == BAD
     said = capsys.readouterr().err
-    assert "a rank needs 1099511627776" in said and f"bad node {node_checks.node_name()}: a process may open" in said
+    assert "a rank needs 1099511627776" in said and f"bad node {node_name()}: a process may open" in said
 
 
 def test_a_product_that_is_wrong_is_found(monkeypatch):
