@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.slurm_runs.strike import Target, kill_rank
+from pretrain.launch.outcome import reached_step, read_restarts
+from pretrain.lives import read_lives
 from tests.slurm.one_host import slurm, wait_for, why_not
 from tests.small_run import ROOT, check_weights, environment, tokenizer_of, train_stage
 
@@ -20,7 +23,7 @@ CLUSTER = """
 GPU_JOB=(--partition=main --nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1 --mem=0 --time=10)
 SRUN=(--cpu-bind=none)
 CONTAINER=(env INSIDE=yes)
-export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 IMGLISH_LOCAL={local}
+export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 IMGLISH_LOCAL={local} IMGLISH_PREFLIGHT=${{IMGLISH_PREFLIGHT:-no}}
 """
 
 
@@ -58,9 +61,9 @@ def submit(cluster, data, tmp_path):
     shutil.copytree(data / "start", tmp_path / "run")
     line = ["--recipe", str(data / "recipe.py"), "--ds", "ds_configs/zero1.json", "--run-dir", str(tmp_path / "run")]
 
-    def call(*words: str) -> subprocess.CompletedProcess[str]:
+    def call(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
         whole = ["bash", *words, *line]
-        return subprocess.run(whole, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=100)
+        return subprocess.run(whole, cwd=ROOT, env=cluster | more, capture_output=True, text=True, timeout=100)
 
     return call
 
@@ -115,6 +118,26 @@ def test_a_job_that_is_asked_to_stop_saves_and_goes_on_in_another_life(submit, c
     said, ranks = logs(tmp_path / "run", job)
     assert "requeueing the job" in said and len({path.parent for path in ranks}) == 2
     assert wait_for(job, cluster, 30) == "CANCELLED"
+
+
+def test_a_rank_that_is_killed_starts_again_in_place_on_nodes_that_are_fit(submit, cluster, tmp_path):
+    more = ("--set", "steps=100000", "--set", "save_every=2", "--set", "keep=1")
+    done = submit("launch/submit.sh", "launch/stage.sbatch", "--stage", "vision", *more, IMGLISH_PREFLIGHT="yes")
+    (job,), stage, end = jobs_of(done), tmp_path / "run" / "vision", time.monotonic() + 2 * ENDS_S
+    while reached_step(stage) < 4 and time.monotonic() < end:
+        time.sleep(0.2)
+    kill_rank(Target(job, tmp_path / "run", Path(cluster["SLURM_CONF"]).parent, cluster), 1)
+    while not (lives := read_lives(stage))[1:] or reached_step(stage) <= lives[1].start:
+        assert time.monotonic() < end, logs(tmp_path / "run", job)
+        time.sleep(0.2)
+    subprocess.run(["scancel", job], env=cluster, check=True)
+    assert wait_for(job, cluster, 30) == "CANCELLED"
+    (restart,) = read_restarts(stage)
+    assert restart.action == "again" and "rank 1 on node2 was killed by SIGKILL" in restart.first
+    said, ranks = logs(tmp_path / "run", job)
+    assert f"first error: {restart.first}" in said and ranks[0].parent.name.endswith(f"{job}-again1")
+    for life in {path.parent for path in ranks}:
+        assert "2 nodes are fit" in (life / "preflight00000.log").read_text()
 
 
 @pytest.mark.parametrize(
