@@ -233,19 +233,20 @@ def test_ranks_that_were_lost_are_started_again_in_place(slurm, codes, state, li
 
 
 def test_nodes_are_checked_before_each_start(slurm, tmp_path):
-    _, calls = stage(slurm, "69 0")
+    _, calls = stage(slurm, "69 0", IMGLISH_WARM="no")
     kinds = [call.split()[0] for call in calls if call.startswith(("preflight ", "srun "))]
     assert kinds == ["preflight", "srun"] * 2
     assert "--ntasks-per-node=1 " in next(call for call in calls if call.startswith("preflight "))
-    _, calls = stage(slurm, 0, IMGLISH_PREFLIGHT="no")
-    assert not [call for call in calls if call.startswith("preflight ")]
+    for more in ({"IMGLISH_WARM": "no", "IMGLISH_PREFLIGHT": "no"}, {}):  # warm.py checks them itself
+        _, calls = stage(slurm, 0, **more)
+        assert not [call for call in calls if call.startswith("preflight ")]
 
 
 def test_nothing_is_started_on_a_bad_node(slurm, tmp_path):
     logs = tmp_path / "logs" / "job-41"
     logs.mkdir(parents=True)
     (logs / "preflight00000.log").write_text("12:00:01 bad node node8: /dev/shm has 3 MiB free\n")
-    done, calls = stage(slurm, 0, PREFLIGHT="69")
+    done, calls = stage(slurm, 0, PREFLIGHT="69", IMGLISH_WARM="no")
     assert done.returncode == 69 and not [call for call in calls if call.startswith("srun ")]
     assert "first error: preflight00000.log:12:00:01 bad node node8: /dev/shm has" in done.stderr
     assert "but cannot be left out" in done.stderr, "the stand-in knows no partition"

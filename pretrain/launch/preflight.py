@@ -50,7 +50,15 @@ def main(arguments: list[str] | None = None) -> int:
     args, _ = parser.parse_known_args(arguments)  # of pretrain.train
     start_logging()
     log.setLevel(logging.INFO)
-    return run(lambda: _run(args), state="nothing was started")
+
+    def tell() -> int:
+        try:
+            return _run(args)
+        except ValueError as error:
+            log.error("error: %s", error)  # with the time, by which a job finds the error that came first
+            return 2
+
+    return run(tell, state="nothing was started")
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ import ctypes
 import importlib
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,10 +35,11 @@ from pretrain.parallel.board import node_name
 from pretrain.parallel.engine import preload
 
 HANG_S = 20.0  # so long after the first rank has ended those that have not are killed
-AGREE_S = 90.0  # in which all ranks' processes end a phase together
+START_S, AGREE_S = 600.0, 90.0  # in which all ranks' processes have imported everything; end a phase together
 LOOK_S, CHECK_S = 0.02, 0.5
 SIGNALLED = (75, 138)  # see launch/stage.sbatch: the job requeues itself
 LOST = 69
+PREFLIGHT = "pretrain.launch.preflight"
 STOP = "stop"
 
 
@@ -56,10 +58,17 @@ def _run(args: argparse.Namespace) -> int:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     preload()
     module = importlib.import_module(args.module)
-    if torch.version.cuda and torch.cuda.device_count() and _wait(_fork(_use_gpu, None)):
-        os.execv(sys.executable, [sys.executable, "-m", args.module, *args.words])
     where, _ = _stage_parser().parse_known_args(args.words)
-    rank = Rank(args.logs, args.life, where.run_dir / where.stage)
+    try:
+        rank = Rank(args.logs, args.life, where.run_dir / where.stage)
+    except dist.DistError as error:
+        _say(f"rank {os.environ['SLURM_PROCID']} on {node_name()} does not reach the first rank: {error}", None)
+        return LOST
+    if torch.version.cuda and torch.cuda.device_count() and _wait(_fork(_use_gpu, None)):
+        os.environ["MASTER_PORT"] = str(rank.port + 3)
+        if not rank.nodes_are_fit(lambda words: subprocess.call([sys.executable, "-m", PREFLIGHT, *words])):
+            return LOST
+        os.execv(sys.executable, [sys.executable, "-m", args.module, *args.words])
     return rank.live(lambda: module.main(args.words))
 
 
@@ -81,9 +90,10 @@ class Rank:
         self.port = int(os.environ["MASTER_PORT"])
         self.child, self.asked = 0, 0
         self.store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], self.port + 2, self.world, self.number == 0, timedelta(seconds=AGREE_S),
+            os.environ["MASTER_ADDR"], self.port + 2, self.world, self.number == 0, timedelta(seconds=START_S),
             wait_for_workers=False,
         )  # fmt: skip
+        self.store.set_timeout(timedelta(seconds=AGREE_S))
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._pass_on)
 
@@ -93,13 +103,14 @@ class Rank:
 
     def live(self, main: Callable[[], int]) -> int:
         """-> the exit code of the last life."""
-        code = self._live(main)
-        while self._agree(code) == "again":
-            if not self._nodes_are_fit():
-                return LOST
+        code, fit = LOST, self.nodes_are_fit(preflight)
+        while fit:
             code = self._live(main)
+            if self._agree(code) == STOP:
+                break
+            fit = self.nodes_are_fit(preflight)
         self._part()
-        return code
+        return code if fit else LOST
 
     def _part(self) -> None:
         """The store ends with the first rank's process, which waits for the others."""
@@ -172,8 +183,8 @@ class Rank:
                 print(f"the ranks of life {self.life + 1} write to {self.base}-again{self.life + 1}", file=sys.stderr)
         return str(pause) if action == "again" else STOP
 
-    def _nodes_are_fit(self) -> bool:
-        """The checks of preflight.py, by the first rank of each node."""
+    def nodes_are_fit(self, check: Callable[[list[str]], int]) -> bool:
+        """`check`, which is preflight.py's main, by the first rank of each node, in a process of its own."""
         if os.environ.get("IMGLISH_PREFLIGHT") == "no":
             return True
         node, nodes = os.environ["SLURM_NODEID"], int(os.environ["SLURM_JOB_NUM_NODES"])
@@ -182,10 +193,10 @@ class Rank:
                 place = {"RANK": node, "WORLD_SIZE": str(nodes), "MASTER_PORT": str(self.port + 1)}
                 words = ["--run-dir", str(self.stage.parent)]
                 log = self.logs / f"preflight{int(node):05d}.log"
-                code = _wait(_fork(lambda: preflight(words), log, place))
+                code = _wait(_fork(lambda: check(words), log, place))
                 self.store.set(f"fit/{self.life}/{node}", str(code))
             names = [f"fit/{self.life}/{number}" for number in range(nodes)]
-            self.store.wait(names, timedelta(seconds=2 * AGREE_S))
+            self.store.wait(names, timedelta(seconds=START_S if self.life == self.first_life else 2 * AGREE_S))
             return all(said == b"0" for said in self.store.multi_get(names))
         except dist.DistError:
             return False
