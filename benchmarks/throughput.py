@@ -196,7 +196,7 @@ def store_codes(recipe: Recipe, stage: Stage, place: Path, crops: int) -> tuple[
         patterns = () if isinstance(source, TextShards) else source.shards
         for pattern in (patterns,) if isinstance(patterns, str) else patterns:
             directory = Path(fill_variables(pattern, "shards"))
-            pictures += encode_directory(directory, encoder, workers=recipe.loading.workers).pictures
+            pictures += encode_directory(directory, encoder, workers=recipe.loading.processes).pictures
     return pictures, time.perf_counter() - start
 
 

@@ -33,6 +33,7 @@ _MAX_BYTES = 2**30  # of it that are read
 MEASURED = (
     *("samples_per_s", "tokens_per_s", "real_tokens_per_s"),
     *("mfu", "mfu_real", "mfu_executed", "data_wait", "memory_gib"),
+    *("data_wait/read", "data_wait/decode", "data_wait/transfer"),
 )
 
 
@@ -43,13 +44,14 @@ class Throughput:
         self.device, self.data_ranks = torch.device(device), data_ranks
         self.peak = peak_flops(self.device)
         self._mark = time.perf_counter()
-        self._seconds = self._waited = 0.0
+        self._seconds = self._waited = self._read = self._decode = 0.0
         self._samples = self._tokens = self._real = 0
         self._flops = StepFlops()
 
-    def wait(self, seconds: float) -> None:
-        """Seconds that the step waited for its data."""
-        self._waited += seconds
+    def wait(self, seconds: float, read: float = 0.0, decode: float = 0.0) -> None:
+        """Seconds that the step waited for its data; of these, until they were read and until they were decoded. The
+        rest is the way to the device, which other ranks may share."""
+        self._waited, self._read, self._decode = self._waited + seconds, self._read + read, self._decode + decode
 
     def tick(self, *, samples: int, tokens: int, real: int, flops: StepFlops) -> None:
         """A step is done. `samples`: of the global batch; of this rank `tokens` (rows), how many of them are `real` and
@@ -64,8 +66,8 @@ class Throughput:
 
     def read(self) -> dict[str, float | None]:
         """Means since the last reading: samples_per_s, tokens_per_s (rows, padding counted) and real_tokens_per_s
-        (without it) of the whole run, the three of `mfu`, data_wait (fraction of the time), memory_gib (peak: allocated
-        on the GPU, else of the process)."""
+        (without it) of the whole run, the three of `mfu`, data_wait (fraction of the time) with its causes read, decode
+        and transfer, memory_gib (peak: allocated on the GPU, else of the process)."""
         self._add_time()
         seconds = max(self._seconds, 1e-9)
         values = {
@@ -74,6 +76,9 @@ class Throughput:
             "real_tokens_per_s": self._real * self.data_ranks / seconds,
             **self.mfu(self._flops, seconds),
             "data_wait": min(self._waited / seconds, 1.0),
+            "data_wait/read": min(self._read / seconds, 1.0),
+            "data_wait/decode": min(self._decode / seconds, 1.0),
+            "data_wait/transfer": min(max(self._waited - self._read - self._decode, 0.0) / seconds, 1.0),
             "memory_gib": _memory_gib(self.device),
         }
         self._clear()
@@ -90,7 +95,7 @@ class Throughput:
         self._seconds, self._mark = self._seconds + now - self._mark, now
 
     def _clear(self) -> None:
-        self._seconds = self._waited = 0.0
+        self._seconds = self._waited = self._read = self._decode = 0.0
         self._samples = self._tokens = self._real = 0
         self._flops = StepFlops()
 

@@ -24,6 +24,7 @@ from pretrain.report.checkpoints import checkpoints
 from pretrain.report.rows import StageRun, finite, load_run
 from pretrain.visible import visible
 
+WORTH_A_WORD = 0.05  # of the time that a run waits for its data
 RECENT = 20  # lines of metrics.jsonl whose mean rate is the present one
 
 
@@ -39,6 +40,7 @@ class Status:
     samples_per_s: float | None = None
     mfu: float | None = None
     data_wait: float | None = None
+    data_wait_for: str = ""  # its main cause, where it is worth a word
     loss: float | None = None
     saved_step: int | None = None
     saved_age_s: float | None = None
@@ -67,6 +69,7 @@ def status_of(stage: StageRun, now: float) -> Status:
         rate,
         _mean(stage, "mfu"),
         _mean(stage, "data_wait"),
+        _wait_for(stage),
         finite(stage.lines[-1].get("loss")) if stage.lines else None,
         stay[0].step if stay else None,
         max(now - newest.stat().st_mtime, 0) if newest else None,
@@ -96,6 +99,14 @@ def _mean(stage: StageRun, key: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def _wait_for(stage: StageRun) -> str:
+    if (_mean(stage, "data_wait") or 0) < WORTH_A_WORD:
+        return ""
+    shares = {cause: _mean(stage, f"data_wait/{cause}") or 0 for cause in ("read", "decode", "transfer")}
+    most = max(shares, key=lambda cause: shares[cause])
+    return most if shares[most] else ""  # a run of before has none of them
+
+
 def _eta(stage: StageRun, rate: float | None) -> float | None:
     seen = finite(stage.lines[-1].get("samples_seen")) if stage.lines else None
     if not rate or not seen or not stage.steps or not stage.step:
@@ -112,7 +123,9 @@ def lines_of(status: Status) -> list[str]:
         f"{_duration(status.eta_s)} to go" if status.eta_s is not None else "",
         f"{status.samples_per_s:,.1f} samples/s" if status.samples_per_s else "",
         f"MFU {status.mfu:.1%}" if status.mfu else "",
-        f"waits for data {status.data_wait:.0%}" if status.data_wait is not None else "",
+        f"waits for data {status.data_wait:.0%}{status.data_wait_for and f' ({status.data_wait_for})'}"
+        if status.data_wait is not None
+        else "",
         f"loss {status.loss:.4f}" if status.loss is not None else "",
     ]
     past = [

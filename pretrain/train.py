@@ -24,6 +24,7 @@ from pretrain.checkpoint.directory import Retention
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.weights import WEIGHTS, carry_over, read_weights, write_weights
 from pretrain.config import Recipe, Stage
+from pretrain.data.loader import Loader
 from pretrain.data.text_tokenizer import TOKENIZER
 from pretrain.distributed import device, fail_together, highest, rank, reduce_mean, world_size
 from pretrain.files import write_file
@@ -194,7 +195,7 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
     for step in range(start + 1, 0 if progress.ended else stage.steps + 1):
         # The first one compiles, and fills caches.
         watch.enter(f"the reading of step {step}", patient=step == start + 1)
-        if (micro_batches := next_batches(batches, meter, stop)) is None:
+        if (micro_batches := next_batches(batches, run.loader, meter, stop)) is None:
             watch.enter("the save after a signal", patient=True)
             step -= 1
             if step == 0:
@@ -238,16 +239,19 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
     return step
 
 
-def next_batches(batches: Iterator[list[Batch]], meter: Throughput, stop: StopSignals) -> list[Batch] | None:
+def next_batches(
+    batches: Iterator[list[Batch]], loader: Loader, meter: Throughput, stop: StopSignals
+) -> list[Batch] | None:
     """This rank's micro-batches of a step; None where a signal came before they did. Of several ranks each goes on to
     the step's end with the others."""
-    waited = time.perf_counter()
+    waited, read, decode = time.perf_counter(), loader.waited_read_s, loader.waited_decode_s
     try:
         with stop.at_once(world_size() == 1):
             micro_batches = next(batches)
     except Stopped:
         return None
-    meter.wait(time.perf_counter() - waited)
+    seconds = time.perf_counter() - waited
+    meter.wait(seconds, loader.waited_read_s - read, loader.waited_decode_s - decode)
     return micro_batches
 
 

@@ -29,7 +29,7 @@ def test_throughput_is_the_mean_since_the_last_reading(clock):
     meter.peak = 1e12
     for _ in range(4):
         clock.now += 0.5
-        meter.wait(0.1)
+        meter.wait(0.1, 0.02, 0.05)
         meter.tick(samples=32, tokens=100, real=70, flops=StepFlops(2.5e11, 2.25e11, 2e11))
     read = meter.read()
     assert read["samples_per_s"] == pytest.approx(64)
@@ -38,6 +38,8 @@ def test_throughput_is_the_mean_since_the_last_reading(clock):
     assert read["mfu"] == pytest.approx(0.5) and read["mfu_real"] == pytest.approx(0.45)
     assert read["mfu_executed"] == pytest.approx(0.4)
     assert read["data_wait"] == pytest.approx(0.2)
+    causes = [read[f"data_wait/{cause}"] for cause in ("read", "decode", "transfer")]
+    assert causes == pytest.approx([0.04, 0.1, 0.06])
     assert 0.01 < read["memory_gib"] < 1000
     clock.now += 30  # saving a checkpoint
     meter.skip()

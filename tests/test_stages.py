@@ -55,6 +55,9 @@ def test_every_stage_leaves_the_files_of_the_contract(run):
         "mfu_real",
         "mfu_executed",
         "data_wait",
+        "data_wait/read",
+        "data_wait/decode",
+        "data_wait/transfer",
         "memory_gib",
     ):
         assert key in line

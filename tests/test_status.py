@@ -50,6 +50,17 @@ def test_a_running_stage_shows_what_is_to_go(tmp_path, capsys):
     assert status_of(load_run(tmp_path)[0], now).state == "not running"  # the lock was given back
 
 
+def test_a_wait_for_data_is_shown_with_its_main_cause(tmp_path, capsys):
+    stage = write_stage(tmp_path / "vision", steps=10, done=1)
+    shown = {}
+    for causes in ({}, {"read": 0.05, "decode": 0.15, "transfer": 0.05}):
+        more = {f"data_wait/{cause}": share for cause, share in causes.items()}
+        (stage / "metrics.jsonl").write_text(json.dumps({"step": 1, "data_wait": 0.25} | more) + "\n")
+        assert main([str(tmp_path)]) == 0
+        shown[len(causes)] = capsys.readouterr().out
+    assert "waits for data 25%\n" in shown[0] and "waits for data 25% (decode)\n" in shown[3]
+
+
 def test_a_lock_without_a_heartbeat_is_of_a_run_that_is_gone(tmp_path):
     stage = write_stage(tmp_path / "vision", steps=100, done=40)
     (stage / "lock").write_text("process 7 on node7 since 2026-01-01, beat 3\n")

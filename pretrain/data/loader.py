@@ -1,33 +1,31 @@
 """The mixture -> this rank's micro-batches of every step, in an order independent of ranks, workers and restarts.
 
-The dataset maps (step, micro-step) to one whole Batch, so each worker makes whole micro-batches and torch's DataLoader
-returns them in order, for any number of workers. The loader's only state is the step.
+A worker makes whole micro-batches, each from its (step, micro-step) alone, and pool.py returns them in order, for any
+number of workers. The loader's only state is the step.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import multiprocessing.queues
 import os
 import re
-import signal
-import sys
-import threading
-from collections.abc import Callable, Generator, Iterator
+import time
+from collections.abc import Generator, Iterator
 from contextlib import closing
-from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
 
 from pretrain.batch import Batch
 from pretrain.data.codes import Coding, StoredCodes, check_coding, plain
-from pretrain.data.micro_batches import Failure, Feed, MicroBatches, Replaced, Share
+from pretrain.data.micro_batches import Failure, Feed, Made, MicroBatches, Share
 from pretrain.data.mixture import KINDS, Mixture, View, check_mixture, layout_of
 from pretrain.data.order import Order
+from pretrain.data.pinning import pinned
+from pretrain.data.pool import Item, Pool
 from pretrain.data.shards.reader import ShardReader, load_manifest
 from pretrain.files import Lines
 
@@ -37,19 +35,6 @@ log = logging.getLogger(__name__)
 LOGGED = 10
 # Of a row besides its pixels: ids and targets of 8 bytes, masks, random numbers.
 ROW_BYTES = 24
-
-
-class _Steps(Sampler):
-    """(step, micro-step) of steps start + 1 to stop, in order, generated lazily."""
-
-    def __init__(self, start: int, stop: int, accumulation: int):
-        self.steps, self.accumulation = range(start + 1, stop + 1), accumulation
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((step, micro) for step in self.steps for micro in range(self.accumulation))
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.accumulation
 
 
 class Loader:
@@ -74,17 +59,18 @@ class Loader:
         self.quarantine = Path(quarantine) if quarantine else None
         self._trace_file: Lines | None = None
         self.replaced = 0  # samples of this rank, so far
+        # Seconds so far in which `batches` waited for the making of a batch: until its bytes were read, and the rest.
+        self.waited_read_s = self.waited_decode_s = 0.0
         self.layout = layout_of(mixture, view, ranks * mixture.accumulation)
         self.feeds = [_feed(kind, mixture, view, self.layout.patches) for kind in KINDS if kind in mixture.mix]
         share = Share(rank, ranks, mixture.accumulation)
-        self._dataset = MicroBatches(self.feeds, self.layout, view, share, mixture.seed)
+        self._work = MicroBatches(self.feeds, self.layout, view, share, mixture.seed)
 
     @property
     def bytes_ahead(self) -> int:
-        """Of the shared memory that the micro-batches fill which the workers have made ahead."""
-        pictures, size = self.layout.images + self.layout.pairs, self._dataset.view.transform
-        micro = pictures * 3 * (size.size**2 if size else 0) + ROW_BYTES * self.layout.rows
-        return self.loading.workers * self.loading.prefetch * micro
+        """Of the memory that the micro-batches fill which the workers have made ahead."""
+        micro = int(np.prod(self._work.pictures)) + ROW_BYTES * self.layout.rows
+        return self.loading.processes * self.loading.prefetch * micro
 
     @property
     def samples(self) -> dict[str, int]:
@@ -104,47 +90,54 @@ class Loader:
     def batches(self, start: int, stop: int) -> Generator[list[Batch], None, None]:
         """This rank's micro-batches of the steps start + 1 to stop, a list per step. Raises a worker's errors:
         ShardError for an unreadable shard, ValueError, OSError."""
-        workers = self.loading.workers
-        loader = DataLoader(
-            self._dataset,
-            sampler=_Steps(start, stop, self.accumulation),
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=self.loading.prefetch if workers else None,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_start_worker,
-            # A generator of its own: otherwise torch draws the workers' seed from the global one, and a resumed run
-            # would get other random numbers than an uninterrupted one.
-            generator=torch.Generator(),
-        )
         trace = self._trace_file = self._open_trace(start)
-        items = iter(loader)
         try:
-            for step in range(start + 1, stop + 1):
-                micro_batches = [self._accept(step, next(items)) for _ in range(self.accumulation)]
-                if trace is not None:
-                    keys = [key for batch in micro_batches for key in batch.keys]
-                    trace.write(_json_line({"step": step, "keys": keys}))
-                yield micro_batches
-        except BaseException:
-            for worker in getattr(items, "_workers", ()):
-                worker.terminate()  # torch would wait 5 s for each that hangs in its reading
-            raise
+            with closing(self._results(start, stop)) as results:
+                for step in range(start + 1, stop + 1):
+                    micro_batches = [self._accept(step, self._next(results)) for _ in range(self.accumulation)]
+                    if trace is not None:
+                        keys = [key for batch in micro_batches for key in batch.keys]
+                        trace.write(_json_line({"step": step, "keys": keys}))
+                    yield micro_batches
         finally:
-            del items  # ends the workers
             if trace is not None:
                 self._trace_file = None
                 trace.close()
+
+    def _results(self, start: int, stop: int) -> Generator[Made | Failure, None, None]:
+        """What the workers make of each micro-step, or this process where there are none."""
+        items: Iterator[Item] = (
+            (step, micro) for step in range(start + 1, stop + 1) for micro in range(self.accumulation)
+        )
+        if not self.loading.processes:
+            for item in items:
+                yield self._work.make(item, np.empty(self._work.pictures, np.uint8))
+            return
+        with Pool(self._work, self.loading.processes, self.loading.prefetch) as pool:
+            if torch.cuda.is_available():
+                yield from pinned(pool, items)
+            else:
+                yield from pool.results(items)
+
+    def _next(self, results: Iterator[Made | Failure]) -> Made | Failure:
+        """The next result; the wait for it is split as the time was that its making took."""
+        start = time.monotonic()
+        made = next(results)
+        if isinstance(made, Made):
+            waited, whole = max(made.done - start, 0.0), max(made.read_s + made.decode_s, 1e-9)
+            self.waited_read_s += waited * made.read_s / whole
+            self.waited_decode_s += waited * made.decode_s / whole
+        return made
 
     def sync(self) -> None:
         """The trace, as far as it is written, survives the loss of the node."""
         if self._trace_file is not None:
             self._trace_file.sync()
 
-    def _accept(self, step: int, item: tuple[Batch, list[Replaced]] | Failure) -> Batch:
-        if isinstance(item, Failure):
-            raise item.error from None
-        batch, replaced = item
+    def _accept(self, step: int, made: Made | Failure) -> Batch:
+        if isinstance(made, Failure):
+            raise made.error from None
+        replaced = made.replaced
         for bad in replaced:
             self.replaced += 1
             if self.replaced <= LOGGED:
@@ -155,7 +148,7 @@ class Loader:
             with closing(Lines(self.quarantine)) as file:  # which the ranks share
                 for bad in replaced:
                     file.write(_json_line({"step": step, "rank": self.rank, **bad._asdict()}))
-        return batch
+        return made.batch
 
     def _open_trace(self, start: int) -> Lines | None:
         if self.trace is None:
@@ -236,36 +229,3 @@ def _cut_trace(path: Path, start: int) -> int:
             size, last = size + len(line), int(step[1])
         file.truncate(size)
     return last
-
-
-def _start_worker(worker: int) -> None:
-    """Makes workers ignore the signals that ask a job to save and stop, because schedulers send them to every process:
-    the main process still needs the batches of its current step, and stops its workers itself."""
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    # By itself the queue would show a traceback and drop the batch, for which the main process waits for ever.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_cannot_hand_over)  # type: ignore[attr-defined]
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    parent = os.getppid()
-
-    def wait_for_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait_for_parent, daemon=True).start()
-    sys.excepthook = partial(_tell, sys.excepthook)
-
-
-def _cannot_hand_over(error: Exception, batch: object) -> NoReturn:
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    line = f"a data worker ends, as it cannot hand over its batch: {reason} (is /dev/shm full?)\n"
-    os.write(2, line.encode(errors="replace"))
-    os._exit(1)
-
-
-def _tell(tell: Callable[..., object], kind: type[BaseException], *rest: Any) -> None:
-    """For a worker's sys.excepthook. What its own code raises the main process tells; what comes here is of the thread
-    that hands batches over, whose connection ends when the main process is killed meanwhile, or has an error itself."""
-    if not issubclass(kind, (EOFError, ConnectionError)):
-        tell(kind, *rest)

@@ -1,16 +1,17 @@
-"""The loader's map-style dataset: (step, micro-step) -> one whole Batch of this rank. Runs in the workers."""
+"""What the loader's workers do: (step, micro-step) -> one whole Batch of this rank."""
 
 from __future__ import annotations
 
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from pretrain.batch import Batch, Layout, make_batch
 from pretrain.contracts import Source
+from pretrain.data import pulse
 from pretrain.data.codes import StoredCodes, look_rng
 from pretrain.data.masking import mask_image, mask_text
 from pretrain.data.mixture import KINDS, View
@@ -71,27 +72,60 @@ class Feed(NamedTuple):
     codes: StoredCodes | None = None  # the pictures' codes; None: the visual tokenizer makes them in training
 
 
-class MicroBatches(Dataset):
-    """(step, micro-step) -> (Batch, its replaced samples), or a Failure."""
+class Made(NamedTuple):
+    """One micro-batch, and how long it took."""
+
+    batch: Batch
+    replaced: list[Replaced]
+    read_s: float
+    decode_s: float  # all the rest: decoding, transforms, tokens, masks
+    done: float  # when, by the monotonic clock, which processes share
+
+
+class MicroBatches:
+    """(step, micro-step) -> Made, or a Failure. It may be forked or pickled, and runs in one thread."""
 
     def __init__(self, feeds: list[Feed], layout: Layout, view: View, share: Share, seed: int):
         self.feeds, self.layout, self.view, self.share, self.seed = feeds, layout, view, share, seed
+        self._read_s = 0.0
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Batch, list[Replaced]] | Failure:
+    @property
+    def pictures(self) -> tuple[int, ...]:
+        """The shape of a micro-batch's pictures, uint8."""
+        size = self.view.transform.size if self.view.transform else 1
+        return self.layout.images + self.layout.pairs, 3, size, size
+
+    def make(self, item: tuple[int, int], pictures: np.ndarray) -> Made | Failure:
+        """`pictures`: empty memory, which becomes the batch's `images`."""
+        start, self._read_s = time.monotonic(), 0.0
         try:
             replaced: list[Replaced] = []
-            samples = {feed.kind: self._samples(feed, *item, replaced) for feed in self.feeds}
-            return self._stack(samples), replaced
+            samples = {feed.kind: self._samples(feed, *item, replaced, pictures) for feed in self.feeds}
+            batch = self._stack(samples, pictures)
         except (ShardError, ValueError, OSError) as error:
-            # torch would wrap the error and its traceback into one long message.
             return Failure(error)
+        done = time.monotonic()
+        return Made(batch, replaced, self._read_s, done - start - self._read_s, done)
 
-    def _samples(self, feed: Feed, step: int, micro: int, replaced: list[Replaced]) -> list[_Sample]:
+    def _samples(
+        self, feed: Feed, step: int, micro: int, replaced: list[Replaced], pictures: np.ndarray
+    ) -> list[_Sample]:
         rank, ranks, accumulation = self.share
         size = feed.total // (ranks * accumulation)
         first = (rank * accumulation + micro) * size
         rows = feed.order.rows(step, feed.total)[first : first + size]
-        return [self._sample(feed, SampleRef(*row), replaced) for row in rows.tolist()]
+        place = {"dual": self.layout.images - self.layout.dual, "pairs": self.layout.images}.get(feed.kind, 0)
+        samples = []
+        for number, row in enumerate(rows.tolist(), place):
+            pulse.beat()
+            sample = self._sample(feed, SampleRef(*row), replaced)
+            image = sample.raw.image
+            # Others, such as a source's own floats, are stacked later.
+            if image is not None and image.dtype == np.uint8 and image.shape == pictures.shape[1:]:
+                pictures[number] = image
+                sample = sample._replace(raw=sample.raw._replace(image=pictures[number]))
+            samples.append(sample)
+        return samples
 
     def _sample(self, feed: Feed, ref: SampleRef, replaced: list[Replaced]) -> _Sample:
         """The sample, or the replacement that Order.replacement chooses."""
@@ -102,7 +136,7 @@ class MicroBatches(Dataset):
             # Seeded by the requested sample, so that its replacement, if also read on its own, has another crop.
             rng = sample_rng(self.seed, ref.epoch, feed.order.number(ref), feed.stream)
             try:
-                members = feed.reader.read(stand_in.shard, stand_in.sample, feed.source.wanted)
+                members = self._read(feed, stand_in)
                 look, number = rng, 0
                 if crops := getattr(feed.source, "crops", 0):
                     # Seeded by the sample that is read: its stored codes belong to its own looks.
@@ -131,6 +165,13 @@ class MicroBatches(Dataset):
             "run python -m data_tools.verify on its shards"
         )
 
+    def _read(self, feed: Feed, ref: SampleRef) -> dict[str, bytes]:
+        start = time.monotonic()
+        try:
+            return feed.reader.read(ref.shard, ref.sample, feed.source.wanted)
+        finally:
+            self._read_s += time.monotonic() - start
+
     def _mask(self, kind: str, key: str, raw: Raw, codes: np.ndarray | None, rng: np.random.Generator) -> _Sample:
         view, image_mask, inputs, masked = self.view, None, None, None
         image_ratio, text_ratio = view.masking.ratios(kind) if view.masking else (0.0, 0.0)
@@ -144,14 +185,15 @@ class MicroBatches(Dataset):
         draws = rng.random((2 if kind == "dual" else 1, sum(view.draws.values())), dtype=np.float32)
         return _Sample(key, raw, image_mask, codes, inputs, masked, draws)
 
-    def _stack(self, samples: dict[str, list[_Sample]]) -> Batch:
+    def _stack(self, samples: dict[str, list[_Sample]], pixels: np.ndarray) -> Batch:
         everything = [sample for kind in KINDS for sample in samples.get(kind, [])]
         images, pairs, dual, texts = (samples.get(kind, []) for kind in ("images", "pairs", "dual", "texts"))
-        pictures, words = images + dual + pairs, dual + texts
-        size, layout = self.view.transform.size if self.view.transform else 1, self.layout
+        pictures, words, layout = images + dual + pairs, dual + texts, self.layout
+        shown = [sample.raw.image for sample in pictures]
+        in_place = all(image is not None and np.may_share_memory(image, pixels) for image in shown)
         return make_batch(
             layout,
-            images=_tensor([sample.raw.image for sample in pictures], np.uint8, 3, size, size),
+            images=torch.from_numpy(pixels) if in_place else _tensor(shown, np.uint8, *pixels.shape[1:]),
             image_masks=_tensor([sample.image_mask for sample in pictures], np.bool_, layout.patches),
             pair_tokens=_tensor([sample.raw.ids for sample in pairs], np.int64, layout.pair_len),
             pair_inputs=_tensor([sample.inputs for sample in pairs], np.int64, layout.pair_len),

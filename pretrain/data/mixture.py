@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -15,12 +16,16 @@ from pretrain.data.transforms import ImageTransform
 KINDS = ("images", "pairs", "dual", "texts")
 
 
+# More workers per rank only where a recipe says so: each holds `prefetch` micro-batches.
+MOST_WORKERS = 16
+
+
 @dataclass(frozen=True)
 class Loading:
     """How samples are fetched. Only `streams`, `block_shards` (the order) and `skip_bad_shards` change what a step
     sees."""
 
-    workers: int = 2
+    workers: int | None = None  # None: a worker for each CPU of this rank but one; 0: the run's own process loads
     streams: int = 64
     block_shards: int = 8
     cache_dir: str | None = None
@@ -30,10 +35,31 @@ class Loading:
 
     def __post_init__(self) -> None:
         for name, least in {"workers": 0, "streams": 1, "block_shards": 1, "prefetch": 1}.items():
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise ValueError(
                     f"loading.{name}={getattr(self, name)} is wrong because it is below {least}; use {least}"
                 )
+
+    @property
+    def processes(self) -> int:
+        """How many workers there are."""
+        return min(max(cpus_of_rank() - 1, 1), MOST_WORKERS) if self.workers is None else self.workers
+
+
+def cpus_of_rank() -> int:
+    """The CPUs that this rank may use. Ranks that are no SLURM tasks of their own, as under torchrun, share those of
+    their node or task."""
+    cpus, here = len(os.sched_getaffinity(0)), _number("LOCAL_WORLD_SIZE", 1)
+    tasks, ranks = _number("SLURM_NTASKS", 1), _number("WORLD_SIZE", 1)
+    if given := _number("SLURM_CPUS_PER_TASK", 0):
+        return max(min(given, cpus) if tasks == ranks else min(given, cpus) // here, 1)
+    return max(cpus // here, 1)
+
+
+def _number(name: str, default: int) -> int:
+    """Of the environment; what is no number there is somebody else's to complain about."""
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() and int(text) else default
 
 
 @dataclass(frozen=True)

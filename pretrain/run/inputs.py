@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,16 +19,20 @@ from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.parallel.mesh import Place
 from pretrain.settings import fill_variables
 
-SHARED_MEMORY = Path("/dev/shm")
+log = logging.getLogger("pretrain")
+
+MEMORY, OWN_GROUP, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def build_loader(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Place) -> Loader:
     """The stage's training batches for the rank at `place`. The first of the ranks that see the same batch writes the
-    traces into `stage_dir`. Raises ValueError for data that cannot be read, and where this node has too little shared
-    memory for it."""
+    traces into `stage_dir`. Raises ValueError for data that cannot be read, and where this node has too little memory
+    for it."""
     loader = open_data(recipe, stage, stage_dir, place)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of the launcher
-    check_shared_memory(loader, max(here // (stage.parallel.tensor * stage.parallel.sequence), 1))
+    if recipe.loading.workers is None:
+        log.info("data workers: %d, a CPU each (loading.workers)", recipe.loading.processes)
+    check_memory(loader, max(here // (stage.parallel.tensor * stage.parallel.sequence), 1))
     return loader
 
 
@@ -49,19 +55,30 @@ def open_data(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Place
     )
 
 
-def check_shared_memory(loader: Loader, loaders: int) -> None:
-    """Raises ValueError where the batches that `loaders` ranks of this node make ahead do not fit into shared memory:
-    a worker that finds it full dies, or its batch never comes."""
+def check_memory(loader: Loader, loaders: int) -> None:
+    """Raises ValueError where the batches that `loaders` ranks of this node make ahead do not fit into its memory: the
+    kernel would kill one worker after another."""
     need = loader.bytes_ahead * loaders
-    if not need or not SHARED_MEMORY.is_dir():
-        return
-    about = os.statvfs(SHARED_MEMORY)
-    if (free := about.f_bavail * about.f_frsize) < need:
+    if need > (free := free_memory()):
         raise ValueError(
-            f"{SHARED_MEMORY} has {free >> 20} MiB free, but {loader.loading.workers} loading.workers * "
-            f"{loader.loading.prefetch} loading.prefetch micro-batches of {loaders} ranks on this node need "
-            f"{-(-need >> 20)} MiB; enlarge it (docker run --shm-size) or lower loading.prefetch or loading.workers"
+            f"this node has {free >> 20} MiB of free memory, but {loader.loading.processes} loading.workers * "
+            f"{loader.loading.prefetch} loading.prefetch micro-batches of {loaders} ranks need {-(-need >> 20)} MiB; "
+            "lower loading.prefetch or loading.workers"
         )
+
+
+def free_memory() -> int:
+    """Bytes that this node can give, and that the process's control group may have; 2**63 where nothing says so."""
+    free = 2**63
+    with suppress(OSError, StopIteration):
+        line = next(line for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable:"))
+        free = int(line.split()[1]) * 1024
+    with suppress(OSError, StopIteration):
+        place = next(line for line in OWN_GROUP.read_text().splitlines() if line.startswith("0::"))[3:].strip("/")
+        for group in (GROUPS / place, *(GROUPS / place).parents):
+            with suppress(OSError, ValueError):  # "max"
+                free = min(free, int((group / "memory.max").read_text()))
+    return free
 
 
 def evaluation_loader(

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import gc
-import io
 import json
 import multiprocessing
 import os
 import signal
-import socket
-import sys
 import time
 from collections import Counter
-from multiprocessing.resource_sharer import DupFd
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +16,13 @@ import pytest
 import torch
 
 from pretrain.batch import BOS, EOS, PAD, Batch
-from pretrain.data.loader import _start_worker, shard_names
+from pretrain.data import sources
+from pretrain.data.loader import shard_names
 from pretrain.data.masking import Masking
+from pretrain.data.shards.reader import ShardReader
 from pretrain.data.sources import window_ids
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform, sample_rng
-from tests.distributed import run_ranks
 from tests.toys import COUNTS, SIZE, encoded, full_beyond, index_source, picture
 
 PARTS = {
@@ -287,16 +284,14 @@ def test_shards_with_the_same_name_get_different_keys() -> None:
     assert len(set(shard_names(["00000.tar", "00001.tar", "00000.tar"]))) == 3
 
 
-def broken_hand_over() -> str:
-    """What a worker says when the main process ends in the middle of taking a batch from it."""
-    sys.stderr = io.StringIO()
-    _start_worker(0)
-    batch = DupFd(1)
-    with socket.socket(socket.AF_UNIX) as main:
-        main.connect(batch._id[0])
-    os.close(batch.detach())  # served after the one before
-    return sys.stderr.getvalue()
-
-
-def test_a_worker_whose_main_process_is_killed_leaves_no_traceback() -> None:
-    assert run_ranks(broken_hand_over, 1) == [""]
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("slow", ["read", "decode"])
+def test_a_wait_for_data_names_its_cause(build, mix: dict, monkeypatch, workers: int, slow: str) -> None:
+    where, name = (ShardReader, "read") if slow == "read" else (sources, "window_ids")
+    fast = getattr(where, name)
+    loader = build(mix={"texts": mix["texts"]}, counts={"texts": 4}, transform=None, loading={"workers": workers})
+    monkeypatch.setattr(where, name, lambda *a: time.sleep(0.05) or fast(*a))
+    list(loader.batches(0, 3))
+    waited = {"read": loader.waited_read_s, "decode": loader.waited_decode_s}
+    assert waited.pop(slow) > 0.3 and waited.popitem()[1] > 0
+    assert getattr(loader, f"waited_{slow}_s") > 0.5 * (loader.waited_read_s + loader.waited_decode_s)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
+from pretrain.data.mixture import MOST_WORKERS, Loading
 from pretrain.parallel.mesh import Place
 from pretrain.recipes import find_recipe
+from pretrain.run import inputs
 from pretrain.run.inputs import build_loader
 from tests.toys import image_sample, write_source
 
@@ -26,20 +27,63 @@ def images(tmp_path, monkeypatch):
 
 # 64 pictures of 3 * 64 * 64 bytes and 17 rows of 24 bytes, 2 * 4 times: 6.2 MiB.
 @pytest.mark.parametrize(("free", "here", "fits"), [(7, "1", True), (6, "1", False), (7, "2", False), (13, "2", True)])
-def test_shared_memory_that_is_too_small_is_named_with_the_numbers(images, monkeypatch, free, here, fits):
+@pytest.mark.parametrize("limit", ["node", "group"])
+def test_memory_that_is_too_small_is_named_with_the_numbers(images, monkeypatch, tmp_path, limit, free, here, fits):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=free * 256, f_frsize=4096))
+    small, large = f"{free * 1024}", f"{2**30}"
+    node, group = (small, large) if limit == "node" else (large, small)
+    (tmp_path / "job" / "step").mkdir(parents=True)
+    (tmp_path / "job" / "memory.max").write_text(f"{int(group) * 1024}\n")
+    (tmp_path / "job" / "step" / "memory.max").write_text("max\n")
+    (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable:   {node} kB\n")
+    (tmp_path / "group").write_text("0::/job/step\n")
+    for name, path in (("MEMORY", "meminfo"), ("OWN_GROUP", "group"), ("GROUPS", "")):
+        monkeypatch.setattr(inputs, name, tmp_path / path)
     if fits:
         build_loader(*images, None, ALONE)
         return
     need = 7 * int(here) - (here == "2")
-    with pytest.raises(
-        ValueError, match=f"has {free} MiB free, but 2 loading.workers \\* 4 .* need {need} MiB; .*--shm-size"
-    ):
+    says = f"has {free} MiB of free memory, but 2 loading.workers \\* 4 .* need {need} MiB; lower loading.prefetch"
+    with pytest.raises(ValueError, match=says):
         build_loader(*images, None, ALONE)
 
 
 def test_no_worker_needs_none(images, monkeypatch):
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=0, f_frsize=4096))
+    monkeypatch.setattr(inputs, "free_memory", lambda: 0)
     recipe, stage = images
     build_loader(replace(recipe, loading=replace(recipe.loading, workers=0)), stage, None, ALONE)
+
+
+def test_a_system_that_tells_nothing_is_trusted(monkeypatch, tmp_path):
+    for name in ("MEMORY", "OWN_GROUP", "GROUPS"):
+        monkeypatch.setattr(inputs, name, tmp_path / "none")
+    assert inputs.free_memory() == 2**63
+
+
+@pytest.mark.parametrize(
+    ("environment", "workers"),
+    [
+        ({}, 11),
+        ({"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4"}, 2),  # torchrun
+        ({"SLURM_CPUS_PER_TASK": "6", "SLURM_NTASKS": "8", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "2"}, 5),  # srun
+        ({"SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "2", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}, 1),  # both
+        ({"SLURM_CPUS_PER_TASK": "64"}, 11),  # not bound to what it got
+        ({"LOCAL_WORLD_SIZE": "16", "WORLD_SIZE": "16"}, 1),
+        ({"SLURM_CPUS_PER_TASK": "many", "LOCAL_WORLD_SIZE": "0"}, 11),
+    ],
+)
+def test_a_rank_has_a_worker_for_each_of_its_cpus_but_one(monkeypatch, environment, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_NTASKS", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert Loading().processes == workers
+    assert Loading(workers=0).processes == 0 and Loading(workers=3).processes == 3
+
+
+def test_a_node_full_of_cpus_is_not_one_of_workers(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(128)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    assert Loading().processes == MOST_WORKERS

@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from pretrain.data.pulse import beat
 from pretrain.data.shards.transfer import Refusal, ShardError, chunks, is_remote, redact
 from pretrain.files import WRITING, beside, move
 
@@ -33,6 +34,7 @@ ATTEMPTS, PAUSE_S = 4, 1.0
 MOST_BYTES = GIB
 # Evicting a file that was read this recently means that the cache is smaller than the set of shards in use.
 _RECENT_S = 60.0
+_LOCK_S = 0.1  # between two attempts at a lock
 _GROWING = (WRITING, ".tmp")  # .tmp: of an earlier version
 _FAILED = ".failed"  # holds the message of the last failed download
 
@@ -152,7 +154,9 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
     while True:
         file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")  # noqa: SIM115, closed below
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            while not _lock(file):  # another process downloads it, perhaps for minutes
+                beat()
+                time.sleep(_LOCK_S)
             try:
                 current = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
             except FileNotFoundError:
@@ -162,6 +166,14 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
                 return
         finally:
             file.close()
+
+
+def _lock(file: BinaryIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _failure_since(start: float, failed: Path) -> str:
@@ -176,9 +188,7 @@ def _failure_since(start: float, failed: Path) -> str:
 def _remove_orphan(path: str) -> bool:
     """Removes a temporary file that no process has locked, because its owner is dead. -> whether it did."""
     with open(path, "r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _lock(file):
             return False
         Path(path).unlink(missing_ok=True)
         return True
@@ -211,4 +221,5 @@ def _copy(url: str, file: BinaryIO, size: int | None, most: int | None = None) -
             if attempt == ATTEMPTS - 1 or isinstance(error, Refusal):
                 raise
             log.warning("attempt %d of %d failed: %s", attempt + 1, ATTEMPTS, error)
+            beat()
             time.sleep(PAUSE_S * 4**attempt)

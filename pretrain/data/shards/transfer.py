@@ -17,6 +17,8 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
+from pretrain.data.pulse import beat
+
 _CHUNK = 2**20
 # A transfer that brings less than RATE over STALL_S has stalled. Time in which we do not read does not count.
 STALL_S, RATE = 60.0, 64 * 2**10  # seconds, bytes per second
@@ -97,6 +99,7 @@ def _read(fd: int, url: str) -> Iterator[bytes]:
     poll.register(fd, select.POLLIN)
     waited, got = 0.0, 0  # since the transfer was last known to go on
     while True:
+        beat()
         start = time.monotonic()
         ready = poll.poll(1000 * _TICK_S)
         waited += min(time.monotonic() - start, _TICK_S)
@@ -165,10 +168,14 @@ def _command(url: str) -> list[str] | None:
 
 def _check_end(process: subprocess.Popen, program: str, url: str) -> None:
     """Raises ShardError unless the tool ends well."""
-    try:
-        code = process.wait(STALL_S)
-    except subprocess.TimeoutExpired:
-        raise _failure(url, f"{program} does not end", "check its server and the network") from None
+    code, end = None, time.monotonic() + STALL_S
+    while code is None:
+        beat()
+        try:
+            code = process.wait(_TICK_S)
+        except subprocess.TimeoutExpired:
+            if time.monotonic() > end:
+                raise _failure(url, f"{program} does not end", "check its server and the network") from None
     if code in (0, _CLOSED_EARLY):
         return
     if program != "curl":

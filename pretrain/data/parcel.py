@@ -1,0 +1,78 @@
+"""What a data worker makes, in a file in memory: the main process maps it and copies nothing.
+
+In front stand the pictures, which the worker writes in place, then all other arrays, then a pickle that says what they
+are. The file has no name and no place in /dev/shm: it goes with its last mapping, also when a process is killed.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import pickle
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_ALIGNED = 64  # bytes
+
+
+class Parcel:
+    """A worker's side: `array` is there to be filled, `close_with` adds the rest."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        """`shape`: of `array`, which is uint8."""
+        self._size = int(np.prod(shape))
+        self.fd = os.memfd_create("batch")
+        os.ftruncate(self.fd, self._size)
+        # All pages at once: a page fault for each would cost more than the copy that is saved.
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        self._memory = mmap.mmap(self.fd, self._size, flags) if self._size else b""
+        self.array = np.frombuffer(self._memory, np.uint8).reshape(shape) if self._size else np.zeros(shape, np.uint8)
+
+    def close_with(self, value: Any) -> tuple[int, int]:
+        """Adds `value`, of which tensors and arrays may lie in `array`; (where the pickle begins, the file's size).
+        Raises what pickle does for a value that cannot be sent."""
+        parts: list[pickle.PickleBuffer] = []
+        pickled = io.BytesIO()
+        _Pickler(pickled, protocol=5, buffer_callback=parts.append).dump(value)
+        places = [self._place(part.raw()) for part in parts]
+        start = self._append(pickle.dumps((pickled.getvalue(), places)))
+        return start, self._size
+
+    def _place(self, part: memoryview) -> tuple[int, int]:
+        """(place in the file, bytes) of an array, which is written unless it is there already."""
+        first = self.array.__array_interface__["data"][0]
+        offset = np.frombuffer(part, np.uint8).__array_interface__["data"][0] - first if part.nbytes else 0
+        if part.nbytes and offset >= 0 and offset + part.nbytes <= self.array.nbytes:
+            return offset, part.nbytes
+        return self._append(part), part.nbytes
+
+    def _append(self, data: bytes | memoryview) -> int:
+        start = -(-self._size // _ALIGNED) * _ALIGNED
+        done, whole = 0, memoryview(data)
+        while done < len(whole):
+            done += os.pwrite(self.fd, whole[done:], start + done)
+        self._size = start + len(whole)
+        return start
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors go as arrays, whose bytes stay out of the pickle."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.device.type != "cpu" or not value.is_contiguous():
+            return NotImplemented
+        try:
+            return torch.from_numpy, (value.numpy(),)
+        except (TypeError, RuntimeError):  # a type that numpy lacks, such as bfloat16; a tensor that has a gradient
+            return NotImplemented
+
+
+def open_parcel(fd: int, start: int, size: int) -> Any:
+    """The value of a parcel of one of our own workers; its tensors are views of the file. `fd` stays open."""
+    memory = memoryview(mmap.mmap(fd, size))
+    pickled, places = pickle.loads(memory[start:size])
+    return pickle.loads(pickled, buffers=[memory[place : place + length] for place, length in places])

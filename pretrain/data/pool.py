@@ -1,0 +1,292 @@
+"""Processes that make batches ahead, in the order of their items. One that dies or hangs is replaced, and what it had
+to do is made again: an item alone decides its batch, so nobody sees a difference but the log.
+
+torch's DataLoader ends the run in both cases: its handler of SIGCHLD raises in whatever the main thread does, and it
+waits for ever for a worker that hangs. It also copies each batch into shared memory, where here it is made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import multiprocessing
+import os
+import select
+import signal
+import socket
+import struct
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from pretrain.data import pulse
+from pretrain.data.parcel import Parcel, open_parcel
+
+log = logging.getLogger(__name__)
+
+# A worker without a sign of life for so long hangs: beats come with every sample and each second of a transfer. One
+# that has not begun yet imports its modules, perhaps from a slow file system.
+HANG_S, START_S = 20.0, 300.0
+TICK_S = 0.25
+# Time in which the main process does something else, or is suspended, counts so much at most.
+_MOST_S = 1.0
+# So many workers may die in a row at one item before the run ends.
+MOST_DEATHS = 3
+# As many items as a socket holds with room to spare: the main process must never wait to hand one over.
+_MOST_AHEAD = 128
+_ITEM, _PARCEL = struct.Struct("<qq"), struct.Struct("<qq")
+Item = tuple[int, int]  # step, micro-step
+
+
+class Work(Protocol):
+    """What the workers do. It may be forked or pickled."""
+
+    @property
+    def pictures(self) -> tuple[int, ...]:
+        """The shape of an item's pictures, uint8."""
+
+    def make(self, item: Item, pictures: np.ndarray) -> Any:
+        """The item's result, which can be pickled; `pictures`, empty memory, may be a part of it."""
+
+
+class WorkerDied(RuntimeError):
+    """Workers that are killed again and again."""
+
+
+class _Bug(NamedTuple):
+    """An exception that nobody foresaw, with its traceback."""
+
+    text: str
+
+
+class Pool:
+    """`workers` processes that do `work`, each of which is up to `ahead` items ahead. Use it as a context."""
+
+    def __init__(self, work: Work, workers: int, ahead: int):
+        assert workers >= 1 and ahead >= 1, (workers, ahead)
+        self._work, self._ahead = work, min(ahead, _MOST_AHEAD)
+        self._context = multiprocessing.get_context()
+        self._pulses = self._context.RawArray(ctypes.c_uint64, workers)
+        self._clock, self._looked = 0.0, time.monotonic()
+        self._closing = threading.Event()
+        self._deaths: tuple[Item | None, int] = None, 0  # the item at which workers died, how many
+        self._workers = [_Worker(self, number) for number in range(workers)]
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.kill()
+
+    def stop(self) -> None:
+        """For another thread: `results` ends soon, whatever it waits for."""
+        self._closing.set()
+
+    def results(self, items: Iterator[Item]) -> Iterator[Any]:
+        """The result of each item, in their order. Raises WorkerDied, and RuntimeError with the traceback of a bug in
+        a worker."""
+        turns, waiting = cycle(self._workers), deque[_Worker]()
+
+        def give(some: Iterator[Item]) -> None:
+            for item in some:
+                worker = next(turns)
+                worker.give(item)
+                waiting.append(worker)
+
+        give(islice(items, len(self._workers) * self._ahead))
+        while waiting and not self._closing.is_set():
+            result = self._take(waiting.popleft())
+            if self._closing.is_set():
+                return
+            give(islice(items, 1))
+            yield result
+
+    def _take(self, worker: _Worker) -> Any:
+        """The result of the worker's first item; None if the pool closes meanwhile."""
+        while not self._closing.is_set():
+            self._look()
+            if not worker.ready(TICK_S):
+                continue
+            result, came = worker.receive()
+            if came:
+                item = worker.items.popleft()
+                if isinstance(result, _Bug):
+                    raise RuntimeError(f"a bug in a data worker, at step {item[0]}:\n{result.text}")
+                return result
+            self._note_death(worker)
+            worker.replace()
+
+    def _note_death(self, worker: _Worker) -> None:
+        worker.process.join(1)
+        item, (last, deaths) = worker.items[0], self._deaths
+        self._deaths = item, deaths + 1 if item == last else 1
+        # As torch words it, so that one place explains both.
+        how = f"DataLoader worker (pid {worker.process.pid}) {_end(worker.process.exitcode)}"
+        if self._deaths[1] >= MOST_DEATHS:
+            raise WorkerDied(f"{how}, {MOST_DEATHS} times in a row at step {item[0]}")
+        log.warning("%s; another one makes its batches again, from step %d on", how, item[0])
+
+    def _look(self) -> None:
+        """Replaces the workers that hang."""
+        now = time.monotonic()
+        self._clock += min(now - self._looked, _MOST_S)
+        self._looked = now
+        for worker in self._workers:
+            if not worker.hangs(self._clock):
+                continue
+            log.warning(
+                "data worker (pid %s) hangs: no sign of life for %.0f s; another one makes its batches again",
+                worker.process.pid,
+                HANG_S,
+            )
+            worker.replace()
+
+
+class _Worker:
+    """The main process's side of one worker."""
+
+    def __init__(self, pool: Pool, number: int):
+        self._pool, self._number = pool, number
+        self.items = deque[Item]()  # given, and not received yet
+        self._start()
+
+    def _start(self) -> None:
+        pool, number = self._pool, self._number
+        pool._pulses[number] = 0
+        self._pulse, self._since = 0, pool._clock
+        self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        arguments = (pool._work, theirs, pool._pulses, number, os.getpid())
+        self.process = pool._context.Process(target=_run, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def give(self, item: Item) -> None:
+        self.items.append(item)
+        self._send(item)
+
+    def _send(self, item: Item) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # it died, which the next receiving sees
+            self.connection.send(_ITEM.pack(*item))
+
+    def ready(self, seconds: float) -> bool:
+        """Whether it sends something, or dies, within so long."""
+        waiting = select.poll()  # select.select knows no descriptors above 1023
+        waiting.register(self.connection, select.POLLIN)
+        return bool(waiting.poll(1000 * seconds))
+
+    def receive(self) -> tuple[Any, bool]:
+        """(the next result, True), or (None, False) where the worker is dead."""
+        try:
+            message, fds, *_ = socket.recv_fds(self.connection, _PARCEL.size, 1)
+        except ConnectionResetError:
+            message, fds = b"", []
+        if not message:
+            return None, False
+        try:
+            return open_parcel(fds[0], *_PARCEL.unpack(message)), True
+        finally:
+            os.close(fds[0])
+
+    def hangs(self, clock: float) -> bool:
+        """Whether it has shown no sign of life for HANG_S. One that the kernel holds does not count: its storage does
+        not answer, and would not answer another one either."""
+        pulse = self._pool._pulses[self._number]
+        if pulse != self._pulse:
+            self._pulse, self._since = pulse, clock
+        late = clock - self._since > (HANG_S if pulse else START_S)
+        return late and self.process.is_alive() and _state(self.process.pid) != "D"
+
+    def replace(self) -> None:
+        self.kill()
+        self._start()
+        for item in self.items:
+            self._send(item)
+
+    def kill(self) -> None:
+        """No gentler signal: it has nothing to save, and may not hear one."""
+        self.connection.close()
+        self.process.kill()
+        self.process.join(1)  # longer only in the kernel's hands
+
+
+def _end(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"is killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
+
+
+def _state(pid: int | None) -> str:
+    """As ps shows it: R, S, T, D (uninterruptible) ...; "" where that is not known."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def _run(work: Work, connection: socket.socket, pulses: Any, number: int, parent: int) -> None:
+    """A worker."""
+    _ignore_signals(parent)
+    torch.set_num_threads(1)  # there is a worker for each core
+    pulse.begin(pulses, number, parent)
+    connection.settimeout(1)
+    while True:
+        try:
+            message = connection.recv(_ITEM.size)
+        except TimeoutError:
+            pulse.beat()
+            continue
+        if not message:
+            return
+        parcel = Parcel(work.pictures)
+        try:
+            place = parcel.close_with(work.make(_ITEM.unpack(message), parcel.array))
+        except Exception:
+            os.close(parcel.fd)
+            parcel = Parcel((0,))
+            place = parcel.close_with(_Bug(traceback.format_exc()))
+        _hand_over(connection, parcel, _PARCEL.pack(*place))
+        del parcel  # its mapping, until there is something to do again
+
+
+def _hand_over(connection: socket.socket, parcel: Parcel, message: bytes) -> None:
+    while True:
+        pulse.beat()
+        try:
+            socket.send_fds(connection, [message], [parcel.fd])
+            break
+        except TimeoutError:
+            continue
+        except (BrokenPipeError, ConnectionResetError):
+            os._exit(0)
+        except OSError as error:
+            # So many files of this user are on their way; the main process takes them as it goes.
+            if error.errno != errno.ETOOMANYREFS:
+                raise
+            time.sleep(TICK_S)
+    os.close(parcel.fd)
+
+
+def _ignore_signals(parent: int) -> None:
+    """Makes workers ignore the signals that ask a job to save and stop, because schedulers send them to every process:
+    the main process still needs the batches of its current step, and stops its workers itself."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait_for_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()

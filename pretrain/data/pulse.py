@@ -1,0 +1,29 @@
+"""A data worker's sign of life: whatever it does, it calls `beat` at least every few seconds, unless it hangs.
+
+The main process compares the counts (pool.py). A function and no argument, because the beats come from deep inside a
+transfer as well as from the loop over samples; outside a worker it does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableSequence
+
+_counts: MutableSequence[int] | None = None  # in memory that all workers and the main process share
+_number = _parent = 0
+
+
+def begin(counts: MutableSequence[int], number: int, parent: int) -> None:
+    """This process is worker `number` of the process `parent`; `counts` has a place for each worker."""
+    global _counts, _number, _parent
+    _counts, _number, _parent = counts, number, parent
+    beat()
+
+
+def beat() -> None:
+    """This worker goes on; it ends where its main process is gone."""
+    if _counts is None:
+        return
+    if os.getppid() != _parent:
+        os._exit(0)
+    _counts[_number] += 1
