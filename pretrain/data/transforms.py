@@ -99,13 +99,13 @@ class ImageTransform:
             return Box((height - side) // 2, (width - side) // 2, side, side)
         assert rng is not None, "a training transform needs the sample's generator"
         # Ten draws at once, used or not: the sample's later random numbers never depend on how many were rejected.
-        areas = height * width * rng.uniform(*self.scale, size=10)
-        ratios = np.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1]), size=10))
-        place = rng.random(2)
-        widths, heights = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
-        fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
-        if fits.any():
-            h, w = (int(sides[fits.argmax()]) for sides in (heights, widths))
+        areas = (height * width * rng.uniform(*self.scale, size=10)).tolist()
+        ratios = np.exp(rng.uniform(math.log(self.ratio[0]), math.log(self.ratio[1]), size=10)).tolist()
+        place = rng.random(2).tolist()
+        for area, ratio in zip(areas, ratios, strict=True):  # in Python: numpy takes longer for so few numbers
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 1 <= w <= width and 1 <= h <= height:
+                break
         else:  # the picture is too long or too wide: the largest crop with an allowed ratio
             w = min(width, max(1, round(height * self.ratio[1])))
             h = min(height, max(1, round(width / self.ratio[0])))
@@ -113,9 +113,8 @@ class ImageTransform:
 
     def finish(self, crop: np.ndarray, rng: Generator | None) -> np.ndarray:
         """A crop uint8 [h, w, 3] -> uint8 [3, size, size]: resized, and in training flipped and jittered."""
-        crop = np.ascontiguousarray(crop)
         if self.squashes:
-            whole = Image.fromarray(crop).resize((self.size, self.size), Image.Resampling.BICUBIC)
+            whole = Image.fromarray(np.ascontiguousarray(crop)).resize((self.size, self.size), Image.Resampling.BICUBIC)
             pixels = np.asarray(whole)
         else:
             pixels = _resize(crop, self.size, self.antialias)

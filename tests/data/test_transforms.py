@@ -135,6 +135,7 @@ def test_truncated_jpegs_are_refused_at_every_length(progressive: bool) -> None:
 
 def test_no_opencv_can_fill_a_truncated_jpeg_with_grey(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encoded(picture(9, 100, 100))
+    monkeypatch.setattr(decoding, "simplejpeg", None)
     monkeypatch.setattr(cv2, "imdecode", lambda *_: np.full((100, 100, 3), 128, np.uint8))
     assert (decode_image(data) == 128).all()
     with pytest.raises(BadSample):
@@ -216,6 +217,17 @@ def test_crops_keep_scale_and_ratio() -> None:
     assert {b.top == 0 for b in boxes} == {True, False}
     long = ImageTransform().crop(10, 1000, sample_rng(0, 0, 0))
     assert (long.height, long.width) == (10, 13)
+
+
+def test_a_crop_is_the_first_of_ten_draws_that_fits() -> None:
+    transform = ImageTransform(scale=(0.05, 1.0))
+    for sample, (height, width) in enumerate(np.random.default_rng(0).integers(1, 900, (400, 2)).tolist()):
+        rng, box = sample_rng(0, 0, sample), transform.crop(height, width, sample_rng(0, 0, sample))
+        areas, ratios = height * width * rng.uniform(0.05, 1.0, 10), np.exp(rng.uniform(*np.log([3 / 4, 4 / 3]), 10))
+        widths, heights = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
+        fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)
+        if fits.any():
+            assert (box.height, box.width) == (heights[fits.argmax()], widths[fits.argmax()])
 
 
 def test_evaluation_takes_the_middle_square() -> None:
