@@ -36,18 +36,23 @@ from pretrain.data.transforms import ImageTransform, sample_rng
 PICTURES = 256
 
 
-def write_synthetic(directory: Path, samples: int, side: int) -> None:
-    """Writes a shard of JPEGs that compress like photographs (1 bit per pixel): noise at all scales, fading upwards."""
+def write_synthetic(
+    directory: Path, samples: int, width: int, height: int, quality: int = 90, grain: float = 0.0
+) -> None:
+    """Writes a shard of JPEGs that compress like photographs: noise at all scales, fading upwards, and above them all
+    `grain`, its deviation in levels."""
     rng = np.random.default_rng(0)
     with tarfile.open(directory / "00000.tar", "w") as tar:
         for number in range(samples):
-            pixels = np.full((side, side, 3), 128.0)
+            pixels = np.full((height, width, 3), 128.0)
             for scale in (4, 16, 64):
                 noise = rng.integers(0, 256, (scale, scale, 3), dtype=np.uint8)
-                layer = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
+                layer = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
                 pixels += (np.asarray(layer) - 128.0) * 2 / scale**0.5
+            if grain:
+                pixels += rng.normal(0, grain, (height, width, 1))
             data = io.BytesIO()
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(data, "JPEG", quality=90)
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(data, "JPEG", quality=quality)
             member = tarfile.TarInfo(f"{number:09d}.jpg")
             member.size = len(data.getvalue())
             tar.addfile(member, io.BytesIO(data.getvalue()))
@@ -159,7 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
     with tempfile.TemporaryDirectory() as directory:
         if args.shards is None:
-            write_synthetic(Path(directory), args.samples, args.side)
+            write_synthetic(Path(directory), args.samples, args.side, args.side)
         result = measure(args, args.shards or directory)
     write({**about("benchmarks.loader", arguments), **result}, args.out)
 

@@ -1,0 +1,199 @@
+"""This loader against the usual one, webdataset and Pillow with the same augmentations: same shards, same process, in
+turns, on one core; medians of the rounds.
+
+What is counted are CPU seconds, because other work on a shared machine takes wall time from whoever it meets. Both
+give batches of uint8 pictures [N, 3, size, size]; ours masks them too. `imagenet` are JPEGs of 500 x 375 pixels and
+about 110 kB, which is the mean of ImageNet's.
+
+python -m benchmarks.loader_against --out benchmarks/results/loader_against.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+
+from benchmarks.loader import write_synthetic
+from benchmarks.record import machine
+from pretrain.command import about, make_parser, run, write
+from pretrain.data.decoding import decode_image
+from pretrain.data.loader import Loader
+from pretrain.data.masking import Masking
+from pretrain.data.mixture import Loading, Mixture, View
+from pretrain.data.shards.reader import ShardReader, load_manifest
+from pretrain.data.sources import ImageShards, picture
+from pretrain.data.transforms import ImageTransform
+
+# Name -> (width, height, quality, deviation of the grain in levels).
+PICTURES = {"256": (256, 256, 90, 0.0), "512": (512, 512, 90, 0.0), "imagenet": (500, 375, 93, 9.0)}
+GOALS = {"256": 2.5, "512": 3.0}
+
+
+class Usual:
+    """Torchvision's RandomResizedCrop (bicubic, as BEiT), RandomHorizontalFlip and ColorJitter, on Pillow pictures."""
+
+    def __init__(self, like: ImageTransform):
+        self.like, self.rng = like, random.Random(0)
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        rng, like = self.rng, self.like
+        image = image.crop(self._box(*image.size)).resize((like.size, like.size), Image.Resampling.BICUBIC)
+        if rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        tools = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+        rng.shuffle(tools)
+        for tool in tools:
+            image = tool(image).enhance(rng.uniform(1 - like.jitter, 1 + like.jitter))
+        return np.asarray(image).transpose(2, 0, 1)
+
+    def _box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        for _ in range(10):
+            area = width * height * self.rng.uniform(*self.like.scale)
+            ratio = math.exp(self.rng.uniform(*map(math.log, self.like.ratio)))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = self.rng.randint(0, width - w), self.rng.randint(0, height - h)
+                return left, top, left + w, top + h
+        return 0, 0, width, height
+
+
+def usual(directory: Path, transform: ImageTransform, batch: int, workers: int) -> Iterator[Any]:
+    import webdataset
+
+    urls = [str(path) for path in sorted(directory.glob("*.tar"))]
+    data = webdataset.WebDataset(urls * max(workers, 1), shardshuffle=False)
+    data = data.decode("pil").to_tuple("jpg").map_tuple(Usual(transform)).repeat().batched(batch, collation_fn=_stack)
+    return iter(torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers))
+
+
+def _stack(samples: list[tuple[np.ndarray]]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([sample[0] for sample in samples]))
+
+
+def ours(directory: Path, transform: ImageTransform, batch: int, workers: int) -> Iterator[Any]:
+    mixture = Mixture({"images": ImageShards(str(directory))}, {"images": batch}, loading=Loading(workers=workers))
+    return Loader(mixture, View(None, transform, Masking(), 16)).batches(0, sys.maxsize // 2)
+
+
+def decoding(directory: Path, batch: int, decode: Callable[[bytes], object]) -> Iterator[Any]:
+    """Only that, of `batch` pictures at a time."""
+    manifest = load_manifest(str(directory))
+    reader = ShardReader(manifest)
+    data = [picture(reader.read(0, number)) for number in range(manifest.shards[0].samples)]
+    place = 0
+    while True:
+        for number in range(batch):
+            decode(data[(place + number) % len(data)])
+        place += batch
+        yield None
+
+
+def compare(directory: Path, transform: ImageTransform, args: argparse.Namespace) -> dict[str, Any]:
+    """CPU microseconds a picture of each, medians of the rounds, and the ratios within each round."""
+    entrants = {
+        "webdataset_pillow": usual(directory, transform, args.batch, 0),
+        "loader": ours(directory, transform, args.batch, 0),
+        "decoding_alone": decoding(directory, args.batch, decode_image),
+        "pillow_decoding_alone": decoding(directory, args.batch, lambda data: Image.open(io.BytesIO(data)).load()),
+    }
+    spent: dict[str, list[float]] = {name: [] for name in entrants}
+    for turn in range(args.rounds + 1):
+        for name, batches in entrants.items():
+            start = time.process_time()
+            for _ in range(args.batches):
+                next(batches)
+            if turn:  # the first one fills caches
+                spent[name].append((time.process_time() - start) / (args.batches * args.batch) * 1e6)
+    usual_, ours_, bare = (spent[name] for name in ("webdataset_pillow", "loader", "decoding_alone"))
+    return {
+        "cpu_us_per_picture": {name: round(statistics.median(times)) for name, times in spent.items()},
+        "pictures_per_cpu_second": {name: round(1e6 / statistics.median(times)) for name, times in spent.items()},
+        "times_as_fast": round(statistics.median(a / b for a, b in zip(usual_, ours_, strict=True)), 2),
+        "of_decoding_alone": round(statistics.median(a / b for a, b in zip(bare, ours_, strict=True)), 2),
+    }
+
+
+def scaling(directory: Path, transform: ImageTransform, args: argparse.Namespace) -> dict[str, Any]:
+    """With 1 and 2 workers in turns: wall rates, and CPU microseconds a picture of the workers and this process."""
+    rates: dict[int, list[tuple[float, float, float]]] = {1: [], 2: []}
+    for _ in range(args.rounds):
+        for workers, measured in rates.items():
+            measured.append(_rate(ours(directory, transform, args.batch, workers), args, workers))
+    middle = {n: [statistics.median(column) for column in zip(*each, strict=True)] for n, each in rates.items()}
+    return {
+        "pictures_per_second": {n: round(each[0]) for n, each in middle.items()},
+        "cpu_us_per_picture_workers": {n: round(each[1]) for n, each in middle.items()},
+        "cpu_us_per_picture_this_process": {n: round(each[2], 1) for n, each in middle.items()},
+        "two_workers_times_one": round(statistics.median(b[0] / a[0] for a, b in zip(*rates.values(), strict=True)), 2),
+        "by_cpu_time": round(2 * middle[1][1] / (middle[2][1] + middle[2][2]), 2),
+    }
+
+
+def _rate(batches: Iterator[Any], args: argparse.Namespace, workers: int) -> tuple[float, float, float]:
+    import multiprocessing
+
+    for _ in range(2 * workers * Loading.prefetch):
+        next(batches)
+    clocks = [_clock(child.pid) for child in multiprocessing.active_children() if child.pid]
+    before, own, start = [time.clock_gettime(clock) for clock in clocks], time.process_time(), time.perf_counter()
+    count = args.batches * args.batch * workers
+    for _ in range(args.batches * workers):
+        next(batches)
+    seconds, own = time.perf_counter() - start, time.process_time() - own
+    theirs = sum(time.clock_gettime(clock) for clock in clocks) - sum(before)
+    batches.close()  # type: ignore[attr-defined]
+    return count / seconds, theirs / count * 1e6, own / count * 1e6
+
+
+def _clock(pid: int) -> int:
+    """Linux's number of the clock of a process's CPU time (clock_getcpuclockid)."""
+    return (~pid << 3) | 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser("benchmarks.loader_against", __doc__, "--pictures 256 --rounds 5")
+    parser.add_argument("--pictures", nargs="+", choices=PICTURES, default=list(PICTURES))
+    parser.add_argument("--batch", type=int, default=64, help="pictures of a batch (%(default)s)")
+    parser.add_argument("--batches", type=int, default=6, help="of each entrant in a round (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=11, help="%(default)s")
+    parser.add_argument("--size", type=int, default=224, help="pixels of the crop (%(default)s)")
+    parser.add_argument("--samples", type=int, default=256, help="JPEGs of each kind (%(default)s)")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args(arguments)
+    return run(lambda: _run(args, arguments), state="nothing was written")
+
+
+def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
+    torch.set_num_threads(1)
+    cores, results = os.sched_getaffinity(0), {}
+    transform = ImageTransform(size=args.size)
+    for name in args.pictures:
+        width, height, quality, grain = PICTURES[name]
+        with tempfile.TemporaryDirectory() as directory:
+            write_synthetic(Path(directory), args.samples, width, height, quality, grain)
+            size = sum(path.stat().st_size for path in Path(directory).glob("*.tar")) / args.samples
+            os.sched_setaffinity(0, {min(cores)})
+            result = compare(Path(directory), transform, args)
+            os.sched_setaffinity(0, cores)
+            results[name] = {"kb_per_picture": round(size / 1000), "goal": GOALS.get(name)} | result
+            results[name]["workers"] = scaling(Path(directory), transform, args)
+    facts = about("benchmarks.loader_against", arguments) | machine("pillow", "webdataset", "opencv-python-headless")
+    write(facts | {"size": args.size, "batch": args.batch, "rounds": args.rounds, **results}, args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
