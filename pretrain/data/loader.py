@@ -21,6 +21,7 @@ import torch
 
 from pretrain.batch import Batch
 from pretrain.data.codes import Coding, StoredCodes, check_coding, plain
+from pretrain.data.look_ahead import LookAhead
 from pretrain.data.micro_batches import Failure, Feed, Made, MicroBatches, Share
 from pretrain.data.mixture import KINDS, Mixture, View, check_mixture, layout_of
 from pretrain.data.order import Order
@@ -106,18 +107,18 @@ class Loader:
 
     def _results(self, start: int, stop: int) -> Generator[Made | Failure, None, None]:
         """What the workers make of each micro-step, or this process where there are none."""
-        items: Iterator[Item] = (
-            (step, micro) for step in range(start + 1, stop + 1) for micro in range(self.accumulation)
-        )
-        if not self.loading.processes:
-            for item in items:
-                yield self._work.make(item, np.empty(self._work.pictures, np.uint8))
-            return
-        with Pool(self._work, self.loading.processes, self.loading.prefetch) as pool:
-            if torch.cuda.is_available():
-                yield from pinned(pool, items)
-            else:
-                yield from pool.results(items)
+        with LookAhead(self.feeds, self._work.share, start, stop) as ahead:
+
+            def items() -> Iterator[Item]:
+                for step in range(start + 1, stop + 1):
+                    ahead.reached(step)
+                    yield from ((step, micro) for micro in range(self.accumulation))
+
+            if not self.loading.processes:
+                yield from (self._work.make(item, np.empty(self._work.pictures, np.uint8)) for item in items())
+                return
+            with Pool(self._work, self.loading.processes, self.loading.prefetch) as pool:
+                yield from pinned(pool, items()) if torch.cuda.is_available() else pool.results(items())
 
     def _next(self, results: Iterator[Made | Failure]) -> Made | Failure:
         """The next result; the wait for it is split as the time was that its making took."""

@@ -236,7 +236,7 @@ def _state(pid: int | None) -> str:
 
 def _run(work: Work, connection: socket.socket, pulses: Any, number: int, parent: int) -> None:
     """A worker."""
-    _ignore_signals(parent)
+    ignore_signals(parent)
     torch.set_num_threads(1)  # there is a worker for each core
     pulse.begin(pulses, number, parent)
     connection.settimeout(1)
@@ -277,7 +277,7 @@ def _hand_over(connection: socket.socket, parcel: Parcel, message: bytes) -> Non
     os.close(parcel.fd)
 
 
-def _ignore_signals(parent: int) -> None:
+def ignore_signals(parent: int) -> None:
     """Makes workers ignore the signals that ask a job to save and stop, because schedulers send them to every process:
     the main process still needs the batches of its current step, and stops its workers itself."""
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):

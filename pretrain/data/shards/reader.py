@@ -67,9 +67,10 @@ class ShardReader:
 
     def __init__(self, manifest: Manifest, cache_dir: str | Path | None = None, cache_gib: float = 50.0):
         self.manifest = manifest
+        self._cache_at = cache_dir, cache_gib
         self._open = OpenFiles[int, _Open]()
         self._failures: dict[int, str] = {}  # remote shards that could not be fetched, so that each is tried only once
-        self._cache: ShardCache | None = None
+        self.cache: ShardCache | None = None  # where a shard is remote
         remote = next((shard.url for shard in manifest.shards if is_remote(shard.url)), None)
         if remote is not None:
             if cache_dir is None:
@@ -77,7 +78,7 @@ class ShardReader:
                     f"loading.cache_dir is not set, but {redact(remote)} is remote; set it to a directory on a local "
                     "disk of each node"
                 )
-            self._cache = ShardCache(cache_dir, cache_gib)
+            self.cache = ShardCache(cache_dir, cache_gib)
 
     def read(self, shard: int, sample: int, wanted: Collection[str] = EXTENSIONS) -> dict[str, bytes]:
         """Extension -> content of the sample's members in `wanted`; "__key__" -> its key in UTF-8."""
@@ -88,7 +89,7 @@ class ShardReader:
         if shard_file.file is not None:
             fd, temporary = shard_file.file.fd, None
         else:
-            assert self._cache is not None
+            assert self.cache is not None
             fd = temporary = self._open_remote(shard)
         try:
             for member in members:
@@ -98,6 +99,10 @@ class ShardReader:
             if temporary is not None:
                 os.close(temporary)
         return content
+
+    def again(self) -> ShardReader:
+        """Another one like it, for another thread."""
+        return ShardReader(self.manifest, *self._cache_at)
 
     def fetch(self, shard: int) -> None:
         """Makes sure that a remote shard is in the cache, for prefetching. Only checks a local one."""
@@ -177,19 +182,19 @@ class ShardReader:
         try:
             return _parse_index(data, entry)
         except ShardError:
-            assert self._cache is not None
-            self._cache.discard(entry.index_url, None, stamp)
+            assert self.cache is not None
+            self.cache.discard(entry.index_url, None, stamp)
             raise
 
     def _open_remote(self, shard: int, url: str = "", size: int | None = None, stamp: str = "") -> int:
-        assert self._cache is not None
+        assert self.cache is not None
         if shard in self._failures:
             raise ShardError(self._failures[shard])
         entry = self.manifest.shards[shard]
         try:
             if url:
-                return self._cache.open(url, size, stamp)
-            return self._cache.open(entry.url, entry.bytes, entry.sha256)
+                return self.cache.open(url, size, stamp)
+            return self.cache.open(entry.url, entry.bytes, entry.sha256)
         except ShardError as error:
             self._failures[shard] = str(error)
             raise
