@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,28 +14,24 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from pretrain.batch import PAD, Layout, make_batch
-from pretrain.checkpoint.weights import WEIGHTS, read_weights
-from pretrain.contracts import State
+from pretrain.batch import BOS, EOS, PAD, Layout, make_batch
 from pretrain.data.shards.reader import BadSample
-from pretrain.data.text_tokenizer import TOKENIZER, TextTokenizer
-from pretrain.data.transforms import ImageTransform
-from pretrain.export import from_released, read_tensors
+from pretrain.data.text_tokenizer import TextTokenizer
+from pretrain.data.transforms import ImageTransform, sample_rng
+from pretrain.evals.generation import NextWord, Writing, never_written, text_reader, write
 from pretrain.models.multiway.config import MultiwayConfig
-from pretrain.objectives.contrastive import Contrastive
-from pretrain.run.directory import read_recipe
-from pretrain.run.stored_weights import model_in
-from pretrain.settings import fill_variables
+from pretrain.stored_model import experts_in, fill_task, objectives_in, read_stored, stored_tokenizer
 from pretrain.tasks.pretrain import PretrainTask
 
 Picture = str | os.PathLike | bytes | np.ndarray | Image.Image
 T = TypeVar("T")
+GAP = "<mask>"  # in a text for fill_mask
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Pretrained:
-    """An encoder with its contrastive head, if it has one. Made by `load`; `model` is its configuration, `task` the
-    module, and `transform` how a picture is looked at. Results lie on the host, in float32."""
+    """An encoder with the heads that the weights have. Made by `load`; `model` is its configuration, `task` the module,
+    and `transform` how a picture is looked at. Results lie on the host, in float32."""
 
     def __init__(
         self,
@@ -86,15 +83,82 @@ class Pretrained:
     def embed_pairs(self, pictures: Sequence[Picture], texts: Sequence[str], batch: int = 64) -> Tensor:
         """Each picture together with its own text, by the fusion encoder -> its class row after the final norm, [N,
         D]. ValueError where there are not as many texts as pictures."""
-        if len(pictures) != len(texts):
-            raise ValueError(f"embed_pairs got {len(pictures)} pictures and {len(texts)} texts; give one text for each")
-        parts = []
-        for pixels, some in zip(self._looks(pictures, batch), _batches(texts, batch), strict=True):
-            tokens = self._tokens(some)
-            layout = Layout(pairs=len(tokens), patches=self._patches, pair_len=tokens.shape[1])
-            encoded = self._encode(layout, images=pixels, pair_tokens=tokens)
-            parts.append(encoded.first.pair_images.float().cpu())
+        parts = [encoded.first.pair_images.float().cpu() for encoded in self._pairs(pictures, texts, batch)]
         return torch.cat(parts) if parts else torch.zeros(0, self.model.dim)
+
+    @torch.no_grad()
+    def score_pairs(self, pictures: Sequence[Picture], texts: Sequence[str], batch: int = 64) -> Tensor:
+        """Each picture together with its own text -> the probability that they belong together [N], by the head of the
+        objective matching. ValueError for weights without it, or as `embed_pairs`."""
+        head = self._head("matching", "train a stage with Matching(), or compare vectors by similarity")
+        parts = []
+        for encoded in self._pairs(pictures, texts, batch):
+            parts.append(head.match(encoded.first.pair_images).float().softmax(-1)[:, 1].cpu())
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    @torch.no_grad()
+    def fill_mask(
+        self, texts: Sequence[str], pictures: Sequence[Picture] | None = None, *, best: int = 5, batch: int = 64
+    ) -> list[list[list[tuple[str, float]]]]:
+        """Texts with one "<mask>" or more, each a missing piece of the tokenizer, perhaps with a picture each -> for
+        each text and each of its gaps the `best` pieces and their probabilities, the most likely first. ValueError for
+        weights without a head of masked words, and for a text without a gap."""
+        text = self.tokenizer()
+        head = self._head("masked", "load a stage that hides words: language or fusion")
+        encoded = [_with_gaps(each, text, self.model.max_text_len) for each in texts]
+        if pictures is None:
+            passes: Iterator[Any] = (
+                self._encode(Layout(texts=len(ids), text_len=ids.shape[1]), text_tokens=ids).texts
+                for ids in map(_padded, _batches(encoded, batch))
+            )
+        else:
+            passes = (each.pair_texts for each in self._pairs(pictures, encoded, batch))
+        answers: list[list[list[tuple[str, float]]]] = []
+        for rows in passes:
+            for row in rows:
+                gaps = [place for place, i in enumerate(encoded[len(answers)]) if i == text.mask_id]
+                shares, ids = head.text.logits(row[gaps]).float().softmax(-1).topk(min(best, text.mask_id))
+                answers.append([
+                    [(text.decode([i]) or text.token(i), share) for i, share in zip(*each, strict=True)]
+                    for each in zip(ids.tolist(), shares.tolist(), strict=True)
+                ])  # fmt: skip
+        return answers
+
+    @torch.no_grad()
+    def caption(
+        self, pictures: Iterable[Picture], how: Writing | None = None, *, seed: int = 0, batch: int = 16
+    ) -> list[str]:
+        """Pictures -> a text for each, by beam search; `how` says otherwise, and picture number n draws its words (for
+        top_p) from (seed, n). ValueError for weights whose head was trained on no words, or that have none."""
+        how, texts = how or Writing(), list[str]()
+        for pixels in self._looks(pictures, batch):
+            drawn = [sample_rng(seed, 0, len(texts) + n).random(how.max_words) for n in range(len(pixels))]
+            texts += self.caption_looks(pixels, how, torch.from_numpy(np.stack(drawn)))
+        return texts
+
+    @torch.no_grad()
+    def caption_looks(self, pixels: Tensor, how: Writing, draws: Tensor | None = None) -> list[str]:
+        """What `look` made of pictures, uint8 [N, 3, S, S] -> their texts. `draws`: for top_p, uniform numbers in [0,
+        1), [N, max_words]. No text gets longer than the model's max_text_len."""
+        text = self.tokenizer()
+        how = replace(how, max_words=min(how.max_words, self.model.max_text_len - 1))
+        logits, mask_id = self.next_word_head(text)
+        never = never_written(self.model.vocab_size, text.mask_id, self.device)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            reader = text_reader(self.task.encoder, pixels.to(self.device), self._patches, how.max_words + 1)
+            ids = write(NextWord(reader, logits, never, mask_id), len(pixels), how, draws, self.device)
+        return [text.decode(row) for row in ids.tolist()]
+
+    def next_word_head(self, text: TextTokenizer) -> tuple[Any, int | None]:
+        """The logits of the next word, and the <mask> that stands in its place, if any. ValueError for weights that
+        write nothing."""
+        objectives: Any = self.task.objectives
+        if "captioning" in objectives:
+            return objectives["captioning"].words.logits, None
+        head = self._head("masked", "load a stage with Captioning(), or one that hides words")
+        if "vision" not in self.task.encoder.expert_names:
+            raise ValueError("these weights have no vision expert and cannot see a picture; load a fusion stage")
+        return head.text.logits, text.mask_id
 
     @property
     def _patches(self) -> int:
@@ -103,12 +167,30 @@ class Pretrained:
     @property
     def head(self) -> Any:
         """Of the objective contrastive. ValueError for weights that have none."""
-        if "contrastive" not in self.task.objectives:
-            raise ValueError(
-                "these weights have no contrastive head, so pictures and texts have no vectors that can be compared; "
-                "load a retrieval stage, or use embed_pairs"
-            )
-        return self.task.objectives["contrastive"]
+        return self._head(
+            "contrastive",
+            "so pictures and texts have no vectors that can be compared; load a retrieval stage, or use embed_pairs",
+        )
+
+    def _head(self, name: str, way_out: str) -> Any:
+        if name not in self.task.objectives:
+            raise ValueError(f"these weights have no {name} head{',' if way_out.startswith('so ') else ';'} {way_out}")
+        return self.task.objectives[name]
+
+    def _pairs(self, pictures: Sequence[Picture], texts: Sequence[str | list[int]], batch: int) -> Iterator[Any]:
+        """Each picture fused with its own text (or the ids of one), some at a time."""
+        if len(pictures) != len(texts):
+            raise ValueError(f"there are {len(pictures)} pictures and {len(texts)} texts; give one text for each")
+        for pixels, some in zip(self._looks(pictures, batch), _batches(texts, batch), strict=True):
+            tokens = self._tokens(some)
+            layout = Layout(pairs=len(tokens), patches=self._patches, pair_len=tokens.shape[1])
+            yield self._encode(layout, images=pixels, pair_tokens=tokens)
+
+    def tokenizer(self) -> TextTokenizer:
+        """ValueError for weights that came without one."""
+        if self.text is None:
+            raise ValueError("these weights came without a text tokenizer; give load(..., text_tokenizer='text.model')")
+        return self.text
 
     def _encode(self, layout: Layout, **parts: Tensor) -> Any:
         batch = make_batch(layout, **parts).to(self.device)
@@ -125,14 +207,9 @@ class Pretrained:
                     raise BadSample(f"picture {number * batch + place}: {error}") from None
             yield torch.stack(looks)
 
-    def _tokens(self, texts: Sequence[str]) -> Tensor:
-        if self.text is None:
-            raise ValueError("these weights came without a text tokenizer; give load(..., text_tokenizer='text.model')")
-        ids = [self.text.encode(text, self.model.max_text_len) for text in texts]
-        tokens = torch.full((len(ids), max(map(len, ids))), PAD)
-        for row, own in zip(tokens, ids, strict=True):
-            row[: len(own)] = torch.tensor(own)
-        return tokens
+    def _tokens(self, texts: Sequence[str | list[int]]) -> Tensor:
+        text = self.tokenizer()
+        return _padded([text.encode(t, self.model.max_text_len) if isinstance(t, str) else t for t in texts])
 
 
 def load(
@@ -153,12 +230,11 @@ def load(
     path = Path(weights).expanduser()
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a stage's directory, a weights.safetensors or a released .pth")
-    state, model, config = _read(path)
-    experts = _experts(state)
-    task = PretrainTask(model, experts, _objectives(state, model))
-    _fill(task, state, path)
+    state, model, config = read_stored(path)
+    task = PretrainTask(model, experts_in(state), objectives_in(state, model))
+    fill_task(task, state, path)
     directory = path if path.is_dir() else path.parent
-    text = Path(text_tokenizer) if text_tokenizer is not None else _text_tokenizer(directory)
+    text = Path(text_tokenizer) if text_tokenizer is not None else stored_tokenizer(directory)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = TextTokenizer(text) if text is not None else None
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
@@ -187,52 +263,21 @@ def encoded_picture(picture: Picture) -> bytes:
     return data.getvalue()
 
 
-def _read(path: Path) -> tuple[State, MultiwayConfig, dict[str, Any]]:
-    if path.is_dir() or path.suffix == ".safetensors":
-        if path.is_dir() and not (path / WEIGHTS).is_file():
-            raise ValueError(f"{path} has no {WEIGHTS}; give the directory of a finished stage")
-        state, config = read_weights(path)
-        if config:
-            model = model_in(config, path)
-            if not isinstance(model, MultiwayConfig):
-                raise ValueError(f"{path} has a {type(model).__name__}, not an encoder; give the weights of an encoder")
-            return state, model, config
-    state, model = from_released(read_tensors(path / WEIGHTS if path.is_dir() else path))
-    return state, model, {}
+def _with_gaps(text: str, tokenizer: TextTokenizer, longest: int) -> list[int]:
+    parts = text.split(GAP)
+    if len(parts) == 1:
+        raise ValueError(f"{text[:60]!r} has no {GAP}; write it where a word is missing")
+    ids = [i for part in parts for i in (*tokenizer.pieces(part), tokenizer.mask_id)][:-1]
+    if len(ids) + 2 > longest:
+        raise ValueError(f"{text[:60]!r} has {len(ids) + 2} ids and the model reads {longest}; shorten it")
+    return [BOS, *ids, EOS]
 
 
-def _experts(state: State) -> tuple[str, ...]:
-    """What the weights have parts for."""
-    parts = {"vision": "encoder.vision_embed.", "language": "encoder.text_embed.", "fusion": ".experts.fusion."}
-    return tuple(name for name, part in parts.items() if any(part in key for key in state))
-
-
-def _objectives(state: State, model: MultiwayConfig) -> list[Contrastive]:
-    head = state.get("objectives.contrastive.vision.weight")
-    return [] if head is None else [Contrastive(None if len(head) == model.dim else len(head))]
-
-
-def _fill(task: PretrainTask, state: State, path: Path) -> None:
-    wanted = task.state_dict()
-    for name, value in wanted.items():
-        if name not in state or state[name].shape != value.shape:
-            has = f"has {tuple(state[name].shape)} for" if name in state else "lacks"
-            raise ValueError(f"{path} {has} {name}, which is {tuple(value.shape)} in its model; it is incomplete")
-    task.load_state_dict({name: state[name] for name in wanted})
-
-
-def _text_tokenizer(directory: Path) -> Path | None:
-    """Beside the weights, else where the recipe that trained them has it."""
-    if (beside := directory / TOKENIZER).is_file():
-        return beside
-    noted = read_recipe(directory).get("text_tokenizer")
-    if not isinstance(noted, str):
-        return None
-    try:
-        path = Path(fill_variables(noted, "text_tokenizer")).expanduser()
-    except ValueError:  # a variable that is not set here
-        return None
-    return path if path.is_file() else None
+def _padded(ids: Sequence[list[int]]) -> Tensor:
+    tokens = torch.full((len(ids), max(map(len, ids))), PAD)
+    for row, own in zip(tokens, ids, strict=True):
+        row[: len(own)] = torch.tensor(own)
+    return tokens
 
 
 def _transform(config: dict[str, Any], model: MultiwayConfig) -> ImageTransform:

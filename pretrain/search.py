@@ -22,9 +22,10 @@ from pretrain.data.decoding import decode_image
 from pretrain.data.shards.manifest import MANIFEST, load_manifest
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample, ShardReader
 from pretrain.data.sources import picture
-from pretrain.embed import ABOUT, read_vectors, weights_name
+from pretrain.embed import ABOUT, read_vectors
 from pretrain.files import write_file
 from pretrain.json_files import read_object
+from pretrain.portions import weights_name
 from pretrain.pretrained import load
 from pretrain.report.html import TEMPLATES, render
 from pretrain.visible import say

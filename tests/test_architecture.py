@@ -17,8 +17,10 @@ FLOORS = [
     {"recipes"},
     {"run", "report", "plan"},
     {"train", "evaluate", "export", "encode_images", "status", "launch"},
+    {"stored_model"},
     {"pretrained"},
-    {"embed"},
+    {"portions"},
+    {"embed", "caption"},
     {"search"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import pretrain
-from pretrain import embed as embedding
+from pretrain import portions
 from pretrain.embed import main, read_vectors
 from pretrain.search import main as search_main
 from tests.test_pretrained import pictures, stage, task  # noqa: F401, the fixtures
@@ -62,7 +62,7 @@ def test_parts_and_restarts_do_each_file_once(stage, shards, tmp_path, capsys): 
 
 
 def test_a_folder_is_embedded_and_searched(stage, folder, tmp_path, capsys, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(embedding, "PER_FILE", 2)
+    monkeypatch.setattr(portions, "PER_FILE", 2)
     assert main([str(stage), str(folder), "--out", str(tmp_path / "v")]) == 0
     assert "4 pictures in 3 files, 1 left out" in capsys.readouterr().out
     query = ["--weights", str(stage), "--picture", str(folder / "deep" / "1.jpg"), "a red <b>bus</b>", "-k", "2"]
@@ -87,10 +87,10 @@ def test_shards_are_searched_and_lost_pictures_are_named_so(stage, shards, tmp_p
 def test_other_weights_or_pictures_need_another_place(stage, shards, folder, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "v"
     assert main([str(stage), str(shards), "--out", str(out)]) == 0
-    assert "vectors of other input and digest; take another --out" in refused(capsys, main, stage, folder, "--out", out)
+    assert "results of other input and digest; take another --out" in refused(capsys, main, stage, folder, "--out", out)
     about = json.loads((out / "embed.json").read_text())
     (out / "embed.json").write_text(json.dumps(about | {"weights": "others"}))
-    assert "vectors of other weights" in refused(capsys, main, stage, shards, "--out", out)
+    assert "results of other weights" in refused(capsys, main, stage, shards, "--out", out)
     assert "by other weights" in refused(capsys, search_main, out, "x", "--weights", stage)
     (out / "embed.json").write_text("[" * 100_000)
     assert "cannot be read" in refused(capsys, main, stage, shards, "--out", out)

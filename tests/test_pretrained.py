@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,14 @@ from pretrain.checkpoint.weights import write_weights
 from pretrain.config import to_json
 from pretrain.data.shards.reader import BadSample
 from pretrain.data.transforms import ImageTransform
+from pretrain.evals.generation import Writing
 from pretrain.export import to_released, write_tensors
+from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.contrastive import Contrastive
+from pretrain.objectives.masked import MaskedData
+from pretrain.objectives.matching import Matching
+from pretrain.parallel.state import named_state
+from pretrain.pretrained import Pretrained
 from pretrain.tasks.pretrain import PretrainTask
 from tests.toy_models import RELEASED, VQ
 from tests.toys import encoded, picture, write_text_model
@@ -102,6 +109,78 @@ def test_nothing_to_embed_is_nothing(stage):
     assert model.embed_images([]).shape == model.embed_texts([]).shape == (0, RELEASED.dim)
 
 
+@pytest.fixture
+def fusion(tmp_path: Path) -> tuple[Path, PretrainTask]:
+    """Weights with heads of masked words, matching and captions, over a vocabulary large enough to be padded."""
+    torch.manual_seed(5)
+    model = replace(RELEASED, vocab_size=4100)
+    objectives = [Contrastive(), Matching(), MaskedData(image_codes=7), Captioning()]
+    made = PretrainTask(model, ("vision", "language"), objectives).eval()
+    state = {name: value[: getattr(value, "real_rows", None)] for name, value in named_state(made).items()}
+    assert len(state["objectives.masked.text.bias"]) == 4100 < len(made.objectives["masked"].text.bias)
+    write_weights(state, tmp_path / "fusion" / "weights.safetensors", {"model": to_json(model)})
+    write_text_model(tmp_path / "fusion" / "text.model", TEXTS * 9, RELEASED.vocab_size - 2)
+    return tmp_path / "fusion", made
+
+
+def pair_rows(model: Pretrained, task: PretrainTask, texts: list[list[int]], count: int):
+    """What the task itself makes of pictures with these ids."""
+    pixels, tokens = torch.stack([model.look(data) for data in pictures(count)]), torch.tensor(texts)
+    layout = Layout(pairs=count, patches=RELEASED.patches, pair_len=tokens.shape[1])
+    with torch.no_grad():
+        return task.encoder(make_batch(layout, images=pixels, pair_tokens=tokens))
+
+
+def test_gaps_are_filled_with_and_without_a_picture(fusion):
+    path, task = fusion
+    model = pretrain.load(path)
+    text = model.tokenizer()
+    ids = [0, *text.pieces("a"), text.mask_id, *text.pieces("bus"), text.mask_id, 2]
+    (gaps,) = model.fill_mask(["a <mask> bus <mask>"], pictures(1), best=3)
+    encoded, head = pair_rows(model, task, [ids], 1), task.objectives["masked"].text
+    places = [place for place, i in enumerate(ids) if i == text.mask_id]
+    with torch.no_grad():
+        shares, best = head.logits(encoded.pair_texts[0, places]).softmax(-1).topk(3)
+    assert [[share for _, share in gap] for gap in gaps] == pytest.approx(shares.tolist(), abs=1e-6)
+    assert gaps[0][0][0] == (text.decode(best[0, :1].tolist()) or text.token(int(best[0, 0])))
+    alone = model.fill_mask(["<mask>", "a <mask> bus <mask>"], batch=1)
+    assert [len(gaps) for gaps in alone] == [1, 2] and alone[1] != gaps
+    with pytest.raises(ValueError, match=r"'a bus' has no <mask>"):
+        model.fill_mask(["a bus"])
+    with pytest.raises(ValueError, match="the model reads 12; shorten it"):
+        model.fill_mask(["<mask>" * 11])
+
+
+def test_pairs_are_scored_by_the_matching_head(fusion):
+    path, task = fusion
+    model = pretrain.load(path)
+    scores = model.score_pairs(pictures(2), ["a red bus", "a red bus"], batch=1)
+    encoded = pair_rows(model, task, [[*model.tokenizer().encode("a red bus")]] * 2, 2)
+    with torch.no_grad():
+        expected = task.objectives["matching"].match(encoded.first.pair_images).softmax(-1)[:, 1]
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
+
+
+def test_captions_are_the_same_in_any_batches(fusion):
+    model = pretrain.load(fusion[0])
+    for how in (None, Writing(beams=1, top_p=0.9, max_words=6)):
+        texts = model.caption(pictures(3), how, batch=2, seed=1)
+        assert texts == model.caption(pictures(3), how, seed=1) and len(texts) == 3
+    assert all(len(model.tokenizer().encode(text)) <= RELEASED.max_text_len for text in model.caption(pictures(3)))
+    assert model.caption([]) == []
+
+
+def test_weights_without_the_head_say_so(stage):
+    model = pretrain.load(stage)
+    for call, words in (
+        (lambda: model.caption(pictures(1)), "no masked head; load a stage with Captioning"),
+        (lambda: model.fill_mask(["<mask>"]), "no masked head; load a stage that hides words"),
+        (lambda: model.score_pairs(pictures(1), ["a"]), "no matching head; train a stage with Matching"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
 def test_what_cannot_be_used_is_one_sentence(stage, tmp_path):
     model = pretrain.load(stage)
     with pytest.raises(BadSample, match=r"picture 1: not a readable JPEG, PNG or WebP header"):
@@ -130,5 +209,5 @@ def test_weights_of_another_kind_are_one_sentence(stage, task, tmp_path):
         pretrain.load(tmp_path / "part")
     bare = {name: value for name, value in task.state_dict().items() if "contrastive" not in name}
     write_weights(bare, tmp_path / "bare" / "weights.safetensors", {"model": to_json(RELEASED)})
-    with pytest.raises(ValueError, match="have no contrastive head"):
+    with pytest.raises(ValueError, match="have no contrastive head, so"):
         pretrain.load(tmp_path / "bare").embed_images(pictures(1))

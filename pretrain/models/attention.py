@@ -169,6 +169,21 @@ def _attend_causally(images: QKV, texts: QKV, text_keys: Tensor | None, bias: Te
     return [image_out.flatten(0, 1), text_out.flatten(0, 1)]
 
 
+def attend_behind(q_NLHC: Tensor, k_NSHC: Tensor, v_NSHC: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The last L of a text's rows, each of which sees all that stands before it, and itself: queries of these rows,
+    keys and values of all S rows from the picture's first on -> [N, L, H, C]. `bias` float [H, L, S]."""
+    length, before = q_NLHC.shape[1], k_NSHC.shape[1] - q_NLHC.shape[1]
+    seen = None
+    if length > 1:
+        seen = torch.ones(length, before + length, dtype=torch.bool, device=q_NLHC.device).tril(before)
+    return _sdpa(q_NLHC, k_NSHC, v_NSHC, seen, bias)
+
+
+def attend_whole(q_NLHC: Tensor, k_NLHC: Tensor, v_NLHC: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Sequences of which each row sees every other: [N, L, H, C]. `bias` float [H, L, L]."""
+    return _sdpa(q_NLHC, k_NLHC, v_NLHC, None, bias)
+
+
 def _with_image(text_keys: Tensor | None, image_len: int) -> Tensor | None:
     return None if text_keys is None else F.pad(text_keys, (image_len, 0), value=True)
 

@@ -51,14 +51,14 @@ class Attention(nn.Module):
         self, x_TD: Tensor, layout: Layout, padding: Padding, bias: Bias, own: Rows | None, read: Rows | None
     ) -> Tensor:
         # -1 and not cfg.heads: under tensor parallelism this rank holds only some heads.
-        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in self._project(x_TD, own or layout))
+        q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in self.project(x_TD, own or layout))
         y_TD = self.attend(q, k, v, layout, padding, bias).flatten(-2)
         if read is not None:
             y_TD = take(y_TD, read.places)
         rows = read or own or layout
         return self.out(y_TD if self.inner_norm is None else self.inner_norm(y_TD, rows), rows)
 
-    def _project(self, x_TD: Tensor, rows: Layout | Rows) -> Sequence[Tensor]:
+    def project(self, x_TD: Tensor, rows: Layout | Rows) -> Sequence[Tensor]:
         """Queries, keys and values, [T, D of this rank] each; by one product where that gains something."""
         sets = [(self.q[name], self.k[name], self.v[name]) for name in self.q]
         if not (gains_by_fusing(x_TD) and all(map(can_fuse, sets))):

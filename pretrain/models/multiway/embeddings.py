@@ -71,9 +71,13 @@ class TextEmbedding(nn.Module):
         pairs, texts = (self._place(x.view(*i.shape, x.shape[-1])) for x, i in zip((pairs, texts), ids, strict=True))
         return pairs.masked_fill(ids[0][..., None] == PAD, 0), texts.masked_fill(ids[1][..., None] == PAD, 0)
 
-    def _place(self, x_NLD: Tensor) -> Tensor:
+    def at(self, ids: Tensor, first: int) -> Tensor:
+        """Words int64 [N, L], none of them padding, that stand at the positions from `first` on -> [N, L, dim]."""
+        return self._place(self.tokens(ids), first)
+
+    def _place(self, x_NLD: Tensor, first: int = 0) -> Tensor:
         if self.positions is not None:
-            x_NLD = x_NLD + self.positions[: x_NLD.shape[1]]
+            x_NLD = x_NLD + self.positions[first : first + x_NLD.shape[1]]
         return x_NLD if self.norm is None else self.norm(x_NLD)
 
 

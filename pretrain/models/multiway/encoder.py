@@ -17,6 +17,7 @@ from pretrain.batch import DROP_PATH, Batch, Kinds, Layout
 from pretrain.layers import PLAIN, Layers
 from pretrain.models.attention import NO_BIAS, Bias, Padding, can_pack, padding_of
 from pretrain.models.multiway.block import Multiway, MultiwayBlock, attention_names, drop_path_factor, sequence_of_row
+from pretrain.models.multiway.causal_text import CausalText
 from pretrain.models.multiway.embeddings import RelativePosition, TextEmbedding, VisionEmbedding
 from pretrain.models.multiway.shape import EXPERTS, MultiwayShape, check_experts, check_layout
 from pretrain.rows import Rows, take
@@ -145,6 +146,10 @@ class MultiwayEncoder(nn.Module):
     @property
     def token_table(self) -> nn.Parameter | None:
         return None if self.text_embed is None else cast(nn.Parameter, self.text_embed.tokens.weight)
+
+    def causal_text(self, images: Tensor, longest: int) -> CausalText:
+        """Reads texts of up to `longest` words behind their pictures, uint8 [N, 3, H, W], a few words at a time."""
+        return CausalText(self, images, longest)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile every block, in place and at first use; names and weights stay as they are.

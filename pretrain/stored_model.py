@@ -1,0 +1,84 @@
+"""Weights as files have them (a stage's, or released ones) -> the task that they are of, without a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint.weights import WEIGHTS, read_weights
+from pretrain.contracts import Objective, State
+from pretrain.data.text_tokenizer import TOKENIZER
+from pretrain.export import from_released, read_tensors
+from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.objectives.captioning import Captioning
+from pretrain.objectives.contrastive import Contrastive
+from pretrain.objectives.masked import MaskedData
+from pretrain.objectives.matching import Matching
+from pretrain.parallel.state import dense_shape, fill, named_state
+from pretrain.run.directory import read_recipe
+from pretrain.run.stored_weights import model_in
+from pretrain.settings import fill_variables
+from pretrain.tasks.pretrain import PretrainTask
+
+
+def read_stored(path: Path) -> tuple[State, MultiwayConfig, dict[str, Any]]:
+    if path.is_dir() or path.suffix == ".safetensors":
+        if path.is_dir() and not (path / WEIGHTS).is_file():
+            raise ValueError(f"{path} has no {WEIGHTS}; give the directory of a finished stage")
+        state, config = read_weights(path)
+        if config:
+            model = model_in(config, path)
+            if not isinstance(model, MultiwayConfig):
+                raise ValueError(f"{path} has a {type(model).__name__}, not an encoder; give the weights of an encoder")
+            return state, model, config
+    state, model = from_released(read_tensors(path / WEIGHTS if path.is_dir() else path))
+    return state, model, {}
+
+
+def experts_in(state: State) -> tuple[str, ...]:
+    """What the weights have parts for."""
+    parts = {"vision": "encoder.vision_embed.", "language": "encoder.text_embed.", "fusion": ".experts.fusion."}
+    return tuple(name for name, part in parts.items() if any(part in key for key in state))
+
+
+def objectives_in(state: State, model: MultiwayConfig) -> list[Objective]:
+    """Those whose heads the weights have, as far as they can be used without training."""
+    objectives: list[Objective] = []
+    head = state.get("objectives.contrastive.vision.weight")
+    if head is not None:
+        loss = "sigmoid" if "objectives.contrastive.logit_bias" in state else "softmax"
+        objectives.append(Contrastive(None if len(head) == model.dim else len(head), loss=loss))
+        if "objectives.matching.match.weight" in state:
+            objectives.append(Matching())
+    if "objectives.masked.text.bias" in state:
+        tied = "objectives.masked.text.weight" not in state  # a pipeline writes it once, under its first name
+        objectives.append(MaskedData(image_ratio=0.0, pair_image_ratio=0.0, tied_text_head=tied))
+    if "objectives.captioning.words.weight" in state:
+        objectives.append(Captioning())
+    return objectives
+
+
+def fill_task(task: PretrainTask, state: State, path: Path) -> None:
+    """Every tensor of the task from the state. ValueError where one is missing or has another shape."""
+    for name, value in named_state(task).items():
+        if value is task.encoder.token_table and name not in state and name.startswith("objectives."):
+            continue  # a tied head
+        shape = dense_shape(value)
+        if name not in state or state[name].shape != shape:
+            has = f"has {tuple(state[name].shape)} for" if name in state else "lacks"
+            raise ValueError(f"{path} {has} {name}, which is {shape} in its model; it is incomplete")
+        fill(value, state[name])
+
+
+def stored_tokenizer(directory: Path) -> Path | None:
+    """Beside the weights, else where the recipe that trained them has it."""
+    if (beside := directory / TOKENIZER).is_file():
+        return beside
+    noted = read_recipe(directory).get("text_tokenizer")
+    if not isinstance(noted, str):
+        return None
+    try:
+        path = Path(fill_variables(noted, "text_tokenizer")).expanduser()
+    except ValueError:  # a variable that is not set here
+        return None
+    return path if path.is_file() else None
