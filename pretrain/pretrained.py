@@ -101,10 +101,12 @@ class Pretrained:
         self, texts: Sequence[str], pictures: Sequence[Picture] | None = None, *, best: int = 5, batch: int = 64
     ) -> list[list[list[tuple[str, float]]]]:
         """Texts with one "<mask>" or more, each a missing piece of the tokenizer, perhaps with a picture each -> for
-        each text and each of its gaps the `best` pieces and their probabilities, the most likely first. ValueError for
-        weights without a head of masked words, and for a text without a gap."""
+        each text and each of its gaps the `best` pieces and their probabilities among all pieces, the most likely
+        first. ValueError for weights without a head of masked words, and for a text without a gap."""
         text = self.tokenizer()
         head = self._head("masked", "load a stage that hides words: language or fusion")
+        never = never_written(self.model.vocab_size, text.mask_id, self.device)
+        never[EOS] = -torch.inf
         encoded = [_with_gaps(each, text, self.model.max_text_len) for each in texts]
         if pictures is None:
             passes: Iterator[Any] = (
@@ -117,7 +119,7 @@ class Pretrained:
         for rows in passes:
             for row in rows:
                 gaps = [place for place, i in enumerate(encoded[len(answers)]) if i == text.mask_id]
-                shares, ids = head.text.logits(row[gaps]).float().softmax(-1).topk(min(best, text.mask_id))
+                shares, ids = (head.text.logits(row[gaps]).float() + never).softmax(-1).topk(min(best, text.mask_id))
                 answers.append([
                     [(text.decode([i]) or text.token(i), share) for i, share in zip(*each, strict=True)]
                     for each in zip(ids.tolist(), shares.tolist(), strict=True)
