@@ -70,10 +70,11 @@ class Recode:
         pixels = decode_image(data, max(1, round(shorter * scale)))
         if pixels.shape[:2] != (height, width):
             pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
-        return _encode(pixels, ending, self.quality), ending, width, height
+        return encode_picture(pixels, ending, self.quality), ending, width, height
 
 
-def _encode(pixels: np.ndarray, ending: str, quality: int) -> bytes:
+def encode_picture(pixels: np.ndarray, ending: str, quality: int) -> bytes:
+    """uint8 [H, W, 3] -> the bytes of a jpg, webp or png; `quality` of the first two, up to 100."""
     options = {"jpg": [cv2.IMWRITE_JPEG_QUALITY, quality], "webp": [cv2.IMWRITE_WEBP_QUALITY, quality], "png": []}
     done, data = cv2.imencode(f".{ending}", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), options[ending])
     assert done, (pixels.shape, ending)
