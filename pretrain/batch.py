@@ -275,6 +275,16 @@ def batch_problem(kind: str, count: int, ranks: int, accumulation: int) -> str:
     )
 
 
+def derived(batch: Batch, make: Callable[[Batch], Batch]) -> Batch:
+    """What `make` makes of a batch for a further pass, with an index that waits for no device. It is called with the
+    batch on the host too, which has no pictures."""
+    host = make(batch.on_host).indexed()
+    if batch.on_host is batch:
+        return host
+    assert host.index is not None
+    return make(batch).with_index(host.index.map(partial(sent, device=batch.images.device)), host)
+
+
 def make_batch(
     layout: Layout,
     *,

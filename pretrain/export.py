@@ -5,7 +5,8 @@
     python -m pretrain.export resize runs/beit3_base runs/beit3_base_384 --image-size 384
 
 The released naming is torchscale's (A: vision, B: language) under `beit3.`; the heads have the names of unilm's beit3
-code: `mlm_head`, `mim_head` (pretraining), `language_head`, `vision_head`, `logit_scale` (retrieval).
+code: `mlm_head`, `mim_head` (pretraining), `language_head`, `vision_head`, `logit_scale` (retrieval), and those of its
+classifier, its answerer of questions and its judge of two pictures.
 """
 
 from __future__ import annotations
@@ -67,9 +68,33 @@ HEADS = {
     "objectives.contrastive.vision.weight": "vision_head.weight",
     "objectives.contrastive.logit_scale": "logit_scale",
 }
+# Fine-tuning heads: modules of ours -> unilm's (beit3/modeling_finetune.py), by our objective.
+FINE_TUNING_HEADS = {
+    "classification": {"norm": "fc_norm", "classes": "head"},
+    "answering": {
+        "norm": "pooler.norm",
+        "pool": "pooler.dense",
+        "answer.0": "head.0",
+        "answer.1": "head.1",
+        "answer.3": "head.3",
+    },
+    "reasoning": {"norm": "head.norm1", "judge.0": "head.dense1", "judge.1": "head.norm2", "judge.3": "head.dense2"},
+}
 
 
-def names(depth: int) -> dict[str, str]:
+def head_names() -> dict[str, dict[str, str]]:
+    """Of each fine-tuning objective its tensors: our name -> the released one."""
+    return {
+        name: {
+            f"objectives.{name}.{ours}.{part}": f"{theirs}.{part}"
+            for ours, theirs in modules.items()
+            for part in ("weight", "bias")
+        }
+        for name, modules in FINE_TUNING_HEADS.items()
+    }
+
+
+def names(depth: int, *, final_norm: bool = True) -> dict[str, str]:
     """Our name -> the released name, of every tensor of a released model with `depth` blocks, without its heads."""
     table = {
         "vision_embed.proj.weight": "vision_embed.proj.weight",
@@ -81,7 +106,7 @@ def names(depth: int) -> dict[str, str]:
         "text_embed.positions": "encoder.embed_positions.B.weight",
     }
     for big, small in MODALITIES.items():
-        layers = {f"norm.{small}": f"encoder.layer_norm.{big}"}
+        layers = {f"norm.{small}": f"encoder.layer_norm.{big}"} if final_norm else {}
         for i in range(depth):
             for ours, theirs in BLOCK.items():
                 layers[f"blocks.{i}.{ours.format(m=small)}"] = f"encoder.layers.{i}.{theirs.format(M=big)}"
@@ -94,7 +119,7 @@ def to_released(state: State, cfg: MultiwayConfig) -> State:
     which computes the same. Raises ValueError for a model that the released architecture cannot express."""
     _check_expressible(state, cfg)
     released = {}
-    for ours, theirs in names(cfg.depth).items():
+    for ours, theirs in names(cfg.depth, final_norm=cfg.final_norm).items():
         shared = re.sub(r"\.(norm|q|k|v|inner_norm|out)\.(vision|language)\.", r".\1.shared.", ours)
         source = ours if ours in state else shared
         if source not in state:
@@ -104,7 +129,8 @@ def to_released(state: State, cfg: MultiwayConfig) -> State:
     for key in ("A", "B"):
         table = released[f"beit3.encoder.embed_positions.{key}.weight"]
         released[f"beit3.encoder.embed_positions.{key}.weight"] = F.pad(table, (0, 0, UNUSED_POSITIONS, 0))
-    released |= {theirs: state[ours].clone() for ours, theirs in HEADS.items() if ours in state}
+    heads = [HEADS, *head_names().values()]
+    released |= {theirs: state[ours].clone() for head in heads for ours, theirs in head.items() if ours in state}
     if "logit_scale" in released:
         released["logit_scale"] = released["logit_scale"].reshape(())
     return released
@@ -112,25 +138,29 @@ def to_released(state: State, cfg: MultiwayConfig) -> State:
 
 def from_released(state: State, heads: int | None = None) -> tuple[State, MultiwayConfig]:
     """Released tensors -> (ours, the configuration inferred from their shapes). The shapes do not tell `heads`: None
-    means the released models' 64 per head. Tensors of fine-tuning heads are dropped with a log line."""
+    means the released models' 64 per head. Heads come along, those of fine-tuning too if they are whole; what has no
+    counterpart is dropped with a log line."""
     if missing := [key for key in ("beit3.text_embed.weight", "beit3.vision_embed.proj.weight") if key not in state]:
         raise ValueError(f"these weights have no {missing[0]}; give a BEiT-3 checkpoint from unilm")
     cfg = _guess_config(state, heads)
     ours = {}
-    for mine, theirs in names(cfg.depth).items():
+    table = names(cfg.depth, final_norm=cfg.final_norm)
+    for mine, theirs in table.items():
         if theirs not in state:
-            hint = " (image classification and VQA checkpoints have no final norm)" if "layer_norm" in theirs else ""
-            raise ValueError(f"these weights have no {theirs}{hint}; use the pretrained or the retrieval checkpoint")
+            raise ValueError(f"these weights have no {theirs}; they are incomplete, so get the file again")
         ours[mine] = state[theirs].clone()
     _patch_weights(ours, "encoder.vision_embed.proj.weight", (cfg.dim, 3 * cfg.patch_size**2))
     for mine in ("encoder.vision_embed.positions", "encoder.text_embed.positions"):
         ours[mine] = ours[mine][UNUSED_POSITIONS:].clone()
-    ours |= {mine: state[theirs].clone() for mine, theirs in HEADS.items() if theirs in state}
+    known = HEADS.copy()
+    for head in head_names().values():
+        known |= head if all(theirs in state for theirs in head.values()) else {}
+    ours |= {mine: state[theirs].clone() for mine, theirs in known.items() if theirs in state}
     if "objectives.contrastive.logit_scale" in ours:
         ours["objectives.contrastive.logit_scale"] = ours["objectives.contrastive.logit_scale"].reshape(1)
     for mine, value in ours.items():
         check_type("these weights", mine, value.dtype)
-    convertible = {*names(cfg.depth).values(), *HEADS.values()}
+    convertible = {*table.values(), *known.values()}
     if dropped := sorted(set(state) - convertible):
         log.info("dropped %d tensors that have no counterpart here: %s ...", len(dropped), ", ".join(dropped[:5]))
     return ours, cfg
@@ -180,6 +210,9 @@ def _guess_config(state: State, heads: int | None) -> MultiwayConfig:
         attention="per_modality",
         sub_norm="beit3.encoder.layers.0.ffn.A.ffn_layernorm.weight" in state,
         init="sub_norm",
+        # unilm's classifiers and answerers have none.
+        final_norm=any(key.startswith("beit3.encoder.layer_norm.") for key in state)
+        or not any(key in state for key in ("fc_norm.weight", "pooler.norm.weight")),
     )
 
 

@@ -18,7 +18,7 @@ from pretrain.batch import BOS, EOS, PAD, Layout, make_batch
 from pretrain.data.shards.reader import BadSample
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform, sample_rng
-from pretrain.evals.generation import NextWord, Writing, never_written, text_reader, write
+from pretrain.evals.generation import NextWord, Writing, never_written, next_word_head, text_reader, write
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.stored_model import experts_in, fill_task, objectives_in, read_stored, stored_tokenizer
 from pretrain.tasks.pretrain import PretrainTask
@@ -145,22 +145,21 @@ class Pretrained:
         text = self.tokenizer()
         how = replace(how, max_words=min(how.max_words, self.model.max_text_len - 1))
         logits, mask_id = self.next_word_head(text)
-        never = never_written(self.model.vocab_size, text.mask_id, self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             reader = text_reader(self.task.encoder, pixels.to(self.device), self._patches, how.max_words + 1)
-            ids = write(NextWord(reader, logits, never, mask_id), len(pixels), how, draws, self.device)
+            ids = write(NextWord(reader, logits, text.mask_id, mask_id), len(pixels), how, draws, self.device)
         return [text.decode(row) for row in ids.tolist()]
 
     def next_word_head(self, text: TextTokenizer) -> tuple[Any, int | None]:
         """The logits of the next word, and the <mask> that stands in its place, if any. ValueError for weights that
         write nothing."""
-        objectives: Any = self.task.objectives
-        if "captioning" in objectives:
-            return objectives["captioning"].words.logits, None
-        head = self._head("masked", "load a stage with Captioning(), or one that hides words")
+        found = next_word_head(self.task.objectives, text.mask_id)
+        if found is None:
+            self._head("masked", "load a stage with Captioning(), or one that hides words")
         if "vision" not in self.task.encoder.expert_names:
             raise ValueError("these weights have no vision expert and cannot see a picture; load a fusion stage")
-        return head.text.logits, text.mask_id
+        assert found is not None
+        return found
 
     @property
     def _patches(self) -> int:

@@ -10,10 +10,13 @@ from pretrain.contracts import Objective, State
 from pretrain.data.text_tokenizer import TOKENIZER
 from pretrain.export import from_released, read_tensors
 from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.objectives.answering import Answering
 from pretrain.objectives.captioning import Captioning
+from pretrain.objectives.classification import ImageClassification
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked import MaskedData
 from pretrain.objectives.matching import Matching
+from pretrain.objectives.reasoning import Reasoning
 from pretrain.parallel.state import dense_shape, fill, named_state
 from pretrain.run.directory import read_recipe
 from pretrain.run.stored_weights import model_in
@@ -55,6 +58,12 @@ def objectives_in(state: State, model: MultiwayConfig) -> list[Objective]:
         objectives.append(MaskedData(image_ratio=0.0, pair_image_ratio=0.0, tied_text_head=tied))
     if "objectives.captioning.words.weight" in state:
         objectives.append(Captioning())
+    if (last := state.get("objectives.classification.classes.weight")) is not None:
+        objectives.append(ImageClassification(len(last)))
+    if (last := state.get("objectives.answering.answer.3.weight")) is not None:
+        objectives.append(Answering(len(last)))
+    if "objectives.reasoning.norm.weight" in state:
+        objectives.append(Reasoning())
     return objectives
 
 

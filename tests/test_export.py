@@ -113,7 +113,7 @@ def test_incomplete_released_weights_are_refused_by_name():
     released = to_released(weights(), CONFIG)
     for key, says in (
         ("beit3.text_embed.weight", "text_embed"),
-        ("beit3.encoder.layer_norm.A.weight", "classification"),
+        ("beit3.encoder.layer_norm.A.weight", "layer_norm.A.weight"),
         ("beit3.encoder.layers.1.ffn.B.fc1.bias", "layers.1.ffn.B.fc1.bias"),
         ("beit3.encoder.layers.0.ffn.A.fc1.weight", "no layers"),
     ):
@@ -121,7 +121,7 @@ def test_incomplete_released_weights_are_refused_by_name():
             from_released({k: v for k, v in released.items() if k != key})
 
 
-def test_fine_tuning_heads_are_left_out():
+def test_half_a_fine_tuning_head_is_left_out():
     released = to_released(weights(), CONFIG) | {"head.weight": torch.zeros(3, CONFIG.dim)}
     assert same(from_released(released, heads=4)[0], weights())
 

@@ -136,6 +136,7 @@ def torchscale_model(cfg: MultiwayConfig, released: dict[str, Tensor] | None = N
             encoder_layers=cfg.depth,
             max_source_positions=cfg.max_text_len + 2,
             layernorm_eps=cfg.norm_eps,
+            normalize_output=cfg.final_norm,
         )
     )
     if released is not None:

@@ -70,11 +70,14 @@ def _captioned(file: str, captions: list[Any], split: str, pictures: Pictures) -
 def _questions(questions: list[Any], pictures: Pictures, answers: Path | None) -> Iterator[Record | Unusable]:
     """VQAv2's: a record for each question, whose text is the caption; `answers` in its JSON are those of ten people."""
     given: dict[Any, list[str]] = {}
+    chosen: dict[Any, str] = {}
     for _, note in json_elements(answers, ("annotations",)) if answers is not None else ():
         if isinstance(note, dict) and isinstance(note.get("question_id"), int):
             listed = note.get("answers")
             texts = [a.get("answer") for a in listed if isinstance(a, dict)] if isinstance(listed, list) else []
             given[note["question_id"]] = [text for text in texts if isinstance(text, str)]
+            if isinstance(note.get("multiple_choice_answer"), str):
+                chosen[note["question_id"]] = note["multiple_choice_answer"]
     if answers is not None and not given:
         raise ValueError(f"--answers {answers} has no annotations with a question_id; give VQAv2's annotations")
     for question in questions:
@@ -91,6 +94,7 @@ def _questions(questions: list[Any], pictures: Pictures, answers: Path | None) -
                 if not given.get(number):
                     raise ValueError("it has no answers")
                 facts["answers"] = given[number]
+                facts |= {"answer": chosen[number]} if number in chosen else {}
             yield Record(name, (pictures.numbered(image),), captions_of(question.get("question")), facts=facts)
         except ValueError as error:
             yield Unusable(name, "bad_row", str(error))

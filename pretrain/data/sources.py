@@ -98,8 +98,11 @@ class CaptionShards(PairShards):
     texts, and its txt is not read. For a picture of Karpathy's dataset_coco.json or dataset_flickr30k.json that list is
     `[sentence["raw"] for sentence in picture["sentences"]]`.
 
-    The first caption is the pair's text; `extra["captions"]` has all of them, int64 [captions, text_len].
+    The first caption is the pair's text, or with `draw` one that the sample's generator draws anew in each epoch;
+    `extra["captions"]` has all of them, int64 [captions, text_len].
     """
+
+    draw: bool = False
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -110,7 +113,8 @@ class CaptionShards(PairShards):
     ) -> Raw:
         assert transform is not None and tokenizer is not None
         ids = np.stack([caption_ids(text, tokenizer, self.text_len) for text in captions_of(members)])
-        return Raw(transform(picture(members), rng), ids[0], {CAPTIONS: ids})
+        number = int(rng.integers(len(ids))) if self.draw else 0
+        return Raw(transform(picture(members), rng), ids[number], {CAPTIONS: ids})
 
 
 @dataclass(frozen=True)

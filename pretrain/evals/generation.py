@@ -71,12 +71,13 @@ def text_reader(encoder: Any, images: Tensor, patches: int, longest: int) -> Any
 
 
 class NextWord:
-    """The log-probabilities of the next word of each text. `text` is a CausalText or a WholePass, `logits` the head.
-    `mask_id` None: a word's row says the next one (objective captioning). Else a <mask> stands where the next word
-    will, and its own row says it (BEiT-3: unilm beit3/engine_for_finetuning.py, CaptioningHandler)."""
+    """The log-probabilities of the next word of each text. `text` is a CausalText or a WholePass, `logits` the head;
+    ids from `words` on are no words. `mask_id` None: a word's row says the next one (objective captioning). Else a
+    <mask> stands where the next word will, and its own row says it (BEiT-3: unilm beit3/engine_for_finetuning.py,
+    CaptioningHandler)."""
 
-    def __init__(self, text: Any, logits: Callable[[Tensor], Tensor], never: Tensor, mask_id: int | None = None):
-        self.text, self.logits, self.never, self.mask_id = text, logits, never, mask_id
+    def __init__(self, text: Any, logits: Callable[[Tensor], Tensor], words: int, mask_id: int | None = None):
+        self.text, self.logits, self.words, self.mask_id = text, logits, words, mask_id
 
     def __call__(self, ids: Tensor) -> Tensor:
         """The words since the last call, int64 [n, L] -> float32 [n, words of the vocabulary]."""
@@ -84,17 +85,29 @@ class NextWord:
         if self.mask_id is not None:
             ids = torch.cat([ids, ids.new_full((len(ids), 1), self.mask_id)], 1)
         rows = self.text.read(ids, keep=length)
-        return self.logits(rows[:, -1]).float().log_softmax(-1) + self.never
+        scores = self.logits(rows[:, -1]).float().log_softmax(-1)
+        return scores + never_written(scores.shape[1], self.words, scores.device)
 
     def choose(self, places: Tensor, width: int) -> None:
         self.text.choose(places, width)
 
 
-def never_written(vocab_size: int, mask_id: int, device: torch.device) -> Tensor:
-    """float32 [vocab_size]: -inf for what is no word (specials but EOS, <mask>, and ids that no text has), else 0."""
+def next_word_head(objectives: Any, mask_id: int) -> tuple[Callable[[Tensor], Tensor], int | None] | None:
+    """The head by which a stage's objectives write: its logits, and the <mask> that stands where the next word will, if
+    any; None where there is no such head."""
+    if "captioning" in objectives:
+        return objectives["captioning"].words.logits, None
+    if "masked" in objectives and objectives["masked"].text is not None:
+        return objectives["masked"].text.logits, mask_id
+    return None
+
+
+def never_written(vocab_size: int, words: int, device: torch.device) -> Tensor:
+    """float32 [vocab_size]: -inf for what is no word (specials but EOS, and the ids from `words` on: <mask>, and what
+    no text has), else 0."""
     never = torch.zeros(vocab_size, device=device)
     never[[BOS, PAD, UNK]] = -torch.inf
-    never[mask_id:] = -torch.inf
+    never[words:] = -torch.inf
     return never
 
 

@@ -89,7 +89,6 @@ def test_beams_are_those_of_transformers_generate(beams, penalty, masked):
     """Which reads everything anew for each word, the pictures too."""
     how, count = Writing(beams, penalty, max_words=LONGEST - 1), 4
     model, words = encoder(PAPER).eval(), head(beams, sharp=0.5)
-    never = never_written(WORDS, MASK, torch.device("cpu"))
 
     def logits(ids: Tensor, places: Tensor) -> Tensor:
         if masked:
@@ -98,7 +97,7 @@ def test_beams_are_those_of_transformers_generate(beams, penalty, masked):
         return words(rows[:, -1])
 
     theirs = transformers_beams(logits, count, how)
-    next_word = NextWord(model.causal_text(pictures(count), LONGEST), words, never, MASK if masked else None)
+    next_word = NextWord(model.causal_text(pictures(count), LONGEST), words, MASK, MASK if masked else None)
     ours = write(next_word, count, how, None, torch.device("cpu"))
     assert (ours == EOS).any() and len({tuple(row) for row in ours.tolist()}) > 1  # it is no trivial search
     length = min(ours.shape[1], theirs.shape[1])
@@ -136,13 +135,13 @@ def test_beams_over_a_table_are_those_of_transformers_generate(seed):
 
 @torch.no_grad()
 def test_a_text_does_not_depend_on_the_others_in_its_batch():
-    model, words, never = encoder(PAPER).eval(), head(1, sharp=0.5), never_written(WORDS, MASK, torch.device("cpu"))
+    model, words = encoder(PAPER).eval(), head(1, sharp=0.5)
     draws = torch.from_numpy(np.stack([sample_rng(0, 0, number).random(8) for number in range(5)]))
     for how in (Writing(3, max_words=8), Writing(1, max_words=8), Writing(1, top_p=0.8, max_words=8)):
 
         def texts(some: slice, how: Writing = how) -> list[list[int]]:
             shown = pictures(5)[some]
-            next_word = NextWord(model.causal_text(shown, LONGEST), words, never)
+            next_word = NextWord(model.causal_text(shown, LONGEST), words, MASK)
             rows = write(next_word, len(shown), how, draws[some], torch.device("cpu")).tolist()
             return [[i for i in row if i != PAD] for row in rows]
 

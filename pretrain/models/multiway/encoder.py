@@ -63,7 +63,8 @@ class MultiwayEncoder(nn.Module):
             make = partial(MultiwayBlock, cfg, experts, number + 1, layers)
             if block := build(f"blocks.{number}", make):
                 self.blocks.add_module(str(number), block)
-        norm = partial(Multiway, attention_names(cfg, experts), lambda: nn.LayerNorm(cfg.dim, eps=cfg.norm_eps))
+        last = partial(nn.LayerNorm, cfg.dim, eps=cfg.norm_eps) if cfg.final_norm else nn.Identity
+        norm = partial(Multiway, attention_names(cfg, experts), last)
         self.norm = cast(Multiway, build("norm", norm))
 
     def forward(self, batch: Batch, needed: Kinds | None = None) -> Kinds:

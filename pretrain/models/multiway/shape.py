@@ -33,6 +33,7 @@ class MultiwayShape:
     text_norm: bool = False  # a norm behind the text embedding (BERT, VLMo)
     key_bias: bool = True
     norm_eps: float = 1e-5
+    final_norm: bool = True  # False: the released classifiers and answerers have none behind the last block
     # scaled: normal of init_std that is cut at it, layer l's output matrices / sqrt(2 l) (BEiT-3, footnote 4: "within
     # a small range"; BEiT's code). sub_norm: the blocks' matrices are Magneto's, Xavier normal without a cut.
     init: Literal["scaled", "sub_norm"] = "scaled"

@@ -1,0 +1,129 @@
+"""Sources of fine-tuning tasks, from shards as data_tools.from_table writes them: pictures with labels, questions with
+answers, sentences about two pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.random import Generator
+
+from pretrain.data.answers import scores
+from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample
+from pretrain.data.sources import METADATA, ImageShards, PairShards, Raw
+from pretrain.json_files import parse_json, read_bytes
+from pretrain.settings import fill_variables
+
+LABEL, SECOND, SCORES, ANSWERS = "label", "second", "scores", "answers"
+SECOND_PICTURE = "jpe"  # the member of a sample's second picture
+
+
+@dataclass(frozen=True)
+class LabelledShards(ImageShards):
+    """Pictures with the number of a class each, `label` in a sample's JSON -> extra["label"]."""
+
+    classes: int = 1000
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return (*IMAGE_EXTENSIONS, METADATA)
+
+    def decode(self, members: Mapping, transform: Any, tokenizer: Any, rng: Generator) -> Raw:
+        label = label_in(members, self.classes)
+        return super().decode(members, transform, tokenizer, rng)._replace(extra={LABEL: label})
+
+
+@dataclass(frozen=True)
+class QuestionShards(PairShards):
+    """Pictures with a question each (txt) and what people answered (`answers` in the JSON): VQAv2. `vocabulary` is a
+    JSON list of the answers that can be given (data_tools.answers makes one) -> extra["scores"], float32 [answers],
+    what each of them would score; extra["answers"], what people said."""
+
+    vocabulary: str = "$DATA/answers.json"
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return (*super().wanted, METADATA)
+
+    def decode(self, members: Mapping, transform: Any, tokenizer: Any, rng: Generator) -> Raw:
+        given = metadata(members).get("answers")
+        if not isinstance(given, list) or not given or not all(isinstance(answer, str) for answer in given):
+            raise BadSample('its json has no list of "answers"')
+        numbers = read_vocabulary(self.vocabulary)
+        targets = np.zeros(len(numbers), np.float32)
+        for answer, score in scores(given).items():
+            if answer in numbers:
+                targets[numbers[answer]] = score
+        extra = {SCORES: targets, ANSWERS: tuple(given)}
+        return super().decode(members, transform, tokenizer, rng)._replace(extra=extra)
+
+
+@dataclass(frozen=True)
+class TwoPictureShards(PairShards):
+    """A sentence (txt) about two pictures, true (`label` 1) or not: NLVR2. The second picture is the member "jpe" ->
+    extra["second"], uint8 [3, size, size], and extra["label"]."""
+
+    pictures: ClassVar[int] = 2
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return (*super().wanted, METADATA)
+
+    def decode(self, members: Mapping, transform: Any, tokenizer: Any, rng: Generator) -> Raw:
+        label = label_in(members, 2)
+        if SECOND_PICTURE not in members:
+            raise BadSample(f"it has no second picture ({SECOND_PICTURE})")
+        first = super().decode(members, transform, tokenizer, rng)
+        return first._replace(extra={LABEL: label, SECOND: transform(members[SECOND_PICTURE], rng)})
+
+
+def metadata(members: Mapping) -> dict[str, Any]:
+    """A sample's JSON object. BadSample where there is none."""
+    if METADATA not in members:
+        raise BadSample("it has no json")
+    try:
+        content = parse_json(members[METADATA])
+    except ValueError:
+        raise BadSample("its json cannot be read") from None
+    if not isinstance(content, dict):
+        raise BadSample("its json is no object")
+    return content
+
+
+def label_in(members: Mapping, classes: int) -> int:
+    """BadSample for a label that is none of the classes'."""
+    label = metadata(members).get(LABEL)
+    if type(label) is not int or not 0 <= label < classes:
+        raise BadSample(f"its label {str(label)[:40]!r} is no number from 0 to {classes - 1}")
+    return label
+
+
+def read_vocabulary(name: str) -> dict[str, int]:
+    """{answer: its number}, of a JSON list, or of unilm's answer2label.txt: {"answer", "label"} in each line.
+    ValueError."""
+    return _read_vocabulary(Path(fill_variables(name, "vocabulary")).expanduser())
+
+
+@lru_cache(maxsize=4)
+def _read_vocabulary(path: Path) -> dict[str, int]:
+    way_out = "write it with python -m data_tools.answers"
+    if not path.is_file():
+        raise ValueError(f"vocabulary={path} does not exist; {way_out}")
+    data = read_bytes(path)
+    try:
+        content = parse_json(data)
+    except ValueError:
+        try:
+            lines = [parse_json(line) for line in data.splitlines() if line.strip()]
+            content = [line["answer"] for line in sorted(lines, key=lambda line: int(line["label"]))]
+        except (ValueError, KeyError, TypeError):
+            content = None
+    if not isinstance(content, list) or not content or not all(isinstance(answer, str) for answer in content):
+        raise ValueError(f"vocabulary={path} is no list of answers; {way_out}")
+    if len(set(content)) < len(content):
+        raise ValueError(f"vocabulary={path} has an answer twice; {way_out}")
+    return {answer: number for number, answer in enumerate(content)}

@@ -1,0 +1,82 @@
+"""Captions of held-out pictures against what people wrote, by CIDEr-D (evals/cider.py), and some of them to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from numpy.random import Generator
+
+from pretrain.contracts import Evaluation
+from pretrain.data.labelled import metadata
+from pretrain.data.sources import CAPTIONS, METADATA, PairShards, Raw, text_of
+from pretrain.evals.cider import cider
+from pretrain.evals.generation import NextWord, Writing, next_word_head, text_reader, write
+from pretrain.evals.trained import Trained, check_counts, uint8_pictures
+
+SHOWN, REFERENCES = 10, "references"
+
+
+@dataclass(frozen=True)
+class ReferenceShards(PairShards):
+    """Pictures with the texts that a caption is compared with: `captions` of a sample's JSON, else its txt ->
+    extra["references"], a tuple of texts."""
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return (*super().wanted, METADATA)
+
+    def decode(self, members: Mapping, transform: Any, tokenizer: Any, rng: Generator) -> Raw:
+        texts = metadata(members).get(CAPTIONS) if METADATA in members else None
+        several = isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
+        references = tuple(texts) if several and texts is not None else (text_of(members),)
+        return super().decode(members, transform, tokenizer, rng)._replace(extra={REFERENCES: references})
+
+
+@dataclass(frozen=True)
+class CaptionScore(Evaluation):
+    """CIDEr-D in percent, so that a caption like those of people has about 100. `writing` as for pretrain.caption."""
+
+    pairs: ReferenceShards
+    samples: int = 5000
+    batch: int = 32
+    writing: Writing = field(default_factory=Writing)
+
+    def __post_init__(self) -> None:
+        check_counts(samples=self.samples, batch=self.batch)
+
+    def problems(self, stage: Any) -> list[str]:
+        names = {objective.name for objective in stage.objectives}
+        if names & {"captioning", "masked"}:
+            return []
+        return ["evals: CaptionScore needs a stage with MaskedCaptioning() or Captioning(); take it out of this one"]
+
+    @torch.no_grad()
+    def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
+        task: Any = trained.task
+        found = next_word_head(task.objectives, trained.text.mask_id)
+        if found is None:
+            raise ValueError("evals: CaptionScore needs a head of words, and this stage's hides none; take it out")
+        captions, references, shown = list[str](), list[tuple[str, ...]](), list[dict]()
+        samples = min(self.samples, trained.samples_of(self.pairs))
+        for batch in trained.batches({"pairs": self.pairs}, min(self.batch, samples), samples):
+            texts = self._write(trained, batch, *found)
+            for number, text in enumerate(texts[: max(SHOWN - len(shown), 0)]):
+                picture = trained.save_picture(uint8_pictures(batch.images)[number], f"caption{len(shown)}")
+                given = " / ".join(batch.extra[REFERENCES][number][:2])
+                shown.append({"input": picture, "caption": given, "predicted_caption": text})
+            captions += texts
+            references += batch.extra[REFERENCES]
+        scores = cider(captions[:samples], references[:samples])
+        return {"captions/CIDEr": 100 * sum(scores) / len(scores)}, {"masked": shown}
+
+    def _write(self, trained: Trained, batch: Any, logits: Any, mask_id: int | None) -> list[str]:
+        task: Any = trained.task
+        longest = min(self.writing.max_words, batch.layout.pair_len - 1)
+        how = Writing(self.writing.beams, self.writing.length_penalty, max_words=longest)
+        reader = text_reader(task.encoder, batch.images, batch.layout.patches, longest + 1)
+        next_word = NextWord(reader, logits, trained.text.mask_id, mask_id)
+        ids = write(next_word, len(batch.images), how, None, trained.device)
+        return [trained.text.decode(row) for row in ids.tolist()]

@@ -1,0 +1,92 @@
+"""How often a fine-tuned stage is right: classes of pictures, answers to questions, sentences about two pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pretrain.contracts import Evaluation
+from pretrain.data.answers import accuracy
+from pretrain.data.labelled import ANSWERS, LABEL, LabelledShards, QuestionShards, TwoPictureShards, read_vocabulary
+from pretrain.evals.trained import Trained, check_counts, missing_head
+
+EVERYTHING = 10**9
+
+
+@dataclass(frozen=True)
+class TopAccuracy(Evaluation):
+    """Percent of pictures whose class is the best one, or among the best five."""
+
+    images: LabelledShards
+    samples: int = EVERYTHING
+    batch: int = 128
+
+    def __post_init__(self) -> None:
+        check_counts(samples=self.samples, batch=self.batch)
+
+    def problems(self, stage: Any) -> list[str]:
+        return missing_head(stage, "classification")
+
+    @torch.no_grad()
+    def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
+        head, ranks = trained.head("classification"), list[torch.Tensor]()
+        samples = min(self.samples, trained.samples_of(self.images))
+        for batch in trained.batches({"images": self.images}, min(self.batch, samples), samples):
+            logits, label = head.logits(trained.task.encoder(batch)).float(), batch.extra[LABEL]
+            own = logits.gather(1, label[:, None])
+            # As for recall: a tie counts against us, and so does NaN.
+            ranks.append((~(logits < own)).sum(-1).cpu() - 1 + ~own.isfinite().squeeze(1).cpu() * 10**6)
+        rank = torch.cat(ranks)[:samples]
+        top = {f"top-{k}": 100 * (rank < k).double().mean().item() for k in (1, 5)}
+        return {f"classification/{name}": value for name, value in top.items()}, {}
+
+
+@dataclass(frozen=True)
+class QuestionAccuracy(Evaluation):
+    """VQA's official accuracy of the best answer (data/answers.py), in percent."""
+
+    questions: QuestionShards
+    samples: int = EVERYTHING
+    batch: int = 128
+
+    def __post_init__(self) -> None:
+        check_counts(samples=self.samples, batch=self.batch)
+
+    def problems(self, stage: Any) -> list[str]:
+        return missing_head(stage, "answering")
+
+    @torch.no_grad()
+    def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
+        head, values = trained.head("answering"), list[float]()
+        vocabulary = list(read_vocabulary(self.questions.vocabulary))
+        samples = min(self.samples, trained.samples_of(self.questions))
+        for batch in trained.batches({"pairs": self.questions}, min(self.batch, samples), samples):
+            best = head.logits(trained.task.encoder(batch)).argmax(-1).tolist()
+            values += [accuracy(vocabulary[i], given) for i, given in zip(best, batch.extra[ANSWERS], strict=True)]
+        return {"answers/accuracy": 100 * sum(values[:samples]) / samples}, {}
+
+
+@dataclass(frozen=True)
+class TwoPictureAccuracy(Evaluation):
+    """Percent of sentences that are judged right; a coin has 50."""
+
+    pairs: TwoPictureShards
+    samples: int = EVERYTHING
+    batch: int = 128
+
+    def __post_init__(self) -> None:
+        check_counts(samples=self.samples, batch=self.batch)
+
+    def problems(self, stage: Any) -> list[str]:
+        return missing_head(stage, "reasoning")
+
+    @torch.no_grad()
+    def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
+        head, right = trained.head("reasoning"), list[torch.Tensor]()
+        encoder, samples = trained.task.encoder, min(self.samples, trained.samples_of(self.pairs))
+        for batch in trained.batches({"pairs": self.pairs}, min(self.batch, samples), samples):
+            logits = head.logits(encoder(batch), batch, encoder)
+            right.append((logits.argmax(-1) == batch.extra[LABEL]).cpu())
+        return {"reasoning/accuracy": 100 * torch.cat(right)[:samples].double().mean().item()}, {}

@@ -1,0 +1,98 @@
+"""Classes of pictures, as BEiT-3 is fine-tuned for ImageNet (arXiv 2208.10442, 3.2; unilm beit3/modeling_finetune.py,
+BEiT3ForImageClassification): the mean of the patches' rows, a norm, a linear layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.batch import Batch, Kinds, Layout
+from pretrain.contracts import Encoder, Objective
+from pretrain.flops import Product
+from pretrain.layers import HEAD_STD, PLAIN, Layers, Linear
+
+SCALE = 0.001  # of the last layer's first weights, there
+
+
+@dataclass(frozen=True)
+class ImageClassification(Objective):
+    """Pictures of the mix's `images`, from LabelledShards of as many `classes`. `smoothing`: share of each target that
+    all classes have in equal parts. A model with final_norm=False is what unilm's checkpoints are of; with the
+    encoder trained too it matters little, and a linear probe (trainable=("objectives.*",)) wants the norm."""
+
+    classes: int = 1000
+    smoothing: float = 0.1
+    name = "classification"
+
+    def __post_init__(self) -> None:
+        if self.classes < 2:
+            raise ValueError(f"classification.classes={self.classes} is below 2; use the number of labels.json")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"classification.smoothing={self.smoothing} is not a share; use at least 0, less than 1")
+
+    def build(self, model: Any, experts: Sequence[str], layers: Layers = PLAIN, tokens: Any = None) -> nn.Module:
+        return ClassificationHead(model.width("images"), self.classes, self.smoothing)
+
+    def problems(self, stage: Any) -> list[str]:
+        there = getattr(stage.mix.get("images"), "classes", None)
+        if there is None:
+            return ["classification needs labels; give the mix images=LabelledShards(...)"]
+        if there != self.classes:
+            return [f"classification.classes={self.classes} but mix.images.classes={there}; use one number"]
+        return []
+
+    def products(self, layout: Layout, model: Any) -> list[Product]:
+        return [Product(layout.images, model.width("images"), self.classes, classes=True)]
+
+
+class ClassificationHead(nn.Module):
+    def __init__(self, width: int, classes: int, smoothing: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.classes = Linear(width, classes, std=HEAD_STD * SCALE, cut=math.inf)
+        self.smoothing = smoothing
+
+    def needed_rows(self, batch: Batch) -> Kinds:
+        rows = Kinds.rows_of(batch.layout, batch.images.device)
+        rows.images[:, 1:] = True
+        return rows
+
+    def logits(self, encoded: Kinds) -> Tensor:
+        """-> [images, classes]"""
+        return self.classes(self.norm(encoded.images[:, 1:].mean(1)))
+
+    def forward(self, encoded: Kinds, batch: Batch, encode: Encoder | None = None) -> dict[str, Tensor]:
+        logits, label = self.logits(encoded).float(), batch.extra["label"]
+        accuracy = (logits.detach().argmax(-1) == label).float().mean()
+        loss = F.cross_entropy(logits, label, label_smoothing=self.smoothing)
+        return {"loss": loss, "accuracy/classification": accuracy}
+
+    def after_step(self) -> None:
+        """Nothing moves between steps."""
+
+
+def two_layers(inputs: int, hidden: int, outputs: int, *, scale: float = 1.0) -> nn.Sequential:
+    """Linear, norm, GELU, linear: what answers and two pictures are judged by; `scale` of the first weights."""
+    std, cut = HEAD_STD * scale, math.inf
+    first = Linear(inputs, hidden, std=std, cut=cut), nn.LayerNorm(hidden), nn.GELU()
+    return nn.Sequential(*first, Linear(hidden, outputs, std=std, cut=cut))
+
+
+def answered(logits: Tensor, label: Tensor, name: str) -> dict[str, Tensor]:
+    """Cross-entropy and accuracy of logits [n, classes] against int64 [n]."""
+    accuracy = (logits.detach().argmax(-1) == label).float().mean()
+    return {"loss": F.cross_entropy(logits.float(), label), f"accuracy/{name}": accuracy}
+
+
+def first_rows(batch: Batch, *, texts: bool = False) -> Kinds:
+    """The class row of each pair's picture, and with `texts` the first row of its text."""
+    rows = Kinds.rows_of(batch.layout, batch.images.device)
+    rows.pair_images[:, :1] = True
+    if texts:
+        rows.pair_texts[:, :1] = True
+    return rows

@@ -1,0 +1,81 @@
+"""Is a sentence true of two pictures? As BEiT-3 is fine-tuned for NLVR2 (arXiv 2208.10442, 3.1.2; unilm
+beit3/modeling_finetune.py, BEiT3ForVisualReasoning): the sentence is fused with each of them, and a head judges the
+four first rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.batch import DROP_PATH, Batch, Kinds, Layout, derived, make_batch
+from pretrain.contracts import Encoder, Objective, Pass
+from pretrain.data.labelled import LABEL, SECOND
+from pretrain.flops import Product
+from pretrain.layers import PLAIN, Layers
+from pretrain.objectives.classification import answered, first_rows, two_layers
+
+SCALE = 0.001  # of the first weights, there
+
+
+@dataclass(frozen=True)
+class Reasoning(Objective):
+    """Pictures and sentences of the mix's `pairs`, from TwoPictureShards; the second picture is a pass of its own."""
+
+    name = "reasoning"
+
+    def build(self, model: Any, experts: Sequence[str], layers: Layers = PLAIN, tokens: Any = None) -> nn.Module:
+        return ReasoningHead(model.width("pair_images"), model.width("pair_texts"))
+
+    def problems(self, stage: Any) -> list[str]:
+        source = stage.mix.get("pairs")
+        if getattr(source, "pictures", 1) != 2:
+            return ["reasoning needs sentences about two pictures; give the mix pairs=TwoPictureShards(...)"]
+        return []
+
+    def passes(self, layout: Layout) -> list[Pass]:
+        return [Pass(second_layout(layout))]
+
+    def products(self, layout: Layout, model: Any) -> list[Product]:
+        width = 2 * (model.width("pair_images") + model.width("pair_texts"))
+        return [Product(layout.pairs, width, width // 2), Product(layout.pairs, width // 2, 2)]
+
+
+def second_layout(layout: Layout) -> Layout:
+    return Layout(pairs=layout.pairs, patches=layout.patches, pair_len=layout.pair_len)
+
+
+class ReasoningHead(nn.Module):
+    def __init__(self, images: int, texts: int):
+        super().__init__()
+        width = 2 * (images + texts)
+        self.norm = nn.LayerNorm(width)
+        self.judge = two_layers(width, width // 2, 2, scale=SCALE)
+
+    def needed_rows(self, batch: Batch) -> Kinds:
+        return first_rows(batch, texts=True)
+
+    def logits(self, encoded: Kinds, batch: Batch, encode: Encoder) -> Tensor:
+        """-> [pairs, 2]: not true, true. `encoded`: the pairs with their first pictures."""
+        other = derived(batch, _second)
+        second = encode(other, needed=first_rows(other.on_host, texts=True))
+        both = [row for kinds in (encoded, second) for row in (kinds.first.pair_images, kinds.first.pair_texts)]
+        return self.judge(self.norm(torch.cat(both, -1)))
+
+    def forward(self, encoded: Kinds, batch: Batch, encode: Encoder) -> dict[str, Tensor]:
+        return answered(self.logits(encoded, batch, encode), batch.extra[LABEL], Reasoning.name)
+
+    def after_step(self) -> None:
+        """Nothing moves between steps."""
+
+
+def _second(batch: Batch) -> Batch:
+    """The pairs with their second pictures."""
+    layout = batch.layout
+    draws = {}
+    if (drawn := batch.draws.get(DROP_PATH)) is not None:
+        draws[DROP_PATH] = drawn[layout.images : layout.images + layout.pairs]
+    return make_batch(second_layout(layout), images=batch.extra[SECOND], pair_tokens=batch.pair_tokens, draws=draws)

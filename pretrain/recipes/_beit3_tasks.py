@@ -1,0 +1,134 @@
+"""BEiT-3's fine-tuning, with the source of every number. [B3] arXiv 2208.10442; [U] microsoft/unilm, beit3/get_started
+(a command for each task) and run_beit3_finetuning.py (its defaults: eps 1e-8, betas (0.9, 0.999), min_lr 1e-6 and
+warm-up from 1e-6, no clipping; here warm-up begins at 0).
+
+Data, under $DATA as data_tools.from_table leaves it: imagenet/{train,val} (--label-folders), vqa/{train,val} and
+vqa/answers.json (data_tools.answers), nlvr2/{train,dev}, coco/{train,val,test} of Karpathy's dataset_coco.json, and
+text.model (beit3.spm for released weights). $BEIT3 is a directory of `pretrain.export from-released`, or of a stage of
+one's own; for retrieval [U] takes the weights that were contrasted before (beit3_*_itc_patch16_224).
+
+Left out of [U], because there is no such code here: RandAugment (vqa, captioning, imagenet), mixup 0.8 and cutmix 1.0
+and random erasing (imagenet), a rate 20 times higher for the head (vqa), dropping the worst fifth of the words after
+12,000 steps (captioning). Published results need them. Clipping at 3.0 is ours, a guard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pretrain.config import BatchSize, Recipe, Stage
+from pretrain.data.labelled import LabelledShards, QuestionShards, TwoPictureShards
+from pretrain.data.sources import CaptionShards
+from pretrain.data.transforms import ImageTransform
+from pretrain.evals.captions import CaptionScore, ReferenceShards
+from pretrain.evals.labelled import QuestionAccuracy, TopAccuracy, TwoPictureAccuracy
+from pretrain.evals.retrieval import Retrieval
+from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.objectives.answering import Answering
+from pretrain.objectives.classification import ImageClassification
+from pretrain.objectives.contrastive import Contrastive
+from pretrain.objectives.masked_captioning import MaskedCaptioning
+from pretrain.objectives.reasoning import Reasoning
+from pretrain.optim import Optim
+
+# Pictures of an epoch. ImageNet-1k 1,281,167; COCO's train and restval 113,287 with five captions each; VQAv2's
+# training questions 443,757 (unilm also trains on most of the validation ones); NLVR2's sentences 86,373.
+IMAGENET, COCO, QUESTIONS, SENTENCES = 1_281_167, 5 * 113_287, 443_757, 86_373
+LENGTH = 64  # [U] --num_max_bpe_tokens, but for captions, 32
+
+# Scale, interpolation and flip of [U] beit3/datasets.py, build_transform; whole pictures as squares in evaluation.
+LOOK = ImageTransform(size=224, scale=(0.5, 1.0), flip=True, jitter=0.0, evaluation="squash")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one task and one size: rate, layer decay, drop path, weight decay, pictures of a step, epochs, of which
+    `warmup`."""
+
+    lr: float
+    layer_decay: float
+    drop_path: float
+    weight_decay: float
+    batch: int
+    epochs: int
+    warmup: int
+    size: int = 224
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+# [U] get_started_for_image_classification.md, _vqav2.md, _nlvr2.md, _retrieval.md, _captioning.md.
+BASE = {
+    "imagenet": Settings(7e-4, 0.65, 0.15, 0.05, 1024, 50, 5),
+    "vqa": Settings(3e-5, 1.0, 0.1, 0.01, 128, 10, 1, size=480, betas=(0.9, 0.98)),
+    "nlvr2": Settings(7e-4, 0.65, 0.2, 0.2, 256, 20, 5),
+    "retrieval": Settings(2e-4, 0.65, 0.2, 0.05, 3072, 15, 3, size=384),
+    "captioning": Settings(4e-5, 1.0, 0.1, 0.05, 256, 10, 1, size=480),
+}
+LARGE = {
+    "imagenet": Settings(2e-4, 0.8, 0.25, 0.05, 1024, 50, 5),
+    "vqa": Settings(2e-5, 1.0, 0.15, 0.01, 128, 10, 1, size=480, betas=(0.9, 0.98)),
+    "nlvr2": Settings(3e-4, 0.85, 0.2, 0.2, 256, 20, 5),
+    "retrieval": Settings(5e-5, 0.85, 0.2, 0.05, 3072, 15, 3, size=384),
+    "captioning": Settings(8e-6, 1.0, 0.1, 0.05, 256, 10, 1, size=480),
+}
+
+
+def recipe(name: str, model: MultiwayConfig, settings: dict[str, Settings]) -> Recipe:
+    """A stage for each task, all from pretrained weights."""
+    bare = replace(model, final_norm=False)  # as unilm's classifier and answerer
+    questions = QuestionShards("$DATA/vqa/train", text_len=LENGTH, vocabulary="$DATA/vqa/answers.json")
+    sentences = TwoPictureShards("$DATA/nlvr2/train", text_len=LENGTH)
+    # A picture has five captions, and each step takes one of them: [U] goes through all five in an epoch.
+    captions = CaptionShards("$DATA/coco/train", text_len=LENGTH, draw=True)
+    short = replace(captions, text_len=32)
+    stages = {
+        "imagenet": _stage(
+            settings["imagenet"], bare, IMAGENET, {"images": LabelledShards("$DATA/imagenet/train")},
+            objectives=(ImageClassification(),), experts=("vision",),
+            evals=(TopAccuracy(LabelledShards("$DATA/imagenet/val")),),
+        ),
+        "vqa": _stage(
+            settings["vqa"], bare, QUESTIONS, {"pairs": questions}, objectives=(Answering(),),
+            evals=(QuestionAccuracy(replace(questions, shards="$DATA/vqa/val")),),
+        ),
+        "nlvr2": _stage(
+            settings["nlvr2"], model, SENTENCES, {"pairs": sentences}, objectives=(Reasoning(),),
+            evals=(TwoPictureAccuracy(replace(sentences, shards="$DATA/nlvr2/dev")),),
+        ),
+        # COCO's 5K protocol; 1K: samples=1000.
+        "retrieval": _stage(
+            settings["retrieval"], model, COCO, {"dual": captions}, objectives=(Contrastive(),),
+            evals=(Retrieval(replace(captions, shards="$DATA/coco/test"), samples=5000),),
+        ),
+        "captioning": _stage(
+            settings["captioning"], model, COCO, {"pairs": short}, objectives=(MaskedCaptioning(),),
+            evals=(CaptionScore(ReferenceShards("$DATA/coco/test", text_len=32)),),
+        ),
+    }  # fmt: skip
+    return Recipe(name, model, stages, text_tokenizer="$DATA/text.model", save_every=2000)
+
+
+def _stage(how: Settings, model: MultiwayConfig, epoch: int, mix: dict[str, Any], **more: Any) -> Stage:
+    (kind,) = mix
+    steps = epoch // how.batch
+    return Stage(
+        **{"experts": ("vision", "language"), "init_from": "$BEIT3"} | more,
+        mix=mix,
+        batch=BatchSize(**{kind: how.batch}),
+        model=replace(model, image_size=how.size),
+        transform=replace(LOOK, size=how.size),
+        optim=Optim(
+            lr=how.lr,
+            min_lr=min(1e-6, how.lr),
+            betas=how.betas,
+            eps=1e-8,
+            weight_decay=how.weight_decay,
+            warmup_steps=how.warmup * steps,
+            layer_decay=how.layer_decay,
+            clip=3.0,
+        ),
+        steps=how.epochs * steps,
+        drop_path=how.drop_path,
+        activation_checkpointing=model.depth > 12,
+    )
