@@ -19,6 +19,7 @@ from pretrain.data.shards.reader import BadSample
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform, sample_rng
 from pretrain.evals.generation import NextWord, Writing, never_written, next_word_head, text_reader, write
+from pretrain.evals.zero_shot import TEMPLATES, class_vectors
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.stored_model import experts_in, fill_task, objectives_in, read_stored, stored_tokenizer
 from pretrain.tasks.pretrain import PretrainTask
@@ -78,6 +79,13 @@ class Pretrained:
     def similarity(self, pictures: Iterable[Picture], texts: Iterable[str], batch: int = 64) -> Tensor:
         """-> cosines [N, M] of every picture with every text."""
         return self.embed_images(pictures, batch) @ self.embed_texts(texts, batch).T
+
+    def classify(
+        self, pictures: Iterable[Picture], names: Sequence[str], templates: Sequence[str] = TEMPLATES, batch: int = 64
+    ) -> Tensor:
+        """-> cosines [N, classes] of pictures with classes that only their names describe, each put where a template
+        has {}; the largest is the answer. ValueError as for `similarity`, and for a template without {}."""
+        return self.embed_images(pictures, batch) @ class_vectors(self.embed_texts, names, templates).T
 
     @torch.no_grad()
     def embed_pairs(self, pictures: Sequence[Picture], texts: Sequence[str], batch: int = 64) -> Tensor:

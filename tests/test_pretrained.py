@@ -66,6 +66,14 @@ def test_its_vectors_are_those_of_the_model_whatever_the_batches(stage, task):
     torch.testing.assert_close(model.similarity(pictures(), TEXTS), images @ texts.T, rtol=0, atol=1e-6)
 
 
+def test_classes_are_told_by_their_names(stage):
+    model = pretrain.load(stage)
+    scores = model.classify(pictures(2), ["bus", "dog"], ("a {}", "red {}"))
+    texts = model.embed_texts(["a bus", "red bus", "a dog", "red dog"]).view(2, 2, -1).mean(1)
+    expected = model.embed_images(pictures(2)) @ torch.nn.functional.normalize(texts, dim=-1).T
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
+
+
 def test_a_picture_is_the_same_in_whatever_form(stage, tmp_path):
     model, image = pretrain.load(stage), picture(1, width=40, height=40)
     data = io.BytesIO()

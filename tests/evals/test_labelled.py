@@ -31,7 +31,7 @@ def test_the_best_and_the_best_five_classes_count():
     again = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3], [0, 0, 0, 0, 0, 0, 1]])
     labels = [{"label": torch.tensor([0, 4, 3, 0])}, {"label": torch.tensor([5, 6])}]
     metrics, _ = TopAccuracy(LabelledShards("x"), batch=4).run(trained([first, again], labels, 5))
-    # Of five pictures: right, fifth best, a tie that counts against us, a diverged model, sixth best; the last is extra.
+    # Of five pictures: right, fifth best, a tie that counts against us, a diverged model, sixth best; then the filling.
     assert metrics == pytest.approx({"classification/top-1": 20.0, "classification/top-5": 40.0})
 
 
