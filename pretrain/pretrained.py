@@ -60,6 +60,16 @@ class Pretrained:
         layout = Layout(images=len(pixels), patches=self._patches)
         return self.head.embed_images(self._encode(layout, images=pixels)).cpu()
 
+    @torch.no_grad()
+    def patches(self, pictures: Iterable[Picture], batch: int = 64) -> Tensor:
+        """-> the rows of each picture's patches after the final norm, by the vision encoder, [N, P, D]: what a picture
+        holds, for classifiers of one's own; embed_images compares class rows."""
+        parts = []
+        for pixels in self._looks(pictures, batch):
+            layout = Layout(images=len(pixels), patches=self._patches)
+            parts.append(self._encode(layout, images=pixels).images[:, 1:].float().cpu())
+        return torch.cat(parts) if parts else torch.zeros(0, self._patches, self.model.dim)
+
     def look(self, picture: Picture) -> Tensor:
         """A picture as the encoder sees it: uint8 [3, S, S], S the model's image_size. BadSample, ValueError. Any
         number of threads may call it."""

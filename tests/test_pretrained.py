@@ -66,6 +66,16 @@ def test_its_vectors_are_those_of_the_model_whatever_the_batches(stage, task):
     torch.testing.assert_close(model.similarity(pictures(), TEXTS), images @ texts.T, rtol=0, atol=1e-6)
 
 
+def test_patches_are_the_rows_behind_the_class_row(stage, task):
+    model = pretrain.load(stage)
+    pixels = torch.stack([model.look(data) for data in pictures(3)])
+    with torch.no_grad():
+        layout = Layout(images=3, patches=RELEASED.patches)
+        rows = task.encoder(make_batch(layout, images=pixels)).images
+    torch.testing.assert_close(model.patches(pictures(3), batch=2), rows[:, 1:], rtol=0, atol=1e-5)
+    assert model.patches([]).shape == (0, RELEASED.patches, RELEASED.dim)
+
+
 def test_classes_are_told_by_their_names(stage):
     model = pretrain.load(stage)
     scores = model.classify(pictures(2), ["bus", "dog"], ("a {}", "red {}"))

@@ -1,0 +1,213 @@
+"""What the quickstart's weights are worth on other tasks: chance, trained from scratch, and from its checkpoint.
+
+    python -m benchmarks.downstream --quickstart runs/quickstart --work runs/downstream \\
+        --out benchmarks/results/downstream.json
+
+Draws scenes for each task and writes them as the public sets are laid out (a folder for each class, VQAv2's questions,
+NLVR2's sentences), makes shards of them by data_tools.from_table, and trains and evaluates each stage of
+benchmarks/downstream_recipe.py. Colour and shape of a picture's only thing (40 classes, 10 pictures each to learn from)
+are also asked of frozen vectors (k-NN, linear) and by their names alone. Test scenes of questions, sentences and
+captions have a combination of colour and shape that no training scene has. The same line goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.record import machine
+from data_tools import from_table
+from data_tools.drawn.questions import question, sentence
+from data_tools.drawn.scenes import TRAINING, Scene, draw_scene, encode_jpeg, random_scene
+from pretrain.checkpoint.weights import read_weights, write_weights
+from pretrain.command import about, make_parser, run, write
+from pretrain.data.shards.reader import ShardReader, load_manifest
+from pretrain.evals.cider import cider
+from pretrain.evals.probe import linear_answers, nearest_vote
+from pretrain.json_files import read_object
+from pretrain.pretrained import Pretrained, load
+from pretrain.stored_model import experts_in, objectives_in, read_stored
+from pretrain.tasks.pretrain import PretrainTask
+
+RECIPE = Path(__file__).with_name("downstream_recipe.py")
+PER_CLASS = {"train": 10, "test": 25}
+SCENES = {"train": 4000, "test": 500}  # with a question each, and as many pairs with a sentence
+SIZE = 64
+METRICS = {
+    "classes": ("classification/top-1", "fine-tuned, top-1 %"),
+    "questions": ("answers/accuracy", "questions about a picture, VQA accuracy %"),
+    "sentences": ("reasoning/accuracy", "sentences about two pictures, %"),
+    "captions": ("captions/CIDEr", "captions, CIDEr"),
+}
+
+
+def write_tasks(work: Path) -> None:
+    """The sets in their public forms, and their shards in WORK/tasks."""
+    raw, tasks = work / "raw", work / "tasks"
+    if not (raw / "done").exists():
+        for split in PER_CLASS:
+            _write_classes(raw / "classes" / split, split)
+            _write_scenes(raw, split)
+        (raw / "done").touch()
+    shards(raw / "classes", "--label-folders", "--out", tasks / "classes")
+    for split in SCENES:
+        pictures = ["--pictures", raw / f"pictures-{split}"]
+        answers = ["--answers", raw / f"annotations-{split}.json", "--out", tasks / "questions" / split]
+        shards(raw / f"questions-{split}.json", *pictures, *answers)
+        pairs = ["--pictures", raw / f"pairs-{split}", "--out", tasks / "sentences" / split]
+        shards(raw / f"sentences-{split}.json", *pairs)
+    notes = json.loads((raw / "annotations-train.json").read_text())["annotations"]
+    often = Counter(note["multiple_choice_answer"] for note in notes)
+    (tasks / "questions" / "answers.json").write_text(json.dumps(sorted(often, key=lambda a: (-often[a], a))))
+
+
+def shards(*line: object) -> None:
+    if code := from_table.main([*map(str, line), "--workers", "1"]):
+        raise ValueError(f"data_tools.from_table {' '.join(map(str, line))} ended with {code}; see above")
+
+
+def _write_classes(folder: Path, split: str) -> None:
+    rng, wanted = random.Random(f"classes/{split}"), dict.fromkeys(TRAINING, PER_CLASS[split])
+    while any(wanted.values()):
+        scene = random_scene(rng, held_out=False)
+        key = (scene.things[0].colour, scene.things[0].shape)
+        if len(scene.things) == 1 and wanted[key]:
+            wanted[key] -= 1
+            _draw(scene, rng, folder / " ".join(key) / f"{wanted[key]}.jpg")
+
+
+def _write_scenes(raw: Path, split: str) -> None:
+    rng = random.Random(f"scenes/{split}")
+    questions, notes, lines = [], [], []
+    scenes = [random_scene(rng, held_out=split == "test") for _ in range(SCENES[split])]
+    for number, scene in enumerate(scenes):
+        asked, answer = question(scene, rng)
+        questions.append({"question_id": number, "image_id": number, "question": asked})
+        answers = [{"answer": answer, "answer_id": n} for n in range(10)]
+        notes.append({"question_id": number, "multiple_choice_answer": answer, "answers": answers})
+        _draw(scene, rng, raw / f"pictures-{split}" / f"scene_{number:012d}.jpg")
+        other = random_scene(rng, held_out=split == "test")
+        text, right = sentence((scene, other), rng)
+        for side, each in enumerate((scene, other)):
+            _draw(each, rng, raw / f"pairs-{split}" / f"{split}-{number}-0-img{side}.png")
+        lines.append(json.dumps({"identifier": f"{split}-{number}-0-0", "sentence": text, "label": str(right)}))
+    (raw / f"questions-{split}.json").write_text(json.dumps({"questions": questions}))
+    (raw / f"annotations-{split}.json").write_text(json.dumps({"annotations": notes}))
+    (raw / f"sentences-{split}.json").write_text("\n".join(lines))
+
+
+def _draw(scene: Scene, rng: random.Random, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(encode_jpeg(draw_scene(scene, SIZE, rng)))
+
+
+def train(quickstart: Path, work: Path, stage: str) -> float:
+    """The stage's metric, trained and evaluated where that is not done."""
+    place = work / "run"
+    env = os.environ | {"QUICKSTART": str(quickstart.resolve()), "TASKS": str((work / "tasks").resolve())}
+    common = ["--recipe", str(RECIPE), "--stage", stage, "--run-dir", str(place)]
+    done = place / stage / "eval.json"
+    for module, more in (("train", ["--ds", str(RECIPE.parents[1] / "ds_configs/zero0.json")]), ("evaluate", [])):
+        if not done.exists():
+            subprocess.run([sys.executable, "-m", f"pretrain.{module}", *common, *more], env=env, check=True)
+    return float(read_object(done)[METRICS[stage.removesuffix("_scratch")][0]])
+
+
+def frozen(quickstart: Path, work: Path) -> Iterator[dict[str, Any]]:
+    """Rows of what vectors say that nobody fine-tuned: of fresh weights, and of the quickstart's."""
+    samples = {split: _labelled(work / "tasks/classes" / split) for split in PER_CLASS}
+    scores: dict[str, dict[str, float]] = {"k-NN": {}, "linear": {}}
+    both = {"scratch": _fresh(quickstart / "fusion", work / "fresh"), "pretrained": quickstart / "fusion"}
+    for name, weights in both.items():
+        vectors = {split: _vectors(load(weights, device="cpu"), data) for split, (data, _, _) in samples.items()}
+        train, label, test, right = vectors["train"], samples["train"][1], vectors["test"], samples["test"][1]
+        said = {"k-NN": nearest_vote(train, label, test, 20, len(TRAINING))}
+        said["linear"] = linear_answers(train, label, test, len(TRAINING), (1e-4, 1e-3, 1e-2, 1e-1))
+        for probe, answers in said.items():
+            scores[probe][name] = 100 * (answers == right).double().mean().item()
+    for probe, own in scores.items():
+        yield {"task": f"colour and shape, {probe}, top-1 %", "chance": 100 / len(TRAINING), **own}
+    data, right, names = samples["test"]
+    zero_shot = {}
+    for name in ("scratch", "retrieval"):
+        nearest = load(quickstart / name, device="cpu").classify(data, names, ("a {}",)).argmax(-1)
+        zero_shot["pretrained" if name == "retrieval" else name] = 100 * (nearest == right).double().mean().item()
+    yield {"task": "colour and shape, by name alone, top-1 %", "chance": 100 / len(TRAINING), **zero_shot}
+
+
+def _labelled(shards: Path) -> tuple[list[bytes], torch.Tensor, list[str]]:
+    reader = ShardReader(load_manifest(str(shards)))
+    places = [(shard, n) for shard, count in enumerate(reader.manifest.counts) for n in range(count)]
+    samples = [reader.read(*place) for place in places]
+    facts = [json.loads(sample["json"]) for sample in samples]
+    names = {fact["label"]: fact["label_name"] for fact in facts}
+    label = torch.tensor([fact["label"] for fact in facts])
+    return [sample["jpg"] for sample in samples], label, [names[number] for number in sorted(names)]
+
+
+def _fresh(weights: Path, place: Path) -> Path:
+    """The same model as it begins."""
+    state, model, _ = read_stored(weights)
+    torch.manual_seed(0)
+    task = PretrainTask(model, experts_in(state), objectives_in(state, model))
+    write_weights(task.state_dict(), place / "weights.safetensors", read_weights(weights)[1])
+    return place
+
+
+@torch.no_grad()
+def _vectors(model: Pretrained, pictures: list[bytes]) -> torch.Tensor:
+    """The mean of each picture's patches."""
+    return torch.cat([model.patches(pictures[start : start + 256]).mean(1) for start in range(0, len(pictures), 256)])
+
+
+def chances(quickstart: Path, work: Path) -> dict[str, float]:
+    """Of a guess: a class, the most frequent answer, a coin, another picture's caption."""
+    notes = [json.loads((work / f"raw/annotations-{split}.json").read_text())["annotations"] for split in SCENES]
+    often = Counter(note["multiple_choice_answer"] for note in notes[0]).most_common(1)[0][0]
+    answered = sum(note["multiple_choice_answer"] == often for note in notes[1]) / len(notes[1])
+    reader = ShardReader(load_manifest(str(quickstart / "corpus/pairs/heldout")))
+    texts = [reader.read(0, number, ("txt",))["txt"].decode() for number in range(min(256, reader.manifest.counts[0]))]
+    others = cider(texts[1:] + texts[:1], [[text] for text in texts])
+    return {
+        "classes": 100 / len(TRAINING),
+        "questions": 100 * answered,
+        "sentences": 50.0,
+        "captions": 100 * sum(others) / len(others),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser("benchmarks.downstream", __doc__, "--quickstart runs/quickstart --work runs/downstream")
+    parser.add_argument("--quickstart", type=Path, required=True, metavar="DIR", help="the quickstart's run directory")
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="for the sets and the runs")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON, too")
+    args = parser.parse_args(arguments)
+    return run(lambda: _run(args, arguments), state="finished stages stay; run the same command to continue")
+
+
+def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
+    if not (args.quickstart / "retrieval" / "weights.safetensors").is_file():
+        raise ValueError(f"{args.quickstart} has no finished retrieval; run bash launch/quickstart.sh first")
+    write_tasks(args.work)
+    rows = list(frozen(args.quickstart, args.work))
+    guess = chances(args.quickstart, args.work)
+    for stage, (_, task) in METRICS.items():
+        task = f"colour and shape, {task}" if stage == "classes" else task
+        scores = {"scratch": train(args.quickstart, args.work, f"{stage}_scratch")}
+        scores["pretrained"] = train(args.quickstart, args.work, stage)
+        rows.append({"task": task, "chance": guess[stage], **scores})
+        write({**about("benchmarks.downstream", arguments), **machine("torch"), "rows": rows}, args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Fine-tuning on tasks of the drawn world, from the quickstart's weights and from scratch: for benchmarks.downstream,
+which writes $TASKS. $QUICKSTART is the quickstart's run directory. Numbers were chosen once and not tuned; scratch has
+the rate that the quickstart's own has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pretrain.config import BatchSize, Recipe, Stage
+from pretrain.data.labelled import LabelledShards, QuestionShards, TwoPictureShards
+from pretrain.data.sources import PairShards
+from pretrain.evals.captions import CaptionScore, ReferenceShards
+from pretrain.evals.labelled import QuestionAccuracy, TopAccuracy, TwoPictureAccuracy
+from pretrain.objectives.answering import Answering
+from pretrain.objectives.classification import ImageClassification
+from pretrain.objectives.masked_captioning import MaskedCaptioning
+from pretrain.objectives.reasoning import Reasoning
+from pretrain.optim import Optim
+from pretrain.recipes import tiny
+
+CLASSES, ANSWERS = 40, 13  # colours with shapes that are not held out; eight colours, three numbers, yes and no
+PRETRAINED = Optim(lr=6e-4, warmup_steps=30, weight_decay=0.05, clip=3.0)
+SCRATCH = replace(PRETRAINED, lr=1e-3)
+
+PICTURES = LabelledShards("$TASKS/classes/train", classes=CLASSES)
+QUESTIONS = QuestionShards("$TASKS/questions/train", text_len=32, vocabulary="$TASKS/questions/answers.json")
+SENTENCES = TwoPictureShards("$TASKS/sentences/train", text_len=32)
+CAPTIONS = PairShards("$QUICKSTART/corpus/pairs/train", text_len=24)
+COMMON: dict[str, Any] = {"transform": tiny.LOOK, "optim": PRETRAINED, "init_from": "$QUICKSTART/fusion"}
+
+STAGES = {
+    "classes": Stage(
+        mix={"images": PICTURES},
+        batch=BatchSize(images=64),
+        experts=("vision",),
+        objectives=(ImageClassification(CLASSES, smoothing=0.0),),
+        steps=300,
+        evals=(TopAccuracy(replace(PICTURES, shards="$TASKS/classes/test")),),
+        **COMMON,
+    ),
+    "questions": Stage(
+        mix={"pairs": QUESTIONS},
+        batch=BatchSize(pairs=64),
+        objectives=(Answering(ANSWERS),),
+        steps=600,
+        evals=(QuestionAccuracy(replace(QUESTIONS, shards="$TASKS/questions/test")),),
+        **COMMON,
+    ),
+    "sentences": Stage(
+        mix={"pairs": SENTENCES},
+        batch=BatchSize(pairs=64),
+        objectives=(Reasoning(),),
+        steps=600,
+        evals=(TwoPictureAccuracy(replace(SENTENCES, shards="$TASKS/sentences/test")),),
+        **COMMON,
+    ),
+    "captions": Stage(
+        mix={"pairs": CAPTIONS},
+        batch=BatchSize(pairs=64),
+        objectives=(MaskedCaptioning(),),
+        steps=600,
+        evals=(CaptionScore(ReferenceShards("$QUICKSTART/corpus/pairs/heldout", text_len=24), samples=256),),
+        **COMMON,
+    ),
+}
+
+RECIPE = Recipe(
+    name="downstream",
+    model=tiny.MODEL,
+    text_tokenizer="$QUICKSTART/corpus/text.model",
+    stages=STAGES | {f"{name}_scratch": replace(s, init_from=None, optim=SCRATCH) for name, s in STAGES.items()},
+    loading=tiny.RECIPE.loading,
+    log_every=10,
+    save_every=500,
+)
