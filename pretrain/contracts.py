@@ -44,7 +44,8 @@ class Encoder(Protocol):
     mixes the gradients of modules that are skipped."""
 
     def __call__(self, batch: Batch, needed: Kinds | None = None) -> Kinds:
-        """-> the rows of each kind, float [n, length, width of that kind]; row 0 stands for its sequence. `needed`
+        """-> the rows of each kind, float [n, length, width of that kind]; row 0 stands for its sequence, and a model
+        whose Model.problems refuse objectives that read others gives no more (length 1). `needed`
         names the rows that heads read, on the host where that is known there; the others, and padding, may come out as
         anything."""
 
@@ -69,6 +70,10 @@ class Model(Protocol):
     ) -> nn.Module:
         """The Encoder with fresh weights. `experts`: what the stage builds; `drop_path` and `checkpointing` as in
         config.Stage. ValueError for what it has not."""
+
+    def problems(self, stage: Any) -> list[str]:
+        """As Objective.problems: why it cannot be trained as a config.Stage says."""
+        return []
 
     def width(self, kind: str) -> int:
         """Of the encoder's rows of a kind: a field of batch.Kinds."""

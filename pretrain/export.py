@@ -1,8 +1,11 @@
-"""Converts weights between our directories (weights.safetensors + config.json) and the released BEiT-3's naming.
+"""Converts weights between our directories (weights.safetensors + config.json) and the released BEiT-3's naming, and
+from towers of transformers.
 
     python -m pretrain.export from-released beit3_base_patch16_224.pth runs/beit3_base
     python -m pretrain.export to-released runs/mine/fusion beit3_mine.pth
     python -m pretrain.export resize runs/beit3_base runs/beit3_base_384 --image-size 384
+    python -m pretrain.export from-huggingface clip-vit-base-patch16 runs/clip
+    python -m pretrain.export from-huggingface resnet-50 runs/start --text bert-base-uncased
 
 The released naming is torchscale's (A: vision, B: language) under `beit3.`; the heads have the names of unilm's beit3
 code: `mlm_head`, `mim_head` (pretraining), `language_head`, `vision_head`, `logit_scale` (retrieval), and those of its
@@ -28,9 +31,12 @@ from torch import Tensor
 from pretrain import command
 from pretrain.checkpoint.weights import WEIGHTS, read_weights, write_weights
 from pretrain.config import to_json
-from pretrain.files import written_in_one_step
+from pretrain.data.json_tokenizer import JsonTokenizer
+from pretrain.files import write_file, written_in_one_step
 from pretrain.json_files import read_object
 from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.models.towers.released import read_pair, read_whole
+from pretrain.models.towers.tower import kind_of
 from pretrain.run.stored_weights import model_in
 from pretrain.tensors import check_finite, check_type
 from pretrain.visible import start_logging
@@ -173,6 +179,18 @@ def resize_positions(state: State, cfg: MultiwayConfig, image_size: int) -> tupl
     return state | (new.adapt(positions, cfg, {}) if new.grid != cfg.grid else {}), new
 
 
+def from_huggingface(directory: Path, text: Path | None, out: Path) -> None:
+    """Towers of transformers with the names, the order of ids and the tokenizer that our stages read."""
+    kind_of(directory)
+    tokenizer = JsonTokenizer((text or directory) / "tokenizer.json")
+    if text is None:
+        state, model = read_whole(directory, tokenizer.own_ids)
+    else:
+        state, model = read_pair(directory, text, tokenizer.own_ids)
+    write_weights(state, out / WEIGHTS, {"model": to_json(model)})
+    write_file(out / tokenizer.file_name, tokenizer.path.read_bytes())
+
+
 def _check_expressible(state: State, cfg: MultiwayConfig) -> None:
     if any(".experts.fusion." in key for key in state):
         raise ValueError(
@@ -289,6 +307,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     writing = commands.add_parser("to-released", help="a directory of ours -> a file with the released names")
     writing.add_argument("directory", type=Path, help="a stage's directory, with weights.safetensors and config.json")
     writing.add_argument("out", type=Path, help=".pth (as unilm's code loads it) or .safetensors")
+    others = commands.add_parser("from-huggingface", help="CLIP, SigLIP or two encoders -> a directory of ours")
+    others.add_argument(
+        "directory", type=Path, help="config.json, safetensors, tokenizer.json; with --text of a vision encoder"
+    )
+    others.add_argument("out", type=Path, help="new directory, for a recipe's init_from")
+    others.add_argument("--text", type=Path, help="a text encoder's directory")
     resizing = commands.add_parser("resize", help="interpolate the positions for another picture size")
     resizing.add_argument("directory", type=Path)
     resizing.add_argument("out", type=Path)
@@ -303,6 +327,8 @@ def run(args: argparse.Namespace) -> None:
     elif args.command == "to-released":
         state, cfg, _ = read_model(args.directory)
         write_tensors(args.out, to_released(state, cfg))
+    elif args.command == "from-huggingface":
+        from_huggingface(args.directory, args.text, args.out)
     else:
         state, cfg, config = read_model(args.directory)
         state, cfg = resize_positions(state, cfg, args.image_size)

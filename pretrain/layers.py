@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -155,6 +156,8 @@ class Layers(NamedTuple):
     gather: Callable[[Tensor], tuple[Tensor, int]] = gather_own
     # (rows [n, ...], what sees each data rank's) -> what was said about the own ones; see distributed.visit_ranks
     visit: Callable[[Tensor, Callable[[Tensor, int], Tensor | None]], Tensor | None] = visit_ranks
+    # What is made inside is whole on every rank until the engine splits it: for modules that draw their weights late.
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 PLAIN = Layers()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pretrain.batch import BOS, EOS, PAD, Layout, make_batch
 from pretrain.data.shards.reader import BadSample
-from pretrain.data.text_tokenizer import TextTokenizer
+from pretrain.data.text_tokenizer import AnyTokenizer, open_tokenizer
 from pretrain.data.transforms import ImageTransform, sample_rng
 from pretrain.evals.generation import NextWord, Writing, never_written, next_word_head, text_reader, write
 from pretrain.evals.zero_shot import TEMPLATES, class_vectors
@@ -39,7 +39,7 @@ class Pretrained:
         task: PretrainTask,
         model: MultiwayConfig,
         transform: ImageTransform,
-        text: TextTokenizer | None,
+        text: AnyTokenizer | None,
         device: torch.device,
         dtype: torch.dtype,
     ):
@@ -168,7 +168,7 @@ class Pretrained:
             ids = write(NextWord(reader, logits, text.mask_id, mask_id), len(pixels), how, draws, self.device)
         return [text.decode(row) for row in ids.tolist()]
 
-    def next_word_head(self, text: TextTokenizer) -> tuple[Any, int | None]:
+    def next_word_head(self, text: AnyTokenizer) -> tuple[Any, int | None]:
         """The logits of the next word, and the <mask> that stands in its place, if any. ValueError for weights that
         write nothing."""
         found = next_word_head(self.task.objectives, text.mask_id)
@@ -205,7 +205,7 @@ class Pretrained:
             layout = Layout(pairs=len(tokens), patches=self._patches, pair_len=tokens.shape[1])
             yield self._encode(layout, images=pixels, pair_tokens=tokens)
 
-    def tokenizer(self) -> TextTokenizer:
+    def tokenizer(self) -> AnyTokenizer:
         """ValueError for weights that came without one."""
         if self.text is None:
             raise ValueError("these weights came without a text tokenizer; give load(..., text_tokenizer='text.model')")
@@ -241,7 +241,8 @@ def load(
     """The directory of a trained stage, a weights.safetensors, or a released BEiT-3 file (.pth with unilm's names) ->
     a model to use; no recipe is needed, and nothing in the files is executed.
 
-    `text_tokenizer`: a SentencePiece model, for weights that came without theirs. `device`: a GPU where there is one.
+    `text_tokenizer`: a SentencePiece model or a tokenizer.json, for weights that came without theirs. `device`: a GPU
+    where there is one.
     `dtype`: float32, or bfloat16 (autocast). ValueError, in one sentence, for whatever cannot be used.
     """
     if dtype not in DTYPES:
@@ -255,7 +256,7 @@ def load(
     directory = path if path.is_dir() else path.parent
     text = Path(text_tokenizer) if text_tokenizer is not None else stored_tokenizer(directory)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer = TextTokenizer(text) if text is not None else None
+    tokenizer = open_tokenizer(text) if text is not None else None
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
             f"{text} has {tokenizer.vocab_size} ids and the model of {path} a vocabulary of {model.vocab_size}; give "
@@ -282,7 +283,7 @@ def encoded_picture(picture: Picture) -> bytes:
     return data.getvalue()
 
 
-def _with_gaps(text: str, tokenizer: TextTokenizer, longest: int) -> list[int]:
+def _with_gaps(text: str, tokenizer: AnyTokenizer, longest: int) -> list[int]:
     parts = text.split(GAP)
     if len(parts) == 1:
         raise ValueError(f"{text[:60]!r} has no {GAP}; write it where a word is missing")

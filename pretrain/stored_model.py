@@ -7,7 +7,7 @@ from typing import Any
 
 from pretrain.checkpoint.weights import WEIGHTS, read_weights
 from pretrain.contracts import Objective, State
-from pretrain.data.text_tokenizer import TOKENIZER
+from pretrain.data.text_tokenizer import BESIDE_WEIGHTS
 from pretrain.export import from_released, read_tensors
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.objectives.answering import Answering
@@ -81,8 +81,9 @@ def fill_task(task: PretrainTask, state: State, path: Path) -> None:
 
 def stored_tokenizer(directory: Path) -> Path | None:
     """Beside the weights, else where the recipe that trained them has it."""
-    if (beside := directory / TOKENIZER).is_file():
-        return beside
+    for name in BESIDE_WEIGHTS:
+        if (beside := directory / name).is_file():
+            return beside
     noted = read_recipe(directory).get("text_tokenizer")
     if not isinstance(noted, str):
         return None

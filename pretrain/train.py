@@ -25,7 +25,6 @@ from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.weights import WEIGHTS, carry_over, read_weights, write_weights
 from pretrain.config import Recipe, Stage
 from pretrain.data.loader import Loader
-from pretrain.data.text_tokenizer import TOKENIZER
 from pretrain.distributed import device, fail_together, highest, rank, reduce_mean, world_size
 from pretrain.files import write_file
 from pretrain.interrupt import imported
@@ -308,7 +307,7 @@ def hand_over(run: Run, path: Path, progress: Progress) -> None:
 
     def write() -> None:
         if text is not None:
-            write_file(path.with_name(TOKENIZER), text.path.read_bytes())
+            write_file(path.with_name(text.file_name), text.path.read_bytes())
         trained = read_weights(best)[0] if best else state
         write_weights(carry_over(trained, run.init_file, frozen), path, config)
 

@@ -32,7 +32,8 @@ DOORS = {
     "webdataset": {"pretrain/data/shards/transfer.py"},
     "img2dataset": {"data_tools/fetch/guarded_img2dataset.py"},
     "jinja2": {"pretrain/report/html.py"},
-    "transformers": {"pretrain/models/visual_tokenizer/teachers.py"},
+    "transformers": {"pretrain/models/visual_tokenizer/teachers.py", "pretrain/models/towers/tower.py"},
+    "tokenizers": {"pretrain/data/json_tokenizer.py"},
 }
 PRETRAIN = sorted((ROOT / "pretrain").rglob("*.py"))
 CODE = [*PRETRAIN, *sorted((ROOT / "data_tools").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]

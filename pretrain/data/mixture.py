@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pretrain.batch import Layout, batch_problem
 from pretrain.contracts import Source
 from pretrain.data.masking import Masking
-from pretrain.data.text_tokenizer import TextTokenizer
+from pretrain.data.text_tokenizer import AnyTokenizer
 from pretrain.data.transforms import ImageTransform
 
 # A kind's index here is also the number of its random stream.
@@ -78,7 +78,7 @@ class Mixture:
 class View:
     """How samples are turned into tensors: the tokenizer, the transform, and what is hidden."""
 
-    tokenizer: TextTokenizer | None = None
+    tokenizer: AnyTokenizer | None = None
     transform: ImageTransform | None = None
     masking: Masking | None = None
     patch_size: int = 1

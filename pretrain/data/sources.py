@@ -17,7 +17,7 @@ from numpy.random import Generator
 from pretrain.batch import BOS, EOS, PAD
 from pretrain.contracts import Source
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample
-from pretrain.data.text_tokenizer import TextTokenizer
+from pretrain.data.text_tokenizer import AnyTokenizer
 
 TEXT, METADATA, CAPTIONS = "txt", "json", "captions"
 # Only a stretch of a long document is tokenised: four times what English needs for a window (4 letters per id).
@@ -83,7 +83,7 @@ class PairShards(Source):
         _check_codes("pairs", self.crops, self.codes)
 
     def decode(
-        self, members: Mapping, transform: Transform | None, tokenizer: TextTokenizer | None, rng: Generator
+        self, members: Mapping, transform: Transform | None, tokenizer: AnyTokenizer | None, rng: Generator
     ) -> Raw:
         assert transform is not None and tokenizer is not None
         ids = caption_ids(
@@ -109,7 +109,7 @@ class CaptionShards(PairShards):
         return (*IMAGE_EXTENSIONS, METADATA)
 
     def decode(
-        self, members: Mapping, transform: Transform | None, tokenizer: TextTokenizer | None, rng: Generator
+        self, members: Mapping, transform: Transform | None, tokenizer: AnyTokenizer | None, rng: Generator
     ) -> Raw:
         assert transform is not None and tokenizer is not None
         ids = np.stack([caption_ids(text, tokenizer, self.text_len) for text in captions_of(members)])
@@ -132,7 +132,7 @@ class TextShards(Source):
     def __post_init__(self) -> None:
         _check_length("texts", self.text_len)
 
-    def decode(self, members: Mapping, transform, tokenizer: TextTokenizer | None, rng: Generator) -> Raw:
+    def decode(self, members: Mapping, transform, tokenizer: AnyTokenizer | None, rng: Generator) -> Raw:
         assert tokenizer is not None
         return Raw(None, window_ids(text_of(members), tokenizer, self.text_len, rng))
 
@@ -174,12 +174,12 @@ def captions_of(members: Mapping) -> list[str]:
     return captions
 
 
-def caption_ids(text: str, tokenizer: TextTokenizer, length: int) -> np.ndarray:
+def caption_ids(text: str, tokenizer: AnyTokenizer, length: int) -> np.ndarray:
     """int64 [length]: BOS, the beginning of the text, EOS, PAD. BadSample if the text has no ids."""
     return _pad(tokenizer.encode(text, max_len=length), length)
 
 
-def window_ids(text: str, tokenizer: TextTokenizer, length: int, rng: Generator) -> np.ndarray:
+def window_ids(text: str, tokenizer: AnyTokenizer, length: int, rng: Generator) -> np.ndarray:
     """int64 [length]: BOS, the text or a random stretch of it, EOS, PAD. BadSample if the text has no ids."""
     where, within = rng.random(2).tolist()
     stretch = length * WINDOW_CHARACTERS_PER_ID

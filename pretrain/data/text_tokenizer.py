@@ -1,4 +1,4 @@
-"""Text <-> ids, with SentencePiece and the id layout of BEiT-3's `beit3.spm`."""
+"""Text <-> ids, with SentencePiece and the id layout of BEiT-3's `beit3.spm`; `open_tokenizer` takes others too."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pretrain.batch import BOS, EOS, UNK
+from pretrain.data.json_tokenizer import JsonTokenizer
 
 # XLM-R puts <s> <pad> </s> <unk> before the pieces; SentencePiece's own file begins with <unk> <s> </s>.
 OFFSET = 1
 SPM_SPECIALS = 3
 TOKENIZER = "text.model"  # its name beside the weights that were trained with it
+BESIDE_WEIGHTS = (TOKENIZER, JsonTokenizer.file_name)
 # Pieces have at most 16 characters by SentencePiece's default, so this many per id are more than enough.
 CHARACTERS_PER_ID = 64
 
@@ -22,6 +24,8 @@ class TextTokenizer:
 
     Text is only text: a "<mask>" or "</s>" in a caption is encoded as ordinary pieces and never becomes a control id.
     """
+
+    file_name = TOKENIZER
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -74,3 +78,11 @@ class TextTokenizer:
         """The text of one id, for pictures and reports."""
         specials = {BOS: "<s>", 1: "<pad>", EOS: "</s>", UNK: "<unk>", self.mask_id: "<mask>"}
         return specials[index] if index in specials else self._sp.IdToPiece(index - OFFSET)
+
+
+AnyTokenizer = TextTokenizer | JsonTokenizer
+
+
+def open_tokenizer(path: str | os.PathLike[str]) -> AnyTokenizer:
+    """A tokenizer.json by its ending, else a SentencePiece model."""
+    return JsonTokenizer(path) if Path(path).suffix == ".json" else TextTokenizer(path)

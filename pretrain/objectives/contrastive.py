@@ -28,11 +28,13 @@ SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0
 @dataclass(frozen=True)
 class Contrastive(Objective):
     """Contrast of class rows and BOS rows; `embed_dim` None keeps the model's width, as BEiT-3 does. `loss`: softmax
-    over the batch, or sigmoid, which asks of each image and text by themselves whether they are a pair (SigLIP)."""
+    over the batch, or sigmoid, which asks of each image and text by themselves whether they are a pair (SigLIP).
+    `project` False compares the rows as they are, which must be of one width."""
 
     embed_dim: int | None = None
     temperature: float = CLIP_TEMPERATURE  # of the softmax at the start; learned. The sigmoid begins as SigLIP's
     loss: str = "softmax"
+    project: bool = True
     name = "contrastive"
 
     def __post_init__(self) -> None:
@@ -40,6 +42,8 @@ class Contrastive(Objective):
             raise ValueError(f"objectives: temperature={self.temperature} must be above 0; CLIP begins with 0.07")
         if self.loss not in ("softmax", "sigmoid"):
             raise ValueError(f"contrastive.loss={self.loss!r} is unknown; use softmax or sigmoid")
+        if not self.project and self.embed_dim is not None:
+            raise ValueError(f"contrastive.embed_dim={self.embed_dim} is a projection's and project=False has none")
         if self.loss == "sigmoid" and self.temperature != CLIP_TEMPERATURE:
             raise ValueError(
                 f"contrastive.temperature={self.temperature} does not go with loss='sigmoid', which begins at SigLIP's "
@@ -49,9 +53,14 @@ class Contrastive(Objective):
     def build(
         self, model: Any, experts: Sequence[str], layers: Layers = PLAIN, tokens: nn.Parameter | None = None
     ) -> ContrastiveHead:
-        return ContrastiveHead(
-            self._width(model), self.embed_dim, self.temperature, layers, sigmoid=self.loss == "sigmoid"
-        )
+        images, texts = self._width(model)
+        if not self.project and images != texts:
+            raise ValueError(
+                f"contrastive.project=False compares rows as they are, and pictures have a width of {images} and texts "
+                f"of {texts}; set project=True, or give one of the towers a projection"
+            )
+        options: Any = {"sigmoid": self.loss == "sigmoid", "project": self.project}
+        return ContrastiveHead((images, texts), self.embed_dim, self.temperature, layers, **options)
 
     def problems(self, stage: Any) -> list[str]:
         problems = []
@@ -70,6 +79,8 @@ class Contrastive(Objective):
 
     def products(self, layout: Layout, model: Any) -> list[Product]:
         images, texts = self._width(model)
+        if not self.project:
+            return []
         return [
             Product(layout.dual, images, self.embed_dim or images),
             Product(layout.dual, texts, self.embed_dim or images),
@@ -91,21 +102,18 @@ class ContrastiveHead(nn.Module):
         layers: Layers = PLAIN,
         *,
         sigmoid: bool = False,
+        project: bool = True,
     ):
         super().__init__()
         images, texts = widths
-        self.vision = Head(images, embed_dim or images, bias=False)
-        self.language = Head(texts, embed_dim or images, bias=False)
+        self.width = embed_dim or images  # E of the unit vectors
+        self.vision = Head(images, self.width, bias=False) if project else nn.Identity()
+        self.language = Head(texts, self.width, bias=False) if project else nn.Identity()
         self.gather, self.visit = layers.gather, layers.visit
         # One element and not a scalar: ZeRO-3 partitions by rows.
         start = math.log(SIGMOID_SCALE if sigmoid else 1 / temperature)
         self.logit_scale = nn.Parameter(torch.full((1,), start))
         self.logit_bias = nn.Parameter(torch.full((1,), SIGMOID_BIAS)) if sigmoid else None
-
-    @property
-    def width(self) -> int:
-        """E of the unit vectors."""
-        return self.vision.weight.shape[0]
 
     def needed_rows(self, batch: Batch) -> Kinds:
         """The class row of each image and the first row of each text that belong to a dual pair."""

@@ -156,6 +156,17 @@ def preload() -> None:
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
+@contextmanager
+def whole_init() -> Iterator[None]:
+    """Inside `partitioned_init`, a part that is built whole; see Layers.whole. The engine splits it when it begins."""
+    zero = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
+    zero.shutdown_init_context()
+    try:
+        yield
+    finally:
+        zero.restore_init_context()
+
+
 def _deepspeed():
     """The package, imported quietly and without a compiler run."""
     if not torch.cuda.is_available():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pretrain.distributed import all_gather, gather_own, visit_ranks
 from pretrain.layers import Layers
+from pretrain.parallel.engine import whole_init
 from pretrain.parallel.mesh import Axis, Mesh
 from pretrain.parallel.sequence import over_rows
 
@@ -27,9 +28,9 @@ def parallel_layers(mesh: Mesh) -> Layers:
     contrast over its data ranks. Every split parameter says so by Megatron's attributes `tensor_model_parallel` and
     `partition_dim`."""
     group = mesh.data.group
-    layers = Layers(gather=_alone, visit=_visit_alone)
+    layers = Layers(gather=_alone, visit=_visit_alone, whole=whole_init)
     if mesh.data.size > 1:
-        layers = Layers(gather=partial(gather_own, group=group), visit=partial(visit_ranks, group=group))
+        layers = layers._replace(gather=partial(gather_own, group=group), visit=partial(visit_ranks, group=group))
     if mesh.tensor.size > 1:
         layers = _split(layers, mesh.tensor)
     return layers if mesh.sequence.size == 1 else over_rows(layers, mesh.sequence)

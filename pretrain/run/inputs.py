@@ -15,7 +15,7 @@ from pretrain.contracts import Source
 from pretrain.data.loader import Loader
 from pretrain.data.masking import Masking
 from pretrain.data.mixture import Mixture, View
-from pretrain.data.text_tokenizer import TextTokenizer
+from pretrain.data.text_tokenizer import AnyTokenizer, open_tokenizer
 from pretrain.parallel.mesh import Place
 from pretrain.settings import fill_variables
 
@@ -90,18 +90,21 @@ def evaluation_loader(
     return Loader(Mixture(mix, counts, seed=recipe.seed, loading=recipe.loading), view)
 
 
-def text_tokenizer(recipe: Recipe, stage: Stage) -> TextTokenizer | None:
+def text_tokenizer(recipe: Recipe, stage: Stage) -> AnyTokenizer | None:
     """The recipe's, for a stage that reads texts. Raises ValueError where it is missing or too large for the model."""
     if not any(kind != "images" for kind in stage.mix):
         return None
     if recipe.text_tokenizer is None:
-        raise ValueError("text_tokenizer is not set but the stage reads texts; give the path of a SentencePiece model")
+        raise ValueError(
+            "text_tokenizer is not set but the stage reads texts; give the path of a SentencePiece model or "
+            "a tokenizer.json"
+        )
     path = Path(fill_variables(recipe.text_tokenizer, "text_tokenizer")).expanduser()
     if not path.is_file():
         raise ValueError(
             f"text_tokenizer={path} does not exist; train one: python -m data_tools.train_text_tokenizer --help"
         )
-    tokenizer, room = TextTokenizer(path), recipe.model_of(stage).vocab_size
+    tokenizer, room = open_tokenizer(path), recipe.model_of(stage).vocab_size
     if tokenizer.vocab_size > room:
         raise ValueError(
             f"model.vocab_size={room} is smaller than the {tokenizer.vocab_size} ids of {path}; "

@@ -23,6 +23,7 @@ class Pretrain(Task):
         problems = [] if stage.objectives else ["the stage has no objectives; give at least one"]
         if not model.encodes:
             problems.append(f"task=Pretrain does not go with a {type(model).__name__}; give the stage its own task")
+        problems += model.problems(stage)
         names = [objective.name for objective in stage.objectives]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             problems.append(f"objectives: {twice[0]} stands there twice; keep one, or give one of them another name")

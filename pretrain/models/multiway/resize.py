@@ -11,7 +11,7 @@ def resize_patch_positions(table: Tensor, grid: int, new_grid: int) -> Tensor:
     """[1 + grid * grid, dim] -> [1 + new_grid * new_grid, dim]: the grid is interpolated (bicubic), its class row
     stays, as unilm's beit3/utils.py does."""
     first, patches = table.float().split([1, grid**2])
-    return torch.cat([first, _resize_square(patches, new_grid)]).to(table.dtype).contiguous()
+    return torch.cat([first, resize_square(patches, new_grid)]).to(table.dtype).contiguous()
 
 
 def resize_relative_positions(table: Tensor, grid: int, new_grid: int) -> Tensor:
@@ -19,7 +19,7 @@ def resize_relative_positions(table: Tensor, grid: int, new_grid: int) -> Tensor
     for positions; BEiT's own code interpolates on a geometric grid instead."""
     offsets = (2 * grid - 1) ** 2
     patches, rest = table.float().split([offsets, len(table) - offsets])
-    return torch.cat([_resize_square(patches, 2 * new_grid - 1), rest]).to(table.dtype).contiguous()
+    return torch.cat([resize_square(patches, 2 * new_grid - 1), rest]).to(table.dtype).contiguous()
 
 
 def grow_vocabulary(table: Tensor, size: int) -> Tensor:
@@ -29,7 +29,7 @@ def grow_vocabulary(table: Tensor, size: int) -> Tensor:
     return torch.cat([table, new.expand(size - len(table), *table.shape[1:])]).contiguous()
 
 
-def _resize_square(rows: Tensor, side: int) -> Tensor:
+def resize_square(rows: Tensor, side: int) -> Tensor:
     """[old_side**2, D] -> [side**2, D], row by row of a square."""
     old = round(len(rows) ** 0.5)
     square = rows.T.reshape(1, -1, old, old)

@@ -1,0 +1,279 @@
+"""One Hugging Face encoder as a tower: its rows, made one by pooling, and a projection behind them where wanted.
+
+The door to transformers: only its model classes are used, with a configuration that stands in the recipe. No code, name
+or weight comes from elsewhere; released weights come in by `pretrain.export from-huggingface`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.batch import BOS, EOS, PAD
+from pretrain.json_files import read_object
+from pretrain.layers import PLAIN, Layers
+from pretrain.models.towers.batch_norm import over_all_ranks
+from pretrain.tensors import check_finite
+
+# transformers' model_type -> its class. Their rows: patches in raster order, with a class row before them or without.
+VISION = {
+    "clip_vision_model": "CLIPVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+    "vit": "ViTModel",
+    "resnet": "ResNetModel",
+    "efficientnet": "EfficientNetModel",
+}
+TEXT = {
+    "clip_text_model": "CLIPTextModel",
+    "siglip_text_model": "SiglipTextModel",
+    "bert": "BertModel",
+    "roberta": "RobertaModel",
+}
+KINDS = VISION | TEXT
+WITHOUT_CLASS_ROW = ("siglip_vision_model", "resnet", "efficientnet")
+CONVOLUTIONAL = ("resnet", "efficientnet")
+# RoBERTa's positions begin behind the number of its padding.
+POSITIONS_BEFORE = {"roberta": PAD + 1}
+POOLINGS = ("class", "mean", "attention")
+TEXT_POOLINGS = (*POOLINGS, "eos", "last")
+# What the model's own fields say.
+OWNED = ("image_size", "patch_size", "vocab_size", "max_position_embeddings", "bos_token_id", "pad_token_id",
+         "eos_token_id")  # fmt: skip
+POOL_HEADS = 8  # behind a convolutional tower
+
+
+@dataclass(frozen=True)
+class Tower:
+    """`kind`: transformers' model_type; `settings`: fields of its configuration, the others have transformers'
+    defaults. Dropout is off: its random numbers would not be the samples' own.
+
+    `pooling`: class, the first row; mean, of the patches or of all words but padding; eos, the row of EOS (CLIP); last,
+    the last row, where the tower reads padding like words (SigLIP); attention, of one learned query (SigLIP's head).
+    """
+
+    kind: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    pooling: str = "class"
+    projection: int = 0  # width of a linear layer with a bias behind the pooling; 0: none
+    bos: bool = True  # of texts; False: the tower does not see BOS, as SigLIP's
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of pictures, as their processor has it
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"tower.kind={self.kind!r} is not known; use {', '.join(KINDS)}")
+        allowed = TEXT_POOLINGS if self.kind in TEXT else POOLINGS
+        if self.pooling not in allowed:
+            raise ValueError(f"tower.pooling={self.pooling!r} does not go with {self.kind}; use {', '.join(allowed)}")
+        if self.pooling == "class" and self.kind in WITHOUT_CLASS_ROW:
+            raise ValueError(f"tower.pooling='class': {self.kind} has no class row; use mean or attention")
+        if twice := [name for name in OWNED if name in self.settings]:
+            raise ValueError(f"tower.settings.{twice[0]} is a field of the model or its tokenizer's; take it out there")
+        if self.projection < 0:
+            raise ValueError(f"tower.projection={self.projection} is no width; use 0 for none")
+        if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
+            raise ValueError(f"tower.mean={self.mean}, tower.std={self.std} are not three colours each")
+
+    @property
+    def rows_width(self) -> int:
+        """Of the encoder's rows."""
+        config = settings_of(self)
+        sizes = getattr(config, "hidden_sizes", None)
+        return int(sizes[-1] if sizes else getattr(config, "hidden_size", None) or config.hidden_dim)
+
+    @property
+    def width(self) -> int:
+        """Of what stands for a sequence."""
+        return self.projection or self.rows_width
+
+
+class TowerModule(nn.Module):
+    """`own`: the sizes that the model says (see OWNED). Under ZeRO-3 the tower is built whole and split afterwards:
+    transformers draws its weights when all are there."""
+
+    def __init__(self, tower: Tower, own: dict[str, Any], layers: Layers = PLAIN, *, checkpointing: bool = False):
+        super().__init__()
+        self.tower = tower
+        with layers.whole():
+            self.model = build_model(tower, own)
+            over_all_ranks(self.model, layers.gather)
+            self.pool = AttentionPool(*_pool_sizes(tower)) if tower.pooling == "attention" else None
+        self.project = nn.Linear(tower.rows_width, tower.projection) if tower.projection else None
+        if checkpointing:
+            if not self.model.supports_gradient_checkpointing:
+                raise ValueError(f"activation_checkpointing: a {tower.kind} has none; set it to 0")
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if tower.kind in VISION:
+            for name, value in (("mean", tower.mean), ("std", tower.std)):
+                self.register_buffer(name, torch.tensor(value).view(3, 1, 1), persistent=False)
+
+    def images(self, pixels: Tensor) -> Tensor:
+        """uint8 [N, 3, H, W], or float as `batch.Batch` has it -> [N, width]."""
+        unit = pixels.float().div(255) if pixels.dtype == torch.uint8 else (pixels.float() + 1) / 2
+        rows = self.model(pixel_values=((unit - self.mean) / self.std).to(self._dtype)).last_hidden_state
+        if self.tower.kind in CONVOLUTIONAL:
+            rows = rows.flatten(2).transpose(1, 2)
+        if self.tower.kind == "clip_vision_model":
+            rows = self.model.post_layernorm(rows)  # transformers gives it to the class row alone
+        return self._finish(self._pool(rows))
+
+    def texts(self, ids: Tensor) -> Tensor:
+        """int64 [N, L] with our ids -> [N, width]."""
+        ids = ids if self.tower.bos else ids[:, 1:]
+        real = torch.ones_like(ids) if self.tower.pooling == "last" else (ids != PAD).long()
+        rows = self.model(input_ids=ids, attention_mask=real).last_hidden_state
+        if self.tower.pooling == "last":
+            return self._finish(rows[:, -1])
+        if self.tower.pooling == "eos":
+            # A text always has one: what is cut still ends with EOS.
+            places = (ids == EOS).int().argmax(-1)
+            return self._finish(rows[torch.arange(len(ids), device=ids.device), places])
+        return self._finish(self._pool(rows, real))
+
+    def _pool(self, rows: Tensor, real: Tensor | None = None) -> Tensor:
+        """[N, L, width], int64 [N, L]: which rows are no padding -> [N, width]."""
+        if self.pool is not None:
+            return self.pool(rows, real)
+        if self.tower.pooling == "class":
+            return rows[:, 0]
+        if real is not None:
+            weights = real.unsqueeze(-1).to(rows.dtype)
+            return (rows * weights).sum(1) / weights.sum(1).clamp(min=1)
+        return rows[:, 0 if self.tower.kind in WITHOUT_CLASS_ROW else 1 :].mean(1)
+
+    def _finish(self, pooled: Tensor) -> Tensor:
+        return pooled if self.project is None else self.project(pooled)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+
+def _pool_sizes(tower: Tower) -> tuple[int, int, int]:
+    """(width, heads, feed-forward width), as the tower's own layers have them."""
+    config, width = settings_of(tower), tower.rows_width
+    heads = getattr(config, "num_attention_heads", POOL_HEADS)
+    if width % heads:
+        raise ValueError(
+            f"tower.pooling='attention' has {heads} heads, which do not divide the width {width}; use mean"
+        )
+    return width, heads, getattr(config, "intermediate_size", 4 * width)
+
+
+def build_model(tower: Tower, own: dict[str, Any]) -> Any:
+    """transformers' module with fresh weights, without what no pooling of ours reads."""
+    import transformers
+
+    options = {"add_pooling_layer": False} if tower.kind in ("vit", "bert", "roberta") else {}
+    model = getattr(transformers, KINDS[tower.kind])(_config(tower, own), **options)
+    if tower.kind == "siglip_text_model":
+        model.head = nn.Identity()  # Tower.projection is it
+    return model
+
+
+def settings_of(tower: Tower) -> Any:
+    """transformers' configuration, but for the sizes that the model says."""
+    return _cached(tower.kind, json.dumps(tower.settings, sort_keys=True))
+
+
+@lru_cache(maxsize=64)
+def _cached(kind: str, settings: str) -> Any:
+    return _config(Tower(kind, json.loads(settings), "mean"), {})
+
+
+def _config(tower: Tower, own: dict[str, Any]) -> Any:
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise ValueError(
+            f"tower.kind={tower.kind} needs transformers ({error}); install it: pip install 'transformers>=5'"
+        ) from error
+    ids = {"bos_token_id": BOS, "pad_token_id": PAD, "eos_token_id": EOS} if tower.kind in TEXT else {}
+    plain = AutoConfig.for_model(tower.kind, **ids)
+    if unknown := [name for name in tower.settings if not hasattr(plain, name)]:
+        raise ValueError(f"tower.settings.{unknown[0]} is no setting of {tower.kind}; see transformers' configuration")
+    head = {"vision_use_head": False} if tower.kind == "siglip_vision_model" else {}
+    try:
+        config = AutoConfig.for_model(tower.kind, **tower.settings, **own, **ids, **head)
+    except Exception as error:  # transformers and its checkers raise many kinds
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"tower.settings={tower.settings} are no settings of {tower.kind} ({first})") from error
+    for name in ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob", "dropout_rate",
+                 "drop_connect_rate"):  # fmt: skip
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return config
+
+
+class AttentionPool(nn.Module):
+    """One learned query over all rows, then a feed-forward network: SigLIP's pooling head (transformers'
+    SiglipMultiheadAttentionPoolingHead). Its projections are layers that are called: what a module reads of another's
+    weights ZeRO-3 does not put together."""
+
+    def __init__(self, width: int, heads: int, ffn_dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.heads = heads
+        self.probe = nn.Parameter(torch.randn(1, 1, width) * width**-0.5)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.up, self.down = nn.Linear(width, ffn_dim), nn.Linear(ffn_dim, width)
+
+    def forward(self, rows: Tensor, real: Tensor | None = None) -> Tensor:
+        """[N, L, width], int64 [N, L]: which rows are no padding -> [N, width]."""
+        seen = None if real is None else real.bool()[:, None, None]
+        asked = self.query(self.probe.to(rows.dtype)).expand(len(rows), -1, -1)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (asked, self.key(rows), self.value(rows)))
+        pooled = self.out(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2))
+        return (pooled + self.down(F.gelu(self.up(self.norm(pooled)), approximate="tanh")))[:, 0]
+
+
+def kind_of(directory: Path) -> str:
+    """The model_type of a directory of transformers. ValueError where there is none."""
+    if not (directory / "config.json").is_file():
+        raise ValueError(f"{directory} holds no config.json; give a directory of transformers")
+    return str(read_object(directory / "config.json").get("model_type"))
+
+
+def read_directory(directory: Path, name: str | None) -> tuple[dict[str, Tensor], Any]:
+    """The tensors of a directory of transformers by the names of its class `name` (None: what its config.json says, one
+    of KINDS), and its configuration. ValueError, in one sentence, for one that is no such model or is incomplete."""
+    kind = kind_of(directory)
+    if not any(directory.glob("*.safetensors")):
+        raise ValueError(f"{directory} holds no *.safetensors (pickled weights are not read); download them there")
+    if name is None and kind not in KINDS:
+        raise ValueError(f"{directory} holds a {kind}; give one of {', '.join(KINDS)}")
+    import transformers
+
+    # It reports each weight that is not wanted here, and shows a bar.
+    loud, bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        model, report = getattr(transformers, name or KINDS[kind]).from_pretrained(
+            directory, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+        )
+    except Exception as error:  # transformers and safetensors raise a dozen kinds for a damaged directory
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{directory} cannot be read as a {name or kind} ({first}); download it again") from error
+    finally:
+        transformers.logging.set_verbosity(loud)
+        if bar:
+            transformers.logging.enable_progress_bar()
+    missing = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
+    if missing or report["mismatched_keys"]:
+        raise ValueError(
+            f"{directory} is no whole {name or kind}: its weights lack {len(missing)} and misfit "
+            f"{len(report['mismatched_keys'])} of its tensors ({[*missing, *report['mismatched_keys']][0]}); "
+            "download it again"
+        )
+    state = {key: value for key, value in model.state_dict().items() if not key.startswith("pooler.")}
+    for key, value in state.items():
+        check_finite(directory, key, value)
+    return state, model.config
