@@ -20,7 +20,7 @@ import logging
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,9 @@ from pretrain.data.json_tokenizer import JsonTokenizer
 from pretrain.files import write_file, written_in_one_step
 from pretrain.json_files import read_object
 from pretrain.models.multiway.config import MultiwayConfig
-from pretrain.models.towers.released import read_pair, read_whole
-from pretrain.models.towers.tower import kind_of
+from pretrain.models.multiway.vilt import from_vilt, vilt_config
+from pretrain.models.towers.released import check_words, read_pair, read_whole
+from pretrain.models.towers.tower import kind_of, read_directory
 from pretrain.run.stored_weights import model_in
 from pretrain.tensors import check_finite, check_type
 from pretrain.visible import start_logging
@@ -180,10 +181,14 @@ def resize_positions(state: State, cfg: MultiwayConfig, image_size: int) -> tupl
 
 
 def from_huggingface(directory: Path, text: Path | None, out: Path) -> None:
-    """Towers of transformers with the names, the order of ids and the tokenizer that our stages read."""
-    kind_of(directory)
+    """Towers or a ViLT of transformers with the names, the order of ids and the tokenizer that our stages read."""
+    kind, model = kind_of(directory), cast(Any, None)
     tokenizer = JsonTokenizer((text or directory) / "tokenizer.json")
-    if text is None:
+    if text is None and kind == "vilt":
+        own, config = read_directory(directory, "ViltModel")
+        check_words(directory, own["embeddings.text_embeddings.word_embeddings.weight"], tokenizer.own_ids)
+        state, model = from_vilt(own, config, tokenizer.own_ids), vilt_config(config, tokenizer.vocab_size)
+    elif text is None:
         state, model = read_whole(directory, tokenizer.own_ids)
     else:
         state, model = read_pair(directory, text, tokenizer.own_ids)
@@ -196,7 +201,13 @@ def _check_expressible(state: State, cfg: MultiwayConfig) -> None:
         raise ValueError(
             "the released BEiT-3 has no fusion experts (model.fusion_layers), so these weights cannot be converted"
         )
-    required = {"sub_norm": True, "relative_position": False, "layer_scale": None, "text_norm": False}
+    required: dict[str, Any] = {
+        "ffn": "per_modality",
+        "sub_norm": True,
+        "relative_position": False,
+        "layer_scale": None,
+        "text_norm": False,
+    }
     for name, value in required.items():
         if getattr(cfg, name) != value:
             raise ValueError(f"model.{name}={getattr(cfg, name)} cannot be written as BEiT-3; it needs {value}")
@@ -307,7 +318,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     writing = commands.add_parser("to-released", help="a directory of ours -> a file with the released names")
     writing.add_argument("directory", type=Path, help="a stage's directory, with weights.safetensors and config.json")
     writing.add_argument("out", type=Path, help=".pth (as unilm's code loads it) or .safetensors")
-    others = commands.add_parser("from-huggingface", help="CLIP, SigLIP or two encoders -> a directory of ours")
+    others = commands.add_parser("from-huggingface", help="CLIP, SigLIP, ViLT or two encoders -> a directory of ours")
     others.add_argument(
         "directory", type=Path, help="config.json, safetensors, tokenizer.json; with --text of a vision encoder"
     )

@@ -23,7 +23,8 @@ NEGATIVES = ("global", "local", "random")
 class Matching(Objective):
     """Each dual pair fused, its picture with a wrong text, and its text with a wrong picture: true or not. `negatives`:
     global, drawn among all data ranks' pairs in proportion to the contrast's softmax (VLMo); local, among this rank's
-    (ALBEF), which gives other numbers on other numbers of ranks; random, all ranks' pairs with equal chances."""
+    (ALBEF), which gives other numbers on other numbers of ranks; random, all ranks' pairs with equal chances, for which
+    no contrast is needed (ViLT)."""
 
     negatives: str = "global"
     name = "matching"
@@ -42,15 +43,17 @@ class Matching(Objective):
         return MatchingHead(model.width("pair_images"), self.negatives, layers)
 
     def join(self, head: Any, heads: Mapping[str, nn.Module]) -> None:
-        head.contrast = (heads["contrastive"],)
+        head.contrast = (heads["contrastive"],) if self.negatives != "random" else ()
 
     def problems(self, stage: Any) -> list[str]:
         problems, names = [], [objective.name for objective in stage.objectives]
-        if "contrastive" not in names:
+        if self.negatives != "random" and "contrastive" not in names:
             problems.append(
                 f"matching draws its wrong partners by the objective contrastive, and this stage has {', '.join(names)}"
-                "; add Contrastive() to its objectives"
+                "; add Contrastive() to its objectives, or set negatives='random'"
             )
+        if "dual" not in stage.mix:
+            problems.append(f"matching reads dual pairs, and the mix has {', '.join(sorted(stage.mix))}; add mix.dual")
         if stage.batch.dual < 2:
             problems.append(f"matching needs wrong partners and batch.dual={stage.batch.dual} has none; use 2 or more")
         if missing := [name for name in ("vision", "language") if name not in stage.experts]:
@@ -84,7 +87,9 @@ class MatchingHead(nn.Module):
         self.negatives, self.gather, self.visit = negatives, layers.gather, layers.visit
 
     def needed_rows(self, batch: Batch) -> Kinds:
-        """Those of the contrast."""
+        """Those of the contrast; of random partners none."""
+        if self.negatives == "random":
+            return Kinds.rows_of(batch.layout, batch.images.device)
         return self.contrast[0].needed_rows(batch)
 
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder) -> dict[str, Tensor]:
@@ -111,6 +116,11 @@ class MatchingHead(nn.Module):
     def draw(self, encoded: Kinds, batch: Batch) -> tuple[Tensor, Tensor]:
         """For each picture of a dual pair a wrong text, and for each text a wrong picture: int64 [N] each, how far they
         lie behind this rank's first pair in the order of all ranks' pairs. ValueError where there is none."""
+        picture_draws, text_draws = _own(batch, Matching.name, (0, 1))
+        if self.negatives == "random":
+            everyone, first = self.gather(picture_draws)
+            alike = torch.zeros(len(picture_draws), len(everyone), device=picture_draws.device)
+            return _pick(alike, first, picture_draws[:, 0]) - first, _pick(alike, first, text_draws[:, 0]) - first
         contrast = self.contrast[0]
         vectors = contrast.embed(encoded, batch.layout)
         (all_images, first), (all_texts, _) = (
@@ -121,9 +131,8 @@ class MatchingHead(nn.Module):
                 "matching.negatives='local' finds no wrong partner for a rank's only dual pair; use 'global' or a "
                 "larger batch.dual"
             )
-        scale = 0.0 if self.negatives == "random" else contrast.logit_scale.float().exp()
+        scale = contrast.logit_scale.float().exp()
         images, texts = vectors
-        picture_draws, text_draws = _own(batch, Matching.name, (0, 1))
         wrong_text = _pick(scale * images @ all_texts.T, first, picture_draws[:, 0])
         wrong_image = _pick(scale * texts @ all_images.T, first, text_draws[:, 0])
         return wrong_text - first, wrong_image - first

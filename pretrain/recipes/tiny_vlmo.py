@@ -17,6 +17,7 @@ from dataclasses import replace
 
 from pretrain.config import BatchSize, Recipe, Stage
 from pretrain.evals.masked import MaskedAccuracy
+from pretrain.evals.matching import MatchingAccuracy
 from pretrain.evals.retrieval import Retrieval
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked import MaskedData
@@ -40,7 +41,11 @@ FUSION = Stage(
     transform=tiny.LOOK,
     optim=Optim(lr=1e-3, betas=(0.9, 0.98), eps=1e-8, warmup_steps=30, weight_decay=0.01, schedule="linear", clip=3.0),
     steps=600,
-    evals=(Retrieval(tiny.HELD_PAIRS, samples=256), MaskedAccuracy({"pairs": tiny.HELD_PAIRS})),
+    evals=(
+        Retrieval(tiny.HELD_PAIRS, samples=256),
+        MatchingAccuracy(tiny.HELD_PAIRS),
+        MaskedAccuracy({"pairs": tiny.HELD_PAIRS}),
+    ),
 )
 
 RECIPE = Recipe(

@@ -163,6 +163,18 @@ def test_its_cost_is_that_of_the_pass_that_it_makes():
     assert Matching().products(batch.layout, MODEL)[0].rows == 3 * COUNT
 
 
+def test_random_partners_need_no_contrast():
+    torch.manual_seed(0)
+    alone, beside = PretrainTask(MODEL, EXPERTS, (Matching("random"),)).eval(), build("random").eval()
+    beside.load_state_dict(alone.state_dict(), strict=False)
+    batch = dual_batch(1)
+    assert alone(batch)["loss"].equal(beside(batch)["loss/matching"])
+    Stage(
+        mix={"dual": PairShards("x", text_len=8)}, batch=BatchSize(dual=4), optim=Optim(), steps=1,
+        objectives=(Matching("random"),),
+    )  # fmt: skip
+
+
 CONTRAST = (Contrastive(), Matching())
 
 

@@ -138,6 +138,7 @@ class MultiwayBlock(nn.Module):
         self.attention = Attention(cfg, names, layer, layers)
         fusion = "fusion" in experts and layer > cfg.depth - cfg.fusion_layers
         order = [n for n in ("vision", "fusion", "language") if n in experts and (n != "fusion" or fusion)]
+        order = ["shared"] if cfg.ffn == "shared" else order
         self.experts = Multiway(order, lambda: Expert(cfg, layer, layers))
         scaled = cfg.layer_scale is not None
         self.attention_scale = nn.Parameter(torch.full((cfg.dim,), cfg.layer_scale)) if scaled else None

@@ -75,9 +75,12 @@ def _experts(
     opened: frozenset[str],
     flows: bool,
 ) -> tuple[float, bool]:
-    names = ("vision", "fusion", "language") if fusion else ("vision", "language")
+    names: tuple[str, ...] = ("vision", "fusion", "language") if fusion else ("vision", "language")
+    counts = layout.split(fusion=fusion)
+    if cfg.ffn == "shared":
+        names, counts = ("shared",), (layout.rows,)
     total = 0.0
-    for name, rows in zip(names, layout.split(fusion=fusion), strict=True):
+    for name, rows in zip(names, counts, strict=True):
         through = flows or f"{prefix}.{name}.norm" in opened
         up, down = (f"{prefix}.{name}.{part}" in opened for part in ("up", "down"))
         total += executed_product(Product(round(rows * share), cfg.dim, cfg.ffn_dim), weight=up, inputs=through)

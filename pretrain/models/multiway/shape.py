@@ -38,6 +38,8 @@ class MultiwayShape:
     # a small range"; BEiT's code). sub_norm: the blocks' matrices are Magneto's, Xavier normal without a cut.
     init: Literal["scaled", "sub_norm"] = "scaled"
     init_std: float = 0.02
+    # per_modality: a feed-forward expert for each kind of rows. shared: one for all, as a single stream has it (ViLT)
+    ffn: Literal["per_modality", "shared"] = "per_modality"
 
     def __post_init__(self) -> None:
         for name in (
@@ -67,7 +69,13 @@ class MultiwayShape:
             )
         if not self.init_std > 0:
             raise ValueError(f"model.init_std={self.init_std} must be above 0; the papers use 0.02")
-        for name, choices in (("attention", ("shared", "per_modality")), ("init", ("scaled", "sub_norm"))):
+        if self.ffn == "shared" and self.fusion_layers:
+            raise ValueError(
+                f"model.fusion_layers={self.fusion_layers} does not go with model.ffn='shared', where pairs have no "
+                "expert of their own; use 0"
+            )
+        kinds = ("shared", "per_modality")
+        for name, choices in (("attention", kinds), ("ffn", kinds), ("init", ("scaled", "sub_norm"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"model.{name}={getattr(self, name)!r} is unknown; use {' or '.join(choices)}")
 

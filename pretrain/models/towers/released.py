@@ -137,13 +137,18 @@ def _reordered(state: State, own_ids: Sequence[int], directory: Path) -> State:
     """The rows of the text embedding in the order of our ids; one that is new begins as the mean of the others."""
     name = next(name for name in state if name.endswith(("token_embedding.weight", "word_embeddings.weight")))
     table, order = state[name], torch.tensor(own_ids)
-    if len(table) <= int(order.max()):
-        raise ValueError(
-            f"{directory}: its tokenizer.json has ids up to {int(order.max())}, and its weights have {len(table)} "
-            "words, so it does not fit; give the tokenizer that they were trained with"
-        )
+    check_words(directory, table, own_ids)
     new: Tensor = table.float().mean(0, keepdim=True).to(table.dtype)
     return state | {name: torch.where(order.unsqueeze(1) < 0, new, table[order.clamp(min=0)])}
+
+
+def check_words(directory: Path, table: Tensor, own_ids: Sequence[int]) -> None:
+    """ValueError where a tokenizer has more ids than the embedding has rows."""
+    if len(table) <= max(own_ids):
+        raise ValueError(
+            f"{directory}: its tokenizer.json has ids up to {max(own_ids)}, and its weights have {len(table)} words, "
+            "so it does not fit; give the tokenizer that they were trained with"
+        )
 
 
 def _checked(state: State, model: DualTowers, directory: Path) -> State:

@@ -1,0 +1,61 @@
+"""Does a model tell a picture's own caption from another's? On data that was not trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.batch import Batch, Kinds
+from pretrain.contracts import Evaluation
+from pretrain.evals.trained import Trained, check_counts, missing_head
+
+
+@dataclass(frozen=True)
+class MatchingAccuracy(Evaluation):
+    """Percent right of the answers to two questions for each picture: with its own caption, and with that of the next
+    picture of the batch (left out where that is the same text). Saying yes or no to everything gives the baseline, near
+    50."""
+
+    pairs: Any
+    samples: int = 512
+    batch: int = 128
+
+    def __post_init__(self) -> None:
+        check_counts(samples=self.samples)
+        if self.batch < 2:
+            raise ValueError(f"evals: batch={self.batch} leaves no other caption; use 2 or more")
+
+    def problems(self, stage: Any) -> list[str]:
+        return missing_head(stage, "matching")
+
+    @torch.no_grad()
+    def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
+        """-> percentages for eval.json; nothing for the report's samples."""
+        right: list[Tensor] = []
+        wrong: list[Tensor] = []
+        samples = min(self.samples, trained.samples_of(self.pairs))
+        if samples < 2:
+            raise ValueError(f"evals: matching needs another pair's caption, and its source has {samples} pairs")
+        for batch in trained.batches({"pairs": self.pairs}, min(self.batch, samples), samples):
+            tokens = batch.pair_tokens.roll(1, 0)
+            other = (tokens != batch.pair_tokens).any(-1)
+            right.append(answers(trained, batch).cpu())
+            changed = replace(batch, pair_tokens=tokens, pair_inputs=tokens).indexed()
+            wrong.append(~answers(trained, changed)[other].cpu())
+        own, others = torch.cat(right), torch.cat(wrong)
+        total = len(own) + len(others)
+        return {
+            "matching/accuracy": 100 * (own.sum() + others.sum()).item() / total,
+            "matching/baseline": 100 * max(len(own), len(others)) / total,
+        }, {}
+
+
+def answers(trained: Trained, batch: Batch) -> Tensor:
+    """bool [pairs]: which of them the model finds to belong together."""
+    first = Kinds.rows_of(batch.layout, torch.device("cpu"), first=True)
+    needed = first._replace(pair_texts=torch.zeros_like(first.pair_texts))
+    rows = trained.task.encoder(batch, needed=needed).first.pair_images
+    return trained.head("matching").match(rows).argmax(-1) == 1
