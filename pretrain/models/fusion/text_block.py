@@ -1,0 +1,52 @@
+"""A block of BERT (arXiv 1810.04805), its norms behind each branch; where wanted with attention to a picture's rows.
+
+Shapes: N sequences, L words, M rows of a picture, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.layers import Linear
+
+
+class TextBlock(nn.Module):
+    """`cross`: between self-attention and feed-forward network the words ask a picture's rows, as in ALBEF's upper
+    layers (arXiv 2107.07651, 3.1) and all of BLIP's."""
+
+    def __init__(self, dim: int, heads: int, ffn_dim: int, *, eps: float, std: float, cross: bool = False):
+        super().__init__()
+        linear = partial(Linear, std=std, cut=math.inf)
+        self.own = Attention(dim, heads, std=std)
+        self.own_norm = nn.LayerNorm(dim, eps=eps)
+        self.cross = Attention(dim, heads, std=std) if cross else None
+        self.cross_norm = nn.LayerNorm(dim, eps=eps) if cross else None
+        self.up, self.down = linear(dim, ffn_dim), linear(ffn_dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=eps)
+
+    def forward(self, x_NLD: Tensor, seen: Tensor, picture_NMD: Tensor | None = None) -> Tensor:
+        """`seen`: bool [N, 1, 1, L], the words that are no padding."""
+        x_NLD = self.own_norm(x_NLD + self.own(x_NLD, x_NLD, seen))
+        if self.cross is not None and self.cross_norm is not None:
+            assert picture_NMD is not None
+            x_NLD = self.cross_norm(x_NLD + self.cross(x_NLD, picture_NMD))
+        return self.norm(x_NLD + self.down(F.gelu(self.up(x_NLD))))
+
+
+class Attention(nn.Module):
+    """Of one kind of rows to another, or to themselves."""
+
+    def __init__(self, dim: int, heads: int, *, std: float):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (Linear(dim, dim, std=std, cut=math.inf) for _ in range(4))
+
+    def forward(self, asking: Tensor, asked: Tensor, seen: Tensor | None = None) -> Tensor:
+        """[N, L, D], [N, M, D], bool [N, 1, 1, M] or None for all -> [N, L, D]"""
+        rows = (self.q(asking), self.k(asked), self.v(asked))
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in rows)
+        return self.out(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2))

@@ -1,0 +1,180 @@
+"""Fusion in the middle: a vision and a text encoder, and above them blocks in which the words ask the picture (ALBEF,
+arXiv 2107.07651, 3.1). One file; the parts below it are the house's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.batch import Batch, Kinds, Layout, make_batch
+from pretrain.contracts import Model, State
+from pretrain.flops import Product, encoder_flops, flops_per_sequence, product_flops
+from pretrain.layers import PLAIN, Layers
+from pretrain.models.fusion.text_block import TextBlock
+from pretrain.models.multiway.embeddings import TextEmbedding
+from pretrain.models.multiway.encoder import MultiwayEncoder
+from pretrain.models.multiway.resize import grow_vocabulary, resize_patch_positions
+from pretrain.models.multiway.shape import MultiwayShape
+from pretrain.rows import sent
+
+
+@dataclass(frozen=True)
+class TextQueriesImage(Model):
+    """`image_depth` blocks of a ViT; `text_depth` blocks of a BERT, and `fusion_depth` more that ask the picture. All
+    of one width. What stands for a pair is the fused row of BOS: `pair_images` of the encoder is that row alone.
+    """
+
+    dim: int
+    heads: int
+    ffn_dim: int
+    image_depth: int
+    text_depth: int
+    fusion_depth: int
+    image_size: int
+    patch_size: int
+    vocab_size: int
+    max_text_len: int = 64
+    image_norm_eps: float = 1e-6  # timm's ViT
+    text_norm_eps: float = 1e-12  # BERT's
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("text_depth", "fusion_depth", "image_depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)} is below 1; use 1 or more")
+        assert self.shape  # it refuses what does not go together
+
+    @property
+    def shape(self) -> MultiwayShape:
+        """Of the vision encoder, and of the text embedding."""
+        return MultiwayShape(
+            dim=self.dim,
+            depth=self.image_depth,
+            heads=self.heads,
+            ffn_dim=self.ffn_dim,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            vocab_size=self.vocab_size,
+            max_text_len=self.max_text_len,
+            norm_eps=self.image_norm_eps,
+            init_std=self.init_std,
+        )
+
+    def build(
+        self, experts: Sequence[str], layers: Layers = PLAIN, *, drop_path: float = 0.0, checkpointing: int = 0
+    ) -> TextQueriesImageEncoder:
+        return TextQueriesImageEncoder(self, layers, checkpointing=checkpointing)
+
+    def problems(self, stage: Any) -> list[str]:
+        problems = []
+        if stage.drop_path:
+            problems.append(f"drop_path={stage.drop_path}: TextQueriesImage has none; set it to 0")
+        if stage.masking is not None and "pairs" in stage.mix and stage.masking.ratios("pairs")[0]:
+            problems.append(
+                "pair_image_ratio: TextQueriesImage fuses no patches, so none of a pair's can be told; set 0"
+            )
+        if any(further.layout.causal for objective in stage.objectives for further in objective.passes(_SOME)):
+            problems.append("captioning: TextQueriesImage sees whole texts; take the objective out")
+        return problems
+
+    def width(self, kind: str) -> int:
+        return self.dim
+
+    def flops(self, layout: Layout) -> int:
+        images = layout.images + layout.pairs
+        alone = Layout(images=images, patches=layout.patches)
+        sizes = {"dim": self.dim, "ffn_dim": self.ffn_dim}
+        total = encoder_flops(alone, depth=self.image_depth, patch_inputs=3 * self.patch_size**2, **sizes)
+        for count, length in ((layout.texts, layout.text_len), (layout.pairs, layout.pair_len)):
+            total += int(count * flops_per_sequence(length, depth=self.text_depth, **sizes))
+        words, rows, d = layout.pairs * layout.pair_len, layout.pairs * layout.image_len, self.dim
+        crossed = product_flops([Product(round(2 * words), d, d), Product(2 * rows, d, d)])
+        crossed += round(3 * 2 * 2 * words * layout.image_len * d)
+        total += int(layout.pairs * flops_per_sequence(layout.pair_len, depth=self.fusion_depth, **sizes))
+        return total + self.fusion_depth * crossed
+
+    def adapt(self, state: State, stored: Any, wanted: Mapping[str, tuple[int, ...]]) -> State:
+        """As MultiwayConfig's: positions of another grid, fewer words, more words in the vocabulary."""
+        if not isinstance(stored, TextQueriesImage):
+            return state
+        adapted = {}
+        for name, value in state.items():
+            if name.endswith("vision_embed.positions"):
+                value = resize_patch_positions(value, stored.shape.grid, self.shape.grid)
+            elif name.endswith("text_embed.positions"):
+                value = value[: self.max_text_len]
+            elif len(value) == stored.vocab_size < wanted[name][0] == self.vocab_size:
+                value = grow_vocabulary(value, self.vocab_size)
+            adapted[name] = value
+        return adapted
+
+
+_SOME = Layout(images=2, pairs=2, texts=2, patches=1, pair_len=3, text_len=3, dual=2)
+
+
+class TextQueriesImageEncoder(nn.Module):
+    """See contracts.Encoder. Texts are computed with their padding, which nothing sees."""
+
+    def __init__(self, cfg: TextQueriesImage, layers: Layers = PLAIN, *, checkpointing: int = 0):
+        super().__init__()
+        # Its own rows only: it has no part in the sharing of rows, which is for Multiway models.
+        self.cfg, self.checkpointing = cfg, checkpointing
+        self.image = MultiwayEncoder(cfg.shape, ("vision",), checkpointing=checkpointing)
+        self.text_embed = TextEmbedding(_with_norm(cfg), layers)
+        sizes = (cfg.dim, cfg.heads, cfg.ffn_dim)
+        options: dict[str, Any] = {"eps": cfg.text_norm_eps, "std": cfg.init_std}
+        self.text = nn.ModuleList(TextBlock(*sizes, **options) for _ in range(cfg.text_depth))
+        self.fusion = nn.ModuleList(TextBlock(*sizes, **options, cross=True) for _ in range(cfg.fusion_depth))
+
+    def forward(self, batch: Batch, needed: Kinds | None = None) -> Kinds:
+        layout = batch.layout
+        pictures = self._pictures(batch)
+        alone, paired = pictures.split([layout.images, layout.pairs])
+        words, seen = self._words(batch)
+        for block in self.text:
+            words = self._run(block, words, seen)
+        fused, texts = words.split([layout.pairs, layout.texts])
+        for block in self.fusion:  # on no pair too: ZeRO mixes up gradients of modules that are skipped
+            fused = self._run(block, fused, seen[: layout.pairs], paired)
+        return Kinds(alone, fused[:, :1], fused[:, : layout.pair_len], texts[:, : layout.text_len])
+
+    def _pictures(self, batch: Batch) -> Tensor:
+        """[images + pairs, image_len, dim]"""
+        layout = batch.layout
+        only = Layout(images=layout.images + layout.pairs, patches=self.cfg.shape.patches)
+        if not only.images:  # an evaluation of texts
+            return self.image.blocks[0].norm["shared"].weight.new_zeros(0, only.image_len, self.cfg.dim)
+        own, host = make_batch(only, images=batch.images, image_masks=batch.image_masks), batch.on_host
+        # On the host, where nothing waits for the device.
+        index = make_batch(only, images=host.images, image_masks=host.image_masks).indexed().index
+        assert index is not None
+        return self.image(own.with_index(index.map(partial(sent, device=batch.images.device)), None)).images
+
+    def _words(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Pairs' and alone, of one length: [pairs + texts, L, dim], bool [pairs + texts, 1, 1, L]."""
+        length = max(batch.layout.pair_len, batch.layout.text_len, 1)
+        words, masks = self.text_embed(batch), batch.keys_seen
+        words = torch.cat([F.pad(part, (0, 0, 0, length - part.shape[1])) for part in words])
+        seen = torch.cat([F.pad(part, (0, length - part.shape[1])) for part in masks])
+        return words, seen[:, None, None]
+
+    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        if self.checkpointing and self.training:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    @property
+    def token_table(self) -> nn.Parameter:
+        return self.text_embed.tokens.weight
+
+
+def _with_norm(cfg: TextQueriesImage) -> MultiwayShape:
+    return replace(cfg.shape, text_norm=True, norm_eps=cfg.text_norm_eps)
