@@ -156,8 +156,13 @@ class Objective(Protocol):
         """Its Head with fresh weights; `tokens` is the text embedding's table, or None."""
 
     def join(self, head: Any, heads: Mapping[str, nn.Module]) -> None:
-        """Shows its head the stage's heads by their names once all are built. One that it keeps must not become a part
-        of it: its parameters would have two names."""
+        """Shows its head the stage's heads by their names, and `encoder`, once all are built. One that it keeps must
+        not become a part of it: its parameters would have two names."""
+        return None
+
+    def begin(self, head: Any) -> None:
+        """Before a run's first step, when all weights are there: for what begins as a copy of them. Every rank calls
+        it."""
         return None
 
     def problems(self, stage: Any) -> list[str]:

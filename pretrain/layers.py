@@ -7,7 +7,7 @@ Each draws its own weights: under zero.Init a parent can no longer touch them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -158,6 +158,8 @@ class Layers(NamedTuple):
     visit: Callable[[Tensor, Callable[[Tensor, int], Tensor | None]], Tensor | None] = visit_ranks
     # What is made inside is whole on every rank until the engine splits it: for modules that draw their weights late.
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
+    # (parameters) -> a context in which every rank has them whole, to read them
+    gathered: Callable[[Sequence[Any]], AbstractContextManager[Any]] = lambda parameters: nullcontext()
 
 
 PLAIN = Layers()

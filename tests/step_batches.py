@@ -93,6 +93,23 @@ def step_batch(
     )
 
 
+DUAL = 8  # dual pairs of `dual_batch`
+
+
+def dual_batch(step: int, part: int = 0, parts: int = 1) -> Batch:
+    """Part `part` of eight dual pairs, one picture and one text alone beside each."""
+    made = step_batch((2 * DUAL, 0, 2 * DUAL), step, 0, 1, draws={"matching": 1})
+    size = DUAL // parts
+    mine = torch.arange(part * size, part * size + size)
+    both = torch.cat([mine, DUAL + mine])
+    return make_batch(
+        Layout(images=2 * size, texts=2 * size, patches=16, text_len=10, dual=size),
+        images=made.images[both],
+        text_tokens=made.text_tokens[both],
+        draws={name: torch.cat([own[both], own[2 * DUAL + both]]) for name, own in made.draws.items()},
+    )
+
+
 class Trained(NamedTuple):
     """What a run gives: of each step the report and the gradient norm before clipping, and the weights at the end."""
 

@@ -144,9 +144,7 @@ class ContrastiveHead(nn.Module):
 
     def _softmax(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
         (all_images, first), (all_texts, _) = self.gather(images), self.gather(texts)
-        # The value is clamped and the gradient is not: a scale that has grown too far must find its way back.
-        learned = self.logit_scale.float()
-        scale = (learned + (learned.clamp(max=math.log(MAX_SCALE)) - learned).detach()).exp()
+        scale = self._scale()
         own = torch.arange(first, first + len(images), device=images.device)
         to_text, to_image = scale * images @ all_texts.T, scale * texts @ all_images.T
         loss = (F.cross_entropy(to_text, own) + F.cross_entropy(to_image, own)) / 2
@@ -156,6 +154,11 @@ class ContrastiveHead(nn.Module):
             "accuracy/text_to_image": (to_image.detach().argmax(-1) == own).float().mean(),
             "logit_scale": scale.detach().squeeze(),
         }
+
+    def _scale(self) -> Tensor:
+        # The value is clamped and the gradient is not: a scale that has grown too far must find its way back.
+        learned = self.logit_scale.float()
+        return (learned + (learned.clamp(max=math.log(MAX_SCALE)) - learned).detach()).exp()
 
     def _sigmoid(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
         assert self.logit_bias is not None

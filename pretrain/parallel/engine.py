@@ -6,8 +6,8 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -165,6 +165,12 @@ def whole_init() -> Iterator[None]:
         yield
     finally:
         zero.restore_init_context()
+
+
+def gathered(parameters: Sequence[Any]) -> AbstractContextManager[Any]:
+    """See Layers.gathered: under ZeRO-3 each rank holds a part of every parameter."""
+    parts = [value for value in parameters if hasattr(value, "ds_id")]
+    return _deepspeed().zero.GatheredParameters(parts) if parts else nullcontext()
 
 
 def _deepspeed():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pretrain.distributed import all_gather, gather_own, visit_ranks
 from pretrain.layers import Layers
-from pretrain.parallel.engine import whole_init
+from pretrain.parallel.engine import gathered, whole_init
 from pretrain.parallel.mesh import Axis, Mesh
 from pretrain.parallel.sequence import over_rows
 
@@ -28,7 +28,7 @@ def parallel_layers(mesh: Mesh) -> Layers:
     contrast over its data ranks. Every split parameter says so by Megatron's attributes `tensor_model_parallel` and
     `partition_dim`."""
     group = mesh.data.group
-    layers = Layers(gather=_alone, visit=_visit_alone, whole=whole_init)
+    layers = Layers(gather=_alone, visit=_visit_alone, whole=whole_init, gathered=gathered)
     if mesh.data.size > 1:
         layers = layers._replace(gather=partial(gather_own, group=group), visit=partial(visit_ranks, group=group))
     if mesh.tensor.size > 1:

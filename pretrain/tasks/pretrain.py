@@ -93,7 +93,8 @@ class PretrainTask(nn.Module):
         self.objectives = nn.ModuleDict(
             {objective.name: objective.build(model, experts, layers, tokens) for objective in objectives}
         )
-        heads = dict(self.objectives.items())
+        self._configs = tuple(objectives)
+        heads: dict[str, nn.Module] = {"encoder": self.encoder, **dict(self.objectives.items())}
         for objective in objectives:
             objective.join(heads[objective.name], heads)
 
@@ -121,7 +122,9 @@ class PretrainTask(nn.Module):
         return Kinds(*(torch.stack(kind).any(0) for kind in zip(*needed, strict=True)))
 
     def before_training(self, batches: list[Batch]) -> None:
-        """Nothing to prepare; see tasks/tokenizer.py."""
+        """See Objective.begin."""
+        for objective in self._configs:
+            objective.begin(self.objectives[objective.name])
 
     def after_step(self) -> None:
         for head in self._heads():

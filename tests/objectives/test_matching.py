@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.batch import Batch, Kinds, Layout, make_batch
+from pretrain.batch import Kinds, Layout, make_batch
 from pretrain.config import BatchSize, Stage
 from pretrain.data.sources import PairShards
 from pretrain.distributed import rank, world_size
@@ -16,26 +16,12 @@ from pretrain.objectives.matching import Matching, MatchingHead
 from pretrain.optim import Optim, build_optimizer, schedule
 from pretrain.tasks.pretrain import PretrainTask
 from tests.distributed import run_ranks
-from tests.step_batches import CONFIGS, MODELS, Trained, mean_reports, step_batch, train_alone, train_on_ranks
+from tests.step_batches import CONFIGS, DUAL, MODELS, Trained, dual_batch, mean_reports, train_alone, train_on_ranks
 from tests.toy_models import EXPERTS, part_of, random_batch
 
 MODEL = MODELS["paper"]
 OPTIM = Optim(lr=5e-4, warmup_steps=2, clip=1.0)
-STEPS, COUNT, LENGTH, DROP = 10, 8, 10, 0.3
-
-
-def dual_batch(step: int, part: int = 0, parts: int = 1) -> Batch:
-    """Part `part` of eight dual pairs, one picture and one text alone beside each."""
-    made = step_batch((2 * COUNT, 0, 2 * COUNT), step, 0, 1, draws={"matching": 1})
-    size = COUNT // parts
-    mine = torch.arange(part * size, part * size + size)
-    images, texts = torch.cat([mine, COUNT + mine]), torch.cat([mine, COUNT + mine])
-    return make_batch(
-        Layout(images=2 * size, texts=2 * size, patches=16, text_len=LENGTH, dual=size),
-        images=made.images[images],
-        text_tokens=made.text_tokens[texts],
-        draws={name: torch.cat([own[images], own[2 * COUNT + texts]]) for name, own in made.draws.items()},
-    )
+STEPS, COUNT, LENGTH, DROP = 10, DUAL, 10, 0.3
 
 
 def build(negatives: str = "global", sigmoid: bool = False) -> PretrainTask:

@@ -1,5 +1,5 @@
-"""VLMo's third stage on toy data: contrast, matching and masked words train together on two ranks, resume to the bit,
-and are evaluated by retrieval."""
+"""VLMo's third stage and ALBEF's only one, on toy data: contrast, matching and masked words train together on two
+ranks, resume to the bit, ALBEF with its teacher and queue, and are evaluated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def run(data: Path, directory: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_the_third_stage_trains_resumes_and_retrieves(tmp_path):
+@pytest.mark.parametrize("recipe", ["tiny_vlmo", "tiny_albef"])
+def test_the_stage_trains_resumes_and_retrieves(recipe, tmp_path):
     captions = [f"a {size} {colour} {shape}" for size in ("big", "small") for colour in ("red", "green", "blue")
                 for shape in ("dog", "cat")]  # fmt: skip
     shards = [[pair_sample(f"{s}{i}", 6 * s + i, captions[6 * s + i]) for i in range(6)] for s in range(2)]
@@ -34,13 +35,15 @@ def test_the_third_stage_trains_resumes_and_retrieves(tmp_path):
         write_source(tmp_path / "pairs" / part, shards)
     write_text_model(tmp_path / "text.model", captions, 60)
     (tmp_path / "recipe.py").write_text(
-        "from dataclasses import replace\nfrom pretrain.recipes.tiny_vlmo import RECIPE\n"
+        f"from dataclasses import replace\nfrom pretrain.recipes.{recipe} import RECIPE\n"
         "RECIPE = replace(RECIPE, log_every=1, save_every=2, loading=replace(RECIPE.loading, workers=0))\n"
     )
     stage = tmp_path / "run/fusion"
     run(tmp_path, stage.parent)
     lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
-    names = {"loss/contrastive", "loss/matching", "loss/masked", "accuracy/matching", "accuracy/pair_text"}
+    names = {"loss/contrastive", "loss/matching", "loss/masked", "accuracy/matching", "accuracy/pair_text"} | (
+        {"alpha"} if recipe == "tiny_albef" else set()
+    )
     assert names <= set(lines[0])
     assert lines[-1]["loss"] < lines[0]["loss"]
     first = weights_digest(stage)

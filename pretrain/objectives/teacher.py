@@ -1,0 +1,57 @@
+"""A momentum teacher: a second encoder without gradient whose weights follow those of the one that is trained (MoCo,
+arXiv 1911.05722, 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+TOGETHER = 32  # parameters that ZeRO-3 puts together at once
+
+
+class Teacher(nn.Module):
+    """`parts` by name, as they were built: their parameters become buffers, whole on every rank, so that no optimizer,
+    no ZeRO stage and no freezing knows them, and a checkpoint has them. They stay in fp32 when DeepSpeed casts the
+    model to bf16: what moves by a two-hundredth of a difference would stand still there.
+
+    Every rank has the same students after a step, so every rank moves its copy in the same way."""
+
+    def __init__(self, gathered: Callable[[Sequence[Any]], AbstractContextManager[Any]], **parts: nn.Module):
+        super().__init__()
+        self.gathered = gathered
+        self.parts = nn.ModuleDict(parts)
+        for module in self.parts.modules():
+            for name, value in list(module._parameters.items()):
+                if value is not None:
+                    del module._parameters[name]
+                    module.register_buffer(name, value.detach())
+
+    def _apply(self, fn, recurse: bool = True):
+        before = {id(module): dict(module._buffers) for module in self.parts.modules()}
+        super()._apply(fn, recurse)
+        for module in self.parts.modules():
+            for name, value in before[id(module)].items():
+                after = module._buffers[name]
+                if value is not None and after is not None and after.dtype != value.dtype:
+                    module._buffers[name] = value.to(after.device)
+        return self
+
+    @torch.no_grad()
+    def follow(self, students: Mapping[str, nn.Module], share: float) -> None:
+        """Moves every weight by `share` of the way to its student's; `students` have the names of `parts`. Under
+        ZeRO-3, whose ranks hold a part of each student, a collective of every rank."""
+        own = dict(self.parts.named_buffers())
+        theirs = ((f"{name}.{key}", p) for name, student in students.items() for key, p in student.named_parameters())
+        pairs = iter([(own[name], value) for name, value in theirs])
+        while some := list(islice(pairs, TOGETHER)):
+            with self.gathered([value for _, value in some]):
+                for weight, value in some:
+                    if share == 1:
+                        weight.copy_(value)
+                    else:
+                        weight.lerp_(value.to(weight.dtype), share)
