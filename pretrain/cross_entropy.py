@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pretrain.distributed import all_gather
 
@@ -82,13 +83,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 sums.add(part, logits.mul_(weights[part].unsqueeze(1)), dtype)
         if group is not None and sums.rows is not None:
             dist.all_reduce(sums.rows, group=group)
-        ctx.save_for_backward(*sums.results())
+        ctx.ready = sums.results()  # not save_for_backward: they belong to nobody else, and are changed in place
         ctx.mark_non_differentiable(losses, best)
         return (losses * weights).sum(), losses, best
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ready = (None if grad is None else grad * grads[0] for grad in ctx.saved_tensors)
+        ready, ctx.ready = ctx.ready, None
+        if ready is None:
+            raise RuntimeError("the gradients of a head's loss are made once; a second backward needs another forward")
+        # In place: a copy of the weight's would be as large as the weight.
+        ready = (None if grad is None else grad.mul_(grads[0]) for grad in ready)
         return (*ready, None, None, None, None, None, None)
 
 
@@ -142,8 +148,8 @@ class _Gradients:
     def __init__(self, rows: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool], *, several: bool):
         self.of, self.several = (rows, weight, bias), several
         self.rows = torch.zeros_like(rows) if wanted[0] else None
-        exact = torch.float32 if several else weight.dtype
-        self.weight = torch.zeros_like(weight, dtype=exact) if wanted[1] else None
+        self.weight: Tensor | None = None  # made by the first chunk: zeros would be written for nothing
+        self.wants_weight = wanted[1]
         self.bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if bias is not None and wanted[2] else None
 
     def add(self, part: slice, logits: Tensor, dtype: torch.dtype) -> None:
@@ -154,11 +160,16 @@ class _Gradients:
         logits = logits.to(dtype)
         if self.rows is not None:
             self.rows[part] = logits @ weight.to(dtype)
-        if self.weight is not None:
+        if self.wants_weight:
             product = logits.T @ rows[part].to(dtype)
-            self.weight = self.weight.add_(product) if self.several else product
+            if self.weight is None:
+                self.weight = product.float() if self.several else product
+            else:
+                self.weight.add_(product)
 
     def results(self) -> list[Tensor | None]:
+        if self.wants_weight and self.weight is None:  # there are no rows
+            self.weight = torch.zeros_like(self.of[1])
         return [
             None if grad is None or like is None else grad.to(like.dtype)
             for grad, like in zip((self.rows, self.weight, self.bias), self.of, strict=True)

@@ -115,6 +115,39 @@ def test_without_gradients_none_are_made():
     assert seen.products == 1
 
 
+@pytest.mark.parametrize("rows_of_a_chunk", [5, 1000])
+def test_the_backward_pass_copies_no_gradient(monkeypatch, rows_of_a_chunk):
+    """The weight's is as large as the weight."""
+    monkeypatch.setattr(cross_entropy, "CHUNK", rows_of_a_chunk * CLASSES)
+    given = inputs()
+    total = linear_cross_entropy(*given, classes=CLASSES).total
+    with New() as seen:
+        (total / 4).backward(inputs=given[:3])
+    assert seen.numbers < CLASSES, "less than the smallest gradient, the bias"
+
+
+def test_a_second_backward_pass_is_refused():
+    """The gradients of the first were changed in place."""
+    given = inputs()
+    total = linear_cross_entropy(*given, classes=CLASSES).total
+    torch.autograd.grad(total, given[:3], retain_graph=True)
+    with pytest.raises(RuntimeError, match="another forward"):
+        torch.autograd.grad(total, given[:3])
+
+
+class New(TorchDispatchMode):
+    """The most numbers in a tensor that was made, and is not its inputs' memory."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        given = {leaf.data_ptr() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        out = call(*args, **(kwargs or {}))
+        new = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.data_ptr() not in given]
+        self.numbers = max(self.numbers, *new, 0)
+        return out
+
+
 class Largest(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
