@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.compare.others import torchscale_model
 from pretrain.batch import Layout
 from pretrain.checkpoint.weights import load_handover, write_weights
 from pretrain.config import to_json
@@ -24,7 +25,7 @@ from pretrain.export import (
 )
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.models.multiway.encoder import MultiwayEncoder
-from tests.toy_models import CODES, RELEASED, VQ, encoder, encoder_of, random_batch, torchscale_model
+from tests.toy_models import CODES, RELEASED, VQ, encoder, encoder_of, random_batch
 
 CONFIG = RELEASED
 

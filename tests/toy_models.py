@@ -1,13 +1,11 @@
-"""Toy models, random batches for them, and the reference that the released architecture is compared with."""
+"""Toy models and random batches for them."""
 
 from __future__ import annotations
 
-import sys
-import types
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pretrain.batch import BOS, DROP_PATH, EOS, PAD, Batch, Layout, make_batch
 from pretrain.models.multiway.config import MultiwayConfig
@@ -103,42 +101,4 @@ def encoder_of(state: dict[str, Tensor], cfg: MultiwayConfig) -> MultiwayEncoder
     """The encoder for images and texts in a stage's tensors."""
     model = MultiwayEncoder(cfg, ("vision", "language"))
     model.load_state_dict({k.removeprefix("encoder."): v for k, v in state.items() if k.startswith("encoder.")})
-    return model
-
-
-def torchscale_model(cfg: MultiwayConfig, released: dict[str, Tensor] | None = None) -> nn.Module:
-    """torchscale's BEiT3, with the tensors of released names if they are given. It imports timm (drop path) and
-    fairscale (checkpointing), which are not used here."""
-    stubs = {
-        "timm": {},
-        "timm.models": {},
-        "timm.models.layers": {"drop_path": lambda x, *_: x},
-        "fairscale": {},
-        "fairscale.nn": {"checkpoint_wrapper": None, "wrap": None},
-    }
-    for name, content in stubs.items():
-        module = sys.modules.setdefault(name, types.ModuleType(name))
-        for attribute, value in content.items():
-            setattr(module, attribute, getattr(module, attribute, value))
-    from torchscale.architecture.config import EncoderConfig
-    from torchscale.model.BEiT3 import BEiT3
-
-    model = BEiT3(
-        EncoderConfig(
-            img_size=cfg.image_size,
-            patch_size=cfg.patch_size,
-            vocab_size=cfg.vocab_size,
-            multiway=True,
-            no_output_layer=True,
-            encoder_embed_dim=cfg.dim,
-            encoder_attention_heads=cfg.heads,
-            encoder_ffn_embed_dim=cfg.ffn_dim,
-            encoder_layers=cfg.depth,
-            max_source_positions=cfg.max_text_len + 2,
-            layernorm_eps=cfg.norm_eps,
-            normalize_output=cfg.final_norm,
-        )
-    )
-    if released is not None:
-        model.load_state_dict({k.removeprefix("beit3."): v for k, v in released.items() if k.startswith("beit3.")})
     return model

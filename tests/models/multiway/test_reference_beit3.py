@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from benchmarks.compare.others import torchscale_model
 from pretrain.batch import PAD, Layout, make_batch
 from pretrain.export import to_released
-from tests.toy_models import PATCHES, RELEASED, encoder, torchscale_model
+from tests.toy_models import PATCHES, RELEASED, encoder
 
 COUNT, LENGTH = 3, 9
 IMAGE_LEN = PATCHES + 1
