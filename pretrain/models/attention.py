@@ -142,8 +142,7 @@ def _attend_grouped(others: list[QKV], layout: Layout, padding: Padding, bias: B
         image_out, text_out = attend_pairs(*pairs, padding.pair_keys, bias.pairs)
         parts += [image_out, _gathered(text_out, padding.pair_places)]
     if layout.texts:
-        seen = _for_all_queries(padding.text_keys)
-        out = _sdpa(*_spread(texts, padding.text_places, layout.shapes[3]), seen, bias.texts)
+        out = _sdpa(*_spread(texts, padding.text_places, layout.shapes[3]), padding.text_keys, bias.texts)
         parts.append(_gathered(out.flatten(0, 1), padding.text_places))
     return parts
 
@@ -152,7 +151,7 @@ def _attend_joined(images: QKV, texts: QKV, text_keys: Tensor | None, bias: Tens
     """-> [image rows, text rows]."""
     q, k, v = (torch.cat(both, 1) for both in zip(images, texts, strict=True))
     lengths = [images[0].shape[1], texts[0].shape[1]]
-    out = _sdpa(q, k, v, _for_all_queries(_with_image(text_keys, lengths[0])), bias)
+    out = _sdpa(q, k, v, _with_image(text_keys, lengths[0]), bias)
     return [part.flatten(0, 1) for part in out.split(lengths, 1)]
 
 
@@ -160,12 +159,11 @@ def _attend_causally(images: QKV, texts: QKV, text_keys: Tensor | None, bias: Te
     """-> [image rows, text rows]."""
     image_len, length = images[0].shape[1], texts[0].shape[1]
     k, v = (torch.cat(both, 1) for both in zip(images[1:], texts[1:], strict=True))
-    seen = torch.ones(length, image_len + length, dtype=torch.bool, device=k.device).tril(image_len)
-    if text_keys is not None:
-        seen = seen & _for_all_queries(_with_image(text_keys, image_len))
+    before = torch.ones(length, image_len + length, dtype=torch.bool, device=k.device).tril(image_len)
     image_bias = None if bias is None else bias[:, :image_len, :image_len]
     text_bias = None if bias is None else bias[:, image_len:]
-    image_out, text_out = _sdpa(*images, None, image_bias), _sdpa(texts[0], k, v, seen, text_bias)
+    image_out = _sdpa(*images, None, image_bias)
+    text_out = _sdpa(texts[0], k, v, _with_image(text_keys, image_len), text_bias, before)
     return [image_out.flatten(0, 1), text_out.flatten(0, 1)]
 
 
@@ -188,18 +186,44 @@ def _with_image(text_keys: Tensor | None, image_len: int) -> Tensor | None:
     return None if text_keys is None else F.pad(text_keys, (image_len, 0), value=True)
 
 
-def _for_all_queries(keys_NL: Tensor | None) -> Tensor | None:
-    return None if keys_NL is None else keys_NL[:, None, None, :]
-
-
-def _sdpa(q_NLHC: Tensor, k_NLHC: Tensor, v_NLHC: Tensor, seen: Tensor | None, bias: Tensor | None) -> Tensor:
-    """`seen` bool and `bias` float both broadcast to [N, H, L, L]."""
+def _sdpa(
+    q_NLHC: Tensor,
+    k_NLHC: Tensor,
+    v_NLHC: Tensor,
+    keys: Tensor | None,
+    bias: Tensor | None,
+    before: Tensor | None = None,
+) -> Tensor:
+    """`keys` bool [N, keys]: those that may be seen, None: all; `before` bool [queries, keys]: those that each query
+    may see, None: all; `bias` float [H, queries, keys]."""
+    options: dict[str, Any] = {}
     if bias is not None:
         assert len(bias) == q_NLHC.shape[2], (bias.shape, q_NLHC.shape)
-        bias = bias.to(q_NLHC.dtype)
-        seen = bias if seen is None else torch.where(seen, bias, -torch.inf)
+        seen = bias.to(q_NLHC.dtype)
+        seen = (seen if before is None else torch.where(before, seen, -torch.inf)).unsqueeze(0)
+        if keys is not None:
+            options["scale"] = q_NLHC.shape[-1] ** -0.5  # that of the width without what hides the keys
+            q_NLHC, k_NLHC = _hide(q_NLHC, k_NLHC, keys)
+    else:
+        seen = keys if keys is None else keys[:, None, None, :]
+        seen = before if seen is None else seen if before is None else before & seen
     q, k, v = (x.transpose(1, 2) for x in (q_NLHC, k_NLHC, v_NLHC))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, **options).transpose(1, 2)
+
+
+# What the score of a key that may not be seen is lowered by, times the scale. It fits fp16, and exp of it is 0.
+HIDDEN, WIDER = -30_000.0, 8
+
+
+def _hide(q_NLHC: Tensor, k_NLHC: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys that are WIDER (kernels want a multiple of 8), by numbers whose products are HIDDEN for keys
+    that may not be seen and 0 for the others. A mask beside a learned bias would be a tensor [N, H, L, L], and another
+    for its gradient."""
+    n, queries, heads, _ = q_NLHC.shape
+    one = q_NLHC.new_ones(1).expand(n, queries, heads, 1)
+    hidden = k_NLHC.new_zeros(keys.shape).masked_fill_(~keys, HIDDEN)[:, :, None, None].expand(-1, -1, heads, -1)
+    q, k = (torch.cat([x, F.pad(more, (0, WIDER - 1))], -1) for x, more in ((q_NLHC, one), (k_NLHC, hidden)))
+    return q, k
 
 
 def _attend_packed(qkv: QKV, packing: Packing) -> Tensor:

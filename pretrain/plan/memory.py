@@ -272,7 +272,8 @@ def _copied(cell: Cell) -> int:
 
 
 def _biased_scores(planned: Planned, cell: Cell) -> float:
-    """A bias that is learned leaves the flash kernels: scores after the softmax are kept, and the bias they had."""
+    """A bias that is learned leaves the flash kernels: scores after the softmax are kept. The bias is one for all
+    sequences of a length."""
     layout, heads = cell.layout, planned.model.heads
     lengths = (
         (layout.images, layout.image_len),
