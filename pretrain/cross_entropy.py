@@ -83,18 +83,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 sums.add(part, logits.mul_(weights[part].unsqueeze(1)), dtype)
         if group is not None and sums.rows is not None:
             dist.all_reduce(sums.rows, group=group)
-        ctx.ready = sums.results()  # not save_for_backward: they belong to nobody else, and are changed in place
+        ctx.save_for_backward(*sums.results())
         ctx.mark_non_differentiable(losses, best)
         return (losses * weights).sum(), losses, best
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ready, ctx.ready = ctx.ready, None
-        if ready is None:
-            raise RuntimeError("the gradients of a head's loss are made once; a second backward needs another forward")
-        # In place: a copy of the weight's would be as large as the weight.
-        ready = (None if grad is None else grad.mul_(grads[0]) for grad in ready)
+        # In place: a copy of the weight's would be as large as the weight. A second backward pass is torch's error.
+        ready = (None if grad is None else grad.mul_(grads[0]) for grad in ctx.saved_tensors)
         return (*ready, None, None, None, None, None, None)
 
 
