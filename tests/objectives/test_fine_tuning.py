@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.compare.others import torchscale_model
 from pretrain.batch import BOS, PAD, Batch, Layout, make_batch
 from pretrain.config import BatchSize, Stage
 from pretrain.data.labelled import LabelledShards, QuestionShards
@@ -23,7 +24,7 @@ from pretrain.objectives.masked_captioning import MaskedCaptioning
 from pretrain.objectives.reasoning import Reasoning
 from pretrain.optim import Optim
 from pretrain.tasks.pretrain import PretrainTask
-from tests.toy_models import PAIR_LEN, PATCHES, RELEASED, pictures, random_batch, torchscale_model
+from tests.toy_models import PAIR_LEN, PATCHES, RELEASED, pictures, random_batch
 
 BARE = replace(RELEASED, final_norm=False)
 PAIRS = Layout(pairs=4, patches=PATCHES, pair_len=PAIR_LEN)
