@@ -17,6 +17,7 @@ from pretrain.checkpoint import saver as saving
 from pretrain.checkpoint.directory import Retention
 from pretrain.checkpoint.save import newest
 from pretrain.checkpoint.saver import BUSY, FAILED, IDLE, Saver
+from pretrain.checkpoint.snapshot import HostCopies
 from pretrain.checkpoint.weights import SaveError
 from pretrain.parallel.faults import Watch
 from tests.checkpoint.stand_in import StandIn, install, restored_value
@@ -278,3 +279,12 @@ def test_the_newest_each_nth_and_the_best_stay(tmp_path, background):
                 saver.finish()
                 assert visible(tmp_path) == [f"step_{n:08d}" for n in (2, 4, 6, 7)]
     assert visible(tmp_path) == [f"step_{n:08d}" for n in (4, 8, 9, 10, 11)]
+
+
+def test_the_memory_of_a_snapshot_is_used_again():
+    copies, value = HostCopies(), torch.ones(5)
+    first = copies.copy("a", value)
+    value += 1
+    assert first.tolist() == [1] * 5 and copies.bytes == 20
+    assert copies.copy("a", value) is first and first.tolist() == [2] * 5
+    assert copies.copy("a", torch.ones(3)).shape == (3,) and copies.bytes == 12
