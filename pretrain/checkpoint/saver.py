@@ -103,8 +103,8 @@ class Saver:
         """Takes the snapshot after `step`. A collective. `config`: of the weights; `before`: what is to be on disk
         before this checkpoint is, such as the lines of metrics up to it. Raises SaveError on every rank: for this one,
         or for the one before."""
-        waited = time.monotonic()
-        if self.finish() and (waited := time.monotonic() - waited) > LONG_S:
+        start = time.monotonic()
+        if self.finish() and (waited := time.monotonic() - start) > LONG_S:
             log.info("step %d: waited %.1f s for the checkpoint before, which was still being written", step, waited)
         self.watch.enter(f"the save of step {step}", patient=True)
         self.step = step
@@ -118,6 +118,10 @@ class Saver:
         about = {"step": step, "recipe_hash": "", "data_digest": "", "extra": {}, **self.identity}
         state = full_state(self.engine, self.mesh, lambda name, value: self._copies.copy(f"weights/{name}", value))
         snapshot = take_snapshot(self.engine, self.mesh, about, (state, config), self._copies)
+        if self._job is None:
+            log.info(
+                "checkpoints are copied to %.2f GiB of host memory, and written behind the steps", self._copies.gib
+            )
         self._about, self._retention = snapshot.about, retention
         self._pending, self._publishing = True, False
         self._job = _Job(lambda: _write(snapshot, place, tuple(before)))

@@ -45,8 +45,8 @@ class HostCopies:
             torch.cuda.current_stream().synchronize()
 
     @property
-    def bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+    def gib(self) -> float:
+        return sum(buffer.nbytes for buffer in self._buffers.values()) / 2**30
 
 
 class Snapshot(NamedTuple):

@@ -285,6 +285,6 @@ def test_the_memory_of_a_snapshot_is_used_again():
     copies, value = HostCopies(), torch.ones(5)
     first = copies.copy("a", value)
     value += 1
-    assert first.tolist() == [1] * 5 and copies.bytes == 20
+    assert first.tolist() == [1] * 5 and copies.gib == 20 / 2**30
     assert copies.copy("a", value) is first and first.tolist() == [2] * 5
-    assert copies.copy("a", torch.ones(3)).shape == (3,) and copies.bytes == 12
+    assert copies.copy("a", torch.ones(3)).shape == (3,) and copies.gib == 12 / 2**30
