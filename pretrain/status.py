@@ -55,8 +55,8 @@ def status_of(stage: StageRun, now: float) -> Status:
     """`now`: seconds since 1970."""
     running = _running(stage.directory, now)
     state = "finished" if stage.finished else "running" if running else "not running" if stage.step else "not begun"
-    stay = checkpoints(stage)
-    newest = place_of(stage.directory / "checkpoints", stay[0].step) if stay else None
+    entries = checkpoints(stage)
+    newest = place_of(stage.directory / "checkpoints", entries[0].step) if entries else None
     rate = _mean(stage, "samples_per_s")
     lives = stage.lives
     ended = lives if stage.finished or not running else lives[:-1]
@@ -71,9 +71,9 @@ def status_of(stage: StageRun, now: float) -> Status:
         _mean(stage, "data_wait"),
         _wait_for(stage),
         finite(stage.lines[-1].get("loss")) if stage.lines else None,
-        stay[0].step if stay else None,
+        entries[0].step if entries else None,
         max(now - newest.stat().st_mtime, 0) if newest else None,
-        tuple(map(str, stay)),
+        tuple(map(str, entries)),
         len(lives),
         sum(life.repeated for life in lives),
         stage.effective(now if running else None),
@@ -137,7 +137,7 @@ def lines_of(status: Status) -> list[str]:
     for parts in (now, past):
         if text := ", ".join(part for part in parts if part):
             lines.append(f"{'':<13}{text}")
-    if any(not kept.replace(",", "").isdigit() for kept in status.checkpoints):
+    if any(" " in checkpoint for checkpoint in status.checkpoints):  # one stays for another reason than being new
         lines.append(f"{'':<13}checkpoints of step {'; '.join(status.checkpoints)}")
     lines += [f"{'':<13}ended: {reason}" for reason in status.reasons if reason != "finished"]
     return [visible(line) for line in lines]

@@ -90,8 +90,8 @@ def test_a_killed_run_ends_bit_equal(data, tmp_path, ds):
     if ds == "zero1.json":
         assert evaluate(data, left_alone, "fusion").returncode == 0
         afterwards = json.loads((left_alone / "fusion" / "eval.json").read_text())
-        told = {name: value for name, value in during[-1].items() if name not in ("step", "seconds")}
-        assert told and told == {name: afterwards[name] for name in told}
+        last = {name: value for name, value in during[-1].items() if name not in ("step", "seconds")}
+        assert last and last == {name: afterwards[name] for name in last}
     lives = read_lives(killed / "fusion")
     # A kill before the first step is no life; one at its very end may have let it finish.
     assert 3 <= len(lives) <= done + 1 and lives[-1].reason == "finished" and lives[0].reason == ""

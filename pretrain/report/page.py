@@ -125,7 +125,7 @@ def _stage(stage: StageRun) -> dict[str, Any]:
     facts += [f"{stage.seconds / 60:.1f} min in steps"] if stage.seconds else []
     facts += [f"{len(stage.lives)} lives"] if len(stage.lives) > 1 else []
     facts += [f"effective training time {share:.1%}"] if (share := stage.effective()) is not None else []
-    facts += [f"checkpoints of step {'; '.join(map(str, stays))}"] if (stays := checkpoints(stage)) else []
+    facts += [f"checkpoints of step {'; '.join(map(str, entries))}"] if (entries := checkpoints(stage)) else []
     if isinstance(settings, dict) and isinstance(start := settings.get("init_from"), str):
         facts.append(f"starts from {start}")
     if isinstance(parent := dig(stage.recipe, "identity", "continues"), dict):

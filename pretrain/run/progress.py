@@ -99,8 +99,8 @@ class Progress:
         metrics.show(step, {f"evals/{name}": value for name, value in figures.items()})
         if (best := self.stage.best.removeprefix("-")) and best not in figures:
             self._problem = f"best={self.stage.best}: the evals give no such figure{nearest(best, list(figures))}"
-        told = f", {best} {figures[best]:.4g}, best so far at step {self.best}" if best in figures else ""
-        log.info("step %d: evaluated in %.1f s%s", step, seconds, told)
+        so_far = f", {best} {figures[best]:.4g}, best so far at step {self.best}" if best in figures else ""
+        log.info("step %d: evaluated in %.1f s%s", step, seconds, so_far)
         return step == self.best or bool(self._problem)
 
     def check(self) -> None:

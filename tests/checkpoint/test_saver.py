@@ -260,8 +260,8 @@ def two_ranks(root: str) -> list[object]:
 
 
 def test_two_ranks_fail_together_and_finish_apart(tmp_path):
-    for told, disk, bug, gone in run_ranks(two_ranks, 2, str(tmp_path), timeout=60):
-        assert "cannot save step 1" in told and "rank 1" in told and "moments_rank00001" in told
+    for message, disk, bug, gone in run_ranks(two_ranks, 2, str(tmp_path), timeout=60):
+        assert "cannot save step 1" in message and "rank 1" in message and "moments_rank00001" in message
         assert disk == ["step_00000002"] and bug == ["step_00000003"] and gone == []
 
 

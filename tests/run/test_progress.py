@@ -101,15 +101,15 @@ def die_at_the_end(rank: int) -> None:
 @pytest.mark.slow
 def test_ranks_that_share_the_model_say_what_one_process_says(data, tmp_path):
     """Whole weights of tensor ranks under ZeRO-3, and of a pipeline, go into the model that is evaluated."""
-    log, said = tmp_path / "log", {}
+    log, last = tmp_path / "log", {}
     settings = [tokenizer_of(data), "steps=2", "save_every=100", "drop_path=0.0", "evals_every=2"]
     layouts = {"one": (1, "zero1.json", []), "pipe": (2, "zero1.json", ["parallel.pipe=2"])}
     layouts |= {"tensor": (2, "zero3.json", ["parallel.tensor=2"])}
     for name, (ranks, ds, more) in layouts.items():
         started = Ranks(command(data, tmp_path / name, "fusion", *settings, *more, ds=ds), data, ranks, log)
         assert started.wait(120) == [0] * ranks, log.read_text()
-        (said[name],) = figures(tmp_path / name / "fusion")
-    assert said["one"]["masked/image/accuracy"] > 0 and said["pipe"] == said["one"] == said["tensor"]
+        (last[name],) = figures(tmp_path / name / "fusion")
+    assert last["one"]["masked/image/accuracy"] > 0 and last["pipe"] == last["one"] == last["tensor"]
 
 
 @pytest.mark.slow
