@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from typing import Any
 from benchmarks.fault_runs.compare import check_epochs, compare
 from benchmarks.record import machine
 from benchmarks.slurm_runs.job import MORE, STAGE, Job, Measured, sum_by_kind
+from benchmarks.slurm_runs.predict import predict
 from benchmarks.slurm_runs.strike import STRIKES
 from pretrain.command import about, make_parser, run, write
 from pretrain.lives import read_lives
@@ -40,8 +42,8 @@ SETTINGS = ["drop_path=0.1", f"save_every={SAVE_EVERY}"]
 # How often each kind strikes in a soak. What SLURM is asked for is rarer than what breaks, as on a cluster; the time
 # limit's warning comes by SLURM's own minute, and is among the scenarios only.
 WEIGHTS = {
-    **{"rank killed": 60, "rank stopped": 12, "USR1": 8, "requeue": 6, "node down": 4, "node killed": 3},
-    **{"preemption": 3, "store stalled": 2, "disk full": 2},
+    **{"rank killed": 70, "rank stopped": 10, "USR1": 5, "requeue": 4, "node down": 3, "node killed": 2},
+    **{"preemption": 2, "store stalled": 2, "disk full": 2},
 }
 
 
@@ -113,18 +115,22 @@ def soak(args: argparse.Namespace, data: Path, work: Path, more: Mapping[str, st
             victim, later = dice.randrange(2 * RANKS), dice.randint(1, 2 * MEAN_STEPS)
             if not job.wait_step(reached + later) or job.over:
                 break
-            faults.append(job.strike(kind, victim))
+            try:
+                faults.append(job.strike(kind, victim))
+            except ValueError as error:
+                print(error, job.said()[-2000:], sep="\n", file=sys.stderr)
+                break
             reached = max(reached, faults[-1].step)
             print(len(faults), faults[-1], file=sys.stderr, flush=True)
         result = {"faults": len(faults), "seed": args.seed, "ds": ds, **ending(job, alone)}
         result["minutes"] = round((time.monotonic() - began) / 60, 1)
     result["good"] = result["good"] and len(faults) == args.faults
-    return result | {"kinds": sum_by_kind(faults), "by": _count_by(faults), "each": [list(fault) for fault in faults]}
-
-
-def _count_by(faults: list[Measured]) -> dict[str, int]:
-    by = [fault.by for fault in faults]
-    return {name: by.count(name) for name in sorted(set(by))}
+    by = {name: [fault.seconds for fault in faults if fault.by == name] for name in ("in place", "requeue", "neither")}
+    result["by"] = {name: {"faults": len(own), "mean_s": statistics.fmean(own or [0.0])} for name, own in by.items()}
+    result["kinds"] = sum_by_kind(faults)
+    costs = (result["by"][name]["mean_s"] for name in ("in place", "requeue"))
+    result["predicted_effective_training_time"] = predict(*costs)
+    return result | {"each": [list(fault) for fault in faults]}
 
 
 def left_alone(data: Path, work: Path, more: Mapping[str, str], ds: str, settings: list[str]) -> Path:

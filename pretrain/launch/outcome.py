@@ -11,6 +11,7 @@ directory. A node that a check names, or that two failures in a row name, is lef
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -30,8 +31,9 @@ RESTARTS, METRICS = "restarts.jsonl", "metrics.jsonl"
 MOST = 3  # starts without progress
 PAUSES_S = (0, 15, 60)  # before each of them; what broke may need its time
 DISK_PAUSES_S = (20, 60, 300)
-# A disk that is full, gone or broken (errno ENOSPC, EDQUOT, EIO, EROFS, ESTALE, ENODEV, ENOTCONN): somebody mends it.
-DISK = re.compile(r"error: \[Errno (28|122|5|30|116|19|107)\]|error on rank \d+: \[Errno (28|122|5|30|116|19|107)\]")
+# A disk that is full, gone or broken: somebody mends it. (Errors of saving have the words, and no number.)
+BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV, errno.ENOTCONN)
+DISK = re.compile(rf"error(?: on rank \d+)?: .*(?:{'|'.join(map(os.strerror, BROKEN))})")
 # A process group that did not form is said as an error too, but it is no mistake of the user's.
 MISTAKE = re.compile(r":(?:\d\d:){2}\d\d error(?: on rank \d+)?: (?!rank \d+ of \d+: the process group)")
 NODE = re.compile(

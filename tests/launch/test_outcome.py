@@ -83,6 +83,13 @@ DISK = Failure("rank00000.log:12:00:01 error: [Errno 28] rank 1: No space left o
         (Failure(f"{PREFLIGHT}:bad node n5: no", "n5"), [], 0, "requeue", 0),
         (DISK, [], 5, "again", 20),
         (Failure("rank00001.log:12:00:01 error on rank 1: [Errno 5] Input/output error: '/x'", ""), [], 5, "again", 20),
+        (
+            Failure("rank00000.log:12:00:01 error: cannot save step 5 to /x: rank 1: Disk quota exceeded (/x/y)", ""),
+            [],
+            5,
+            "again",
+            20,
+        ),
         (Failure("rank00000.log:12:00:01 error: step 3: the loss is nan", ""), [], 5, "end", 0),
         (Failure("rank00000.log:12:00:01 error: [Errno 2] No such file or directory: '/x'", ""), [], 5, "end", 0),
         (Failure("rank00000.log:12:00:01 error: rank 0 of 2: the process group did not form", ""), [], 5, "again", 0),
