@@ -1,6 +1,7 @@
 """A real SLURM of several nodes on this machine: private munged, slurmctld and slurmds, everything below one directory.
 
-For root, without systemd; only loopback addresses. GPUs are device nodes that nobody opens. Node names do not resolve,
+For root, without systemd; only loopback addresses. Ranks meet at ports that follow from the job's number, so no two of
+them number their jobs alike. GPUs are device nodes that nobody opens. Node names do not resolve,
 as on some clusters.
 """
 
@@ -22,6 +23,7 @@ CONF = """
 ClusterName=onehost
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
