@@ -21,7 +21,9 @@ echo "$@" >>"$CALLS"
 case "$1 $2" in
     "show hostnames") echo node7; echo node8 ;;
     "show node") echo "NodeName=$3 Arch=x86_64"; echo "   NodeAddr=10.0.0.7 NodeHostName=$3 Version=22.05.8" ;;
+    "-o show") echo "JobId=41 Partition=gpu NumNodes=2 ExcNodeList=(null)" ;;
     "show job") echo "   JobState=$STATE Reason=None Dependency=(null)" ;;
+    "update JobId=41") [ "$(grep -c "^update" "$CALLS")" -gt 2 ] ;; # not before the job is in the queue
 esac
 """
 SRUN = """
@@ -41,6 +43,9 @@ life=$(grep -c "^srun " "$CALLS")
 set -- $CODE # of the lives, and the last one for those that follow
 [ "$life" -lt $# ] && exit "${!life}" || exit "${!#}"
 """
+SINFO = """
+for node in ${NODES:-7 8}; do echo "node$node|alloc"; done
+"""
 SLEEP = """
 [[ $1 == 0.* ]] || echo "sleep $1" >>"$CALLS"
 exec /bin/sleep $([[ $1 == 0.* ]] && echo "$1" || echo 0)
@@ -50,7 +55,8 @@ exec /bin/sleep $([[ $1 == 0.* ]] && echo "$1" || echo 0)
 @pytest.fixture
 def slurm(tmp_path):
     """-> run(line, **environment) and the calls that sbatch, scontrol and srun got, as lines."""
-    for name, body in (("sbatch", SBATCH), ("scontrol", SCONTROL), ("srun", SRUN), ("sleep", SLEEP)):
+    stand_ins = (("sbatch", SBATCH), ("scontrol", SCONTROL), ("srun", SRUN), ("sleep", SLEEP), ("sinfo", SINFO))
+    for name, body in stand_ins:
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}")
         (tmp_path / name).chmod(0o755)
     calls = tmp_path / "calls"
@@ -249,7 +255,11 @@ def test_nothing_is_started_on_a_bad_node(slurm, tmp_path):
     done, calls = stage(slurm, 0, PREFLIGHT="69", IMGLISH_WARM="no")
     assert done.returncode == 69 and not [call for call in calls if call.startswith("srun ")]
     assert "first error: preflight00000.log:12:00:01 bad node node8: /dev/shm has" in done.stderr
-    assert "but cannot be left out" in done.stderr, "the stand-in knows no partition"
+    assert "but cannot be left out: only 1 other nodes of partition gpu are left" in done.stderr
+    assert "requeue 41" not in calls
+    done, calls = stage(slurm, 0, PREFLIGHT="69", IMGLISH_WARM="no", NODES="7 8 9")
+    assert done.returncode == 69 and "to go on without a bad node; requeueing" in done.stdout
+    assert calls[calls.index("requeue 41") + 1 :] == ["update JobId=41 ExcNodeList=node8"] * 3, "SLURM took the third"
 
 
 def test_a_users_mistake_is_not_tried_again(slurm, tmp_path):

@@ -1,13 +1,13 @@
-"""Leaves a bad node out of a job, if its partition has enough others."""
+"""Which nodes a job is to avoid from its next start on."""
 
 from __future__ import annotations
 
 from pretrain.launch.slurm import AWAY, answer
 
 
-def exclude(node: str, job: str) -> None:
-    """Adds `node` to those that `job` avoids from its next start on. Raises ValueError with the reason where that
-    cannot be: a job with too few nodes left would wait for ever."""
+def to_avoid(node: str, job: str) -> str:
+    """What ExcNodeList of `job` is to be with `node` in it. SLURM changes it only when the job is on its way back into
+    the queue. Raises ValueError where too few nodes would be left: the job would wait for ever."""
     facts = dict(word.split("=", 1) for word in answer("scontrol", "-o", "show", "job", job).split() if "=" in word)
     partition, needed = facts.get("Partition", ""), int(facts.get("NumNodes", "1").partition("-")[0])
     listed = facts.get("ExcNodeList", "(null)")
@@ -18,4 +18,4 @@ def exclude(node: str, job: str) -> None:
     left = {name for name, state in rows if not state.startswith(AWAY)} - avoided - {node}
     if len(left) < needed:
         raise ValueError(f"only {len(left)} other nodes of partition {partition} are left, and the job needs {needed}")
-    answer("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(sorted(avoided | {node}))}")
+    return ",".join(sorted(avoided | {node}))

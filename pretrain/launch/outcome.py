@@ -2,7 +2,7 @@
 
     python -m pretrain.launch.outcome --logs runs/base/logs/JOB --code 69 --stage vision --run-dir runs/base
 
-launch/stage.sbatch calls it; without --code it only names the error that came first. It prints one word, and why on
+launch/stage.sbatch calls it; without --code it only names the error that came first. It prints what to do, and why on
 stderr. A run is started again while it advances: at most MOST times in a row without a step that no life before had
 reached, and not at all after a mistake of the user's. Each decision is a line of restarts.jsonl in the stage's
 directory. A node that a check names, or that two failures in a row name, is left out, if the partition has others.
@@ -25,7 +25,7 @@ from typing import NamedTuple
 from pretrain.command import make_parser, run
 from pretrain.files import Lines
 from pretrain.json_files import parse_json, read_bytes, typed
-from pretrain.launch.exclude import exclude
+from pretrain.launch.exclude import to_avoid
 
 RESTARTS, METRICS = "restarts.jsonl", "metrics.jsonl"
 MOST = 3  # starts without progress
@@ -173,29 +173,29 @@ def _run(args: argparse.Namespace) -> None:
     if args.code is None:
         print(f"first error: {failure.first or NONE}")
         return
-    action, pause = decide_and_note(failure, args.code, args.run_dir / args.stage, args.life)
-    print(f"{action} {pause:g}" if action == "again" else action)
+    print(decide_and_note(failure, args.code, args.run_dir / args.stage, args.life))
 
 
-def decide_and_note(failure: Failure, code: int, stage: Path, life: int, only: str = "") -> tuple[str, float]:
-    """`decide`, with a line of restarts.jsonl and why on stderr. What is not the action `only`, if that is given, is
-    left to somebody else to decide, and nothing is noted."""
+def decide_and_note(failure: Failure, code: int, stage: Path, life: int, only: str = "") -> str:
+    """What `decide` says, for a script: "again SECONDS", "requeue NODES" to avoid, or "end"; with a line of
+    restarts.jsonl, and why on stderr. What is not the action `only`, if that is given, is left to somebody else to
+    decide: nothing is noted, and "" returned."""
     before = read_restarts(stage)
     reached = max([reached_step(stage), *(restart.reached for restart in before)])
     action, why, pause = decide(failure, before, reached)
     if only and action != only:
-        return action, 0.0
-    job = os.environ.get("SLURM_JOB_ID", "")
+        return ""
+    job, nodes = os.environ.get("SLURM_JOB_ID", ""), ""
     if action == "requeue":
         try:
-            exclude(failure.node, job)
+            nodes = to_avoid(failure.node, job)
         except ValueError as error:
             action, why = "again", f"{why}, but cannot be left out: {error}"
     note = Restart(time.time(), job, code, reached, action, failure.node, failure.first[:500])
     if (problem := _note(stage, note)) and life >= MOST:
         action, why = "end", problem  # who does not know how often it was tried would try for ever
     print(f"first error: {failure.first or NONE}\n{action}: {why}", file=sys.stderr, flush=True)
-    return action, pause
+    return {"again": f"again {pause:g}", "requeue": f"requeue {nodes}"}.get(action, action)
 
 
 def _note(stage: Path, restart: Restart) -> str:

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import torch
 import torch.distributed as dist
@@ -176,12 +176,11 @@ class Rank:
 
     def _decide(self, code: int) -> str:
         """The seconds to wait before the next life, or STOP."""
-        job_log = Path(os.environ.get("IMGLISH_JOB_LOG", "/dev/null"))
-        with job_log.open("a") as file, redirect_stderr(file):
-            action, pause = decide_and_note(first_failure(self.logs), code, self.stage, self.life, only="again")
-            if action == "again":
+        with job_log() as file, redirect_stderr(file):
+            action = decide_and_note(first_failure(self.logs), code, self.stage, self.life, only="again")
+            if action:
                 print(f"the ranks of life {self.life + 1} write to {self.base}-again{self.life + 1}", file=sys.stderr)
-        return str(pause) if action == "again" else STOP
+        return action.removeprefix("again ") or STOP
 
     def nodes_are_fit(self, check: Callable[[list[str]], int]) -> bool:
         """`check`, which is preflight.py's main, by the first rank of each node, in a process of its own."""
@@ -211,6 +210,13 @@ class Rank:
         if self.child:
             with suppress(ProcessLookupError):
                 os.kill(self.child, number)
+
+
+def job_log() -> TextIO:
+    """Where a job says what its ranks do; stderr's place where that is not known or cannot be written."""
+    with suppress(OSError, KeyError):
+        return open(os.environ["IMGLISH_JOB_LOG"], "a")
+    return os.fdopen(os.dup(2), "w")
 
 
 def _fork(action: Callable[[], int], log: Path | None, place: dict[str, str] | None = None) -> int:
