@@ -27,7 +27,12 @@ begin_life() { # of the job's ranks, the $1-th beside the first: their port, the
     # A file per rank: ranks that share one splice their lines.
     all_logs=${IMGLISH_LOGS:-$PWD/logs}/${SLURM_JOB_NAME:-job}-$SLURM_JOB_ID${SLURM_RESTART_COUNT:+.$SLURM_RESTART_COUNT}
     logs=$all_logs
-    [ "$1" = 0 ] || logs+=-again$1
+    local again=()
+    if [ "$1" != 0 ]; then
+        logs+=-again$1
+        # SLURM may think that a step of before still runs, on a node that came back, and would wait for its end for ever.
+        again=(--overlap --immediate=60)
+    fi
     mkdir -p "$logs" || exit 2
     echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: the ranks write to $logs/rank*.log"
     # --cpus-per-task again: since SLURM 22.05 srun does not inherit it from sbatch and may bind every task to one core.
@@ -35,7 +40,7 @@ begin_life() { # of the job's ranks, the $1-th beside the first: their port, the
     # --wait: so long after the first rank has ended, SLURM kills those that hang. A node that is lost is another matter:
     # srun waits for its tasks until SLURM notices (SlurmdTimeout), and then SLURM requeues the job.
     # shellcheck disable=SC2034  # the batch scripts call it
-    ranks=("${start[@]}" --wait=20 --output="$logs/rank%5t.log" "${SRUN[@]}" "${CONTAINER[@]}" bash launch/env/rank.sh)
+    ranks=("${start[@]}" "${again[@]}" --wait=20 --output="$logs/rank%5t.log" "${SRUN[@]}" "${CONTAINER[@]}" bash launch/env/rank.sh)
 }
 
 check_nodes() { # one process on each; the first one's log says what is wrong, and with which node
