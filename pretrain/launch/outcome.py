@@ -15,6 +15,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -183,14 +184,14 @@ def decide_and_note(failure: Failure, code: int, stage: Path, life: int, only: s
     before = read_restarts(stage)
     reached = max([reached_step(stage), *(restart.reached for restart in before)])
     action, why, pause = decide(failure, before, reached)
-    if only and action != only:
-        return ""
     job, nodes = os.environ.get("SLURM_JOB_ID", ""), ""
-    if action == "requeue":
+    if action == "requeue" and not (only and shutil.which("scontrol") is None):  # a rank may be in a container
         try:
             nodes = to_avoid(failure.node, job)
         except ValueError as error:
             action, why = "again", f"{why}, but cannot be left out: {error}"
+    if only and action != only:
+        return ""
     note = Restart(time.time(), job, code, reached, action, failure.node, failure.first[:500])
     if (problem := _note(stage, note)) and life >= MOST:
         action, why = "end", problem  # who does not know how often it was tried would try for ever
