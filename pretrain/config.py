@@ -150,7 +150,8 @@ class Recipe:
     trace_samples: bool = False
     # Steps in a row whose gradients may be inf or nan: such a step moves nothing and is counted. One more ends the run.
     max_skipped_steps: int = 0
-    timeout_s: float = 1800.0  # how long a rank waits in a step for another one, or for its data, before it gives up
+    # How long a rank waits for another one, or for its data, at the most: what its own steps took sets a shorter limit.
+    timeout_s: float = 1800.0
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "keep", "timeout_s"):
