@@ -40,6 +40,7 @@ MISTAKE = re.compile(r":(?:\d\d:){2}\d\d error(?: on rank \d+)?: (?!rank \d+ of 
 NODE = re.compile(
     r"rank \d+ on (\S+) (?:gives no sign|hangs in|is still in|was killed)|^srun: error: ([\w.-]+): tasks? "
 )
+LOST_NODE = re.compile(r"^srun: error: (?:Node failure on (\S+)|.*missing step on node (\d{1,6})$)")
 REASON = re.compile(r"^(?:\d\d:){2}\d\d (error|bug on rank|rank \d+ o[fn])")
 NONE = "none in the logs of the ranks; see above what srun said"
 PREFLIGHT = "preflight00000.log"
@@ -94,13 +95,23 @@ def first_failure(logs: Path) -> Failure:
         if "bug on rank" in line:
             line += f": {next(reversed(_lines(path)))}"
         return _failure(f"{path.name}:{line}")
-    # Ranks that end with 69 say themselves that another one was lost.
-    told_by_srun = [line for line in _lines(logs / "srun.log") if "exit code 69" not in line]
-    killed = [line for line in told_by_srun if (found := NODE.match(line)) and found[2]]
-    if killed:
-        return _failure(killed[0])
+    if (failure := _srun_says(_lines(logs / "srun.log"))) is not None:
+        return failure
     last = [f"{path.name}:{lines[-1]}" for path, lines in told if lines and path.name.startswith("rank")]
     return _failure(last[-1] if last else "")
+
+
+def _srun_says(lines: list[str]) -> Failure | None:
+    """Of a lost node, which srun numbers in the job, then of a task. What it kills itself comes after that."""
+    names = os.environ.get("IMGLISH_NODES", "").split()
+    for line in lines:
+        if (found := LOST_NODE.match(line)) is not None:
+            number = int(found[2] or 0)
+            return Failure(line, found[1] or (names[number] if number < len(names) else ""))
+    for line in lines:  # ranks that end with 69 say themselves that another one was lost
+        if NODE.match(line) and "exit code 69" not in line:
+            return _failure(line)
+    return None
 
 
 def _failure(line: str) -> Failure:

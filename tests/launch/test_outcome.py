@@ -51,13 +51,21 @@ def logs(tmp_path):
         ([LOST, "", ""], {}, "rank00000.log:12:00:02 rank 0 of 3: another rank died", ""),
         ([LOST, ""], {"srun": "srun: error: node8: task 1: Killed"}, "srun: error: node8: task 1: Killed", "node8"),
         ([HANG, LOST], {"srun": "srun: error: node8: task 1: Exited with exit code 69"}, "rank00000.log:", "node7"),
+        (
+            [LOST, ""],
+            {"srun": "srun: error: n8: task 1: Killed\nsrun: error: Aborting, io error and missing step on node 1"},
+            "srun: error: Aborting, io error and missing step on node 1",
+            "n9",
+        ),
+        ([LOST, ""], {"srun": "srun: error: Node failure on n9"}, "srun: error: Node failure on n9", "n9"),
         (["12:00:01 step 1", "ModuleNotFoundError: No", ""], {}, "rank00001.log:ModuleNotFoundError: No", ""),
         (["", "", ""], {}, "", ""),
         (["", ""], {"preflight00000": "12:00:01 bad node n5: no GPU"}, f"{PREFLIGHT}:12:00:01 bad node n5: no", "n5"),
         ([], {"preflight00001": "12:00:01 error: n5 is lost"}, "preflight00001.log:12:00:01 error: n5 is lost", ""),
     ],
 )
-def test_the_error_that_came_first_and_its_node(logs, ranks, others, first, node):
+def test_the_error_that_came_first_and_its_node(logs, monkeypatch, ranks, others, first, node):
+    monkeypatch.setenv("IMGLISH_NODES", "n8 n9 ")
     failure = first_failure(logs(*ranks, **others))
     assert failure.first.startswith(first) and bool(failure.first) == bool(first) and failure.node == node
 
