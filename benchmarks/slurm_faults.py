@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from tests.small_run import train_stage, write_data
 
 RANKS, DISK_MIB = 2, 256
 SAVE_EVERY, STEPS, MEAN_STEPS = 5, 120, 7
+LONG_STEPS = 900  # more than a minute, by which SLURM counts time limits
 SETTINGS = ["drop_path=0.1", f"save_every={SAVE_EVERY}"]
 # How often each kind strikes in a soak. What SLURM is asked for is rarer than what breaks, as on a cluster; the time
 # limit's warning comes by SLURM's own minute, and is among the scenarios only.
@@ -81,16 +83,16 @@ def _run(args: argparse.Namespace, arguments: list[str] | None) -> int:
 
 def scenarios(args: argparse.Namespace, data: Path, work: Path, more: Mapping[str, str]) -> dict[str, Any]:
     runs = []
+    alone = cache(partial(left_alone, data, work, more))
     for ds in args.ds:
-        settings = [*SETTINGS, f"steps={STEPS}"]
-        alone = left_alone(data, work, more, ds, settings)
         for kind in args.kinds:
+            settings = (*SETTINGS, f"steps={LONG_STEPS if kind == 'time limit' else STEPS}")
+            whole = alone(ds, settings)
             with file_system(work / f"{ds}_{kind.replace(' ', '_')}") as place:
                 # Any number of workers gives the same bits, and only data that workers read can stall.
                 own = [*settings, f"loading.workers={int(kind == 'store stalled')}"]
-                runs.append(
-                    {"ds": ds, **_scenario(kind, Job(data, place, work / "slurm", more, 2, RANKS, ds, *own), alone)}
-                )
+                job = Job(data, place, work / "slurm", more, 2, RANKS, ds, *own)
+                runs.append({"ds": ds, **_scenario(kind, job, whole)})
                 print(runs[-1], file=sys.stderr, flush=True)
     return {"good": all(each["good"] for each in runs), "runs": runs}
 
@@ -105,7 +107,7 @@ def _scenario(kind: str, job: Job, alone: Path) -> dict[str, Any]:
 def soak(args: argparse.Namespace, data: Path, work: Path, more: Mapping[str, str]) -> dict[str, Any]:
     dice, ds = random.Random(args.seed), args.ds[0]
     faults: list[Measured] = []
-    settings = [*SETTINGS, f"steps={args.faults * (MEAN_STEPS + SAVE_EVERY)}", "loading.workers=1"]
+    settings = (*SETTINGS, f"steps={args.faults * (MEAN_STEPS + SAVE_EVERY)}", "loading.workers=1")
     alone = left_alone(data, work, more, ds, settings)
     end, began = time.monotonic() + 60 * args.minutes, time.monotonic()
     with file_system(work / "soak") as place:
@@ -133,9 +135,10 @@ def soak(args: argparse.Namespace, data: Path, work: Path, more: Mapping[str, st
     return result | {"each": [list(fault) for fault in faults]}
 
 
-def left_alone(data: Path, work: Path, more: Mapping[str, str], ds: str, settings: list[str]) -> Path:
+def left_alone(data: Path, work: Path, more: Mapping[str, str], ds: str, settings: tuple[str, ...]) -> Path:
     """The stage of a run that nothing struck, with all of its ranks on one node."""
-    job = Job(data, work / f"alone_{ds.removesuffix('.json')}", work / "slurm", more, 1, 2 * RANKS, ds, *settings)
+    place = work / f"alone_{ds.removesuffix('.json')}_{len(list(work.glob('alone_*')))}"
+    job = Job(data, place, work / "slurm", more, 1, 2 * RANKS, ds, *settings)
     if (state := job.finish()) != "COMPLETED":
         raise ValueError(f"the run that was left alone ended as {state}: {job.said()[-2000:]}")
     check_epochs(job.stage)

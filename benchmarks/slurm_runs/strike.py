@@ -52,6 +52,15 @@ class Target(NamedTuple):
             if (_parent(process) in first if process in forks else _parent(process) not in trains)
         }
 
+    def rank(self, number: int) -> int:
+        """Its process. Raises ValueError where there is none."""
+        end = time.monotonic() + 20
+        while (process := self.ranks().get(number)) is None:
+            if time.monotonic() > end:
+                raise ValueError(f"job {self.job} has no rank {number} that trains")
+            time.sleep(0.2)
+        return process
+
     def on_node(self, node: str) -> list[int]:
         return [process for process, variables in self._processes() if variables.get("SLURMD_NODENAME") == node]
 
@@ -90,11 +99,11 @@ def _send(number: int, process: int) -> None:
 
 
 def kill_rank(target: Target, victim: int) -> None:
-    _send(signal.SIGKILL, target.ranks()[victim])
+    _send(signal.SIGKILL, target.rank(victim))
 
 
 def stop_rank(target: Target, victim: int) -> None:
-    _send(signal.SIGSTOP, target.ranks()[victim])
+    _send(signal.SIGSTOP, target.rank(victim))
 
 
 def usr1(target: Target, victim: int) -> None:
@@ -154,7 +163,7 @@ def time_limit(target: Target, victim: int) -> None:
 
 def stall_store(target: Target, victim: int) -> None:
     """A rank's data do not come for a while, as from a store that stalls: its data workers are stopped."""
-    rank = target.ranks()[victim]
+    rank = target.rank(victim)
     workers = [int(entry.name) for entry in Path("/proc").glob("[0-9]*") if _parent(int(entry.name)) == rank]
     for worker in workers:
         _send(signal.SIGSTOP, worker)
