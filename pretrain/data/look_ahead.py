@@ -58,7 +58,7 @@ class LookAhead:
 def _run(feeds: list[Feed], share: Share, step: Any, stop: int, parent: int) -> None:
     """The process."""
     ignore_signals(parent)
-    pulse.begin([0], 0, parent)
+    pulse.begin([0], 0)
     here = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)  # ranks that share the cache
     room = min(feed.reader.cache.limit for feed in feeds if feed.reader.cache) // 2 // here
     # A reader serves one thread.

@@ -238,7 +238,7 @@ def _run(work: Work, connection: socket.socket, pulses: Any, number: int, parent
     """A worker."""
     ignore_signals(parent)
     torch.set_num_threads(1)  # there is a worker for each core
-    pulse.begin(pulses, number, parent)
+    pulse.begin(pulses, number)
     connection.settimeout(1)
     while True:
         try:

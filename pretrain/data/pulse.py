@@ -6,6 +6,7 @@ transfer as well as from the loop over samples; outside a worker it does nothing
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import MutableSequence
 
@@ -13,10 +14,14 @@ _counts: MutableSequence[int] | None = None  # in memory that all workers and th
 _number = _parent = 0
 
 
-def begin(counts: MutableSequence[int], number: int, parent: int) -> None:
-    """This process is worker `number` of the process `parent`; `counts` has a place for each worker."""
+def begin(counts: MutableSequence[int], number: int) -> None:
+    """This process is worker `number`; `counts` has a place for each worker."""
     global _counts, _number, _parent
-    _counts, _number, _parent = counts, number, parent
+    # The main process, or the server that forks for it and ends with it.
+    _counts, _number, _parent = counts, number, os.getppid()
+    main = multiprocessing.parent_process()
+    if main is not None and not main.is_alive():
+        os._exit(0)
     beat()
 
 

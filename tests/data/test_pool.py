@@ -27,11 +27,12 @@ class Numbers:
 
     pictures = (2, 3, 4, 4)
 
-    def __init__(self, before=lambda item: None):
+    def __init__(self, before=None):
         self.before = before
 
     def make(self, item, pictures):
-        self.before(item)
+        if self.before:
+            self.before(item)
         pictures[:] = item[0]
         return item, torch.from_numpy(pictures), torch.full((3,), item[1])
 
@@ -56,6 +57,15 @@ def test_results_come_in_the_order_of_the_items_and_nothing_stays_behind(workers
         gc.collect()
         files.append(len(os.listdir("/proc/self/fd")))
     assert not multiprocessing.active_children() and files[0] == files[2]
+
+
+def test_workers_may_come_from_a_server_that_forks_them(monkeypatch, caplog) -> None:
+    """As they do by default since Python 3.14: their parent is not the main process."""
+    server = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(pools.multiprocessing, "get_context", lambda: server)
+    with Pool(Numbers(), 1, 2) as pool:
+        check(pool.results(iter(ITEMS)))
+    assert not caplog.messages
 
 
 def strike(number: int) -> None:
