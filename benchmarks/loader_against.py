@@ -40,6 +40,8 @@ from pretrain.data.transforms import ImageTransform
 
 # Name -> (width, height, quality, deviation of the grain in levels).
 PICTURES = {"256": (256, 256, 90, 0.0), "512": (512, 512, 90, 0.0), "imagenet": (500, 375, 93, 9.0)}
+PREFETCH = 2
+SIZES = (224, 384, 768)  # of the crop
 GOALS = {"256": 2.5, "512": 3.0}
 
 
@@ -85,7 +87,9 @@ def _stack(samples: list[tuple[np.ndarray]]) -> torch.Tensor:
 
 
 def ours(directory: Path, transform: ImageTransform, batch: int, workers: int) -> Iterator[Any]:
-    mixture = Mixture({"images": ImageShards(str(directory))}, {"images": batch}, loading=Loading(workers=workers))
+    mixture = Mixture(
+        {"images": ImageShards(str(directory))}, {"images": batch}, loading=Loading(workers=workers, prefetch=PREFETCH)
+    )
     return Loader(mixture, View(None, transform, Masking(), 16)).batches(0, sys.maxsize // 2)
 
 
@@ -127,10 +131,22 @@ def compare(directory: Path, transform: ImageTransform, args: argparse.Namespace
     }
 
 
+def growth(directory: Path, args: argparse.Namespace) -> dict[int, int]:
+    """CPU microseconds a picture by the side of the crop, in turns."""
+    entrants = {size: ours(directory, ImageTransform(size=size), args.batch, 0) for size in SIZES}
+    spent: dict[int, list[float]] = {size: [] for size in SIZES}
+    for _ in range(-(-args.rounds // 2)):
+        for size, batches in entrants.items():
+            start = time.process_time()
+            next(batches)
+            spent[size].append((time.process_time() - start) / args.batch * 1e6)
+    return {size: round(statistics.median(times)) for size, times in spent.items()}
+
+
 def scaling(directory: Path, transform: ImageTransform, args: argparse.Namespace) -> dict[str, Any]:
     """With 1 and 2 workers in turns: wall rates, and CPU microseconds a picture of the workers and this process."""
     rates: dict[int, list[tuple[float, float, float]]] = {1: [], 2: []}
-    for _ in range(args.rounds):
+    for _ in range(-(-args.rounds // 2)):
         for workers, measured in rates.items():
             measured.append(_rate(ours(directory, transform, args.batch, workers), args, workers))
     middle = {n: [statistics.median(column) for column in zip(*each, strict=True)] for n, each in rates.items()}
@@ -146,7 +162,7 @@ def scaling(directory: Path, transform: ImageTransform, args: argparse.Namespace
 def _rate(batches: Iterator[Any], args: argparse.Namespace, workers: int) -> tuple[float, float, float]:
     import multiprocessing
 
-    for _ in range(2 * workers * Loading.prefetch):
+    for _ in range(workers * PREFETCH):  # what they make while nobody measures
         next(batches)
     clocks = [_clock(child.pid) for child in multiprocessing.active_children() if child.pid]
     before, own, start = [time.clock_gettime(clock) for clock in clocks], time.process_time(), time.perf_counter()
@@ -188,8 +204,10 @@ def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
             size = sum(path.stat().st_size for path in Path(directory).glob("*.tar")) / args.samples
             os.sched_setaffinity(0, {min(cores)})
             result = compare(Path(directory), transform, args)
+            sizes = growth(Path(directory), args)
             os.sched_setaffinity(0, cores)
             results[name] = {"kb_per_picture": round(size / 1000), "goal": GOALS.get(name)} | result
+            results[name]["cpu_us_per_picture_by_size"] = sizes
             results[name]["workers"] = scaling(Path(directory), transform, args)
     facts = about("benchmarks.loader_against", arguments) | machine("pillow", "webdataset", "opencv-python-headless")
     write(facts | {"size": args.size, "batch": args.batch, "rounds": args.rounds, **results}, args.out)
