@@ -3,13 +3,16 @@ from towers of transformers.
 
     python -m pretrain.export from-released beit3_base_patch16_224.pth runs/beit3_base
     python -m pretrain.export to-released runs/mine/fusion beit3_mine.pth
+    python -m pretrain.export to-hf runs/mine/retrieval hf/mine
     python -m pretrain.export resize runs/beit3_base runs/beit3_base_384 --image-size 384
     python -m pretrain.export from-huggingface clip-vit-base-patch16 runs/clip
     python -m pretrain.export from-huggingface resnet-50 runs/start --text bert-base-uncased
 
-The released naming is torchscale's (A: vision, B: language) under `beit3.`; the heads have the names of unilm's beit3
-code: `mlm_head`, `mim_head` (pretraining), `language_head`, `vision_head`, `logit_scale` (retrieval), and those of its
-classifier, its answerer of questions and its judge of two pictures.
+to-hf writes a Hugging Face directory: AutoModel.from_pretrained(DIR, trust_remote_code=True) reads it without this
+package, by three small files of code that lie in it. The released naming is torchscale's (A: vision, B: language) under
+`beit3.`; the heads have the names of unilm's beit3 code: `mlm_head`, `mim_head` (pretraining), `language_head`,
+`vision_head`, `logit_scale` (retrieval), and those of its classifier, its answerer of questions and its judge of two
+pictures.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ from pretrain import command
 from pretrain.checkpoint.weights import WEIGHTS, read_weights, write_weights
 from pretrain.config import to_json
 from pretrain.data.json_tokenizer import JsonTokenizer
+from pretrain.data.text_tokenizer import TOKENIZER, TextTokenizer
 from pretrain.files import write_file, written_in_one_step
+from pretrain.hub.write import write_directory
 from pretrain.json_files import read_object
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.models.multiway.vilt import from_vilt, vilt_config
@@ -324,6 +329,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     others.add_argument("out", type=Path, help="new directory, for a recipe's init_from")
     others.add_argument("--text", type=Path, help="a text encoder's directory")
+    handing = commands.add_parser("to-hf", help="a directory of ours -> a Hugging Face directory with its own code")
+    handing.add_argument("directory", type=Path, help="a stage's directory, with weights.safetensors and config.json")
+    handing.add_argument("out", type=Path, help="a new directory")
+    handing.add_argument("--text-tokenizer", type=Path, help="the SentencePiece model, where none lies beside them")
     resizing = commands.add_parser("resize", help="interpolate the positions for another picture size")
     resizing.add_argument("directory", type=Path)
     resizing.add_argument("out", type=Path)
@@ -340,6 +349,13 @@ def run(args: argparse.Namespace) -> None:
         write_tensors(args.out, to_released(state, cfg))
     elif args.command == "from-huggingface":
         from_huggingface(args.directory, args.text, args.out)
+    elif args.command == "to-hf":
+        state, cfg, config = read_model(args.directory)
+        beside = args.text_tokenizer or args.directory / TOKENIZER
+        if args.text_tokenizer is not None:
+            TextTokenizer(beside)  # ValueError for what is none
+        text = beside if beside.is_file() else None
+        write_directory(state, cfg, args.out, source=args.directory, config=config, text=text)
     else:
         state, cfg, config = read_model(args.directory)
         state, cfg = resize_positions(state, cfg, args.image_size)

@@ -15,7 +15,7 @@ FLOORS = [
     {"tasks", "objectives", "evals", "checkpoint"},
     {"config"},
     {"recipes"},
-    {"run", "report", "plan"},
+    {"run", "report", "plan", "hub"},
     {"train", "evaluate", "export", "encode_images", "status", "launch"},
     {"stored_model"},
     {"pretrained"},
@@ -32,7 +32,8 @@ DOORS = {
     "webdataset": {"pretrain/data/shards/transfer.py"},
     "img2dataset": {"data_tools/fetch/guarded_img2dataset.py"},
     "jinja2": {"pretrain/report/html.py"},
-    "transformers": {"pretrain/models/visual_tokenizer/teachers.py", "pretrain/models/towers/tower.py"},
+    "transformers": {"pretrain/models/visual_tokenizer/teachers.py", "pretrain/models/towers/tower.py"}
+    | {f"pretrain/hub/files/{name}_multiway.py" for name in ("configuration", "modeling", "processing")},
     "tokenizers": {"pretrain/data/json_tokenizer.py"},
 }
 PRETRAIN = sorted((ROOT / "pretrain").rglob("*.py"))
