@@ -79,12 +79,15 @@ class Pretrained:
     def embed_texts(self, texts: Iterable[str], batch: int = 64) -> Tensor:
         """-> unit vectors [N, E] of the dual encoder. A text is cut at the model's `max_text_len`. ValueError for
         weights without a contrastive head, or without a text tokenizer."""
-        head, parts = self.head, []
-        for some in _batches(texts, batch):
-            tokens = self._tokens(some)
-            layout = Layout(texts=len(tokens), text_len=tokens.shape[1])
-            parts.append(head.embed_texts(self._encode(layout, text_tokens=tokens)).cpu())
-        return torch.cat(parts) if parts else torch.zeros(0, head.width)
+        width = self.head.width
+        parts = [self.embed_tokens(self.tokens(some)) for some in _batches(texts, batch)]
+        return torch.cat(parts) if parts else torch.zeros(0, width)
+
+    @torch.no_grad()
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """What `tokens` made of texts, int64 [N, L] -> unit vectors [N, E], in one pass."""
+        layout = Layout(texts=len(tokens), text_len=tokens.shape[1])
+        return self.head.embed_texts(self._encode(layout, text_tokens=tokens)).cpu()
 
     def similarity(self, pictures: Iterable[Picture], texts: Iterable[str], batch: int = 64) -> Tensor:
         """-> cosines [N, M] of every picture with every text."""
@@ -201,7 +204,7 @@ class Pretrained:
         if len(pictures) != len(texts):
             raise ValueError(f"there are {len(pictures)} pictures and {len(texts)} texts; give one text for each")
         for pixels, some in zip(self._looks(pictures, batch), _batches(texts, batch), strict=True):
-            tokens = self._tokens(some)
+            tokens = self.tokens(some)
             layout = Layout(pairs=len(tokens), patches=self._patches, pair_len=tokens.shape[1])
             yield self._encode(layout, images=pixels, pair_tokens=tokens)
 
@@ -226,7 +229,8 @@ class Pretrained:
                     raise BadSample(f"picture {number * batch + place}: {error}") from None
             yield torch.stack(looks)
 
-    def _tokens(self, texts: Sequence[str | list[int]]) -> Tensor:
+    def tokens(self, texts: Sequence[str | list[int]]) -> Tensor:
+        """Texts, or the ids of some -> int64 [N, L], padded. ValueError for weights without a text tokenizer."""
         text = self.tokenizer()
         return _padded([text.encode(t, self.model.max_text_len) if isinstance(t, str) else t for t in texts])
 

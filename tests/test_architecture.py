@@ -19,7 +19,7 @@ FLOORS = [
     {"train", "evaluate", "export", "encode_images", "status", "launch"},
     {"stored_model"},
     {"pretrained"},
-    {"portions"},
+    {"portions", "clip_benchmark"},
     {"embed", "caption"},
     {"search"},
 ]
