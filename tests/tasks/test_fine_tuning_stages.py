@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import pretrain
 from data_tools import answers, from_table
 from pretrain import evaluate
 from pretrain.export import from_released, main, read_model, read_tensors, to_released, write_tensors
@@ -45,6 +46,10 @@ RECIPE = replace(WHOLE, stages={name: small(stage) for name, stage in WHOLE.stag
 HEADS = {
     "imagenet": "head.weight", "vqa": "head.3.weight", "nlvr2": "head.dense2.weight",
     "captioning": "mlm_head.weight", "retrieval": "vision_head.weight",
+}  # fmt: skip
+OBJECTIVES = {
+    "imagenet": "classification", "vqa": "answering", "nlvr2": "reasoning", "captioning": "masked",
+    "retrieval": "contrastive",
 }  # fmt: skip
 METRICS = {"imagenet": "classification/top-1", "vqa": "answers/accuracy", "nlvr2": "reasoning/accuracy",
            "captioning": "captions/CIDEr", "retrieval": "retrieval/image_to_text/R@1"}  # fmt: skip
@@ -109,9 +114,10 @@ def test_released_weights_are_fine_tuned_evaluated_and_exported(data, tmp_path, 
     value = json.loads((run / task / "eval.json").read_text())[METRICS[task]]
     assert 0 <= value <= (1000 if task == "captioning" else 100)
     state, cfg, _ = read_model(run / task)
-    if task == "imagenet":  # it has no language part, which the released format needs
-        assert cfg.image_size == 48 and "objectives.classification.classes.weight" in state
-        return
+    model = pretrain.load(run / task, text_tokenizer=data / "text.model")
+    assert OBJECTIVES[task] in model.task.objectives and cfg.image_size == 48
+    if task == "captioning":
+        assert len(model.caption([encoded(picture(1))])) == 1
     assert main(["to-released", str(run / task), str(tmp_path / "out.pth")]) == 0
     released = read_tensors(tmp_path / "out.pth")
     assert HEADS[task] in released
