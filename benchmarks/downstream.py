@@ -190,6 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser("benchmarks.downstream", __doc__, "--quickstart runs/quickstart --work runs/downstream")
     parser.add_argument("--quickstart", type=Path, required=True, metavar="DIR", help="the quickstart's run directory")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="for the sets and the runs")
+    parser.add_argument("--frozen", action="store_true", help="only what needs no training: a minute")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON, too")
     args = parser.parse_args(arguments)
     return run(lambda: _run(args, arguments), state="finished stages stay; run the same command to continue")
@@ -200,13 +201,17 @@ def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
         raise ValueError(f"{args.quickstart} has no finished retrieval; run bash launch/quickstart.sh first")
     write_tasks(args.work)
     rows = list(frozen(args.quickstart, args.work))
+    results = {**about("benchmarks.downstream", arguments), **machine("torch"), "rows": rows}
+    write(results, args.out)
+    if args.frozen:
+        return
     guess = chances(args.quickstart, args.work)
     for stage, (_, task) in METRICS.items():
         task = f"colour and shape, {task}" if stage == "classes" else task
         scores = {"scratch": train(args.quickstart, args.work, f"{stage}_scratch")}
         scores["pretrained"] = train(args.quickstart, args.work, stage)
         rows.append({"task": task, "chance": guess[stage], **scores})
-        write({**about("benchmarks.downstream", arguments), **machine("torch"), "rows": rows}, args.out)
+        write(results, args.out)
 
 
 if __name__ == "__main__":

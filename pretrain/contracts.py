@@ -217,7 +217,8 @@ class Evaluation(Protocol):
 
 
 class Source(Protocol):
-    """Where one kind of a mix comes from. `slots` are the kinds that it may fill: images, pairs, texts, dual."""
+    """Where one kind of a mix comes from. `slots` are the kinds that it may fill: images, pairs, texts, dual. One that
+    has `files` names what it reads beside shards, so that a run goes on only with the same content."""
 
     slots: ClassVar[tuple[str, ...]]
     shards: str | tuple[str, ...]

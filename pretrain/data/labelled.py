@@ -46,6 +46,11 @@ class QuestionShards(PairShards):
     vocabulary: str = "$DATA/answers.json"
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """What else it reads: a run notes their content."""
+        return (self.vocabulary,)
+
+    @property
     def wanted(self) -> tuple[str, ...]:
         return (*super().wanted, METADATA)
 

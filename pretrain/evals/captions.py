@@ -66,11 +66,11 @@ class CaptionScore(Evaluation):
             for number, text in enumerate(texts[: max(SHOWN - len(shown), 0)]):
                 picture = trained.save_picture(uint8_pictures(batch.images)[number], f"caption{len(shown)}")
                 given = " / ".join(batch.extra[REFERENCES][number][:2])
-                shown.append({"input": picture, "caption": given, "predicted_caption": text})
+                shown.append({"input": picture, "references": given, "written": text})
             captions += texts
             references += batch.extra[REFERENCES]
         scores = cider(captions[:samples], references[:samples])
-        return {"captions/CIDEr": 100 * sum(scores) / len(scores)}, {"masked": shown}
+        return {"captions/CIDEr": 100 * sum(scores) / len(scores)}, {"captions": shown}
 
     def _write(self, trained: Trained, batch: Any, logits: Any, mask_id: int | None) -> list[str]:
         task: Any = trained.task

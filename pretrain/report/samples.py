@@ -36,6 +36,8 @@ def folds(directory: Path, samples: dict[str, list]) -> tuple[list[tuple[str, st
     title = "Masked and predicted, on held-out data" if hidden else "Pictures, and what their codes keep of them"
     masked = [shown for entry in entries if any((shown := _masked(entry, picture)).values())]
     groups: list[tuple[str, str, list]] = [(title, "shows", masked)]
+    written = [_written(entry, picture) for entry in samples.get("captions", []) if isinstance(entry, dict)]
+    groups.append(("Captions of held-out pictures", "shows", written))
     for direction, title in (("text_to_image", "Text → image retrieval"), ("image_to_text", "Image → text retrieval")):
         entries = [entry for entry in samples.get("retrieval", []) if entry.get("direction") == direction]
         groups.append((title, "queries", [_query(entry, picture) for entry in entries]))
@@ -56,6 +58,15 @@ def _masked(entry: dict, picture: Picture) -> dict[str, list]:
     if guess:
         texts.append(("filled in", _compare(caption, guess) if caption else [(guess, "")]))
     return {"pictures": pictures, "texts": texts}
+
+
+def _written(entry: dict, picture: Picture) -> dict[str, list]:
+    data = picture(entry, "input")
+    texts = {"written here": _text(entry, "written"), "written by people": _text(entry, "references")}
+    return {
+        "pictures": [(data, "picture")] if data else [],
+        "texts": [(about, [(text, "")]) for about, text in texts.items() if text],
+    }
 
 
 def _compare(right: str, guess: str) -> list[tuple[str, str]]:

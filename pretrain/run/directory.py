@@ -15,12 +15,13 @@ from typing import Any
 from pretrain.checkpoint.weights import CONFIG, WEIGHTS, mend_config, weights_header
 from pretrain.config import Recipe, Stage, to_json
 from pretrain.distributed import gather_objects, rank, refuse_together
-from pretrain.files import WRITING, sweep, write_json
+from pretrain.files import WRITING, sha256_of, sweep, write_json
 from pretrain.json_files import read_object
 from pretrain.lock import Lock
 from pretrain.run.identity import differences, hash_of, identity_of
 from pretrain.run.inputs import text_tokenizer
 from pretrain.run.stored_weights import input_digest
+from pretrain.settings import fill_variables
 
 log = logging.getLogger("pretrain")
 
@@ -147,8 +148,15 @@ def inputs_digest(shards: dict[str, str], others: list[str]) -> str:
 
 
 def other_inputs(recipe: Recipe, stage: Stage, run_dir: Path) -> list[str]:
-    """The digests of the text tokenizer, the weights that a run starts from, the visual tokenizer and its teacher."""
+    """The digests of the text tokenizer, of further files that sources read, of the weights that a run starts from, the
+    visual tokenizer and its teacher. ValueError for what is not there."""
     parts = []
+    for kind, source in stage.mix.items():
+        for name in getattr(source, "files", ()):
+            path = Path(fill_variables(name, f"mix.{kind}")).expanduser()
+            if not path.is_file():
+                raise ValueError(f"mix.{kind} reads {path}, which does not exist; make it first")
+            parts.append(f"{kind}:{sha256_of(path)[:16]}")
     if (text := text_tokenizer(recipe, stage)) is not None:
         parts.append("text:" + hashlib.sha256(text.path.read_bytes()).hexdigest()[:16])
     names = {"init_from": stage.init_from, "visual_tokenizer": stage.visual_tokenizer, **stage.task.reads()}

@@ -140,6 +140,17 @@ def test_retrieval_samples_show_hits_and_misses(run):
     check_inert((run / "report.html").read_text())
 
 
+def test_written_captions_stand_beside_those_of_people(run):
+    Image.new("RGB", (8, 8), "blue").save(run / "fusion" / "samples" / "c.png")
+    shown = [{"input": "samples/c.png", "written": f"a blue {EVIL}", "references": "blue / navy"}, {"written": 3}, "x"]
+    (run / "fusion" / "samples.json").write_text(json.dumps({"captions": shown}))
+    page = read(run)
+    assert (
+        "Captions of held-out pictures" in page.text and "blue / navy" in page.text and f"a blue {SHOWN}" in page.text
+    )
+    check_inert((run / "report.html").read_text())
+
+
 def test_a_run_that_is_going_on_works(tmp_path):
     directory = write_stage(tmp_path, "vision", steps=500, lines=30)
     with open(directory / "metrics.jsonl", "a") as file:

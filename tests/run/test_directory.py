@@ -10,6 +10,8 @@ import torch
 
 from pretrain.checkpoint.weights import write_weights
 from pretrain.config import Stage
+from pretrain.data.labelled import QuestionShards
+from pretrain.data.sources import ImageShards
 from pretrain.models.visual_tokenizer.teachers import Clip, Encoder
 from pretrain.run.directory import inputs_digest, other_inputs
 from pretrain.tasks.tokenizer import TrainTokenizer
@@ -66,3 +68,20 @@ def test_other_weights_under_the_same_name_are_another_input(tmp_path, stage, kn
         store(tmp_path / name, value)
         digests.append(digest(stage, tmp_path / "run" if by_path else tmp_path))
     assert digests[0] == digests[1] != digests[2] and f"{knob}:" in digests[0]
+
+
+def test_a_file_that_a_source_reads_is_another_input_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA", str(tmp_path))
+    assert QuestionShards("x").files == ("$DATA/answers.json",)
+
+    class Listed(ImageShards):
+        files = ("$DATA/answers.json",)
+
+    stage = replace(TOKENIZER, mix={"images": Listed("x")})
+    with pytest.raises(ValueError, match=r"mix\.images reads .*answers\.json, which does not exist"):
+        digest(stage, tmp_path)
+    digests = []
+    for content in ('["a"]', '["a"]', '["b"]'):
+        (tmp_path / "answers.json").write_text(content)
+        digests.append(digest(stage, tmp_path))
+    assert digests[0] == digests[1] != digests[2] and digests[0].startswith("images:a1b2 images:")

@@ -117,6 +117,8 @@ def test_released_weights_are_fine_tuned_evaluated_and_exported(data, tmp_path, 
     model = pretrain.load(run / task, text_tokenizer=data / "text.model")
     assert OBJECTIVES[task] in model.task.objectives and cfg.image_size == 48
     if task == "captioning":
+        shown = json.loads((run / task / "samples.json").read_text())["captions"]
+        assert shown and {"input", "written", "references"} == set(shown[0])
         assert len(model.caption([encoded(picture(1))])) == 1
     assert main(["to-released", str(run / task), str(tmp_path / "out.pth")]) == 0
     released = read_tensors(tmp_path / "out.pth")
