@@ -66,11 +66,11 @@ ALONE, HALF = ("batch.dual=64",), ("batch.dual=32", "batch.pairs=32", "init_from
 MEMBERS = {
     "CLIP": Member("tiny_towers", "clip", ALONE),
     "SigLIP": Member("tiny_towers", "siglip", ALONE),
+    "VLMo": Member("tiny_vlmo", "fusion", HALF),
+    "ALBEF": Member("tiny_albef", "fusion", HALF),
+    "ViLT": Member("tiny_vilt", "fusion", HALF),
     "ResNet and BERT": Member("tiny_towers", "resnet_bert", ALONE),
     "Multiway, contrast alone": Member("tiny", "scratch", ALONE),
-    "ViLT": Member("tiny_vilt", "fusion", HALF),
-    "ALBEF": Member("tiny_albef", "fusion", HALF),
-    "VLMo": Member("tiny_vlmo", "fusion", HALF),
 }
 
 

@@ -47,6 +47,7 @@ from pretrain.run.progress import Progress
 from pretrain.run.signals import Stopped, StopSignals
 from pretrain.run.step import Judge
 from pretrain.run.whole_recipe import check_other_stages
+from pretrain.tasks.balance import Starvation, with_shares
 from pretrain.visible import start_logging
 
 log = logging.getLogger("pretrain")
@@ -188,7 +189,7 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
     metrics = fail_together(lambda: MetricsLog(directory, start, every=recipe.log_every))
     meter = Throughput(device(), run.mesh.data.size)
     batches = share_batches(partial(run.loader.batches, start, stage.steps), run.mesh, watch)
-    display, saved = Display(directory.name, start, stage.steps), start
+    display, saved, starvation = Display(directory.name, start, stage.steps), start, Starvation()
     judge = Judge(recipe.max_skipped_steps, way_out(directory))
     progress.catch_up(metrics)
     for step in range(start + 1, 0 if progress.ended else stage.steps + 1):
@@ -220,6 +221,7 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
                 line |= meter.read()
                 fail_together(partial(metrics.write, step, line))
                 display.show(step, line)
+                starvation.note(step, line)
         display.bar.update()
         if evaluating and not judge.in_a_row:
             saving |= evaluate(progress, step, metrics, meter, watch)
@@ -259,7 +261,7 @@ def metrics_line(run: Run, step: int, report: dict[str, Tensor], directory: Path
     were skipped so far. Raises ValueError when the loss of a step that was not `skipped` is not finite; every rank has
     the same numbers, so all of them end here together."""
     stage = run.stage
-    line: dict[str, Any] = reduce_mean(report) | {"lr": learning_rate(stage.optim, step, stage.steps)}
+    line: dict[str, Any] = with_shares(reduce_mean(report)) | {"lr": learning_rate(stage.optim, step, stage.steps)}
     line |= {"grad_norm": float(gradient_norm(run.engine)), "samples_seen": step * stage.batch.total}
     line["skipped_steps"] = skipped_steps(run.engine, step)
     if not skipped and not math.isfinite(line["loss"]):

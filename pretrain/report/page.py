@@ -152,6 +152,7 @@ def _charts(lines: list[dict], during: list[dict]) -> list[tuple[Drawing, str]]:
     major = [
         Chart("Loss", total + (losses if len(losses) > 1 else []), smooth=True),
         Chart("Accuracy on training batches", _curves(lines, "accuracy/", 100), unit="%", from_zero=True, smooth=True),
+        Chart("Share of the gradient", _curves(lines, "share/", 100), unit="%", from_zero=True, smooth=True),
         Chart("Codebook", _curves(lines, "codebook"), from_zero=True),
         *_held_out(during),
     ]

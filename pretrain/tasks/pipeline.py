@@ -39,6 +39,8 @@ class PipelineTask(PretrainTask):
     and their stages: the gradients add up.
     """
 
+    watches = False  # what is reported leaves before the backward pass comes
+
     def __init__(
         self,
         model: MultiwayConfig,
@@ -53,6 +55,7 @@ class PipelineTask(PretrainTask):
         checkpointing: int = 0,
     ):
         nn.Module.__init__(self)  # PretrainTask's own would build all of it
+        self.loss_weights = None
         check_layout(layout, model, experts)
         self.layout, self.stage, self.stages = layout, stage, len(bounds) - 1
         self.last = stage == self.stages - 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,11 +15,17 @@ from pretrain.batch import Batch, Kinds, Layout
 from pretrain.contracts import Model, Objective, Task
 from pretrain.flops import Product, executed_product, product_flops
 from pretrain.layers import PLAIN, Layers
+from pretrain.tasks.balance import GRADIENT, LossWeights, Weights, watched, weight_problems
 
 
 @dataclass(frozen=True)
 class Pretrain(Task):
-    """One encoder, the sum of the stage's objectives."""
+    """One encoder, the sum of the stage's objectives. `weights`: what a loss counts in it, by its objective's name: a
+    number, or a Ramp; 1 for those that it does not name. `learned`: they are learned besides, by each loss's
+    uncertainty (see balance.py)."""
+
+    weights: dict[str, Any] = field(default_factory=dict)
+    learned: bool = False
 
     def problems(self, model: Model, stage: Any) -> list[str]:
         problems = [] if stage.objectives else ["the stage has no objectives; give at least one"]
@@ -27,6 +35,9 @@ class Pretrain(Task):
         names = [objective.name for objective in stage.objectives]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             problems.append(f"objectives: {twice[0]} stands there twice; keep one, or give one of them another name")
+        problems += weight_problems(self.weights, names)
+        if stage.parallel.pipe > 1 and (self.weights or self.learned):
+            problems.append(f"parallel.pipe={stage.parallel.pipe} does not go with task.weights; set parallel.pipe=1")
         if stage.parallel.pipe > 1 and any(objective.passes(Layout()) for objective in stage.objectives):
             problems.append(
                 f"parallel.pipe={stage.parallel.pipe} does not go with an objective that asks for further passes "
@@ -35,7 +46,8 @@ class Pretrain(Task):
         return problems
 
     def build(self, model: Model, stage: Any, layers: Layers, read: Any) -> PretrainTask:
-        options = {"drop_path": stage.drop_path, "checkpointing": int(stage.activation_checkpointing)}
+        options: dict[str, Any] = {"drop_path": stage.drop_path, "checkpointing": int(stage.activation_checkpointing)}
+        options |= {"weights": self.weights, "learned": self.learned}
         return PretrainTask(model, stage.experts, stage.objectives, layers, **options)
 
     def flops(self, model: Model, stage: Any, layout: Layout) -> float:
@@ -75,7 +87,10 @@ def layer_of(model: Model) -> Callable[[str], int]:
 
 
 class PretrainTask(nn.Module):
-    """The encoder and a stage's objectives; `drop_path` and `checkpointing` are the encoder's."""
+    """The encoder and a stage's objectives; `drop_path` and `checkpointing` are the encoder's, `weights` and `learned`
+    as Pretrain's."""
+
+    watches = True  # each objective's share of the gradient
 
     def __init__(
         self,
@@ -86,8 +101,12 @@ class PretrainTask(nn.Module):
         *,
         drop_path: float = 0.0,
         checkpointing: int = 0,
+        weights: Weights = MappingProxyType({}),
+        learned: bool = False,
     ):
         super().__init__()
+        names = [objective.name for objective in objectives]
+        self.loss_weights = LossWeights(names, weights, learned=learned) if weights or learned else None
         self.encoder: Any = model.build(experts, layers, drop_path=drop_path, checkpointing=checkpointing)
         tokens = getattr(self.encoder, "token_table", None)
         self.objectives = nn.ModuleDict(
@@ -99,7 +118,8 @@ class PretrainTask(nn.Module):
             objective.join(heads[objective.name], heads)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """-> `loss` (the sum of the objectives'), and what each objective reports, all scalars."""
+        """-> `loss` (the sum of the objectives'), and what each objective reports, all scalars. `gradient/NAME` is
+        filled by the backward pass: the squares of an objective's gradient at the encoder's outputs."""
         batch = batch.indexed()
         # Asked of the host: the number of rows that are read would be a wait for the device.
         return self.score(self.encoder(batch, needed=self.needed_rows(batch.on_host)), batch)
@@ -108,13 +128,25 @@ class PretrainTask(nn.Module):
         """What `forward` returns, from the encoder's rows."""
         losses: dict[str, Tensor] = {}
         report: dict[str, Tensor] = {}
+        several = len(self.objectives) > 1
         for name, head in self.objectives.items():
-            own = head(encoded, batch, self.encoder)
+            rows, encode = encoded, self.encoder
+            if several and self.watches and self.training and torch.is_grad_enabled():
+                square = report[f"{GRADIENT}{name}"] = torch.zeros((), device=batch.images.device)
+                rows, encode = watched(encoded, square), partial(self._encode, square=square)
+            own = head(rows, batch, encode)
             losses[name] = own.pop("loss")
             report |= own
-        if len(losses) > 1:  # the one objective's loss is the loss
+        if several:  # the one objective's loss is the loss
             report |= {f"loss/{name}": loss.detach() for name, loss in losses.items()}
+        if self.loss_weights is not None:
+            losses, weights = self.loss_weights(losses)
+            report |= weights
         return {"loss": torch.stack(list(losses.values())).sum(), **report}
+
+    def _encode(self, batch: Batch, needed: Kinds | None = None, *, square: Tensor) -> Kinds:
+        """A further pass, watched."""
+        return watched(self.encoder(batch, needed=needed), square)
 
     def needed_rows(self, batch: Batch) -> Kinds:
         """bool [n, length] per kind: what any of the objectives reads."""
@@ -129,6 +161,8 @@ class PretrainTask(nn.Module):
     def after_step(self) -> None:
         for head in self._heads():
             head.after_step()
+        if self.loss_weights is not None:
+            self.loss_weights.after_step()
 
     def _heads(self) -> list[Any]:
         return list(self.objectives.values())

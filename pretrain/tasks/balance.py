@@ -1,0 +1,129 @@
+"""Several objectives in one stage: what each one's loss weighs, what share of the gradient each has, and a warning when
+one of them starves."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.batch import Kinds
+
+log = logging.getLogger("pretrain")
+
+GRADIENT, SHARE = "gradient/", "share/"
+# An objective starves when it has less than this share of the gradients in so many lines of metrics.jsonl in a row.
+STARVING, PATIENCE = 0.02, 20
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A weight that goes in a line from `start` to `end` over the first `steps` steps."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.start < math.inf and 0 < self.end < math.inf and self.steps >= 1):
+            raise ValueError(f"task.weights: {self} is no ramp; use start 0 or more, end above 0 and steps 1 or more")
+
+
+Weights = Mapping[str, float | Ramp]
+
+
+def weight_problems(weights: Weights, names: Sequence[str]) -> list[str]:
+    problems = [
+        f"task.weights.{name} is of no objective of this stage; it has {', '.join(names)}"
+        for name in weights
+        if name not in names
+    ]
+    for name, value in weights.items():
+        if not isinstance(value, Ramp) and not 0 < value < math.inf:
+            problems.append(f"task.weights.{name}={value} is no weight; use one above 0, or take the objective out")
+    return problems
+
+
+class LossWeights(nn.Module):
+    """From losses to the loss of a step: their weighted sum. `learned`: each is a task whose uncertainty is learned
+    (Kendall et al., arXiv 1705.07115, equation 10): exp(-s) loss + s / 2, where s is the log of its variance."""
+
+    steps: Tensor
+
+    def __init__(self, names: Sequence[str], weights: Weights, *, learned: bool = False):
+        super().__init__()
+        self.weights = {name: weights.get(name, 1.0) for name in names}
+        # One element and not a scalar: ZeRO-3 partitions by rows.
+        own = {name: nn.Parameter(torch.zeros(1)) for name in names} if learned else {}
+        self.log_variances = nn.ParameterDict(own)
+        self.ramps = any(isinstance(value, Ramp) for value in self.weights.values())
+        if self.ramps:  # a part of checkpoints only where it is needed
+            self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def forward(self, losses: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Named scalars -> what each adds to the loss, and `weight/NAME` of those that change."""
+        parts, report = {}, {}
+        for name, loss in losses.items():
+            weight: Any = self.weights[name]
+            if isinstance(weight, Ramp):
+                risen = (self.steps.float() / weight.steps).clamp(max=1)
+                report[f"weight/{name}"] = weight = weight.start + (weight.end - weight.start) * risen
+            parts[name] = loss if isinstance(weight, float) and weight == 1 else weight * loss
+            if name in self.log_variances:
+                variance = self.log_variances[name].float().squeeze()
+                parts[name] = (-variance).exp() * parts[name] + variance / 2
+                report[f"weight/{name}"] = (weight * (-variance).exp()).detach()
+        return parts, report
+
+    def after_step(self) -> None:
+        if self.ramps:
+            self.steps += 1
+
+
+def watched(rows: Kinds, square: Tensor) -> Kinds:
+    """The same rows for one objective alone: its backward pass adds to `square` [] the squares of its gradient at them.
+    Nothing is computed twice, and no step waits for the device."""
+    return Kinds(*(_alias(kind, square) for kind in rows))
+
+
+def _alias(rows: Tensor, square: Tensor) -> Tensor:
+    if not rows.requires_grad:
+        return rows
+    own = rows.view_as(rows)
+
+    def note(grad: Tensor) -> None:
+        square.add_(grad.float().square().sum())
+
+    own.register_hook(note)
+    return own
+
+
+def with_shares(line: dict[str, Any]) -> dict[str, Any]:
+    """Of a line of metrics, with `share/NAME` in the place of `gradient/NAME`: each objective's norm of the gradient at
+    the encoder's outputs, as a share of the sum of all."""
+    norms = {key.removeprefix(GRADIENT): math.sqrt(line[key]) for key in line if key.startswith(GRADIENT)}
+    whole = sum(norms.values())
+    shares = {f"{SHARE}{name}": norm / whole for name, norm in norms.items() if whole > 0}
+    return {key: value for key, value in line.items() if not key.startswith(GRADIENT)} | shares
+
+
+class Starvation:
+    """Warns once of each objective that starves."""
+
+    def __init__(self) -> None:
+        self.in_a_row: dict[str, int] = {}
+
+    def note(self, step: int, line: Mapping[str, Any]) -> None:
+        for name, share in ((key.removeprefix(SHARE), line[key]) for key in line if key.startswith(SHARE)):
+            self.in_a_row[name] = self.in_a_row.get(name, 0) + 1 if share < STARVING else 0
+            if self.in_a_row[name] == PATIENCE:
+                log.warning(
+                    "step %d: the objective %s starves: it had less than %.0f %% of the gradient in the last %d lines "
+                    "of metrics.jsonl; raise its weight (task.weights.%s), or take it out",
+                    *(step, name, 100 * STARVING, PATIENCE, name),
+                )
