@@ -11,17 +11,14 @@ from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim
 from pretrain.parallel.sizes import Parallel
-from pretrain.recipes import find_recipe, load_recipe
+from pretrain.recipes import built_in_recipes, find_recipe, load_recipe
 from pretrain.run.identity import stage_hash
 from pretrain.settings import set_values
 from pretrain.tasks.tokenizer import TrainTokenizer
 from tests.toy_models import PAPER, VQ
 
-RECIPES = ("tiny", "beit3_base", "beit3_large", "beit3_giant", "beit3_base_released", "beit3_large_released",
-           "vlmo_base", "vlmo_large")  # fmt: skip
 
-
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", built_in_recipes())
 def test_every_recipe_loads_and_its_stages_hang_together(name):
     recipe = find_recipe(name)
     assert recipe.name == name

@@ -74,9 +74,11 @@ def planned(recipe: Recipe, stage: Stage) -> Planned:
     model: Any = recipe.model_of(stage)
     if model.splits(stage.experts) is None:
         plannable = [n for n, s in recipe.stages.items() if recipe.model_of(s).splits(s.experts) is not None]
+        way_out = (
+            f"plan one of the others: {', '.join(plannable)}" if plannable else "start it on as many GPUs as there are"
+        )
         raise ValueError(
-            f"--stage trains a {type(model).__name__}, which is split over data ranks only and fits on every GPU; plan "
-            f"one of the others: {', '.join(plannable)}"
+            f"--stage trains a {type(model).__name__}, which is split over data ranks only and has no plan; {way_out}"
         )
     with torch.device("meta"):
         task = stage.task.build(model, stage, PLAIN, None)

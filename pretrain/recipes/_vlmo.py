@@ -1,8 +1,8 @@
 """VLMo's sizes (arXiv 2111.02358; microsoft/unilm vlmo) with masked data modeling. VLMo's own third stage contrasts,
 matches and fills in words at once, in four fusion and two unimodal passes: the cost that BEiT-3's single objective set
-out to remove. Here its architecture, data sizes and optimizer are VLMo's and the objective is masked data modeling;
-tiny_vlmo.py has the three losses. Its word pieces (BERT uncased, 30522 ids) are replaced by a SentencePiece model of
-that size.
+out to remove. Here its architecture, data sizes and optimizer are VLMo's; the stage `fusion` has masked data modeling
+in their place, and `published` the three losses, but for what tiny_vlmo.py says that it leaves out. Its word pieces
+(BERT uncased, 30522 ids) are replaced by a SentencePiece model of that size; text_tokenizer=tokenizer.json takes them.
 """
 
 from __future__ import annotations
@@ -12,10 +12,15 @@ from dataclasses import replace
 from pretrain.config import BatchSize, Recipe
 from pretrain.data.sources import PairShards
 from pretrain.evals.masked import MaskedAccuracy
+from pretrain.evals.matching import MatchingAccuracy
 from pretrain.evals.retrieval import Retrieval
 from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.objectives.contrastive import Contrastive
+from pretrain.objectives.masked import MaskedData
+from pretrain.objectives.matching import Matching
 from pretrain.optim import Optim
 from pretrain.recipes import _beit3
+from pretrain.tasks.pretrain import Pretrain
 
 
 def recipe(name: str, model: MultiwayConfig, *, lr: float) -> Recipe:
@@ -39,7 +44,22 @@ def recipe(name: str, model: MultiwayConfig, *, lr: float) -> Recipe:
         trainable=(*language.trainable, "encoder.*relative*"),
         optim=replace(optim, lr=2e-4),  # [vlmo/config.py, task_textmlm_base]; large has none there
     )
+    words = MaskedData(image_ratio=0, text_ratio=0, pair_image_ratio=0, pair_text_ratio=0.15, dual=False)
+    published = replace(
+        fusion,
+        mix={"pairs": pairs, "dual": pairs},
+        batch=BatchSize(pairs=1024, dual=1024),
+        objectives=(Contrastive(), Matching(), words),
+        task=Pretrain(weights={"masked": 0.25}),  # [vlmo/modules/objectives.py]
+        visual_tokenizer=None,
+        evals=(
+            Retrieval(heldout, samples=5000),
+            MatchingAccuracy(heldout, samples=5000),
+            MaskedAccuracy({"pairs": heldout}, samples=5000),
+        ),
+    )
     # VLMo contrasts inside stage 3; this stage is BEiT-3's, at VLMo's caption length.
     retrieval = replace(beit3.stages["retrieval"], mix={"dual": pairs}, evals=(Retrieval(heldout, samples=5000),))
     stages = {key: value for key, value in beit3.stages.items() if key != "pretrain"}
-    return replace(beit3, stages=stages | {"language": language, "fusion": fusion, "retrieval": retrieval})
+    own = {"language": language, "fusion": fusion, "published": published, "retrieval": retrieval}
+    return replace(beit3, stages=stages | own)
