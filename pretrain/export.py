@@ -23,7 +23,7 @@ import logging
 import re
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,15 +34,12 @@ from torch import Tensor
 from pretrain import command
 from pretrain.checkpoint.weights import WEIGHTS, read_weights, write_weights
 from pretrain.config import to_json
-from pretrain.data.json_tokenizer import JsonTokenizer
 from pretrain.data.text_tokenizer import TOKENIZER, TextTokenizer
-from pretrain.files import write_file, written_in_one_step
+from pretrain.files import written_in_one_step
 from pretrain.hub.write import write_directory
 from pretrain.json_files import read_object
 from pretrain.models.multiway.config import MultiwayConfig
-from pretrain.models.multiway.vilt import from_vilt, vilt_config
-from pretrain.models.towers.released import check_words, read_pair, read_whole
-from pretrain.models.towers.tower import kind_of, read_directory
+from pretrain.run.huggingface import from_huggingface
 from pretrain.run.stored_weights import model_in
 from pretrain.tensors import check_finite, check_type
 from pretrain.visible import start_logging
@@ -183,22 +180,6 @@ def resize_positions(state: State, cfg: MultiwayConfig, image_size: int) -> tupl
     new = dataclasses.replace(cfg, image_size=image_size)
     positions = {name: value for name, value in state.items() if name.startswith(POSITIONS)}
     return state | (new.adapt(positions, cfg, {}) if new.grid != cfg.grid else {}), new
-
-
-def from_huggingface(directory: Path, text: Path | None, out: Path) -> None:
-    """Towers or a ViLT of transformers with the names, the order of ids and the tokenizer that our stages read."""
-    kind, model = kind_of(directory), cast(Any, None)
-    tokenizer = JsonTokenizer((text or directory) / "tokenizer.json")
-    if text is None and kind == "vilt":
-        own, config = read_directory(directory, "ViltModel")
-        check_words(directory, own["embeddings.text_embeddings.word_embeddings.weight"], tokenizer.own_ids)
-        state, model = from_vilt(own, config, tokenizer.own_ids), vilt_config(config, tokenizer.vocab_size)
-    elif text is None:
-        state, model = read_whole(directory, tokenizer.own_ids)
-    else:
-        state, model = read_pair(directory, text, tokenizer.own_ids)
-    write_weights(state, out / WEIGHTS, {"model": to_json(model)})
-    write_file(out / tokenizer.file_name, tokenizer.path.read_bytes())
 
 
 def _check_expressible(state: State, cfg: MultiwayConfig) -> None:

@@ -8,9 +8,9 @@ import torch
 from pretrain.batch import PAD, Layout, make_batch
 from pretrain.checkpoint.weights import read_weights
 from pretrain.data.json_tokenizer import JsonTokenizer
-from pretrain.export import from_huggingface
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.models.multiway.vilt import from_vilt
+from pretrain.run.huggingface import from_huggingface
 from pretrain.run.stored_weights import model_in
 from pretrain.tensors import load_tensors
 from tests.models.towers.others import SIZES, as_theirs, dual_batch, moved, write_directory

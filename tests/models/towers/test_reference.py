@@ -8,11 +8,11 @@ import torch
 from pretrain.batch import PAD
 from pretrain.checkpoint.weights import read_weights
 from pretrain.data.json_tokenizer import JsonTokenizer
-from pretrain.export import from_huggingface
 from pretrain.models.towers import released
 from pretrain.models.towers.dual import DualTowers
 from pretrain.models.towers.tower import Tower
 from pretrain.objectives.contrastive import Contrastive
+from pretrain.run.huggingface import from_huggingface
 from pretrain.run.stored_weights import model_in
 from pretrain.tasks.pretrain import PretrainTask
 from pretrain.tensors import load_tensors

@@ -1,0 +1,31 @@
+"""Models of transformers, from a directory that others published, as a start for our stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint.weights import WEIGHTS, write_weights
+from pretrain.config import to_json
+from pretrain.data.json_tokenizer import JsonTokenizer
+from pretrain.files import write_file
+from pretrain.models.multiway.vilt import from_vilt, vilt_config
+from pretrain.models.towers.released import check_words, read_pair, read_whole
+from pretrain.models.towers.tower import kind_of, read_directory
+
+
+def from_huggingface(directory: Path, text: Path | None, out: Path) -> None:
+    """Towers or a ViLT of transformers with the names, the order of ids and the tokenizer that our stages read."""
+    kind = kind_of(directory)
+    model: Any
+    tokenizer = JsonTokenizer((text or directory) / "tokenizer.json")
+    if text is None and kind == "vilt":
+        own, config = read_directory(directory, "ViltModel")
+        check_words(directory, own["embeddings.text_embeddings.word_embeddings.weight"], tokenizer.own_ids)
+        state, model = from_vilt(own, config, tokenizer.own_ids), vilt_config(config, tokenizer.vocab_size)
+    elif text is None:
+        state, model = read_whole(directory, tokenizer.own_ids)
+    else:
+        state, model = read_pair(directory, text, tokenizer.own_ids)
+    write_weights(state, out / WEIGHTS, {"model": to_json(model)})
+    write_file(out / tokenizer.file_name, tokenizer.path.read_bytes())
