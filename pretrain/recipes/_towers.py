@@ -14,6 +14,7 @@ from pretrain.data.sources import PairShards
 from pretrain.data.transforms import ImageTransform
 from pretrain.evals.retrieval import Retrieval
 from pretrain.models.towers.dual import DualTowers
+from pretrain.models.towers.released import CLIP_LOOK, IMAGENET_LOOK
 from pretrain.models.towers.tower import Tower
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.optim import Optim
@@ -21,13 +22,11 @@ from pretrain.optim import Optim
 # [CLIP 2.4] "a random square crop from resized images is the only data augmentation". How small is not published; the
 # crop's smallest share is open_clip's default. [SigLIP] names no augmentation: as CLIP's, a choice.
 LOOK = ImageTransform(size=224, scale=(0.9, 1.0), flip=False, jitter=0.0)
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # openai/CLIP, clip.py
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # [CLIP table 20, ViT-B/16]: 12 layers of 768 with 12 heads; text 12 layers of 512 with 8; embedding 512; 77 ids. With
 # CLIP's own 49,408 ids come PAD, UNK and the mask, which its tokenizer has not.
 CLIP_B16 = DualTowers(
-    Tower("clip_vision_model", {"num_hidden_layers": 12}, mean=CLIP_MEAN, std=CLIP_STD),
+    Tower("clip_vision_model", {"num_hidden_layers": 12}, **CLIP_LOOK),
     Tower("clip_text_model", {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}, "eos"),
     vocab_size=49_408 + 3,
     max_text_len=77,
@@ -42,7 +41,7 @@ SIGLIP_B16 = DualTowers(
 )
 # microsoft/resnet-50 and bert-base-uncased, in the shape of their papers [1512.03385, 1810.04805].
 RESNET50_BERT = DualTowers(
-    Tower("resnet", {}, "mean", mean=IMAGENET_MEAN, std=IMAGENET_STD),
+    Tower("resnet", {}, "mean", **IMAGENET_LOOK),
     Tower("bert"),
     patch_size=32,
     vocab_size=30_522,

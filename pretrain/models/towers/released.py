@@ -30,13 +30,9 @@ from pretrain.models.towers.tower import (
 
 WHOLE = {"clip": ("CLIPModel", "eos"), "siglip": ("SiglipModel", "last")}
 # The pictures of each kind are seen so by their own processors.
-CLIP_LOOK = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
-IMAGENET_LOOK = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-LOOKS: dict[str, dict[str, Any]] = {
-    "clip_vision_model": CLIP_LOOK,
-    "resnet": IMAGENET_LOOK,
-    "efficientnet": IMAGENET_LOOK,
-}
+CLIP_LOOK: dict[str, Any] = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+IMAGENET_LOOK: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+LOOKS = {"clip_vision_model": CLIP_LOOK, "resnet": IMAGENET_LOOK, "efficientnet": IMAGENET_LOOK}
 STRIDE = 32  # of convolutional towers
 SIGLIP_POOL = {"attention.out_proj": "out", "layernorm": "norm", "mlp.fc1": "up", "mlp.fc2": "down"}
 
