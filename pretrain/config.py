@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -130,6 +131,16 @@ class Stage:
         }
 
 
+def profiled_steps(asked: str) -> tuple[int, int] | None:
+    """The first and the last of the steps that `Recipe.profile_steps` names; None for "". ValueError."""
+    if not asked:
+        return None
+    steps = re.fullmatch(r"(\d{1,12}):(\d{1,12})", asked)
+    if steps is None or not 1 <= int(steps[1]) <= int(steps[2]):
+        raise ValueError(f"profile_steps={asked!r} is wrong; use the first and the last step, such as 10:15")
+    return int(steps[1]), int(steps[2])
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A model and the stages that pretrain it. The docstring of a recipe's module says where its numbers come from."""
@@ -150,6 +161,7 @@ class Recipe:
     trace_samples: bool = False
     # Steps in a row whose gradients may be inf or nan: such a step moves nothing and is counted. One more ends the run.
     max_skipped_steps: int = 0
+    profile_steps: str = ""  # FIRST:LAST, such as 10:15: rank 0 writes a trace of these steps, see run/profile.py
     # How long a rank waits for another one, or for its data, at the most: what its own steps took sets a shorter limit.
     timeout_s: float = 1800.0
 
@@ -161,6 +173,7 @@ class Recipe:
             raise ValueError(f"keep_every={self.keep_every} is below 0; use 0 to keep none for good")
         if self.max_skipped_steps < 0:
             raise ValueError(f"max_skipped_steps={self.max_skipped_steps} is below 0; use 0 to end at the first one")
+        profiled_steps(self.profile_steps)
         if not 0 <= self.seed < MAX_SEED:
             raise ValueError(f"seed={self.seed} is wrong; use a whole number from 0 to {MAX_SEED - 1}")
         for name, stage in self.stages.items():

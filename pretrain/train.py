@@ -43,6 +43,7 @@ from pretrain.run.directory import finished, note_recipe
 from pretrain.run.display import Display
 from pretrain.run.identity import as_begun
 from pretrain.run.inputs import text_tokenizer
+from pretrain.run.profile import Profile
 from pretrain.run.progress import Progress
 from pretrain.run.signals import Stopped, StopSignals
 from pretrain.run.step import Judge
@@ -190,7 +191,7 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
     meter = Throughput(device(), run.mesh.data.size)
     batches = share_batches(partial(run.loader.batches, start, stage.steps), run.mesh, watch)
     display, saved, starvation = Display(directory.name, start, stage.steps), start, Starvation()
-    judge = Judge(recipe.max_skipped_steps, way_out(directory))
+    judge, profile = Judge(recipe.max_skipped_steps, way_out(directory)), Profile(recipe.profile_steps, directory)
     progress.catch_up(metrics)
     for step in range(start + 1, 0 if progress.ended else stage.steps + 1):
         # The first one compiles, and fills caches.
@@ -205,7 +206,8 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
                 save_checkpoint(run, saver, step, metrics, progress)
             break
         watch.enter(f"step {step}", patient=step == start + 1)
-        report = run.step(micro_batches, first=step == 1)
+        with profile.step(step):
+            report = run.step(micro_batches, first=step == 1)
         judge.note(step, gradient_norm(run.engine), report)
         real = sum(batch.real_rows() for batch in micro_batches)
         meter.tick(samples=stage.batch.total, tokens=run.rows, real=real, flops=run.flops(micro_batches))
@@ -235,6 +237,7 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
             break
     saver.finish()
     watch.enter("the end", patient=True)
+    profile.close()
     display.bar.close()
     metrics.close()
     return step

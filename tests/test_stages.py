@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.small_run import evaluate, train_stage, write_data
+from tests.small_run import check_weights, evaluate, train_stage, write_data
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +108,12 @@ def test_an_evaluation_of_other_sizes_leaves_the_stages_own(data, run):
 
 
 @pytest.mark.slow
-def test_a_finished_stage_needs_no_checkpoints(data, run, tmp_path):
+def test_a_finished_stage_needs_no_checkpoints_and_a_profile_changes_nothing(data, run, tmp_path):
     settings = (f"visual_tokenizer={run}/tokenizer",)
-    assert train_stage(data, tmp_path, "vision", *settings).returncode == 0
+    profiled = train_stage(data, tmp_path, "vision", *settings, "profile_steps=2:9")
+    assert profiled.returncode == 0 and profiled.stderr.count(" ms a step ") == 5, profiled.stderr
+    assert [path.name for path in (tmp_path / "vision" / "profile").iterdir()] == ["trace_2_3.json.gz"]
+    check_weights(tmp_path / "vision", run / "vision")
     shutil.rmtree(tmp_path / "vision" / "checkpoints")
     before = (tmp_path / "vision" / "metrics.jsonl").read_text()
     again = train_stage(data, tmp_path, "vision", *settings)
