@@ -55,8 +55,8 @@ from pretrain.plan.model import planned
 from pretrain.recipes import load_recipe
 from pretrain.run.build import Run, build_run
 from pretrain.run.image_targets import predicts_codes
+from pretrain.run.memory import memory_suffices
 from pretrain.settings import fill_variables
-from pretrain.train import memory_suffices
 
 SHARDS, SAMPLES, SIDE = 8, 256, 256
 WORDS = [f"{a}{b}" for a in ("ka", "lo", "mi", "tu", "re", "so") for b in ("n", "ra", "vik", "del", "po", "shi", "mar")]

@@ -12,6 +12,7 @@ from pretrain.data.mixture import KINDS, Loading, slot_problem
 from pretrain.data.transforms import ImageTransform
 from pretrain.optim import Optim
 from pretrain.parallel.sizes import Parallel
+from pretrain.rollbacks import RollbackRule
 from pretrain.tasks.pretrain import Pretrain
 
 MAX_SEED = 2**48  # the loader adds the kind of a sample above these bits
@@ -159,8 +160,10 @@ class Recipe:
     # over all ranks, and 4 more on rank 0.
     save_in_background: bool = True
     trace_samples: bool = False
-    # Steps in a row whose gradients may be inf or nan: such a step moves nothing and is counted. One more ends the run.
+    # Steps in a row whose gradients may be inf or nan: such a step moves nothing and is counted. One more ends the run,
+    # or sends it back to a checkpoint:
     max_skipped_steps: int = 0
+    rollback: RollbackRule = field(default_factory=RollbackRule)
     profile_steps: str = ""  # FIRST:LAST, such as 10:15: rank 0 writes a trace of these steps, see run/profile.py
     # How long a rank waits for another one, or for its data, at the most: what its own steps took sets a shorter limit.
     timeout_s: float = 1800.0

@@ -1,4 +1,5 @@
-"""The lives of a stage: lives.jsonl has a line when a job begins to work on it and one when it stops, and says why.
+"""The lives of a stage: lives.jsonl has a line when a job begins to work on it and one when it stops, and says why;
+between them one when other ranks are slow than before.
 
 A life without a second line was ended from outside: it was killed, lost its node, or waited too long for another rank.
 """
@@ -9,6 +10,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +36,7 @@ class Life:
     job: str  # of SLURM, or ""
     ended: float | None = None
     reason: str = ""
+    slow: str = ""  # the ranks that the others waited for, as was noted last; "": none
 
 
 class ThisLife:
@@ -57,14 +60,23 @@ class ThisLife:
                 raise
 
     def _write(self, event: str, **values: Any) -> None:
-        if rank() != 0:
-            return
-        line = json.dumps({"event": event, "time": time.time(), **values}).encode() + b"\n"
-        handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(handle, line)
-        finally:
-            os.close(handle)
+        if rank() == 0:
+            _append(self._path, event, **values)
+
+
+def note_slow(directory: Path, text: str) -> None:
+    """For rank 0, which has named the slow ranks in its log too: a full disk is told by what must be written."""
+    with suppress(OSError):
+        _append(directory / LIVES, "slow", text=text)
+
+
+def _append(path: Path, event: str, **values: Any) -> None:
+    line = json.dumps({"event": event, "time": time.time(), **values}).encode() + b"\n"
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(handle, line)
+    finally:
+        os.close(handle)
 
 
 def read_lives(directory: Path) -> list[Life]:
@@ -78,10 +90,12 @@ def read_lives(directory: Path) -> list[Life]:
         try:
             entry = parse_json(line)
             when = typed(entry, "time", float)
-            if typed(entry, "event", str) == "begun":
+            if (event := typed(entry, "event", str)) == "begun":
                 counts = [typed(entry, name, int) for name in ("start", "repeated", "ranks")]
                 place = [typed(entry, name, str) for name in ("host", "job")]
                 lives.append(Life(when, counts[0], counts[1], counts[2], place[0], place[1]))
+            elif event == "slow" and lives:
+                lives[-1] = replace(lives[-1], slow=typed(entry, "text", str))
             elif lives and lives[-1].ended is None:
                 lives[-1] = replace(lives[-1], ended=when, reason=typed(entry, "reason", str))
         except ValueError:

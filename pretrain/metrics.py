@@ -1,4 +1,4 @@
-"""What a run measures and writes down: samples/s, MFU, data wait, memory; metrics.jsonl and TensorBoard."""
+"""What a run measures and writes down: samples/s, MFU, data wait, memory; metrics.jsonl, TensorBoard, W&B."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from pretrain.distributed import rank
 from pretrain.files import Lines, sync, write_file
 from pretrain.flops import StepFlops, peak_flops
 from pretrain.json_files import parse_json, read_bytes
+from pretrain.weights_and_biases import WandbRun, chosen_mode
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ MEASURED = (
     *("samples_per_s", "tokens_per_s", "real_tokens_per_s"),
     *("mfu", "mfu_real", "mfu_executed", "data_wait", "memory_gib"),
     *("data_wait/read", "data_wait/decode", "data_wait/transfer"),
+    *("pass_spread", "wait_spread", "slow_rank"),  # see run/stragglers.py
 )
 
 
@@ -108,8 +110,8 @@ def _memory_gib(device: torch.device) -> float:
 
 
 class MetricsLog:
-    """Writes `run_dir`/metrics.jsonl and `run_dir`/tensorboard, on rank 0 only. What an earlier run wrote beyond
-    `resume_step` is cut off, so that a step has one line however often a run was killed."""
+    """Writes `run_dir`/metrics.jsonl and what shows its figures elsewhere, on rank 0 only. What an earlier run wrote
+    beyond `resume_step` is cut off, so that a step has one line however often a run was killed."""
 
     def __init__(self, run_dir: Path, resume_step: int = 0, every: int | None = None):
         """`every`: how many steps lie between two lines; a larger hole before `resume_step` is named in the log."""
@@ -122,7 +124,7 @@ class MetricsLog:
         if resume_step and every is not None:
             _name_holes(run_dir / FILE, resume_step, every)
         self._file = Lines(run_dir / FILE)
-        self._board = _Board(run_dir / "tensorboard", resume_step)
+        self._board = _Board(run_dir, resume_step)
         sync(run_dir)
 
     def write(self, step: int, values: dict[str, float | int | None]) -> None:
@@ -162,24 +164,29 @@ class MetricsLog:
 
 
 class _Board:
-    """TensorBoard's file. It has nothing that metrics.jsonl does not have: where it cannot be written, one log line
-    says so, and the run goes on without it."""
+    """TensorBoard's file, and the run at Weights & Biases where one is wanted. They have nothing that metrics.jsonl
+    does not have: where one cannot be written, one log line says so, and the run goes on without it."""
 
-    def __init__(self, directory: Path, resume_step: int):
+    def __init__(self, run_dir: Path, resume_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.directory, self._failed = directory, False
+        self.directory, self._failed = run_dir / "tensorboard", False
+        self._wandb = WandbRun(run_dir, mode) if (mode := chosen_mode()) else None
         self._writer: Any = None
         self._hook, threading.excepthook = threading.excepthook, self._thread_ends
         with self._lose():
-            self._writer = SummaryWriter(str(directory), purge_step=resume_step + 1, flush_secs=10)
+            self._writer = SummaryWriter(str(self.directory), purge_step=resume_step + 1, flush_secs=10)
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
         with self._lose():
             for name, value in values.items() if self._writer else ():
                 self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, values)
 
     def close(self) -> None:
+        if self._wandb is not None:
+            self._wandb.close()
         with self._lose():
             if self._writer:
                 self._writer.close()

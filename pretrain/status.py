@@ -48,6 +48,8 @@ class Status:
     lives: int = 0
     repeated_steps: int = 0
     effective: float | None = None  # see above, 0 to 1
+    slow: str = ""  # the ranks for which the others wait
+    went_back: str = ""  # how often it diverged and did, and past how many batches
     reasons: tuple[str, ...] = ()  # why the lives but the last one ended, and the last one where it is over
 
 
@@ -77,6 +79,8 @@ def status_of(stage: StageRun, now: float) -> Status:
         len(lives),
         sum(life.repeated for life in lives),
         stage.effective(now if running else None),
+        lives[-1].slow if lives and running else "",
+        stage.went_back,
         tuple(dict.fromkeys(_reason(life) for life in ended)),
     )
 
@@ -132,6 +136,7 @@ def lines_of(status: Status) -> list[str]:
         f"checkpoint of step {status.saved_step:,}, {_duration(status.saved_age_s)} old" if status.saved_age_s else "",
         f"{status.lives} {'life' if status.lives == 1 else 'lives'}" if status.lives else "",
         f"{status.repeated_steps:,} steps done again" if status.repeated_steps else "",
+        status.went_back,
         f"effective training time {status.effective:.1%}" if status.effective is not None else "",
     ]
     for parts in (now, past):
@@ -139,6 +144,8 @@ def lines_of(status: Status) -> list[str]:
             lines.append(f"{'':<13}{text}")
     if any(" " in checkpoint for checkpoint in status.checkpoints):  # one stays for another reason than being new
         lines.append(f"{'':<13}checkpoints of step {'; '.join(status.checkpoints)}")
+    if status.slow:
+        lines.append(f"{'':<13}slow: {status.slow}")
     lines += [f"{'':<13}ended: {reason}" for reason in status.reasons if reason != "finished"]
     return [visible(line) for line in lines]
 

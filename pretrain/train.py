@@ -11,12 +11,11 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pretrain.batch import Batch
@@ -25,39 +24,46 @@ from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.weights import WEIGHTS, carry_over, read_weights, write_weights
 from pretrain.config import Recipe, Stage
 from pretrain.data.loader import Loader
+from pretrain.data.order import batch_number
+from pretrain.data.shards.transfer import Unreachable
 from pretrain.distributed import device, fail_together, highest, rank, reduce_mean, world_size
 from pretrain.files import write_file
 from pretrain.interrupt import imported
 from pretrain.lives import ThisLife
 from pretrain.metrics import MetricsLog, Throughput, last_step
 from pretrain.optim import learning_rate
-from pretrain.parallel.faults import LOST, STOPPED, Watch, leave
+from pretrain.parallel.faults import LOST, STOPPED, WAY_OUT, Watch, leave, place
 from pretrain.parallel.launcher import adopt_launcher
 from pretrain.parallel.share_batches import share_batches
 from pretrain.parallel.skipping import gradient_norm, skipped_steps
 from pretrain.parallel.state import full_state
 from pretrain.recipes import load_recipe
+from pretrain.rollbacks import passed_batches
 from pretrain.run.build import Run, build_run, frozen_names, stage_ds_config
 from pretrain.run.continuation import inputs_dir, start_identity
 from pretrain.run.directory import finished, note_recipe
 from pretrain.run.display import Display
 from pretrain.run.identity import as_begun
 from pretrain.run.inputs import text_tokenizer
+from pretrain.run.memory import memory_suffices
 from pretrain.run.profile import Profile
 from pretrain.run.progress import Progress
+from pretrain.run.rollback import RolledBack, roll_back
 from pretrain.run.signals import Stopped, StopSignals
-from pretrain.run.step import Judge
+from pretrain.run.step import Diverged, Judge, way_out
+from pretrain.run.stragglers import meter_of
 from pretrain.run.whole_recipe import check_other_stages
 from pretrain.tasks.balance import Starvation, with_shares
 from pretrain.visible import start_logging
+from pretrain.weights_and_biases import chosen_mode
 
 log = logging.getLogger("pretrain")
 
 
 def main(argv: list[str] | None = None) -> int:
     """-> 0 finished, 1 a bug (its traceback), 2 a user's mistake (one sentence on stderr), 69 another rank or a data
-    worker died or did not answer within timeout_s (one sentence), 75 stopped by a signal after saving (where one of
-    several ranks waits for its data: without), 130 Ctrl-C."""
+    worker died or did not answer within timeout_s, or a store did not bring its shards (one sentence), or the run goes
+    back, 75 stopped by a signal after saving (where one of several ranks waits for its data: without), 130 Ctrl-C."""
     args = parse_args(argv)
     start_logging()
     try:
@@ -71,15 +77,21 @@ def main(argv: list[str] | None = None) -> int:
     try:
         log.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
         return leave(run(args, stop, watch))
+    except (TimeoutError, Unreachable) as error:
+        log.error(str(error) if str(error).startswith("rank ") else f"{place()}: {error}; {WAY_OUT}")
+        return leave(LOST)
     except (ValueError, OSError) as error:
         if rank() == 0 or world_size() == 1:
             log.error("error: %s", error)
         else:
             log.error("error on rank %d: %s", rank(), error)
-        return leave(LOST if isinstance(error, TimeoutError) else 2)
+        return leave(2)
     except Stopped:
         log.info("stopped by a signal before the first step; start the same line again")
         return leave(STOPPED)
+    except RolledBack as back:
+        log.warning("%s; start the same line again", back)
+        return leave(LOST)  # launchers start a run again in place for it, and not for a signal
     except KeyboardInterrupt:
         log.info("stopped; checkpoints are intact, start the same line again to go on from the newest")
         return leave(130)
@@ -118,6 +130,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, stop: StopSignals, watch: Watch) -> int:
+    chosen_mode()  # what is wrong with it is said on every rank
     recipe, stage = load_recipe(args.recipe, args.stage, args.set)
     directory = args.run_dir / args.stage
     identity = start_identity(directory, recipe, stage, args.continue_from)
@@ -137,20 +150,6 @@ def run(args: argparse.Namespace, stop: StopSignals, watch: Watch) -> int:
     return 0
 
 
-@contextmanager
-def memory_suffices(stage: Stage) -> Iterator[None]:
-    """ValueError where the device's memory does not."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        what = str(error).split(". ")[:2]  # then come torch's own figures, and advice that is set in launch/
-        raise ValueError(
-            f"the GPU's memory is full ({'. '.join(what)}): batch.accumulation={stage.batch.accumulation} and "
-            f"activation_checkpointing={int(stage.activation_checkpointing)}; raise batch.accumulation, which makes "
-            "micro-batches smaller, or set activation_checkpointing=1 (python -m pretrain.plan says what fits)"
-        ) from error
-
-
 def run_stage(
     args: argparse.Namespace,
     recipe: Recipe,
@@ -160,7 +159,8 @@ def run_stage(
     stop: StopSignals,
     watch: Watch,
 ) -> tuple[int, bool]:
-    """Builds, trains and hands over; the last step that was done, and whether the stage is finished."""
+    """Builds, trains and hands over; the last step that was done, and whether the stage is finished. Raises RolledBack
+    where the recipe lets a run that diverges go back."""
     inputs = inputs_dir(args.run_dir, identity)
     run = build_run(recipe, stage, args.ds, inputs, watch, directory=directory, settings=identity)
     command = {"recipe": _findable(args.recipe), "set": args.set, "ds": run.ds_config, "world": world_size()}
@@ -168,8 +168,11 @@ def run_stage(
     reached = last_step(directory)  # before what was not saved is cut off
     with run.lock or nullcontext(), fail_together(lambda: ThisLife(directory, run.done, reached)) as life:
         progress = Progress(run, inputs, directory)
-        with _saver(run, directory, watch) as saver:
-            done = train(run, directory, stop, watch, saver, progress)
+        try:
+            with _saver(run, directory, watch) as saver:
+                done = train(run, directory, stop, watch, saver, progress)
+        except Diverged as error:
+            roll_back(directory, run.begun, recipe.rollback, run.rollbacks, error)
         if ended := done == stage.steps or progress.ended:
             hand_over(run, directory / WEIGHTS, progress)
             life.reason = f"ended early, {progress.why}" if done < stage.steps else life.reason
@@ -182,16 +185,17 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
     """Steps run.done + 1 to stage.steps; returns the last one done, an earlier one only after SIGTERM or SIGUSR1, or
     where `progress` ended the stage.
 
-    Raises ValueError when the loss or the gradients are not finite (see run/step.Judge), before a checkpoint could hold
-    them; OSError on every rank when one of them cannot write.
+    Raises Diverged when the loss or the gradients are not finite, or spike (see run/step.Judge), before a checkpoint
+    could hold them; OSError on every rank when one of them cannot write.
     """
     recipe, stage, start, step = run.recipe, run.stage, run.done, run.done
     stop.begin()
     metrics = fail_together(lambda: MetricsLog(directory, start, every=recipe.log_every))
-    meter = Throughput(device(), run.mesh.data.size)
+    meter = meter_of(run, directory)
     batches = share_batches(partial(run.loader.batches, start, stage.steps), run.mesh, watch)
     display, saved, starvation = Display(directory.name, start, stage.steps), start, Starvation()
-    judge, profile = Judge(recipe.max_skipped_steps, way_out(directory)), Profile(recipe.profile_steps, directory)
+    judge = Judge(recipe.max_skipped_steps, recipe.rollback, way_out(recipe.rollback, directory), run.norms)
+    profile = Profile(recipe.profile_steps, directory)
     progress.catch_up(metrics)
     for step in range(start + 1, 0 if progress.ended else stage.steps + 1):
         # The first one compiles, and fills caches.
@@ -199,11 +203,12 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
         if (micro_batches := next_batches(batches, run.loader, meter, stop)) is None:
             watch.enter("the save after a signal", patient=True)
             step -= 1
-            if step == 0:
-                raise Stopped
             judge.settle()
-            if step > saved:
+            if step > saved and judge.calm:
                 save_checkpoint(run, saver, step, metrics, progress)
+                saved = step
+            if (step := saved) == 0:
+                raise Stopped
             break
         watch.enter(f"step {step}", patient=step == start + 1)
         with profile.step(step):
@@ -225,11 +230,11 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
                 display.show(step, line)
                 starvation.note(step, line)
         display.bar.update()
-        if evaluating and not judge.in_a_row:
+        if evaluating and judge.calm:
             saving |= evaluate(progress, step, metrics, meter, watch)
             last |= progress.ended
         # What a skipped step left outside the optimizer, such as a codebook, may not be finite: a later step is saved.
-        if saving := (saving and not judge.in_a_row) or last:
+        if saving := (saving and judge.calm) or last:
             save_checkpoint(run, saver, step, metrics, progress)
             saved = step
             meter.skip()
@@ -261,22 +266,17 @@ def next_batches(
 
 def metrics_line(run: Run, step: int, report: dict[str, Tensor], directory: Path, *, skipped: bool) -> dict[str, Any]:
     """The mean over the ranks of what the step reported, with rate, gradient norm, samples and the number of steps that
-    were skipped so far. Raises ValueError when the loss of a step that was not `skipped` is not finite; every rank has
+    were skipped so far. Raises Diverged when the loss of a step that was not `skipped` is not finite; every rank has
     the same numbers, so all of them end here together."""
     stage = run.stage
     line: dict[str, Any] = with_shares(reduce_mean(report)) | {"lr": learning_rate(stage.optim, step, stage.steps)}
     line |= {"grad_norm": float(gradient_norm(run.engine)), "samples_seen": step * stage.batch.total}
     line["skipped_steps"] = skipped_steps(run.engine, step)
+    if run.rollbacks:
+        line["passed_batches"] = batch_number(step, passed_batches(run.rollbacks)) - step
     if not skipped and not math.isfinite(line["loss"]):
-        raise ValueError(f"step {step}: the loss is {line['loss']}, the run has diverged: {way_out(directory)}")
+        raise Diverged(step, step, f"the loss is {line['loss']}", way_out(run.recipe.rollback, directory))
     return line
-
-
-def way_out(directory: Path) -> str:
-    return (
-        f"its checkpoints in {directory / 'checkpoints'} are from before; use a lower optim.lr or a longer "
-        "optim.warmup_steps"
-    )
 
 
 def evaluate(progress: Progress, step: int, metrics: MetricsLog, meter: Throughput, watch: Watch) -> bool:
@@ -298,7 +298,8 @@ def save_checkpoint(run: Run, saver: Saver, step: int, metrics: MetricsLog, prog
     retention = Retention(run.recipe.keep, run.recipe.keep_every, best)
     # First: a node that is lost later must not take lines of steps that are never done again.
     first = (metrics.sync, run.loader.sync)
-    saver.save(step, run.weights_config(progress.directory.name), retention, first)
+    extra = {"norms": list(run.norms)} if run.norms else {}
+    saver.save(step, run.weights_config(progress.directory.name), retention, first, extra)
     progress.check()
 
 

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"contracts", "batch", "layers", "distributed", "files", "json_files", "lock", "settings", "command", "flops"}
-    | {"cross_entropy", "rows", "tensors", "workers", "interrupt", "visible"},
-    {"models", "data", "parallel", "optim", "metrics", "lives"},
+    | {"cross_entropy", "rows", "tensors", "workers", "interrupt", "visible", "weights_and_biases"},
+    {"models", "data", "parallel", "optim", "metrics", "lives", "rollbacks"},
     {"tasks", "objectives", "evals", "checkpoint"},
     {"config"},
     {"recipes"},
@@ -35,6 +35,7 @@ DOORS = {
     "transformers": {"pretrain/models/visual_tokenizer/teachers.py", "pretrain/models/towers/tower.py"}
     | {f"pretrain/hub/files/{name}_multiway.py" for name in ("configuration", "modeling", "processing")},
     "tokenizers": {"pretrain/data/json_tokenizer.py"},
+    "wandb": {"pretrain/weights_and_biases.py"},
 }
 PRETRAIN = sorted((ROOT / "pretrain").rglob("*.py"))
 CODE = [*PRETRAIN, *sorted((ROOT / "data_tools").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]

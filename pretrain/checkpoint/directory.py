@@ -91,6 +91,16 @@ def prune(directory: Path, step: int, retention: Retention) -> None:
             log.warning("cannot remove the old checkpoint %s: %s", path, error)
 
 
+def drop_beyond(directory: Path, step: int) -> None:
+    """Removes the checkpoints of later steps, the newest first. OSError where one cannot be removed."""
+    later = [path for path in directory.glob("step_*") if _step(path) > step]
+    for path in sorted(later, key=_step, reverse=True):
+        log.info("removing %s: the run goes back to step %d", path, step)
+        _remove(path)
+    if later:
+        sync(directory)
+
+
 def _remove(path: Path) -> None:
     # Rename first: a half-removed directory must not look like a damaged checkpoint.
     doomed = path.with_name(DELETING + path.name)

@@ -99,10 +99,11 @@ class Saver:
         config: dict[str, Any],
         retention: Retention,
         before: Iterable[Callable[[], None]] = (),
+        extra: dict[str, Any] | None = None,
     ) -> None:
         """Takes the snapshot after `step`. A collective. `config`: of the weights; `before`: what is to be on disk
-        before this checkpoint is, such as the lines of metrics up to it. Raises SaveError on every rank: for this one,
-        or for the one before."""
+        before this checkpoint is, such as the lines of metrics up to it; `extra`: JSON that `newest` gives back. Raises
+        SaveError on every rank: for this one, or for the one before."""
         start = time.monotonic()
         if self.finish() and (waited := time.monotonic() - start) > LONG_S:
             log.info("step %d: waited %.1f s for the checkpoint before, which was still being written", step, waited)
@@ -112,10 +113,11 @@ class Saver:
             with together(self.directory, step):
                 fail_together(lambda: _call(before))
             whole: dict[str, Any] = {"weights": (full_state(self.engine, self.mesh), config), **self.identity}
+            whole["extra"] = extra
             save(self.engine, self.directory, step, mesh=self.mesh, retention=retention, **whole)
             return
         place = begin(self.directory, step)
-        about = {"step": step, "recipe_hash": "", "data_digest": "", "extra": {}, **self.identity}
+        about = {"step": step, "recipe_hash": "", "data_digest": "", "extra": extra or {}, **self.identity}
         state = full_state(self.engine, self.mesh, lambda name, value: self._copies.copy(f"weights/{name}", value))
         snapshot = take_snapshot(self.engine, self.mesh, about, (state, config), self._copies)
         if self._job is None:

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from pretrain.data.codes import Coding, StoredCodes, check_coding, plain
 from pretrain.data.look_ahead import LookAhead
 from pretrain.data.micro_batches import Failure, Feed, Made, MicroBatches, Share
 from pretrain.data.mixture import KINDS, Mixture, View, check_mixture, layout_of
-from pretrain.data.order import Order
+from pretrain.data.order import Order, batch_number
 from pretrain.data.pinning import pinned
 from pretrain.data.pool import Item, Pool
 from pretrain.data.shards.reader import ShardReader, load_manifest
@@ -59,6 +59,7 @@ class Loader:
         self.trace = Path(trace) if trace else None
         self.quarantine = Path(quarantine) if quarantine else None
         self._trace_file: Lines | None = None
+        self._passed: Sequence[tuple[int, int]] = ()
         self.replaced = 0  # samples of this rank, so far
         # Seconds so far in which `batches` waited for the making of a batch: until its bytes were read, and the rest.
         self.waited_read_s = self.waited_decode_s = 0.0
@@ -88,9 +89,13 @@ class Loader:
         """The same as it was before shards had hashes."""
         return {feed.kind: feed.reader.manifest.names_digest for feed in self.feeds}
 
+    def pass_over(self, batches: Sequence[tuple[int, int]]) -> None:
+        """From now on the global batches with these numbers are passed over; see order.batch_number."""
+        self._passed = batches
+
     def batches(self, start: int, stop: int) -> Generator[list[Batch], None, None]:
         """This rank's micro-batches of the steps start + 1 to stop, a list per step. Raises a worker's errors:
-        ShardError for an unreadable shard, ValueError, OSError."""
+        ShardError for an unreadable shard, TimeoutError for one whose store has trouble, ValueError, OSError."""
         trace = self._trace_file = self._open_trace(start)
         try:
             with closing(self._results(start, stop)) as results:
@@ -107,12 +112,14 @@ class Loader:
 
     def _results(self, start: int, stop: int) -> Generator[Made | Failure, None, None]:
         """What the workers make of each micro-step, or this process where there are none."""
-        with LookAhead(self.feeds, self._work.share, start, stop) as ahead:
+        first, last = (batch_number(step, self._passed) for step in (start + 1, stop))
+        with LookAhead(self.feeds, self._work.share, first - 1, last) as ahead:
 
             def items() -> Iterator[Item]:
                 for step in range(start + 1, stop + 1):
-                    ahead.reached(step)
-                    yield from ((step, micro) for micro in range(self.accumulation))
+                    number = batch_number(step, self._passed)
+                    ahead.reached(number)
+                    yield from ((number, micro) for micro in range(self.accumulation))
 
             if not self.loading.processes:
                 yield from (self._work.make(item, np.empty(self._work.pictures, np.uint8)) for item in items())

@@ -18,6 +18,7 @@ from pretrain.data.mixture import KINDS, View
 from pretrain.data.order import Order, SampleRef
 from pretrain.data.shards.cache import redact
 from pretrain.data.shards.reader import BadSample, ShardError, ShardReader
+from pretrain.data.shards.transfer import Unreachable
 from pretrain.data.sources import Raw
 from pretrain.data.transforms import sample_rng
 
@@ -102,6 +103,8 @@ class MicroBatches:
             replaced: list[Replaced] = []
             samples = {feed.kind: self._samples(feed, *item, replaced, pictures) for feed in self.feeds}
             batch = self._stack(samples, pictures)
+        except Unreachable as error:
+            return Failure(TimeoutError(str(error)))  # no mistake of the user's: a later start may succeed
         except (ShardError, ValueError, OSError) as error:
             return Failure(error)
         done = time.monotonic()

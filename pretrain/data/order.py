@@ -161,6 +161,17 @@ def _plan(counts: np.ndarray, seed: int, epoch: int, streams: int, block_shards:
     )
 
 
+def batch_number(step: int, passed: Sequence[tuple[int, int]] = ()) -> int:
+    """The number (from 1) of the global batch that step `step` takes, where the batches first .. last of each run of
+    `passed` are passed over. The runs rise, and no two touch."""
+    number = step
+    for first, last in passed:
+        if number < first:
+            break
+        number += last - first + 1
+    return number
+
+
 class Order:
     """Lists the samples of every global batch of one source. Equal arguments give equal answers on every machine.
 

@@ -21,7 +21,8 @@ from pretrain.parallel.copy_ahead import copied
 from pretrain.parallel.faults import Watch
 from pretrain.parallel.mesh import Axis, Mesh
 
-# What a loader may raise: ShardError, ValueError, OSError; RuntimeError when a data worker was killed.
+# What a loader may raise: ShardError, ValueError, OSError; TimeoutError when a store has trouble; RuntimeError when a
+# data worker was killed.
 LOADING = (ValueError, OSError, RuntimeError)
 
 
@@ -97,7 +98,7 @@ def _unpack(header: bytes, content: Tensor) -> list[Batch]:
     """Batches whose tensors are views of `content`; raises what `_failure` noted."""
     message = json.loads(header)
     if "error" in message:
-        raise (RuntimeError if message["process"] else ValueError)(message["error"])
+        raise {"process": RuntimeError, "store": TimeoutError}.get(message["kind"], ValueError)(message["error"])
     contents: list[dict[str, Tensor]] = [{} for _ in message["batches"]]
     start = 0
     for place, name, dtype, shape in _order(message["batches"]):
@@ -126,4 +127,5 @@ def _order(about: list[dict[str, Any]]) -> list[tuple[int, str, torch.dtype, lis
 
 
 def _failure(error: Exception) -> bytes:
-    return json.dumps({"error": str(error), "process": isinstance(error, RuntimeError)}).encode()
+    kind = "process" if isinstance(error, RuntimeError) else "store" if isinstance(error, TimeoutError) else ""
+    return json.dumps({"error": str(error), "kind": kind}).encode()

@@ -126,6 +126,7 @@ def _stage(stage: StageRun) -> dict[str, Any]:
     facts += [f"{len(stage.lives)} lives"] if len(stage.lives) > 1 else []
     facts += [f"effective training time {share:.1%}"] if (share := stage.effective()) is not None else []
     facts += [f"checkpoints of step {'; '.join(map(str, entries))}"] if (entries := checkpoints(stage)) else []
+    facts += [stage.went_back] if stage.rollbacks else []
     if isinstance(settings, dict) and isinstance(start := settings.get("init_from"), str):
         facts.append(f"starts from {start}")
     if isinstance(parent := dig(stage.recipe, "identity", "continues"), dict):
@@ -159,6 +160,8 @@ def _charts(lines: list[dict], during: list[dict]) -> list[tuple[Drawing, str]]:
     norm = [Curve("norm", _points(lines, "grad_norm"), noise=True)]
     speed = [Curve("samples/s", _points(lines, "samples_per_s"), noise=True)]
     wait = [Curve("of the step", _points(lines, "data_wait", 100), noise=True)]
+    spread = [Curve("its pass", _points(lines, "pass_spread", 100))]
+    spread += [Curve("its wait for data", _points(lines, "wait_spread", 100), 1)]
     utilisation = [Curve("all (MFU)", _points(lines, "mfu", 100))]
     utilisation += [Curve("without padding", _points(lines, "mfu_real", 100))]
     utilisation += [Curve("computed", _points(lines, "mfu_executed", 100))]
@@ -168,6 +171,7 @@ def _charts(lines: list[dict], during: list[dict]) -> list[tuple[Drawing, str]]:
         Chart("Throughput", speed, from_zero=True, smooth=True),
         Chart("Waiting for data", wait, unit="%", from_zero=True, smooth=True),
         Chart("Model FLOPs utilisation", utilisation, unit="%", from_zero=True),
+        Chart("Slowest rank, above the median", spread, unit="%", from_zero=True),
     ]
     wide, small = ([shown for chart in charts if (shown := drawing(chart))] for charts in (major, minor))
     sizes = ["wide"] * len(wide)

@@ -13,6 +13,7 @@ from pretrain.checkpoint.weights import WEIGHTS
 from pretrain.json_files import read_object
 from pretrain.lives import Life, read_lives
 from pretrain.metrics import EVALS, FILE, read_metrics
+from pretrain.rollbacks import Rollback, passed_batches, read_rollbacks
 
 USUAL_ORDER = ("tokenizer", "vision", "language", "fusion", "retrieval", "scratch")
 PARTS = {
@@ -40,6 +41,7 @@ class StageRun:
     apart: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name: evaluations that are not the stage's own
     samples: dict[str, list] = field(default_factory=dict)
     lives: list[Life] = field(default_factory=list)
+    rollbacks: tuple[Rollback, ...] = ()
     notes: list[str] = field(default_factory=list)  # what is missing or could not be read
 
     @property
@@ -51,6 +53,15 @@ class StageRun:
     @property
     def step(self) -> int:
         return self.lines[-1]["step"] if self.lines else 0
+
+    @property
+    def went_back(self) -> str:
+        """How often it did, and how many batches it passes over; "" where it never did."""
+        if not self.rollbacks:
+            return ""
+        batches = sum(last - first + 1 for first, last in passed_batches(self.rollbacks))
+        times = "once" if len(self.rollbacks) == 1 else f"{len(self.rollbacks)} times"
+        return f"went back {times}, past {batches:,} batches"
 
     @property
     def finished(self) -> bool:
@@ -122,6 +133,10 @@ def _load_stage(directory: Path) -> StageRun:
     stage.recipe = _read_object(directory / "recipe.json", stage.notes)
     stage.evaluation = _read_object(directory / "eval.json", stage.notes)
     stage.lives = read_lives(directory)
+    try:
+        stage.rollbacks = read_rollbacks(directory)
+    except (OSError, ValueError) as error:
+        stage.notes.append(str(error))
     for path in sorted(directory.glob("eval-*.json")):
         stage.apart[path.stem.removeprefix("eval-")] = _read_object(path, stage.notes)
     samples = _read_object(directory / "samples.json", stage.notes)

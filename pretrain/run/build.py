@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,11 +34,13 @@ from pretrain.parallel.mesh import Mesh, create_mesh, mpu_of, place_of
 from pretrain.parallel.pipeline import build_pipeline_engine, pipeline_step
 from pretrain.parallel.state import dense_shape, fill, named_state
 from pretrain.parallel.tensor import parallel_layers
-from pretrain.run.continuation import parent_checkpoint, take_metrics
+from pretrain.rollbacks import Rollback, passed_batches
+from pretrain.run.continuation import begins_at, parent_checkpoint, take_over
 from pretrain.run.directory import inputs_digest, other_inputs, take_directory
 from pretrain.run.identity import hash_of
 from pretrain.run.image_targets import image_targets
 from pretrain.run.inputs import build_loader
+from pretrain.run.rollback import finish_rollback, rollbacks_of
 from pretrain.run.step import train_step
 from pretrain.run.stored_weights import classes_of, model_in, read_model, weights_path
 from pretrain.tasks.pipeline import PipelineTask, pipeline_bounds
@@ -61,6 +64,9 @@ class Run:
     done: int  # steps that a checkpoint already holds
     init_file: Path | None  # what init_from names
     lock: Lock | None = None  # rank 0's, on the directory
+    begun: int = 0  # the step at which it began, without a checkpoint of its own
+    rollbacks: tuple[Rollback, ...] = ()
+    norms: deque[float] = field(default_factory=deque)  # of the last steps' gradients, for run/step.Judge
 
     def step(self, micro_batches: list[Batch], *, first: bool = False) -> dict[str, Tensor]:
         """One optimizer step; the mean of what the task reported. `first`: it is the first step of a run."""
@@ -124,10 +130,14 @@ def build_run(
     watch.join()
     mesh = create_mesh(stage.parallel, watch.outlast_s)
     checkpoint = lock = None
+    rollbacks: tuple[Rollback, ...] = ()
     if directory is not None:
         lock = take_directory(directory)
+        finish_rollback(directory)
         digests = identity | {"names_digest": inputs_digest(loader.names_digests, others)}
         checkpoint = _checkpoint(directory, settings or {}, precision_name(ds_config), **digests)
+        rollbacks = rollbacks_of(directory)
+        loader.pass_over(passed_batches(rollbacks))
     layers = parallel_layers(mesh)
     task: nn.Module
     if mesh.pipe.size > 1:
@@ -142,7 +152,14 @@ def build_run(
         resume(engine, checkpoint, mesh)
     watch.outlast_all()
     done = 0 if checkpoint is None else checkpoint.step
-    return Run(recipe, stage, engine, mesh, loader, add_targets, ds_config, identity, done, init_file, lock)
+    saved = {} if checkpoint is None else checkpoint.extra
+    norms = deque[float](saved.get("norms", ()), maxlen=recipe.rollback.window)
+    return Run(
+        *(recipe, stage, engine, mesh, loader, add_targets, ds_config, identity, done, init_file, lock),
+        begun=begins_at(settings),
+        rollbacks=rollbacks,
+        norms=norms,
+    )
 
 
 def _checkpoint(
@@ -155,7 +172,7 @@ def _checkpoint(
         return checkpoint
     checkpoint = parent_checkpoint(settings, find)
     if checkpoint is not None:
-        fail_together(lambda: take_metrics(settings, directory) if rank() == 0 else None)
+        fail_together(lambda: take_over(settings, directory) if rank() == 0 else None)
     return checkpoint
 
 

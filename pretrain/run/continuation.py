@@ -17,6 +17,7 @@ from pretrain.checkpoint.save import Checkpoint
 from pretrain.config import Recipe, Stage
 from pretrain.files import write_file
 from pretrain.metrics import FILE
+from pretrain.rollbacks import ROLLBACKS, read_rollbacks, write_rollbacks
 from pretrain.run.directory import noted_identity, read_recipe, run_identity
 from pretrain.run.identity import CONTINUES, as_begun, differences, hash_of, identity_of
 
@@ -29,7 +30,9 @@ GENERATIONS = 1000  # of runs that continue one another; more are a circle
 
 def start_identity(directory: Path, recipe: Recipe, stage: Stage, parent: Path | None) -> dict[str, Any]:
     """The identity of the run in `directory`, which continues the stage's directory or the checkpoint `parent`, if
-    there is one. Raises ValueError as run_identity, and where parent and run do not go together."""
+    there is one. Raises ValueError as run_identity, where parent and run do not go together, and where the list of
+    either one's rollbacks is damaged."""
+    read_rollbacks(directory)
     if parent is None:
         return run_identity(directory, recipe, stage)
     chosen = parent.resolve()
@@ -44,6 +47,7 @@ def start_identity(directory: Path, recipe: Recipe, stage: Stage, parent: Path |
     if not isinstance(before, dict):
         raise ValueError(f"--continue-from {parent} is no stage's directory of a run, such as runs/base/vision")
     _check_changes(parent, before, recipe, stage)
+    read_rollbacks(place)
     step = _last_step(parent, place / CHECKPOINTS, chosen.name if place != chosen else None)
     if stage.steps <= step:
         raise ValueError(
@@ -81,14 +85,23 @@ def parent_checkpoint(identity: dict[str, Any], find: Callable[..., Checkpoint |
     return checkpoint
 
 
-def take_metrics(identity: dict[str, Any], directory: Path) -> None:
+def take_over(identity: dict[str, Any], directory: Path) -> None:
     """The parent's metrics.jsonl into the directory of a run that begins; MetricsLog drops what is beyond its start.
-    For one rank."""
-    path = Path(_continues(identity)["from"]) / FILE
+    With it which batches the parent passes over. For one rank."""
+    parent = Path(_continues(identity)["from"])
+    done = tuple(rollback for rollback in read_rollbacks(parent) if rollback.done)
+    if done and not (directory / ROLLBACKS).exists():  # a run that has gone back itself has them in its own list
+        write_rollbacks(directory, done)
     try:
-        write_file(directory / FILE, path.read_bytes())
+        write_file(directory / FILE, (parent / FILE).read_bytes())
     except FileNotFoundError:
-        log.warning("%s is not there: the curves begin with this run", path)
+        log.warning("%s is not there: the curves begin with this run", parent / FILE)
+
+
+def begins_at(identity: Any) -> int:
+    """The step at which the run begins where it has no checkpoint of its own."""
+    step = _continues(identity).get("step")
+    return step if isinstance(step, int) else 0
 
 
 def _continues(identity: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pretrain.distributed import gather_objects, rank, refuse_together
 from pretrain.files import WRITING, sha256_of, sweep, write_json
 from pretrain.json_files import read_object
 from pretrain.lock import Lock
+from pretrain.rollbacks import ROLLBACKS
 from pretrain.run.identity import differences, hash_of, identity_of
 from pretrain.run.inputs import text_tokenizer
 from pretrain.run.stored_weights import input_digest
@@ -48,9 +49,10 @@ def run_identity(directory: Path, recipe: Recipe, stage: Stage) -> dict[str, Any
 
 
 def noted_identity(directory: Path) -> dict[str, Any] | None:
-    """What was noted of a run that has saved something; None where there is none."""
+    """What was noted of a run that has saved something, or has gone back; None where there is none."""
     noted = read_recipe(directory).get("identity")
-    begun = (directory / WEIGHTS).exists() or any((directory / "checkpoints").glob("step_*"))
+    begun = any((directory / name).exists() for name in (WEIGHTS, ROLLBACKS))
+    begun = begun or any((directory / "checkpoints").glob("step_*"))
     return noted if isinstance(noted, dict) and begun else None
 
 

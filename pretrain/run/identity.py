@@ -17,7 +17,7 @@ from pretrain.data.transforms import ImageTransform
 # What may change between two starts of one run without changing its numbers.
 OPERATIONAL = (
     *("log_every", "save_every", "keep", "keep_every", "save_in_background"),
-    *("trace_samples", "max_skipped_steps", "profile_steps", "timeout_s"),
+    *("trace_samples", "max_skipped_steps", "rollback", "profile_steps", "timeout_s"),
 )
 OPERATIONAL_OF_STAGE = (
     *("evals", "evals_every", "best", "patience"),

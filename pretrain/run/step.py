@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
+from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from pretrain.batch import Batch
 from pretrain.distributed import reduce_mean
+from pretrain.rollbacks import RollbackRule
 
 log = logging.getLogger("pretrain")
 
@@ -33,19 +37,44 @@ def train_step(
     return total
 
 
-class Judge:
-    """Ends a run that diverges: when more than `allowed` steps in a row were skipped because their gradients were not
-    finite. A step is judged when the next one has been launched, so that no step waits for the device; `settle` judges
-    it at once. All ranks have the same norms, and so the same judgement."""
+class Diverged(ValueError):
+    """The run has diverged in the steps `first` to `step`, in the way that `what` says."""
 
-    def __init__(self, allowed: int, way_out: str):
-        self.allowed, self.way_out = allowed, way_out
+    def __init__(self, first: int, step: int, what: str, way_out: str):
+        super().__init__(f"step {step}: {what}; the run has diverged: {way_out}")
+        self.first, self.step, self.what, self.way_out = first, step, what, way_out
+
+
+def way_out(rule: RollbackRule, directory: Path) -> str:
+    back = "" if rule.most else ", or let it go back and pass over those batches by rollback.most=3"
+    return (
+        f"its checkpoints in {directory / 'checkpoints'} are from before; use a lower optim.lr or a longer "
+        f"optim.warmup_steps{back}"
+    )
+
+
+class Judge:
+    """Says that a run diverges: when more than `allowed` steps in a row were skipped because their gradients were not
+    finite, or when rule.spikes steps in a row had a gradient norm above rule.spike times the median of the last
+    rule.window that were no spikes (`norms`, to which the judge adds; before there are so many, nothing is one). A step
+    is judged when the next one has been launched, so that no step waits for the device; `settle` judges it at once. All
+    ranks have the same norms, and so the same judgement."""
+
+    def __init__(self, allowed: int, rule: RollbackRule, way_out: str, norms: deque[float] | None = None):
+        self.allowed, self.rule, self.way_out = allowed, rule, way_out
+        self.norms: deque[float] = deque(maxlen=rule.window) if norms is None else norms
         self.in_a_row = 0  # steps that were skipped, up to the one that was judged last
+        self.spikes = 0  # the same, of spikes
         self._pending: _Pending | None = None
+
+    @property
+    def calm(self) -> bool:
+        """Whether the step that was judged last was a good one: what it left is worth saving."""
+        return not self.in_a_row and not self.spikes
 
     def note(self, step: int, norm: Tensor | float, report: dict[str, Tensor]) -> None:
         """Step `step` is launched; `norm` of its gradients and what the task reported may still lie on the device.
-        Raises ValueError as `settle` does for the step before."""
+        Raises Diverged as `settle` does for the step before."""
         self.settle()
         read = None
         if isinstance(norm, Tensor) and norm.is_cuda:
@@ -56,7 +85,7 @@ class Judge:
         self._pending = _Pending(step, norm, read, report)
 
     def settle(self) -> None:
-        """Judges the step that was noted last. A collective of every rank where it was skipped. Raises ValueError that
+        """Judges the step that was noted last. A collective of every rank where it was skipped. Raises Diverged, which
         names the step and the losses that were not finite."""
         pending, self._pending = self._pending, None
         if pending is None:
@@ -66,15 +95,35 @@ class Judge:
         norm = float(pending.norm)
         if math.isfinite(norm):
             self.in_a_row = 0
-            return
+            self._look_for_spike(pending.step, norm)
+        else:
+            self._skipped(pending, norm)
+
+    def _skipped(self, pending: _Pending, norm: float) -> None:
         self.in_a_row += 1
         losses = {name: value for name, value in pending.report.items() if name.startswith("loss")}
         wrong = [f"{name}={value}" for name, value in reduce_mean(losses).items() if not math.isfinite(value)]
         what = f"the gradient norm is {norm}" + (f" ({', '.join(wrong)})" if wrong else " while all losses are finite")
         if self.in_a_row > self.allowed:
             row = f", {self.in_a_row} steps in a row with max_skipped_steps={self.allowed}" if self.allowed else ""
-            raise ValueError(f"step {pending.step}: {what}{row}; the run has diverged: {self.way_out}")
+            raise Diverged(pending.step - self.in_a_row + 1, pending.step, what + row, self.way_out)
         log.warning("step %d is skipped: %s (%d of %d in a row)", pending.step, what, self.in_a_row, self.allowed)
+
+    def _look_for_spike(self, step: int, norm: float) -> None:
+        if not self.rule.spike:
+            return
+        full = len(self.norms) == self.rule.window
+        usual = (statistics.median(self.norms) if full else 0) or math.inf
+        if norm <= self.rule.spike * usual:
+            self.spikes = 0
+            self.norms.append(norm)
+            return
+        self.spikes += 1
+        what = f"the gradient norm is {norm:.4g}, {norm / usual:.1f} times the median of {self.rule.window} steps"
+        if self.spikes >= self.rule.spikes:
+            row = f", {self.spikes} steps in a row above rollback.spike={self.rule.spike:g}"
+            raise Diverged(step - self.spikes + 1, step, what + row, self.way_out)
+        log.warning("step %d: %s (spike %d of %d in a row)", step, what, self.spikes, self.rule.spikes)
 
 
 class _Pending(NamedTuple):

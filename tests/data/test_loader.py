@@ -51,10 +51,13 @@ def by_key(batches: list[Batch]) -> list[tuple]:
     return [sample for samples in kinds.values() for sample in samples]
 
 
-def steps(build, start: int, stop: int, world: int, accumulation: int, workers: int = 0) -> list[list[tuple]]:
+def steps(
+    build, start: int, stop: int, world: int, accumulation: int, workers: int = 0, passed: tuple = ()
+) -> list[list[tuple]]:
     ranks = []
     for rank in range(world):
         loader = build(rank=rank, ranks=world, accumulation=accumulation, loading={"workers": workers})
+        loader.pass_over(passed)
         ranks.append(list(loader.batches(start, stop)))
     return [by_key([batch for rank in ranks for batch in rank[step]]) for step in range(stop - start)]
 
@@ -84,6 +87,12 @@ def test_ranks_workers_and_accumulation_leave_the_global_batch_as_it_is(
 def test_a_restart_at_any_step_changes_nothing(build, reference, start: int) -> None:
     world = start % 3 + 1
     assert steps(build, start, 6, world, 1, workers=start % 2) == expected(reference, build)[start:]
+
+
+@pytest.mark.parametrize(("start", "world", "workers"), [(0, 1, 0), (1, 2, 0), (2, 3, 1)])
+def test_batches_that_are_passed_over_leave_the_others_as_they_are(build, reference, start, world, workers) -> None:
+    taken = [expected(reference, build)[number - 1] for number in (1, 3, 6)]
+    assert steps(build, start, 3, world, 1, workers, ((2, 2), (4, 5))) == taken[start:]
 
 
 def test_every_sample_comes_once_per_epoch(build) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from pretrain.data.shards.reader import ShardError
 from pretrain.data.sources import ImageShards, PairShards, TextShards
 from pretrain.data.transforms import ImageTransform
-from tests.toys import COUNTS, encoded, image_sample, pair_sample, picture, png_bomb, write_source
+from tests.toys import COUNTS, encoded, full_beyond, image_sample, pair_sample, picture, png_bomb, write_source
 
 
 def source(directory: Path, *shards: list[dict]) -> str:
@@ -71,6 +71,9 @@ def test_every_bad_sample_is_replaced_counted_and_named(build, tmp_path: Path) -
         assert names >= {s["key"] for s in good + odd} and not names & {s["key"] for s in bad}
         seen.append(sorted(keys))
     assert seen[0] == seen[1]
+    loader = build(mix={"pairs": pairs}, counts={"pairs": 2}, quarantine=tmp_path / "full.jsonl")
+    with full_beyond(10), pytest.raises(OSError, match=r"File too large: '.*full\.jsonl'"):
+        list(loader.batches(0, samples // 2))
 
 
 def test_a_source_without_a_good_sample_is_one_sentence(build, tmp_path: Path) -> None:

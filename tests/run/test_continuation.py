@@ -13,7 +13,8 @@ from pretrain.checkpoint.directory import publish
 from pretrain.checkpoint.save import newest
 from pretrain.config import BatchSize, Stage
 from pretrain.optim import Optim
-from pretrain.run.continuation import inputs_dir, parent_checkpoint, start_identity
+from pretrain.rollbacks import Rollback, read_rollbacks, write_rollbacks
+from pretrain.run.continuation import begins_at, inputs_dir, parent_checkpoint, start_identity, take_over
 from pretrain.run.directory import note_recipe
 from pretrain.run.identity import hash_of, identity_of
 from tests.run.test_identity import OLD, RECIPE, VISION
@@ -66,6 +67,24 @@ def test_a_run_that_has_begun_needs_its_parent_no_more(parent, tmp_path):
     # A run that goes on from it in turn finds the stages that the first one's settings name.
     again = start_identity(tmp_path / "third", RECIPE, replace(LONGER, steps=20), tmp_path / "new")
     assert again["continues"]["step"] == 5 and inputs_dir(tmp_path / "x", again) == tmp_path / "base"
+
+
+def test_it_passes_over_what_its_parent_passes_over(parent, tmp_path):
+    done = Rollback(3, 1, 2, 4, "nan", 1.0, done=True)
+    write_rollbacks(parent, (done, Rollback(9, 3, 7, 9, "nan", 2.0)))  # of the second the parent never made use
+    (parent / "metrics.jsonl").write_text('{"step": 1}\n')
+    identity, child = start_identity(tmp_path / "new", RECIPE, LONGER, parent), tmp_path / "new"
+    child.mkdir()
+    take_over(identity, child)
+    assert read_rollbacks(child) == (done,) and (child / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert begins_at(identity) == 3 and begins_at(identity_of(RECIPE, VISION)) == 0
+    own = (done, Rollback(8, 3, 6, 8, "inf", 3.0, done=True))
+    write_rollbacks(child, own)
+    take_over(identity, child)  # it went back before it had saved anything
+    assert read_rollbacks(child) == own
+    (parent / "rollbacks.json").write_text("{")
+    with pytest.raises(ValueError, match="the order of this run's data depends on it"):
+        start_identity(tmp_path / "other", RECIPE, LONGER, parent)
 
 
 @pytest.mark.parametrize(

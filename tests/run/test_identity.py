@@ -16,6 +16,7 @@ from pretrain.models.visual_tokenizer.teachers import Clip, Encoder, Pixels
 from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim
 from pretrain.parallel.sizes import Parallel
+from pretrain.rollbacks import RollbackRule
 from pretrain.run.directory import finished, note_recipe, run_identity
 from pretrain.run.identity import as_begun, differences, hash_of, identity_of, stage_hash
 from pretrain.tasks.tokenizer import TrainTokenizer
@@ -78,7 +79,7 @@ def test_what_changes_no_number_may_change():
     evals = (MaskedAccuracy({"images": ImageShards("images")}),)
     stage = replace(stage, evals=evals, evals_every=2, best="masked/image/accuracy", patience=3)
     recipe = replace(RECIPE, log_every=3, keep=9, name="other", loading=replace(RECIPE.loading, workers=7))
-    recipe = replace(recipe, keep_every=5, save_in_background=False)
+    recipe = replace(recipe, keep_every=5, save_in_background=False, rollback=RollbackRule(most=3))
     assert stage_hash(recipe, stage) == stage_hash(RECIPE, VISION)
     assert differences(noted(), recipe, stage) == {} == differences(OLD["vision"], recipe, stage)
     assert differences(noted(), replace(recipe, seed=3), stage) == {"seed": (0, 3)}

@@ -13,6 +13,7 @@ import hashlib
 import io
 import logging
 import os
+import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pretrain.data.pulse import beat
-from pretrain.data.shards.transfer import Refusal, ShardError, chunks, is_remote, redact
+from pretrain.data.shards.transfer import Refusal, ShardError, Unreachable, chunks, is_remote, redact
 from pretrain.files import WRITING, beside, move
 
 __all__ = ["ShardCache", "ShardError", "fetch", "is_remote", "redact"]
@@ -28,15 +29,17 @@ __all__ = ["ShardCache", "ShardError", "fetch", "is_remote", "redact"]
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-# Attempts per download, and the pause after the first one in seconds; each further pause is four times as long.
-ATTEMPTS, PAUSE_S = 4, 1.0
+# Attempts per download, and the pause after the first one in seconds; each further pause is three times as long, up to
+# the longest: some four minutes together, in which most troubles of a store are over.
+ATTEMPTS, PAUSE_S, LONGEST_S = 8, 1.0, 60.0
 # Of a file whose size no manifest gives: an index or codes. Ten thousand samples take one and tens of MB.
 MOST_BYTES = GIB
 # Evicting a file that was read this recently means that the cache is smaller than the set of shards in use.
 _RECENT_S = 60.0
 _LOCK_S = 0.1  # between two attempts at a lock
 _GROWING = (WRITING, ".tmp")  # .tmp: of an earlier version
-_FAILED = ".failed"  # holds the message of the last failed download
+_FAILED = ".failed"  # holds the kind and the message of the last failed download
+_DICE = random.SystemRandom()  # no generator that decides about samples
 
 
 def fetch(url: str, limit: int) -> bytes:
@@ -93,9 +96,9 @@ class ShardCache:
             if path.exists():  # another process was faster
                 temporary.unlink()
                 return
-            if why := _failure_since(start, failed):
+            if failure := _failure_since(start, failed):
                 temporary.unlink()
-                raise ShardError(why)
+                raise failure
             try:
                 self._reserve(file, temporary, size or 0)
                 _copy(url, file, size)
@@ -105,7 +108,7 @@ class ShardCache:
             except BaseException as error:
                 if isinstance(error, ShardError):
                     with suppress(OSError):
-                        failed.write_text(str(error))
+                        failed.write_text(f"{type(error).__name__}\n{error}")
                 temporary.unlink(missing_ok=True)
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     text = f"no space left for {redact(url)}; free some space or lower loading.cache_gib"
@@ -176,13 +179,14 @@ def _lock(file: BinaryIO) -> bool:
     return True
 
 
-def _failure_since(start: float, failed: Path) -> str:
-    """Why another process failed to fetch the file while this one waited for it; "": none did. Otherwise each of many
-    workers would wait for a server that stalls, one after the other."""
+def _failure_since(start: float, failed: Path) -> ShardError | None:
+    """With what another process failed to fetch the file while this one waited for it; None: none did. Otherwise each
+    of many workers would wait for a server that stalls, one after the other."""
     with suppress(FileNotFoundError):
         if failed.stat().st_mtime > start:
-            return failed.read_text()
-    return ""
+            kind, _, text = failed.read_text().partition("\n")
+            return Unreachable(text) if kind == Unreachable.__name__ else ShardError(text)
+    return None
 
 
 def _remove_orphan(path: str) -> bool:
@@ -196,30 +200,46 @@ def _remove_orphan(path: str) -> bool:
 
 def _copy(url: str, file: BinaryIO, size: int | None, most: int | None = None) -> None:
     """Copies all of `url` into `file`, in up to ATTEMPTS attempts; exactly `size` bytes if that is given, otherwise at
-    most `most` (None: MOST_BYTES)."""
+    most `most` (None: MOST_BYTES). Refusal for what another attempt would not bring, else Unreachable."""
     most = MOST_BYTES if most is None else most
     for attempt in range(ATTEMPTS):
-        done = 0
-        file.seek(0)
         try:
-            for chunk in chunks(url):
-                done += len(chunk)
-                if size is None and done > most:
-                    raise Refusal(f"{redact(url)} has more than {most} bytes, so it is the wrong file; check the URL")
-                file.write(chunk)
-                if size is not None and done > size:
-                    break
-            if size is None or done == size:
-                file.truncate(done)
-                return
-            more = "more" if done > size else done
-            raise ShardError(
-                f"{redact(url)} has {more} bytes but its manifest says {size}: it was replaced after indexing, or the "
-                "transfer was interrupted; if it was replaced, run python -m data_tools.index again where it is stored"
-            )
+            _copy_once(url, file, size, most)
+            return
+        except Refusal:
+            raise
         except ShardError as error:
-            if attempt == ATTEMPTS - 1 or isinstance(error, Refusal):
-                raise
+            if attempt == ATTEMPTS - 1:
+                raise Unreachable(f"{error} (attempt {ATTEMPTS} of {ATTEMPTS})") from None
             log.warning("attempt %d of %d failed: %s", attempt + 1, ATTEMPTS, error)
-            beat()
-            time.sleep(PAUSE_S * 4**attempt)
+            _pause(attempt)
+
+
+def _copy_once(url: str, file: BinaryIO, size: int | None, most: int) -> None:
+    done = 0
+    file.seek(0)
+    for chunk in chunks(url):
+        done += len(chunk)
+        if size is None and done > most:
+            raise Refusal(f"{redact(url)} has more than {most} bytes, so it is the wrong file; check the URL")
+        file.write(chunk)
+        if size is not None and done > size:
+            break
+    if size is None or done == size:
+        file.truncate(done)
+        return
+    more = "more" if done > size else done
+    raise ShardError(
+        f"{redact(url)} has {more} bytes but its manifest says {size}: it was replaced after indexing, or the transfer "
+        "was interrupted; if it was replaced, run python -m data_tools.index again where it is stored"
+    )
+
+
+def _pause(attempt: int) -> None:
+    """Up to half as long again as the schedule says: the workers of a thousand nodes, which a store has failed in the
+    same moment, shall not all come back in the same moment."""
+    left = min(PAUSE_S * 3**attempt, LONGEST_S) * (1 + _DICE.random() / 2)
+    while left > 0:
+        beat()
+        time.sleep(min(left, 1.0))
+        left -= 1.0

@@ -69,7 +69,7 @@ class ShardReader:
         self.manifest = manifest
         self._cache_at = cache_dir, cache_gib
         self._open = OpenFiles[int, _Open]()
-        self._failures: dict[int, str] = {}  # remote shards that could not be fetched, so that each is tried only once
+        self._failures: dict[int, ShardError] = {}  # of remote shards, so that each is tried only once
         self.cache: ShardCache | None = None  # where a shard is remote
         remote = next((shard.url for shard in manifest.shards if is_remote(shard.url)), None)
         if remote is not None:
@@ -189,14 +189,14 @@ class ShardReader:
     def _open_remote(self, shard: int, url: str = "", size: int | None = None, stamp: str = "") -> int:
         assert self.cache is not None
         if shard in self._failures:
-            raise ShardError(self._failures[shard])
+            raise type(self._failures[shard])(str(self._failures[shard]))
         entry = self.manifest.shards[shard]
         try:
             if url:
                 return self.cache.open(url, size, stamp)
             return self.cache.open(entry.url, entry.bytes, entry.sha256)
         except ShardError as error:
-            self._failures[shard] = str(error)
+            self._failures[shard] = error
             raise
 
 

@@ -50,6 +50,10 @@ class ShardError(ValueError):
     """A shard that cannot be read at all; the message names the shard and the way out."""
 
 
+class Unreachable(ShardError):
+    """A shard whose store has trouble; a later attempt may bring it."""
+
+
 class Refusal(ShardError):
     """A shard that another attempt would not bring either."""
 
