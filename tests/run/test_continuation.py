@@ -30,7 +30,7 @@ def run_of(directory: Path, identity: dict, *steps: int) -> Path:
         beside = directory / "checkpoints" / "new"
         beside.mkdir(parents=True)
         body = {"version": 3, "step": step, "world": 1, "layout": {}, "extra": {}, "files": {}, "precision": "fp32"}
-        publish(body | {"recipe_hash": hash_of(identity), "data_digest": "d"}, beside, final)
+        publish(body | {"recipe_hash": hash_of(identity), "data_digest": "d"}, [], beside, final)
     return directory
 
 
