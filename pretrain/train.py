@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         log.info("stopped by a signal before the first step; start the same line again")
         return leave(STOPPED)
     except RolledBack as back:
-        log.warning("%s; start the same line again", back)
+        log.warning("%s: %s; start the same line again", place(), back)
         return leave(LOST)  # launchers start a run again in place for it, and not for a signal
     except KeyboardInterrupt:
         log.info("stopped; checkpoints are intact, start the same line again to go on from the newest")
