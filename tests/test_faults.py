@@ -127,6 +127,23 @@ def test_a_rank_that_reads_for_long_is_waited_for_and_one_that_hangs_is_named(da
     assert len(told) == 2 and all(f"{missing} others wait (here: in step 9)" in sentence for sentence in told), told
 
 
+def stop_first(rank: int) -> None:
+    """Rank 0, in whose process the signs of life are, stops in its sixth step; silence may last 3 s."""
+    from pretrain.parallel import faults
+
+    faults.SILENT_S = 3.0
+    strike(signal.SIGSTOP, 0, 6, rank)
+
+
+@pytest.mark.slow
+def test_the_rank_that_holds_the_signs_is_named_too(data, tmp_path):
+    log = tmp_path / "log"
+    ranks = Ranks(line(data, tmp_path, "zero1", "timeout_s=300"), data, 2, log, stop_first)
+    assert ranks.wait(60) == [LOST, LOST], log.read_text()
+    assert "in struck" in log.read_text(), "the stack of the rank that hung"
+    assert f"rank 1 of 2: rank 0 on {socket.gethostname()} does not answer for " in sentences(log)[0]
+
+
 def fail(error: Exception, victim: int, rank: int) -> None:
     """`victim` raises in the third step's reading."""
     from pretrain.data.loader import Loader

@@ -38,7 +38,7 @@ DISK = re.compile(rf"error(?: on rank \d+)?: .*(?:{'|'.join(map(os.strerror, BRO
 # A process group that did not form is said as an error too, but it is no mistake of the user's.
 MISTAKE = re.compile(r":(?:\d\d:){2}\d\d error(?: on rank \d+)?: (?!rank \d+ of \d+: the process group)")
 NODE = re.compile(
-    r"rank \d+ on (\S+) (?:gives no sign|hangs in|is still in|was killed)|^srun: error: ([\w.-]+): tasks? "
+    r"rank \d+ on (\S+) (?:gives no|does not|hangs in|is still in|was killed)|^srun: error: ([\w.-]+): tasks? "
 )
 LOST_NODE = re.compile(r"^srun: error: (?:Node failure on (\S+)|.*missing step on node (\d{1,6})$)")
 REASON = re.compile(r"^(?:\d\d:){2}\d\d (error|bug on rank|rank \d+ o[fn])")

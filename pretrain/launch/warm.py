@@ -34,7 +34,9 @@ from pretrain.launch.preflight import main as preflight
 from pretrain.parallel.board import node_name
 from pretrain.parallel.engine import preload
 
-HANG_S = 20.0  # so long after the first rank has ended those that have not are killed
+# So long after the first rank has ended those that have not are killed: where ranks are lost, and where they were asked
+# to save (what one of them still writes is worth more).
+HANG_S, SAVE_S = 10.0, 600.0
 START_S, AGREE_S = 600.0, 90.0  # in which all ranks' processes have imported everything; end a phase together
 LOOK_S, CHECK_S = 0.02, 0.5
 SIGNALLED = (75, 138)  # see launch/stage.sbatch: the job requeues itself
@@ -131,7 +133,7 @@ class Rank:
             if (now := time.monotonic()) - checked > CHECK_S:
                 checked = now
                 ended = ended or (now if self._says(f"ended/{self.life}") else 0.0)
-                if ended and now - ended > HANG_S:
+                if ended and now - ended > (SAVE_S if self._says(f"saved/{self.life}", gone=False) else HANG_S):
                     by_us = True
                     os.kill(self.child, signal.SIGKILL)
         self.child = 0
@@ -141,6 +143,8 @@ class Rank:
                 _say(f"rank {self.number} on {node_name()} was killed by {name}", log)
         with suppress(dist.DistError):
             if code:
+                if code in SIGNALLED:
+                    self.store.set(f"saved/{self.life}", "")
                 self.store.set(f"ended/{self.life}", "")
             self.store.set(f"code/{self.life}/{self.number}", str(code))
         return code
@@ -171,7 +175,8 @@ class Rank:
         names = [f"code/{self.life}/{number}" for number in range(self.world)]
         while code == 0 and not self._says(f"ended/{self.life}") and not self.store.check(names):
             time.sleep(CHECK_S)
-        self.store.wait(names, timedelta(seconds=HANG_S + AGREE_S))
+        patience = SAVE_S if self._says(f"saved/{self.life}", gone=False) else HANG_S
+        self.store.wait(names, timedelta(seconds=patience + AGREE_S))
         return [int(said) for said in self.store.multi_get(names)]
 
     def _decide(self, code: int) -> str:
@@ -200,10 +205,11 @@ class Rank:
         except dist.DistError:
             return False
 
-    def _says(self, name: str) -> bool:
+    def _says(self, name: str, gone: bool = True) -> bool:
+        """Whether somebody set it; `gone`: the answer where the store, and perhaps the first rank's node, is gone."""
         with suppress(dist.DistError):
             return self.store.check([name])
-        return True  # the store is gone, and with it the first rank's node
+        return gone
 
     def _pass_on(self, number: int, frame: object) -> None:
         self.asked = number

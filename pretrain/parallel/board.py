@@ -118,6 +118,7 @@ class Board:
         self.signs: list[Sign | None] = [None] * world_size()
         self.silent_s = [0.0] * world_size()
         self.hang: Verdict | None = None
+        self._accusation: Verdict | None = None
         self._over = threading.Event()
         self._post()
         threading.Thread(target=self._work, name="board", daemon=True).start()
@@ -128,9 +129,9 @@ class Board:
         return self._rounds
 
     def accuse(self, verdict: Verdict) -> None:
-        """Tells all ranks. Whoever comes first is heard."""
-        with suppress(dist.DistError, RuntimeError):
-            self._store.compare_set(HANG, "", json.dumps(verdict))
+        """Tells all ranks, in the next round: the store may not answer, and who ends must not wait for it. Whoever
+        comes first is heard."""
+        self._accusation = verdict
 
     def close(self) -> None:
         self._over.set()
@@ -149,6 +150,8 @@ class Board:
         while not self._over.wait(BEAT_S):
             try:
                 self._post()
+                if self._accusation is not None and self.hang is None:
+                    self._store.compare_set(HANG, "", json.dumps(self._accusation))
                 if self.hang is None and self._store.check([HANG]):
                     self.hang = Verdict(*json.loads(self._store.get(HANG)))
                 if self.looks or self.hang is not None:

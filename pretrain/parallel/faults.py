@@ -34,8 +34,8 @@ TICK_S = 0.25
 # Between the naming of a rank that hangs and the end: all ranks write their stacks meanwhile.
 DUMP_S = 3.0
 # So long a rank may give no sign of life (its watch needs no more than Python's lock for a moment), in a step and
-# elsewhere, where large files are read; and so long the store of the signs may not answer.
-SILENT_S, SILENT_ELSEWHERE_S, STORE_S = 15.0, 60.0, 30.0
+# elsewhere, where large files are read; and so long the first rank, which holds the signs, may not answer.
+SILENT_S, SILENT_ELSEWHERE_S = 15.0, 60.0
 # How long, once the time is over, it may take to see for which rank the others wait.
 JUDGE_S = 5.0
 # EX_TEMPFAIL of sysexits.h: stopped by a signal; a launcher may start the same line again.
@@ -157,8 +157,10 @@ class Watch:
             verdict = slow_rank(board.signs)
             if verdict is not None and verdict.rank < 0 and self._waited < min(self._limit, PATIENCE_S):
                 verdict = None  # all of them may be busy with the same thing
-        if verdict is None and board.rounds and self._unanswered > STORE_S:
-            verdict = Verdict(0, os.environ["MASTER_ADDR"], f"does not answer for {self._unanswered:.0f} s")
+        if verdict is None and board.rounds and self._unanswered > silent_s:
+            first = board.signs[0]
+            host = os.environ["MASTER_ADDR"] if first is None else first.host
+            verdict = Verdict(0, host, f"does not answer for {self._unanswered:.0f} s")
         if verdict is not None and not self._over.is_set():
             self._end_for(verdict, board)
 

@@ -135,7 +135,7 @@ def test_a_rank_that_is_killed_starts_again_in_place_on_nodes_that_are_fit(submi
     (restart,) = read_restarts(stage)
     assert restart.action == "again" and "rank 1 on node2 was killed by SIGKILL" in restart.first
     said, ranks = logs(tmp_path / "run", job)
-    assert f"first error: {restart.first}" in said and ranks[0].parent.name.endswith(f"{job}-again1")
+    assert f"first error: {restart.first}" in said and ranks[-1].parent.name.endswith(f"{job}-again1")
     for life in {path.parent for path in ranks}:
         assert "2 nodes are fit" in (life / "preflight00000.log").read_text()
 
