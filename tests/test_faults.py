@@ -240,6 +240,17 @@ def test_data_workers_that_die_or_hang(data, tmp_path, world, number, says):
 
 
 @pytest.mark.slow
+def test_a_killed_data_worker_costs_a_run_nothing_but_its_place(data, tmp_path):
+    log, alone, struck = tmp_path / "log", tmp_path / "alone", tmp_path / "struck"
+    more = ["timeout_s=60", "loading.prefetch=1"]
+    assert Ranks(line(data, alone, "zero1", *more), data, 1, log).wait(60) == [0], log.read_text()
+    workers = line(data, struck, "zero1", *more, "loading.workers=2")
+    assert Ranks(workers, data, 1, log, partial(lose_worker, signal.SIGKILL, 0, 0)).wait(60) == [0], log.read_text()
+    assert "is killed by SIGKILL; another one makes its batches again, from step " in log.read_text()
+    check_weights(struck / "fusion", alone / "fusion")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_sigterm_ends_a_run_that_waits_for_its_data(data, tmp_path, world):
     log = tmp_path / "log"

@@ -193,6 +193,8 @@ class _Worker:
             message, fds = b"", []
         if not message:
             return None, False
+        if not fds:  # which the kernel drops without an error
+            raise OSError(errno.EMFILE, "too many open files to take a batch from a data worker; raise ulimit -n")
         try:
             return open_parcel(fds[0], *_PARCEL.unpack(message)), True
         finally:
@@ -246,7 +248,9 @@ def _run(work: Work, connection: socket.socket, pulses: Any, number: int, parent
         except TimeoutError:
             pulse.beat()
             continue
-        if not message:
+        except ConnectionResetError:
+            message = b""
+        if not message:  # the main process is gone
             return
         parcel = Parcel(work.pictures)
         try:

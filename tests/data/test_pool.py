@@ -6,6 +6,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from itertools import islice
@@ -66,6 +67,23 @@ def test_workers_may_come_from_a_server_that_forks_them(monkeypatch, caplog) -> 
     with Pool(Numbers(), 1, 2) as pool:
         check(pool.results(iter(ITEMS)))
     assert not caplog.messages
+
+
+def test_too_many_open_files_are_named() -> None:
+    least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Pool(Numbers(), 1, 1) as pool:
+        results = pool.results(iter(ITEMS))
+        next(results)
+        opened = max(int(name) for name in os.listdir("/proc/self/fd")) + 1
+        held = [os.open("/dev/null", os.O_RDONLY) for _ in range(opened)]  # there is no free place below
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(held) + 1, most))
+            with pytest.raises(OSError, match="ulimit -n"):
+                next(results)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (least, most))
+            for file in held:
+                os.close(file)
 
 
 def strike(number: int) -> None:
