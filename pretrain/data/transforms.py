@@ -121,7 +121,7 @@ class ImageTransform:
         if self.train:
             assert rng is not None, "a training transform needs the sample's generator"
             if self.flip and rng.random() < 0.5:
-                pixels = cv2.flip(pixels, 1)
+                pixels = cv2.flip(pixels, 1, dst=pixels)
             if self.jitter:
                 pixels = _jitter(pixels, self.jitter, rng)
         planes = np.empty((3, self.size, self.size), np.uint8)
@@ -162,16 +162,17 @@ def _sigma(ratio: float) -> float:
 
 
 def _jitter(pixels: np.ndarray, strength: float, rng: Generator) -> np.ndarray:
-    """Brightness, contrast and saturation, each blended by its own factor, in random order."""
+    """Brightness, contrast and saturation, each blended by its own factor, in random order; in place, because a copy for
+    each would take half as long again."""
     factors = rng.uniform(1 - strength, 1 + strength, size=3).tolist()
     for step in rng.permutation(3).tolist():
         f = factors[step]
         if step == 0:
-            pixels = cv2.convertScaleAbs(pixels, alpha=f)
+            pixels = cv2.convertScaleAbs(pixels, dst=pixels, alpha=f)
             continue
         grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
         if step == 1:
-            pixels = cv2.addWeighted(pixels, f, pixels, 0, cv2.mean(grey)[0] * (1 - f))
+            pixels = cv2.addWeighted(pixels, f, pixels, 0, cv2.mean(grey)[0] * (1 - f), dst=pixels)
         else:
-            pixels = cv2.addWeighted(pixels, f, cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB), 1 - f, 0)
+            pixels = cv2.addWeighted(pixels, f, cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB), 1 - f, 0, dst=pixels)
     return pixels

@@ -285,7 +285,7 @@ def test_jitter_is_brightness_contrast_and_saturation_as_pillow_does_them(order:
     for step in order:
         tool = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[step]
         expected = tool(expected).enhance(factors[step])
-    out = transforms._jitter(pixels, 0.4, Fixed(factors, order))
+    out = transforms._jitter(pixels.copy(), 0.4, Fixed(factors, order))
     assert abs(out.astype(int) - np.asarray(expected).astype(int)).max() <= 4
 
 
