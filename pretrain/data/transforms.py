@@ -162,8 +162,8 @@ def _sigma(ratio: float) -> float:
 
 
 def _jitter(pixels: np.ndarray, strength: float, rng: Generator) -> np.ndarray:
-    """Brightness, contrast and saturation, each blended by its own factor, in random order; in place, because a copy for
-    each would take half as long again."""
+    """Brightness, contrast and saturation, each blended by its own factor, in random order. In place: a copy for each
+    takes half as long again."""
     factors = rng.uniform(1 - strength, 1 + strength, size=3).tolist()
     for step in rng.permutation(3).tolist():
         f = factors[step]
