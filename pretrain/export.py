@@ -52,6 +52,9 @@ CONFIG = "config.json"
 RELEASED_HEAD_DIM = 64
 # torchscale's position tables begin with two unused rows (fairseq's padding offset).
 UNUSED_POSITIONS = 2
+# And these texts, for a file without them.
+RELEASED_WORDS, RELEASED_POSITIONS = 64010, 1024
+TEXT_PART = re.compile(r"text_embed|\.B\.")  # of released names
 # The tensors whose shape depends on the number of patches.
 POSITIONS = ("encoder.vision_embed.positions", "encoder.relative_position.table")
 MODALITIES = {"A": "vision", "B": "language"}
@@ -103,8 +106,9 @@ def head_names() -> dict[str, dict[str, str]]:
     }
 
 
-def names(depth: int, *, final_norm: bool = True) -> dict[str, str]:
-    """Our name -> the released name, of every tensor of a released model with `depth` blocks, without its heads."""
+def names(depth: int, *, final_norm: bool = True, language: bool = True) -> dict[str, str]:
+    """Our name -> the released name, of every tensor of a released model with `depth` blocks, without its heads.
+    `language`: with the parts of texts."""
     table = {
         "vision_embed.proj.weight": "vision_embed.proj.weight",
         "vision_embed.proj.bias": "vision_embed.proj.bias",
@@ -120,6 +124,8 @@ def names(depth: int, *, final_norm: bool = True) -> dict[str, str]:
             for ours, theirs in BLOCK.items():
                 layers[f"blocks.{i}.{ours.format(m=small)}"] = f"encoder.layers.{i}.{theirs.format(M=big)}"
         table |= {f"{a}.{part}": f"{b}.{part}" for a, b in layers.items() for part in ("weight", "bias")}
+    if not language:
+        table = {ours: theirs for ours, theirs in table.items() if not TEXT_PART.search(theirs)}
     return {f"encoder.{ours}": f"beit3.{theirs}" for ours, theirs in table.items()}
 
 
@@ -149,18 +155,22 @@ def from_released(state: State, heads: int | None = None) -> tuple[State, Multiw
     """Released tensors -> (ours, the configuration inferred from their shapes). The shapes do not tell `heads`: None
     means the released models' 64 per head. Heads come along, those of fine-tuning too if they are whole; what has no
     counterpart is dropped with a log line."""
-    if missing := [key for key in ("beit3.text_embed.weight", "beit3.vision_embed.proj.weight") if key not in state]:
+    # A classifier's checkpoint may hold the parts of pictures alone.
+    language = any(TEXT_PART.search(key) for key in state) or "fc_norm.weight" not in state
+    needed = ("beit3.text_embed.weight", "beit3.vision_embed.proj.weight")[0 if language else 1 :]
+    if missing := [key for key in needed if key not in state]:
         raise ValueError(f"these weights have no {missing[0]}; give a BEiT-3 checkpoint from unilm")
     cfg = _guess_config(state, heads)
     ours = {}
-    table = names(cfg.depth, final_norm=cfg.final_norm)
+    table = names(cfg.depth, final_norm=cfg.final_norm, language=language)
     for mine, theirs in table.items():
         if theirs not in state:
             raise ValueError(f"these weights have no {theirs}; they are incomplete, so get the file again")
         ours[mine] = state[theirs].clone()
     _patch_weights(ours, "encoder.vision_embed.proj.weight", (cfg.dim, 3 * cfg.patch_size**2))
     for mine in ("encoder.vision_embed.positions", "encoder.text_embed.positions"):
-        ours[mine] = ours[mine][UNUSED_POSITIONS:].clone()
+        if mine in ours:
+            ours[mine] = ours[mine][UNUSED_POSITIONS:].clone()
     known = HEADS.copy()
     for head in head_names().values():
         known |= head if all(theirs in state for theirs in head.values()) else {}
@@ -210,7 +220,8 @@ def _guess_config(state: State, heads: int | None) -> MultiwayConfig:
     layers = [int(m[1]) for key in state if (m := re.match(r"beit3\.encoder\.layers\.(\d+)\.", key))]
     up = state.get("beit3.encoder.layers.0.ffn.A.fc1.weight")
     tables = [state.get(f"beit3.encoder.embed_positions.{key}.weight") for key in ("A", "B")]
-    if up is None or tables[0] is None or tables[1] is None:
+    words = state.get("beit3.text_embed.weight")
+    if up is None or tables[0] is None or (words is not None and tables[1] is None):
         raise ValueError("these weights have no layers or no position tables; give a whole BEiT-3 checkpoint")
     grid = round((len(tables[0]) - UNUSED_POSITIONS - 1) ** 0.5)
     return MultiwayConfig(
@@ -220,8 +231,8 @@ def _guess_config(state: State, heads: int | None) -> MultiwayConfig:
         ffn_dim=len(up),
         image_size=grid * patch,
         patch_size=patch,
-        vocab_size=len(state["beit3.text_embed.weight"]),
-        max_text_len=len(tables[1]) - UNUSED_POSITIONS,
+        vocab_size=RELEASED_WORDS if words is None else len(words),
+        max_text_len=(RELEASED_POSITIONS if tables[1] is None else len(tables[1])) - UNUSED_POSITIONS,
         attention="per_modality",
         sub_norm="beit3.encoder.layers.0.ffn.A.ffn_layernorm.weight" in state,
         init="sub_norm",
