@@ -124,25 +124,42 @@ def train(quickstart: Path, work: Path, stage: str) -> float:
 
 
 def frozen(quickstart: Path, work: Path) -> Iterator[dict[str, Any]]:
-    """Rows of what vectors say that nobody fine-tuned: of fresh weights, and of the quickstart's."""
+    """Rows of what vectors say that nobody fine-tuned for it. Of patches: the quickstart's `fusion` beside fresh
+    weights; of the dual encoder: its `retrieval` beside `scratch`, which saw the same captions and no stage before."""
     samples = {split: _labelled(work / "tasks/classes" / split) for split in PER_CLASS}
-    scores: dict[str, dict[str, float]] = {"k-NN": {}, "linear": {}}
-    both = {"scratch": _fresh(quickstart / "fusion", work / "fresh"), "pretrained": quickstart / "fusion"}
-    for name, weights in both.items():
-        vectors = {split: _vectors(load(weights, device="cpu"), data) for split, (data, _, _) in samples.items()}
-        train, label, test, right = vectors["train"], samples["train"][1], vectors["test"], samples["test"][1]
-        said = {"k-NN": nearest_vote(train, label, test, 20, len(TRAINING))}
-        said["linear"] = linear_answers(train, label, test, len(TRAINING), (1e-4, 1e-3, 1e-2, 1e-1))
-        for probe, answers in said.items():
-            scores[probe][name] = 100 * (answers == right).double().mean().item()
-    for probe, own in scores.items():
-        yield {"task": f"colour and shape, {probe}, top-1 %", "chance": 100 / len(TRAINING), **own}
-    data, right, names = samples["test"]
-    zero_shot = {}
-    for name in ("scratch", "retrieval"):
-        nearest = load(quickstart / name, device="cpu").classify(data, names, ("a {}",)).argmax(-1)
-        zero_shot["pretrained" if name == "retrieval" else name] = 100 * (nearest == right).double().mean().item()
+    fresh = _fresh(quickstart / "fusion", work / "fresh")
+    sources = {
+        "mean of patches, frozen": (_patches, {"scratch": fresh, "pretrained": quickstart / "fusion"}),
+        "dual encoder's vectors": (
+            Pretrained.embed_images,
+            {"scratch": quickstart / "scratch", "pretrained": quickstart / "retrieval"},
+        ),
+    }
+    label, (data, right, names) = samples["train"][1], samples["test"]
+    for source, (embed, models) in sources.items():
+        scores: dict[str, dict[str, float]] = {"k-NN": {}, "linear": {}}
+        for name, weights in models.items():
+            model = load(weights, device="cpu")
+            train, test = embed(model, samples["train"][0]), embed(model, data)
+            said = {"k-NN": nearest_vote(train, label, test, 20, len(TRAINING))}
+            said["linear"] = linear_answers(train, label, test, len(TRAINING), (1e-4, 1e-3, 1e-2, 1e-1))
+            for probe, answers in said.items():
+                scores[probe][name] = _percent(answers == right)
+        for probe, own in scores.items():
+            yield {"task": f"colour and shape, {source}, {probe}, top-1 %", "chance": 100 / len(TRAINING), **own}
+    zero_shot = {
+        name: _percent(load(weights, device="cpu").classify(data, names, ("a {}",)).argmax(-1) == right)
+        for name, weights in models.items()
+    }
     yield {"task": "colour and shape, by name alone, top-1 %", "chance": 100 / len(TRAINING), **zero_shot}
+
+
+def _percent(right: torch.Tensor) -> float:
+    return round(100 * right.double().mean().item(), 2)
+
+
+def _patches(model: Pretrained, pictures: list[bytes]) -> torch.Tensor:
+    return torch.cat([model.patches(pictures[start : start + 256]).mean(1) for start in range(0, len(pictures), 256)])
 
 
 def _labelled(shards: Path) -> tuple[list[bytes], torch.Tensor, list[str]]:
@@ -162,12 +179,6 @@ def _fresh(weights: Path, place: Path) -> Path:
     task = PretrainTask(model, experts_in(state), objectives_in(state, model))
     write_weights(task.state_dict(), place / "weights.safetensors", read_weights(weights)[1])
     return place
-
-
-@torch.no_grad()
-def _vectors(model: Pretrained, pictures: list[bytes]) -> torch.Tensor:
-    """The mean of each picture's patches."""
-    return torch.cat([model.patches(pictures[start : start + 256]).mean(1) for start in range(0, len(pictures), 256)])
 
 
 def chances(quickstart: Path, work: Path) -> dict[str, float]:
@@ -190,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser("benchmarks.downstream", __doc__, "--quickstart runs/quickstart --work runs/downstream")
     parser.add_argument("--quickstart", type=Path, required=True, metavar="DIR", help="the quickstart's run directory")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="for the sets and the runs")
-    parser.add_argument("--frozen", action="store_true", help="only what needs no training: a minute")
+    parser.add_argument("--tasks", nargs="*", choices=METRICS, default=list(METRICS), help="to train on (all of them)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON, too")
     args = parser.parse_args(arguments)
     return run(lambda: _run(args, arguments), state="finished stages stay; run the same command to continue")
@@ -203,10 +214,9 @@ def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
     rows = list(frozen(args.quickstart, args.work))
     results = {**about("benchmarks.downstream", arguments), **machine("torch"), "rows": rows}
     write(results, args.out)
-    if args.frozen:
-        return
     guess = chances(args.quickstart, args.work)
-    for stage, (_, task) in METRICS.items():
+    for stage in args.tasks:
+        task = METRICS[stage][1]
         task = f"colour and shape, {task}" if stage == "classes" else task
         scores = {"scratch": train(args.quickstart, args.work, f"{stage}_scratch")}
         scores["pretrained"] = train(args.quickstart, args.work, stage)
