@@ -35,10 +35,12 @@ from pretrain import command
 from pretrain.checkpoint.weights import WEIGHTS, read_weights, write_weights
 from pretrain.config import to_json
 from pretrain.data.text_tokenizer import TOKENIZER, TextTokenizer
-from pretrain.files import written_in_one_step
+from pretrain.files import write_file, written_in_one_step
+from pretrain.hub.read import read_directory
 from pretrain.hub.write import write_directory
 from pretrain.json_files import read_object
 from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.released_names import HEADS, TEXT_PART, head_names, names
 from pretrain.run.huggingface import from_huggingface
 from pretrain.run.stored_weights import model_in
 from pretrain.tensors import check_finite, check_type
@@ -54,79 +56,8 @@ RELEASED_HEAD_DIM = 64
 UNUSED_POSITIONS = 2
 # And these texts, for a file without them.
 RELEASED_WORDS, RELEASED_POSITIONS = 64010, 1024
-TEXT_PART = re.compile(r"text_embed|\.B\.")  # of released names
 # The tensors whose shape depends on the number of patches.
 POSITIONS = ("encoder.vision_embed.positions", "encoder.relative_position.table")
-MODALITIES = {"A": "vision", "B": "language"}
-# Inside a block, our names -> torchscale's, for layers that exist once per modality; {m}, {M} are the modality.
-BLOCK = {
-    "norm.{m}": "self_attn_layer_norm.{M}",
-    "attention.q.{m}": "self_attn.q_proj.{M}",
-    "attention.k.{m}": "self_attn.k_proj.{M}",
-    "attention.v.{m}": "self_attn.v_proj.{M}",
-    "attention.inner_norm.{m}": "self_attn.inner_attn_ln.{M}",
-    "attention.out.{m}": "self_attn.out_proj.{M}",
-    "experts.{m}.norm": "final_layer_norm.{M}",
-    "experts.{m}.up": "ffn.{M}.fc1",
-    "experts.{m}.inner_norm": "ffn.{M}.ffn_layernorm",
-    "experts.{m}.down": "ffn.{M}.fc2",
-}
-HEADS = {
-    "objectives.masked.text.weight": "mlm_head.weight",
-    "objectives.masked.text.bias": "mlm_head.bias",
-    "objectives.masked.image.weight": "mim_head.weight",
-    "objectives.masked.image.bias": "mim_head.bias",
-    "objectives.contrastive.language.weight": "language_head.weight",
-    "objectives.contrastive.vision.weight": "vision_head.weight",
-    "objectives.contrastive.logit_scale": "logit_scale",
-}
-# Fine-tuning heads: modules of ours -> unilm's (beit3/modeling_finetune.py), by our objective.
-FINE_TUNING_HEADS = {
-    "classification": {"norm": "fc_norm", "classes": "head"},
-    "answering": {
-        "norm": "pooler.norm",
-        "pool": "pooler.dense",
-        "answer.0": "head.0",
-        "answer.1": "head.1",
-        "answer.3": "head.3",
-    },
-    "reasoning": {"norm": "head.norm1", "judge.0": "head.dense1", "judge.1": "head.norm2", "judge.3": "head.dense2"},
-}
-
-
-def head_names() -> dict[str, dict[str, str]]:
-    """Of each fine-tuning objective its tensors: our name -> the released one."""
-    return {
-        name: {
-            f"objectives.{name}.{ours}.{part}": f"{theirs}.{part}"
-            for ours, theirs in modules.items()
-            for part in ("weight", "bias")
-        }
-        for name, modules in FINE_TUNING_HEADS.items()
-    }
-
-
-def names(depth: int, *, final_norm: bool = True, language: bool = True) -> dict[str, str]:
-    """Our name -> the released name, of every tensor of a released model with `depth` blocks, without its heads.
-    `language`: with the parts of texts."""
-    table = {
-        "vision_embed.proj.weight": "vision_embed.proj.weight",
-        "vision_embed.proj.bias": "vision_embed.proj.bias",
-        "vision_embed.cls_token": "vision_embed.cls_token",
-        "vision_embed.mask_token": "vision_embed.mask_token",
-        "vision_embed.positions": "encoder.embed_positions.A.weight",
-        "text_embed.tokens.weight": "text_embed.weight",
-        "text_embed.positions": "encoder.embed_positions.B.weight",
-    }
-    for big, small in MODALITIES.items():
-        layers = {f"norm.{small}": f"encoder.layer_norm.{big}"} if final_norm else {}
-        for i in range(depth):
-            for ours, theirs in BLOCK.items():
-                layers[f"blocks.{i}.{ours.format(m=small)}"] = f"encoder.layers.{i}.{theirs.format(M=big)}"
-        table |= {f"{a}.{part}": f"{b}.{part}" for a, b in layers.items() for part in ("weight", "bias")}
-    if not language:
-        table = {ours: theirs for ours, theirs in table.items() if not TEXT_PART.search(theirs)}
-    return {f"encoder.{ours}": f"beit3.{theirs}" for ours, theirs in table.items()}
 
 
 def to_released(state: State, cfg: MultiwayConfig) -> State:
@@ -325,6 +256,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     handing.add_argument("directory", type=Path, help="a stage's directory, with weights.safetensors and config.json")
     handing.add_argument("out", type=Path, help="a new directory")
     handing.add_argument("--text-tokenizer", type=Path, help="the SentencePiece model, where none lies beside them")
+    taking = commands.add_parser("from-hf", help="what to-hf wrote -> a directory of ours")
+    taking.add_argument("directory", type=Path)
+    taking.add_argument("out", type=Path, help="new directory for weights.safetensors and config.json")
     resizing = commands.add_parser("resize", help="interpolate the positions for another picture size")
     resizing.add_argument("directory", type=Path)
     resizing.add_argument("out", type=Path)
@@ -348,6 +282,11 @@ def run(args: argparse.Namespace) -> None:
             TextTokenizer(beside)  # ValueError for what is none
         text = beside if beside.is_file() else None
         write_directory(state, cfg, args.out, source=args.directory, config=config, text=text)
+    elif args.command == "from-hf":
+        state, cfg, config = read_directory(args.directory)
+        write_weights(state, args.out / WEIGHTS, config | {"model": to_json(cfg)})
+        if (text := args.directory / TOKENIZER).is_file():
+            write_file(args.out / TOKENIZER, text.read_bytes())
     else:
         state, cfg, config = read_model(args.directory)
         state, cfg = resize_positions(state, cfg, args.image_size)

@@ -9,6 +9,7 @@ from pretrain.checkpoint.weights import WEIGHTS, read_weights
 from pretrain.contracts import Objective, State
 from pretrain.data.text_tokenizer import BESIDE_WEIGHTS
 from pretrain.export import from_released, read_tensors
+from pretrain.hub.read import is_directory, read_directory
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.objectives.answering import Answering
 from pretrain.objectives.captioning import Captioning
@@ -25,6 +26,8 @@ from pretrain.tasks.pretrain import PretrainTask
 
 
 def read_stored(path: Path) -> tuple[State, MultiwayConfig, dict[str, Any]]:
+    if path.is_dir() and not (path / WEIGHTS).is_file() and is_directory(path):
+        return read_directory(path)
     if path.is_dir() or path.suffix == ".safetensors":
         if path.is_dir() and not (path / WEIGHTS).is_file():
             raise ValueError(f"{path} has no {WEIGHTS}; give the directory of a finished stage")

@@ -118,6 +118,17 @@ def test_it_needs_nothing_of_this_package(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_it_comes_back(tmp_path):
+    task, directory = written(tmp_path, "released", look="squash")
+    assert main(["from-hf", str(directory), str(tmp_path / "back")]) == 0
+    for place in (directory, tmp_path / "back"):  # it loads as it is, too
+        ours, back = pretrain.load(tmp_path / "ours"), pretrain.load(place)
+        assert replace(back.model, init=ours.model.init) == ours.model and back.transform == ours.transform
+        torch.testing.assert_close(back.embed_texts(TEXTS), ours.embed_texts(TEXTS), rtol=0, atol=0)
+        assert back.fill_mask(["a <mask>"]) == ours.fill_mask(["a <mask>"])
+    assert len(task.state_dict()) > 10
+
+
 def test_the_card_says_what_it_is(tmp_path):
     ours = tmp_path / "ours"
     ours.mkdir()
@@ -141,4 +152,9 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path, capsys):
     assert "no does not exist" in refused(capsys, main, "to-hf", tmp_path / "no", tmp_path / "new")
     line = ["to-hf", tmp_path / "ours", tmp_path / "new", "--text-tokenizer", tmp_path / "hf" / "config.json"]
     assert "is not a SentencePiece model" in refused(capsys, main, *line)
+    assert "has no model.safetensors" in refused(capsys, main, "from-hf", tmp_path / "ours", tmp_path / "new")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    for change, words in (({"model_type": "bert"}, "holds a bert"), ({"dim": 7}, "its config is no MultiwayConfig")):
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config | change))
+        assert words in refused(capsys, main, "from-hf", tmp_path / "hf", tmp_path / "new")
     assert not (tmp_path / "new").exists()

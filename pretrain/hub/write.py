@@ -19,7 +19,7 @@ from pretrain.models.multiway.config import MultiwayConfig
 
 CODE = Path(__file__).with_name("files")
 MODULES = ("configuration_multiway", "modeling_multiway", "processing_multiway")
-WEIGHTS, TEXT_MODEL = "model.safetensors", "text.model"
+WEIGHTS, TEXT_MODEL, MODEL_TYPE = "model.safetensors", "text.model", "imglish_multiway"
 # Our tensor -> its name there; the encoder's are the same.
 HEADS = {
     "objectives.contrastive.vision.weight": "vision_head.weight",
@@ -71,7 +71,7 @@ def write_directory(
     }
     model_map = {"AutoConfig": f"{MODULES[0]}.MultiwayConfig", "AutoModel": f"{MODULES[1]}.MultiwayModel"}
     processor = {"AutoProcessor": f"{MODULES[2]}.MultiwayProcessor"}
-    about = {"model_type": "imglish_multiway", "architectures": ["MultiwayModel"], "dtype": "float32"}
+    about = {"model_type": MODEL_TYPE, "architectures": ["MultiwayModel"], "dtype": "float32"}
     write_json(out / "config.json", about | {"auto_map": model_map | processor} | fields)
     seen = {"image_size": model.image_size, "max_text_len": model.max_text_len, "evaluation": evaluation}
     named = {"processor_class": "MultiwayProcessor", "auto_map": processor, "has_text": text is not None}
