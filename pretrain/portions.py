@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from pretrain.checkpoint.weights import weights_digest
+from pretrain.checkpoint.weights import WEIGHTS, weights_digest
 from pretrain.command import add_workers, part_of
 from pretrain.data.shards.manifest import MANIFEST, load_manifest
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample, ShardReader
 from pretrain.data.sources import picture
 from pretrain.files import sha256_of, write_json
+from pretrain.hub.read import is_directory
+from pretrain.hub.write import WEIGHTS as HUGGING_FACE
 from pretrain.json_files import read_object
 from pretrain.pretrained import Pretrained, load
 from pretrain.visible import say
@@ -130,7 +132,7 @@ class Job(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser, batch: int, out: str) -> None:
     """What both commands take; `batch` is the default, `out` the help of --out."""
-    parser.add_argument("weights", type=Path, help="a stage's directory, a weights.safetensors or a released .pth")
+    parser.add_argument("weights", type=Path, help="whatever pretrain.load reads, such as a stage's directory")
     parser.add_argument("input", type=Path, help="a directory of indexed shards, or a folder of pictures")
     parser.add_argument("--out", type=Path, required=True, help=out)
     parser.add_argument("--text-tokenizer", type=Path, help="for weights that came without theirs")
@@ -195,4 +197,6 @@ def _agree(out: Path, name: str, about: dict[str, Any]) -> None:
 
 def weights_name(weights: Path) -> str:
     """A hash that names weights: what embed.json says."""
+    if weights.is_dir() and is_directory(weights) and not (weights / WEIGHTS).is_file():
+        weights = weights / HUGGING_FACE
     return weights_digest(weights) if weights.is_dir() or weights.suffix == ".safetensors" else sha256_of(weights)

@@ -242,8 +242,8 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Pretrained:
-    """The directory of a trained stage, a weights.safetensors, or a released BEiT-3 file (.pth with unilm's names) ->
-    a model to use; no recipe is needed, and nothing in the files is executed.
+    """The directory of a trained stage, a weights.safetensors, a released BEiT-3 file (.pth with unilm's names), or a
+    Hugging Face directory of ours -> a model to use; no recipe is needed, and nothing in the files is executed.
 
     `text_tokenizer`: a SentencePiece model or a tokenizer.json, for weights that came without theirs. `device`: a GPU
     where there is one.

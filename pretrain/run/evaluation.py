@@ -23,6 +23,13 @@ from pretrain.run.stored_weights import input_digest
 OF_STAGE = ("model", "experts", "objectives", "task", "visual_tokenizer", "transform", "evals")
 OF_RECIPE = ("text_tokenizer", "seed", "loading")
 OWN = "eval.json"
+# Fields that came later, with the value under which everything is as before: the hash of an evaluation leaves them out
+# then, so that one of an earlier program stays what it is.
+LATER: dict[tuple[str, str], Any] = {
+    ("MultiwayConfig", "final_norm"): True,
+    ("CaptionShards", "draw"): False,
+    ("Contrastive", "loss"): "softmax",
+}
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -116,7 +123,22 @@ def _marks(recipe: Recipe, stage: Stage, run_dir: Path) -> dict[str, str]:
     if stage.visual_tokenizer is not None:
         with suppress(ValueError):  # it may be gone where no evaluation asks for codes
             inputs.append(input_digest(stage.visual_tokenizer, run_dir, "visual_tokenizer"))
-    return {"evals": _hash(to_json(_parts(recipe, stage))), "data": _hash(inputs)}
+    return {"evals": evals_hash(recipe, stage), "data": _hash(inputs)}
+
+
+def evals_hash(recipe: Recipe, stage: Stage) -> str:
+    """Names all that the numbers of the stage's evaluations depend on, apart from data and weights."""
+    return _hash(_as_before(to_json(_parts(recipe, stage))))
+
+
+def _as_before(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_as_before(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    kind, missing = str(value.get("class")), object()
+    kept = {name: each for name, each in value.items() if LATER.get((kind, name), missing) != each}
+    return {name: _as_before(each) for name, each in kept.items()}
 
 
 def sources(value: Any) -> Iterator[Any]:
