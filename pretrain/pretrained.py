@@ -118,6 +118,27 @@ class Pretrained:
         return torch.cat(parts) if parts else torch.zeros(0)
 
     @torch.no_grad()
+    def class_scores(self, pictures: Iterable[Picture], batch: int = 64) -> Tensor:
+        """-> the probability of each class [N, classes], by a stage that was fine-tuned for them (ImageClassification);
+        their names are the labels.json of its data. ValueError for other weights."""
+        head, parts = (
+            self._head("classification", "fine-tune a stage for classes, or use classify with their names"),
+            [],
+        )
+        for pixels in self._looks(pictures, batch):
+            layout = Layout(images=len(pixels), patches=self._patches)
+            parts.append(head.logits(self._encode(layout, images=pixels)).float().softmax(-1).cpu())
+        return torch.cat(parts) if parts else torch.zeros(0, head.classes.out_features)
+
+    @torch.no_grad()
+    def answer_scores(self, pictures: Sequence[Picture], questions: Sequence[str], batch: int = 64) -> Tensor:
+        """Each picture with its own question -> the probability of each answer by itself [N, answers], by a stage that
+        was fine-tuned for them (Answering); the answers are the list of its data. ValueError for other weights."""
+        head = self._head("answering", "fine-tune a stage on questions with Answering(...)")
+        parts = [head.logits(each).float().sigmoid().cpu() for each in self._pairs(pictures, questions, batch)]
+        return torch.cat(parts) if parts else torch.zeros(0, head.answer[-1].out_features)
+
+    @torch.no_grad()
     def fill_mask(
         self, texts: Sequence[str], pictures: Sequence[Picture] | None = None, *, best: int = 5, batch: int = 64
     ) -> list[list[list[tuple[str, float]]]]:

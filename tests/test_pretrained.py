@@ -19,7 +19,9 @@ from pretrain.data.shards.reader import BadSample
 from pretrain.data.transforms import ImageTransform
 from pretrain.evals.generation import Writing
 from pretrain.export import to_released, write_tensors
+from pretrain.objectives.answering import Answering
 from pretrain.objectives.captioning import Captioning
+from pretrain.objectives.classification import ImageClassification
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked import MaskedData
 from pretrain.objectives.matching import Matching
@@ -181,6 +183,23 @@ def test_pairs_are_scored_by_the_matching_head(fusion):
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-6)
 
 
+def test_fine_tuned_stages_say_classes_and_answers(tmp_path):
+    model = replace(RELEASED, final_norm=False)
+    made = PretrainTask(model, ("vision", "language"), [ImageClassification(5), Answering(7)]).eval()
+    write_weights(made.state_dict(), tmp_path / "weights.safetensors", {"model": to_json(model)})
+    write_text_model(tmp_path / "text.model", TEXTS * 9, RELEASED.vocab_size - 2)
+    loaded = pretrain.load(tmp_path)
+    pixels = torch.stack([loaded.look(data) for data in pictures(3)])
+    with torch.no_grad():
+        images = made.encoder(make_batch(Layout(images=3, patches=RELEASED.patches), images=pixels))
+        pairs = pair_rows(loaded, made, [loaded.tokenizer().encode("a bus")] * 3, 3)
+        classes = made.objectives["classification"].logits(images).softmax(-1)
+        answers = made.objectives["answering"].logits(pairs).sigmoid()
+    torch.testing.assert_close(loaded.class_scores(pictures(3), batch=2), classes, rtol=0, atol=1e-6)
+    torch.testing.assert_close(loaded.answer_scores(pictures(3), ["a bus"] * 3, batch=2), answers, rtol=0, atol=1e-6)
+    assert loaded.class_scores([]).shape == (0, 5) and loaded.answer_scores([], []).shape == (0, 7)
+
+
 def test_captions_are_the_same_in_any_batches(fusion):
     model = pretrain.load(fusion[0])
     for how in (None, Writing(beams=1, top_p=0.9, max_words=6)):
@@ -195,6 +214,8 @@ def test_weights_without_the_head_say_so(stage):
     for call, words in (
         (lambda: model.caption(pictures(1)), "no masked head; load a stage with Captioning"),
         (lambda: model.fill_mask(["<mask>"]), "no masked head; load a stage that hides words"),
+        (lambda: model.class_scores(pictures(1)), "no classification head; fine-tune a stage for classes"),
+        (lambda: model.answer_scores(pictures(1), ["a"]), "no answering head; fine-tune a stage on questions"),
         (lambda: model.score_pairs(pictures(1), ["a"]), "no matching head; train a stage with Matching"),
     ):
         with pytest.raises(ValueError, match=words):

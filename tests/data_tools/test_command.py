@@ -16,7 +16,7 @@ from pretrain.command import run
 PLACE = Path(data_tools.__file__).parent
 HELPERS = ("__init__", "ownership")
 TOOLS = sorted(f"data_tools.{path.stem}" for path in PLACE.glob("*.py") if path.stem not in HELPERS)
-COMMANDS = ["pretrain.encode_images", "pretrain.evaluate", "pretrain.export", *TOOLS]
+COMMANDS = ["pretrain.caption", "pretrain.encode_images", "pretrain.evaluate", "pretrain.export", *TOOLS]
 KILLED = "error: a worker process was killed, perhaps because memory ran out; use fewer --workers (no work is lost)\n"
 
 
