@@ -125,7 +125,9 @@ def _score(
         both = torch.stack([total, target])
         dist.all_reduce(both, group=group)
         total, target = both.unbind(0)
-    logits.mul_(total.reciprocal().unsqueeze(1)).scatter_add_(1, own, (smoothing - 1) * hit.unsqueeze(1))
+    logits.mul_(total.reciprocal().unsqueeze(1))
+    # One number of each row: no scatter_add_, which torch refuses on a GPU under `deterministic`.
+    logits.scatter_(1, own, logits.gather(1, own) + (smoothing - 1) * hit.unsqueeze(1))
     if smoothing:
         logits[:, :real] -= even
     return total.log() - target, best

@@ -137,6 +137,8 @@ PARTS: dict[str, tuple[Cell, ...]] = {
         steps("released", "--stored-codes", recipe="beit3_base_released"),
         VLMO,
         steps("all, checkpointing", "--stored-codes --set activation_checkpointing=1"),
+        steps("all, deterministic", "--stored-codes --set deterministic=true"),
+        steps("all, fp32 by TF32", "--stored-codes --set tf32=true", ds="zero1"),
     ),
     "sizes": (
         large("large"),

@@ -32,7 +32,7 @@ from pretrain.plan.hardware import FRAGMENTS, GIB, GPUS, OUTSIDE
 from pretrain.plan.memory import Cell, Memory, peak_memory
 from pretrain.plan.model import Planned, micro_batch_layout, planned
 from pretrain.plan.page import page
-from pretrain.plan.time import Cluster, Time, step_time
+from pretrain.plan.time import Cluster, Time, step_time, whole_stage
 from pretrain.recipes import load_recipe
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -160,7 +160,9 @@ def _row(plan: Plan, row: Row) -> dict[str, Any]:
         "memory_gib": {k: round(v / GIB, 3) if isinstance(v, int | float) else v for k, v in memory.items()},
     }
     if time is not None:
+        whole = whole_stage(plan.planned, cell, plan.cluster, time.step)
         values |= {
+            "stage": {name: round(value, 3 if value < 100 else 0) for name, value in whole._asdict().items()},
             "step_s": round(time.step, 4),
             "seconds": {n: round(getattr(time, n), 4) for n in ("compute", "communication", "bubble", "optimizer")},
             "samples_per_s": round(plan.planned.stage.batch.total / time.step, 1),

@@ -69,6 +69,12 @@ def _detail(row: dict[str, Any], args: argparse.Namespace) -> list[str]:
     lines = [f"first: seconds {parts}", f"       a GPU sends in a step: {sent}"]
     if host:
         lines.append(f"       each rank also holds {host:.1f} GiB of the host's memory")
+    stage = row["stage"]
+    lines += [
+        f"       whole stage: {stage['hours'] / 24:,.1f} days, {stage['gpu_hours']:,.0f} GPU-hours, "
+        f"{stage['saving']:.2%} of it to write checkpoints of {stage['checkpoint'] / 1e9:.1f} GB",
+        f"       a node reads {stage['pictures']:,.0f} pictures/s, {stage['cores']:.1f} cores' work",
+    ]
     command = (
         f"python -m pretrain.train --recipe {args.recipe} --stage {args.stage} --ds {row['ds']} {' '.join(settings)}"
     )

@@ -11,7 +11,8 @@ from pretrain.flops import Product, encoder_flops, product_flops
 from pretrain.plan.hardware import (
     ADAM_BYTES,
     BLOCK_KERNELS,
-    FP32_SHARE,
+    CORE_PICTURES,
+    FP32,
     HALF_ROWS,
     HALF_WIDTH,
     HOST_ADAM_RATE,
@@ -22,6 +23,10 @@ from pretrain.plan.hardware import (
     MEMORY_SHARE,
     OVERLAP,
     PERSISTENCE,
+    STEP_LAUNCHES,
+    TF32_SHARE,
+    WRITE_RATE,
+    ZERO3_HOST,
     Gpu,
 )
 from pretrain.plan.memory import Cell
@@ -75,6 +80,31 @@ def step_time(planned: Planned, cell: Cell, cluster: Cluster) -> Time:
     return Time(compute, shown, bubble, _adam(planned, cell, cluster), sent, flops, executed)
 
 
+class Whole(NamedTuple):
+    """What the stage needs, all its steps and saves."""
+
+    hours: float
+    gpu_hours: float
+    saving: float  # the share of the time in which checkpoints are written
+    checkpoint: float  # bytes: weights, fp32 masters and Adam's two moments
+    pictures: float  # to be read each second by a node
+    cores: float  # for that, of each node
+
+
+def whole_stage(planned: Planned, cell: Cell, cluster: Cluster, step: float) -> Whole:
+    """`step`: seconds of one."""
+    recipe, stage = planned.recipe, planned.stage
+    trained = sum(p.real for p in planned.parameters if p.group is not None)
+    checkpoint = trained * 3 * FP32 + sum(p.real for p in planned.parameters) * FP32
+    writers = cell.shards if cell.stage else 1
+    save = checkpoint / writers / WRITE_RATE
+    seconds = stage.steps * step + stage.steps // recipe.save_every * save
+    pictures = (stage.batch.total - stage.batch.texts) / step / max(cluster.gpus / cluster.node, 1)
+    hours = seconds / 3600
+    share = (seconds - stage.steps * step) / seconds
+    return Whole(hours, hours * cluster.gpus, share, checkpoint, pictures, pictures / CORE_PICTURES)
+
+
 def micro_flops(planned: Planned, cell: Cell) -> float:
     """Model FLOPs of a micro-batch, forward and backward, as pretrain.train reports them."""
     return planned.stage.task.flops(planned.model, planned.stage, cell.layout)
@@ -96,7 +126,7 @@ def _micro_step(planned: Planned, cell: Cell, cluster: Cluster, parts: range) ->
     split = cell.parallel.tensor * cell.parallel.sequence
     blocks = sum(1 for part in parts if 1 <= part <= m.depth)
     again = 4 / 3 if cell.checkpointing else 1.0  # the forward pass twice
-    share = gpu.peak * (1.0 if cell.width == 2 else FP32_SHARE)
+    share = gpu.peak if cell.width == 2 else gpu.peak * TF32_SHARE if planned.recipe.tf32 else gpu.fp32
     # Products: the narrowest side is a head group's or an expert's width on this rank.
     rows = layout.rows / cell.parallel.sequence
     matmul = share * gpu.matmul * _filled(m.dim / cell.parallel.tensor, HALF_WIDTH) * _filled(rows, HALF_ROWS)
@@ -106,7 +136,8 @@ def _micro_step(planned: Planned, cell: Cell, cluster: Cluster, parts: range) ->
     # Elementwise: norms, gelu, sums and joins read and write; the backward pass moves twice as much.
     moved = 3 * layout.rows * cell.width * (14 * m.dim / cell.parallel.sequence + 4 * m.ffn_dim / split)
     block = products / matmul + attention + moved / (gpu.memory_rate * MEMORY_SHARE)
-    seconds = blocks * again * max(block, BLOCK_KERNELS * KERNEL_S)
+    host = BLOCK_KERNELS * KERNEL_S * (ZERO3_HOST if cell.stage == 3 else 1.0)
+    seconds = blocks * again * max(block, host)
     if 0 in parts:
         patches = Product((layout.images + layout.pairs) * layout.patches, 3 * m.patch_size**2, m.dim)
         seconds += product_flops([patches]) / matmul / cell.parallel.sequence
@@ -208,14 +239,18 @@ def _rate(cluster: Cluster, *, span: int, ranks: int | None = None) -> float:
 
 
 def _adam(planned: Planned, cell: Cell, cluster: Cluster) -> float:
-    """Seconds of the optimizer's step on the rank that owns most."""
+    """Seconds of the optimizer's step on the rank that owns most; DeepSpeed looks at every parameter."""
     runs = stage_runs(planned, cell.layout, cell.parallel.pipe)
-    trained = max(
-        sum(p.elements(cell.parallel.tensor) for p in parameters_of(planned, run) if p.group is not None)
-        for run in runs
+    most = max(
+        (
+            [p.elements(cell.parallel.tensor) for p in parameters_of(planned, run) if p.group is not None]
+            for run in runs
+        ),
+        key=sum,
     )
+    trained, launches = sum(most), STEP_LAUNCHES * len(most) * KERNEL_S if cell.stage else 0.0
     own = trained / (cell.shards if cell.stage else 1)
     if not cell.offload:
-        return own * ADAM_BYTES / (cluster.gpu.memory_rate * MEMORY_SHARE)
+        return launches + own * ADAM_BYTES / (cluster.gpu.memory_rate * MEMORY_SHARE)
     moved = 2 * own * cell.width / (cluster.gpu.host_rate * HOST_SHARE)
-    return moved + own * ADAM_BYTES * min(cluster.node, cluster.gpus) / HOST_ADAM_RATE
+    return launches + moved + own * ADAM_BYTES * min(cluster.node, cluster.gpus) / HOST_ADAM_RATE

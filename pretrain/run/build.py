@@ -40,6 +40,7 @@ from pretrain.run.directory import inputs_digest, other_inputs, take_directory
 from pretrain.run.identity import hash_of
 from pretrain.run.image_targets import image_targets
 from pretrain.run.inputs import build_loader
+from pretrain.run.numerics import set_numerics
 from pretrain.run.rollback import finish_rollback, rollbacks_of
 from pretrain.run.step import train_step
 from pretrain.run.stored_weights import classes_of, model_in, read_model, weights_path
@@ -115,6 +116,7 @@ def build_run(
     Without a directory nothing is written and nothing resumed. Raises ValueError for what a user can get wrong, before
     the ranks talk where that can be known.
     """
+    set_numerics(recipe)
     place = place_of(stage.parallel, rank(), world_size())
     ds_config = stage_ds_config(ds, recipe, stage)
     loader = build_loader(recipe, stage, directory, place)

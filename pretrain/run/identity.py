@@ -18,6 +18,7 @@ from pretrain.data.transforms import ImageTransform
 OPERATIONAL = (
     *("log_every", "save_every", "keep", "keep_every", "save_in_background"),
     *("trace_samples", "max_skipped_steps", "rollback", "profile_steps", "timeout_s"),
+    *("tf32", "deterministic"),  # as the precision of the DeepSpeed JSON: the same run, to rounding
 )
 OPERATIONAL_OF_STAGE = (
     *("evals", "evals_every", "best", "patience"),

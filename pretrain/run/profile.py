@@ -66,7 +66,7 @@ class Profile:
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history(max_entries=ALLOCATIONS)
-        self._running = profile(activities=activities, record_shapes=True)
+        self._running = profile(activities=activities)
         self._running.start()
 
     def _write(self, running: Any) -> None:

@@ -17,7 +17,7 @@ from pretrain.plan.__main__ import CONFIGS, main, make_plan
 from pretrain.plan.hardware import GPUS
 from pretrain.plan.memory import Cell, gathered_elements, peak_memory
 from pretrain.plan.model import micro_batch_layout, planned, stage_runs, target_elements
-from pretrain.plan.time import KINDS, Cluster, micro_flops, step_time
+from pretrain.plan.time import KINDS, Cluster, micro_flops, step_time, whole_stage
 from pretrain.recipes import load_recipe
 from pretrain.run.build import build_task
 
@@ -110,7 +110,7 @@ def test_a_linear_layer_that_keeps_its_gathered_weights_undoes_zero3():
 def test_time_is_near_what_others_publish():
     """A sanity check of the model and no figure of ours: on A100s llm-foundry reports 43 to 54 % for 125M to 350M and
     60 % for 1B, NeMo 38 % for a CLIP g/14; on H100s 42 % and 21 %."""
-    for gpu, low, high in (("a100-80g", 0.35, 0.62), ("h100", 0.21, 0.48)):
+    for gpu, low, high in (("a100-80g", 0.35, 0.62), ("h100", 0.21, 0.48), ("b200", 0.15, 0.48)):
         for recipe in ("beit3_base", "beit3_large", "beit3_giant"):
             plan = a_plan(recipe)
             cluster = NODE._replace(gpu=GPUS[gpu])
@@ -142,6 +142,37 @@ def test_a_slower_network_changes_the_step():
     assert step_time(plan, one, slow).step > 2 * step_time(plan, one, fast).step
 
 
+def test_fp32_is_slow_without_tf32():
+    """An A100's fp32 peak is 1/16 of its bf16 peak, with TF32 a half."""
+    plan, fast = a_plan("beit3_base"), a_plan("beit3_base", "pretrain", "tf32=true")
+    plain, with_tf32, bf16 = (
+        step_time(each, cell(each, ds), NODE).compute
+        for each, ds in ((plan, "zero1"), (fast, "zero1"), (plan, "zero1_bf16"))
+    )
+    assert plain > 5 * with_tf32 > 5 * bf16
+
+
+def test_the_host_launches_for_every_parameter_and_more_under_zero_3():
+    plan = a_plan("tiny", "fusion")
+    one, none = (step_time(plan, cell(plan, ds, accumulation=1), NODE).optimizer for ds in ("zero1", "zero0"))
+    trained = [p for p in plan.parameters if p.group is not None]
+    assert one == pytest.approx(9.3 * 5e-6 * len(trained), rel=0.1) and none < one / 10
+    compute = [step_time(plan, cell(plan, ds, accumulation=1), NODE).compute for ds in ("zero1_bf16", "zero3_bf16")]
+    assert 1.5 * compute[0] < compute[1] <= 2 * compute[0], "so small a model waits for the host"
+
+
+def test_the_whole_stage_is_its_steps_and_saves():
+    plan = a_plan("beit3_base")
+    one = cell(plan)
+    whole = whole_stage(plan, one, NODE, step=2.0)
+    steps = 1_000_000 * 2.0 / 3600
+    assert whole.gpu_hours == pytest.approx(8 * whole.hours) and whole.hours > steps
+    assert whole.hours * (1 - whole.saving) == pytest.approx(steps) and whole.saving < 0.01
+    assert whole.checkpoint == pytest.approx(261.5e6 * 16, rel=0.01)
+    assert whole.pictures == 2 * 2048 / 2.0  # images and pairs have one each
+    assert whole_stage(plan, one, NODE._replace(gpus=16), step=2.0).pictures == whole.pictures / 2
+
+
 # ---- the command
 
 
@@ -169,6 +200,7 @@ def test_the_page_names_a_command_and_every_reason(capsys, tmp_path):
     text = capsys.readouterr().out
     assert "illegal:" in text and "nothing here was measured" in text
     assert "python -m pretrain.train --recipe tiny --stage fusion --ds ds_configs/" in " ".join(text.split())
+    assert "GPU-hours" in text and "pictures/s" in text
     written = json.loads(out.read_text())
     assert len(written["layouts"]) == 3 and written["date"] and "pretrain.plan " in written["command"]
 
