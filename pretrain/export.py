@@ -5,8 +5,8 @@ from towers of transformers.
     python -m pretrain.export to-released runs/mine/fusion beit3_mine.pth
     python -m pretrain.export to-hf runs/mine/retrieval hf/mine
     python -m pretrain.export resize runs/beit3_base runs/beit3_base_384 --image-size 384
-    python -m pretrain.export from-huggingface clip-vit-base-patch16 runs/clip
-    python -m pretrain.export from-huggingface resnet-50 runs/start --text bert-base-uncased
+    python -m pretrain.export from-hf clip-vit-base-patch16 runs/clip
+    python -m pretrain.export from-hf resnet-50 runs/start --text bert-base-uncased
 
 to-hf writes a Hugging Face directory: AutoModel.from_pretrained(DIR, trust_remote_code=True) reads it without this
 package, by three small files of code that lie in it. The released naming is torchscale's (A: vision, B: language) under
@@ -36,7 +36,7 @@ from pretrain.checkpoint.weights import WEIGHTS, read_weights, write_weights
 from pretrain.config import to_json
 from pretrain.data.text_tokenizer import TOKENIZER, TextTokenizer
 from pretrain.files import write_file, written_in_one_step
-from pretrain.hub.read import read_directory
+from pretrain.hub.read import is_ours, read_directory
 from pretrain.hub.write import write_directory
 from pretrain.json_files import read_object
 from pretrain.models.multiway.config import MultiwayConfig
@@ -246,19 +246,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     writing = commands.add_parser("to-released", help="a directory of ours -> a file with the released names")
     writing.add_argument("directory", type=Path, help="a stage's directory, with weights.safetensors and config.json")
     writing.add_argument("out", type=Path, help=".pth (as unilm's code loads it) or .safetensors")
-    others = commands.add_parser("from-huggingface", help="CLIP, SigLIP, ViLT or two encoders -> a directory of ours")
-    others.add_argument(
-        "directory", type=Path, help="config.json, safetensors, tokenizer.json; with --text of a vision encoder"
-    )
-    others.add_argument("out", type=Path, help="new directory, for a recipe's init_from")
-    others.add_argument("--text", type=Path, help="a text encoder's directory")
     handing = commands.add_parser("to-hf", help="a directory of ours -> a Hugging Face directory with its own code")
     handing.add_argument("directory", type=Path, help="a stage's directory, with weights.safetensors and config.json")
     handing.add_argument("out", type=Path, help="a new directory")
     handing.add_argument("--text-tokenizer", type=Path, help="the SentencePiece model, where none lies beside them")
-    taking = commands.add_parser("from-hf", help="what to-hf wrote -> a directory of ours")
-    taking.add_argument("directory", type=Path)
-    taking.add_argument("out", type=Path, help="new directory for weights.safetensors and config.json")
+    taking = commands.add_parser("from-hf", help="CLIP, SigLIP, ViLT, two encoders, what to-hf wrote -> one of ours")
+    taking.add_argument("directory", type=Path, help="config, safetensors, tokenizer; with --text a vision encoder")
+    taking.add_argument("out", type=Path, help="new directory, for a recipe's init_from")
+    taking.add_argument("--text", type=Path, help="a text encoder's directory")
     resizing = commands.add_parser("resize", help="interpolate the positions for another picture size")
     resizing.add_argument("directory", type=Path)
     resizing.add_argument("out", type=Path)
@@ -273,8 +268,6 @@ def run(args: argparse.Namespace) -> None:
     elif args.command == "to-released":
         state, cfg, _ = read_model(args.directory)
         write_tensors(args.out, to_released(state, cfg))
-    elif args.command == "from-huggingface":
-        from_huggingface(args.directory, args.text, args.out)
     elif args.command == "to-hf":
         state, cfg, config = read_model(args.directory)
         beside = args.text_tokenizer or args.directory / TOKENIZER
@@ -282,6 +275,8 @@ def run(args: argparse.Namespace) -> None:
             TextTokenizer(beside)  # ValueError for what is none
         text = beside if beside.is_file() else None
         write_directory(state, cfg, args.out, source=args.directory, config=config, text=text)
+    elif args.command == "from-hf" and not (args.text is None and is_ours(args.directory)):
+        from_huggingface(args.directory, args.text, args.out)
     elif args.command == "from-hf":
         state, cfg, config = read_directory(args.directory)
         write_weights(state, args.out / WEIGHTS, config | {"model": to_json(cfg)})

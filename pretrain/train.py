@@ -42,18 +42,16 @@ from pretrain.rollbacks import passed_batches
 from pretrain.run.build import Run, build_run, frozen_names, stage_ds_config
 from pretrain.run.continuation import inputs_dir, start_identity
 from pretrain.run.directory import finished, note_recipe
-from pretrain.run.display import Display
 from pretrain.run.identity import as_begun
 from pretrain.run.inputs import text_tokenizer
 from pretrain.run.memory import memory_suffices
-from pretrain.run.profile import Profile
 from pretrain.run.progress import Progress
+from pretrain.run.record import Record
 from pretrain.run.rollback import RolledBack, roll_back
 from pretrain.run.signals import Stopped, StopSignals
 from pretrain.run.step import Diverged, Judge, way_out
-from pretrain.run.stragglers import meter_of
 from pretrain.run.whole_recipe import check_other_stages
-from pretrain.tasks.balance import Starvation, with_shares
+from pretrain.tasks.balance import with_shares
 from pretrain.visible import start_logging
 from pretrain.weights_and_biases import chosen_mode
 
@@ -190,32 +188,30 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
     """
     recipe, stage, start, step = run.recipe, run.stage, run.done, run.done
     stop.begin()
-    metrics = fail_together(lambda: MetricsLog(directory, start, every=recipe.log_every))
-    meter = meter_of(run, directory)
+    record = Record(run, directory)
     batches = share_batches(partial(run.loader.batches, start, stage.steps), run.mesh, watch)
-    display, saved, starvation = Display(directory.name, start, stage.steps), start, Starvation()
     judge = Judge(recipe.max_skipped_steps, recipe.rollback, way_out(recipe.rollback, directory), run.norms)
-    profile = Profile(recipe.profile_steps, directory)
-    progress.catch_up(metrics)
+    progress.catch_up(record.metrics)
+    saved = start
     for step in range(start + 1, 0 if progress.ended else stage.steps + 1):
         # The first one compiles, and fills caches.
         watch.enter(f"the reading of step {step}", patient=step == start + 1)
-        if (micro_batches := next_batches(batches, run.loader, meter, stop)) is None:
+        if (micro_batches := next_batches(batches, run.loader, record.meter, stop)) is None:
             watch.enter("the save after a signal", patient=True)
             step -= 1
             judge.settle()
             if step > saved and judge.calm:
-                save_checkpoint(run, saver, step, metrics, progress)
+                save_checkpoint(run, saver, step, record.metrics, progress)
                 saved = step
             if (step := saved) == 0:
                 raise Stopped
             break
         watch.enter(f"step {step}", patient=step == start + 1)
-        with profile.step(step):
+        with record.profile.step(step):
             report = run.step(micro_batches, first=step == 1)
         judge.note(step, gradient_norm(run.engine), report)
         real = sum(batch.real_rows() for batch in micro_batches)
-        meter.tick(samples=stage.batch.total, tokens=run.rows, real=real, flops=run.flops(micro_batches))
+        record.meter.tick(samples=stage.batch.total, tokens=run.rows, real=real, flops=run.flops(micro_batches))
         stopping, saves = highest([stop.asked, saver.state], device())
         saver.advance(saves)
         telling, last = step % recipe.log_every == 0, step == stage.steps
@@ -225,26 +221,21 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
             judge.settle()
             line = metrics_line(run, step, report, directory, skipped=judge.in_a_row > 0)
             if telling or last:
-                line |= meter.read()
-                fail_together(partial(metrics.write, step, line))
-                display.show(step, line)
-                starvation.note(step, line)
-        display.bar.update()
+                record.write(step, line)
+        record.display.bar.update()
         if evaluating and judge.calm:
-            saving |= evaluate(progress, step, metrics, meter, watch)
+            saving |= evaluate(progress, step, record, watch)
             last |= progress.ended
         # What a skipped step left outside the optimizer, such as a codebook, may not be finite: a later step is saved.
         if saving := (saving and judge.calm) or last:
-            save_checkpoint(run, saver, step, metrics, progress)
+            save_checkpoint(run, saver, step, record.metrics, progress)
             saved = step
-            meter.skip()
+            record.meter.skip()
         if (stopping and saving) or progress.ended:
             break
     saver.finish()
     watch.enter("the end", patient=True)
-    profile.close()
-    display.bar.close()
-    metrics.close()
+    record.close()
     return step
 
 
@@ -279,11 +270,11 @@ def metrics_line(run: Run, step: int, report: dict[str, Tensor], directory: Path
     return line
 
 
-def evaluate(progress: Progress, step: int, metrics: MetricsLog, meter: Throughput, watch: Watch) -> bool:
+def evaluate(progress: Progress, step: int, record: Record, watch: Watch) -> bool:
     """Whether the checkpoint of `step` is wanted."""
     watch.enter(f"the evaluation after step {step}", patient=True)
-    wanted = progress.evaluate(step, metrics)
-    meter.skip()
+    wanted = progress.evaluate(step, record.metrics)
+    record.meter.skip()
     return wanted
 
 

@@ -157,7 +157,7 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path, capsys):
     assert "no does not exist" in refused(capsys, main, "to-hf", tmp_path / "no", tmp_path / "new")
     line = ["to-hf", tmp_path / "ours", tmp_path / "new", "--text-tokenizer", tmp_path / "hf" / "config.json"]
     assert "is not a SentencePiece model" in refused(capsys, main, *line)
-    assert "has no model.safetensors" in refused(capsys, main, "from-hf", tmp_path / "ours", tmp_path / "new")
+    assert "or what export to-hf wrote" in refused(capsys, main, "from-hf", tmp_path / "ours", tmp_path / "new")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     for change, words in (({"model_type": "bert"}, "holds a bert"), ({"dim": 7}, "its config is no MultiwayConfig")):
         (tmp_path / "hf" / "config.json").write_text(json.dumps(config | change))

@@ -21,6 +21,11 @@ def is_directory(path: Path) -> bool:
     return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
 
 
+def is_ours(path: Path) -> bool:
+    """Whether it says that it is."""
+    return (path / CONFIG).is_file() and read_object(path / CONFIG).get("model_type") == MODEL_TYPE
+
+
 def read_directory(path: Path) -> tuple[State, MultiwayConfig, dict[str, Any]]:
     """-> (tensors by our names, the model, what stands beside weights). Nothing of its code is executed. ValueError for
     a directory of another kind."""

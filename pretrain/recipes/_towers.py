@@ -1,7 +1,7 @@
 """Stages of two towers under a contrast: CLIP [arXiv 2103.00020], SigLIP [arXiv 2303.15343], and a ResNet-50 beside a
 BERT. Data as for _beit3.py; one stage, `retrieval`, from scratch or from `init_from`.
 
-Released weights come in by `python -m pretrain.export from-huggingface DIRECTORY OUT`, and by init_from=OUT.
+Released weights come in by `python -m pretrain.export from-hf DIRECTORY OUT`, and by init_from=OUT.
 """
 
 from __future__ import annotations

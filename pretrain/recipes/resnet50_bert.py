@@ -2,7 +2,7 @@
 recipe for it: every number is a choice but the towers' sizes. $BERT: a Hugging Face directory of bert-base-uncased, for
 its tokenizer.json.
 
-    python -m pretrain.export from-huggingface resnet-50 runs/start --text $BERT
+    python -m pretrain.export from-hf resnet-50 runs/start --text $BERT
     python -m pretrain.train --recipe resnet50_bert --stage retrieval --set init_from=runs/start ...
 """
 

@@ -4,7 +4,7 @@ for its tokenizer.json; data as for _beit3.py.
 Published, and here: 12 layers of 768 with 12 heads, patches of 32 pixels, AdamW, batch 4096, 200k steps, peak 1e-4,
 weight decay 0.01, warmup in a tenth of the steps and linear decay to 0, 15 % of the words hidden, a wrong picture for
 half of the pairs [4.1-4.3]. Its start is a ViT trained on ImageNet: `init_from` takes ViLT's own weights by
-`python -m pretrain.export from-huggingface vilt-b32-mlm START`.
+`python -m pretrain.export from-hf vilt-b32-mlm START`.
 
 Other than published: pictures are squares of 384 pixels (there the short side, the long one up to 640); whole words are
 not hidden as one; its word-patch alignment (weight 0.1) is left out; each pair is matched once as it is, once with a

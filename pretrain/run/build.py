@@ -153,8 +153,7 @@ def build_run(
     if checkpoint is not None:
         resume(engine, checkpoint, mesh)
     watch.outlast_all()
-    done = 0 if checkpoint is None else checkpoint.step
-    saved = {} if checkpoint is None else checkpoint.extra
+    done, saved = (0, dict[str, Any]()) if checkpoint is None else (checkpoint.step, checkpoint.extra)
     norms = deque[float](saved.get("norms", ()), maxlen=recipe.rollback.window)
     return Run(
         *(recipe, stage, engine, mesh, loader, add_targets, ds_config, identity, done, init_file, lock),

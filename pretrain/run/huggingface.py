@@ -10,13 +10,19 @@ from pretrain.config import to_json
 from pretrain.data.json_tokenizer import JsonTokenizer
 from pretrain.files import write_file
 from pretrain.models.multiway.vilt import from_vilt, vilt_config
-from pretrain.models.towers.released import check_words, read_pair, read_whole
+from pretrain.models.towers.released import WHOLE, check_words, read_pair, read_whole
 from pretrain.models.towers.tower import kind_of, read_directory
 
 
 def from_huggingface(directory: Path, text: Path | None, out: Path) -> None:
-    """Towers or a ViLT of transformers with the names, the order of ids and the tokenizer that our stages read."""
+    """Towers or a ViLT of transformers with the names, the order of ids and the tokenizer that our stages read.
+    ValueError for a directory of another kind, or an incomplete one."""
     kind = kind_of(directory)
+    if text is None and kind not in (whole := (*WHOLE, "vilt")):
+        raise ValueError(
+            f"{directory} holds a {kind}, not {', '.join(whole)} or what export to-hf wrote; of two encoders give the "
+            "text's by --text"
+        )
     model: Any
     tokenizer = JsonTokenizer((text or directory) / "tokenizer.json")
     if text is None and kind == "vilt":

@@ -39,10 +39,8 @@ SIGLIP_POOL = {"attention.out_proj": "out", "layernorm": "norm", "mlp.fc1": "up"
 
 def read_whole(directory: Path, own_ids: Sequence[int]) -> tuple[State, DualTowers]:
     """A CLIP or SigLIP directory. `own_ids`: which row of its embedding each of our ids is, -1 for none. ValueError for
-    a directory of another kind, an incomplete one, and a tokenizer that does not fit."""
+    an incomplete directory, and a tokenizer that does not fit."""
     kind = kind_of(directory)
-    if kind not in WHOLE:
-        raise ValueError(f"{directory} holds a {kind}, not {' or '.join(WHOLE)}; give --text a directory of its own")
     name, pooling = WHOLE[kind]
     state, read = read_directory(directory, name)
     siglip = kind == "siglip"

@@ -1,7 +1,7 @@
 """One Hugging Face encoder as a tower: its rows, made one by pooling, and a projection behind them where wanted.
 
 The door to transformers: only its model classes are used, with a configuration that stands in the recipe. No code, name
-or weight comes from elsewhere; released weights come in by `pretrain.export from-huggingface`.
+or weight comes from elsewhere; released weights come in by `pretrain.export from-hf`.
 """
 
 from __future__ import annotations

@@ -34,12 +34,12 @@ def copy(clip, to, without=(), **config):
         (("config.json",), {}, "holds no config.json"),
         (("model.safetensors",), {}, "pickled weights are not read"),
         (("tokenizer.json",), {}, "does not exist; give a tokenizer.json"),
-        ((), {"model_type": "gpt2"}, "holds a gpt2, not clip or siglip"),
+        ((), {"model_type": "gpt2"}, "holds a gpt2, not clip, siglip, vilt or what"),
     ],
 )
 def test_directories_of_the_wrong_kind(clip, without, config, said, tmp_path, capsys):
     place = copy(clip, tmp_path / "x", without, **config)
-    assert said in refused(capsys, export.main, "from-huggingface", place, tmp_path / "out")
+    assert said in refused(capsys, export.main, "from-hf", place, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -48,7 +48,7 @@ def test_missing_weights_are_named(clip, tmp_path, capsys):
     state = load_file(place / "model.safetensors")
     state.pop("text_model.encoder.layers.1.mlp.fc1.bias")
     save_file(state, place / "model.safetensors", {"format": "pt"})
-    said = refused(capsys, export.main, "from-huggingface", place, tmp_path / "out")
+    said = refused(capsys, export.main, "from-hf", place, tmp_path / "out")
     assert "lack 1 and misfit 0 of its tensors (text_model.encoder.layers.1.mlp.fc1.bias)" in said
 
 
@@ -57,10 +57,10 @@ def test_a_tokenizer_of_more_words_than_the_weights(clip, tmp_path, capsys):
     told = json.loads(write_tokenizer(place / "tokenizer.json", "clip").read_text())
     told["model"]["vocab"]["more"] = 30
     (place / "tokenizer.json").write_text(json.dumps(told))
-    said = refused(capsys, export.main, "from-huggingface", place, tmp_path / "out")
+    said = refused(capsys, export.main, "from-hf", place, tmp_path / "out")
     assert "has ids up to 30, and its weights have 22 words, so it does not fit" in said
 
 
 def test_two_text_encoders_are_no_pair(clip, tmp_path, capsys):
-    said = refused(capsys, export.main, "from-huggingface", clip, tmp_path / "out", "--text", clip)
+    said = refused(capsys, export.main, "from-hf", clip, tmp_path / "out", "--text", clip)
     assert "holds a clip; give one of clip_vision_model" in said
