@@ -10,9 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pretrain import status
 from pretrain.checkpoint import directory as checkpoints
 from pretrain.config import Recipe
 from pretrain.data.order import batch_number
+from pretrain.report.page import page
+from pretrain.report.rows import load_run
 from pretrain.rollbacks import ROLLBACKS, Rollback, RollbackRule, passed_batches, read_rollbacks, write_rollbacks
 from pretrain.run.directory import noted_identity
 from pretrain.run.rollback import RolledBack, finish_rollback, roll_back, target
@@ -186,6 +189,21 @@ def test_a_list_reads_back(tmp_path):
     assert read_rollbacks(tmp_path) == ()
     write_rollbacks(tmp_path, (Rollback(**GOOD),))
     assert read_rollbacks(tmp_path) == (Rollback(**GOOD),)
+
+
+def test_status_and_report_say_that_it_went_back(tmp_path, capsys):
+    stage = tmp_path / "run" / "vision"
+    stage.mkdir(parents=True)
+    spread = {"pass_spread": 0.25, "wait_spread": 0.5, "slow_rank": 1}
+    lines = [json.dumps({"step": step, "loss": 1.0} | spread) + "\n" for step in (50, 100)]
+    (stage / "metrics.jsonl").write_text("".join(lines))
+    write_rollbacks(stage, (Rollback(**GOOD), Rollback(**GOOD | {"first": 20, "last": 23, "to": 6})))
+    assert status.main([str(tmp_path / "run")]) == 0
+    assert "went back 2 times, past 11 batches" in capsys.readouterr().out
+    shown = page(tmp_path / "run", load_run(tmp_path / "run"))
+    assert "went back 2 times, past 11 batches" in shown and "Slowest rank, above the median" in shown
+    (stage / ROLLBACKS).write_text("{")
+    assert "rollbacks.json is damaged" in page(tmp_path / "run", load_run(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
