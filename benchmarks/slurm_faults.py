@@ -32,6 +32,7 @@ from benchmarks.slurm_runs.job import MORE, STAGE, Job, Measured, sum_by_kind
 from benchmarks.slurm_runs.predict import predict
 from benchmarks.slurm_runs.strike import STRIKES
 from pretrain.command import about, make_parser, run, write
+from pretrain.json_files import read_object
 from pretrain.lives import read_lives
 from pretrain.report.rows import load_run
 from tests.slurm.one_host import slurm, why_not
@@ -74,6 +75,8 @@ def _run(args: argparse.Namespace, arguments: list[str] | None) -> int:
     if done.returncode:
         raise ValueError(f"the tokenizer of the runs could not be trained: {done.stderr[-500:]}")
     results = about("benchmarks.slurm_faults", arguments) | machine("torch", "deepspeed")
+    if args.what == "scenarios":
+        args.told = about("benchmarks.slurm_faults", arguments)
     with slurm(work / "slurm", nodes=3, gpus=2 * RANKS, lost_s=10, more=MORE) as more:
         measure = scenarios if args.what == "scenarios" else soak
         results |= measure(args, data, work, more)
@@ -82,7 +85,8 @@ def _run(args: argparse.Namespace, arguments: list[str] | None) -> int:
 
 
 def scenarios(args: argparse.Namespace, data: Path, work: Path, more: Mapping[str, str]) -> dict[str, Any]:
-    runs = []
+    """Runs that are in `args.out` already, of other kinds or under other JSONs, stay there; each has its command."""
+    runs = kept_runs(args.out, {(ds, kind) for ds in args.ds for kind in args.kinds})
     alone = cache(partial(left_alone, data, work, more))
     for ds in args.ds:
         for kind in args.kinds:
@@ -92,9 +96,17 @@ def scenarios(args: argparse.Namespace, data: Path, work: Path, more: Mapping[st
                 # Any number of workers gives the same bits, and only data that workers read can stall.
                 own = [*settings, f"loading.workers={int(kind == 'store stalled')}"]
                 job = Job(data, place, work / "slurm", more, 2, RANKS, ds, *own)
-                runs.append({"ds": ds, **_scenario(kind, job, whole)})
+                runs.append({"ds": ds, **_scenario(kind, job, whole), **args.told})
                 print(runs[-1], file=sys.stderr, flush=True)
+            if args.out is not None:
+                write({"good": all(each["good"] for each in runs), "runs": runs}, args.out, show=False)
     return {"good": all(each["good"] for each in runs), "runs": runs}
+
+
+def kept_runs(out: Path | None, measured_now: set[tuple[str, str]]) -> list[dict[str, Any]]:
+    if out is None or not out.exists():
+        return []
+    return [each for each in read_object(out)["runs"] if (each["ds"], each["kind"]) not in measured_now]
 
 
 def _scenario(kind: str, job: Job, alone: Path) -> dict[str, Any]:

@@ -30,12 +30,14 @@ HANG = "watch/hang"
 
 class Sign(NamedTuple):
     """What a rank says of itself. `part`: how many parts of the run it has entered, the same on every rank; `left_s`:
-    until it thinks itself that this part takes too long; `calls`: how many collectives of each group it has begun."""
+    until it thinks itself that this part takes too long; `silent_s`: how long it may say nothing in this part; `calls`:
+    how many collectives of each group it has begun."""
 
     beat: int
     part: int
     doing: str
     left_s: float
+    silent_s: float
     host: str
     process: Sequence[int]  # its number, and when it was started
     calls: dict[str, int]
@@ -52,13 +54,15 @@ class Verdict(NamedTuple):
         return f"rank {self.rank} on {self.host} {self.says}" if self.rank >= 0 else self.says
 
 
-def silent_rank(signs: Sequence[Sign | None], silent_s: Sequence[float], most_s: float) -> Verdict | None:
-    """The rank that has said nothing for the longest time, if that is more than `most_s`: it is stopped, or its node
-    is gone."""
-    longest = max(range(len(signs)), key=lambda number: silent_s[number])
-    sign = signs[longest]
-    if sign is None or silent_s[longest] <= most_s:
+def silent_rank(signs: Sequence[Sign | None], silent_s: Sequence[float]) -> Verdict | None:
+    """The rank that has said nothing for the longest time, of those that should have: it is stopped, or its node is
+    gone."""
+    over = [number for number, sign in enumerate(signs) if sign is not None and silent_s[number] > sign.silent_s]
+    if not over:
         return None
+    longest = max(over, key=lambda number: silent_s[number])
+    sign = signs[longest]
+    assert sign is not None
     return Verdict(longest, sign.host, f"gives no sign of life for {silent_s[longest]:.0f} s, the last in {sign.doing}")
 
 
@@ -104,10 +108,10 @@ def _missing_in_collectives(signs: Sequence[Sign]) -> list[int]:
 
 
 class Board:
-    """The signs of all ranks. `own` gives this rank's part, what it is doing, and the seconds left. Raises
+    """The signs of all ranks. `own` gives `part`, `doing`, `left_s` and `silent_s` of this rank's. Raises
     dist.DistError where the store does not answer."""
 
-    def __init__(self, own: Callable[[], tuple[int, str, float]]):
+    def __init__(self, own: Callable[[], tuple[int, str, float, float]]):
         self._own, self._beat, self._rounds = own, 0, 0
         # A connection of its own: calls on one connection wait for each other.
         self._store = dist.distributed_c10d._get_default_store().clone()
@@ -119,7 +123,7 @@ class Board:
         self.silent_s = [0.0] * world_size()
         self.hang: Verdict | None = None
         self._accusation: Verdict | None = None
-        self._over = threading.Event()
+        self._over, self._wake = threading.Event(), threading.Event()
         self._post()
         threading.Thread(target=self._work, name="board", daemon=True).start()
 
@@ -132,6 +136,10 @@ class Board:
         """Tells all ranks, in the next round: the store may not answer, and who ends must not wait for it. Whoever
         comes first is heard."""
         self._accusation = verdict
+
+    def post_now(self) -> None:
+        """Before a part in which this rank may be silent for longer."""
+        self._wake.set()
 
     def close(self) -> None:
         self._over.set()
@@ -147,7 +155,12 @@ class Board:
                 os.kill(process, number)
 
     def _work(self) -> None:
-        while not self._over.wait(BEAT_S):
+        while not self._over.is_set():
+            if self._wake.wait(BEAT_S):
+                self._wake.clear()
+                with suppress(dist.DistError, RuntimeError):
+                    self._post()
+                continue
             try:
                 self._post()
                 if self._accusation is not None and self.hang is None:
@@ -162,8 +175,7 @@ class Board:
 
     def _post(self) -> None:
         self._beat += 1
-        part, doing, left_s = self._own()
-        sign = Sign(self._beat, part, doing, left_s, node_name(), self._process, _calls())
+        sign = Sign(self._beat, *self._own(), node_name(), self._process, _calls())
         self._store.set(self._names[rank()], json.dumps(sign))
 
     def _look(self) -> None:

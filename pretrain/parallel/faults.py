@@ -91,6 +91,8 @@ class Watch:
         self._soft = min(self._limit, self._patience.limit_s(doing, patient))
         self._doing, self._patient, self._part = doing, patient, self._part + 1
         self.waits_for_data, self._waited, self._starting = False, 0.0, False
+        if patient and self._board is not None:
+            self._board.post_now()
 
     def extend(self) -> None:
         """The part that the run is in takes longer, as a patient one."""
@@ -151,13 +153,12 @@ class Watch:
         self._rounds = board.rounds
         late = self._waited > self._soft
         board.looks = board.looks or late
-        silent_s = min(SILENT_ELSEWHERE_S if self._patient else SILENT_S, self.timeout_s)
-        verdict = board.hang or silent_rank(board.signs, board.silent_s, silent_s)
+        verdict = board.hang or silent_rank(board.signs, board.silent_s)
         if verdict is None and late:
             verdict = slow_rank(board.signs)
             if verdict is not None and verdict.rank < 0 and self._waited < min(self._limit, PATIENCE_S):
                 verdict = None  # all of them may be busy with the same thing
-        if verdict is None and board.rounds and self._unanswered > silent_s:
+        if verdict is None and board.rounds and self._unanswered > self._silent_s:
             first = board.signs[0]
             host = os.environ["MASTER_ADDR"] if first is None else first.host
             verdict = Verdict(0, host, f"does not answer for {self._unanswered:.0f} s")
@@ -175,10 +176,14 @@ class Watch:
         board.signal_accused(verdict, signal.SIGCONT)
         _end_now(LOST)
 
-    def _sign(self) -> tuple[int, str, float]:
+    @property
+    def _silent_s(self) -> float:
+        return min(SILENT_ELSEWHERE_S if self._patient else SILENT_S, self.timeout_s)
+
+    def _sign(self) -> tuple[int, str, float, float]:
         """For the board."""
         limit = self._limit if self._waited > self._soft and has_reason_to_wait() else self._soft
-        return self._part, self._doing, limit - self._waited
+        return self._part, self._doing, limit - self._waited, self._silent_s
 
     def _give_up(self, what: str, limit_s: float) -> NoReturn:
         log.error("%s: %s within %.0f s (in %s); %s", place(), what, limit_s, self._doing, WAY_OUT)

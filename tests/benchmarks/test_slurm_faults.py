@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from benchmarks.slurm_faults import kept_runs
 from benchmarks.slurm_runs.job import Measured, sum_by_kind
 from benchmarks.slurm_runs.predict import RATES, best_interval, effective, predict, simulate
 
@@ -27,6 +30,14 @@ def test_more_faults_and_dearer_ones_leave_less():
     table = predict(10.0, 30.0)
     llama, opt = table["Llama 3"]["start costs 60 s more"], table["OPT-175B"]["start costs 60 s more"]
     assert 0.9 < opt["requeue"] < opt["in place"] < llama["in place"] < 1
+
+
+def test_runs_of_other_kinds_stay_in_the_result(tmp_path):
+    out = tmp_path / "out.json"
+    assert kept_runs(out, set()) == []
+    runs = [{"ds": "zero1.json", "kind": kind} for kind in ("USR1", "requeue")]
+    out.write_text(json.dumps({"runs": runs}))
+    assert kept_runs(out, {("zero1.json", "USR1"), ("zero3.json", "requeue")}) == runs[1:]
 
 
 def test_faults_are_summed_by_kind():

@@ -13,7 +13,7 @@ from pretrain.parallel.patience import KNOWN, OTHER_S, PATIENCE_S, RECENT, STEP_
 def signs(*ranks: tuple[int, float, dict[str, int]]) -> list[Sign | None]:
     """Of (part, seconds left, collectives)."""
     return [
-        Sign(1, part, f"step {part}", left, f"node{number}", (1, 1), calls)
+        Sign(1, part, f"step {part}", left, 15.0, f"node{number}", (1, 1), calls)
         for number, (part, left, calls) in enumerate(ranks)
     ]
 
@@ -46,13 +46,16 @@ def test_the_rank_that_hangs_is_told_from_those_that_wait_for_it(said, rank, say
 
 def test_nobody_is_accused_while_a_rank_has_not_come():
     assert slow_rank([*signs((7, LATE, {})), None]) is None
-    assert silent_rank([None, *signs((7, LATE, {}))], [100.0, 3.0], 15) is None
+    assert silent_rank([None, *signs((7, LATE, {}))], [100.0, 3.0]) is None
 
 
 def test_the_rank_that_is_silent_for_the_longest_time_is_named():
-    assert silent_rank(signs((7, 1, {}), (7, 1, {})), [15.0, 3.0], 15) is None
+    both = signs((7, 1, {}), (7, 1, {}))
+    assert silent_rank(both, [15.0, 3.0]) is None
     says = "gives no sign of life for 18 s, the last in step 7"
-    assert silent_rank(signs((7, 1, {}), (7, 1, {})), [16.0, 18.0], 15) == Verdict(1, "node1", says)
+    assert silent_rank(both, [16.0, 18.0]) == Verdict(1, "node1", says)
+    saves = both[1]._replace(silent_s=60.0)  # it writes large files
+    assert silent_rank([both[0], saves], [3.0, 18.0]) is None
 
 
 def test_a_limit_is_learned_from_the_parts_of_its_kind():
