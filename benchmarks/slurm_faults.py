@@ -99,8 +99,23 @@ def scenarios(args: argparse.Namespace, data: Path, work: Path, more: Mapping[st
                 runs.append({"ds": ds, **_scenario(kind, job, whole), **args.told})
                 print(runs[-1], file=sys.stderr, flush=True)
             if args.out is not None:
-                write({"good": all(each["good"] for each in runs), "runs": runs}, args.out, show=False)
-    return {"good": all(each["good"] for each in runs), "runs": runs}
+                write(sum_up(runs), args.out, show=False)
+    return sum_up(runs)
+
+
+def sum_up(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {"good": all(each["good"] for each in runs)}
+    return result | costs([(each["by"], each["seconds"]) for each in runs]) | {"runs": runs}
+
+
+def costs(faults: list[tuple[str, float]]) -> dict[str, Any]:
+    """Of (by what, seconds): how many faults, their mean, and what that makes of a larger run."""
+    by = {name: [seconds for how, seconds in faults if how == name] for name in ("in place", "requeue", "neither")}
+    means = {name: round(statistics.fmean(own), 1) for name, own in by.items() if own}
+    told: dict[str, Any] = {"by": {name: {"faults": len(by[name]), "mean_s": mean} for name, mean in means.items()}}
+    if {"in place", "requeue"} <= means.keys():
+        told["predicted_effective_training_time"] = predict(means["in place"], means["requeue"])
+    return told
 
 
 def kept_runs(out: Path | None, measured_now: set[tuple[str, str]]) -> list[dict[str, Any]]:
@@ -139,11 +154,7 @@ def soak(args: argparse.Namespace, data: Path, work: Path, more: Mapping[str, st
         result = {"faults": len(faults), "seed": args.seed, "ds": ds, **ending(job, alone)}
         result["minutes"] = round((time.monotonic() - began) / 60, 1)
     result["good"] = result["good"] and len(faults) == args.faults
-    by = {name: [fault.seconds for fault in faults if fault.by == name] for name in ("in place", "requeue", "neither")}
-    result["by"] = {name: {"faults": len(own), "mean_s": statistics.fmean(own or [0.0])} for name, own in by.items()}
-    result["kinds"] = sum_by_kind(faults)
-    costs = (result["by"][name]["mean_s"] for name in ("in place", "requeue"))
-    result["predicted_effective_training_time"] = predict(*costs)
+    result |= costs([(fault.by, fault.seconds) for fault in faults]) | {"kinds": sum_by_kind(faults)}
     return result | {"each": [list(fault) for fault in faults]}
 
 

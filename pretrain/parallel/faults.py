@@ -87,10 +87,11 @@ class Watch:
         whose like nothing is learned about those that are not."""
         if self._part:
             self._patience.note(self._doing, self._patient, self._waited)
+        self._waited = 0.0  # before the limits: the time of the last part must not meet those of the next
         self._limit = max(self.timeout_s, PATIENCE_S) if patient else self.timeout_s
         self._soft = min(self._limit, self._patience.limit_s(doing, patient))
         self._doing, self._patient, self._part = doing, patient, self._part + 1
-        self.waits_for_data, self._waited, self._starting = False, 0.0, False
+        self.waits_for_data, self._starting = False, False
         if patient and self._board is not None:
             self._board.post_now()
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.slurm_faults import kept_runs
+from benchmarks.slurm_faults import costs, kept_runs
 from benchmarks.slurm_runs.job import Measured, sum_by_kind
 from benchmarks.slurm_runs.predict import RATES, best_interval, effective, predict, simulate
 
@@ -47,3 +47,9 @@ def test_faults_are_summed_by_kind():
     assert sum_by_kind(faults) == {
         "USR1": {"faults": 3, "median_s": 4.0, "longest_s": 9.0, "requeue": 2, "in place": 1}
     }
+
+
+def test_costs_are_predicted_from_when_both_ways_were_measured():
+    assert costs([("in place", 4.0), ("in place", 6.0)]) == {"by": {"in place": {"faults": 2, "mean_s": 5.0}}}
+    told = costs([("in place", 4.0), ("requeue", 60.0)])
+    assert told["predicted_effective_training_time"] == predict(4.0, 60.0)
