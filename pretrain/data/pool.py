@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 # A worker without a sign of life for so long hangs: beats come with every sample and each second of a transfer. One
 # that has not begun yet imports its modules, perhaps from a slow file system.
 HANG_S, START_S = 20.0, 300.0
+_WORK_S = 0.1  # of CPU time: more than an idle worker takes within HANG_S
 TICK_S = 0.25
 # Time in which the main process does something else, or is suspended, counts so much at most.
 _MOST_S = 1.0
@@ -164,7 +165,7 @@ class _Worker:
     def _start(self) -> None:
         pool, number = self._pool, self._number
         pool._pulses[number] = 0
-        self._pulse, self._since = 0, pool._clock
+        self._pulse, self._spent, self._since = 0, 0.0, pool._clock
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         arguments = (pool._work, theirs, pool._pulses, number, os.getpid())
         self.process = pool._context.Process(target=_run, args=arguments, daemon=True)
@@ -201,11 +202,12 @@ class _Worker:
             os.close(fds[0])
 
     def hangs(self, clock: float) -> bool:
-        """Whether it has shown no sign of life for HANG_S. One that the kernel holds does not count: its storage does
-        not answer, and would not answer another one either."""
-        pulse = self._pool._pulses[self._number]
-        if pulse != self._pulse:
-            self._pulse, self._since = pulse, clock
+        """Whether it has shown no sign of life for HANG_S: no beat, and no work. One that computes may be slow, on a
+        huge picture and a busy machine; one that the kernel holds waits for storage, which would not answer another one
+        either."""
+        pulse, spent = self._pool._pulses[self._number], _cpu_s(self.process.pid)
+        if pulse != self._pulse or spent > self._spent + _WORK_S:
+            self._pulse, self._spent, self._since = pulse, spent, clock
         late = clock - self._since > (HANG_S if pulse else START_S)
         return late and self.process.is_alive() and _state(self.process.pid) != "D"
 
@@ -226,6 +228,15 @@ def _end(code: int | None) -> str:
     if code is not None and code < 0:
         return f"is killed by {signal.Signals(-code).name}"
     return f"ended with exit code {code}"
+
+
+def _cpu_s(pid: int | None) -> float:
+    """Seconds of CPU time that a process has spent; 0 for one that is gone. The clock's number is that of Linux's
+    clock_getcpuclockid."""
+    try:
+        return time.clock_gettime(~pid << 3 | 2) if pid else 0.0
+    except OSError:
+        return 0.0
 
 
 def _state(pid: int | None) -> str:

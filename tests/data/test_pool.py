@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import multiprocessing
 import os
 import resource
@@ -221,11 +220,16 @@ def test_pinning_keeps_the_order_and_hands_errors_on_in_their_turn() -> None:
     assert not multiprocessing.active_children()
 
 
-def test_a_worker_in_the_kernels_hands_does_not_hang(monkeypatch, caplog) -> None:
-    """Its storage does not answer, and would not answer another one either."""
-    caplog.set_level(logging.WARNING)
-    monkeypatch.setattr(pools, "HANG_S", 0.0)
-    monkeypatch.setattr(pools, "_state", lambda pid: "D")
-    with Pool(Numbers(lambda item: time.sleep(0.3)), 1, 1) as pool:
-        assert next(iter(pool.results(iter(ITEMS))))[0] == ITEMS[0]
-    assert not caplog.messages
+def test_a_worker_that_computes_or_waits_for_its_storage_does_not_hang(monkeypatch) -> None:
+    with Pool(Numbers(), 1, 1) as pool:
+        next(iter(pool.results(iter(ITEMS))))
+        (worker,) = pool._workers
+        strike(signal.SIGSTOP)
+        while pools._state(worker.process.pid) != "T":
+            time.sleep(0.01)
+        spent = iter([10.0, 20.0, 20.0, 20.0, 20.0])
+        monkeypatch.setattr(pools, "_cpu_s", lambda pid: next(spent))
+        assert not worker.hangs(100.0) and not worker.hangs(200.0)  # it has computed for 10 s
+        assert not worker.hangs(200.0 + pools.HANG_S) and worker.hangs(201.0 + pools.HANG_S)
+        monkeypatch.setattr(pools, "_state", lambda pid: "D")
+        assert not worker.hangs(202.0 + pools.HANG_S)
