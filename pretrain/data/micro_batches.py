@@ -45,6 +45,21 @@ class _Sample(NamedTuple):
     draws: np.ndarray  # float32 [sequences of this sample, numbers]
 
 
+class _Placing:
+    """A transform whose first picture is made at its place in the batch, and not copied there."""
+
+    def __init__(self, transform: Any, place: np.ndarray):
+        self._transform = transform
+        self._place: np.ndarray | None = place
+
+    def __call__(self, data: bytes, rng: Any = None) -> np.ndarray:
+        place, self._place = self._place, None
+        return self._transform(data, rng, place)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transform, name)
+
+
 class Share(NamedTuple):
     """Which part of a global batch a data rank loads, and in how many micro-steps."""
 
@@ -117,21 +132,16 @@ class MicroBatches:
         size = feed.total // (ranks * accumulation)
         first = (rank * accumulation + micro) * size
         rows = feed.order.rows(step, feed.total)[first : first + size]
-        place = {"dual": self.layout.images - self.layout.dual, "pairs": self.layout.images}.get(feed.kind, 0)
+        before = {"dual": self.layout.images - self.layout.dual, "pairs": self.layout.images}.get(feed.kind, 0)
         samples = []
-        for number, row in enumerate(rows.tolist(), place):
+        for number, row in enumerate(rows.tolist(), before):
             pulse.beat()
-            sample = self._sample(feed, SampleRef(*row), replaced)
-            image = sample.raw.image
-            # Others, such as a source's own floats, are stacked later.
-            if image is not None and image.dtype == np.uint8 and image.shape == pictures.shape[1:]:
-                pictures[number] = image
-                sample = sample._replace(raw=sample.raw._replace(image=pictures[number]))
-            samples.append(sample)
+            place = pictures[number] if feed.kind != "texts" and self.view.transform else None
+            samples.append(self._sample(feed, SampleRef(*row), replaced, place))
         return samples
 
-    def _sample(self, feed: Feed, ref: SampleRef, replaced: list[Replaced]) -> _Sample:
-        """The sample, or the replacement that Order.replacement chooses."""
+    def _sample(self, feed: Feed, ref: SampleRef, replaced: list[Replaced], place: np.ndarray | None) -> _Sample:
+        """The sample, or the replacement that Order.replacement chooses; its picture is made in `place`."""
         attempt = skipped = 0
         tried = [ref.shard]  # shards of the stream so far, beginning with the sample's own
         problem, stand_in = "", ref
@@ -146,7 +156,8 @@ class MicroBatches:
                     number = ref.epoch % crops
                     look = look_rng(self.seed, members["__key__"], number)
                 codes = feed.codes.read(stand_in.shard, stand_in.sample, number) if feed.codes else None
-                raw = feed.source.decode(members, self.view.transform, self.view.tokenizer, look)
+                transform = self.view.transform if place is None else _Placing(self.view.transform, place)
+                raw = feed.source.decode(members, transform, self.view.tokenizer, look)
                 key = f"{feed.kind}/{feed.names[stand_in.shard]}/{members['__key__'].decode('utf-8', 'replace')}"
                 return self._mask(feed.kind, key, raw, codes, rng)
             except BadSample as error:
@@ -193,7 +204,8 @@ class MicroBatches:
         images, pairs, dual, texts = (samples.get(kind, []) for kind in ("images", "pairs", "dual", "texts"))
         pictures, words, layout = images + dual + pairs, dual + texts, self.layout
         shown = [sample.raw.image for sample in pictures]
-        in_place = all(image is not None and np.may_share_memory(image, pixels) for image in shown)
+        # What a source made itself, or of several looks, is not.
+        in_place = all(image is not None and _same(image, pixels[n]) for n, image in enumerate(shown))
         return make_batch(
             layout,
             images=torch.from_numpy(pixels) if in_place else _tensor(shown, np.uint8, *pixels.shape[1:]),
@@ -236,6 +248,12 @@ def _extras(samples: list[_Sample]) -> dict[str, Any]:
         same = numeric and len({np.shape(value) for value in values}) == 1
         stacked[name] = torch.from_numpy(np.stack([np.asarray(value) for value in values])) if same else tuple(values)
     return stacked
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether they are one array: the same bytes in the same memory."""
+    of_a, of_b = a.__array_interface__, b.__array_interface__
+    return all(of_a[name] == of_b[name] for name in ("data", "shape", "typestr", "strides"))
 
 
 def _tensor(rows: list, dtype, *shape: int) -> Tensor:

@@ -79,15 +79,16 @@ class ImageTransform:
     def squashes(self) -> bool:
         return not self.train and self.evaluation == "squash"
 
-    def __call__(self, data: bytes, rng: Generator | None = None) -> np.ndarray:
-        """Encoded picture -> uint8 [3, size, size]. `rng` is needed in training only. Raises BadSample."""
+    def __call__(self, data: bytes, rng: Generator | None = None, out: np.ndarray | None = None) -> np.ndarray:
+        """Encoded picture -> uint8 [3, size, size], which is `out` if that is given. `rng` is needed in training only.
+        Raises BadSample."""
         header = read_header(data)
         box = self.crop(header.height, header.width, rng)
         # The crop's shorter side must have at least `size` pixels, so that decoding at a reduced size loses no detail.
         side = min(header.height, header.width)
         min_side = None if self.squashes else math.ceil(self.size * side / min(box.height, box.width))
         pixels = decode(data, header, min_side)
-        return self.finish(_cut(pixels, box, header), rng)
+        return self.finish(_cut(pixels, box, header), rng, out)
 
     def crop(self, height: int, width: int, rng: Generator | None) -> Box:
         """A random crop of a picture of this size, by `scale` and `ratio`; in evaluation its central square, or all of
@@ -111,7 +112,7 @@ class ImageTransform:
             h = min(height, max(1, round(width / self.ratio[0])))
         return Box(int(place[0] * (height - h + 1)), int(place[1] * (width - w + 1)), h, w)
 
-    def finish(self, crop: np.ndarray, rng: Generator | None) -> np.ndarray:
+    def finish(self, crop: np.ndarray, rng: Generator | None, out: np.ndarray | None = None) -> np.ndarray:
         """A crop uint8 [h, w, 3] -> uint8 [3, size, size]: resized, and in training flipped and jittered."""
         if self.squashes:
             whole = Image.fromarray(np.ascontiguousarray(crop)).resize((self.size, self.size), Image.Resampling.BICUBIC)
@@ -124,7 +125,7 @@ class ImageTransform:
                 pixels = cv2.flip(pixels, 1, dst=pixels)
             if self.jitter:
                 pixels = _jitter(pixels, self.jitter, rng)
-        planes = np.empty((3, self.size, self.size), np.uint8)
+        planes = np.empty((3, self.size, self.size), np.uint8) if out is None else out
         cv2.split(pixels, list(planes))  # in place: three times as fast as a transposed copy
         return planes
 

@@ -20,7 +20,7 @@ from pretrain.data import sources
 from pretrain.data.loader import shard_names
 from pretrain.data.masking import Masking
 from pretrain.data.shards.reader import ShardReader
-from pretrain.data.sources import window_ids
+from pretrain.data.sources import ImageShards, window_ids
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform, sample_rng
 from tests.toys import COUNTS, SIZE, encoded, full_beyond, index_source, picture
@@ -304,3 +304,27 @@ def test_a_wait_for_data_names_its_cause(build, mix: dict, monkeypatch, workers:
     waited = {"read": loader.waited_read_s, "decode": loader.waited_decode_s}
     assert waited.pop(slow) > 0.3 and waited.popitem()[1] > 0
     assert getattr(loader, f"waited_{slow}_s") > 0.5 * (loader.waited_read_s + loader.waited_decode_s)
+
+
+class Looks(ImageShards):
+    """Looks several times at a picture; the image is the look that `chosen` says, -1: what the source made of it."""
+
+    chosen = 0
+
+    def decode(self, members, transform, tokenizer, rng):
+        data = sources.picture(members)
+        looks = [transform(data, rng) for _ in range(3)]
+        assert transform.size == SIZE
+        image = 255 - looks[0] if self.chosen < 0 else looks[self.chosen]
+        return sources.Raw(image, None, {"looks": np.stack(looks)})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("chosen", [0, 1, -1])
+def test_a_source_may_look_several_times_at_a_picture(build, mix, monkeypatch, chosen: int, workers: int) -> None:
+    monkeypatch.setattr(Looks, "chosen", chosen)
+    images = {"images": Looks(mix["images"].shards)}
+    for (batch,) in build(mix=images, counts={"images": 6}, loading={"workers": workers}).batches(0, 2):
+        looks = batch.extra["looks"]
+        assert looks.shape == (6, 3, 3, SIZE, SIZE) and (looks[:, 0] != looks[:, 1]).any()
+        assert torch.equal(batch.images, 255 - looks[:, 0] if chosen < 0 else looks[:, chosen])

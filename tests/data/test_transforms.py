@@ -104,7 +104,7 @@ def test_a_crop_is_never_enlarged_when_the_picture_has_the_pixels(monkeypatch: p
     seen = []
     finish = ImageTransform.finish
     monkeypatch.setattr(
-        ImageTransform, "finish", lambda self, crop, rng: seen.append(crop.shape) or finish(self, crop, rng)
+        ImageTransform, "finish", lambda self, crop, *rest: seen.append(crop.shape) or finish(self, crop, *rest)
     )
     transform = ImageTransform(size=32, scale=(0.2, 1.0))
     data = encoded(picture(7, 400, 500))
