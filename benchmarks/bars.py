@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from pretrain.files import write_file
 
 WIDTH, LABELS, ROW, TOP, PAD = 860, 330, 28, 48, 14
+NOTE_LETTERS = 130  # in a line
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#a463f2")
 
 
@@ -17,7 +19,8 @@ def bars_svg(title: str, bars: Mapping[str, float | None], *, mark: float | None
     that begin with the same word have one colour."""
     top = max([value for value in bars.values() if value is not None] + [mark or 0], default=0) or 1
     unit = (WIDTH - LABELS - 80) / top
-    height = TOP + ROW * len(bars) + 30
+    notes = textwrap.wrap(note, NOTE_LETTERS)
+    height = TOP + ROW * len(bars) + 16 + 15 * len(notes)
     firsts = list(dict.fromkeys(name.split()[0] for name in bars))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
@@ -37,7 +40,9 @@ def bars_svg(title: str, bars: Mapping[str, float | None], *, mark: float | None
     if mark is not None:
         x, end = LABELS + unit * mark, TOP + ROW * len(bars)
         parts.append(f'<path d="M{x:.1f} {TOP - 4}V{end}" stroke="#444" stroke-dasharray="4 3"/>')
-    parts.append(f'<text x="{PAD}" y="{height - 10}" font-size="11" fill="#666">{escape(note)}</text>')
+    for place, line in enumerate(notes):
+        y = TOP + ROW * len(bars) + 20 + 15 * place
+        parts.append(f'<text x="{PAD}" y="{y}" font-size="11" fill="#666">{escape(line)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

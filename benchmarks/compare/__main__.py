@@ -136,9 +136,9 @@ def rate(cfg: MultiwayConfig, layout: Layout, repeats: int, *, bf16: bool) -> fl
     return sum(6 * a * b * c for a, b, c in products(one, layout)) / statistics.median(seconds[1:])
 
 
-def executed(cfg: MultiwayConfig, batch: Batch, task: nn.Module) -> float:
-    """FLOPs of the products that our step computes; the heads' are counted by the targets that there are."""
-    stage: Any = SimpleNamespace(experts=EXPERTS, objectives=(OBJECTIVE,))
+def executed(cfg: MultiwayConfig, batch: Batch, task: nn.Module, experts: tuple[str, ...] = EXPERTS) -> float:
+    """FLOPs of the products that our step computes; how many rows the heads read is taken from the masks' ratios."""
+    stage: Any = SimpleNamespace(experts=experts, objectives=(OBJECTIVE,))
     return Pretrain().executed_flops(
         cfg, stage, batch.real_layout, frozenset(name for name, _ in task.named_parameters())
     )

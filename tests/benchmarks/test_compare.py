@@ -56,4 +56,5 @@ def test_every_other_system_takes_a_step_and_the_plot_has_its_bars(tmp_path, cap
 
 def test_bars_keep_names_and_values_apart_from_markup():
     plot = bars_svg("a < b", {"x & y": 2.0, "z": None}, mark=1.0, note="python -m <x>")
+    assert bars_svg("a", {"b": 1.0}, note="word " * 60).count("word word") > 1 and "NaN" not in plot
     assert "a &lt; b" in plot and "x &amp; y" in plot and "no figure" in plot and "<x>" not in plot
