@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Numbers = Iterable[Tensor]
+
+
+def judged(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters whose gradients can be compared: all but the biases of keys. Such a bias adds the same to all
+    scores of a query, which the softmax takes away again: its gradient is zero, and what one sees of it is rounding,
+    which no two ways share (tests/models/test_attention.py)."""
+    return [value for name, value in module.named_parameters() if ".attention.k." not in name or "bias" not in name]
 
 
 def away(ours: Numbers, exact: Numbers) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pretrain.batch import Layout
 from pretrain.models.attention import can_pack
 from pretrain.models.multiway import encoder as multiway
-from tests.cuda.near import assert_as_near
+from tests.cuda.near import assert_as_near, judged
 from tests.models.test_attention import LONG, masked, no_padding, queries_keys_values, unpadded
 from tests.toy_models import CONFIGS, PATCHES, encoder, random_batch
 
@@ -57,7 +57,7 @@ def test_an_encoder_that_packs_is_one_that_masks(name: str, route: str, width: i
     read, there = no_padding(batch), batch.indexed().to("cuda")
     short, exact = (encoder(cfg).cuda().bfloat16() for _ in range(2))
     exact = exact.float()  # the same numbers
-    packed = results(short.rows(there), read, list(short.parameters()))
+    packed = results(short.rows(there), read, judged(short))
     monkeypatch.setattr(multiway, "can_pack", lambda *_: False)
-    plain = results(short.rows(there), read, list(short.parameters()))
-    assert_as_near(packed, plain, results(exact.rows(there), read, list(exact.parameters())))
+    plain = results(short.rows(there), read, judged(short))
+    assert_as_near(packed, plain, results(exact.rows(there), read, judged(exact)))

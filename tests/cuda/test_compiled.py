@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 from pretrain.batch import PAD, Layout
 from pretrain.tasks.pretrain import PretrainTask
-from tests.cuda.near import assert_as_near, away
+from tests.cuda.near import assert_as_near, away, judged
 from tests.models.multiway.test_compiled import DEEP, task
 from tests.toy_models import PATCHES, random_batch
 
@@ -29,7 +29,7 @@ def gradients(task: PretrainTask, batch) -> list[torch.Tensor]:
     task.zero_grad()
     report = task(batch)
     report["loss"].backward()
-    return [report["loss"].detach()[None], *(value.grad for value in task.parameters())]
+    return [report["loss"].detach()[None], *(value.grad for value in judged(task))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

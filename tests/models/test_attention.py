@@ -13,6 +13,7 @@ from pretrain.models import attention
 from pretrain.models.attention import Bias, Padding, attend, can_pack, padding_of
 from pretrain.models.multiway import encoder as multiway
 from pretrain.rows import put_at, take
+from tests.cuda.near import judged
 from tests.toy_models import CONFIGS, ROUTES, encoder, random_batch
 
 HEADS, WIDTH = 2, 8
@@ -177,6 +178,21 @@ def test_the_kernel_gets_one_bias_for_all_sequences(monkeypatch):
     biases = Bias(*(torch.randn(HEADS, n, n).requires_grad_() for n in (5, 11, 9)))
     attend(*queries_keys_values(layout), layout, Padding(None, None, *random_batch(layout).keys_seen), biases)
     assert [mask.numel() for mask in given] == [HEADS * n * n for n in (5, 11, 9)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_gradient_of_a_keys_bias_is_rounding_and_is_not_judged_on_a_gpu(dtype):
+    """The softmax takes away what such a bias adds to all scores of a query."""
+    model = encoder().to(dtype)
+    model.rows(random_batch(ROUTES["masked data"])).float().square().sum().backward()
+    size = {name: float(value.grad.norm()) for name, value in model.named_parameters() if ".attention." in name}
+    for name, own in size.items():
+        if name.endswith("k.shared.bias"):
+            other = size[name.replace(".k.", ".q.")]
+            assert own < (1e-12 if dtype == torch.float64 else 0.5) * other, name
+    kept = {id(value) for value in judged(model)}
+    left_out = [name for name, value in model.named_parameters() if id(value) not in kept]
+    assert left_out == [f"blocks.{number}.attention.k.shared.bias" for number in range(model.cfg.depth)]
 
 
 def test_a_bias_is_added_per_head():
