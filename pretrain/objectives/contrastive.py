@@ -35,6 +35,9 @@ class Contrastive(Objective):
     temperature: float = CLIP_TEMPERATURE  # of the softmax at the start; learned. The sigmoid begins as SigLIP's
     loss: str = "softmax"
     project: bool = True
+    # Of the sigmoid at the start; learned. SigLIP's is near -log of its batch, 32k: as rarely as that are a picture and
+    # a text of the batch a pair. A small batch wants its own: far from it the first steps make all pictures alike.
+    bias: float = SIGMOID_BIAS
     name = "contrastive"
 
     def __post_init__(self) -> None:
@@ -44,10 +47,12 @@ class Contrastive(Objective):
             raise ValueError(f"contrastive.loss={self.loss!r} is unknown; use softmax or sigmoid")
         if not self.project and self.embed_dim is not None:
             raise ValueError(f"contrastive.embed_dim={self.embed_dim} is a projection's and project=False has none")
+        if self.loss != "sigmoid" and self.bias != SIGMOID_BIAS:
+            raise ValueError(f"contrastive.bias={self.bias} is the sigmoid's; leave it out, or use loss='sigmoid'")
         if self.loss == "sigmoid" and self.temperature != CLIP_TEMPERATURE:
             raise ValueError(
                 f"contrastive.temperature={self.temperature} does not go with loss='sigmoid', which begins at SigLIP's "
-                f"scale {SIGMOID_SCALE:g} and bias {SIGMOID_BIAS:g}; leave temperature out, or use loss='softmax'"
+                f"scale {SIGMOID_SCALE:g}; leave temperature out, or use loss='softmax'"
             )
 
     def build(
@@ -59,7 +64,7 @@ class Contrastive(Objective):
                 f"contrastive.project=False compares rows as they are, and pictures have a width of {images} and texts "
                 f"of {texts}; set project=True, or give one of the towers a projection"
             )
-        options: Any = {"sigmoid": self.loss == "sigmoid", "project": self.project}
+        options: Any = {"bias": self.bias if self.loss == "sigmoid" else None, "project": self.project}
         return ContrastiveHead((images, texts), self.embed_dim, self.temperature, layers, **options)
 
     def problems(self, stage: Any) -> list[str]:
@@ -91,8 +96,8 @@ class Contrastive(Objective):
 
 
 class ContrastiveHead(nn.Module):
-    """Linear projections without bias and a learned logit scale, as unilm's beit3 BEiT3ForRetrieval; for the sigmoid a
-    learned logit bias too. `widths`: of image rows and text rows."""
+    """Linear projections without bias and a learned logit scale, as unilm's beit3 BEiT3ForRetrieval; for the sigmoid
+    a learned logit bias too, which begins at `bias`. `widths`: of image rows and text rows."""
 
     def __init__(
         self,
@@ -101,7 +106,7 @@ class ContrastiveHead(nn.Module):
         temperature: float,
         layers: Layers = PLAIN,
         *,
-        sigmoid: bool = False,
+        bias: float | None = None,
         project: bool = True,
     ):
         super().__init__()
@@ -111,9 +116,9 @@ class ContrastiveHead(nn.Module):
         self.language = Head(texts, self.width, bias=False) if project else nn.Identity()
         self.gather, self.visit = layers.gather, layers.visit
         # One element and not a scalar: ZeRO-3 partitions by rows.
-        start = math.log(SIGMOID_SCALE if sigmoid else 1 / temperature)
+        start = math.log(1 / temperature if bias is None else SIGMOID_SCALE)
         self.logit_scale = nn.Parameter(torch.full((1,), start))
-        self.logit_bias = nn.Parameter(torch.full((1,), SIGMOID_BIAS)) if sigmoid else None
+        self.logit_bias = nn.Parameter(torch.full((1,), bias)) if bias is not None else None
 
     def needed_rows(self, batch: Batch) -> Kinds:
         """The class row of each image and the first row of each text that belong to a dual pair."""

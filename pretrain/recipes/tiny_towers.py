@@ -34,7 +34,8 @@ RECIPE = replace(
     model=CLIP,
     stages={
         "clip": replace(STAGE, objectives=(Contrastive(embed_dim=128),)),
-        "siglip": replace(STAGE, model=SIGLIP, objectives=(Contrastive(loss="sigmoid", project=False),)),
+        # -log of the batch of 64 is -4.2.
+        "siglip": replace(STAGE, model=SIGLIP, objectives=(Contrastive(loss="sigmoid", project=False, bias=-4.0),)),
         "resnet_bert": replace(
             STAGE, model=DualTowers(RESNET, BERT, **COMMON), objectives=(Contrastive(embed_dim=128),)
         ),

@@ -70,6 +70,9 @@ def test_chunks_give_the_plain_formula_and_its_gradients(monkeypatch, texts_of_a
 def test_it_begins_as_siglip():
     report = score(build())
     assert report["logit_scale"].item() == pytest.approx(10) and report["logit_bias"].item() == -10
+    small = Contrastive(loss="sigmoid", project=False, bias=-4.0).build(PAPER, ())
+    assert small.logit_bias.item() == -4 and small.logit_scale.exp().item() == pytest.approx(10)
+    assert Contrastive().build(PAPER, ()).logit_bias is None
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -124,6 +127,7 @@ def test_it_is_the_loss_of_transformers_on_the_same_embeddings():
     ("options", "said"),
     [
         ({"loss": "hinge"}, r"contrastive\.loss='hinge' is unknown; use softmax or sigmoid"),
+        ({"bias": -4.0}, r"contrastive\.bias=-4\.0 is the sigmoid's; leave it out, or use loss='sigmoid'"),
         ({"loss": "sigmoid", "temperature": 0.1}, r"contrastive\.temperature=0\.1 .* leave temperature out"),
     ],
 )
