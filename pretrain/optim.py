@@ -30,7 +30,7 @@ class Optim:
     warmup_steps: int = 10_000
     clip: float = 3.0  # of the global gradient norm; 0 switches it off
     layer_decay: float = 1.0  # each layer below the top learns this much slower than the one above
-    head_rate: float = 1.0  # the objectives' own layers learn this much faster
+    head_factor: float = 1.0  # the objectives' own layers learn this much faster
     # Or linear, constant, wsd (warmup, stable, decay: constant, then linear over the last decay_steps; MiniCPM, arXiv
     # 2404.06395); all after a linear warmup. Only constant, and wsd before its decay, do not depend on the steps, so
     # that a run which goes on with --continue-from equals one that was so long from its beginning.
@@ -53,8 +53,8 @@ class Optim:
             raise ValueError(f"optim.betas={self.betas} must be two numbers in [0, 1), such as (0.9, 0.98)")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"optim.layer_decay={self.layer_decay} must lie in (0, 1]; 1 switches it off")
-        if not (math.isfinite(self.head_rate) and self.head_rate > 0):
-            raise ValueError(f"optim.head_rate={self.head_rate} must be above 0; 1 switches it off")
+        if not (math.isfinite(self.head_factor) and self.head_factor > 0):
+            raise ValueError(f"optim.head_factor={self.head_factor} must be above 0; 1 switches it off")
         for name in ("eps", "weight_decay", "warmup_steps", "clip"):
             if not (math.isfinite(value := getattr(self, name)) and value >= 0):
                 raise ValueError(f"optim.{name}={value} must be a number of at least 0")
@@ -92,7 +92,7 @@ def parameter_groups(
     module: nn.Module, optim: Optim, *, layer_of: Callable[[str], int] | None = None, top: int | None = None
 ) -> list[dict]:
     """The trainable parameters in as few groups as their decay and rate need (ZeRO flattens and pads each group). Those
-    of a task's objectives have optim.head_rate times the rate.
+    of a task's objectives have optim.head_factor times the rate.
 
     With `optim.layer_decay` < 1, `layer_of(name)` is 0 for embeddings, 1, 2, ... for blocks, one more than the last
     block for heads and the final norm; the rate is lr * layer_decay ** (top - layer), where `top` is the highest layer
@@ -111,7 +111,7 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         scale = optim.layer_decay ** (top - layers.get(name, top))
-        scale *= optim.head_rate if name.startswith("objectives.") else 1.0
+        scale *= optim.head_factor if name.startswith("objectives.") else 1.0
         decayed = decays(name, parameter)
         group = {"params": [], "lr": optim.lr * scale, "weight_decay": optim.weight_decay if decayed else 0.0}
         groups.setdefault((decayed, scale), group)["params"].append(parameter)

@@ -135,13 +135,13 @@ def test_layer_decay_slows_the_lower_layers():
 
 def test_heads_may_learn_faster():
     task = nn.ModuleDict({"encoder": Named(), "objectives": nn.ModuleDict({"answering": nn.Linear(4, 2)})})
-    groups = parameter_groups(task, Optim(lr=0.1, head_rate=20.0))
+    groups = parameter_groups(task, Optim(lr=0.1, head_factor=20.0))
     rates = {id(value): group["lr"] for group in groups for value in group["params"]}
     for name, value in task.named_parameters():
         assert rates[id(value)] == pytest.approx(2.0 if name.startswith("objectives.") else 0.1)
     assert groups[0]["lr"] == 0.1 and len(groups) == 4  # the first one's rate is reported
-    with pytest.raises(ValueError, match=r"head_rate=0 must be above 0"):
-        Optim(head_rate=0)
+    with pytest.raises(ValueError, match=r"head_factor=0 must be above 0"):
+        Optim(head_factor=0)
 
 
 def test_nothing_to_train_and_layer_decay_without_layers_are_refused():

@@ -56,20 +56,20 @@ class Settings:
     warmup: int
     size: int = 224
     betas: tuple[float, float] = (0.9, 0.999)
-    head_rate: float = 1.0
+    head_factor: float = 1.0
 
 
 # [U] get_started_for_image_classification.md, _vqav2.md, _nlvr2.md, _retrieval.md, _captioning.md.
 BASE = {
     "imagenet": Settings(7e-4, 0.65, 0.15, 0.05, 1024, 50, 5),
-    "vqa": Settings(3e-5, 1.0, 0.1, 0.01, 128, 10, 1, size=480, betas=(0.9, 0.98), head_rate=20.0),
+    "vqa": Settings(3e-5, 1.0, 0.1, 0.01, 128, 10, 1, size=480, betas=(0.9, 0.98), head_factor=20.0),
     "nlvr2": Settings(7e-4, 0.65, 0.2, 0.2, 256, 20, 5),
     "retrieval": Settings(2e-4, 0.65, 0.2, 0.05, 3072, 15, 3, size=384),
     "captioning": Settings(4e-5, 1.0, 0.1, 0.05, 256, 10, 1, size=480),
 }
 LARGE = {
     "imagenet": Settings(2e-4, 0.8, 0.25, 0.05, 1024, 50, 5),
-    "vqa": Settings(2e-5, 1.0, 0.15, 0.01, 128, 10, 1, size=480, betas=(0.9, 0.98), head_rate=20.0),
+    "vqa": Settings(2e-5, 1.0, 0.15, 0.01, 128, 10, 1, size=480, betas=(0.9, 0.98), head_factor=20.0),
     "nlvr2": Settings(3e-4, 0.85, 0.2, 0.2, 256, 20, 5),
     "retrieval": Settings(5e-5, 0.85, 0.2, 0.05, 3072, 15, 3, size=384),
     "captioning": Settings(8e-6, 1.0, 0.1, 0.05, 256, 10, 1, size=480),
@@ -128,7 +128,7 @@ def _stage(how: Settings, model: MultiwayConfig, epoch: int, mix: dict[str, Any]
             weight_decay=how.weight_decay,
             warmup_steps=how.warmup * steps,
             layer_decay=how.layer_decay,
-            head_rate=how.head_rate,
+            head_factor=how.head_factor,
             clip=3.0,
         ),
         steps=how.epochs * steps,
