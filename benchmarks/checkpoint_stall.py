@@ -12,6 +12,7 @@ checkpoint was written, which on a machine without spare cores is most of the co
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import statistics
@@ -44,7 +45,8 @@ class Save(NamedTuple):
     steps: list[float]
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The figures so far, after each round."""
     recipe, stage = load_recipe(args.recipe, args.stage, args.set)
     for name in ("rounds", "steps"):
         if getattr(args, name) < 1:
@@ -57,12 +59,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         watch = Watch()
         run = build_run(recipe, replace(stage, init_from=None), args.ds, place, watch)
         try:
-            return take_turns(run, watch, place, args.rounds, args.steps)
+            yield from take_turns(run, watch, place, args.rounds, args.steps)
         finally:
             watch.stop()
 
 
-def take_turns(run: Run, watch: Watch, place: Path, rounds: int, steps: int) -> dict[str, Any]:
+def take_turns(run: Run, watch: Watch, place: Path, rounds: int, steps: int) -> Iterator[dict[str, Any]]:
     """`steps` quiet steps before each save."""
     take = _stepper(run, run.loader.batches(0, MOST_STEPS))
     take()  # makes AdamW's moments
@@ -77,16 +79,17 @@ def take_turns(run: Run, watch: Watch, place: Path, rounds: int, steps: int) -> 
         for way in sorted(WAYS, reverse=bool(number % 2)):
             quiet += [take() for _ in range(steps)]
             saves[way].append(_save(savers[way], number + 1, take))
-    step = statistics.median(quiet)
-    files = [path for path in (place / "background").rglob("*") if path.is_file()]
-    return {
-        "parameters": parameters(run),
-        "checkpoint_gib": round(sum(path.stat().st_size for path in files) / 2**30, 3),
-        "batch": run.stage.batch.counts(),
-        "rounds": rounds,
-        "step_s": round(step, 3),
-        **{way: _figures(of_way, step) for way, of_way in saves.items()},
-    }
+        if number:
+            files = [path for path in (place / "background").rglob("*") if path.is_file()]
+            step = statistics.median(quiet)
+            yield {
+                "parameters": parameters(run),
+                "checkpoint_gib": round(sum(path.stat().st_size for path in files) / 2**30, 3),
+                "batch": run.stage.batch.counts(),
+                "rounds": number,
+                "step_s": round(step, 3),
+                **{way: _figures(of_way, step) for way, of_way in saves.items()},
+            }
 
 
 def _stepper(run: Run, batches: Iterator[Any]) -> Callable[[], float]:
@@ -155,7 +158,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
     facts = {**about("benchmarks.checkpoint_stall", argv), **machine("torch", "deepspeed")}
-    write({**facts, **measure(args)}, args.out)
+    figures: dict[str, Any] = {}
+    for figures in measure(args):
+        write({**facts, **figures}, args.out, show=False)  # what is measured stays, whenever it ends
+    print(json.dumps({**facts, **figures}, indent=1))
 
 
 if __name__ == "__main__":
