@@ -7,8 +7,8 @@ import random
 from typing import Any, NamedTuple
 
 GPUS = 64 * 8
-# A save that stops all ranks: 20 to 25 s for giant.
-STALL_S = 25.0
+# For how long a save stops all ranks: 20 to 25 s for giant where it waits for the disk, a step where it does not.
+STALLS_S = (25.0, 1.0)
 # What a start costs on a cluster beyond what it costs here: imports and weights from a shared disk, NCCL, compilation.
 # None of it was measured, so the prediction is given for several.
 MORE_S = (0.0, 60.0, 300.0)
@@ -58,22 +58,23 @@ def simulate(rate_per_s: float, cost_s: float, interval_s: float, stall_s: float
     return saved / now
 
 
-def predict(in_place_s: float, requeue_s: float, gpus: int = GPUS, stall_s: float = STALL_S) -> dict[str, Any]:
-    """For each published rate and each MORE_S, when all faults are mended in place, and when all need the queue."""
-    table: dict[str, Any] = {"gpus": gpus, "stall_of_a_save_s": stall_s}
+def predict(in_place_s: float, requeue_s: float, gpus: int = GPUS) -> dict[str, Any]:
+    """For each published rate, each of STALLS_S and each of MORE_S, when all faults are mended in place, and when all
+    need the queue; a save is made as often as is best."""
+    table: dict[str, Any] = {"gpus": gpus}
     for name, rate in RATES.items():
         per_s = rate.per_gpu_s * gpus
-        interval = best_interval(per_s, stall_s)
-        table[name] = {
-            "source": rate.source,
-            "faults_per_day": round(per_s * 86400, 3),
-            "save_every_s": round(interval),
-            **{
-                f"start costs {more:.0f} s more": {
-                    "in place": round(effective(per_s, in_place_s + more, interval, stall_s), 4),
-                    "requeue": round(effective(per_s, requeue_s + more, interval, stall_s), 4),
-                }
-                for more in MORE_S
-            },
-        }
+        table[name] = {"source": rate.source, "faults_per_day": round(per_s * 86400, 3)}
+        for stall in STALLS_S:
+            interval = best_interval(per_s, stall)
+            table[name][f"a save stops all ranks for {stall:.0f} s"] = {
+                "save_every_s": round(interval),
+                **{
+                    f"start costs {more:.0f} s more": {
+                        how: round(effective(per_s, cost + more, interval, stall), 4)
+                        for how, cost in (("in place", in_place_s), ("requeue", requeue_s))
+                    }
+                    for more in MORE_S
+                },
+            }
     return table
