@@ -27,8 +27,13 @@ OWN = "eval.json"
 # then, so that one of an earlier program stays what it is.
 LATER: dict[tuple[str, str], Any] = {
     ("MultiwayConfig", "final_norm"): True,
+    ("MultiwayConfig", "ffn"): "per_modality",
+    ("Pretrain", "weights"): {},
+    ("Pretrain", "learned"): False,
     ("CaptionShards", "draw"): False,
     ("Contrastive", "loss"): "softmax",
+    ("Contrastive", "project"): True,
+    ("Contrastive", "bias"): -10.0,
 }
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
