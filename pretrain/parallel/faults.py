@@ -159,7 +159,7 @@ class Watch:
             verdict = slow_rank(board.signs)
             if verdict is not None and verdict.rank < 0 and self._waited < min(self._limit, PATIENCE_S):
                 verdict = None  # all of them may be busy with the same thing
-        if verdict is None and board.rounds and self._unanswered > self._silent_s:
+        if verdict is None and self._unanswered > self._silent_s:
             first = board.signs[0]
             host = os.environ["MASTER_ADDR"] if first is None else first.host
             verdict = Verdict(0, host, f"does not answer for {self._unanswered:.0f} s")
