@@ -141,7 +141,8 @@ def test_the_rank_that_holds_the_signs_is_named_too(data, tmp_path):
     ranks = Ranks(line(data, tmp_path, "zero1", "timeout_s=300"), data, 2, log, stop_first)
     assert ranks.wait(60, 1) == [LOST], log.read_text()
     ranks.kill()  # rank 0 goes on by itself only where rank 1 had seen a sign of it
-    assert f"rank 1 of 2: rank 0 on {socket.gethostname()} does not answer for " in sentences(log)[0]
+    told = sentences(log)[0]  # the node, or its address where no sign of it was seen
+    assert told.startswith("rank 1 of 2: rank 0 on ") and " does not answer for " in told
 
 
 def fail(error: Exception, victim: int, rank: int) -> None:
