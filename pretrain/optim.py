@@ -14,8 +14,8 @@ SCHEDULES = ("cosine", "linear", "constant", "wsd")
 # and mask tokens, positions and relative position tables. BEiT, BEiT-2, its tokenizer and the released BEiT-3 exempt
 # pos_embed, cls_token and embed_positions (their `no_weight_decay()`; BEiT adds the relative position tables with
 # --disable_weight_decay_on_rel_pos_bias). They decay the mask token; that we do not is a choice. VLMo decays what its
-# list of names forgot; we do not follow it there.
-NOT_DECAYED = ("cls", "class_token", "class_row", "mask_token", "position", "pos_embed", "logit_scale")
+# list of names forgot; we do not follow it there. SigLIP's code (big_vision) decays kernels alone, so not the probe.
+NOT_DECAYED = ("cls", "class_token", "class_row", "mask_token", "position", "pos_embed", "logit_scale", "pool.probe")
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,14 @@ def test_what_is_decayed():
 TOKENS = {"encoder.vision_embed.cls_token", "encoder.vision_embed.mask_token"}
 LEARNED = TOKENS | {"encoder.vision_embed.positions", "encoder.text_embed.positions"}
 VLMO = TOKENS | {"encoder.relative_position.table"}
-EXEMPT = {"tiny": LEARNED, "tiny_vlmo": VLMO, "beit3": LEARNED, "vlmo": VLMO}
+ALBEF = {name.replace("encoder.vision", "encoder.image.vision") for name in LEARNED}
+TOWERS = {f"encoder.{tower}.model.embeddings.position_embedding.weight" for tower in ("vision", "text")}
+SIGLIP, BERT = TOWERS | {"encoder.vision.pool.probe"}, {"encoder.text.model.embeddings.position_embeddings.weight"}
+EXEMPT = {
+    **{"tiny": LEARNED, "tiny_vlmo": VLMO, "beit3": LEARNED, "vlmo": VLMO, "vilt": LEARNED},
+    **{"albef": ALBEF, "tiny_albef": ALBEF, "clip": TOWERS, "siglip": SIGLIP, "resnet50": BERT},
+}
+TINY_TOWERS = {"clip": TOWERS, "siglip": SIGLIP, "resnet_bert": BERT}
 TOKENIZER_EXEMPT = {
     f"tokenizer.{part}.{name}" for part in ("encoder", "decoder") for name in ("class_row", "positions")
 }
@@ -101,7 +108,8 @@ def test_what_every_recipes_models_exempt_from_decay(name):
         parameters = dict(task.named_parameters())
         decayed = {key for key, parameter in parameters.items() if decays(key, parameter)}
         exempt = {key for key, parameter in parameters.items() if parameter.dim() > 1} - decayed
-        listed = TOKENIZER_EXEMPT if stage_name == "tokenizer" else EXEMPT.get(name, EXEMPT[name.split("_")[0]])
+        listed = TOKENIZER_EXEMPT if stage_name == "tokenizer" else EXEMPT.get(name) or EXEMPT[name.split("_")[0]]
+        listed = TINY_TOWERS[stage_name] if name == "tiny_towers" else listed
         absent = [part for kind, part in (("vision", "vision_"), ("language", "text_")) if kind not in stage.experts]
         built = {key for key in listed if not any(part in key for part in absent)}
         assert exempt == built, stage_name

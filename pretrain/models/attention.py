@@ -174,7 +174,7 @@ def attend_behind(q_NLHC: Tensor, k_NSHC: Tensor, v_NSHC: Tensor, bias: Tensor |
     seen = None
     if length > 1:
         seen = torch.ones(length, before + length, dtype=torch.bool, device=q_NLHC.device).tril(before)
-    return _sdpa(q_NLHC, k_NSHC, v_NSHC, seen, bias)
+    return _sdpa(q_NLHC, k_NSHC, v_NSHC, None, bias, seen)
 
 
 def attend_whole(q_NLHC: Tensor, k_NLHC: Tensor, v_NLHC: Tensor, bias: Tensor | None = None) -> Tensor:
