@@ -66,7 +66,7 @@ def read_rollbacks(directory: Path) -> tuple[Rollback, ...]:
     try:
         entries = typed(read_object(path), "rollbacks", list)
         return tuple(_entry(entry) for entry in entries)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # what else is wrong with the place is said where it is taken
         return ()
     except ValueError as error:
         raise ValueError(
