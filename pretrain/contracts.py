@@ -33,7 +33,7 @@ class ModelSizes(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A further pass through the encoder that an objective asks for."""
+    """A pass through the encoder."""
 
     layout: Layout
     backward: bool = True  # False: without gradient, such as a teacher's
@@ -138,9 +138,11 @@ class Head(Protocol):
 
 
 class Objective(Protocol):
-    """One loss of a stage. `name` is its head's in checkpoints and metrics."""
+    """One loss of a stage. `name` is its head's in checkpoints and metrics. `first_pass` False: its head reads none of
+    the batch's own pass, which is left out where no objective reads it."""
 
     name: ClassVar[str]
+    first_pass: ClassVar[bool] = True
 
     @property
     def masking(self) -> Masking | None:

@@ -32,6 +32,7 @@ class Captioning(Objective):
     smoothing: float = 0.0  # share of each target that the whole vocabulary has in equal parts
     mean_over: str = "sequences"  # or targets, each word; as MaskedData's
     name = "captioning"
+    first_pass = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.smoothing < 1:

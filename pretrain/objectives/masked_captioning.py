@@ -28,6 +28,7 @@ class MaskedCaptioning(Objective):
     mask_ratio: float = 0.7  # unilm beit3/get_started/get_started_for_captioning.md
     smoothing: float = 0.1  # its default
     name = "masked"
+    first_pass = False
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio <= 1:

@@ -16,6 +16,7 @@ from pretrain.parallel.ds_config import offloads, precision, zero_stage
 from pretrain.parallel.sizes import Parallel
 from pretrain.plan.hardware import BUCKET, FP32, LIVE, PERSISTENCE, PREFETCH, REUSE, SUB_GROUP
 from pretrain.plan.model import Parameter, Planned, parameters_of, read_rows, stage_runs, target_elements
+from pretrain.tasks.pretrain import all_passes
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,9 @@ def moments(planned: Planned, cell: Cell, stage: int = 0) -> tuple[Memory, Memor
     backward, step = _states(parameters_of(planned, parts), cell)
     # 1F1B: a stage has as many micro-batches under way as there are stages from it on.
     under_way = min(cell.accumulation, pipe - stage) if pipe > 1 else 1
-    saved = activations(planned, cell, parts) * under_way
-    for objective in planned.stage.objectives:  # none under a pipeline
-        further = [each.layout for each in objective.passes(cell.layout) if each.backward]
-        saved += sum(activations(planned, replace(cell, layout=layout), parts) for layout in further)
+    saved = 0.0
+    for each in all_passes(planned.stage.objectives, cell.layout):  # one under a pipeline
+        saved += activations(planned, replace(cell, layout=each.layout), parts) * under_way if each.backward else 0
     boundary = 0.0
     if pipe > 1:
         # What each micro-batch under way sends on, and the gradient that comes back (PipelineEngine's buffers).

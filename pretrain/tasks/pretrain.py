@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.batch import Batch, Kinds, Layout
-from pretrain.contracts import Model, Objective, Task
+from pretrain.contracts import Model, Objective, Pass, Task
 from pretrain.flops import Product, executed_product, product_flops
 from pretrain.layers import PLAIN, Layers
 from pretrain.tasks.balance import GRADIENT, LossWeights, Weights, watched, weight_problems
@@ -51,10 +51,9 @@ class Pretrain(Task):
         return PretrainTask(model, stage.experts, stage.objectives, layers, **options)
 
     def flops(self, model: Model, stage: Any, layout: Layout) -> float:
-        total = float(model.flops(layout) + product_flops(head_products(stage.objectives, layout, model)))
-        for objective in stage.objectives:
-            for further in objective.passes(layout):
-                total += model.flops(further.layout) * (1 if further.backward else 1 / 3)
+        total = float(product_flops(head_products(stage.objectives, layout, model)))
+        for each in all_passes(stage.objectives, layout):
+            total += model.flops(each.layout) * (1 if each.backward else 1 / 3)
         return total
 
     def executed_flops(self, model: Model, stage: Any, layout: Layout, trained: frozenset[str]) -> float:
@@ -69,10 +68,17 @@ class Pretrain(Task):
             for further in objective.passes(layout):
                 rows, names = further.layout.rows, encoder if further.backward else frozenset()
                 total += model.executed_flops(further.layout, stage.experts, rows, names)
-        return total + model.executed_flops(layout, stage.experts, read, encoder)
+        first = any(objective.first_pass for objective in stage.objectives)
+        return total + (model.executed_flops(layout, stage.experts, read, encoder) if first else 0)
 
     def reads(self) -> dict[str, str]:
         return {}
+
+
+def all_passes(objectives: Sequence[Objective], layout: Layout) -> list[Pass]:
+    """Through the encoder, for a micro-batch of this layout: its own if it is read, and what objectives ask for."""
+    first = [Pass(layout)] if any(objective.first_pass for objective in objectives) else []
+    return first + [further for objective in objectives for further in objective.passes(layout)]
 
 
 def head_products(objectives: Sequence[Objective], layout: Layout, model: Model) -> list[Product]:
@@ -121,6 +127,8 @@ class PretrainTask(nn.Module):
         """-> `loss` (the sum of the objectives'), and what each objective reports, all scalars. `gradient/NAME` is
         filled by the backward pass: the squares of an objective's gradient at the encoder's outputs."""
         batch = batch.indexed()
+        if not any(objective.first_pass for objective in self._configs):
+            return self.score(Kinds.rows_of(batch.layout, batch.images.device), batch)  # as many rows, for no one
         # Asked of the host: the number of rows that are read would be a wait for the device.
         return self.score(self.encoder(batch, needed=self.needed_rows(batch.on_host)), batch)
 

@@ -13,7 +13,7 @@ from pretrain.data.sources import ImageShards, PairShards
 from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim
-from pretrain.tasks.pretrain import PretrainTask
+from pretrain.tasks.pretrain import PretrainTask, all_passes
 from tests.toy_models import CODES, EXPERTS, PAPER, PATCHES, part_of, random_batch
 
 MODEL = replace(PAPER, init_std=0.2)
@@ -75,12 +75,20 @@ def first_two(batch: Batch) -> dict[str, Tensor]:
     return {name: own[[0, 1, 2, 3, 5, 6]] for name, own in batch.draws.items()}
 
 
-def test_its_cost_is_that_of_the_pass_that_it_makes():
+@pytest.mark.parametrize(
+    ("objectives", "first"), [((Captioning(),), False), ((Captioning(), MaskedData(image_codes=CODES)), True)]
+)
+def test_the_passes_that_are_made_are_those_that_are_counted(objectives, first):
+    """The batch's own is left out where no objective reads it."""
     seen: list[Layout] = []
-    task, batch = build(Captioning()), random_batch(LAYOUT)
+    task = build(*objectives)
     task.encoder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].layout))
-    task(batch)
-    assert seen == [LAYOUT, *(each.layout for each in Captioning().passes(LAYOUT))]
+    task(random_batch(LAYOUT))
+    assert seen == [each.layout for each in all_passes(objectives, LAYOUT)]
+    assert seen == [LAYOUT] * first + [each.layout for each in Captioning().passes(LAYOUT)]
+
+
+def test_its_cost_is_that_of_the_pass_that_it_makes():
     (product,) = Captioning().products(LAYOUT, MODEL)
     assert product.rows == 5 * 9 and product.outputs == MODEL.vocab_size
 
