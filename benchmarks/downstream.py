@@ -32,7 +32,7 @@ from data_tools.drawn.scenes import TRAINING, Scene, draw_scene, encode_jpeg, ra
 from pretrain.checkpoint.weights import read_weights, write_weights
 from pretrain.command import about, make_parser, run, write
 from pretrain.data.shards.reader import ShardReader, load_manifest
-from pretrain.evals.cider import cider
+from pretrain.evals.captions import other_captions
 from pretrain.evals.probe import linear_answers, nearest_vote
 from pretrain.json_files import read_object
 from pretrain.pretrained import Pretrained, load
@@ -188,7 +188,7 @@ def chances(quickstart: Path, work: Path) -> dict[str, float]:
     answered = sum(note["multiple_choice_answer"] == often for note in notes[1]) / len(notes[1])
     reader = ShardReader(load_manifest(str(quickstart / "corpus/pairs/heldout")))
     texts = [reader.read(0, number, ("txt",))["txt"].decode() for number in range(min(256, reader.manifest.counts[0]))]
-    others = cider(texts[1:] + texts[:1], [[text] for text in texts])
+    others = other_captions([[text] for text in texts])
     return {
         "classes": 100 / len(TRAINING),
         "questions": 100 * answered,

@@ -30,7 +30,7 @@ say "text tokenizer"
     "$PYTHON" -m data_tools.train_text_tokenizer "$DATA/pairs/train" "$DATA/texts/train" \
         --vocab-size 256 --model-type bpe --out "$DATA/text.model"
 
-for stage in tokenizer vision language fusion retrieval scratch; do
+for stage in tokenizer vision language fusion retrieval captions scratch; do
     say "$stage"
     "${start[@]}" -m pretrain.train --recipe tiny --stage "$stage" --ds "$ds" --run-dir "$run" "$@"
     "$PYTHON" -m pretrain.evaluate --run-dir "$run" --stage "$stage"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,7 +37,8 @@ class ReferenceShards(PairShards):
 
 @dataclass(frozen=True)
 class CaptionScore(Evaluation):
-    """CIDEr-D in percent, so that a caption like those of people has about 100. `writing` as for pretrain.caption."""
+    """CIDEr-D in percent, so that a caption like those of people has about 100. `writing` as for pretrain.caption. The
+    baseline is what people wrote about the next picture."""
 
     pairs: ReferenceShards
     samples: int = 5000
@@ -69,8 +70,9 @@ class CaptionScore(Evaluation):
                 shown.append({"input": picture, "references": given, "written": text})
             captions += texts
             references += batch.extra[REFERENCES]
-        scores = cider(captions[:samples], references[:samples])
-        return {"captions/CIDEr": 100 * sum(scores) / len(scores)}, {"captions": shown}
+        references = references[:samples]
+        scores, others = cider(captions[:samples], references), other_captions(references)
+        return {"captions/CIDEr": _percent(scores), "captions/baseline": _percent(others)}, {"captions": shown}
 
     def _write(self, trained: Trained, batch: Any, logits: Any, mask_id: int | None) -> list[str]:
         task: Any = trained.task
@@ -80,3 +82,13 @@ class CaptionScore(Evaluation):
         next_word = NextWord(reader, logits, trained.text.mask_id, mask_id)
         ids = write(next_word, len(batch.images), how, None, trained.device)
         return [trained.text.decode(row) for row in ids.tolist()]
+
+
+def other_captions(references: Sequence[Sequence[str]]) -> list[float]:
+    """The scores of what people wrote about the next picture: fluent, and about something else."""
+    first = [texts[0] for texts in references]
+    return cider(first[1:] + first[:1], references)
+
+
+def _percent(scores: Sequence[float]) -> float:
+    return 100 * sum(scores) / len(scores)

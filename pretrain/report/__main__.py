@@ -54,8 +54,13 @@ def format_table(run_dir: Path | str) -> str:
         ]
         lines.append("")
     if others := other_rows(stages):
-        width = max(len(f"{stage}: {key}") for stage, key, _ in others) + 2
-        lines += [f"{f'{stage}: {key}':<{width}}{value:>10.4g}" for stage, key, value in others]
+        width = max(len(f"{stage}: {key}") for stage, key, *_ in others) + 2
+        with_baseline = any(baseline is not None for *_, baseline in others)
+        lines += [f"{'More':<{width}}{'value':>10}{'baseline':>10}"] if with_baseline else []
+        lines += [
+            f"{f'{stage}: {key}':<{width}}{value:>10.4g}" + (f"{baseline:>10.4g}" if baseline is not None else "")
+            for stage, key, value, baseline in others
+        ]
         lines.append("")
     title = ""
     for stage, name, differs, key, value in apart_rows(stages):

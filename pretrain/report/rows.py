@@ -15,7 +15,7 @@ from pretrain.lives import Life, read_lives
 from pretrain.metrics import EVALS, FILE, read_metrics
 from pretrain.rollbacks import Rollback, passed_batches, read_rollbacks
 
-USUAL_ORDER = ("tokenizer", "vision", "language", "fusion", "retrieval", "scratch")
+USUAL_ORDER = ("tokenizer", "vision", "language", "fusion", "retrieval", "captions", "scratch")
 PARTS = {
     "image": "image patches",
     "text": "words",
@@ -218,13 +218,14 @@ def masked_rows(stages: list[StageRun]) -> list[MaskedRow]:
     return rows
 
 
-def other_rows(stages: list[StageRun]) -> list[tuple[str, str, float]]:
-    """(stage, key, value) of every evaluation number that no other table shows."""
+def other_rows(stages: list[StageRun]) -> list[tuple[str, str, float, float | None]]:
+    """(stage, key, value, baseline if there is one) of every evaluation number that no other table shows."""
     known = re.compile(r"step|.*/(accuracy|baseline)|.*/(image_to_text|text_to_image)/R@\d+|.*/candidates")
     return [
-        (stage.name, key, value)
+        (stage.name, key, value, values.get(f"{key.rpartition('/')[0]}/baseline"))
         for stage in stages
-        for key, value in numbers(stage.evaluation).items()
+        for values in (numbers(stage.evaluation),)
+        for key, value in values.items()
         if not known.fullmatch(key) or (key.endswith("/accuracy") and not key.startswith("masked/"))
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pretrain.evals.captions import other_captions
 from pretrain.evals.cider import cider, words_of
 
 CAPTIONS = ["a red bus on the street", "two dogs run", "a cat sleeps on a mat"]
@@ -24,6 +25,12 @@ def test_the_best_caption_is_the_reference_itself():
     texts = ["a red bus", "two dogs run far", "cat"]
     assert cider(texts, [[text] for text in texts])[1] == pytest.approx(10.0)
     assert cider(["", "!"], [["a"], ["b"]]) == [0.0, 0.0]
+
+
+def test_the_baseline_is_what_was_written_about_the_next_picture():
+    about_the_next = ["two dogs run in the grass", "a cat is sleeping on a mat", "a red bus drives on the street"]
+    assert other_captions(REFERENCES) == cider(about_the_next, REFERENCES)
+    assert max(other_captions(REFERENCES)) < min(THEIRS)
 
 
 def test_words_have_no_punctuation():

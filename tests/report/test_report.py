@@ -151,6 +151,14 @@ def test_written_captions_stand_beside_those_of_people(run):
     check_inert((run / "report.html").read_text())
 
 
+def test_a_number_of_no_other_table_stands_beside_its_baseline(tmp_path):
+    write_stage(tmp_path, "captions", eval={"captions/CIDEr": 61.25, "captions/baseline": 12.5, "seconds": 3.0})
+    table = format_table(tmp_path)
+    assert re.search(r"^captions: captions/CIDEr +61\.25 +12\.5$", table, re.M)
+    assert re.search(r"^captions: seconds +3$", table, re.M)
+    assert re.search(r"captions/CIDEr\s*61\.25\s*12\.5", read(tmp_path).text)
+
+
 def test_a_run_that_is_going_on_works(tmp_path):
     directory = write_stage(tmp_path, "vision", steps=500, lines=30)
     with open(directory / "metrics.jsonl", "a") as file:
