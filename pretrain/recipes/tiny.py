@@ -132,8 +132,8 @@ CAPTIONS = Stage(
     init_from="fusion",
     objectives=(MaskedCaptioning(),),
     transform=LOOK,
-    optim=replace(OPTIM, lr=6e-4),
-    steps=200,
+    optim=OPTIM,
+    steps=400,
     evals=(CaptionScore(ReferenceShards("$DATA/pairs/heldout", text_len=24), samples=256),),
 )
 
