@@ -125,11 +125,13 @@ def kill_node(target: Target, victim: int) -> None:
     """Its slurmd, the slurmstepds and all tasks, at one moment; it comes back when SLURM has noticed."""
     node = target.nodes()[victim % 2]
     daemon = int((target.place / f"slurmd-{node}.pid").read_text())
-    doomed = [daemon, *target.on_node(node)]
-    for entry in Path("/proc").glob("[0-9]*"):
-        if _read(int(entry.name), "comm")[0].strip() == "slurmstepd" and _uses(entry, f"{target.place}/", node):
-            doomed.append(int(entry.name))
-    for process in doomed:
+    steps = [
+        int(entry.name)
+        for entry in Path("/proc").glob("[0-9]*")
+        if _read(int(entry.name), "comm")[0].strip() == "slurmstepd" and _uses(entry, f"{target.place}/", node)
+    ]
+    # A slurmstepd that outlives its task tells the controller that the job has failed: no dead node could.
+    for process in (daemon, *steps, *target.on_node(node)):
         _send(signal.SIGKILL, process)
     time.sleep(BACK_S)
     subprocess.run(start_node(target.place, node), env=os.environ | dict(target.environment), check=True, timeout=20)
