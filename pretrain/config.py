@@ -159,6 +159,9 @@ class Recipe:
     # Training waits for a copy in host memory, not for the disk. As long as the run lasts it takes 8 bytes a parameter
     # over all ranks, and 4 more on rank 0.
     save_in_background: bool = True
+    # Steps between two copies of the same on the nodes' own disks or in their memory (IMGLISH_LOCAL), each node's also
+    # on the next one, for starts after a fault; 0: none. Such a copy waits for no shared disk.
+    copy_every: int = 0
     trace_samples: bool = False
     # Steps in a row whose gradients may be inf or nan: such a step moves nothing and is counted. One more ends the run,
     # or sends it back to a checkpoint:
@@ -178,6 +181,12 @@ class Recipe:
                 raise ValueError(f"{name}={getattr(self, name)} is below 1; use 1 or more")
         if self.keep_every < 0:
             raise ValueError(f"keep_every={self.keep_every} is below 0; use 0 to keep none for good")
+        if self.copy_every < 0:
+            raise ValueError(f"copy_every={self.copy_every} is below 0; use 0 for no copies on the nodes")
+        if self.copy_every and not self.save_in_background:
+            raise ValueError(
+                f"copy_every={self.copy_every} is made behind the steps; leave save_in_background=true, or use 0"
+            )
         if self.max_skipped_steps < 0:
             raise ValueError(f"max_skipped_steps={self.max_skipped_steps} is below 0; use 0 to end at the first one")
         profiled_steps(self.profile_steps)

@@ -173,6 +173,8 @@ def run_stage(
             roll_back(directory, run.begun, recipe.rollback, run.rollbacks, error)
         if ended := done == stage.steps or progress.ended:
             hand_over(run, directory / WEIGHTS, progress)
+            if run.copies is not None:
+                run.copies.remove()
             life.reason = f"ended early, {progress.why}" if done < stage.steps else life.reason
         else:
             life.reason = "stopped by a signal, after saving"
@@ -216,8 +218,9 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
         saver.advance(saves)
         telling, last = step % recipe.log_every == 0, step == stage.steps
         saving = step % recipe.save_every == 0 or stopping
+        copying = recipe.copy_every > 0 and step % recipe.copy_every == 0
         evaluating = progress.due(step) and not stopping  # else the next start does it
-        if telling or saving or last or evaluating:
+        if telling or saving or copying or last or evaluating:
             judge.settle()
             line = metrics_line(run, step, report, directory, skipped=judge.in_a_row > 0)
             if telling or last:
@@ -231,6 +234,8 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
             save_checkpoint(run, saver, step, record.metrics, progress)
             saved = step
             record.meter.skip()
+        elif copying and judge.calm:
+            saver.copy(step, *to_save(run, record.metrics, progress))
         if (stopping and saving) or progress.ended:
             break
     saver.finish()
@@ -280,18 +285,25 @@ def evaluate(progress: Progress, step: int, record: Record, watch: Watch) -> boo
 
 def _saver(run: Run, directory: Path, watch: Watch) -> Saver:
     background = run.recipe.save_in_background
-    path = directory / "checkpoints"
-    return Saver(run.engine, path, watch, mesh=run.mesh, identity=run.identity, background=background)
+    path, identity = directory / "checkpoints", run.identity
+    return Saver(
+        run.engine, path, watch, mesh=run.mesh, identity=identity, background=background, copies=run.copies
+    )
 
 
 def save_checkpoint(run: Run, saver: Saver, step: int, metrics: MetricsLog, progress: Progress) -> None:
     best = frozenset() if progress.best is None else frozenset([progress.best])
     retention = Retention(run.recipe.keep, run.recipe.keep_every, best)
-    # First: a node that is lost later must not take lines of steps that are never done again.
-    first = (metrics.sync, run.loader.sync)
-    extra = {"norms": list(run.norms)} if run.norms else {}
-    saver.save(step, run.weights_config(progress.directory.name), retention, first, extra)
+    config, first, extra = to_save(run, metrics, progress)
+    saver.save(step, config, retention, first, extra)
     progress.check()
+
+
+def to_save(run: Run, metrics: MetricsLog, progress: Progress) -> tuple[dict[str, Any], Any, dict[str, Any]]:
+    """The config of the weights; what is on disk before they are (a node that is lost later must not take lines of
+    steps that are never done again); what the next start needs besides."""
+    extra = {"norms": list(run.norms)} if run.norms else {}
+    return run.weights_config(progress.directory.name), (metrics.sync, run.loader.sync), extra
 
 
 def hand_over(run: Run, path: Path, progress: Progress) -> None:

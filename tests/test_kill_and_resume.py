@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fault_runs.compare import Ending, compare
+from pretrain.checkpoint.copies import LOCAL
 from pretrain.lives import read_lives
 from pretrain.metrics import MEASURED, read_metrics
 from tests.small_run import Ranks, command, evaluate, tokenizer_of
@@ -96,6 +97,39 @@ def test_a_killed_run_ends_bit_equal(data, tmp_path, ds):
     # A kill before the first step is no life; one at its very end may have let it finish.
     assert 3 <= len(lives) <= done + 1 and lives[-1].reason == "finished" and lives[0].reason == ""
     assert [life.reason for life in read_lives(left_alone / "fusion")] == ["finished"]
+
+
+def on_node(place: Path, rank: int) -> None:
+    """Each rank on a node of its own."""
+    os.environ.update({LOCAL: str(place / f"node{rank}"), "SLURMD_NODENAME": f"node{rank}"})
+
+
+def copied(place: Path) -> int:
+    """The step of the newest copy that both nodes have whole; 0 for none."""
+    names = [{path.name for path in node.glob("imglish-*/copies/*/*/step_*")} for node in place.glob("node*")]
+    return max((int(name.removeprefix("step_")) for name in set.intersection(*names)), default=0) if names else 0
+
+
+@pytest.mark.slow
+def test_a_lost_node_costs_the_steps_since_the_last_copy(data, tmp_path):
+    """Nothing is saved where both nodes see it before the end; what the run goes on from is the neighbour's."""
+    log, prepare = tmp_path / "log", partial(on_node, tmp_path)
+    line = command(data, tmp_path / "run", "fusion", *settings(data), "save_every=1000", ds="zero3.json")
+    line += ["--set", "copy_every=1"]
+    ranks = Ranks(line, data, 2, log, prepare)
+    wait_for(lambda: copied(tmp_path) >= 8 or not all(process.is_alive() for process in ranks.processes))
+    ranks.kill()
+    shutil.rmtree(tmp_path / "node1")
+    assert not saves(tmp_path / "run"), "the run came to its end"
+    ranks = Ranks(line, data, 2, log, prepare)
+    assert ranks.wait(120) == [0, 0], log.read_text()
+    assert "brought back from the nodes' own copies, the files of node1 (from node0)" in log.read_text()
+    first, second = read_lives(tmp_path / "run" / "fusion")
+    assert first.start == 0 and second.start >= 8
+    plain = command(data, tmp_path / "alone", "fusion", *settings(data), ds="zero3.json")
+    assert Ranks(plain, data, 2, log).wait(120) == [0, 0], log.read_text()
+    assert compare(tmp_path / "run" / "fusion", tmp_path / "alone" / "fusion") == Ending([], 0, 0, 0.0)
+    assert not list(tmp_path.glob("node*/imglish-*/copies/*/*")), "a finished stage needs none"
 
 
 @pytest.mark.slow

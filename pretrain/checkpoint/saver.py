@@ -19,6 +19,10 @@ directory without a manifest, which does not exist for `newest`, as a kill in a 
 
 One snapshot is in memory at a time: a save that comes while the one before is still being written waits for it. A
 second one would not help a disk that takes longer for a checkpoint than training does to the next.
+
+A copy on the nodes (copies.py) goes the same way, but that its entries are gathered where the ranks meet, and that it
+is never waited for by training: where something is still being written it is left out, and where it fails a line says
+so and the run goes on.
 """
 
 from __future__ import annotations
@@ -32,11 +36,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from pretrain.checkpoint.copies import Copies
 from pretrain.checkpoint.directory import Retention, place_of, prune, publish
+from pretrain.checkpoint.neighbours import Entries
 from pretrain.checkpoint.save import begin, save, together
 from pretrain.checkpoint.snapshot import HostCopies, Snapshot, take_snapshot, write_snapshot
 from pretrain.checkpoint.weights import SaveError
-from pretrain.distributed import fail_together, rank, world_size
+from pretrain.distributed import fail_together, gather_objects, rank, world_size
 from pretrain.files import beside, write_json
 from pretrain.json_files import read_object
 from pretrain.parallel.faults import GRACE_S, WAY_OUT, Watch
@@ -68,15 +74,18 @@ class Saver:
         mesh: Mesh | None = None,
         identity: dict[str, str] | None = None,
         background: bool = True,
+        copies: Copies | None = None,
     ):
         self.engine, self.directory, self.watch, self.mesh = engine, directory, watch, mesh
-        self.identity, self.background = identity or {}, background
-        self.step = 0  # of the newest checkpoint that was asked for
+        self.identity, self.background, self.copies = identity or {}, background, copies
+        self.step = 0  # of the newest checkpoint or copy that was asked for
         self._copies = HostCopies()
         self._about: dict[str, Any] = {}
         self._retention = Retention()
         self._pending = self._publishing = False  # on every rank alike: a write, or the publishing, is under way
+        self._copying = False  # and of a copy
         self._job: _Job | None = None
+        self._entries: Entries = {}  # of the copy, this rank's
 
     @property
     def state(self) -> int:
@@ -86,7 +95,9 @@ class Saver:
         """At the end of a step, with the highest `state` of all ranks. Raises SaveError on all of them."""
         if not self._pending or highest == BUSY:
             return
-        if highest == FAILED:
+        if self._copying:
+            self._advance_copy(highest)
+        elif highest == FAILED:
             self.finish()
         elif self._publishing:
             self._pending = False
@@ -117,23 +128,73 @@ class Saver:
             save(self.engine, self.directory, step, mesh=self.mesh, retention=retention, **whole)
             return
         place = begin(self.directory, step)
+        snapshot = self._snapshot(step, config, extra)
+        self._retention = retention
+        self._job = _Job(lambda: _write(snapshot, place, tuple(before)))
+
+    def copy(
+        self,
+        step: int,
+        config: dict[str, Any],
+        before: Iterable[Callable[[], None]] = (),
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        """Begins a copy on the nodes after `step`, as `save`; left out where the one before is still being written. A
+        collective."""
+        if self.copies is None or self._pending:
+            return
+        copies = self.copies
+        self.watch.enter(f"the copy of step {step}")
+        self.step = step
+        snapshot = self._snapshot(step, config, extra)
+        self._copying = True
+        self._job = _Job(lambda: self._entries.update(copies.write(snapshot, tuple(before))))
+
+    def _snapshot(self, step: int, config: dict[str, Any], extra: dict[str, Any] | None) -> Snapshot:
         about = {"step": step, "recipe_hash": "", "data_digest": "", "extra": extra or {}, **self.identity}
         state = full_state(self.engine, self.mesh, lambda name, value: self._copies.copy(f"weights/{name}", value))
         snapshot = take_snapshot(self.engine, self.mesh, about, (state, config), self._copies)
-        if self._job is None:
+        if not self._about:
             log.info(
                 "checkpoints are copied to %.2f GiB of host memory, and written behind the steps", self._copies.gib
             )
-        self._about, self._retention = snapshot.about, retention
-        self._pending, self._publishing = True, False
-        self._job = _Job(lambda: _write(snapshot, place, tuple(before)))
+        self._about, self._entries = snapshot.about, {}
+        self._pending, self._publishing, self._copying = True, False, False
+        return snapshot
+
+    def _advance_copy(self, highest: int) -> None:
+        """A collective."""
+        assert self.copies is not None
+        copies, about = self.copies, self._about
+        if highest == FAILED:
+            problems = gather_objects("" if self._job is None or self._job.error is None else str(self._job.error))
+            number, problem = next((number, said) for number, said in enumerate(problems) if said)
+            log.warning("no copy of step %d on the nodes: rank %d: %s", self.step, number, problem)
+            copies.drop(self.step)
+            self._job, self._pending = None, False
+        elif self._publishing:
+            self._pending = False
+        else:
+            self._publishing = True
+            shares = gather_objects(self._entries)
+            if copies.first:
+                self._job = _Job(lambda: copies.publish(about, shares))
+
+    def _finish_copy(self) -> None:
+        while self._pending:
+            if self._job is not None:
+                self._job.join()
+            self._advance_copy(max(gather_objects(self.state)))
 
     def finish(self) -> bool:
         """Waits until the newest checkpoint is complete. A collective; whether there was one to wait for. Raises
         SaveError on every rank."""
         if not self._pending:
             return False
-        self.watch.enter(f"the end of the save of step {self.step}", patient=True)
+        self.watch.enter(f"the end of the {'copy' if self._copying else 'save'} of step {self.step}", patient=True)
+        if self._copying:
+            self._finish_copy()
+            return True
         try:
             with together(self.directory, self.step):
                 fail_together(self._wait)
@@ -152,7 +213,7 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is None:
             self.finish()
-        elif self._pending:
+        elif self._pending and not self._copying:
             self._finish_alone()
 
     def _finish_alone(self) -> None:
@@ -199,9 +260,12 @@ class _Job:
             return BUSY
         return IDLE if self.error is None else FAILED
 
+    def join(self) -> None:
+        self._thread.join()
+
     def wait(self) -> None:
         """Raises its OSError."""
-        self._thread.join()
+        self.join()
         if self.error is not None:
             raise self.error
 

@@ -26,6 +26,8 @@ BEAT_S = 1.0
 LOOKERS = 4
 ANSWER_S = 10.0  # of the store
 HANG = "watch/hang"
+# Describes a group whose calls are made behind the steps: in it no rank has to be as far as another.
+BEHIND = "behind"
 
 
 class Sign(NamedTuple):
@@ -208,9 +210,11 @@ def started(process: int) -> int:
 
 
 def _calls() -> dict[str, int]:
-    """{group: collectives that this rank has begun}, of the groups that count them."""
+    """{group: collectives that this rank has begun}, of the groups that count them and are no BEHIND."""
     calls = {}
     for group, name in list(dist.distributed_c10d._world.pg_names.items()):
+        if group.group_desc == BEHIND:
+            continue
         with suppress(RuntimeError):
             calls[name] = group._get_sequence_number_for_group()
     return calls

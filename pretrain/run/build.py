@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.batch import Batch, Layout
-from pretrain.checkpoint.save import Checkpoint, newest, resume
+from pretrain.checkpoint.copies import Copies, local_root
+from pretrain.checkpoint.save import Checkpoint, resume
 from pretrain.checkpoint.weights import load_handover
 from pretrain.config import Recipe, Stage, to_json
 from pretrain.data.loader import Loader
-from pretrain.distributed import device, fail_together, rank, world_size
+from pretrain.distributed import device, rank, world_size
 from pretrain.flops import StepFlops
 from pretrain.layers import PLAIN, Layers
 from pretrain.lock import Lock
@@ -35,13 +36,13 @@ from pretrain.parallel.pipeline import build_pipeline_engine, pipeline_step
 from pretrain.parallel.state import dense_shape, fill, named_state
 from pretrain.parallel.tensor import parallel_layers
 from pretrain.rollbacks import Rollback, passed_batches
-from pretrain.run.continuation import begins_at, parent_checkpoint, take_over
+from pretrain.run.continuation import begins_at
 from pretrain.run.directory import inputs_digest, other_inputs, take_directory
 from pretrain.run.identity import hash_of
 from pretrain.run.image_targets import image_targets
 from pretrain.run.inputs import build_loader
 from pretrain.run.numerics import set_numerics
-from pretrain.run.rollback import finish_rollback, rollbacks_of
+from pretrain.run.resuming import Start, find_start
 from pretrain.run.step import train_step
 from pretrain.run.stored_weights import classes_of, model_in, read_model, weights_path
 from pretrain.tasks.pipeline import PipelineTask, pipeline_bounds
@@ -68,6 +69,7 @@ class Run:
     begun: int = 0  # the step at which it began, without a checkpoint of its own
     rollbacks: tuple[Rollback, ...] = ()
     norms: deque[float] = field(default_factory=deque)  # of the last steps' gradients, for run/step.Judge
+    copies: Copies | None = None  # on the nodes
 
     def step(self, micro_batches: list[Batch], *, first: bool = False) -> dict[str, Tensor]:
         """One optimizer step; the mean of what the task reported. `first`: it is the first step of a run."""
@@ -126,20 +128,21 @@ def build_run(
         "data_digest": inputs_digest(loader.digests, others := other_inputs(recipe, stage, run_dir)),
     }
     add_targets = image_targets(recipe, stage, run_dir, device())
+    if directory is not None and recipe.copy_every:
+        local_root()
     # From here on the ranks talk: what a user can get wrong has been said.
     watch.start(recipe.timeout_s)
     init_distributed(watch.outlast_s)
     watch.join()
     mesh = create_mesh(stage.parallel, watch.outlast_s)
-    checkpoint = lock = None
-    rollbacks: tuple[Rollback, ...] = ()
+    lock, begin = None, Start()
     if directory is not None:
         lock = take_directory(directory)
-        finish_rollback(directory)
         digests = identity | {"names_digest": inputs_digest(loader.names_digests, others)}
-        checkpoint = _checkpoint(directory, settings or {}, precision_name(ds_config), **digests)
-        rollbacks = rollbacks_of(directory)
-        loader.pass_over(passed_batches(rollbacks))
+        copied = recipe.copy_every > 0
+        begin = find_start(directory, settings or {}, precision_name(ds_config), copied=copied, **digests)
+        loader.pass_over(passed_batches(begin.rollbacks))
+    checkpoint = begin.checkpoint
     layers = parallel_layers(mesh)
     task: nn.Module
     if mesh.pipe.size > 1:
@@ -158,23 +161,10 @@ def build_run(
     return Run(
         *(recipe, stage, engine, mesh, loader, add_targets, ds_config, identity, done, init_file, lock),
         begun=begins_at(settings),
-        rollbacks=rollbacks,
+        rollbacks=begin.rollbacks,
         norms=norms,
+        copies=begin.copies,
     )
-
-
-def _checkpoint(
-    directory: Path, settings: dict[str, Any], precision: str, *, recipe_hash: str, data_digest: str, names_digest: str
-) -> Checkpoint | None:
-    """The run's own newest one, else its parent's, with the metrics up to there; None for a run that begins."""
-    find = partial(newest, precision=precision, data_digest=data_digest, names_digest=names_digest)
-    checkpoint = find(directory / "checkpoints", recipe_hash=recipe_hash)
-    if checkpoint is not None:
-        return checkpoint
-    checkpoint = parent_checkpoint(settings, find)
-    if checkpoint is not None:
-        fail_together(lambda: take_over(settings, directory) if rank() == 0 else None)
-    return checkpoint
 
 
 def check_model(recipe: Recipe, stage: Stage) -> None:

@@ -16,7 +16,7 @@ from pretrain.data.transforms import ImageTransform
 
 # What may change between two starts of one run without changing its numbers.
 OPERATIONAL = (
-    *("log_every", "save_every", "keep", "keep_every", "save_in_background"),
+    *("log_every", "save_every", "keep", "keep_every", "save_in_background", "copy_every"),
     *("trace_samples", "max_skipped_steps", "rollback", "profile_steps", "timeout_s"),
     *("tf32", "deterministic"),  # as the precision of the DeepSpeed JSON: the same run, to rounding
 )

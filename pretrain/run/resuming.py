@@ -1,0 +1,49 @@
+"""Where a start of a run goes on."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pretrain.checkpoint.copies import Copies, open_copies
+from pretrain.checkpoint.save import Checkpoint, newest
+from pretrain.distributed import fail_together, rank
+from pretrain.rollbacks import Rollback
+from pretrain.run.continuation import parent_checkpoint, take_over
+from pretrain.run.rollback import finish_rollback, rollbacks_of
+
+
+class Start(NamedTuple):
+    """`checkpoint` None: the run begins. `copies`: of a run that makes some on its nodes."""
+
+    checkpoint: Checkpoint | None = None
+    rollbacks: tuple[Rollback, ...] = ()
+    copies: Copies | None = None
+
+
+def find_start(
+    directory: Path,
+    settings: dict[str, Any],
+    precision: str,
+    *,
+    copied: bool,
+    recipe_hash: str,
+    data_digest: str,
+    names_digest: str,
+) -> Start:
+    """Of the run in `directory`, whose lock rank 0 has: from its own newest checkpoint, if it is `copied` also of those
+    on its nodes; else from its parent's, with the metrics up to there. Every rank must call it. Raises ValueError as
+    `newest` and `open_copies`."""
+    finish_rollback(directory)
+    rollbacks = rollbacks_of(directory)
+    copies = open_copies(directory, len(rollbacks)) if copied else None
+    find = partial(newest, precision=precision, data_digest=data_digest, names_digest=names_digest)
+    shared = directory / "checkpoints"
+    checkpoint = find(shared, recipe_hash=recipe_hash)
+    step = -1 if checkpoint is None else checkpoint.step
+    if copies is not None and copies.bring_back(shared, newer_than=step):
+        checkpoint = find(shared, recipe_hash=recipe_hash)
+    if checkpoint is None and (checkpoint := parent_checkpoint(settings, find)) is not None:
+        fail_together(lambda: take_over(settings, directory) if rank() == 0 else None)
+    return Start(checkpoint, rollbacks, copies)
