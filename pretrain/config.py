@@ -196,6 +196,9 @@ class Recipe:
             for problem in stage.task.problems(self.model_of(stage), stage):
                 raise ValueError(f"stage {name}: {problem}")
 
+    def copies_at(self, step: int) -> bool:
+        return self.copy_every > 0 and step % self.copy_every == 0
+
     def model_of(self, stage: Stage) -> Model:
         return self.model if stage.model is None else stage.model
 

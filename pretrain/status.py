@@ -22,9 +22,11 @@ from pretrain.lives import KILLED, Life
 from pretrain.lock import BEAT_S, BEATS, LOCK
 from pretrain.report.checkpoints import checkpoints
 from pretrain.report.rows import StageRun, finite, load_run
+from pretrain.restarts import count_restarts
 from pretrain.visible import visible
 
 WORTH_A_WORD = 0.05  # of the time that a run waits for its data
+SHOWN_RESTARTS = 3
 RECENT = 20  # lines of metrics.jsonl whose mean rate is the present one
 
 
@@ -50,6 +52,8 @@ class Status:
     effective: float | None = None  # see above, 0 to 1
     slow: str = ""  # the ranks for which the others wait
     went_back: str = ""  # how often it diverged and did, and past how many batches
+    restarted: str = ""  # how often its jobs started its ranks again, and how
+    restarts: tuple[str, ...] = ()  # each of these times, and when a job ended: the error that came first
     reasons: tuple[str, ...] = ()  # why the lives but the last one ended, and the last one where it is over
 
 
@@ -81,6 +85,8 @@ def status_of(stage: StageRun, now: float) -> Status:
         stage.effective(now if running else None),
         lives[-1].slow if lives and running else "",
         stage.went_back,
+        count_restarts(stage.restarts),
+        tuple(map(str, stage.restarts)),
         tuple(dict.fromkeys(_reason(life) for life in ended)),
     )
 
@@ -136,6 +142,7 @@ def lines_of(status: Status) -> list[str]:
         f"checkpoint of step {status.saved_step:,}, {_duration(status.saved_age_s)} old" if status.saved_age_s else "",
         f"{status.lives} {'life' if status.lives == 1 else 'lives'}" if status.lives else "",
         f"{status.repeated_steps:,} steps done again" if status.repeated_steps else "",
+        status.restarted,
         status.went_back,
         f"effective training time {status.effective:.1%}" if status.effective is not None else "",
     ]
@@ -146,6 +153,9 @@ def lines_of(status: Status) -> list[str]:
         lines.append(f"{'':<13}checkpoints of step {'; '.join(status.checkpoints)}")
     if status.slow:
         lines.append(f"{'':<13}slow: {status.slow}")
+    if len(status.restarts) > SHOWN_RESTARTS:
+        lines.append(f"{'':<13}(the last {SHOWN_RESTARTS} of {len(status.restarts)} failures; all by --json)")
+    lines += [f"{'':<13}{restart}" for restart in status.restarts[-SHOWN_RESTARTS:]]
     lines += [f"{'':<13}ended: {reason}" for reason in status.reasons if reason != "finished"]
     return [visible(line) for line in lines]
 

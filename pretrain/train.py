@@ -217,8 +217,7 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
         stopping, saves = highest([stop.asked, saver.state], device())
         saver.advance(saves)
         telling, last = step % recipe.log_every == 0, step == stage.steps
-        saving = step % recipe.save_every == 0 or stopping
-        copying = recipe.copy_every > 0 and step % recipe.copy_every == 0
+        saving, copying = step % recipe.save_every == 0 or stopping, recipe.copies_at(step)
         evaluating = progress.due(step) and not stopping  # else the next start does it
         if telling or saving or copying or last or evaluating:
             judge.settle()
@@ -286,9 +285,7 @@ def evaluate(progress: Progress, step: int, record: Record, watch: Watch) -> boo
 def _saver(run: Run, directory: Path, watch: Watch) -> Saver:
     background = run.recipe.save_in_background
     path, identity = directory / "checkpoints", run.identity
-    return Saver(
-        run.engine, path, watch, mesh=run.mesh, identity=identity, background=background, copies=run.copies
-    )
+    return Saver(run.engine, path, watch, mesh=run.mesh, identity=identity, background=background, copies=run.copies)
 
 
 def save_checkpoint(run: Run, saver: Saver, step: int, metrics: MetricsLog, progress: Progress) -> None:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"contracts", "batch", "layers", "distributed", "files", "json_files", "lock", "settings", "command", "flops"}
     | {"cross_entropy", "rows", "tensors", "workers", "interrupt", "visible", "weights_and_biases"},
-    {"models", "data", "parallel", "optim", "metrics", "lives", "rollbacks"},
+    {"models", "data", "parallel", "optim", "metrics", "lives", "restarts", "rollbacks"},
     {"tasks", "objectives", "evals", "checkpoint"},
     {"config"},
     {"recipes"},

@@ -272,7 +272,7 @@ def test_sigterm_ends_a_run_whose_other_ranks_do_not_come(data, tmp_path):
     log = tmp_path / "log"
     ranks = Ranks(line(data, tmp_path, "zero1"), data, 2, log, come_alone)
     assert ranks.wait(60) == [STOPPED, -signal.SIGKILL], log.read_text()
-    assert "stopped by a signal (in the start)" in log.read_text()
+    assert "stopped by a signal before the first step" in log.read_text()
 
 
 def come_alone(rank: int) -> None:
@@ -290,6 +290,13 @@ def come_alone(rank: int) -> None:
         (RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error"), "another rank died or hung up (in step 7;"),
         (RuntimeError("NCCL error in: x.cpp:1, remote process exited"), "another rank died or hung up (in step 7;"),
         (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. "), "by signal: Killed), most likely"),
+        (RuntimeError("DataLoader worker (pid 3) is killed by SIGKILL, 3 times"), "because the memory was full; use"),
+        (
+            RuntimeError("DataLoader worker (pid 3) is killed by SIGSEGV, 3 times"),
+            "a full memory does not do; see what",
+        ),
+        (RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error. "), "because /dev/shm was full"),
+        (RuntimeError("DataLoader worker (pid 3) ended with exit code 3, 3 times"), "a full memory does not do; see"),
         (RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly"), "a data worker died (in step 7"),
         (KeyError("Caught KeyError in DataLoader worker process 0.\nOriginal Traceback"), None),
         (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal"), None),

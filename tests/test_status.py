@@ -14,7 +14,9 @@ from pretrain.checkpoint.saver import Saver
 from pretrain.lives import KILLED, LIVES, ThisLife, read_lives
 from pretrain.lock import Lock
 from pretrain.parallel.faults import Watch
+from pretrain.report.page import page
 from pretrain.report.rows import load_run
+from pretrain.restarts import RESTARTS
 from pretrain.status import main, status_of
 from tests.checkpoint.stand_in import StandIn, install
 from tests.toys import refused
@@ -105,6 +107,27 @@ def test_the_checkpoints_that_stay_are_named_with_their_reason(tmp_path, monkeyp
     assert status.saved_step == 40
     assert main([str(tmp_path)]) == 0
     assert "checkpoints of step 40 for good; 39; 20 best x/loss (0.25), for good; 10\n" in capsys.readouterr().out
+
+
+def test_restarts_are_shown_with_their_reasons(tmp_path, capsys):
+    stage = write_stage(tmp_path / "vision", steps=100, done=40)
+    lines = [
+        {"action": action, "reached": step, "first": f"rank00001.log: rank 1 on node2 died \x1b[1m at {step}"}
+        for step, action in enumerate(["again", "again", "requeue", "again", "end"], 1)
+    ]
+    told = [json.dumps({"time": 1.0, "job": "7", "code": 69, "node": "node2"} | line) for line in lines]
+    (stage / RESTARTS).write_text("\n".join([*told, "{"]))
+    assert main([str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "started again 3 times in place, once by the queue" in shown and "\x1b" not in shown
+    assert "(the last 3 of 5 failures; all by --json)" in shown and "in place at step 2:" not in shown
+    assert "started again by the queue at step 3: rank00001.log: rank 1 on node2 died" in shown
+    assert "the job ended at step 5: rank00001.log" in shown
+    assert main([str(tmp_path), "--json"]) == 0
+    (status,) = json.loads(capsys.readouterr().out)
+    assert len(status["restarts"]) == 5 and status["restarts"][0].startswith("started again in place at step 1: rank0")
+    report = page(tmp_path, load_run(tmp_path))
+    assert "3 times in place, once by the queue" in report and "started again by the queue at step 3: rank" in report
 
 
 def test_a_life_writes_how_it_begins_and_ends(tmp_path):

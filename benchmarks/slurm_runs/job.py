@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.slurm_runs.strike import STRIKES, Target
-from pretrain.launch.outcome import reached_step, read_restarts
+from pretrain.launch.outcome import reached_step
 from pretrain.lives import read_lives
+from pretrain.restarts import read_restarts
 from tests.slurm.one_host import wait_for
 from tests.small_run import ROOT, environment, tokenizer_of
 

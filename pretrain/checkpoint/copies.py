@@ -57,9 +57,12 @@ def open_copies(directory: Path, rollbacks: int) -> Copies:
     """Those of the run in the stage's `directory`. A collective; rank 0 has the directory's lock. Raises ValueError on
     every rank where the place of one cannot be used, OSError where rank 0 cannot write to `directory`."""
     name = gather_objects(fail_together(lambda: _name_of_run(directory) if rank() == 0 else ""))[0]
-    place, problem = local_root() / "copies" / node_name(), None
+    place, problem = Path(), None
     try:
+        place = local_root() / "copies" / node_name()
         _make_own(place)
+    except ValueError as error:
+        problem = str(error)
     except OSError as error:
         problem = (
             f"{LOCAL}={os.environ[LOCAL]}: {place} on {node_name()} cannot be used for copies "

@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +27,9 @@ from pretrain.command import make_parser, run
 from pretrain.files import Lines
 from pretrain.json_files import parse_json, read_bytes, typed
 from pretrain.launch.exclude import to_avoid
+from pretrain.restarts import RESTARTS, Restart, read_restarts
 
-RESTARTS, METRICS = "restarts.jsonl", "metrics.jsonl"
+METRICS = "metrics.jsonl"
 MOST = 3  # starts without progress
 PAUSES_S = (0, 15, 60)  # before each of them; what broke may need its time
 DISK_PAUSES_S = (20, 60, 300)
@@ -64,20 +65,6 @@ class Failure(NamedTuple):
     @property
     def disk(self) -> bool:
         return DISK.search(self.first) is not None
-
-
-@dataclass(frozen=True)
-class Restart:
-    """A line of restarts.jsonl. `reached`: the last step that any life so far had done; `action`: again (in place),
-    requeue or end."""
-
-    time: float
-    job: str
-    code: int
-    reached: int
-    action: str
-    node: str
-    first: str
 
 
 def first_failure(logs: Path) -> Failure:
@@ -127,21 +114,6 @@ def reached_step(stage: Path) -> int:
         except ValueError:
             continue
     return 0
-
-
-def read_restarts(stage: Path) -> list[Restart]:
-    """Oldest first; lines that are damaged are left out."""
-    restarts = []
-    for raw in _lines(stage / RESTARTS):
-        try:
-            line = parse_json(raw)
-            numbers = [typed(line, name, int) for name in ("code", "reached")]
-            words = [typed(line, name, str) for name in ("job", "action", "node", "first")]
-            when = typed(line, "time", float)
-        except ValueError:
-            continue
-        restarts.append(Restart(when, words[0], numbers[0], numbers[1], words[1], words[2], words[3]))
-    return restarts
 
 
 def without_progress(before: Sequence[Restart], reached: int) -> int:

@@ -19,6 +19,7 @@ from pretrain.distributed import device, rank, world_size
 from pretrain.parallel.compile_once import one_compiles
 from pretrain.parallel.ds_config import offloads, precision, zero_stage
 from pretrain.parallel.launcher import adopt_launcher
+from pretrain.parallel.meeting import limit_s, meet
 from pretrain.parallel.skipping import skip_on_device
 from pretrain.parallel.state import zero3_part
 
@@ -27,7 +28,8 @@ log = logging.getLogger(__name__)
 
 def init_distributed(timeout_s: float = 1800.0) -> None:
     """Joins the process group that torchrun, deepspeed or srun describes (NCCL on GPUs, gloo elsewhere); alone, makes a
-    group of one that opens no port. Raises TimeoutError when the other ranks do not come within `timeout_s`."""
+    group of one that opens no port, whose calls fail after `timeout_s`. Raises TimeoutError when another rank does not
+    come (meeting.py), or the group does not form."""
     adopt_launcher()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
@@ -40,7 +42,11 @@ def init_distributed(timeout_s: float = 1800.0) -> None:
                 dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
             else:
                 bind = {"device_id": device()} if backend == "nccl" else {}
-                dist.init_process_group(backend, timeout=timeout, **bind)
+                place = {"rank": rank(), "world_size": world_size()}
+                store = meet(*place.values(), limit_s())
+                store.set_timeout(timeout)
+                store = dist.PrefixStore("group", store)
+                dist.init_process_group(backend, store=store, timeout=timeout, **place, **bind)
         except (dist.DistError, ValueError) as error:
             raise TimeoutError(
                 f"rank {rank()} of {world_size()}: the process group did not form within {timeout_s:.0f} s "

@@ -118,10 +118,8 @@ class Watch:
         """The sentence for an error that means that another process is gone; None for any other error."""
         text = str(error)
         if worker_died(error):
-            return (
-                f"{place()}: a data worker died (in {self._doing}: {text.splitlines()[0].rstrip('. ')}), most likely "
-                f"killed because the memory was full; use less loading.workers or loading.prefetch; {WAY_OUT}"
-            )
+            how = text.splitlines()[0].rstrip(". ")
+            return f"{place()}: a data worker died (in {self._doing}: {how}), {_likely_cause(how)}; {WAY_OUT}"
         if not (isinstance(error, dist.DistError) or "gloo/transport" in text or "NCCL error" in text):
             return None
         sentence = (
@@ -196,6 +194,15 @@ def worker_died(error: Exception) -> bool:
     """Whether torch says that a data worker was killed or has ended, for which it has no exception class. What is
     raised in a worker ("Caught KeyError in DataLoader worker ...") is another matter."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
+def _likely_cause(how: str) -> str:
+    """Of a data worker's end, by the signal in torch's words or ours."""
+    if "Killed" in how or "SIGKILL" in how:
+        return "most likely killed because the memory was full; use less loading.workers or loading.prefetch"
+    if "Bus error" in how or "SIGBUS" in how:
+        return "most likely because /dev/shm was full, or a file that it reads was cut; make room there"
+    return "which a full memory does not do; see what it wrote, and whether it is always the same sample"
 
 
 def place() -> str:

@@ -28,7 +28,9 @@ from pretrain.report.rows import (
     retrieval_rows,
 )
 from pretrain.report.samples import folds
+from pretrain.restarts import count_restarts
 
+SHOWN_RESTARTS = 5  # the last ones
 PART_COLOURS = {"total": 0, "image": 1, "text": 2, "pair_image": 3, "pair_text": 4}
 
 
@@ -124,6 +126,7 @@ def _stage(stage: StageRun) -> dict[str, Any]:
         facts.append(f"{seen:,.0f} samples")
     facts += [f"{stage.seconds / 60:.1f} min in steps"] if stage.seconds else []
     facts += [f"{len(stage.lives)} lives"] if len(stage.lives) > 1 else []
+    facts += [count] if (count := count_restarts(stage.restarts)) else []
     facts += [f"effective training time {share:.1%}"] if (share := stage.effective()) is not None else []
     facts += [f"checkpoints of step {'; '.join(map(str, entries))}"] if (entries := checkpoints(stage)) else []
     facts += [stage.went_back] if stage.rollbacks else []
@@ -142,6 +145,7 @@ def _stage(stage: StageRun) -> dict[str, Any]:
         "facts": " · ".join(facts),
         "charts": _charts(stage.lines, stage.during),
         "folds": groups,
+        "restarts": [str(restart) for restart in stage.restarts[-SHOWN_RESTARTS:]],
         "notes": [*stage.notes, *problems],
     }
 

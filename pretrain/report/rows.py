@@ -13,6 +13,7 @@ from pretrain.checkpoint.weights import WEIGHTS
 from pretrain.json_files import read_object
 from pretrain.lives import Life, read_lives
 from pretrain.metrics import EVALS, FILE, read_metrics
+from pretrain.restarts import Restart, read_restarts
 from pretrain.rollbacks import Rollback, passed_batches, read_rollbacks
 
 USUAL_ORDER = ("tokenizer", "vision", "language", "fusion", "retrieval", "captions", "scratch")
@@ -41,6 +42,7 @@ class StageRun:
     apart: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name: evaluations that are not the stage's own
     samples: dict[str, list] = field(default_factory=dict)
     lives: list[Life] = field(default_factory=list)
+    restarts: list[Restart] = field(default_factory=list)
     rollbacks: tuple[Rollback, ...] = ()
     notes: list[str] = field(default_factory=list)  # what is missing or could not be read
 
@@ -132,7 +134,7 @@ def _load_stage(directory: Path) -> StageRun:
     stage = StageRun(directory.name, directory)
     stage.recipe = _read_object(directory / "recipe.json", stage.notes)
     stage.evaluation = _read_object(directory / "eval.json", stage.notes)
-    stage.lives = read_lives(directory)
+    stage.lives, stage.restarts = read_lives(directory), read_restarts(directory)
     try:
         stage.rollbacks = read_rollbacks(directory)
     except (OSError, ValueError) as error:

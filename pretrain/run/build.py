@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.batch import Batch, Layout
-from pretrain.checkpoint.copies import Copies, local_root
+from pretrain.checkpoint.copies import Copies
 from pretrain.checkpoint.save import Checkpoint, resume
 from pretrain.checkpoint.weights import load_handover
 from pretrain.config import Recipe, Stage, to_json
@@ -128,8 +128,6 @@ def build_run(
         "data_digest": inputs_digest(loader.digests, others := other_inputs(recipe, stage, run_dir)),
     }
     add_targets = image_targets(recipe, stage, run_dir, device())
-    if directory is not None and recipe.copy_every:
-        local_root()
     # From here on the ranks talk: what a user can get wrong has been said.
     watch.start(recipe.timeout_s)
     init_distributed(watch.outlast_s)

@@ -8,7 +8,8 @@ parent's metrics up to there.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pretrain.checkpoint.directory import complete
 from pretrain.checkpoint.save import Checkpoint
 from pretrain.config import Recipe, Stage
 from pretrain.files import write_file
-from pretrain.metrics import FILE
+from pretrain.metrics import EVALS, FILE
 from pretrain.rollbacks import ROLLBACKS, read_rollbacks, write_rollbacks
 from pretrain.run.directory import noted_identity, read_recipe, run_identity
 from pretrain.run.identity import CONTINUES, as_begun, differences, hash_of, identity_of
@@ -86,16 +87,28 @@ def parent_checkpoint(identity: dict[str, Any], find: Callable[..., Checkpoint |
 
 
 def take_over(identity: dict[str, Any], directory: Path) -> None:
-    """The parent's metrics.jsonl into the directory of a run that begins; MetricsLog drops what is beyond its start.
-    With it which batches the parent passes over. For one rank."""
+    """The parent's metrics.jsonl and evals.jsonl into the directory of a run that begins; MetricsLog and Progress drop
+    what is beyond its start. With them which batches the parent passes over. For one rank."""
     parent = Path(_continues(identity)["from"])
     done = tuple(rollback for rollback in read_rollbacks(parent) if rollback.done)
     if done and not (directory / ROLLBACKS).exists():  # a run that has gone back itself has them in its own list
         write_rollbacks(directory, done)
+    with suppress(FileNotFoundError):  # not every run evaluates itself
+        write_file(directory / EVALS, (parent / EVALS).read_bytes())
     try:
         write_file(directory / FILE, (parent / FILE).read_bytes())
     except FileNotFoundError:
         log.warning("%s is not there: the curves begin with this run", parent / FILE)
+
+
+def parents(directory: Path) -> Iterator[Path]:
+    """The directories of the run that the one in `directory` continues, of the one that that one does, and so on."""
+    for _ in range(GENERATIONS):
+        before = _continues(read_recipe(directory).get("identity")).get("from")
+        if not isinstance(before, str):
+            break
+        directory = Path(before)
+        yield directory
 
 
 def begins_at(identity: Any) -> int:

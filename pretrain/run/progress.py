@@ -31,6 +31,7 @@ from pretrain.json_files import parse_json
 from pretrain.metrics import EVALS, MetricsLog
 from pretrain.parallel.state import fill, full_state, named_state
 from pretrain.run.build import Run, build_task
+from pretrain.run.continuation import CHECKPOINTS, parents
 from pretrain.run.trained import evaluate, trained_stage
 from pretrain.settings import nearest
 
@@ -109,12 +110,15 @@ class Progress:
             raise ValueError(f"{self._problem}; the run is saved, start it with another one")
 
     def best_checkpoint(self) -> Path | None:
-        """Of a stage that ended early; None on every rank, with a warning, where it is gone."""
+        """Of a stage that ended early, in its own directory or in that of a run which it continues; None on every rank,
+        with a warning, where it is gone."""
         assert self.best is not None
-        path = place_of(self.directory / "checkpoints", self.best)
-        if gather_objects(path.is_dir())[0]:
-            return path
-        log.warning("%s, the best checkpoint, is gone; the last step's weights are handed over", path)
+        step = self.best
+        places = [place_of(run / CHECKPOINTS, step) for run in (self.directory, *parents(self.directory))]
+        here = gather_objects(next((str(path) for path in places if path.is_dir()), ""))[0]
+        if here:
+            return Path(here)
+        log.warning("%s, the best checkpoint, is gone; the last step's weights are handed over", places[0])
         return None
 
     def _figures(self, state: dict[str, Tensor]) -> Figures:

@@ -103,7 +103,7 @@ def two_nodes(root: str) -> list[object]:
     from pretrain.distributed import barrier
 
     place, said = Path(root), []
-    number, node = be_rank(place)
+    number = be_rank(place)[0]
     stage = place / "shared" / "vision"
     stage.mkdir(parents=True, exist_ok=True)
     neighbours.CHUNK = 1000  # several pieces a file

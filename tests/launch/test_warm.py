@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.launch.outcome import read_restarts
+from pretrain.restarts import read_restarts
 from tests.small_run import ROOT
 
 # A rank of two lives; what befalls rank 1 in the first one is its last word.

@@ -14,7 +14,14 @@ from pretrain.checkpoint.save import newest
 from pretrain.config import BatchSize, Stage
 from pretrain.optim import Optim
 from pretrain.rollbacks import Rollback, read_rollbacks, write_rollbacks
-from pretrain.run.continuation import begins_at, inputs_dir, parent_checkpoint, start_identity, take_over
+from pretrain.run.continuation import (
+    begins_at,
+    inputs_dir,
+    parent_checkpoint,
+    parents,
+    start_identity,
+    take_over,
+)
 from pretrain.run.directory import note_recipe
 from pretrain.run.identity import hash_of, identity_of
 from tests.run.test_identity import OLD, RECIPE, VISION
@@ -66,6 +73,8 @@ def test_a_run_that_has_begun_needs_its_parent_no_more(parent, tmp_path):
         start_identity(tmp_path / "new", RECIPE, LONGER, tmp_path / "gone")
     # A run that goes on from it in turn finds the stages that the first one's settings name.
     again = start_identity(tmp_path / "third", RECIPE, replace(LONGER, steps=20), tmp_path / "new")
+    note_recipe(tmp_path / "third", RECIPE, again, {})
+    assert list(parents(tmp_path / "third")) == [tmp_path / "new", parent]
     assert again["continues"]["step"] == 5 and inputs_dir(tmp_path / "x", again) == tmp_path / "base"
 
 
@@ -73,10 +82,12 @@ def test_it_passes_over_what_its_parent_passes_over(parent, tmp_path):
     done = Rollback(3, 1, 2, 4, "nan", 1.0, done=True)
     write_rollbacks(parent, (done, Rollback(9, 3, 7, 9, "nan", 2.0)))  # of the second the parent never made use
     (parent / "metrics.jsonl").write_text('{"step": 1}\n')
+    (parent / "evals.jsonl").write_text('{"step": 1, "x": 2.0}\n')
     identity, child = start_identity(tmp_path / "new", RECIPE, LONGER, parent), tmp_path / "new"
     child.mkdir()
     take_over(identity, child)
     assert read_rollbacks(child) == (done,) and (child / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert (child / "evals.jsonl").read_bytes() == (parent / "evals.jsonl").read_bytes()
     assert begins_at(identity) == 3 and begins_at(identity_of(RECIPE, VISION)) == 0
     own = (done, Rollback(8, 3, 6, 8, "inf", 3.0, done=True))
     write_rollbacks(child, own)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.slurm_runs.strike import Target, kill_rank
-from pretrain.launch.outcome import reached_step, read_restarts
+from pretrain.launch.outcome import reached_step
 from pretrain.lives import read_lives
+from pretrain.restarts import read_restarts
 from tests.slurm.one_host import slurm, wait_for, why_not
 from tests.small_run import ROOT, check_weights, environment, tokenizer_of, train_stage
 
