@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -61,7 +62,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/slurm_faults"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, _end)
     return run(lambda: _run(args, arguments), state=f"what the runs left is in {args.work}")
+
+
+def _end(number: int, frame: object) -> None:
+    """SLURM's daemons and the file systems go on the way out, and no second signal interrupts that."""
+    signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(128 + number)
 
 
 def _run(args: argparse.Namespace, arguments: list[str] | None) -> int:
