@@ -12,12 +12,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from pretrain.data import damage
+from pretrain.data.jpeg_header import ordinary_jpeg_size
 from pretrain.data.shards.reader import BadSample
 
 try:
@@ -51,6 +53,11 @@ class Header:
     orientation: int  # EXIF's 1..8
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Width and height as they are stored."""
+        return self.image.size
+
+    @property
     def is_plain_jpeg(self) -> bool:
         return self.image.format in ("JPEG", "MPO") and self.image.mode in ("RGB", "L")
 
@@ -63,6 +70,28 @@ class Header:
         else:
             each = PLAIN_BYTES if plain and not webp else OTHER_BYTES
         return each * self.width * self.height
+
+
+@dataclass(frozen=True)
+class OrdinaryJpeg:
+    """The header of a JPEG, grey or RGB and upright, that Pillow need not open."""
+
+    width: int
+    height: int
+    orientation: ClassVar[int] = 1
+    is_plain_jpeg: ClassVar[bool] = True
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
+
+
+def judged_header(data: bytes) -> Header | OrdinaryJpeg:
+    """As `read_header`, which says more, and at once for most JPEGs."""
+    width, height = ordinary_jpeg_size(data) or (0, 0)
+    if 0 < width * height <= MAX_PIXELS and max(width, height) <= MAX_SIDE:  # which is below MAX_BYTES
+        return OrdinaryJpeg(width, height)
+    return read_header(data)
 
 
 def read_header(data: bytes, formats: tuple[str, ...] = FORMATS) -> Header:
@@ -103,21 +132,22 @@ def decode_image(data: bytes, min_side: int | None = None) -> np.ndarray:
     A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as its shorter side has at least `min_side` pixels;
     None: full size. Transparent pixels are composited onto white; 16 bits are scaled to 8.
     """
-    return decode(data, read_header(data), min_side)
+    return decode(data, judged_header(data), min_side)
 
 
-def decode(data: bytes, header: Header, min_side: int | None) -> np.ndarray:
+def decode(data: bytes, header: Header | OrdinaryJpeg, min_side: int | None) -> np.ndarray:
     """`decode_image` of a picture whose header was read."""
     pixels = None
     # A JPEG without its end marker may be truncated. Many releases of OpenCV (not 4.14) then silently fill the rest
     # with grey; Pillow raises, but decodes a JPEG that lacks only the marker.
     if header.is_plain_jpeg and data.rstrip(b"\0").endswith(b"\xff\xd9"):
         reduction = _reduction(min(header.width, header.height), min_side)
-        pixels = _decode_sound_jpeg(data, header.image.size, reduction)
+        pixels = _decode_sound_jpeg(data, header.size, reduction)
         if pixels is None:
             pixels = _decode_jpeg(data, reduction)
     if pixels is None:
-        pixels = _decode_any(data, header.image)
+        opened = header if isinstance(header, Header) else read_header(data)
+        pixels = _decode_any(data, opened.image)
     return np.ascontiguousarray(_upright(pixels, header.orientation))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.random import Generator, Philox
 from PIL import Image
 
-from pretrain.data.decoding import Header, decode, read_header
+from pretrain.data.decoding import Header, OrdinaryJpeg, decode, judged_header
 
 # The linear filter reads two pixels a side, after the blur four: enough up to here. Beyond, all pixels are averaged,
 # which costs five times as much.
@@ -82,7 +82,7 @@ class ImageTransform:
     def __call__(self, data: bytes, rng: Generator | None = None, out: np.ndarray | None = None) -> np.ndarray:
         """Encoded picture -> uint8 [3, size, size], which is `out` if that is given. `rng` is needed in training only.
         Raises BadSample."""
-        header = read_header(data)
+        header = judged_header(data)
         box = self.crop(header.height, header.width, rng)
         # The crop's shorter side must have at least `size` pixels, so that decoding at a reduced size loses no detail.
         side = min(header.height, header.width)
@@ -130,7 +130,7 @@ class ImageTransform:
         return planes
 
 
-def _cut(pixels: np.ndarray, box: Box, header: Header) -> np.ndarray:
+def _cut(pixels: np.ndarray, box: Box, header: Header | OrdinaryJpeg) -> np.ndarray:
     """The box's pixels, where `pixels` may be a reduced copy of the picture."""
     y, x = pixels.shape[0] / header.height, pixels.shape[1] / header.width
     top, left = round(box.top * y), round(box.left * x)
