@@ -155,6 +155,7 @@ class Batch:
     text_inputs: Tensor  # int64 [texts, text_len]
     text_masked: Tensor  # bool [texts, text_len]
     image_codes: Tensor | None = None  # int64 [N, P], the visual tokenizer's codes; made on the device
+    looks: Tensor | None = None  # float64 [N, 7]: flips and jitter that the device has yet to do, see jitter.py
     # Uniform random numbers in [0, 1), float32 [sequences, n], by who asked for them (DROP_PATH, or an objective's
     # name): drawn by each sample's own generator, so that no number of ranks or micro-steps changes them.
     draws: dict[str, Tensor] = field(default_factory=dict)
@@ -199,7 +200,7 @@ class Batch:
         return Kinds(images, pair_images, self.pair_masked, self.text_masked)
 
     def _without_pictures(self) -> Batch:
-        return replace(self, images=self.images[:0], image_codes=None)
+        return replace(self, images=self.images[:0], image_codes=None, looks=None)
 
     def with_index(self, index: Index | None, host: Batch | None) -> Batch:
         made = replace(self)
@@ -219,6 +220,10 @@ class Batch:
     def real_rows(self) -> int:
         """How many of its rows are no padding."""
         return round(self.real_layout.rows)
+
+    def with_pictures(self, images: Tensor) -> Batch:
+        """A copy with these instead, which lack nothing."""
+        return replace(self, images=images, looks=None).with_index(self.index, self._host)
 
     def to(self, device: torch.device | str) -> Batch:
         moved = self._moved(lambda value: value.to(device, non_blocking=True))

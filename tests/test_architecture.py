@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"contracts", "batch", "layers", "distributed", "files", "json_files", "lock", "settings", "command", "flops"}
-    | {"cross_entropy", "rows", "tensors", "workers", "interrupt", "visible", "weights_and_biases"},
+    | {"cross_entropy", "jitter", "rows", "tensors", "workers", "interrupt", "visible", "weights_and_biases"},
     {"models", "data", "parallel", "optim", "metrics", "lives", "restarts", "rollbacks"},
     {"tasks", "objectives", "evals", "checkpoint"},
     {"config"},

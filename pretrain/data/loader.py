@@ -66,7 +66,8 @@ class Loader:
         self.layout = layout_of(mixture, view, ranks * mixture.accumulation)
         self.feeds = [_feed(kind, mixture, view, self.layout.patches) for kind in KINDS if kind in mixture.mix]
         share = Share(rank, ranks, mixture.accumulation)
-        self._work = MicroBatches(self.feeds, self.layout, view, share, mixture.seed)
+        later = mixture.loading.jitter_on_device and view.transform is not None and view.transform.train
+        self._work = MicroBatches(self.feeds, self.layout, view, share, mixture.seed, jitter_later=later)
 
     @property
     def bytes_ahead(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from pretrain.data.shards.reader import BadSample, ShardError, ShardReader
 from pretrain.data.shards.transfer import Unreachable
 from pretrain.data.sources import Raw
 from pretrain.data.transforms import sample_rng
+from pretrain.jitter import AS_IT_IS, LOOK
 
 # This many bad samples in a row are no accident.
 MAX_ATTEMPTS = 1000
@@ -43,18 +45,25 @@ class _Sample(NamedTuple):
     inputs: np.ndarray | None  # int64 [L], what the encoder reads
     masked: np.ndarray | None  # bool [L]
     draws: np.ndarray  # float32 [sequences of this sample, numbers]
+    look: Sequence[float]  # what its picture still lacks: a row of Batch.looks
 
 
 class _Placing:
-    """A transform whose first picture is made at its place in the batch, and not copied there."""
+    """A transform whose first picture is made at its place in the batch, and not copied there; with `later` that one
+    lacks flip and jitter, which `look` then has."""
 
-    def __init__(self, transform: Any, place: np.ndarray):
-        self._transform = transform
+    def __init__(self, transform: Any, place: np.ndarray, later: bool):
+        self._transform, self._later = transform, later
         self._place: np.ndarray | None = place
+        self.look: Sequence[float] | None = None
+        self.calls = 0
 
     def __call__(self, data: bytes, rng: Any = None) -> np.ndarray:
-        place, self._place = self._place, None
-        return self._transform(data, rng, place)
+        place, self._place, self.calls = self._place, None, self.calls + 1
+        if place is None or not self._later:
+            return self._transform(data, rng, place)
+        self.look = self._transform.unfinished(data, rng, place)
+        return place
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transform, name)
@@ -101,8 +110,11 @@ class Made(NamedTuple):
 class MicroBatches:
     """(step, micro-step) -> Made, or a Failure. It may be forked or pickled, and runs in one thread."""
 
-    def __init__(self, feeds: list[Feed], layout: Layout, view: View, share: Share, seed: int):
+    def __init__(
+        self, feeds: list[Feed], layout: Layout, view: View, share: Share, seed: int, *, jitter_later: bool = False
+    ):
         self.feeds, self.layout, self.view, self.share, self.seed = feeds, layout, view, share, seed
+        self.jitter_later = jitter_later
         self._read_s = 0.0
 
     @property
@@ -146,20 +158,13 @@ class MicroBatches:
         tried = [ref.shard]  # shards of the stream so far, beginning with the sample's own
         problem, stand_in = "", ref
         for _ in range(MAX_ATTEMPTS):
-            # Seeded by the requested sample, so that its replacement, if also read on its own, has another crop.
-            rng = sample_rng(self.seed, ref.epoch, feed.order.number(ref), feed.stream)
             try:
                 members = self._read(feed, stand_in)
-                look, number = rng, 0
-                if crops := getattr(feed.source, "crops", 0):
-                    # Seeded by the sample that is read: its stored codes belong to its own looks.
-                    number = ref.epoch % crops
-                    look = look_rng(self.seed, members["__key__"], number)
+                number = ref.epoch % (getattr(feed.source, "crops", 0) or 1)
                 codes = feed.codes.read(stand_in.shard, stand_in.sample, number) if feed.codes else None
-                transform = self.view.transform if place is None else _Placing(self.view.transform, place)
-                raw = feed.source.decode(members, transform, self.view.tokenizer, look)
+                raw, look, rng = self._decode(feed, ref, members, place, self.jitter_later)
                 key = f"{feed.kind}/{feed.names[stand_in.shard]}/{members['__key__'].decode('utf-8', 'replace')}"
-                return self._mask(feed.kind, key, raw, codes, rng)
+                return self._mask(feed.kind, key, raw, codes, rng)._replace(look=look)
             except BadSample as error:
                 attempt, problem = attempt + 1, str(error)
             except ShardError as error:
@@ -179,6 +184,24 @@ class MicroBatches:
             "run python -m data_tools.verify on its shards"
         )
 
+    def _decode(
+        self, feed: Feed, ref: SampleRef, members: dict[str, bytes], place: np.ndarray | None, later: bool
+    ) -> tuple[Raw, Sequence[float], np.random.Generator]:
+        """The sample, what its picture still lacks, and the generator that masks and draws go on with."""
+        # Seeded by the requested sample, so that its replacement, if also read on its own, has another crop.
+        rng = own = sample_rng(self.seed, ref.epoch, feed.order.number(ref), feed.stream)
+        if crops := getattr(feed.source, "crops", 0):
+            # Seeded by the sample that is read: its stored codes belong to its own looks.
+            own = look_rng(self.seed, members["__key__"], ref.epoch % crops)
+        placing = None if place is None else _Placing(self.view.transform, place, later)
+        raw = feed.source.decode(members, placing or self.view.transform, self.view.tokenizer, own)
+        if place is None or placing is None or placing.look is None:
+            return raw, AS_IT_IS, rng
+        if placing.calls == 1 and raw.image is not None and _same(raw.image, place):
+            return raw, placing.look, rng
+        # The source made something of it that the device could not finish.
+        return self._decode(feed, ref, members, place, later=False)
+
     def _read(self, feed: Feed, ref: SampleRef) -> dict[str, bytes]:
         start = time.monotonic()
         try:
@@ -197,7 +220,7 @@ class MicroBatches:
             inputs, masked = mask_text(raw.ids, text_ratio, mask_id=mask_id, rng=rng, mask_eos=mask_eos)
         # A dual pair is two sequences. Drawn last, so that the masks do not depend on whether draws are needed.
         draws = rng.random((2 if kind == "dual" else 1, sum(view.draws.values())), dtype=np.float32)
-        return _Sample(key, raw, image_mask, codes, inputs, masked, draws)
+        return _Sample(key, raw, image_mask, codes, inputs, masked, draws, AS_IT_IS)
 
     def _stack(self, samples: dict[str, list[_Sample]], pixels: np.ndarray) -> Batch:
         everything = [sample for kind in KINDS for sample in samples.get(kind, [])]
@@ -217,6 +240,7 @@ class MicroBatches:
             text_inputs=_tensor([sample.inputs for sample in words], np.int64, layout.text_len),
             text_masked=_tensor([sample.masked for sample in words], np.bool_, layout.text_len),
             draws=self._draws([s.draws[0] for s in pictures] + [s.draws[-1] for s in words]),
+            looks=_tensor([sample.look for sample in pictures], np.float64, LOOK) if self.jitter_later else None,
             image_codes=self._codes(pictures) if any(feed.codes for feed in self.feeds) else None,
             extra=_extras(everything),
             keys=tuple(sample.key for sample in everything),

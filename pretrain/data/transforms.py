@@ -11,6 +11,7 @@ from numpy.random import Generator, Philox
 from PIL import Image
 
 from pretrain.data.decoding import Header, OrdinaryJpeg, decode, judged_header
+from pretrain.jitter import AS_IT_IS
 
 # The linear filter reads two pixels a side, after the blur four: enough up to here. Beyond, all pixels are averaged,
 # which costs five times as much.
@@ -82,13 +83,21 @@ class ImageTransform:
     def __call__(self, data: bytes, rng: Generator | None = None, out: np.ndarray | None = None) -> np.ndarray:
         """Encoded picture -> uint8 [3, size, size], which is `out` if that is given. `rng` is needed in training only.
         Raises BadSample."""
+        return self.finish(self._crop_of(data, rng), rng, out)
+
+    def unfinished(self, data: bytes, rng: Generator, out: np.ndarray) -> list[float]:
+        """As in training, but without flip and jitter, which pretrain.jitter then does as the result says: a row of
+        Batch.looks."""
+        cv2.split(_resize(self._crop_of(data, rng), self.size, self.antialias), list(out))
+        return self._look(rng)
+
+    def _crop_of(self, data: bytes, rng: Generator | None) -> np.ndarray:
         header = judged_header(data)
         box = self.crop(header.height, header.width, rng)
         # The crop's shorter side must have at least `size` pixels, so that decoding at a reduced size loses no detail.
         side = min(header.height, header.width)
         min_side = None if self.squashes else math.ceil(self.size * side / min(box.height, box.width))
-        pixels = decode(data, header, min_side)
-        return self.finish(_cut(pixels, box, header), rng, out)
+        return _cut(decode(data, header, min_side), box, header)
 
     def crop(self, height: int, width: int, rng: Generator | None) -> Box:
         """A random crop of a picture of this size, by `scale` and `ratio`; in evaluation its central square, or all of
@@ -121,13 +130,22 @@ class ImageTransform:
             pixels = _resize(crop, self.size, self.antialias)
         if self.train:
             assert rng is not None, "a training transform needs the sample's generator"
-            if self.flip and rng.random() < 0.5:
+            flip, *factors_and_order = self._look(rng)
+            if flip:
                 pixels = cv2.flip(pixels, 1, dst=pixels)
             if self.jitter:
-                pixels = _jitter(pixels, self.jitter, rng)
+                pixels = _jitter(pixels, factors_and_order)
         planes = np.empty((3, self.size, self.size), np.uint8) if out is None else out
         cv2.split(pixels, list(planes))  # in place: three times as fast as a transposed copy
         return planes
+
+    def _look(self, rng: Generator) -> list[float]:
+        """Draws a row of Batch.looks."""
+        flip = float(self.flip and rng.random() < 0.5)
+        if not self.jitter:
+            return [flip, *AS_IT_IS[1:]]
+        factors = rng.uniform(1 - self.jitter, 1 + self.jitter, size=3).tolist()
+        return [flip, *factors, *rng.permutation(3).tolist()]
 
 
 def _cut(pixels: np.ndarray, box: Box, header: Header | OrdinaryJpeg) -> np.ndarray:
@@ -162,12 +180,11 @@ def _sigma(ratio: float) -> float:
     return math.sqrt(-0.5 / math.log(t / (1 - 2 * t)))
 
 
-def _jitter(pixels: np.ndarray, strength: float, rng: Generator) -> np.ndarray:
-    """Brightness, contrast and saturation, each blended by its own factor, in random order. In place: a copy for each
-    takes half as long again."""
-    factors = rng.uniform(1 - strength, 1 + strength, size=3).tolist()
-    for step in rng.permutation(3).tolist():
-        f = factors[step]
+def _jitter(pixels: np.ndarray, factors_and_order: list[float]) -> np.ndarray:
+    """Brightness, contrast and saturation, each blended by its own factor, in the order of the last three numbers. In
+    place: a copy for each takes half as long again."""
+    for step in factors_and_order[3:]:
+        f = factors_and_order[int(step)]
         if step == 0:
             pixels = cv2.convertScaleAbs(pixels, dst=pixels, alpha=f)
             continue

@@ -1,4 +1,5 @@
-"""From the loader to the device: on a GPU each step's batches are copied while the step before them computes."""
+"""From the loader to the device: on a GPU each step's batches are copied, and their pictures jittered where the loader
+leaves that to it, while the step before them computes."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from pretrain.batch import Batch
+from pretrain.jitter import finished
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -17,13 +19,13 @@ def copied(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[list[
     """The micro-batches of each step on the device. On a GPU they are read one step ahead and copied on a stream of
     their own; an error of `steps` is raised when its step is asked for."""
     if device.type != "cuda":
-        yield from ([batch.to(device) for batch in step] for step in steps)
+        yield from ([finished(batch.to(device)) for batch in step] for step in steps)
         return
     stream = torch.cuda.Stream(device)
 
     def start(step: list[Batch]) -> tuple[list[Batch], torch.cuda.Event]:
         with torch.cuda.stream(stream):
-            return [batch.to(device) for batch in step], stream.record_event()
+            return [finished(batch.to(device)) for batch in step], stream.record_event()
 
     for batches, done in one_ahead(steps, start):
         computing = torch.cuda.current_stream(device)

@@ -264,18 +264,11 @@ def test_a_flip_is_half_of_the_time_and_can_be_turned_off() -> None:
         assert abs(np.mean(turned) - share) < 0.12
 
 
-class Fixed:
-    """A generator that gives these three factors, in this order of operations."""
-
-    def __init__(self, factors: list[float], order: list[int]):
-        self.factors, self.order = np.array(factors), np.array(order)
-
-    def uniform(self, low, high, size):
-        assert (low, high, size) == (0.6, 1.4, 3)
-        return self.factors
-
-    def permutation(self, n):
-        return self.order
+def test_factors_lie_around_one_and_come_in_every_order() -> None:
+    looks = np.array([ImageTransform(jitter=0.4)._look(sample_rng(0, 0, n)) for n in range(300)])
+    factors, orders = looks[:, 1:4], looks[:, 4:]
+    assert factors.shape == (300, 3) and 0.6 <= factors.min() < 0.62 and 1.38 < factors.max() <= 1.4
+    assert len(np.unique(orders, axis=0)) == 6 and (np.sort(orders) == [0, 1, 2]).all()
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 0, 2]])
@@ -285,7 +278,7 @@ def test_jitter_is_brightness_contrast_and_saturation_as_pillow_does_them(order:
     for step in order:
         tool = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[step]
         expected = tool(expected).enhance(factors[step])
-    out = transforms._jitter(pixels.copy(), 0.4, Fixed(factors, order))
+    out = transforms._jitter(pixels.copy(), [*factors, *order])
     assert abs(out.astype(int) - np.asarray(expected).astype(int)).max() <= 4
 
 
