@@ -21,7 +21,7 @@ from pretrain.data.transforms import ImageTransform, sample_rng
 from pretrain.evals.generation import NextWord, Writing, never_written, next_word_head, text_reader, write
 from pretrain.evals.zero_shot import TEMPLATES, class_vectors
 from pretrain.models.multiway.config import MultiwayConfig
-from pretrain.stored_model import experts_in, fill_task, objectives_in, read_stored, stored_tokenizer
+from pretrain.stored_model import build_stored, read_stored, stored_tokenizer
 from pretrain.tasks.pretrain import PretrainTask
 
 Picture = str | os.PathLike | bytes | np.ndarray | Image.Image
@@ -276,8 +276,7 @@ def load(
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a stage's directory, a weights.safetensors or a released .pth")
     state, model, config = read_stored(path)
-    task = PretrainTask(model, experts_in(state), objectives_in(state, model))
-    fill_task(task, state, path)
+    task = build_stored(state, model, path)
     directory = path if path.is_dir() else path.parent
     text = Path(text_tokenizer) if text_tokenizer is not None else stored_tokenizer(directory)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

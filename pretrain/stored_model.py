@@ -8,9 +8,9 @@ from typing import Any
 from pretrain.checkpoint.weights import WEIGHTS, read_weights
 from pretrain.contracts import Objective, State
 from pretrain.data.text_tokenizer import BESIDE_WEIGHTS
-from pretrain.export import from_released, read_tensors
 from pretrain.hub.read import is_directory, read_directory
 from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.models.towers.dual import DualTowers
 from pretrain.objectives.answering import Answering
 from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.classification import ImageClassification
@@ -19,13 +19,16 @@ from pretrain.objectives.masked import MaskedData
 from pretrain.objectives.matching import Matching
 from pretrain.objectives.reasoning import Reasoning
 from pretrain.parallel.state import dense_shape, fill, named_state
+from pretrain.released_weights import from_released, read_tensors
 from pretrain.run.directory import read_recipe
 from pretrain.run.stored_weights import model_in
 from pretrain.settings import fill_variables
 from pretrain.tasks.pretrain import PretrainTask
 
 
-def read_stored(path: Path) -> tuple[State, MultiwayConfig, dict[str, Any]]:
+def read_stored(path: Path, *, towers: bool = False) -> tuple[State, Any, dict[str, Any]]:
+    """-> (tensors by our names, the model, what stands beside them). The model is a MultiwayConfig, or with `towers` a
+    DualTowers too. ValueError for what is neither."""
     if path.is_dir() and not (path / WEIGHTS).is_file() and is_directory(path):
         return read_directory(path)
     if path.is_dir() or path.suffix == ".safetensors":
@@ -33,8 +36,8 @@ def read_stored(path: Path) -> tuple[State, MultiwayConfig, dict[str, Any]]:
             raise ValueError(f"{path} has no {WEIGHTS}; give the directory of a finished stage")
         state, config = read_weights(path)
         if config:
-            model = model_in(config, path)
-            if not isinstance(model, MultiwayConfig):
+            model = model_in(config, path, (DualTowers,))
+            if not isinstance(model, (MultiwayConfig, DualTowers) if towers else MultiwayConfig):
                 raise ValueError(f"{path} has a {type(model).__name__}, not an encoder; give the weights of an encoder")
             return state, model, config
     state, model = from_released(read_tensors(path / WEIGHTS if path.is_dir() else path))
@@ -47,13 +50,14 @@ def experts_in(state: State) -> tuple[str, ...]:
     return tuple(name for name, part in parts.items() if any(part in key for key in state))
 
 
-def objectives_in(state: State, model: MultiwayConfig) -> list[Objective]:
+def objectives_in(state: State, model: Any) -> list[Objective]:
     """Those whose heads the weights have, as far as they can be used without training."""
     objectives: list[Objective] = []
-    head = state.get("objectives.contrastive.vision.weight")
-    if head is not None:
+    if "objectives.contrastive.logit_scale" in state:
+        head = state.get("objectives.contrastive.vision.weight")
         loss = "sigmoid" if "objectives.contrastive.logit_bias" in state else "softmax"
-        objectives.append(Contrastive(None if len(head) == model.dim else len(head), loss=loss))
+        width = None if head is None or len(head) == model.width("images") else len(head)
+        objectives.append(Contrastive(width, loss=loss, project=head is not None))
         if "objectives.matching.match.weight" in state:
             objectives.append(Matching())
     if "objectives.masked.text.bias" in state:
@@ -68,6 +72,13 @@ def objectives_in(state: State, model: MultiwayConfig) -> list[Objective]:
     if "objectives.reasoning.norm.weight" in state:
         objectives.append(Reasoning())
     return objectives
+
+
+def build_stored(state: State, model: Any, path: Path) -> PretrainTask:
+    """The task that the tensors of `path` are of, filled with them. ValueError as `fill_task`."""
+    task = PretrainTask(model, experts_in(state), objectives_in(state, model))
+    fill_task(task, state, path)
+    return task
 
 
 def fill_task(task: PretrainTask, state: State, path: Path) -> None:

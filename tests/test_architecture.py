@@ -16,11 +16,11 @@ FLOORS = [
     {"config"},
     {"recipes"},
     {"run", "report", "plan", "released_names"},
-    {"hub"},
-    {"train", "evaluate", "export", "encode_images", "status", "launch"},
+    {"hub", "released_weights"},
+    {"train", "evaluate", "encode_images", "status", "launch"},
     {"stored_model"},
-    {"pretrained"},
-    {"portions", "clip_benchmark"},
+    {"pretrained", "onnx"},
+    {"portions", "clip_benchmark", "export"},
     {"embed", "caption"},
     {"search"},
 ]
@@ -35,6 +35,8 @@ DOORS = {
     "jinja2": {"pretrain/report/html.py"},
     "transformers": {"pretrain/models/visual_tokenizer/teachers.py", "pretrain/models/towers/tower.py"}
     | {f"pretrain/hub/files/{name}_multiway.py" for name in ("configuration", "modeling", "processing")},
+    "onnx": {"pretrain/onnx/write.py"},
+    "onnxruntime": {"pretrain/onnx/write.py"},
     "tokenizers": {"pretrain/data/json_tokenizer.py"},
     "wandb": {"pretrain/weights_and_biases.py"},
 }

@@ -14,17 +14,17 @@ from benchmarks.compare.others import torchscale_model
 from pretrain.batch import Layout
 from pretrain.checkpoint.weights import load_handover, write_weights
 from pretrain.config import to_json
-from pretrain.export import (
+from pretrain.export import main
+from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.models.multiway.encoder import MultiwayEncoder
+from pretrain.released_weights import (
     from_released,
-    main,
     read_model,
     read_tensors,
     resize_positions,
     to_released,
     write_tensors,
 )
-from pretrain.models.multiway.config import MultiwayConfig
-from pretrain.models.multiway.encoder import MultiwayEncoder
 from tests.toy_models import CODES, RELEASED, VQ, encoder, encoder_of, random_batch
 
 CONFIG = RELEASED

@@ -18,7 +18,6 @@ from pretrain.config import to_json
 from pretrain.data.shards.reader import BadSample
 from pretrain.data.transforms import ImageTransform
 from pretrain.evals.generation import Writing
-from pretrain.export import to_released, write_tensors
 from pretrain.objectives.answering import Answering
 from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.classification import ImageClassification
@@ -27,6 +26,7 @@ from pretrain.objectives.masked import MaskedData
 from pretrain.objectives.matching import Matching
 from pretrain.parallel.state import named_state
 from pretrain.pretrained import Pretrained
+from pretrain.released_weights import to_released, write_tensors
 from pretrain.tasks.pretrain import PretrainTask
 from tests.toy_models import RELEASED, VQ
 from tests.toys import encoded, picture, write_text_model

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from pretrain.contracts import Objective
-from pretrain.export import from_released, to_released
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.models.multiway.sizes import BEIT3_BASE_RELEASED, BEIT3_LARGE_RELEASED
 from pretrain.objectives.answering import Answering
@@ -19,6 +18,7 @@ from pretrain.objectives.masked import MaskedData
 from pretrain.objectives.masked_captioning import MaskedCaptioning
 from pretrain.objectives.reasoning import Reasoning
 from pretrain.parallel.state import dense_shape, named_state
+from pretrain.released_weights import from_released, to_released
 from pretrain.stored_model import experts_in, fill_task, objectives_in
 from pretrain.tasks.pretrain import PretrainTask
 

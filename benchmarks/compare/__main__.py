@@ -40,10 +40,10 @@ from benchmarks.record import machine
 from pretrain import command
 from pretrain.batch import PAD, Batch, Layout, make_batch
 from pretrain.command import about, write
-from pretrain.export import to_released
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim, build_optimizer
+from pretrain.released_weights import to_released
 from pretrain.tasks.pretrain import Pretrain, PretrainTask
 
 EXPERTS = ("vision", "language")

@@ -17,12 +17,12 @@ from pretrain.data.labelled import LabelledShards, QuestionShards
 from pretrain.data.sources import PairShards
 from pretrain.data.transforms import ImageTransform
 from pretrain.evals.generation import NextWord, WholePass
-from pretrain.export import from_released, to_released
 from pretrain.objectives.answering import Answering
 from pretrain.objectives.classification import ImageClassification
 from pretrain.objectives.masked_captioning import MaskedCaptioning
 from pretrain.objectives.reasoning import Reasoning
 from pretrain.optim import Optim
+from pretrain.released_weights import from_released, to_released
 from pretrain.tasks.pretrain import PretrainTask
 from tests.toy_models import PAIR_LEN, PATCHES, RELEASED, pictures, random_batch
 

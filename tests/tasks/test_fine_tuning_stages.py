@@ -12,8 +12,9 @@ import torch
 import pretrain
 from data_tools import answers, from_table
 from pretrain import evaluate
-from pretrain.export import from_released, main, read_model, read_tensors, to_released, write_tensors
+from pretrain.export import main
 from pretrain.objectives.masked import MaskedData
+from pretrain.released_weights import from_released, read_model, read_tensors, to_released, write_tensors
 from pretrain.tasks.pretrain import PretrainTask
 from tests.small_run import WORDS, Ranks, command
 from tests.toy_models import RELEASED

@@ -95,16 +95,16 @@ class RelativePosition(nn.Module):
         super().__init__()
         self.grid, self.longest, self.depth = cfg.grid, cfg.max_text_len, cfg.depth
         self.own_heads = layers.own_heads
-        self.image_rows = (2 * cfg.grid - 1) ** 2 + 3
+        self.image_rows = offsets_of(cfg.grid) + 3
         self.table = nn.Parameter(torch.zeros(self.image_rows + 2 + 2 * cfg.max_text_len, cfg.depth * cfg.heads))
 
     def forward(self, layout: Layout) -> list[Bias]:
         """The bias of every block, for this rank's heads and the kinds of sequences in `layout`."""
         table = self.own_heads(self.table.unflatten(1, (self.depth, -1))).flatten(1)
-        image, text = self._image_index(), self._text_index(layout.text_len)
+        image, text = image_index(self.grid, self.table.device), self._text_index(layout.text_len)
         pairs = texts = None
         if layout.pairs:
-            pairs = self._look_up(table, self._pair_index(image, self._text_index(layout.pair_len)))
+            pairs = self._look_up(table, pair_index(image, self._text_index(layout.pair_len), self.image_rows))
         if layout.texts:
             texts = self._look_up(table, text)
         images: tuple[Tensor, ...] | None
@@ -119,27 +119,42 @@ class RelativePosition(nn.Module):
         """-> [heads, L, L] per layer."""
         return F.embedding(index_LL, table).permute(2, 0, 1).contiguous().chunk(self.depth)
 
-    def _image_index(self) -> Tensor:
-        place = torch.arange(self.grid**2, device=self.table.device)
-        down, right = place // self.grid, place % self.grid
-        offset = (down[:, None] - down + self.grid - 1) * (2 * self.grid - 1) + right[:, None] - right + self.grid - 1
-        return _with_first_row(offset, self.image_rows)
-
     def _text_index(self, length: int) -> Tensor:
-        place = torch.arange(max(length - 1, 0), device=self.table.device)
-        offset = place - place[:, None] + self.longest - 2 + self.image_rows + 2
-        return _with_first_row(offset, len(self.table))
+        return text_index(length, self.longest, self.image_rows, self.table.device)
 
-    def _pair_index(self, image: Tensor, text: Tensor) -> Tensor:
-        """[query, key]. VLMo puts the text first and we the image: the same numbers, blocks in another place."""
-        to_image = image.new_full((len(text), len(image)), self.image_rows)
-        above, below = torch.cat([image, to_image.T + 1], 1), torch.cat([to_image, text], 1)
-        return torch.cat([above, below])
+
+def offsets_of(grid: int) -> int:
+    """How many offsets two patches of a grid can have."""
+    return (2 * grid - 1) ** 2
+
+
+def image_index(grid: int, device: torch.device) -> Tensor:
+    """int64 [L, L]: the row of RelativePosition's table for each query and key of a picture, L = grid * grid + 1."""
+    # By rows and columns: ONNX has no remainder by a number that is only known when the graph runs.
+    side = torch.arange(grid, device=device)
+    down, right = side[:, None].expand(grid, grid).flatten(), side.expand(grid, grid).flatten()
+    offset = (down[:, None] - down + grid - 1) * (2 * grid - 1) + right[:, None] - right + grid - 1
+    return _with_first_row(offset, offsets_of(grid) + 3)
+
+
+def text_index(length: int, longest: int, image_rows: int, device: torch.device) -> Tensor:
+    """The same of a text of `length` words, of `longest` at the most; `image_rows`: those of the table for pictures."""
+    place = torch.arange(max(length - 1, 0), device=device)
+    offset = place - place[:, None] + longest - 2 + image_rows + 2
+    return _with_first_row(offset, image_rows + 2 + 2 * longest)
+
+
+def pair_index(image: Tensor, text: Tensor, image_rows: int) -> Tensor:
+    """[query, key] of a picture and its text. VLMo puts the text first and we the image: the same numbers, blocks in
+    another place."""
+    to_image = image.new_full((text.shape[0], image.shape[0]), image_rows)
+    above, below = torch.cat([image, to_image.T + 1], 1), torch.cat([to_image, text], 1)
+    return torch.cat([above, below])
 
 
 def _with_first_row(offset: Tensor, end: int) -> Tensor:
-    """An index of offsets, with the three rows before `end` for what has no offset: the class row, or BOS."""
-    index = F.pad(offset, (1, 0, 1, 0), value=end - 3)
-    index[1:, 0] = end - 2
-    index[0, 0] = end - 1
-    return index
+    """An index of offsets [n, n] -> [n + 1, n + 1], with the three rows before `end` for what has no offset: from, to
+    and within the class row, or BOS."""
+    n = offset.shape[0]  # len() would be a constant to torch.export
+    first = torch.cat([offset.new_full((1, 1), end - 1), offset.new_full((1, n), end - 3)], 1)
+    return torch.cat([first, torch.cat([offset.new_full((n, 1), end - 2), offset], 1)])

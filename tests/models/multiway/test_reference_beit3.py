@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from benchmarks.compare.others import torchscale_model
 from pretrain.batch import PAD, Layout, make_batch
-from pretrain.export import to_released
+from pretrain.released_weights import to_released
 from tests.toy_models import PATCHES, RELEASED, encoder
 
 COUNT, LENGTH = 3, 9

@@ -1,0 +1,218 @@
+"""Released weights in and out: the released BEiT-3's names and shapes as ours, and files of tensors, read without
+executing anything.
+
+The released naming is torchscale's (A: vision, B: language) under `beit3.`; the heads have the names of unilm's beit3
+code: `mlm_head`, `mim_head` (pretraining), `language_head`, `vision_head`, `logit_scale` (retrieval), and those of its
+classifier, its answerer of questions and its judge of two pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pretrain.checkpoint.weights import read_weights
+from pretrain.files import written_in_one_step
+from pretrain.json_files import read_object
+from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.released_names import HEADS, TEXT_PART, head_names, names
+from pretrain.run.stored_weights import model_in
+from pretrain.tensors import check_finite, check_type
+
+log = logging.getLogger(__name__)
+State = dict[str, Tensor]
+
+CONFIG = "config.json"
+# Every released size has heads of this width (unilm beit3/modeling_utils.py: 768 / 12, 1024 / 16).
+RELEASED_HEAD_DIM = 64
+# torchscale's position tables begin with two unused rows (fairseq's padding offset).
+UNUSED_POSITIONS = 2
+# And these texts, for a file without them.
+RELEASED_WORDS, RELEASED_POSITIONS = 64010, 1024
+# The tensors whose shape depends on the number of patches.
+POSITIONS = ("encoder.vision_embed.positions", "encoder.relative_position.table")
+
+
+def to_released(state: State, cfg: MultiwayConfig) -> State:
+    """Our tensors (names of `PretrainTask`) under the released names. Shared attention is written once per modality,
+    which computes the same. Raises ValueError for a model that the released architecture cannot express."""
+    _check_expressible(state, cfg)
+    released = {}
+    for ours, theirs in names(cfg.depth, final_norm=cfg.final_norm).items():
+        shared = re.sub(r"\.(norm|q|k|v|inner_norm|out)\.(vision|language)\.", r".\1.shared.", ours)
+        source = ours if ours in state else shared
+        if source not in state:
+            raise ValueError(f"the weights have no {ours}; the released format needs a model with vision and language")
+        released[theirs] = state[source].clone()
+    _patch_weights(released, "beit3.vision_embed.proj.weight", (cfg.dim, 3, cfg.patch_size, cfg.patch_size))
+    for key in ("A", "B"):
+        table = released[f"beit3.encoder.embed_positions.{key}.weight"]
+        released[f"beit3.encoder.embed_positions.{key}.weight"] = F.pad(table, (0, 0, UNUSED_POSITIONS, 0))
+    heads = [HEADS, *head_names().values()]
+    released |= {theirs: state[ours].clone() for head in heads for ours, theirs in head.items() if ours in state}
+    if "logit_scale" in released:
+        released["logit_scale"] = released["logit_scale"].reshape(())
+    return released
+
+
+def from_released(state: State, heads: int | None = None) -> tuple[State, MultiwayConfig]:
+    """Released tensors -> (ours, the configuration inferred from their shapes). The shapes do not tell `heads`: None
+    means the released models' 64 per head. Heads come along, those of fine-tuning too if they are whole; what has no
+    counterpart is dropped with a log line."""
+    # A classifier's checkpoint may hold the parts of pictures alone.
+    language = any(TEXT_PART.search(key) for key in state) or "fc_norm.weight" not in state
+    needed = ("beit3.text_embed.weight", "beit3.vision_embed.proj.weight")[0 if language else 1 :]
+    if missing := [key for key in needed if key not in state]:
+        raise ValueError(f"these weights have no {missing[0]}; give a BEiT-3 checkpoint from unilm")
+    cfg = _guess_config(state, heads)
+    ours = {}
+    table = names(cfg.depth, final_norm=cfg.final_norm, language=language)
+    for mine, theirs in table.items():
+        if theirs not in state:
+            raise ValueError(f"these weights have no {theirs}; they are incomplete, so get the file again")
+        ours[mine] = state[theirs].clone()
+    _patch_weights(ours, "encoder.vision_embed.proj.weight", (cfg.dim, 3 * cfg.patch_size**2))
+    for mine in ("encoder.vision_embed.positions", "encoder.text_embed.positions"):
+        if mine in ours:
+            ours[mine] = ours[mine][UNUSED_POSITIONS:].clone()
+    known = HEADS.copy()
+    for head in head_names().values():
+        known |= head if all(theirs in state for theirs in head.values()) else {}
+    ours |= {mine: state[theirs].clone() for mine, theirs in known.items() if theirs in state}
+    if "objectives.contrastive.logit_scale" in ours:
+        ours["objectives.contrastive.logit_scale"] = ours["objectives.contrastive.logit_scale"].reshape(1)
+    for mine, value in ours.items():
+        check_type("these weights", mine, value.dtype)
+    convertible = {*table.values(), *known.values()}
+    if dropped := sorted(set(state) - convertible):
+        log.info("dropped %d tensors that have no counterpart here: %s ...", len(dropped), ", ".join(dropped[:5]))
+    return ours, cfg
+
+
+def resize_positions(state: State, cfg: MultiwayConfig, image_size: int) -> tuple[State, MultiwayConfig]:
+    """The same model for another picture size, with interpolated positions: see MultiwayConfig.adapt."""
+    new = dataclasses.replace(cfg, image_size=image_size)
+    positions = {name: value for name, value in state.items() if name.startswith(POSITIONS)}
+    return state | (new.adapt(positions, cfg, {}) if new.grid != cfg.grid else {}), new
+
+
+def _check_expressible(state: State, cfg: MultiwayConfig) -> None:
+    if any(".experts.fusion." in key for key in state):
+        raise ValueError(
+            "the released BEiT-3 has no fusion experts (model.fusion_layers), so these weights cannot be converted"
+        )
+    required: dict[str, Any] = {
+        "ffn": "per_modality",
+        "sub_norm": True,
+        "relative_position": False,
+        "layer_scale": None,
+        "text_norm": False,
+    }
+    for name, value in required.items():
+        if getattr(cfg, name) != value:
+            raise ValueError(f"model.{name}={getattr(cfg, name)} cannot be written as BEiT-3; it needs {value}")
+    if not cfg.key_bias:
+        raise ValueError("model.key_bias=False cannot be written as BEiT-3; it needs True")
+
+
+def _patch_weights(state: State, key: str, shape: tuple[int, ...]) -> None:
+    state[key] = state[key].reshape(shape)
+
+
+def _guess_config(state: State, heads: int | None) -> MultiwayConfig:
+    dim, _, patch, _ = state["beit3.vision_embed.proj.weight"].shape
+    layers = [int(m[1]) for key in state if (m := re.match(r"beit3\.encoder\.layers\.(\d+)\.", key))]
+    up = state.get("beit3.encoder.layers.0.ffn.A.fc1.weight")
+    tables = [state.get(f"beit3.encoder.embed_positions.{key}.weight") for key in ("A", "B")]
+    words = state.get("beit3.text_embed.weight")
+    if up is None or tables[0] is None or (words is not None and tables[1] is None):
+        raise ValueError("these weights have no layers or no position tables; give a whole BEiT-3 checkpoint")
+    grid = round((len(tables[0]) - UNUSED_POSITIONS - 1) ** 0.5)
+    return MultiwayConfig(
+        dim=dim,
+        depth=max(layers) + 1,
+        heads=heads or max(dim // RELEASED_HEAD_DIM, 1),
+        ffn_dim=len(up),
+        image_size=grid * patch,
+        patch_size=patch,
+        vocab_size=RELEASED_WORDS if words is None else len(words),
+        max_text_len=(RELEASED_POSITIONS if tables[1] is None else len(tables[1])) - UNUSED_POSITIONS,
+        attention="per_modality",
+        sub_norm="beit3.encoder.layers.0.ffn.A.ffn_layernorm.weight" in state,
+        init="sub_norm",
+        # unilm's classifiers and answerers have none.
+        final_norm=any(key.startswith("beit3.encoder.layer_norm.") for key in state)
+        or not any(key in state for key in ("fc_norm.weight", "pooler.norm.weight")),
+    )
+
+
+def read_tensors(path: Path) -> State:
+    """The tensors of a .safetensors or torch file. Nothing in a torch file is executed: only tensors and plain values
+    are loaded, anything else raises ValueError."""
+    if path.suffix == ".safetensors":
+        try:
+            return _checked(load_file(path), path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a complete safetensors file ({error}); fetch or write it again") from None
+    try:
+        # unilm's fine-tuning checkpoints contain their command line, a Namespace, which has only plain values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is damaged or contains more than tensors, so it is not loaded ({first})") from None
+    for key in ("model", "module"):  # unilm's own, DeepSpeed's
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} has no dictionary of tensors, neither at the top nor under 'model' or 'module'")
+    return _checked(content, path)
+
+
+def _checked(state: State, path: Path) -> State:
+    """ValueError for numbers that are not finite. Their types matter only where they become weights."""
+    for name, value in state.items():
+        check_finite(path, name, value)
+    return state
+
+
+def read_model(directory: Path) -> tuple[State, MultiwayConfig, dict]:
+    """A stage's weights, its model's configuration, and the whole config stored with the weights."""
+    state, config = read_weights(directory)
+    if not config:  # weights of other origin: their config.json lies beside them
+        if not (directory / CONFIG).is_file():
+            raise ValueError(f"{directory} has no {CONFIG}; give the directory of a finished stage")
+        config = read_object(directory / CONFIG)
+    model = model_in(config, directory)
+    for name, value in state.items():
+        check_type(directory, name, value.dtype)
+    if not isinstance(model, MultiwayConfig):
+        raise ValueError(f"{directory} has a {type(model).__name__}, not an encoder; give the directory of an encoder")
+    return state, model, config
+
+
+def write_tensors(path: Path, state: State) -> None:
+    """Writes a `.safetensors`, or a torch file as unilm's code reads it, atomically."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"cannot write {path}: it is a directory, or its directory does not exist; give a file's path")
+    state = {key: value.contiguous() for key, value in state.items()}
+    try:
+        with written_in_one_step(path) as growing:
+            if path.suffix == ".safetensors":
+                save_file(state, growing)
+            else:
+                torch.save({"model": state}, growing)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's writer raises RuntimeError for a full disk
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"cannot write {path} ({reason}); free some space, or give another path") from None
