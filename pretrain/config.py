@@ -118,6 +118,12 @@ class Stage:
         return combine([masking for masking in asked if masking is not None])
 
     @property
+    def reads(self) -> dict[str, str]:
+        """The weights that it learns from, {knob: name of a stage, weights file or directory}."""
+        parts: list[Task | Objective] = [self.task, *self.objectives]
+        return {knob: name for part in parts for knob, name in part.reads().items()}
+
+    @property
     def draws(self) -> dict[str, int]:
         """Random numbers that each objective's head wants for a sequence."""
         return {objective.name: objective.draws for objective in self.objectives if objective.draws}

@@ -162,6 +162,14 @@ class Objective(Protocol):
         not become a part of it: its parameters would have two names."""
         return None
 
+    def read(self, head: Any, read: Any) -> None:
+        """Gives its head the weights that it learns from: `read(name, knob)` -> (tensors, model). ValueError."""
+        return None
+
+    def reads(self) -> dict[str, str]:
+        """As Task.reads."""
+        return {}
+
     def begin(self, head: Any) -> None:
         """Before a run's first step, when all weights are there: for what begins as a copy of them. Every rank calls
         it."""

@@ -115,7 +115,7 @@ def test_bfloat16_is_close_and_results_are_float32(stage):
 
 @pytest.mark.parametrize("name", ["released.pth", "released.safetensors"])
 def test_released_files_load_by_themselves(stage, task, tmp_path, name, monkeypatch):
-    monkeypatch.setattr("pretrain.export.RELEASED_HEAD_DIM", RELEASED.dim // RELEASED.heads)
+    monkeypatch.setattr("pretrain.released_weights.RELEASED_HEAD_DIM", RELEASED.dim // RELEASED.heads)
     write_tensors(tmp_path / name, to_released(task.state_dict(), RELEASED))
     model = pretrain.load(tmp_path / name, text_tokenizer=stage / "text.model")
     torch.testing.assert_close(model.embed_texts(TEXTS), pretrain.load(stage).embed_texts(TEXTS), rtol=0, atol=1e-6)

@@ -113,7 +113,7 @@ def _finished(line: Line, recipe: Recipe, name: str, stage: Stage) -> bool:
 
 def _check_inputs(line: Line, recipe: Recipe, stage: Stage, ahead: Collection[str]) -> None:
     """The weights that a stage reads: those of a stage, or files."""
-    named = {"init_from": stage.init_from, **stage.task.reads()}
+    named = {"init_from": stage.init_from, **stage.reads}
     if predicts_codes(stage):
         named["visual_tokenizer"] = stage.visual_tokenizer
     for knob, value in named.items():

@@ -161,5 +161,5 @@ def other_inputs(recipe: Recipe, stage: Stage, run_dir: Path) -> list[str]:
             parts.append(f"{kind}:{sha256_of(path)[:16]}")
     if (text := text_tokenizer(recipe, stage)) is not None:
         parts.append("text:" + hashlib.sha256(text.path.read_bytes()).hexdigest()[:16])
-    names = {"init_from": stage.init_from, "visual_tokenizer": stage.visual_tokenizer, **stage.task.reads()}
+    names = {"init_from": stage.init_from, "visual_tokenizer": stage.visual_tokenizer, **stage.reads}
     return parts + [f"{knob}:{input_digest(name, run_dir, knob)}" for knob, name in names.items() if name is not None]

@@ -32,7 +32,7 @@ def check_other_stages(recipe: Recipe, current: str, run_dir: Path, *, changed: 
 
 def _check_names(recipe: Recipe, name: str, stage: Stage, run_dir: Path) -> None:
     """Of stages or files. Teachers by a path may be gone when their tokenizer comes from elsewhere."""
-    teachers = {knob: value for knob, value in stage.task.reads().items() if not set(value) & {"/", "$"}}
+    teachers = {knob: value for knob, value in stage.reads.items() if not set(value) & {"/", "$"}}
     named = {"init_from": stage.init_from, "visual_tokenizer": stage.visual_tokenizer, **teachers}
     for knob, value in named.items():
         if value == name:

@@ -48,7 +48,10 @@ class Pretrain(Task):
     def build(self, model: Model, stage: Any, layers: Layers, read: Any) -> PretrainTask:
         options: dict[str, Any] = {"drop_path": stage.drop_path, "checkpointing": int(stage.activation_checkpointing)}
         options |= {"weights": self.weights, "learned": self.learned}
-        return PretrainTask(model, stage.experts, stage.objectives, layers, **options)
+        task = PretrainTask(model, stage.experts, stage.objectives, layers, **options)
+        for objective in stage.objectives if read is not None else ():
+            objective.read(task.objectives[objective.name], read)
+        return task
 
     def flops(self, model: Model, stage: Any, layout: Layout) -> float:
         total = float(product_flops(head_products(stage.objectives, layout, model)))
