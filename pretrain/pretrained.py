@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.stored_model import build_stored, read_stored, stored_tokenizer
 from pretrain.tasks.pretrain import PretrainTask
 
-Picture = str | os.PathLike | bytes | np.ndarray | Image.Image
+Picture: TypeAlias = str | os.PathLike | bytes | np.ndarray | Image.Image | Tensor  # the last: what `look` made
 T = TypeVar("T")
 GAP = "<mask>"  # in a text for fill_mask
 DTYPES = (torch.float32, torch.bfloat16)
@@ -72,13 +72,15 @@ class Pretrained:
 
     def look(self, picture: Picture) -> Tensor:
         """A picture as the encoder sees it: uint8 [3, S, S], S the model's image_size. BadSample, ValueError. Any
-        number of threads may call it."""
+        number of threads may call it, and each method takes its result for a picture."""
+        if isinstance(picture, Tensor):
+            return picture
         return torch.from_numpy(self.transform(encoded_picture(picture)))
 
     @torch.no_grad()
-    def embed_texts(self, texts: Iterable[str], batch: int = 64) -> Tensor:
-        """-> unit vectors [N, E] of the dual encoder. A text is cut at the model's `max_text_len`. ValueError for
-        weights without a contrastive head, or without a text tokenizer."""
+    def embed_texts(self, texts: Iterable[str | list[int]], batch: int = 64) -> Tensor:
+        """Texts, or the ids of some -> unit vectors [N, E] of the dual encoder. A text is cut at the model's
+        `max_text_len`. ValueError for weights without a contrastive head, or without a text tokenizer."""
         width = self.head.width
         parts = [self.embed_tokens(self.tokens(some)) for some in _batches(texts, batch)]
         return torch.cat(parts) if parts else torch.zeros(0, width)

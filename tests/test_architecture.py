@@ -20,8 +20,8 @@ FLOORS = [
     {"train", "evaluate", "encode_images", "status", "launch"},
     {"stored_model"},
     {"pretrained", "onnx"},
-    {"portions", "clip_benchmark", "export"},
-    {"embed", "caption"},
+    {"portions", "clip_benchmark", "serving", "export"},
+    {"embed", "caption", "serve"},
     {"search"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -39,6 +39,8 @@ DOORS = {
     "onnxruntime": {"pretrain/onnx/write.py"},
     "tokenizers": {"pretrain/data/json_tokenizer.py"},
     "wandb": {"pretrain/weights_and_biases.py"},
+    "fastapi": {"pretrain/serving/app.py"},
+    "uvicorn": {"pretrain/serving/connections.py"},
 }
 PRETRAIN = sorted((ROOT / "pretrain").rglob("*.py"))
 CODE = [*PRETRAIN, *sorted((ROOT / "data_tools").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]

@@ -88,7 +88,7 @@ make_environment() {
     [ -x "$PYTHON" ] || "$python" -m venv "$env" || return
     "$PYTHON" -m pip install -q --upgrade pip setuptools wheel || return
     install_torch "$build" || return
-    "$PYTHON" -m pip install -q -c "$root/launch/env/constraints.txt" -e "${root}[test,clip,fast,parallel,prepare,onnx]" || return
+    "$PYTHON" -m pip install -q -c "$root/launch/env/constraints.txt" -e "${root}[test,clip,fast,parallel,prepare,serve,onnx]" || return
     # The reference implementation of the released BEiT-3; its own requirements are not needed (tests stub them).
     "$PYTHON" -m pip install -q --no-deps torchscale==0.3.0 || return
     printf '%s\n' "$stamp" "$build" >"$env/.imglish-stamp"

@@ -69,10 +69,20 @@ def class_vectors(
 ) -> Tensor:
     """[classes, E] of length one: of each name the mean over the templates of its texts' vectors. `embed`: texts ->
     unit vectors. ValueError for a template without {}."""
-    check_templates(templates)
-    texts = [template.replace("{}", name) for name in names for template in templates]
+    texts = class_texts(names, templates)
     vectors = torch.cat([embed(texts[start : start + TEXTS]) for start in range(0, len(texts), TEXTS)])
-    return F.normalize(vectors.unflatten(0, (len(names), len(templates))).mean(1), dim=-1)
+    return mean_of_templates(vectors, len(names))
+
+
+def class_texts(names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list[str]:
+    """The texts that stand for classes, those of a name one after the other. ValueError as for `class_vectors`."""
+    check_templates(templates)
+    return [template.replace("{}", name) for name in names for template in templates]
+
+
+def mean_of_templates(vectors: Tensor, names: int) -> Tensor:
+    """Vectors [names * templates, E] of `class_texts` -> [names, E] of length one."""
+    return F.normalize(vectors.unflatten(0, (names, -1)).mean(1), dim=-1)
 
 
 def check_templates(templates: Sequence[str]) -> None:

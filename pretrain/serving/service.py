@@ -1,0 +1,265 @@
+"""What a server answers: the model behind its limits, its queue and its batches."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pretrain.data.decoding import judge_pixels, read_header
+from pretrain.data.shards.reader import BadSample
+from pretrain.evals.generation import Writing
+from pretrain.evals.zero_shot import TEMPLATES, class_texts, class_vectors, mean_of_templates
+from pretrain.pretrained import Pretrained
+from pretrain.serving.batching import Batcher
+from pretrain.serving.counts import Counts
+from pretrain.serving.limits import Deadline, Limits, Refused
+
+STUCK = 10  # a pass of so many times a request's seconds will not end
+
+
+class Service:
+    """`labels`: names of the classes by number. `batch`: pictures or texts of one pass; `workers`: threads that decode
+    pictures. ValueError for labels that do not fit, and for weights that can answer nothing."""
+
+    def __init__(
+        self,
+        model: Pretrained,
+        limits: Limits,
+        counts: Counts,
+        *,
+        labels: Sequence[str] | None = None,
+        templates: Sequence[str] = TEMPLATES,
+        writing: Writing | None = None,
+        batch: int = 64,
+        workers: int = 1,
+    ):
+        self.model, self.limits, self.counts, self.templates = model, limits, counts, templates
+        self.working = 0  # pictures and texts of all requests
+        self.classes = self._class_names(labels)
+        self.lacks = {path: lack for path, lack in self._lacks().items() if lack}
+        if len(self.lacks) == len(PATHS):
+            raise ValueError(f"these weights can answer nothing: {'; '.join(self.lacks.values())}")
+        self.known = self._vectors_of_classes(labels)
+        how = writing or Writing()
+        passes: dict[str, Callable[[list], Sequence]] = {
+            "pictures": lambda looks: model.embed_images(looks, batch),
+            "texts": lambda ids: model.embed_texts(ids, batch),
+            "captions": lambda looks: model.caption(looks, how, batch=batch),
+            "classes": lambda looks: model.class_scores(looks, batch),
+        }
+        self._warm_up(passes)
+        self.batcher = Batcher(passes, batch, counts.passed)
+        self.threads = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+
+    def close(self) -> None:
+        self.threads.shutdown(cancel_futures=True)
+        self.batcher.close()
+
+    # -- what the weights can do
+
+    def _lacks(self) -> dict[str, str | None]:
+        """For each path why the weights cannot answer it; None: they can."""
+        head, text = _problem(lambda: self.model.head), _problem(self.model.tokenizer)
+        writes = text or _problem(lambda: self.model.next_word_head(self.model.tokenizer()))
+        classes = None if self.fine_tuned else head or text
+        return {"/embed": head, "/similarity": head or text, "/caption": writes, "/predict": classes}
+
+    @property
+    def fine_tuned(self) -> bool:
+        return "classification" in self.model.task.objectives
+
+    def _class_names(self, labels: Sequence[str] | None) -> list[str]:
+        """Of the classes of a fine-tuned stage."""
+        if not self.fine_tuned:
+            return []
+        count = self.model.task.objectives["classification"].classes.out_features
+        if labels is not None and len(labels) != count:
+            raise ValueError(f"--labels has {len(labels)} names and the weights {count} classes; give theirs")
+        return list(labels) if labels is not None else [str(number) for number in range(count)]
+
+    def _vectors_of_classes(self, labels: Sequence[str] | None) -> tuple[list[str], Tensor] | None:
+        """Of names that were given at the start, for weights without classes of their own."""
+        if labels is None or self.fine_tuned:
+            return None
+        if "/predict" in self.lacks:
+            raise ValueError(f"--labels is of no use: {self.lacks['/predict']}")
+        return list(labels), class_vectors(self.model.embed_texts, labels, self.templates)
+
+    def _warm_up(self, passes: dict[str, Callable[[list], Sequence]]) -> None:
+        """Each pass once, so that weights which cannot do it stop the start, and no client waits for first calls."""
+        black = torch.zeros(3, self.model.model.image_size, self.model.model.image_size, dtype=torch.uint8)
+        if "/embed" not in self.lacks:
+            passes["pictures"]([black])
+        if "/similarity" not in self.lacks:
+            passes["texts"]([self.model.tokenizer().encode("")])
+        if "/caption" not in self.lacks:
+            passes["captions"]([black])
+        if self.fine_tuned:
+            passes["classes"]([black])
+
+    # -- what clients ask
+
+    async def embed(self, pictures: list[str], texts: list[str], deadline: Deadline) -> dict[str, Any]:
+        """-> unit vectors of the pictures and of the texts, each in their order."""
+        self._able("/embed")
+        if texts and (lack := self.lacks.get("/similarity")):
+            raise Refused(501, lack)
+        with self._admitted(pictures, texts):
+            made = await _all(self._pictures("pictures", pictures, deadline), self._texts(texts, deadline))
+        return {"pictures": _lists(made[0]), "texts": _lists(made[1])}
+
+    async def similarity(self, pictures: list[str], texts: list[str], deadline: Deadline) -> dict[str, Any]:
+        """-> cosines of every picture with every text."""
+        self._able("/similarity")
+        _some(pictures=pictures, texts=texts)
+        with self._admitted(pictures, texts):
+            made = await _all(self._pictures("pictures", pictures, deadline), self._texts(texts, deadline))
+        return {"similarity": (torch.stack(made[0]) @ torch.stack(made[1]).T).tolist()}
+
+    async def caption(self, pictures: list[str], deadline: Deadline) -> dict[str, Any]:
+        """-> a text for each picture."""
+        self._able("/caption")
+        with self._admitted(pictures, []):
+            return {"captions": await self._pictures("captions", pictures, deadline)}
+
+    async def predict(
+        self, pictures: list[str], names: list[str] | None, best: int, deadline: Deadline
+    ) -> dict[str, Any]:
+        """-> for each picture the `best` classes, the most likely first: with its probability, of a fine-tuned stage;
+        with its cosine, of classes that only their names describe."""
+        self._able("/predict")
+        if names is not None and self.fine_tuned:
+            raise Refused(400, "names: these weights have classes of their own; leave the names out")
+        if names is None and not self.fine_tuned and self.known is None:
+            raise Refused(400, "names: these weights know no classes; give their names")
+        if names is not None:
+            _some(names=names)
+        if best < 1:
+            raise Refused(400, f"best: {best} is below 1; use 5")
+        texts = class_texts(names, self.templates) if names is not None else []
+        with self._admitted(pictures, texts):
+            kind = "classes" if self.fine_tuned else "pictures"
+            made = await _all(self._pictures(kind, pictures, deadline), self._texts(texts, deadline))
+        if self.fine_tuned:
+            return {"scores": "probability", "classes": _best(made[0], self.classes, best)}
+        if names is not None:
+            known, vectors = names, mean_of_templates(torch.stack(made[1]), len(names))
+        else:
+            assert self.known is not None
+            known, vectors = self.known
+        return {"scores": "cosine", "classes": _best([look @ vectors.T for look in made[0]], known, best)}
+
+    def health(self) -> dict[str, Any]:
+        """What the server is. Refused (503) where the model's thread is dead or hangs."""
+        since = self.batcher.busy_since
+        if not self.batcher.alive:
+            raise Refused(503, "the model's thread has ended")
+        if since is not None and time.monotonic() - since > STUCK * self.limits.seconds:
+            raise Refused(503, f"a pass through the model has taken {time.monotonic() - since:.0f} seconds")
+        answers = {path: self.lacks.get(path) or True for path in PATHS}
+        return {"status": "ok", "answers": answers, "limits": asdict(self.limits)}
+
+    def metrics(self, held: int) -> str:
+        return self.counts.text({
+            "imglish_working_items": ("Pictures and texts of all requests that are being worked on.", self.working),
+            "imglish_held_bytes": ("Bytes of bodies that are held.", held),
+        })  # fmt: skip
+
+    # -- how
+
+    def _able(self, path: str) -> None:
+        if lack := self.lacks.get(path):
+            raise Refused(501, lack)
+
+    @contextmanager
+    def _admitted(self, pictures: list[str], texts: list[str]) -> Iterator[None]:
+        """Counts them as work. Refused, where a request has too many, or all requests together."""
+        limits, items = self.limits, len(pictures) + len(texts)
+        for name, count, most in (("pictures", len(pictures), limits.pictures), ("texts", len(texts), limits.texts)):
+            if count > most:
+                raise Refused(400, f"{name}: {count} are more than the limit of {most}; send them in several requests")
+        for number, text in enumerate(texts):
+            if len(text) > limits.characters:
+                raise Refused(400, f"text {number}: {len(text):,} characters are more than {limits.characters:,}")
+        if self.working + items > limits.queue:
+            raise Refused(503, f"{self.working} pictures and texts are waiting, and {limits.queue} may; come again")
+        self.working += items
+        try:
+            yield
+        finally:
+            self.working -= items
+
+    async def _pictures(self, kind: str, pictures: list[str], deadline: Deadline) -> list[Any]:
+        """The results of a pass over pictures in base64."""
+        look, loop = self._look, asyncio.get_running_loop()
+        looks = [loop.run_in_executor(self.threads, look, n, text, deadline) for n, text in enumerate(pictures)]
+        return await self.batcher(kind, await _all(*looks), deadline)
+
+    async def _texts(self, texts: list[str], deadline: Deadline) -> list[Tensor]:
+        if not texts:
+            return []
+        longest, encode = self.model.model.max_text_len, self.model.tokenizer().encode
+        loop = asyncio.get_running_loop()
+        ids = await loop.run_in_executor(self.threads, lambda: [encode(text, longest) for text in texts])
+        return await self.batcher("texts", ids, deadline)
+
+    def _look(self, number: int, text: str, deadline: Deadline) -> Tensor:
+        deadline.check()
+        try:
+            data = base64.b64decode(text, validate=True)
+            judge_pixels(read_header(data), self.limits.pixels)
+            return self.model.look(data)
+        except (binascii.Error, UnicodeError, ValueError) as error:
+            # a ValueError that is no BadSample is b64decode's, of a text beyond ASCII
+            reason = str(error) if isinstance(error, BadSample) else "it is no base64"
+            raise Refused(400, f"picture {number}: {reason}") from None
+
+
+PATHS = ("/embed", "/similarity", "/caption", "/predict")
+
+
+async def _all(*parts: Any) -> list[Any]:
+    """The results of all. The first error is raised when all have ended: until then they are work."""
+    made = await asyncio.gather(*parts, return_exceptions=True)
+    for each in made:
+        if isinstance(each, BaseException):
+            raise each
+    return made
+
+
+def _problem(check: Callable[[], Any]) -> str | None:
+    try:
+        check()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _some(**lists: list[str]) -> None:
+    for name, each in lists.items():
+        if not each:
+            raise Refused(400, f"{name}: there are none; give one or more")
+
+
+def _lists(vectors: list[Tensor]) -> list[list[float]]:
+    return torch.stack(vectors).tolist() if vectors else []
+
+
+def _best(scores: Sequence[Tensor], names: Sequence[str], best: int) -> list[list[dict[str, Any]]]:
+    answers = []
+    for row in scores:
+        values = row.numpy()
+        order = np.argsort(-values, kind="stable")[:best]
+        answers.append([{"name": names[n], "score": float(values[n])} for n in order])
+    return answers
