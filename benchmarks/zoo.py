@@ -44,6 +44,7 @@ SCORES = {
     "matching_baseline": "matching/baseline",
     "masked_words": "masked/pair_text/accuracy",
     "masked_words_baseline": "masked/pair_text/baseline",
+    "CIDEr": "captions/CIDEr",
 }
 
 
@@ -68,6 +69,7 @@ MEMBERS = {
     "SigLIP": Member("tiny_towers", "siglip", ALONE),
     "VLMo": Member("tiny_vlmo", "fusion", HALF),
     "ALBEF": Member("tiny_albef", "fusion", HALF),
+    "BLIP": Member("tiny_blip", "pretrain", ALONE),
     "ViLT": Member("tiny_vilt", "fusion", HALF),
     "ResNet and BERT": Member("tiny_towers", "resnet_bert", ALONE),
     "Multiway, contrast alone": Member("tiny", "scratch", ALONE),
@@ -132,16 +134,17 @@ def flops(recipe: Recipe, stage: Stage) -> float:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    head = ("", "parameters", "samples/s", "GiB", "TFLOP", "R@1 i→t / t→i", "matching (of 50)", "masked words (of {})")
+    head = ("", "parameters", "samples/s", "GiB", "TFLOP", "R@1 i→t / t→i", "matching (of 50)",
+            "masked words (of {})", "CIDEr")  # fmt: skip
     baseline = next((each["masked_words_baseline"] for each in rows if each["masked_words_baseline"]), None)
-    last = head[-1].format("-" if baseline is None else f"{baseline:.1f}")
-    lines = [(*head[:-1], last), ("---",) * len(head)]
+    words = head[-2].format("-" if baseline is None else f"{baseline:.1f}")
+    lines = [(*head[:-2], words, head[-1]), ("---",) * len(head)]
     for each in rows:
         both = [_number(each[f"R@1_{way}"]) for way in ("image_to_text", "text_to_image")]
         lines.append((
             each["name"], f"{each['parameters'] / 1e6:.2f} M", _number(each["samples_per_s"], 0),
             _number(each["memory_gib"], 2), _number(each["TFLOP"]), " / ".join(both), _number(each["matching"]),
-            _number(each["masked_words"]),
+            _number(each["masked_words"]), _number(each["CIDEr"]),
         ))  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

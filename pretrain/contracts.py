@@ -75,6 +75,11 @@ class Model(Protocol):
         """As Objective.problems: why it cannot be trained as a config.Stage says."""
         return []
 
+    @property
+    def reserved_ids(self) -> int:
+        """How many of the last ids of `vocab_size` are the model's own, which no tokenizer may give."""
+        return 0
+
     def width(self, kind: str) -> int:
         """Of the encoder's rows of a kind: a field of batch.Kinds."""
 

@@ -20,7 +20,6 @@ from pretrain.data.text_tokenizer import AnyTokenizer, open_tokenizer
 from pretrain.data.transforms import ImageTransform, sample_rng
 from pretrain.evals.generation import NextWord, Writing, never_written, next_word_head, text_reader, write
 from pretrain.evals.zero_shot import TEMPLATES, class_vectors
-from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.stored_model import build_stored, read_stored, stored_tokenizer
 from pretrain.tasks.pretrain import PretrainTask
 
@@ -37,7 +36,7 @@ class Pretrained:
     def __init__(
         self,
         task: PretrainTask,
-        model: MultiwayConfig,
+        model: Any,
         transform: ImageTransform,
         text: AnyTokenizer | None,
         device: torch.device,
@@ -283,7 +282,7 @@ def load(
     text = Path(text_tokenizer) if text_tokenizer is not None else stored_tokenizer(directory)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = open_tokenizer(text) if text is not None else None
-    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size:
+    if tokenizer is not None and tokenizer.vocab_size > model.vocab_size - model.reserved_ids:
         raise ValueError(
             f"{text} has {tokenizer.vocab_size} ids and the model of {path} a vocabulary of {model.vocab_size}; give "
             "text_tokenizer= the one that it was trained with"
@@ -326,7 +325,7 @@ def _padded(ids: Sequence[list[int]]) -> Tensor:
     return tokens
 
 
-def _transform(config: dict[str, Any], model: MultiwayConfig) -> ImageTransform:
+def _transform(config: dict[str, Any], model: Any) -> ImageTransform:
     """As the stage's own evaluation looks at pictures; released weights squash them."""
     look = config.get("look")
     evaluation = look.get("evaluation", "squash") if isinstance(look, dict) else "squash"

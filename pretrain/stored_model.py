@@ -9,7 +9,6 @@ from pretrain.checkpoint.weights import WEIGHTS, read_weights
 from pretrain.contracts import Objective, State
 from pretrain.data.text_tokenizer import BESIDE_WEIGHTS
 from pretrain.hub.read import is_directory, read_directory
-from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.models.towers.dual import DualTowers
 from pretrain.objectives.answering import Answering
 from pretrain.objectives.captioning import Captioning
@@ -27,8 +26,8 @@ from pretrain.tasks.pretrain import PretrainTask
 
 
 def read_stored(path: Path, *, towers: bool = False) -> tuple[State, Any, dict[str, Any]]:
-    """-> (tensors by our names, the model, what stands beside them). The model is a MultiwayConfig, or with `towers` a
-    DualTowers too. ValueError for what is neither."""
+    """-> (tensors by our names, the model, what stands beside them). `towers`: a DualTowers is good too. ValueError for
+    what is no encoder."""
     if path.is_dir() and not (path / WEIGHTS).is_file() and is_directory(path):
         return read_directory(path)
     if path.is_dir() or path.suffix == ".safetensors":
@@ -37,7 +36,7 @@ def read_stored(path: Path, *, towers: bool = False) -> tuple[State, Any, dict[s
         state, config = read_weights(path)
         if config:
             model = model_in(config, path, (DualTowers,))
-            if not isinstance(model, (MultiwayConfig, DualTowers) if towers else MultiwayConfig):
+            if not getattr(model, "encodes", False) or (isinstance(model, DualTowers) and not towers):
                 raise ValueError(f"{path} has a {type(model).__name__}, not an encoder; give the weights of an encoder")
             return state, model, config
     state, model = from_released(read_tensors(path / WEIGHTS if path.is_dir() else path))
@@ -46,7 +45,7 @@ def read_stored(path: Path, *, towers: bool = False) -> tuple[State, Any, dict[s
 
 def experts_in(state: State) -> tuple[str, ...]:
     """What the weights have parts for."""
-    parts = {"vision": "encoder.vision_embed.", "language": "encoder.text_embed.", "fusion": ".experts.fusion."}
+    parts = {"vision": ".vision_embed.", "language": ".text_embed.", "fusion": ".experts.fusion."}
     return tuple(name for name, part in parts.items() if any(part in key for key in state))
 
 
@@ -57,14 +56,16 @@ def objectives_in(state: State, model: Any) -> list[Objective]:
         head = state.get("objectives.contrastive.vision.weight")
         loss = "sigmoid" if "objectives.contrastive.logit_bias" in state else "softmax"
         width = None if head is None or len(head) == model.width("images") else len(head)
-        objectives.append(Contrastive(width, loss=loss, project=head is not None))
+        bias = "objectives.contrastive.vision.bias" in state
+        objectives.append(Contrastive(width, loss=loss, project=head is not None, projection_bias=bias))
         if "objectives.matching.match.weight" in state:
             objectives.append(Matching())
     if "objectives.masked.text.bias" in state:
         tied = "objectives.masked.text.weight" not in state  # a pipeline writes it once, under its first name
         objectives.append(MaskedData(image_ratio=0.0, pair_image_ratio=0.0, tied_text_head=tied))
-    if "objectives.captioning.words.weight" in state:
-        objectives.append(Captioning())
+    if "objectives.captioning.words.bias" in state:
+        own, transform = (f"objectives.captioning.{name}" in state for name in ("words.weight", "transform.0.weight"))
+        objectives.append(Captioning(tied_text_head=not own, transform=transform))
     if (last := state.get("objectives.classification.classes.weight")) is not None:
         objectives.append(ImageClassification(len(last)))
     if (last := state.get("objectives.answering.answer.3.weight")) is not None:

@@ -96,7 +96,7 @@ def next_word_head(objectives: Any, mask_id: int) -> tuple[Callable[[Tensor], Te
     """The head by which a stage's objectives write: its logits, and the <mask> that stands where the next word will, if
     any; None where there is no such head."""
     if "captioning" in objectives:
-        return objectives["captioning"].words.logits, None
+        return objectives["captioning"].logits, None
     if "masked" in objectives and objectives["masked"].text is not None:
         return objectives["masked"].text.logits, mask_id
     return None

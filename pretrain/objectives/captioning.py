@@ -6,6 +6,7 @@ CoCa (arXiv 2205.01917, 3.2) counts it twice beside a contrast.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from pretrain.batch import DROP_PATH, PAD, Batch, Kinds, Layout, make_batch
 from pretrain.contracts import Encoder, Objective, Pass
 from pretrain.flops import Product
-from pretrain.layers import PLAIN, Layers
+from pretrain.layers import HEAD_STD, PLAIN, Layers, Linear
 from pretrain.objectives.masked import Part, score, weigh
 from pretrain.rows import sent
 
@@ -31,6 +32,9 @@ class Captioning(Objective):
 
     smoothing: float = 0.0  # share of each target that the whole vocabulary has in equal parts
     mean_over: str = "sequences"  # or targets, each word; as MaskedData's
+    tied_text_head: bool = False  # its matrix is the text embedding's, as MaskedData's
+    # A linear layer, gelu and a norm before the words: the head of BERT, and so of BLIP's decoder.
+    transform: bool = False
     name = "captioning"
     first_pass = False
 
@@ -46,8 +50,13 @@ class Captioning(Objective):
     def build(
         self, model: Any, experts: Sequence[str], layers: Layers = PLAIN, tokens: nn.Parameter | None = None
     ) -> CaptioningHead:
-        words = layers.classifier(model.width("pair_texts"), model.vocab_size)
-        return CaptioningHead(words, smoothing=self.smoothing, mean_over=self.mean_over)
+        """`tokens` is the text embedding's table, for a tied head."""
+        width = model.width("pair_texts")
+        words = layers.classifier(width, model.vocab_size, tied=self.tied_text_head)
+        if self.tied_text_head and tokens is not None:
+            words.weight = tokens
+        transform = transform_rows(width, getattr(model, "init_std", HEAD_STD)) if self.transform else None
+        return CaptioningHead(words, transform, smoothing=self.smoothing, mean_over=self.mean_over)
 
     def problems(self, stage: Any) -> list[str]:
         problems = []
@@ -65,8 +74,9 @@ class Captioning(Objective):
 
     def products(self, layout: Layout, model: Any) -> list[Product]:
         """About: the last row of a text has no target, and how much is padding depends on the texts."""
-        own = caption_layout(layout)
-        return [Product(own.pair_text_rows, model.width("pair_texts"), model.vocab_size, classes=True)]
+        rows, width = caption_layout(layout).pair_text_rows, model.width("pair_texts")
+        transform = [Product(rows, width, width)] if self.transform else []
+        return [*transform, Product(rows, width, model.vocab_size, classes=True)]
 
 
 def caption_layout(layout: Layout) -> Layout:
@@ -75,12 +85,24 @@ def caption_layout(layout: Layout) -> Layout:
     return Layout(pairs=layout.pairs + layout.dual, patches=layout.patches, pair_len=length, causal=True)
 
 
+def transform_rows(width: int, std: float) -> nn.Sequential:
+    """What stands before BERT's words (transformers' BertPredictionHeadTransform; its norm's eps is 1e-12)."""
+    return nn.Sequential(Linear(width, width, std=std, cut=math.inf), nn.GELU(), nn.LayerNorm(width, eps=1e-12))
+
+
 class CaptioningHead(nn.Module):
     """A linear head over the vocabulary, on the rows of a pass of its own."""
 
-    def __init__(self, words: nn.Module, *, smoothing: float = 0.0, mean_over: str = "sequences"):
+    def __init__(
+        self,
+        words: Any,
+        transform: nn.Module | None = None,
+        *,
+        smoothing: float = 0.0,
+        mean_over: str = "sequences",
+    ):
         super().__init__()
-        self.words, self.smoothing, self.mean_over = words, smoothing, mean_over
+        self.words, self.transform, self.smoothing, self.mean_over = words, transform, smoothing, mean_over
 
     def needed_rows(self, batch: Batch) -> Kinds:
         """None of the first pass."""
@@ -103,10 +125,17 @@ class CaptioningHead(nn.Module):
             sequences=captions.layout.pairs,
         )
         weights, over = weigh(part, self.mean_over)
-        head = partial(self.words, smoothing=self.smoothing)
         own = {"caption": part}, {"caption": (weights, over)}, {"caption": weights / max(over, 1)}
-        loss, report = score(head, *own)
+        loss, report = score(self._scored, *own)
         return {"loss": loss, **report}
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """[..., width] -> [..., words]: of the word behind each."""
+        return self.words.logits(rows if self.transform is None else self.transform(rows))
+
+    def _scored(self, rows: Tensor, *rest: Tensor) -> Any:
+        rows = rows if self.transform is None else self.transform(rows)
+        return self.words(rows, *rest, smoothing=self.smoothing)
 
     def after_step(self) -> None:
         """Nothing moves between steps."""

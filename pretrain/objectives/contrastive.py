@@ -38,6 +38,7 @@ class Contrastive(Objective):
     # Of the sigmoid at the start; learned. SigLIP's is near -log of its batch, 32k: as rarely as that are a picture and
     # a text of the batch a pair. A small batch wants its own: far from it the first steps make all pictures alike.
     bias: float = SIGMOID_BIAS
+    projection_bias: bool = False  # of the projections: ALBEF's and BLIP's have one
     name = "contrastive"
 
     def __post_init__(self) -> None:
@@ -47,6 +48,8 @@ class Contrastive(Objective):
             raise ValueError(f"contrastive.loss={self.loss!r} is unknown; use softmax or sigmoid")
         if not self.project and self.embed_dim is not None:
             raise ValueError(f"contrastive.embed_dim={self.embed_dim} is a projection's and project=False has none")
+        if not self.project and self.projection_bias:
+            raise ValueError("contrastive.projection_bias=True is a projection's and project=False has none; set False")
         if self.loss != "sigmoid" and self.bias != SIGMOID_BIAS:
             raise ValueError(f"contrastive.bias={self.bias} is the sigmoid's; leave it out, or use loss='sigmoid'")
         if self.loss == "sigmoid" and self.temperature != CLIP_TEMPERATURE:
@@ -65,6 +68,7 @@ class Contrastive(Objective):
                 f"of {texts}; set project=True, or give one of the towers a projection"
             )
         options: Any = {"bias": self.bias if self.loss == "sigmoid" else None, "project": self.project}
+        options["projection_bias"] = self.projection_bias
         return ContrastiveHead((images, texts), self.embed_dim, self.temperature, layers, **options)
 
     def problems(self, stage: Any) -> list[str]:
@@ -96,7 +100,8 @@ class Contrastive(Objective):
 
 
 class ContrastiveHead(nn.Module):
-    """Linear projections without bias and a learned logit scale, as unilm's beit3 BEiT3ForRetrieval; for the sigmoid
+    """Linear projections (without bias, as unilm's beit3 BEiT3ForRetrieval, unless it is wanted) and a learned logit
+    scale; for the sigmoid
     a learned logit bias too, which begins at `bias`. `widths`: of image rows and text rows."""
 
     def __init__(
@@ -108,12 +113,13 @@ class ContrastiveHead(nn.Module):
         *,
         bias: float | None = None,
         project: bool = True,
+        projection_bias: bool = False,
     ):
         super().__init__()
         images, texts = widths
         self.width = embed_dim or images  # E of the unit vectors
-        self.vision = Head(images, self.width, bias=False) if project else nn.Identity()
-        self.language = Head(texts, self.width, bias=False) if project else nn.Identity()
+        self.vision = Head(images, self.width, bias=projection_bias) if project else nn.Identity()
+        self.language = Head(texts, self.width, bias=projection_bias) if project else nn.Identity()
         self.gather, self.visit = layers.gather, layers.visit
         # One element and not a scalar: ZeRO-3 partitions by rows.
         start = math.log(1 / temperature if bias is None else SIGMOID_SCALE)

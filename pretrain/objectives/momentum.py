@@ -33,6 +33,7 @@ class MomentumContrast(Objective):
     queue: int = 65_536  # vectors of each kind
     alpha: float = 0.4
     ramp_steps: int = 0
+    projection_bias: bool = False  # as Contrastive's
     name = "contrastive"
 
     def __post_init__(self) -> None:
@@ -46,7 +47,7 @@ class MomentumContrast(Objective):
 
     @property
     def _plain(self) -> Contrastive:
-        return Contrastive(self.embed_dim, self.temperature)
+        return Contrastive(self.embed_dim, self.temperature, projection_bias=self.projection_bias)
 
     def build(
         self, model: Any, experts: Sequence[str], layers: Layers = PLAIN, tokens: nn.Parameter | None = None
@@ -93,10 +94,10 @@ class MomentumHead(ContrastiveHead):
 
     def __init__(self, cfg: MomentumContrast, model: Any, experts: Sequence[str], layers: Layers = PLAIN):
         widths = model.width("images"), model.width("texts")
-        super().__init__(widths, cfg.embed_dim, cfg.temperature, layers)
+        super().__init__(widths, cfg.embed_dim, cfg.temperature, layers, projection_bias=cfg.projection_bias)
         self.cfg = cfg
         with layers.whole():
-            heads = ContrastiveHead(widths, cfg.embed_dim, cfg.temperature)
+            heads = ContrastiveHead(widths, cfg.embed_dim, cfg.temperature, projection_bias=cfg.projection_bias)
             parts = {"encoder": model.build(experts, layers), "vision": heads.vision, "language": heads.language}
             self.teacher = Teacher(layers.gathered, **parts)
             # As ALBEF begins: random directions. A generator of its own: every rank begins with the same ones.

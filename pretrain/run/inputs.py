@@ -104,10 +104,13 @@ def text_tokenizer(recipe: Recipe, stage: Stage) -> AnyTokenizer | None:
         raise ValueError(
             f"text_tokenizer={path} does not exist; train one: python -m data_tools.train_text_tokenizer --help"
         )
-    tokenizer, room = open_tokenizer(path), recipe.model_of(stage).vocab_size
-    if tokenizer.vocab_size > room:
+    tokenizer, model = open_tokenizer(path), recipe.model_of(stage)
+    wanted, more = tokenizer.vocab_size + model.reserved_ids, ""
+    if model.reserved_ids:
+        more = f" and {model.reserved_ids} of the model's own"
+    if wanted > model.vocab_size:
         raise ValueError(
-            f"model.vocab_size={room} is smaller than the {tokenizer.vocab_size} ids of {path}; "
-            f"use model.vocab_size={-(-tokenizer.vocab_size // 64) * 64}"
+            f"model.vocab_size={model.vocab_size} is smaller than the {tokenizer.vocab_size} ids of {path}{more}; "
+            f"use model.vocab_size={-(-wanted // 64) * 64}"
         )
     return tokenizer

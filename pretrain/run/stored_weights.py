@@ -11,12 +11,14 @@ from typing import Any
 from pretrain.checkpoint.weights import WEIGHTS, read_weights, weights_digest
 from pretrain.config import Recipe
 from pretrain.contracts import Model, State
+from pretrain.models.decoder.encoder_decoder import EncoderDecoder
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
 from pretrain.settings import fill_variables
 
 # The class of each section of config.json where it does not say so itself: before 2026-11-28 a tokenizer had its own.
 SECTIONS = {"model": MultiwayConfig, "tokenizer": VQKDConfig}
+OURS = (*SECTIONS.values(), EncoderDecoder)  # can be loaded without a recipe
 # Fields that stood there and moved: the image head's size to its objective, the others to the stage.
 MOVED = ("image_codes", "drop_path", "activation_checkpointing")
 
@@ -67,7 +69,7 @@ def model_in(config: dict[str, Any], where: Path, known: Iterable[type] = ()) ->
     if section is None:
         raise ValueError(f"{where} does not say which model its weights are of; give weights that a stage wrote")
     values = {key: value for key, value in config[section].items() if key != "class"}
-    classes = {each.__name__: each for each in (*SECTIONS.values(), *known)}
+    classes = {each.__name__: each for each in (*OURS, *known)}
     name = config[section].get("class", SECTIONS[section].__name__)
     if not isinstance(name, str) or name not in classes:
         raise ValueError(f"{where} holds a {name}, which is no model of this recipe; name a recipe that uses it")

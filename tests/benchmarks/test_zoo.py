@@ -17,7 +17,8 @@ def test_every_member_sees_as_many_samples_and_has_its_scores(name, monkeypatch)
     assert stage.steps * stage.batch.total == 6400 and stage.init_from is None
     trained = {objective.name for objective in stage.objectives}
     evaluated = {type(evaluation).__name__ for evaluation in stage.evals}
-    wanted = {"contrastive": "Retrieval", "matching": "MatchingAccuracy", "masked": "MaskedAccuracy"}
+    wanted = {"contrastive": "Retrieval", "matching": "MatchingAccuracy", "masked": "MaskedAccuracy",
+              "captioning": "CaptionScore"}  # fmt: skip
     assert evaluated == {wanted[each] for each in trained}
     assert zoo.parameters(recipe, stage) > 500_000 and zoo.flops(recipe, stage) > 1e11
 
@@ -41,7 +42,7 @@ def test_the_table_says_what_the_runs_left(tmp_path, monkeypatch):
     assert rows[0]["samples_per_s"] == 105.5 and rows[0]["samples"] == 6400
     said = zoo.table(rows).splitlines()
     assert "masked words (of 18.0)" in said[0]
-    assert said[2].endswith("| 40.0 / 50.0 | - | - |") and said[3].endswith("| - / - | 80.0 | 60.0 |")
+    assert said[2].endswith("| 40.0 / 50.0 | - | - | - |") and said[3].endswith("| - / - | 80.0 | 60.0 | - |")
     assert zoo.marks(rows) == [Mark("CLIP", rows[0]["TFLOP"], 45.0)]
 
 

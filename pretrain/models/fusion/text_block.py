@@ -46,7 +46,17 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = (Linear(dim, dim, std=std, cut=math.inf) for _ in range(4))
 
     def forward(self, asking: Tensor, asked: Tensor, seen: Tensor | None = None) -> Tensor:
-        """[N, L, D], [N, M, D], bool [N, 1, 1, M] or None for all -> [N, L, D]"""
-        rows = (self.q(asking), self.k(asked), self.v(asked))
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in rows)
-        return self.out(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2))
+        """[N, L, D], [N, M, D], bool that broadcasts to [N, 1, L, M] or None for all -> [N, L, D]"""
+        return self.ask(asking, *self.keys(asked), seen)
+
+    def keys(self, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, M, D] -> their keys and values, [N, H, M, C] each, which a decoder keeps."""
+        return self._heads(self.k(asked)), self._heads(self.v(asked))
+
+    def ask(self, asking: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None = None) -> Tensor:
+        """As `forward`, of keys and values that are there."""
+        q = self._heads(self.q(asking))
+        return self.out(F.scaled_dot_product_attention(q, keys, values, seen).transpose(1, 2).flatten(2))
+
+    def _heads(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -6,24 +6,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.batch import Batch, Kinds, Layout, make_batch
+from pretrain.batch import Batch, Kinds, Layout
 from pretrain.contracts import Model, State
 from pretrain.flops import Product, encoder_flops, flops_per_sequence, product_flops
 from pretrain.layers import PLAIN, Layers
+from pretrain.models.fusion.inputs import embed_words, encode_pictures
 from pretrain.models.fusion.text_block import TextBlock
 from pretrain.models.multiway.embeddings import TextEmbedding
 from pretrain.models.multiway.encoder import MultiwayEncoder
 from pretrain.models.multiway.resize import grow_vocabulary, resize_patch_positions
 from pretrain.models.multiway.shape import MultiwayShape
-from pretrain.rows import sent
 
 
 @dataclass(frozen=True)
@@ -136,35 +133,15 @@ class TextQueriesImageEncoder(nn.Module):
 
     def forward(self, batch: Batch, needed: Kinds | None = None) -> Kinds:
         layout = batch.layout
-        pictures = self._pictures(batch)
+        pictures = encode_pictures(self.image, batch)
         alone, paired = pictures.split([layout.images, layout.pairs])
-        words, seen = self._words(batch)
+        words, seen = embed_words(self.text_embed, batch)
         for block in self.text:
             words = self._run(block, words, seen)
         fused, texts = words.split([layout.pairs, layout.texts])
         for block in self.fusion:  # on no pair too: ZeRO mixes up gradients of modules that are skipped
             fused = self._run(block, fused, seen[: layout.pairs], paired)
         return Kinds(alone, fused[:, :1], fused[:, : layout.pair_len], texts[:, : layout.text_len])
-
-    def _pictures(self, batch: Batch) -> Tensor:
-        """[images + pairs, image_len, dim]"""
-        layout = batch.layout
-        only = Layout(images=layout.images + layout.pairs, patches=self.cfg.shape.patches)
-        if not only.images:  # an evaluation of texts
-            return self.image.blocks[0].norm["shared"].weight.new_zeros(0, only.image_len, self.cfg.dim)
-        own, host = make_batch(only, images=batch.images, image_masks=batch.image_masks), batch.on_host
-        # On the host, where nothing waits for the device.
-        index = make_batch(only, images=host.images, image_masks=host.image_masks).indexed().index
-        assert index is not None
-        return self.image(own.with_index(index.map(partial(sent, device=batch.images.device)), None)).images
-
-    def _words(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Pairs' and alone, of one length: [pairs + texts, L, dim], bool [pairs + texts, 1, 1, L]."""
-        length = max(batch.layout.pair_len, batch.layout.text_len, 1)
-        words, masks = self.text_embed(batch), batch.keys_seen
-        words = torch.cat([F.pad(part, (0, 0, 0, length - part.shape[1])) for part in words])
-        seen = torch.cat([F.pad(part, (0, length - part.shape[1])) for part in masks])
-        return words, seen[:, None, None]
 
     def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         if self.checkpointing and self.training:

@@ -1,0 +1,168 @@
+"""BLIP's mixture of encoder and decoder (arXiv 2201.12086, 3.1): a vision encoder, and one BERT in three roles, which
+share all but self-attention: texts alone, pairs whose words ask the picture, and, where a pass is causal, pairs in
+which each word is told by the picture and the words before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.batch import Batch, Kinds, Layout
+from pretrain.contracts import Model, State
+from pretrain.flops import Product, encoder_flops, flops_per_sequence, product_flops
+from pretrain.layers import PLAIN, Layers
+from pretrain.models.decoder.block import EncoderDecoderBlock
+from pretrain.models.decoder.causal_text import DecodedText
+from pretrain.models.fusion.inputs import embed_words, encode_pictures
+from pretrain.models.multiway.embeddings import TextEmbedding
+from pretrain.models.multiway.encoder import MultiwayEncoder
+from pretrain.models.multiway.resize import grow_vocabulary, resize_patch_positions
+from pretrain.models.multiway.shape import MultiwayShape
+
+STARTS = 2  # ids of the model's own, the last ones: [DEC], with which a decoded text begins, and [ENC], a fused one
+
+
+@dataclass(frozen=True)
+class EncoderDecoder(Model):
+    """`image_depth` blocks of a ViT and `text_depth` of a BERT, all of one width. What stands for a pair is the fused
+    row of its first word: `pair_images` of the encoder is that row alone. `vocab_size` counts the tokenizer's ids and
+    STARTS more."""
+
+    dim: int
+    heads: int
+    ffn_dim: int
+    image_depth: int
+    text_depth: int
+    image_size: int
+    patch_size: int
+    vocab_size: int
+    max_text_len: int = 64
+    image_norm_eps: float = 1e-6  # timm's ViT
+    text_norm_eps: float = 1e-12  # BERT's
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("text_depth", "image_depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)} is below 1; use 1 or more")
+        assert self.shape  # it refuses what does not go together
+
+    @property
+    def reserved_ids(self) -> int:
+        return STARTS
+
+    @property
+    def shape(self) -> MultiwayShape:
+        """Of the vision encoder."""
+        return MultiwayShape(
+            dim=self.dim,
+            depth=self.image_depth,
+            heads=self.heads,
+            ffn_dim=self.ffn_dim,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            vocab_size=self.vocab_size,
+            max_text_len=self.max_text_len,
+            norm_eps=self.image_norm_eps,
+            init_std=self.init_std,
+        )
+
+    @property
+    def text_shape(self) -> MultiwayShape:
+        """Of the text embedding."""
+        return replace(self.shape, text_norm=True, norm_eps=self.text_norm_eps)
+
+    def build(
+        self, experts: Sequence[str], layers: Layers = PLAIN, *, drop_path: float = 0.0, checkpointing: int = 0
+    ) -> EncoderDecoderEncoder:
+        return EncoderDecoderEncoder(self, layers, checkpointing=checkpointing)
+
+    def problems(self, stage: Any) -> list[str]:
+        problems = []
+        if stage.drop_path:
+            problems.append(f"drop_path={stage.drop_path}: EncoderDecoder has none; set it to 0")
+        if stage.masking is not None and "pairs" in stage.mix and stage.masking.ratios("pairs")[0]:
+            problems.append("pair_image_ratio: EncoderDecoder fuses no patches, so none of a pair's can be told; set 0")
+        return problems
+
+    def width(self, kind: str) -> int:
+        return self.dim
+
+    def flops(self, layout: Layout) -> int:
+        images = layout.images + layout.pairs
+        alone = Layout(images=images, patches=layout.patches)
+        sizes = {"dim": self.dim, "ffn_dim": self.ffn_dim}
+        total = encoder_flops(alone, depth=self.image_depth, patch_inputs=3 * self.patch_size**2, **sizes)
+        for count, length in ((layout.texts, layout.text_len), (layout.pairs, layout.pair_len)):
+            total += int(count * flops_per_sequence(length, depth=self.text_depth, **sizes))
+        words, rows, d = layout.pairs * layout.pair_len, layout.pairs * layout.image_len, self.dim
+        crossed = product_flops([Product(round(2 * words), d, d), Product(2 * rows, d, d)])
+        return total + self.text_depth * (crossed + round(3 * 2 * 2 * words * layout.image_len * d))
+
+    def adapt(self, state: State, stored: Any, wanted: Mapping[str, tuple[int, ...]]) -> State:
+        """Positions of another grid, fewer words, more words in the vocabulary, whose last ids stay the last."""
+        if not isinstance(stored, EncoderDecoder):
+            return state
+        adapted = {}
+        for name, value in state.items():
+            if name.endswith("vision_embed.positions"):
+                value = resize_patch_positions(value, stored.shape.grid, self.shape.grid)
+            elif name.endswith("text_embed.positions"):
+                value = value[: self.max_text_len]
+            elif len(value) == stored.vocab_size < wanted[name][0] == self.vocab_size:
+                grown = grow_vocabulary(value[:-STARTS], self.vocab_size - STARTS)
+                value = torch.cat([grown, value[-STARTS:]])
+            adapted[name] = value
+        return adapted
+
+    def started(self, ids: Tensor, *, decoder: bool) -> Tensor:
+        """int64 [N, L], L at least 1 where N is -> the same with [DEC] or [ENC] in the place of BOS."""
+        first = torch.full_like(ids[:, :1], self.vocab_size - (2 if decoder else 1))
+        return torch.cat([first, ids[:, 1:]], 1)
+
+
+class EncoderDecoderEncoder(nn.Module):
+    """See contracts.Encoder. Texts are computed with their padding, which nothing sees."""
+
+    expert_names = ("vision", "language")
+
+    def __init__(self, cfg: EncoderDecoder, layers: Layers = PLAIN, *, checkpointing: int = 0):
+        super().__init__()
+        self.cfg, self.checkpointing = cfg, checkpointing
+        # Its own rows only: it has no part in the sharing of rows, which is for Multiway models.
+        self.image = MultiwayEncoder(cfg.shape, ("vision",), checkpointing=checkpointing)
+        self.text_embed = TextEmbedding(cfg.text_shape, layers)
+        sizes, std = (cfg.dim, cfg.heads, cfg.ffn_dim), cfg.init_std
+        self.text = nn.ModuleList(
+            EncoderDecoderBlock(*sizes, eps=cfg.text_norm_eps, std=std) for _ in range(cfg.text_depth)
+        )
+
+    def forward(self, batch: Batch, needed: Kinds | None = None) -> Kinds:
+        layout = batch.layout
+        pictures = encode_pictures(self.image, batch)
+        alone, paired = pictures.split([layout.images, layout.pairs])
+        pairs = self.cfg.started(batch.pair_inputs, decoder=layout.causal)
+        words, seen = embed_words(self.text_embed, replace(batch, pair_inputs=pairs))
+        for block in self.text:
+            words = self._run(block, words, seen, paired, layout.causal)
+        fused, texts = words.split([layout.pairs, layout.texts])
+        return Kinds(alone, fused[:, :1], fused[:, : layout.pair_len], texts[:, : layout.text_len])
+
+    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
+        if self.checkpointing and self.training:
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def causal_text(self, images: Tensor, longest: int) -> DecodedText:
+        """See evals/generation.py, text_reader."""
+        return DecodedText(self, images)
+
+    @property
+    def token_table(self) -> nn.Parameter:
+        return self.text_embed.tokens.weight
