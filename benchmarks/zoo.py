@@ -69,7 +69,7 @@ MEMBERS = {
     "SigLIP": Member("tiny_towers", "siglip", ALONE),
     "VLMo": Member("tiny_vlmo", "fusion", HALF),
     "ALBEF": Member("tiny_albef", "fusion", HALF),
-    "BLIP": Member("tiny_blip", "pretrain", ALONE),
+    "BLIP": Member("tiny_blip", "fusion", ALONE),
     "ViLT": Member("tiny_vilt", "fusion", HALF),
     "ResNet and BERT": Member("tiny_towers", "resnet_bert", ALONE),
     "Multiway, contrast alone": Member("tiny", "scratch", ALONE),

@@ -162,7 +162,7 @@ def start(
     model = load(args.weights, text_tokenizer=args.text_tokenizer, dtype=dtype)
     check(model)
     of = {"weights": weights_name(args.weights), "input": str(args.input.resolve()), "digest": source.digest}
-    _agree(args.out, about, of | settings)
+    agree(args.out, about, of | settings)
     mine = source.portions[part::parts]
     return Job(model, source, mine, [p for p in mine if not (args.out / f"{p.name}{ending}").is_file()])
 
@@ -179,7 +179,7 @@ def finish(args: argparse.Namespace, job: Job, done: int, left_out: list[str]) -
         raise ValueError(f"none of the {len(left_out)} pictures of {args.input} could be used; give others")
 
 
-def _agree(out: Path, name: str, about: dict[str, Any]) -> None:
+def agree(out: Path, name: str, about: dict[str, Any]) -> None:
     """Notes what the results are of; ValueError where --out holds those of something else."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / name

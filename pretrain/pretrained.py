@@ -112,20 +112,26 @@ class Pretrained:
     def score_pairs(self, pictures: Sequence[Picture], texts: Sequence[str], batch: int = 64) -> Tensor:
         """Each picture together with its own text -> the probability that they belong together [N], by the head of the
         objective matching. ValueError for weights without it, or as `embed_pairs`."""
-        head = self._head("matching", "train a stage with Matching(), or compare vectors by similarity")
-        parts = []
-        for encoded in self._pairs(pictures, texts, batch):
-            parts.append(head.match(encoded.first.pair_images).float().softmax(-1)[:, 1].cpu())
+        parts = [self._matched(encoded) for encoded in self._pairs(pictures, texts, batch)]
         return torch.cat(parts) if parts else torch.zeros(0)
+
+    @torch.no_grad()
+    def score_looks(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
+        """As `score_pairs`, of what `look` made of pictures, uint8 [N, 3, S, S], in one pass."""
+        tokens = self.tokens(texts)
+        layout = Layout(pairs=len(tokens), patches=self._patches, pair_len=tokens.shape[1])
+        return self._matched(self._encode(layout, images=pixels, pair_tokens=tokens))
+
+    def _matched(self, encoded: Any) -> Tensor:
+        head = self._head("matching", "train a stage with Matching(), or compare vectors by similarity")
+        return head.match(encoded.first.pair_images).float().softmax(-1)[:, 1].cpu()
 
     @torch.no_grad()
     def class_scores(self, pictures: Iterable[Picture], batch: int = 64) -> Tensor:
         """-> the probability of each class [N, classes], by a stage that was fine-tuned for them (ImageClassification);
         their names are the labels.json of its data. ValueError for other weights."""
-        head, parts = (
-            self._head("classification", "fine-tune a stage for classes, or use classify with their names"),
-            [],
-        )
+        parts = []
+        head = self._head("classification", "fine-tune a stage for classes, or use classify with their names")
         for pixels in self._looks(pictures, batch):
             layout = Layout(images=len(pixels), patches=self._patches)
             parts.append(head.logits(self._encode(layout, images=pixels)).float().softmax(-1).cpu())

@@ -52,7 +52,7 @@ RECIPE = Recipe(
     ),
     text_tokenizer="$BERT/tokenizer.json",
     stages={
-        "pretrain": Stage(
+        "fusion": Stage(
             mix={"dual": PAIRS},
             batch=BatchSize(dual=BATCH),
             objectives=(

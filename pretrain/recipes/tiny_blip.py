@@ -34,7 +34,7 @@ RECIPE = replace(
         init_std=0.06,
     ),
     stages={
-        "pretrain": replace(
+        "fusion": replace(
             tiny_vlmo.FUSION,
             mix={"dual": tiny.PAIRS},
             batch=BatchSize(dual=64),
