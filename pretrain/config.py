@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields, is_dataclass
+from fnmatch import fnmatch
 from typing import Any
 
 from pretrain.contracts import Evaluation, Model, Objective, Source, Task
 from pretrain.data.masking import Masking, combine
 from pretrain.data.mixture import KINDS, Loading, slot_problem
 from pretrain.data.transforms import ImageTransform
+from pretrain.models.lora import ENCODER, Lora, is_adapter
 from pretrain.optim import Optim
 from pretrain.parallel.sizes import Parallel
 from pretrain.rollbacks import RollbackRule
@@ -54,6 +56,7 @@ class Stage:
     task: Task = field(default_factory=Pretrain)
     experts: tuple[str, ...] = ("vision", "language", "fusion")
     trainable: tuple[str, ...] = ("*",)  # shell patterns over parameter names
+    lora: Lora | None = None  # the encoder stays as init_from gives it, and adapters beside its layers are trained
     init_from: str | None = None  # a stage of this run directory, or a weights.safetensors
     visual_tokenizer: str | None = None  # makes the image targets: a stage of this run directory, or weights
     transform: ImageTransform = field(default_factory=ImageTransform)
@@ -94,7 +97,7 @@ class Stage:
             )
         objections = [problem for objective in self.objectives for problem in objective.problems(self)]
         objections += [problem for evaluation in self.evals for problem in evaluation.problems(self)]
-        objections += self._problems_of_evals()
+        objections += self._problems_of_evals() + self._problems_of_lora()
         if objections:
             raise ValueError(objections[0])
 
@@ -110,6 +113,25 @@ class Stage:
                 f"patience={self.patience} needs a figure; set best, such as best=retrieval/image_to_text/R@1"
             )
         return problems
+
+    def _problems_of_lora(self) -> list[str]:
+        if self.lora is None:
+            return []
+        problems = []
+        if self.init_from is None:
+            problems.append("lora leaves the encoder as it begins, and it begins at random; set init_from")
+        if self.parallel.model > 1:
+            problems.append(
+                f"lora does not go with {self.parallel}: adapters are whole on every rank; set parallel.tensor, "
+                "parallel.sequence and parallel.pipe to 1"
+            )
+        return problems
+
+    def trains(self, name: str) -> bool:
+        """Whether the stage trains the parameter of its task that has this name."""
+        if self.lora is not None and name.startswith(ENCODER) and not is_adapter(name):
+            return False
+        return any(fnmatch(name, pattern) for pattern in self.trainable)
 
     @property
     def masking(self) -> Masking | None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from pretrain import command
 from pretrain.checkpoint.save import newest_weights
-from pretrain.checkpoint.weights import WEIGHTS, load_handover, weights_digest
+from pretrain.checkpoint.weights import LORA, WEIGHTS, load_handover, weights_digest, weights_header
 from pretrain.config import Stage
 from pretrain.distributed import device
 from pretrain.files import write_json
@@ -70,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
     if asked.made:
         log.info("%s: evaluated before; nothing to do (%s)", args.stage, asked.path)
         return
-    task = build_task(recipe, stage, inputs)
+    apart = LORA in weights_header(weights).get("config", {})  # as in a checkpoint
+    task = build_task(recipe, stage if apart else replace(stage, lora=None), inputs)
     handover = load_handover(task, weights)
     if handover.missing:
         raise ValueError(f"{weights} lacks {handover.missing[0]}; it is not this stage's: give the stage that wrote it")

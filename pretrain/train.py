@@ -21,7 +21,16 @@ from torch import Tensor
 from pretrain.batch import Batch
 from pretrain.checkpoint.directory import Retention
 from pretrain.checkpoint.saver import Saver
-from pretrain.checkpoint.weights import WEIGHTS, carry_over, read_weights, write_weights
+from pretrain.checkpoint.weights import (
+    ADAPTERS,
+    LORA,
+    WEIGHTS,
+    carry_over,
+    read_apart,
+    weights_digest,
+    write_tensors,
+    write_weights,
+)
 from pretrain.config import Recipe, Stage
 from pretrain.data.loader import Loader
 from pretrain.data.order import batch_number
@@ -31,6 +40,7 @@ from pretrain.files import write_file
 from pretrain.interrupt import imported
 from pretrain.lives import ThisLife
 from pretrain.metrics import MetricsLog, Throughput, last_step
+from pretrain.models.lora import adapters, merged
 from pretrain.optim import learning_rate
 from pretrain.parallel.faults import LOST, STOPPED, WAY_OUT, Watch, leave, place
 from pretrain.parallel.launcher import adopt_launcher
@@ -305,8 +315,8 @@ def to_save(run: Run, metrics: MetricsLog, progress: Progress) -> tuple[dict[str
 
 def hand_over(run: Run, path: Path, progress: Progress) -> None:
     """Write the whole model for the next stage: what was trained, or the best of it where the stage ended early, and
-    untouched what was frozen or not built; and beside it the text tokenizer, so that the directory can be used by
-    itself."""
+    untouched what was frozen or not built, with adapters added to their layers; and beside it the adapters alone and
+    the text tokenizer, so that the directory can be used by itself."""
     best = progress.best_checkpoint() if progress.ended else None
     state, config = {} if best else full_state(run.engine, run.mesh), run.weights_config(path.parent.name)
     frozen, text = frozen_names(run.recipe, run.stage), text_tokenizer(run.recipe, run.stage)
@@ -314,8 +324,13 @@ def hand_over(run: Run, path: Path, progress: Progress) -> None:
     def write() -> None:
         if text is not None:
             write_file(path.with_name(text.file_name), text.path.read_bytes())
-        trained = read_weights(best)[0] if best else state
-        write_weights(carry_over(trained, run.init_file, frozen), path, config)
+        trained = read_apart(best)[0] if best else state
+        whole, plain = carry_over(trained, run.init_file, frozen), config
+        if lora := config.get(LORA):
+            base = {} if run.init_file is None else {"base_sha256": weights_digest(run.init_file)}
+            write_tensors(adapters(whole), path.with_name(ADAPTERS), config | base)
+            whole, plain = merged(whole, lora), {name: value for name, value in config.items() if name != LORA}
+        write_weights(whole, path, plain)
 
     fail_together(lambda: write() if rank() == 0 else None)
 

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from pretrain.files import open_regular, open_safetensors, sha256_of, write_json, written_in_one_step
 from pretrain.json_files import parse_json, read_object
+from pretrain.models.lora import is_adapter, merged
 from pretrain.parallel.state import dense_shape, fill
 from pretrain.tensors import check_finite, check_type
 
 HEADER = "imglish"  # the one metadata key of our safetensors: several would be written in no fixed order
 WEIGHTS, CONFIG = "weights.safetensors", "config.json"
-
+ADAPTERS = "adapters.safetensors"  # beside the weights of a stage with lora
+LORA = "lora"  # in the config of weights whose adapters stand apart
 
 # (tensors of a wrong shape, the header's config, the shapes required) -> tensors
 Adapt = Callable[[dict[str, Tensor], dict[str, Any], dict[str, tuple[int, ...]]], dict[str, Tensor]]
@@ -50,7 +52,14 @@ class Handover:
 def write_weights(state: dict[str, Tensor], path: Path, config: dict[str, Any]) -> str:
     """Write `state` and the config that rebuilds its model to `path` (weights.safetensors) atomically, with config.json
     beside it; returns the content's sha256. For one rank. Raises SaveError."""
-    from safetensors import SafetensorError
+    digest = write_tensors(state, path, config)
+    with _saving(path):
+        write_json(path.with_name(CONFIG), config | {"weights_sha256": digest})
+    return digest
+
+
+def write_tensors(state: dict[str, Tensor], path: Path, config: dict[str, Any]) -> str:
+    """The same without a config.json."""
     from safetensors.torch import save_file
 
     state = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
@@ -58,16 +67,23 @@ def write_weights(state: dict[str, Tensor], path: Path, config: dict[str, Any]) 
     for name, value in state.items():
         _hash_tensor(digest, name, value)
     header = {"config": config, "sha256": digest.hexdigest()}
-    try:
+    with _saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_name(f".{path.name}.saving").unlink(missing_ok=True)  # a killed run's, of an earlier version
         with written_in_one_step(path) as growing:
             save_file(state, growing, metadata={HEADER: json.dumps(header, sort_keys=True)})
-        write_json(path.with_name(CONFIG), config | {"weights_sha256": digest.hexdigest()})
+    return digest.hexdigest()
+
+
+@contextmanager
+def _saving(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         number = getattr(error, "errno", None) or errno.EIO
         raise SaveError(number, f"cannot write {path}: {error}; free some space or choose another run-dir") from error
-    return digest.hexdigest()
 
 
 def mend_config(path: Path) -> bool:
@@ -85,8 +101,20 @@ def mend_config(path: Path) -> bool:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a weights.safetensors (or of the directory that contains it) and its config. Raises ValueError if
-    it is missing, damaged, not safetensors, or of a run that diverged."""
+    """All tensors of a weights.safetensors (or of the directory that contains it) and its config; adapters, which a
+    checkpoint of a stage with lora has, are added to their layers. Raises ValueError if it is missing, damaged, not
+    safetensors, or of a run that diverged."""
+    state, config = read_apart(path)
+    if not isinstance(lora := config.get(LORA), dict):
+        return state, config
+    try:
+        return merged(state, lora), {name: value for name, value in config.items() if name != LORA}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_apart(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The same with adapters as they are."""
     state = {}
     with _open_safetensors(path) as (file, header):
         digest = hashlib.sha256()
@@ -152,6 +180,11 @@ def load_handover(
     wanted = wanted.state_dict(keep_vars=True) if isinstance(wanted, nn.Module) else wanted
     with _open_safetensors(path) as (file, header), torch.no_grad():
         names = sorted(file.keys())
+        if LORA in header.get("config", {}) and not any(is_adapter(name) for name in wanted):
+            raise ValueError(
+                f"{path} is a checkpoint of a stage with lora, whose adapters stand apart; give the {WEIGHTS} of that "
+                "stage when it has ended"
+            )
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names if name in wanted}
         misfits = {name: shape_of(wanted[name]) for name, shape in shapes.items() if shape != shape_of(wanted[name])}
         adapted: dict[str, Tensor] = {}

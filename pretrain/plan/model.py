@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-from fnmatch import fnmatch
 from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -83,7 +82,7 @@ def planned(recipe: Recipe, stage: Stage) -> Planned:
     with torch.device("meta"):
         task = stage.task.build(model, stage, PLAIN, None)
     for name, value in task.named_parameters():
-        value.requires_grad_(any(fnmatch(name, pattern) for pattern in stage.trainable))
+        value.requires_grad_(stage.trains(name))
     layers = layer_of(model)
     groups = parameter_groups(task, stage.optim, layer_of=layers)
     group_of = {id(value): number for number, group in enumerate(groups) for value in group["params"]}

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from pretrain.batch import Batch, Layout
 from pretrain.checkpoint.copies import Copies
 from pretrain.checkpoint.save import Checkpoint, resume
-from pretrain.checkpoint.weights import load_handover
+from pretrain.checkpoint.weights import LORA, load_handover
 from pretrain.config import Recipe, Stage, to_json
 from pretrain.data.loader import Loader
 from pretrain.distributed import device, rank, world_size
 from pretrain.flops import StepFlops
 from pretrain.layers import PLAIN, Layers
 from pretrain.lock import Lock
+from pretrain.models.lora import is_adapter
 from pretrain.optim import build_optimizer, schedule
 from pretrain.parallel.ds_config import load_ds_config, precision_name, zero_stage
 from pretrain.parallel.engine import build_engine, init_distributed, partitioned_init
@@ -100,7 +101,8 @@ class Run:
         as its evaluations do, without the recipe."""
         model, evaluation = to_json(self.recipe.model_of(self.stage)), getattr(self.stage.transform, "evaluation", None)
         config = {"recipe": self.recipe.name, "stage": name, "recipe_hash": self.identity["recipe_hash"]}
-        return config | {"model": model} | ({"look": {"evaluation": evaluation}} if evaluation else {})
+        lora = {} if self.stage.lora is None else {LORA: to_json(self.stage.lora)}
+        return config | {"model": model} | ({"look": {"evaluation": evaluation}} if evaluation else {}) | lora
 
 
 def build_run(
@@ -174,6 +176,8 @@ def check_model(recipe: Recipe, stage: Stage) -> None:
     for pattern in stage.trainable:
         if not any(fnmatch(name, pattern) for name in names):
             raise ValueError(f"trainable={pattern!r} matches no parameter of the stage; names look like {names[-1]!r}")
+    if stage.lora is not None and not any(is_adapter(name) and stage.trains(name) for name in names):
+        raise ValueError(f"trainable={stage.trainable} leaves no adapter of lora to train; add '*.lora_*'")
 
 
 def parameter_names(recipe: Recipe, stage: Stage) -> list[str]:
@@ -186,7 +190,7 @@ def parameter_names(recipe: Recipe, stage: Stage) -> list[str]:
 def frozen_names(recipe: Recipe, stage: Stage) -> set[str]:
     """The parameters that the stage leaves as they are."""
     names = parameter_names(recipe, stage)
-    return {name for name in names if not any(fnmatch(name, pattern) for pattern in stage.trainable)}
+    return {name for name in names if not stage.trains(name)}
 
 
 def build_task(
@@ -229,7 +233,7 @@ def build_part(recipe: Recipe, stage: Stage, mesh: Mesh, layers: Layers, layout:
 
 def _freeze(task: nn.Module, stage: Stage) -> nn.Module:
     for name, parameter in task.named_parameters():
-        parameter.requires_grad_(any(fnmatch(name, pattern) for pattern in stage.trainable))
+        parameter.requires_grad_(stage.trains(name))
     return task
 
 

@@ -15,6 +15,7 @@ from pretrain.batch import Batch, Kinds, Layout
 from pretrain.contracts import Model, Objective, Pass, Task
 from pretrain.flops import Product, executed_product, product_flops
 from pretrain.layers import PLAIN, Layers
+from pretrain.models.lora import add_adapters
 from pretrain.tasks.balance import GRADIENT, LossWeights, Weights, watched, weight_problems
 
 
@@ -49,6 +50,8 @@ class Pretrain(Task):
         options: dict[str, Any] = {"drop_path": stage.drop_path, "checkpointing": int(stage.activation_checkpointing)}
         options |= {"weights": self.weights, "learned": self.learned}
         task = PretrainTask(model, stage.experts, stage.objectives, layers, **options)
+        if stage.lora is not None:
+            add_adapters(task.encoder, stage.lora)
         for objective in stage.objectives if read is not None else ():
             objective.read(task.objectives[objective.name], read)
         return task

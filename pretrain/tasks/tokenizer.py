@@ -30,6 +30,8 @@ class TrainTokenizer(Task):
             )
         if stage.objectives:
             problems.append("the stage trains a visual tokenizer, which has a loss of its own; leave out objectives")
+        if stage.lora is not None:
+            problems.append("lora has no encoder to adapt in a visual tokenizer; leave it out")
         if stage.compile:
             problems.append("compile=true has no blocks to compile in a visual tokenizer; set compile=false")
         return problems
