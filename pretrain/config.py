@@ -13,6 +13,7 @@ from pretrain.data.mixture import KINDS, Loading, slot_problem
 from pretrain.data.transforms import ImageTransform
 from pretrain.models.lora import ENCODER, Lora, is_adapter
 from pretrain.optim import Optim
+from pretrain.parallel.average import Ema
 from pretrain.parallel.sizes import Parallel
 from pretrain.rollbacks import RollbackRule
 from pretrain.tasks.pretrain import Pretrain
@@ -60,6 +61,10 @@ class Stage:
     init_from: str | None = None  # a stage of this run directory, or a weights.safetensors
     visual_tokenizer: str | None = None  # makes the image targets: a stage of this run directory, or weights
     transform: ImageTransform = field(default_factory=ImageTransform)
+    # Shell patterns over trainable names, and the step in which each is trained first: {"encoder.*": 500}. The others
+    # are from step 1. See parallel/unfreezing.py.
+    unfreeze: dict[str, int] = field(default_factory=dict)
+    ema: Ema | None = None  # the stage hands over this running average of its weights
     drop_path: float = 0.0  # of the last block; it rises linearly from 0
     activation_checkpointing: bool | int = 0  # n: the backward pass keeps every n-th block's input; True is 1
     parallel: Parallel = field(default_factory=Parallel)  # ranks that share one copy of the model
@@ -97,7 +102,7 @@ class Stage:
             )
         objections = [problem for objective in self.objectives for problem in objective.problems(self)]
         objections += [problem for evaluation in self.evals for problem in evaluation.problems(self)]
-        objections += self._problems_of_evals() + self._problems_of_lora()
+        objections += self._problems_of_evals() + self._problems_of_lora() + self._problems_of_unfreezing()
         if objections:
             raise ValueError(objections[0])
 
@@ -126,6 +131,22 @@ class Stage:
                 "parallel.sequence and parallel.pipe to 1"
             )
         return problems
+
+    def _problems_of_unfreezing(self) -> list[str]:
+        problems = [
+            f"unfreeze.{pattern}={first} is no later step of {self.steps}; use 2 to {self.steps}"
+            for pattern, first in self.unfreeze.items()
+            if not 1 < first <= self.steps
+        ]
+        if self.unfreeze and self.parallel.pipe > 1:
+            problems.append(f"parallel.pipe={self.parallel.pipe} does not go with unfreeze; set parallel.pipe=1")
+        if self.unfreeze and not self.optim.eps:
+            problems.append("optim.eps=0 does not go with unfreeze: what waits would be divided by it; use 1e-8")
+        return problems
+
+    def first_step(self, name: str) -> int:
+        """In which a trainable parameter of this name is trained first."""
+        return next((first for pattern, first in self.unfreeze.items() if fnmatch(name, pattern)), 1)
 
     def trains(self, name: str) -> bool:
         """Whether the stage trains the parameter of its task that has this name."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from types import MappingProxyType
 
 import torch
 from torch import nn
 
+SHOWN_GROUPS = 6  # in a log line
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 # Parts of a parameter's dotted name that keep it from being decayed although it has two or more dimensions: the class
 # and mask tokens, positions and relative position tables. BEiT, BEiT-2, its tokenizer and the released BEiT-3 exempt
@@ -31,6 +34,8 @@ class Optim:
     clip: float = 3.0  # of the global gradient norm; 0 switches it off
     layer_decay: float = 1.0  # each layer below the top learns this much slower than the one above
     head_factor: float = 1.0  # the objectives' own layers learn this much faster
+    # And parameters whose names match a shell pattern, such as {"encoder.vision*": 0.1}: the first that matches counts.
+    factors: dict[str, float] = field(default_factory=dict)
     # Or linear, constant, wsd (warmup, stable, decay: constant, then linear over the last decay_steps; MiniCPM, arXiv
     # 2404.06395); all after a linear warmup. Only constant, and wsd before its decay, do not depend on the steps, so
     # that a run which goes on with --continue-from equals one that was so long from its beginning.
@@ -55,6 +60,9 @@ class Optim:
             raise ValueError(f"optim.layer_decay={self.layer_decay} must lie in (0, 1]; 1 switches it off")
         if not (math.isfinite(self.head_factor) and self.head_factor > 0):
             raise ValueError(f"optim.head_factor={self.head_factor} must be above 0; 1 switches it off")
+        for pattern, factor in self.factors.items():
+            if not (math.isfinite(factor) and factor > 0):
+                raise ValueError(f"optim.factors.{pattern}={factor} must be above 0; to freeze a part, use trainable")
         for name in ("eps", "weight_decay", "warmup_steps", "clip"):
             if not (math.isfinite(value := getattr(self, name)) and value >= 0):
                 raise ValueError(f"optim.{name}={value} must be a number of at least 0")
@@ -89,10 +97,16 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(
-    module: nn.Module, optim: Optim, *, layer_of: Callable[[str], int] | None = None, top: int | None = None
+    module: nn.Module,
+    optim: Optim,
+    *,
+    layer_of: Callable[[str], int] | None = None,
+    top: int | None = None,
+    first_steps: Mapping[str, int] = MappingProxyType({}),
 ) -> list[dict]:
     """The trainable parameters in as few groups as their decay and rate need (ZeRO flattens and pads each group). Those
-    of a task's objectives have optim.head_factor times the rate.
+    of a task's objectives have optim.head_factor times the rate, and what optim.factors names its factor. A group that
+    waits for its turn says so as `first_step`: of each parameter in `first_steps`, by name.
 
     With `optim.layer_decay` < 1, `layer_of(name)` is 0 for embeddings, 1, 2, ... for blocks, one more than the last
     block for heads and the final norm; the rate is lr * layer_decay ** (top - layer), where `top` is the highest layer
@@ -106,26 +120,44 @@ def parameter_groups(
         layers = {name: layer_of(name) for name, _ in module.named_parameters()}
     if top is None:
         top = max(layers.values(), default=0)
-    groups: dict[tuple[bool, float], dict] = {}
+    groups: dict[tuple[bool, float, int], dict] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         scale = optim.layer_decay ** (top - layers.get(name, top))
         scale *= optim.head_factor if name.startswith("objectives.") else 1.0
-        decayed = decays(name, parameter)
+        scale *= next((factor for pattern, factor in optim.factors.items() if fnmatch(name, pattern)), 1.0)
+        decayed, first = decays(name, parameter), first_steps.get(name, 1)
         group = {"params": [], "lr": optim.lr * scale, "weight_decay": optim.weight_decay if decayed else 0.0}
-        groups.setdefault((decayed, scale), group)["params"].append(parameter)
+        group |= {"first_step": first} if first > 1 else {}
+        groups.setdefault((decayed, scale, first), group)["params"].append(parameter)
     if not groups:
         raise ValueError("stage.trainable leaves no parameter to train; open at least one pattern, such as '*'")
     # Sorted, so that the groups do not depend on which kind of parameter the module names first.
     # The first one's rate is what is reported: optim.lr, and not a head's that is faster.
-    order = sorted(groups, key=lambda key: (key[0], key[1] if key[1] <= 1 else -key[1]), reverse=True)
+    order = sorted(groups, key=lambda key: (-key[2], key[0], key[1] if key[1] <= 1 else -key[1]), reverse=True)
     return [groups[key] for key in order]
 
 
+def described(groups: list[dict], optim: Optim) -> str:
+    """What is trained, for a log line: of each group its numbers, its factor on optim.lr, its decay, its first step."""
+    parts = []
+    for group in groups:
+        count = sum(getattr(value, "ds_numel", value.numel()) for value in group["params"])
+        parts.append(f"{count / 1e6:.3g} M at {group['lr'] / optim.lr:.3g} x lr, decay {group['weight_decay']:g}")
+        parts[-1] += f", from step {group['first_step']} on" if "first_step" in group else ""
+    more = f" and {len(parts) - SHOWN_GROUPS} more" if len(parts) > SHOWN_GROUPS else ""
+    return "; ".join(parts[:SHOWN_GROUPS]) + more
+
+
 def build_optimizer(
-    module: nn.Module, optim: Optim, *, layer_of: Callable[[str], int] | None = None, top: int | None = None
+    module: nn.Module,
+    optim: Optim,
+    *,
+    layer_of: Callable[[str], int] | None = None,
+    top: int | None = None,
+    first_steps: Mapping[str, int] = MappingProxyType({}),
 ) -> torch.optim.AdamW:
     """torch's AdamW over `parameter_groups`, fused: one kernel on CUDA, and 40 times the plain loop's speed on CPU."""
-    groups = parameter_groups(module, optim, layer_of=layer_of, top=top)
+    groups = parameter_groups(module, optim, layer_of=layer_of, top=top, first_steps=first_steps)
     return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from pretrain.batch import Batch
 from pretrain.checkpoint.directory import Retention
+from pretrain.checkpoint.save import average_in
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.weights import (
     ADAPTERS,
+    LAST,
     LORA,
     WEIGHTS,
     carry_over,
@@ -46,15 +48,15 @@ from pretrain.parallel.faults import LOST, STOPPED, WAY_OUT, Watch, leave, place
 from pretrain.parallel.launcher import adopt_launcher
 from pretrain.parallel.share_batches import share_batches
 from pretrain.parallel.skipping import gradient_norm, skipped_steps
-from pretrain.parallel.state import full_state
 from pretrain.recipes import load_recipe
 from pretrain.rollbacks import passed_batches
-from pretrain.run.build import Run, build_run, frozen_names, stage_ds_config
+from pretrain.run.build import Run, build_run, stage_ds_config
 from pretrain.run.continuation import inputs_dir, start_identity
 from pretrain.run.directory import finished, note_recipe
 from pretrain.run.identity import as_begun
 from pretrain.run.inputs import text_tokenizer
 from pretrain.run.memory import memory_suffices
+from pretrain.run.parameters import frozen_names
 from pretrain.run.progress import Progress
 from pretrain.run.record import Record
 from pretrain.run.rollback import RolledBack, roll_back
@@ -315,17 +317,23 @@ def to_save(run: Run, metrics: MetricsLog, progress: Progress) -> tuple[dict[str
 
 def hand_over(run: Run, path: Path, progress: Progress) -> None:
     """Write the whole model for the next stage: what was trained, or the best of it where the stage ended early, and
-    untouched what was frozen or not built, with adapters added to their layers; and beside it the adapters alone and
-    the text tokenizer, so that the directory can be used by itself."""
+    untouched what was frozen or not built; with their average in the place of the weights, and adapters added to their
+    layers, where the stage has them, and then these apart too. Beside it the text tokenizer, so that the directory can
+    be used by itself."""
     best = progress.best_checkpoint() if progress.ended else None
-    state, config = {} if best else full_state(run.engine, run.mesh), run.weights_config(path.parent.name)
+    state, config = {} if best else run.whole_state(), run.weights_config(path.parent.name)
+    last = run.whole_state(last=True) if run.stage.ema is not None else {}
     frozen, text = frozen_names(run.recipe, run.stage), text_tokenizer(run.recipe, run.stage)
 
     def write() -> None:
         if text is not None:
             write_file(path.with_name(text.file_name), text.path.read_bytes())
-        trained = read_apart(best)[0] if best else state
-        whole, plain = carry_over(trained, run.init_file, frozen), config
+        whole, plain = (
+            carry_over(read_apart(best)[0] | average_in(best) if best else state, run.init_file, frozen),
+            config,
+        )
+        if last:
+            write_tensors(carry_over(last, run.init_file, frozen), path.with_name(LAST), config)
         if lora := config.get(LORA):
             base = {} if run.init_file is None else {"base_sha256": weights_digest(run.init_file)}
             write_tensors(adapters(whole), path.with_name(ADAPTERS), config | base)

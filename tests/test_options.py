@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from pretrain.checkpoint.weights import ADAPTERS, read_apart, read_weights
+from pretrain.checkpoint.weights import ADAPTERS, LAST, read_apart, read_weights
+from pretrain.data.transforms import ImageTransform
+from pretrain.optim import Optim
+from pretrain.parallel.sizes import Parallel
+from pretrain.run.build import check_model
+from tests.run import test_identity as identity
+from tests.run.test_identity import VISION
 from tests.small_run import Ranks, check_weights, command, evaluate, tokenizer_of
 
 RECIPE = """
 import os
 from dataclasses import replace
 from pretrain.models.lora import Lora
+from pretrain.parallel.average import Ema
 from pretrain.recipes import find_recipe
 
 SMALL = find_recipe(os.path.join(os.environ["DATA"], "recipe.py"))
 VISION = replace(SMALL.stages["vision"], steps=4)
 LORA = replace(VISION, init_from="vision", lora=Lora(rank=2, targets=("*.attention.*",)))
-RECIPE = replace(SMALL, stages=SMALL.stages | {"vision": VISION, "adapted": LORA})
+LATER = replace(VISION, steps=6, unfreeze={"encoder.*": 4}, ema=Ema(0.7), evals_every=3,
+                optim=replace(VISION.optim, factors={"encoder.vision*": 0.5}))
+RECIPE = replace(SMALL, stages=SMALL.stages | {"vision": VISION, "adapted": LORA, "later": LATER})
 """
 
 
@@ -75,6 +85,51 @@ def test_adapters_are_trained_resumed_merged_and_evaluated(data, start, tmp_path
         figures.append(read_json(max(stage.glob("eval-*.json"), key=lambda path: path.stat().st_mtime_ns)))
     assert figures[0]["weights"] != figures[1]["weights"]
     assert figures[0]["masked/image/accuracy"] == pytest.approx(figures[1]["masked/image/accuracy"], abs=1.0)
+
+
+@pytest.mark.slow
+def test_a_part_waits_for_its_step_and_the_average_is_handed_over(data, start, tmp_path):
+    said = [go(data, start, tmp_path / name, "later", ds="zero1.json") for name in ("alone", "killed")]
+    assert "M at 0.5 x lr, decay 0.05, from step 4 on" in said[0]
+    stage, alone = tmp_path / "killed" / "later", tmp_path / "alone" / "later"
+    lose_the_end(stage)
+    assert "resumed from" in go(data, start, tmp_path / "killed", "later", ds="zero1.json")
+    check_weights(stage, alone)
+    average, last = read_weights(stage)[0], read_weights(stage / LAST)[0]
+    same = {name for name in average if torch.equal(average[name], last[name])}
+    assert set(average) == set(last) and not any(name.endswith("weight") for name in same)
+    assert all(torch.equal(value, last[name]) for name, value in read_weights(alone / LAST)[0].items())
+    # What is seen in training is what is handed over, and what a checkpoint stands for.
+    during = [json.loads(line) for line in (alone / "evals.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in during] == [3, 6]
+    (alone / "weights.safetensors").rename(alone / "away")
+    for place in ("checkpoint", "weights"):
+        done = evaluate(data, alone.parent, "later", start / "recipe.py", "--set", tokenizer_of(data))
+        assert done.returncode == 0, done.stderr
+        figure = read_json(alone / "eval.json")["masked/image/accuracy"]
+        assert figure == during[-1]["masked/image/accuracy"], place
+        (alone / "eval.json").unlink()
+        if place == "checkpoint":
+            (alone / "away").rename(alone / "weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"unfreeze": {"encoder.*": 1}}, r"unfreeze\.encoder\.\*=1 is no later step of 3; use 2 to 3"),
+        ({"unfreeze": {"encoder.*": 2}, "parallel": Parallel(pipe=2)}, "pipe=2 does not go with unfreeze"),
+        ({"unfreeze": {"encoder.*": 2}, "optim": Optim(eps=0)}, r"optim\.eps=0 does not go with unfreeze"),
+        ({"unfreeze": {"*": 2}}, "leaves nothing to train in step 1"),
+        ({"unfreeze": {"encoder.vision*": 2}, "trainable": ("objectives.*",)}, "matches no trainable parameter"),
+        ({"optim": Optim(factors={"encoder.text*": 2.0})}, r"optim\.factors='encoder\.text\*' matches no trainable"),
+    ],
+)
+def test_what_does_not_go_together_is_said(changes, says):
+    def checked() -> None:
+        check_model(identity.RECIPE, replace(VISION, transform=ImageTransform(size=32), **changes))
+
+    with pytest.raises(ValueError, match=says):
+        checked()
 
 
 def read_json(path: Path) -> dict:

@@ -23,14 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from pretrain import files
 from pretrain.checkpoint.directory import Retention, complete, damage, place_of, prepare, prune, publish, sweep
 from pretrain.checkpoint.snapshot import VERSION, layout_of, set_random_state, take_snapshot, write_snapshot
 from pretrain.checkpoint.weights import WEIGHTS, SaveError
 from pretrain.distributed import fail_together, gather_objects, rank, world_size
+from pretrain.files import open_safetensors
 from pretrain.parallel.engine import set_progress
-from pretrain.parallel.moments import read_moments
+from pretrain.parallel.moments import read_average, read_moments
 
 if TYPE_CHECKING:
     from pretrain.parallel.mesh import Mesh
@@ -167,6 +169,13 @@ def resume(engine, checkpoint: Checkpoint, mesh: Mesh | None = None) -> None:
 def newest_weights(directory: Path) -> tuple[int, Path] | None:
     """Step and weights.safetensors of the newest complete checkpoint in `directory`."""
     return next(((manifest["step"], directory / name / WEIGHTS) for name, manifest in complete(directory)), None)
+
+
+def average_in(path: Path) -> dict[str, Tensor]:
+    """The running average in a complete checkpoint, whole, by name; {} where its stage makes none."""
+    with open_safetensors(path / WEIGHTS) as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    return read_average(sorted(path.glob("moments_rank*.safetensors")), shapes)
 
 
 def _check_shared(beside: Path) -> None:

@@ -24,6 +24,7 @@ from pretrain.tensors import check_finite, check_type
 HEADER = "imglish"  # the one metadata key of our safetensors: several would be written in no fixed order
 WEIGHTS, CONFIG = "weights.safetensors", "config.json"
 ADAPTERS = "adapters.safetensors"  # beside the weights of a stage with lora
+LAST = "last.safetensors"  # beside the weights of a stage with ema, which are its average: those of its last step
 LORA = "lora"  # in the config of weights whose adapters stand apart
 
 # (tensors of a wrong shape, the header's config, the shapes required) -> tensors

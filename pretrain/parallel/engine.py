@@ -22,6 +22,7 @@ from pretrain.parallel.launcher import adopt_launcher
 from pretrain.parallel.meeting import limit_s, meet
 from pretrain.parallel.skipping import skip_on_device
 from pretrain.parallel.state import zero3_part
+from pretrain.parallel.unfreezing import rates
 
 log = logging.getLogger(__name__)
 
@@ -80,9 +81,10 @@ def build_engine(
     scalars = [name for name, value in task.named_parameters() if value.ndim == 0]
     assert not scalars, f"DeepSpeed cannot broadcast 0-d parameters; give {scalars} the shape (1,)"
     init_distributed()
+    factors = rates(optimizer.param_groups, factor)
     if offloads(config) and torch.cuda.is_available():
         optimizer = _host_adam(optimizer)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
     exact = _exact_weights(task) if precision(config) != torch.float32 else {}
     engine, _, _, _ = _deepspeed().initialize(
         model=task, optimizer=optimizer, lr_scheduler=schedule, config=config, mpu=mpu, dist_init_required=False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pretrain.parallel.mesh import Mesh
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, the optimizer of every recipe
+AVERAGE = "average"  # of the weights, where a stage asks for it (average.py): cut and stored like a moment
 HEADER = "imglish"
 
 
@@ -32,6 +33,7 @@ class _Share(NamedTuple):
     """What this rank's optimizer holds of one parameter: a run of its flattened (tensor-parallel) part."""
 
     parameter: Any
+    flat: Any  # the tensor that the optimizer knows: the parameter itself, or one with many parameters' parts
     start: int
     length: int
     state: dict[str, Any]  # of the flat tensor in which the run lies, from `offset` on
@@ -39,6 +41,16 @@ class _Share(NamedTuple):
 
     def moment(self, name: str) -> Tensor:
         return self.state[name].view(-1).narrow(0, self.offset, self.length)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of the state, what is stored."""
+        return (*MOMENTS, AVERAGE) if AVERAGE in self.state else MOMENTS
+
+    def set_steps(self, steps: int) -> None:
+        """So many steps of the optimizer have moved it."""
+        step = self.state["step"]
+        self.state["step"] = torch.full_like(step, steps) if isinstance(step, Tensor) else steps
 
 
 class Moments(NamedTuple):
@@ -53,10 +65,11 @@ def own_moments(engine, mesh: Mesh | None) -> Moments:
     tensors: dict[str, Tensor] = {}
     places, steps = {}, 0
     for name, share in _shares(engine, create=True):  # DeepSpeed may have skipped every step so far
-        steps = int(share.state["step"])
+        own = int(share.state["step"])
+        steps = max(steps, own)
         if _writes(share.parameter, engine, mesh):
-            places[name] = {"start": share.start, "split": split_dim(share.parameter)}
-            tensors |= {f"{key}/{name}": share.moment(key) for key in MOMENTS}
+            places[name] = {"start": share.start, "split": split_dim(share.parameter), "steps": own}
+            tensors |= {f"{key}/{name}": share.moment(key) for key in share.keys}
     rank, size = (mesh.tensor.rank, mesh.tensor.size) if mesh is not None else (0, 1)
     return Moments(tensors, {"tensor_rank": rank, "tensor_size": size, "steps": steps, "places": places})
 
@@ -68,13 +81,12 @@ def read_moments(engine, mesh: Mesh | None, files: list[Path]) -> None:
     with ExitStack() as opened:
         saved = _Saved(files, opened)
         for name, share in _shares(engine, create=True):
-            step = share.state["step"]
-            share.state["step"] = torch.full_like(step, saved.steps) if isinstance(step, Tensor) else saved.steps
+            share.set_steps(saved.steps_of.get(name, saved.steps))
             split, end = split_dim(share.parameter), share.start + share.length
             if split is None:  # whole on this rank, but perhaps not on theirs
                 split = saved.splits.get(name)
             vocabulary = _vocabulary(share.parameter, mesh, size)
-            for key in MOMENTS:
+            for key in share.keys:
                 if vocabulary is not None and saved.numbers(name) != vocabulary.padded:
                     value = saved.vocabulary(key, name, vocabulary)
                     value = value.chunk(vocabulary.parts)[rank % vocabulary.parts][share.start : end]
@@ -111,7 +123,39 @@ def _shares(engine, *, create: bool) -> Iterator[tuple[str, _Share]]:
         start, length, flat, offset = _place(engine, value, stage)
         if length:
             inner = engine.optimizer if stage == 0 else engine.optimizer.optimizer
-            yield name, _Share(value, start, length, _state_of(inner, flat, create), offset)
+            yield name, _Share(value, flat, start, length, _state_of(inner, flat, create), offset)
+
+
+def flats(engine) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Each tensor that this rank's optimizer moves, fp32, with its state."""
+    seen = set()
+    for _, share in _shares(engine, create=True):
+        if id(share.flat) not in seen:
+            seen.add(id(share.flat))
+            yield share.flat, share.state
+
+
+def restart(engine, names: Collection[str]) -> None:
+    """AdamW counts the steps of these parameters from here on. Others do not share their groups."""
+    for name, share in _shares(engine, create=True):
+        if name in names:
+            share.set_steps(0)
+
+
+def read_average(files: list[Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The average in the files of all ranks of a checkpoint, whole, of each trained parameter; `shapes`: on one device,
+    of all. {} where the stage made none. Raises ValueError when a part of a parameter is in none of them."""
+    with ExitStack() as opened:
+        saved = _Saved(files, opened)
+        average = {}
+        for name in sorted({name for name, _ in saved.pieces if AVERAGE in saved.keys}):
+            shape, split = shapes[name], saved.splits[name]
+            if split is None:
+                average[name] = saved.run(AVERAGE, name, 0, 0, math.prod(shape)).view(shape)
+                continue
+            padded = (saved.numbers(name) // math.prod(shape[1:]), *shape[1:]) if split == 0 else shape
+            average[name] = saved.whole(AVERAGE, name, split, padded)[: shape[0]].contiguous()
+        return average
 
 
 def _place(engine, value: Any, stage: int) -> tuple[int, int, Any, int]:
@@ -175,14 +219,19 @@ class _Saved:
         # (name, tensor rank) -> [(first number, one behind the last, file)]
         self.pieces: dict[tuple[str, int], list[tuple[int, int, Any]]] = defaultdict(list)
         self.splits: dict[str, int | None] = {}  # the dimension that was split over tensor ranks
+        self.steps_of: dict[str, int] = {}  # of those that say so: since 2026-11-29
+        self.keys: set[str] = set()
         self.steps, self.tensor_size = 0, 1
         for path in files:
             file = opened.enter_context(open_safetensors(path))
             header = json.loads(file.metadata()[HEADER])
+            self.keys |= {key.partition("/")[0] for key in file.keys()}  # noqa: SIM118  it is no dict
             for name, place in header["places"].items():
                 length = file.get_slice(f"{MOMENTS[0]}/{name}").get_shape()[0]
                 index = 0 if place["split"] is None else header["tensor_rank"]
                 self.splits[name] = place["split"]
+                if "steps" in place:
+                    self.steps_of[name] = place["steps"]
                 self.pieces[name, index].append((place["start"], place["start"] + length, file))
             self.steps, self.tensor_size = max(self.steps, header["steps"]), header["tensor_size"]
         for run in self.pieces.values():

@@ -96,6 +96,9 @@ def moments(planned: Planned, cell: Cell, stage: int = 0) -> tuple[Memory, Memor
     if pipe > 1:
         # What each micro-batch under way sends on, and the gradient that comes back (PipelineEngine's buffers).
         boundary = (under_way + 1) * cell.layout.rows * planned.model.dim * cell.width
+    if planned.stage.ema is not None:  # one number more beside two moments and, under ZeRO, the master
+        more = 1 + 1 / (2 if cell.stage == 0 else 3)
+        backward, step = (m._replace(optimizer=m.optimizer * more) for m in (backward, step))
     if cell.targets and stage == pipe - 1:
         frozen = target_elements(planned) * FP32
         backward, step = (m._replace(parameters=m.parameters + frozen) for m in (backward, step))

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,17 @@ from pretrain.distributed import device, rank, world_size
 from pretrain.flops import StepFlops
 from pretrain.layers import PLAIN, Layers
 from pretrain.lock import Lock
-from pretrain.models.lora import is_adapter
-from pretrain.optim import build_optimizer, schedule
+from pretrain.optim import build_optimizer, described, schedule
+from pretrain.parallel.average import average_in_place, begin_average, follow
 from pretrain.parallel.ds_config import load_ds_config, precision_name, zero_stage
 from pretrain.parallel.engine import build_engine, init_distributed, partitioned_init
 from pretrain.parallel.faults import Watch
 from pretrain.parallel.legal import check_legal
 from pretrain.parallel.mesh import Mesh, create_mesh, mpu_of, place_of
 from pretrain.parallel.pipeline import build_pipeline_engine, pipeline_step
-from pretrain.parallel.state import dense_shape, fill, named_state
+from pretrain.parallel.state import dense_shape, fill, full_state, named_state
 from pretrain.parallel.tensor import parallel_layers
+from pretrain.parallel.unfreezing import Unfreezing
 from pretrain.rollbacks import Rollback, passed_batches
 from pretrain.run.continuation import begins_at
 from pretrain.run.directory import inputs_digest, other_inputs, take_directory
@@ -43,6 +43,7 @@ from pretrain.run.identity import hash_of
 from pretrain.run.image_targets import image_targets
 from pretrain.run.inputs import build_loader
 from pretrain.run.numerics import set_numerics
+from pretrain.run.parameters import check_patterns, freeze, frozen_names, parameter_names, waiting
 from pretrain.run.resuming import Start, find_start
 from pretrain.run.step import train_step
 from pretrain.run.stored_weights import classes_of, model_in, read_model, weights_path
@@ -69,14 +70,28 @@ class Run:
     lock: Lock | None = None  # rank 0's, on the directory
     begun: int = 0  # the step at which it began, without a checkpoint of its own
     rollbacks: tuple[Rollback, ...] = ()
+    unfreezing: Unfreezing | None = None
     norms: deque[float] = field(default_factory=deque)  # of the last steps' gradients, for run/step.Judge
     copies: Copies | None = None  # on the nodes
 
     def step(self, micro_batches: list[Batch], *, first: bool = False) -> dict[str, Tensor]:
         """One optimizer step; the mean of what the task reported. `first`: it is the first step of a run."""
+        if self.unfreezing is not None:
+            self.unfreezing.begin_step()
         if self.mesh.pipe.size > 1:
-            return pipeline_step(self.engine, micro_batches, self.add_targets)
-        return train_step(self.engine, micro_batches, self.add_targets, first=first)
+            report = pipeline_step(self.engine, micro_batches, self.add_targets)
+        else:
+            report = train_step(self.engine, micro_batches, self.add_targets, first=first)
+        if self.stage.ema is not None:
+            follow(self.engine, self.stage.ema.share(self.engine.global_steps))
+        return report
+
+    def whole_state(self, *, last: bool = False) -> dict[str, Tensor]:
+        """What the stage has to show, whole on rank 0: its weights, or their average where it makes one; `last`: the
+        weights all the same. A collective."""
+        averaged = self.stage.ema is not None and not last
+        with average_in_place(self.engine) if averaged else nullcontext():
+            return full_state(self.engine, self.mesh)
 
     def flops(self, micro_batches: list[Batch]) -> StepFlops:
         """Of one step on this rank's `micro_batches`; zero on a pipe stage that has none."""
@@ -150,8 +165,6 @@ def build_run(
     else:
         task = build_task(recipe, stage, run_dir, layers, partitioned_init(ds_config, mpu_of(mesh)))
     init_file = load_start(task, recipe, stage, run_dir, checkpoint, mesh)
-    if compiles(task, stage, ds_config):
-        compile_blocks(task, recipe.model_of(stage))
     engine = _engine(task, recipe, stage, mesh, ds_config)
     if checkpoint is not None:
         resume(engine, checkpoint, mesh)
@@ -162,6 +175,7 @@ def build_run(
         *(recipe, stage, engine, mesh, loader, add_targets, ds_config, identity, done, init_file, lock),
         begun=begins_at(settings),
         rollbacks=begin.rollbacks,
+        unfreezing=Unfreezing(engine, waiting(engine.module, stage)) if stage.unfreeze else None,
         norms=norms,
         copies=begin.copies,
     )
@@ -172,25 +186,7 @@ def check_model(recipe: Recipe, stage: Stage) -> None:
     model = recipe.model_of(stage)
     if any(kind != "texts" for kind in stage.mix) and stage.transform.size != model.image_size:
         raise ValueError(f"transform.size={stage.transform.size} but model.image_size={model.image_size}; use one size")
-    names = parameter_names(recipe, stage)
-    for pattern in stage.trainable:
-        if not any(fnmatch(name, pattern) for name in names):
-            raise ValueError(f"trainable={pattern!r} matches no parameter of the stage; names look like {names[-1]!r}")
-    if stage.lora is not None and not any(is_adapter(name) and stage.trains(name) for name in names):
-        raise ValueError(f"trainable={stage.trainable} leaves no adapter of lora to train; add '*.lora_*'")
-
-
-def parameter_names(recipe: Recipe, stage: Stage) -> list[str]:
-    """Of the whole task, whatever part of it a rank holds; nothing is allocated."""
-    with torch.device("meta"):
-        task = stage.task.build(recipe.model_of(stage), stage, PLAIN, None)
-    return [name for name, _ in task.named_parameters()]
-
-
-def frozen_names(recipe: Recipe, stage: Stage) -> set[str]:
-    """The parameters that the stage leaves as they are."""
-    names = parameter_names(recipe, stage)
-    return {name for name in names if not stage.trains(name)}
+    check_patterns(recipe, stage)
 
 
 def build_task(
@@ -207,7 +203,7 @@ def build_task(
     read = partial(read_model, run_dir=run_dir, recipe=recipe)
     with context or nullcontext():
         task = stage.task.build(recipe.model_of(stage), stage, layers, read)
-    return _freeze(task, stage)
+    return freeze(task, stage)
 
 
 def build_part(recipe: Recipe, stage: Stage, mesh: Mesh, layers: Layers, layout: Layout) -> PipelineTask:
@@ -227,14 +223,8 @@ def build_part(recipe: Recipe, stage: Stage, mesh: Mesh, layers: Layers, layout:
         drop_path=stage.drop_path,
         checkpointing=checkpointing,
     )
-    _freeze(part, stage)
+    freeze(part, stage)
     return part
-
-
-def _freeze(task: nn.Module, stage: Stage) -> nn.Module:
-    for name, parameter in task.named_parameters():
-        parameter.requires_grad_(stage.trains(name))
-    return task
 
 
 def compiles(task: Any, stage: Stage, ds_config: dict[str, Any]) -> bool:
@@ -254,12 +244,21 @@ def compile_blocks(task: Any, model: Any) -> None:
 
 def _engine(task: Any, recipe: Recipe, stage: Stage, mesh: Mesh, ds_config: dict[str, Any]) -> Any:
     model = recipe.model_of(stage)
+    if compiles(task, stage, ds_config):
+        compile_blocks(task, model)
     layers = layer_of(model) if model.layers > 1 else None
-    make_optimizer = partial(build_optimizer, optim=stage.optim, layer_of=layers, top=model.layers)
+    options: dict[str, Any] = {"layer_of": layers, "top": model.layers, "first_steps": waiting(task, stage)}
+    make_optimizer: Any = partial(build_optimizer, optim=stage.optim, **options)
     factor = schedule(stage.optim, stage.steps)
     if mesh.pipe.size > 1:
-        return build_pipeline_engine(task, stage.parallel, make_optimizer, factor, ds_config)
-    return build_engine(task, make_optimizer(task), factor, ds_config, mpu_of(mesh))
+        engine = build_pipeline_engine(task, stage.parallel, make_optimizer, factor, ds_config)
+    else:
+        optimizer = make_optimizer(task)
+        log.info("trains %s", described(optimizer.param_groups, stage.optim))
+        engine = build_engine(task, optimizer, factor, ds_config, mpu_of(mesh))
+    if stage.ema is not None:
+        begin_average(engine)
+    return engine
 
 
 def stage_ds_config(

@@ -29,7 +29,7 @@ from pretrain.distributed import device, fail_together, gather_objects, rank, re
 from pretrain.files import Lines, write_file
 from pretrain.json_files import parse_json
 from pretrain.metrics import EVALS, MetricsLog
-from pretrain.parallel.state import fill, full_state, named_state
+from pretrain.parallel.state import fill, named_state
 from pretrain.run.build import Run, build_task
 from pretrain.run.continuation import CHECKPOINTS, parents
 from pretrain.run.trained import evaluate, trained_stage
@@ -81,7 +81,7 @@ class Progress:
         """After `step`; whether its checkpoint is wanted. Raises ValueError on every rank where an evaluation refuses
         what it is given, OSError where the figures cannot be written."""
         start = time.monotonic()
-        state, figures, problem = full_state(self.run.engine, self.run.mesh), Figures(), None
+        state, figures, problem = self.run.whole_state(), Figures(), None
         try:
             if rank() == 0:
                 with _same_generators():

@@ -17,7 +17,8 @@ from pretrain.data.transforms import ImageTransform
 from pretrain.models.lora import Lora, LoraLinear, adapters, add_adapters, is_adapter, merged
 from pretrain.optim import Optim
 from pretrain.parallel.sizes import Parallel
-from pretrain.run.build import build_task, check_model, frozen_names
+from pretrain.run.build import build_task, check_model
+from pretrain.run.parameters import frozen_names
 from tests.distributed import run_ranks
 from tests.step_batches import CONFIGS, MASKED, PAPER, Trained, mean_reports, step_batch, train_alone, train_on_ranks
 from tests.toy_models import RELEASED, encoder
