@@ -227,12 +227,12 @@ class Order:
         time, so a bad shard costs no new fetch. `skip_shards` skips that many whole shards that cannot be read,
         beginning with ref's own. ValueError when no sample remains.
         """
-        plan = self._epoch(ref.epoch)
+        plan = self._epoch(self._epoch_of(ref))
         place, offset = int(plan.place[ref.shard]), attempt
         assert place >= 0 and attempt >= 0 and skip_shards >= 0, (ref, attempt, skip_shards)
         for turn in range(skip_shards, len(plan.shards)):
             shard = int(plan.shards[(place + turn) % len(plan.shards)])
-            count = int(self.counts[shard])
+            count = int(self.counts[shard])  # of all its samples, whichever have a look in this epoch
             if offset < count:
                 return SampleRef(ref.epoch, shard, (ref.sample + offset) % count)
             offset -= count
@@ -241,9 +241,16 @@ class Order:
             "skipped shards the whole source is exhausted; run python -m data_tools.verify on it"
         )
 
+    def _counts_in(self, epoch: int) -> np.ndarray:
+        """[shards]: how many places of an epoch each has."""
+        return self.counts
+
+    def _epoch_of(self, ref: SampleRef) -> int:
+        return ref.epoch
+
     def _epoch(self, epoch: int) -> _Plan:
         if (plan := self._plans.pop(epoch, None)) is None:
-            plan = _plan(self.counts, self.seed, epoch, self.streams, self.block_shards)
+            plan = _plan(self._counts_in(epoch), self.seed, epoch, self.streams, self.block_shards)
         while len(self._plans) >= _MAX_PLANS:
             self._plans.pop(next(iter(self._plans)))
         self._plans[epoch] = plan  # at the end: the least recently used one is dropped first

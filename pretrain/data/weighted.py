@@ -1,0 +1,143 @@
+"""An order in which samples come as often as their weights say: a pure function too, with one more count of looks.
+
+Samples of one weight form a class: those of a pattern of shards, or those with one label. A class of N samples and
+weight w gives T = round(w N) looks to each epoch: every sample floor(T / N) of them, and one more to the T mod N
+samples that a Bresenham line picks in this epoch. So each epoch has the same size, any E epochs show each sample
+E T / N times (to one look), and the extra looks of an epoch lie evenly in the shards.
+
+A look is numbered (epoch * most + copy), `most` being the most looks that a sample has in an epoch, and takes the place
+of the epoch in a sample's seed: two looks at a picture are two crops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from pretrain.data.order import Order, SampleRef
+
+MOST_SAMPLES = 2**31  # of a class: products of two such numbers fit into 64 bits
+
+
+class Classes(NamedTuple):
+    """Which samples have one weight. Block b is the part of class `number[b]` in `shard[b]`, `sizes[b]` samples; blocks
+    are sorted by shard. `members`: int32 [all samples], each shard's sample numbers in the order of its blocks; None:
+    each shard is one block."""
+
+    shard: np.ndarray
+    number: np.ndarray
+    sizes: np.ndarray
+    members: np.ndarray | None = None
+
+
+def classes_of_shards(counts: Sequence[int], number: Sequence[int]) -> Classes:
+    """Whole shards: `number` [shards] says each one's class."""
+    return Classes(np.arange(len(counts)), np.asarray(number, np.int64), np.asarray(counts, np.int64))
+
+
+def classes_of_samples(labels: Sequence[np.ndarray]) -> Classes:
+    """`labels` [shards] of int [samples of the shard]: each sample's class."""
+    shards, numbers, counts, members = [], [], [], []
+    for shard, own in enumerate(labels):
+        number, count = np.unique(own, return_counts=True)
+        shards.append(np.full(len(number), shard))
+        numbers.append(number)
+        counts.append(count)
+        members.append(np.argsort(own, kind="stable").astype(np.int32))
+    join = np.concatenate
+    return Classes(join(shards), join(numbers).astype(np.int64), join(counts).astype(np.int64), join(members))
+
+
+def balanced(classes: Classes, balance: float) -> np.ndarray:
+    """The weight of each class [classes]: with `balance` 1 every class has as many looks as any other, with 0 every
+    sample one look, and between them N ** (1 - balance) decides. An epoch stays as long as it was."""
+    sizes = _sizes(classes).astype(np.float64)
+    there = sizes > 0
+    wanted = np.where(there, np.maximum(sizes, 1) ** (1 - balance), 0)
+    return np.where(there, wanted * (sizes.sum() / wanted.sum()) / np.maximum(sizes, 1), 0)
+
+
+def _sizes(classes: Classes) -> np.ndarray:
+    return np.bincount(classes.number, weights=classes.sizes).astype(np.int64)
+
+
+class WeightedOrder(Order):
+    """`counts`, `seed`, `streams` and `block_shards` as Order's; `weights` [classes]: looks at each sample of a class
+    in an epoch, on average. ValueError where no look remains."""
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        classes: Classes,
+        weights: Sequence[float] | np.ndarray,
+        *,
+        seed: int,
+        streams: int,
+        block_shards: int,
+    ):
+        super().__init__(counts, seed=seed, streams=streams, block_shards=block_shards)
+        sizes = _sizes(classes)
+        assert len(weights) == len(sizes), (len(weights), len(sizes))
+        if sizes.max() > MOST_SAMPLES:
+            raise ValueError(f"a class of {sizes.max()} samples is too large for a weight; use at most {MOST_SAMPLES}")
+        looks = np.rint(np.asarray(weights, np.float64) * sizes).astype(np.int64)
+        self.samples = int(looks.sum())
+        if self.samples == 0:
+            raise ValueError(f"weights={list(weights)} leave no look at any sample; raise one of them")
+        self._classes, safe = classes, np.maximum(sizes, 1)
+        self._size, self._whole, self._extra = (each[classes.number] for each in (sizes, looks // safe, looks % safe))
+        self.most = int((self._whole + (self._extra > 0)).max())
+        # The place of each block's first sample in its class, and in its shard.
+        by_class = np.lexsort((classes.shard, classes.number))
+        before = np.cumsum(classes.sizes[by_class]) - classes.sizes[by_class]
+        firsts = np.cumsum(sizes) - sizes
+        self._rank = np.empty(len(by_class), np.int64)
+        self._rank[by_class] = before - firsts[classes.number[by_class]]
+        self._offset = np.cumsum(classes.sizes) - classes.sizes - self._firsts[classes.shard]
+
+    def rows(self, step: int, size: int) -> np.ndarray:
+        """int64 [size, 3]: look, shard and sample."""
+        places = super().rows(step, size)
+        parts = []
+        for epoch in np.unique(places[:, 0]).tolist():  # ascending, as the rows are
+            own = places[places[:, 0] == epoch]
+            parts.append(self._at(epoch, own[:, 1], own[:, 2]))
+        return np.concatenate(parts)
+
+    def _at(self, epoch: int, shard: np.ndarray, place: np.ndarray) -> np.ndarray:
+        """[n, 3] at places of the shards in an epoch, all [n]."""
+        looks = self._looks(epoch)
+        ends, shards = np.cumsum(looks), self._classes.shard
+        begins = np.searchsorted(shards, shard)  # the first block of each shard
+        flat = (ends - looks)[begins] + place
+        block = np.searchsorted(ends, flat, side="right")
+        within = flat - (ends - looks)[block]
+        count, whole, extra, size = (
+            each[block] for each in (self._classes.sizes, self._whole, self._extra, self._size)
+        )
+        rank, more = self._rank[block], within - count * whole
+        # The extra samples of a class are those at which the line rank * extra / size takes a step up.
+        step = ((rank + epoch) * extra) // size + more + 1
+        picked = -(-(step * size) // np.maximum(extra, 1)) - 1 - epoch - rank
+        repeated = more < 0
+        copy = np.where(repeated, within // count, whole)
+        sample = np.where(repeated, within % count, picked) + self._offset[block]
+        if self._classes.members is not None:
+            sample = self._classes.members[self._firsts[shard] + sample]
+        return np.stack([epoch * self.most + copy, shard, sample], axis=1)
+
+    def _looks(self, epoch: int) -> np.ndarray:
+        """[blocks]: looks of an epoch."""
+        first = self._rank + epoch
+        line = [(at * self._extra) // self._size for at in (first, first + self._classes.sizes)]
+        return self._classes.sizes * self._whole + line[1] - line[0]
+
+    def _counts_in(self, epoch: int) -> np.ndarray:
+        looks = np.zeros(len(self.counts), np.int64)
+        np.add.at(looks, self._classes.shard, self._looks(epoch))
+        return looks
+
+    def _epoch_of(self, ref: SampleRef) -> int:
+        return ref.epoch // self.most
