@@ -274,8 +274,7 @@ def load(
     Hugging Face directory of ours -> a model to use; no recipe is needed, and nothing in the files is executed.
 
     `text_tokenizer`: a SentencePiece model or a tokenizer.json, for weights that came without theirs. `device`: a GPU
-    where there is one.
-    `dtype`: float32, or bfloat16 (autocast). ValueError, in one sentence, for whatever cannot be used.
+    where there is one. `dtype`: float32, or bfloat16 (autocast). ValueError for whatever cannot be used.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype} is not one of {', '.join(map(str, DTYPES))}; use one of these")

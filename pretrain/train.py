@@ -20,29 +20,16 @@ from torch import Tensor
 
 from pretrain.batch import Batch
 from pretrain.checkpoint.directory import Retention
-from pretrain.checkpoint.save import average_in
 from pretrain.checkpoint.saver import Saver
-from pretrain.checkpoint.weights import (
-    ADAPTERS,
-    LAST,
-    LORA,
-    WEIGHTS,
-    carry_over,
-    read_apart,
-    weights_digest,
-    write_tensors,
-    write_weights,
-)
+from pretrain.checkpoint.weights import WEIGHTS
 from pretrain.config import Recipe, Stage
 from pretrain.data.loader import Loader
 from pretrain.data.order import batch_number
 from pretrain.data.shards.transfer import Unreachable
 from pretrain.distributed import device, fail_together, highest, rank, reduce_mean, world_size
-from pretrain.files import write_file
 from pretrain.interrupt import imported
 from pretrain.lives import ThisLife
 from pretrain.metrics import MetricsLog, Throughput, last_step
-from pretrain.models.lora import adapters, merged
 from pretrain.optim import learning_rate
 from pretrain.parallel.faults import LOST, STOPPED, WAY_OUT, Watch, leave, place
 from pretrain.parallel.launcher import adopt_launcher
@@ -53,10 +40,9 @@ from pretrain.rollbacks import passed_batches
 from pretrain.run.build import Run, build_run, stage_ds_config
 from pretrain.run.continuation import inputs_dir, start_identity
 from pretrain.run.directory import finished, note_recipe
+from pretrain.run.hand_over import hand_over
 from pretrain.run.identity import as_begun
-from pretrain.run.inputs import text_tokenizer
 from pretrain.run.memory import memory_suffices
-from pretrain.run.parameters import frozen_names
 from pretrain.run.progress import Progress
 from pretrain.run.record import Record
 from pretrain.run.rollback import RolledBack, roll_back
@@ -313,34 +299,6 @@ def to_save(run: Run, metrics: MetricsLog, progress: Progress) -> tuple[dict[str
     steps that are never done again); what the next start needs besides."""
     extra = {"norms": list(run.norms)} if run.norms else {}
     return run.weights_config(progress.directory.name), (metrics.sync, run.loader.sync), extra
-
-
-def hand_over(run: Run, path: Path, progress: Progress) -> None:
-    """Write the whole model for the next stage: what was trained, or the best of it where the stage ended early, and
-    untouched what was frozen or not built; with their average in the place of the weights, and adapters added to their
-    layers, where the stage has them, and then these apart too. Beside it the text tokenizer, so that the directory can
-    be used by itself."""
-    best = progress.best_checkpoint() if progress.ended else None
-    state, config = {} if best else run.whole_state(), run.weights_config(path.parent.name)
-    last = run.whole_state(last=True) if run.stage.ema is not None else {}
-    frozen, text = frozen_names(run.recipe, run.stage), text_tokenizer(run.recipe, run.stage)
-
-    def write() -> None:
-        if text is not None:
-            write_file(path.with_name(text.file_name), text.path.read_bytes())
-        whole, plain = (
-            carry_over(read_apart(best)[0] | average_in(best) if best else state, run.init_file, frozen),
-            config,
-        )
-        if last:
-            write_tensors(carry_over(last, run.init_file, frozen), path.with_name(LAST), config)
-        if lora := config.get(LORA):
-            base = {} if run.init_file is None else {"base_sha256": weights_digest(run.init_file)}
-            write_tensors(adapters(whole), path.with_name(ADAPTERS), config | base)
-            whole, plain = merged(whole, lora), {name: value for name, value in config.items() if name != LORA}
-        write_weights(whole, path, plain)
-
-    fail_together(lambda: write() if rank() == 0 else None)
 
 
 def _findable(recipe: str) -> str:

@@ -1,0 +1,50 @@
+"""The end of a stage: the file that the next one begins with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pretrain.checkpoint.save import average_in
+from pretrain.checkpoint.weights import (
+    ADAPTERS,
+    LAST,
+    LORA,
+    carry_over,
+    read_apart,
+    weights_digest,
+    write_tensors,
+    write_weights,
+)
+from pretrain.distributed import fail_together, rank
+from pretrain.files import write_file
+from pretrain.models.lora import adapters, merged
+from pretrain.run.build import Run
+from pretrain.run.inputs import text_tokenizer
+from pretrain.run.parameters import frozen_names
+from pretrain.run.progress import Progress
+
+
+def hand_over(run: Run, path: Path, progress: Progress) -> None:
+    """Write the whole model for the next stage: what was trained, or the best of it where the stage ended early, and
+    untouched what was frozen or not built; with their average in the place of the weights, and adapters added to their
+    layers, where the stage has them, and then these apart too. Beside it the text tokenizer, so that the directory can
+    be used by itself."""
+    best = progress.best_checkpoint() if progress.ended else None
+    state, config = {} if best else run.whole_state(), run.weights_config(path.parent.name)
+    last = run.whole_state(last=True) if run.stage.ema is not None else {}
+    frozen, text = frozen_names(run.recipe, run.stage), text_tokenizer(run.recipe, run.stage)
+
+    def write() -> None:
+        if text is not None:
+            write_file(path.with_name(text.file_name), text.path.read_bytes())
+        trained = read_apart(best)[0] | average_in(best) if best else state
+        whole, plain = carry_over(trained, run.init_file, frozen), config
+        if last:
+            write_tensors(carry_over(last, run.init_file, frozen), path.with_name(LAST), config)
+        if lora := config.get(LORA):
+            base = {} if run.init_file is None else {"base_sha256": weights_digest(run.init_file)}
+            write_tensors(adapters(whole), path.with_name(ADAPTERS), config | base)
+            whole, plain = merged(whole, lora), {name: value for name, value in config.items() if name != LORA}
+        write_weights(whole, path, plain)
+
+    fail_together(lambda: write() if rank() == 0 else None)
