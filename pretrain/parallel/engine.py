@@ -44,7 +44,7 @@ def init_distributed(timeout_s: float = 1800.0) -> None:
             else:
                 bind = {"device_id": device()} if backend == "nccl" else {}
                 place = {"rank": rank(), "world_size": world_size()}
-                store = meet(rank(), world_size(), limit_s())
+                store = meet(rank(), world_size(), min(limit_s(), timeout_s))
                 store.set_timeout(timeout)
                 store = dist.PrefixStore("group", store)
                 dist.init_process_group(backend, store=store, timeout=timeout, **place, **bind)

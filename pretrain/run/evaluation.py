@@ -34,6 +34,7 @@ LATER: dict[tuple[str, str], Any] = {
     ("Contrastive", "loss"): "softmax",
     ("Contrastive", "project"): True,
     ("Contrastive", "bias"): -10.0,
+    ("Contrastive", "projection_bias"): False,
 }
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
