@@ -113,6 +113,7 @@ def two_nodes(root: str) -> list[object]:
         for step in (3, 4, 5):
             copy(saver, step)
         said.append(held(place))
+        barrier()  # the next copy takes the oldest away
         # A node's disk is full: the run goes on, and the copy of before is still there.
         with full_beyond(1000) if number == 3 else nullcontext():
             copy(saver, 6)
