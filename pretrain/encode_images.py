@@ -6,9 +6,11 @@
 A stage then sees CROPS fixed crops of each picture, one per epoch, and reads their codes: set `crops` and `codes` of
 its sources. The codes are those that training would compute itself: the same pixels, from the recipe's transform and
 seed, through the same function (in bf16 on a GPU, otherwise in fp32). pretrain/data/codes.py describes the files.
+launch/chain.sh does it for the word `codes` among its stages.
 
 Finished shards stay: after a kill, run the same command to continue. Several machines share the work with --part 0/8,
-1/8, ... Encode after data_tools.rewrite: codes depend on the order of the samples and on the bytes of the pictures.
+1/8, ..., and so do the ranks of torchrun or srun. Encode after data_tools.rewrite: codes depend on the order of the
+samples and on the bytes of the pictures.
 """
 
 from __future__ import annotations
@@ -36,9 +38,10 @@ from pretrain.data.shards.manifest import load_manifest
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample, ShardReader
 from pretrain.data.sources import ImageShards, picture
 from pretrain.data.transforms import ImageTransform
-from pretrain.distributed import device
+from pretrain.distributed import device, rank, world_size
 from pretrain.files import write_file
 from pretrain.models.visual_tokenizer.vqkd import VQKD
+from pretrain.parallel.launcher import adopt_launcher
 from pretrain.recipes import load_recipe
 from pretrain.run.image_targets import load_visual_tokenizer, picture_codes
 from pretrain.run.stored_weights import weights_path
@@ -238,7 +241,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         "--name", default="codes", metavar="NAME", help="extension of the files, codes... (%(default)s)"
     )
     parser.add_argument(
-        "--part", default="0/1", metavar="I/N", help="encode every N-th shard from the I-th on, from 0 (%(default)s)"
+        "--part", metavar="I/N", help="encode every N-th shard from the I-th on, from 0 (a launcher's rank, else 0/1)"
     )
     parser.add_argument(
         "--batch", type=int, default=256, metavar="N", help="crops per pass of the tokenizer (%(default)s)"
@@ -253,7 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    part, parts = part_of(args.part)
+    adopt_launcher()
+    part, parts = part_of(args.part or f"{rank()}/{world_size()}")
     if args.batch < 1 or args.workers < 0:
         raise ValueError(f"--batch {args.batch} or --workers {args.workers} is too small; use 256 and 2")
     encoder = load_encoder(*load_recipe(args.recipe, args.stage, args.set), args.tokenizer, args.crops, args.name)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pretrain.command import make_parser, run
 from pretrain.launch.checks import Line, Ranks, check_layout, check_shared, check_stages, check_writable, job_name
+from pretrain.launch.codes import SCRIPT, WORD, Storing, crops_of, is_stored, online, plan_codes
 from pretrain.launch.slurm import (
     Job,
     WordParser,
@@ -31,6 +32,7 @@ from pretrain.launch.slurm import (
 )
 from pretrain.lock import Lock
 from pretrain.plan.hardware import GPUS
+from pretrain.recipes import find_recipe, load_recipe
 
 LOGS = "logs"  # in the run directory; of other jobs in the checkout
 
@@ -51,7 +53,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--option", action="append", default=[], metavar="OPTION", help="one word for sbatch; repeatable"
     )
     parser.add_argument("--gpu", metavar="KIND", help="of pretrain.plan: check the memory of a GPU of this kind")
-    parser.add_argument("--chain", metavar="STAGES", help="submit these stages, each after the one before")
+    parser.add_argument(
+        "--chain",
+        metavar="STAGES",
+        help="submit these stages, each after the one before; the word codes among them stores the visual tokenizer's "
+        "codes for those behind it (codes:N: of N looks at each picture)",
+    )
     parser.add_argument("--local", type=int, metavar="N", help="check only, for N ranks on this machine; no SCRIPT")
     parser.add_argument(
         "words", nargs=argparse.REMAINDER, metavar="SCRIPT ARGUMENTS", help="a batch script, its arguments"
@@ -101,7 +108,13 @@ def _stages(args: argparse.Namespace, script: Path, words: list[str], job: Job, 
     if job.name is not None:
         raise ValueError(f"--job-name={job.name}: the queue knows a stage by its job's name; leave it out")
     check_shared(line.run_dir, hosts)
-    ready = check_stages(line, stages, Ranks(job.nodes, job.ranks, args.gpu))
+    line, stages, storing = _with_codes(line, stages)
+    names = [name for name in stages if name != WORD or storing is None]
+    ready = check_stages(line, names, Ranks(job.nodes, job.ranks, args.gpu), stored=storing is None)
+    if storing is not None and not set(ready).isdisjoint(line.of_stage):  # else all that would read them is finished
+        ready = [name for name in stages if name in ready or name == WORD]
+    if chain:
+        _say_online(line, ready)
     logs = line.run_dir.absolute() / LOGS
     options = [*args.option] if job.output else [*args.option, f"--output={logs}/%x-%j.log"]
     if ready:
@@ -125,13 +138,49 @@ def _stages(args: argparse.Namespace, script: Path, words: list[str], job: Job, 
             # --kill-on-invalid-dep: if a stage fails, remove the later ones, which would otherwise wait forever.
             after = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"] if before else []
             whole = [*options, f"--job-name={own}", *after]
-            arguments = ["--stage", name, *words] if chain else words
+            more = [word for setting in line.of_stage.get(name, ()) for word in ("--set", setting)]
+            its, arguments = script, ["--stage", name, *words, *more] if chain else words
+            if name == WORD and storing is not None:
+                its, arguments = script.with_name(SCRIPT), list(storing.arguments)
             if args.dry_run:
-                print(command_line(whole, script, arguments))
+                print(command_line(whole, its, arguments))
                 before = f"JOB_OF_{name}"
             else:
-                before = submit(whole, script, arguments, IMGLISH_LOGS=str(logs))
+                before = submit(whole, its, arguments, IMGLISH_LOGS=str(logs))
                 print(f"{name}: job {before}", flush=True)
+
+
+def _with_codes(line: Line, stages: list[str]) -> tuple[Line, list[str], Storing | None]:
+    """What `codes` in a chain means: the settings of the stages behind it, the chain with that plain word for it, and
+    the job that stores them; None where they are stored, or nobody asks for them."""
+    places = [place for place, word in enumerate(stages) if crops_of(word)]
+    if not places or WORD in find_recipe(line.recipe).stages:
+        return line, stages, None
+    if len(places) > 1:
+        raise ValueError(f"{WORD} is named twice; name it once")
+    place, crops = places[0], crops_of(stages[places[0]])
+    settings, storing = plan_codes(line.recipe, line.settings, line.run_dir, stages[place + 1 :], crops)
+    line = line._replace(of_stage=settings)
+    if is_stored(storing, crops):
+        print(f"{WORD}: stored")
+        return line, [*stages[:place], *stages[place + 1 :]], None
+    return line, [*stages[:place], WORD, *stages[place + 1 :]], storing
+
+
+def _say_online(line: Line, ready: list[str]) -> None:
+    """One sentence about the stages of a chain that run the visual tokenizer in each step."""
+    names = [name for name in ready if name != WORD]
+    names = [name for name in names if online(load_recipe(line.recipe, name, _settings(line, name))[1])]
+    if names:
+        print(
+            f"note: {', '.join(names)} will run the visual tokenizer in each step; the word {WORD} before {names[0]} "
+            "in the chain stores what it makes, once",
+            file=sys.stderr,
+        )
+
+
+def _settings(line: Line, name: str) -> list[str]:
+    return [*line.settings, *line.of_stage.get(name, ())]
 
 
 def _check_order(jobs: dict[str, str | None]) -> None:

@@ -8,7 +8,7 @@ import re
 import socket
 import subprocess
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,6 +42,7 @@ class Line(NamedTuple):
     ds: str
     run_dir: Path
     settings: list[str]
+    of_stage: Mapping[str, Sequence[str]] = {}  # further settings of single stages
 
 
 class Ranks(NamedTuple):
@@ -54,20 +55,23 @@ class Ranks(NamedTuple):
         return self.nodes * self.each
 
 
-def check_stages(line: Line, names: Sequence[str], ranks: Ranks) -> list[str]:
+def check_stages(line: Line, names: Sequence[str], ranks: Ranks, *, stored: bool = True) -> list[str]:
     """The stages that are not finished, in the order in which they will run. Writes nothing.
 
     Raises ValueError with the stage and the way out for the first that pretrain.train would refuse. What an earlier
-    stage of `names` will have made need not be there.
+    stage of `names` will have made need not be there; without `stored` neither need the codes that `line.of_stage`
+    names.
     """
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"stage {twice[0]} is named twice; name each stage once")
     ahead: list[str] = []
     for name in names:
-        recipe, stage = load_recipe(line.recipe, name, line.settings)
+        recipe, stage = load_recipe(line.recipe, name, [*line.settings, *line.of_stage.get(name, ())])
         try:
             if _finished(line, recipe, name, stage):
                 continue
+            if not stored:
+                recipe, stage = load_recipe(line.recipe, name, line.settings)
             check_stage(line, recipe, name, ranks, ahead)
         except (ValueError, OSError) as error:
             raise ValueError(f"stage {name}: {error}") from error

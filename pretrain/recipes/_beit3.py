@@ -3,7 +3,8 @@ microsoft/unilm beit2 (TOKENIZER.md, run_beitv2_pretraining.py); [VLMo] arXiv 21
 
 The paper trained from scratch on all three kinds of data at once (an author, microsoft/unilm issue 1034): the stage
 `pretrain`. Stagewise pretraining is VLMo's: `vision`, `language` and `fusion` do that with BEiT-3's objective, and
-`fusion` has the settings of `pretrain` but for where it starts. Either way `retrieval` follows.
+`fusion` has the settings of `pretrain` but for where it starts. Either way `retrieval` follows. `codes` behind
+`tokenizer` in launch/chain.sh stores its codes of fixed crops; without it they are made in each step, of new crops.
 
 Data, under $DATA as `data_tools` leaves it: images (ImageNet-21k, 14M [B3 table 1]), pairs (CC12M, CC3M, SBU, COCO, VG:
 21M pairs of 15M images), texts (160 GB: Wikipedia, BookCorpus, OpenWebText, CC-News, Stories), text.model (a

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain import encode_images
 from pretrain.launch.__main__ import main
 from tests.small_run import ROOT
 
@@ -212,3 +213,58 @@ def test_the_identity_in_recipe_json_is_what_the_settings_are_compared_with(laun
     path.write_text(json.dumps(noted))
     code, _, error, _ = launch("--stage", "tokenizer")
     assert code == 2 and "optim.lr=0.5 (now 0.001)" in error
+
+
+def test_codes_in_a_chain_are_a_job_and_settings_of_the_stages_behind_it(launch, data, tmp_path, monkeypatch, capsys):
+    """The whole way: submitted, stored by what the job is called with, and then read by the stages."""
+    shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns("start"))
+    monkeypatch.setenv("DATA", str(tmp_path / "data"))
+    code, out, error, calls = chain(launch, "tokenizer vision codes:2 language fusion", "--set", "save_every=9")
+    assert code == 0 and out[2] == "codes: job 102", error
+    assert "note: vision will run the visual tokenizer in each step; the word codes before vision" in error
+    (vision, codes, language, fusion), settings = calls, "--set mix.images.crops=2 --set mix.images.codes=codes"
+    assert "codes.sbatch" in codes and "afterok:101" in codes and "afterok:102" in language
+    assert settings not in vision and "mix." not in language
+    assert f"{settings} --set mix.pairs.crops=2 --set mix.pairs.codes=codes" in fusion
+
+    arguments = codes.split("codes.sbatch ")[1].split()
+    assert arguments[:2] == [f"{tmp_path}/data/images", f"{tmp_path}/data/pairs"]
+    for rank in "01":  # of two, as srun starts them
+        monkeypatch.setenv("RANK", rank)
+        for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)
+        assert encode_images.main([*arguments, "--workers", "0"]) == 0
+    assert "now set crops=2, codes='codes'" in capsys.readouterr().out
+    dry = {"options": ("--dry-run",)}
+    code, out, error, calls = chain(launch, "tokenizer codes:2 fusion", **dry)
+    assert (code, out[:2]) == (0, ["codes: stored", "tokenizer: finished"]) and settings in out[2], error
+    assert "the visual tokenizer in each step" not in error
+    # With other looks they are other codes.
+    assert "codes.sbatch" in chain(launch, "tokenizer codes fusion", **dry)[1][1]
+
+
+@pytest.mark.parametrize(
+    ("stages", "words", "says"),
+    [
+        ("codes language", [], "codes stands in the chain, but no stage behind it hides pictures"),
+        ("vision codes", [], "codes stands in the chain, but no stage behind it hides pictures"),
+        ("codes vision codes:2", [], "codes is named twice"),
+        ("codes:x vision", [], "codes:x in the chain is wrong; write codes, or codes:N"),
+        ("codes vision", ["--set", "mix.images.shards=/nowhere"], "mix.images.shards=/nowhere is no directory"),
+        ("codes fusion", ["--set", "mix.pairs.shards=s3://b/x"], "mix.pairs.shards=s3://b/x is no directory"),
+    ],
+)
+def test_codes_that_cannot_be_stored_are_one_sentence(launch, stages, words, says):
+    code, _, error, calls = chain(launch, stages, *words)
+    assert code == 2 and not calls and says in error and error.count("\n") == 1
+
+
+def test_a_stage_that_has_begun_without_codes_goes_on_without(launch, tmp_path):
+    code, _, error, _ = chain(launch, "codes vision", options=("--dry-run",))
+    assert code == 0, error
+    shutil.copytree(tmp_path / "run" / "tokenizer", tmp_path / "run" / "vision")
+    noted = json.loads((tmp_path / "run" / "tokenizer" / "recipe.json").read_text())
+    noted["identity"]["mix"] = {"images": {"codes": None, "crops": 0}}
+    (tmp_path / "run" / "vision" / "recipe.json").write_text(json.dumps(noted))
+    code, _, error, _ = chain(launch, "codes vision", options=("--dry-run",))
+    assert code == 2 and "no stage behind it hides pictures and has yet to begin" in error
