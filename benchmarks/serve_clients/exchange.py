@@ -34,7 +34,7 @@ def get(path: str) -> bytes:
     return head("GET", path, None, "Connection: close")
 
 
-def exchange(port: int, parts: Sequence[bytes], *, pause: float = 0.0, timeout: float = 60.0) -> Reply:
+def exchange(port: int, parts: Sequence[bytes], *, pause: float = 0.0, timeout: float = 180.0) -> Reply:
     """Sends the parts, `pause` seconds between them, and reads one answer."""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout) as connection:
         try:
@@ -55,7 +55,7 @@ def exchange(port: int, parts: Sequence[bytes], *, pause: float = 0.0, timeout: 
     return Reply(response.status, json.loads(data) if as_json else data.decode(), headers)
 
 
-def ask(port: int, path: str, body: dict[str, Any] | None = None, timeout: float = 60.0) -> Reply:
+def ask(port: int, path: str, body: dict[str, Any] | None = None, timeout: float = 180.0) -> Reply:
     return exchange(port, [get(path) if body is None else post(path, body)], timeout=timeout)
 
 
