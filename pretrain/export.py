@@ -5,6 +5,7 @@ from towers of transformers.
     python -m pretrain.export to-released runs/mine/fusion beit3_mine.pth
     python -m pretrain.export to-hf runs/mine/retrieval hf/mine
     python -m pretrain.export to-onnx runs/mine/retrieval onnx/mine --int8
+    python -m pretrain.export prune runs/mine/retrieval runs/mine/pruned --heads 8
     python -m pretrain.export resize runs/beit3_base runs/beit3_base_384 --image-size 384
     python -m pretrain.export from-hf clip-vit-base-patch16 runs/clip
     python -m pretrain.export from-hf resnet-50 runs/start --text bert-base-uncased
@@ -26,10 +27,11 @@ from pathlib import Path
 from pretrain import command
 from pretrain.checkpoint.weights import WEIGHTS, write_weights
 from pretrain.config import to_json
-from pretrain.data.text_tokenizer import TOKENIZER, TextTokenizer
+from pretrain.data.text_tokenizer import BESIDE_WEIGHTS, TOKENIZER, TextTokenizer
 from pretrain.files import write_file
 from pretrain.hub.read import is_ours, read_directory
 from pretrain.hub.write import write_directory
+from pretrain.models.multiway.prune import keep_heads, zero_smallest
 from pretrain.onnx import write as onnx
 from pretrain.released_weights import (
     from_released,
@@ -40,6 +42,7 @@ from pretrain.released_weights import (
     write_tensors,
 )
 from pretrain.run.huggingface import from_huggingface
+from pretrain.stored_model import stored_tokenizer
 from pretrain.visible import start_logging
 
 log = logging.getLogger(__name__)
@@ -69,6 +72,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     taking.add_argument("directory", type=Path, help="config, safetensors, tokenizer; with --text a vision encoder")
     taking.add_argument("out", type=Path, help="new directory, for a recipe's init_from")
     taking.add_argument("--text", type=Path, help="a text encoder's directory")
+    pruning = commands.add_parser("prune", help="the smallest weights at 0, or fewer heads")
+    pruning.add_argument("directory", type=Path)
+    pruning.add_argument("out", type=Path)
+    less = pruning.add_mutually_exclusive_group(required=True)
+    less.add_argument("--zeros", type=float, help="the share of each of the blocks' matrices that becomes 0")
+    less.add_argument("--heads", type=int, help="how many heads each block keeps (a stage: --set model.head_dim=...)")
     resizing = commands.add_parser("resize", help="interpolate the positions for another picture size")
     resizing.add_argument("directory", type=Path)
     resizing.add_argument("out", type=Path)
@@ -99,11 +108,26 @@ def run(args: argparse.Namespace) -> None:
         write_weights(state, args.out / WEIGHTS, config | {"model": to_json(cfg)})
         if (text := args.directory / TOKENIZER).is_file():
             write_file(args.out / TOKENIZER, text.read_bytes())
+    elif args.command == "prune":
+        state, cfg, config = read_model(args.directory)
+        if args.heads is None:
+            state = zero_smallest(state, args.zeros)
+        else:
+            state, cfg = keep_heads(state, cfg, args.heads)
+        write_weights(state, args.out / WEIGHTS, config | {"model": to_json(cfg)})
+        _bring_tokenizer(args.directory, args.out)
     else:
         state, cfg, config = read_model(args.directory)
         state, cfg = resize_positions(state, cfg, args.image_size)
         write_weights(state, args.out / WEIGHTS, config | {"model": to_json(cfg)})
+        _bring_tokenizer(args.directory, args.out)
     log.info("wrote %s", args.out)
+
+
+def _bring_tokenizer(directory: Path, out: Path) -> None:
+    """Beside the new weights, where the old ones' is known: another directory has no recipe.json that names it."""
+    if (text := stored_tokenizer(directory)) is not None:
+        write_file(out / BESIDE_WEIGHTS[text.suffix == ".json"], text.read_bytes())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -61,17 +61,20 @@ def executed_product(product: Product, *, weight: bool, inputs: bool) -> float:
     return 2 * product.rows * product.inputs * product.outputs * (1 + weight + inputs)
 
 
-def flops_per_sequence(length: int, *, dim: int, depth: int, ffn_dim: int) -> int:
+def flops_per_sequence(length: int, *, dim: int, depth: int, ffn_dim: int, attention_dim: int | None = None) -> int:
     """FLOPs of one sequence of `length` rows through a transformer, forward and backward (3 x forward: the backward
     pass has two products for each one). A multiply-add counts as two. Norms, biases and softmax are left out, causal
     attention counts as full, and activation recomputation gets no credit: the "model FLOPs" of MFU (PaLM, arXiv
-    2204.02311, appendix B)."""
-    projections = 2 * length * (4 * dim * dim + 2 * dim * ffn_dim)
-    attention = 2 * 2 * length * length * dim  # scores, and the sum of the values
+    2204.02311, appendix B). `attention_dim`: width of all heads together, None: dim."""
+    heads = dim if attention_dim is None else attention_dim
+    projections = 2 * length * (4 * dim * heads + 2 * dim * ffn_dim)
+    attention = 2 * 2 * length * length * heads  # scores, and the sum of the values
     return 3 * depth * (projections + attention)
 
 
-def encoder_flops(layout: Layout, *, dim: int, depth: int, ffn_dim: int, patch_inputs: int = 0) -> int:
+def encoder_flops(
+    layout: Layout, *, dim: int, depth: int, ffn_dim: int, patch_inputs: int = 0, attention_dim: int | None = None
+) -> int:
     """FLOPs of one micro-batch, forward and backward, as flops_per_sequence counts them. `patch_inputs`: numbers in a
     patch, 3 * patch_size**2. A row that a frozen module reads counts like any other, and so do the rows that the last
     block leaves out because no head reads them."""
@@ -80,7 +83,8 @@ def encoder_flops(layout: Layout, *, dim: int, depth: int, ffn_dim: int, patch_i
         (layout.pairs, layout.image_len + layout.pair_len),
         (layout.texts, layout.text_len),
     )
-    blocks = sum(n * flops_per_sequence(length, dim=dim, depth=depth, ffn_dim=ffn_dim) for n, length in sequences)
+    sizes: Any = {"dim": dim, "depth": depth, "ffn_dim": ffn_dim, "attention_dim": attention_dim}
+    blocks = sum(n * flops_per_sequence(length, **sizes) for n, length in sequences)
     patches = (layout.images + layout.pairs) * layout.patches
     return blocks + product_flops([Product(patches, patch_inputs, dim)])
 

@@ -117,6 +117,7 @@ def _check_expressible(state: State, cfg: MultiwayConfig) -> None:
         "relative_position": False,
         "layer_scale": None,
         "text_norm": False,
+        "head_dim": None,
     }
     for name, value in required.items():
         if getattr(cfg, name) != value:

@@ -28,7 +28,7 @@ HEADS = {
     "objectives.masked.text.weight": "word_head.weight",
     "objectives.masked.text.bias": "word_head.bias",
 }
-UNUSED = ("init", "init_std")  # fields that only training asks for
+UNUSED = ("init", "init_std", "head_dim")  # fields that only training asks for, or that have one value here
 SHOWN = 8  # lines of the curve in the card
 
 
@@ -45,6 +45,8 @@ def write_directory(
     evaluations; `text`: its SentencePiece model. ValueError where `out` is not empty."""
     from safetensors.torch import save_file
 
+    if model.head_dim is not None:
+        raise ValueError(f"model.head_dim={model.head_dim} cannot be written for Hugging Face; it needs all heads")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; give a new directory")
     out.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,7 @@ OWN = "eval.json"
 LATER: dict[tuple[str, str], Any] = {
     ("MultiwayConfig", "final_norm"): True,
     ("MultiwayConfig", "ffn"): "per_modality",
+    ("MultiwayConfig", "head_dim"): None,
     ("Pretrain", "weights"): {},
     ("Pretrain", "learned"): False,
     ("CaptionShards", "draw"): False,

@@ -39,13 +39,13 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: MultiwayShape, names: Sequence[str], layer: int, layers: Layers):
         super().__init__()
-        self.head_dim, self.attend = cfg.dim // cfg.heads, layers.attention(attend)
-        d, std, cut = cfg.dim, _Stds.of(cfg, layer), _cut(cfg)
-        self.q = Multiway(names, lambda: layers.column(d, d, std=std.query_key, cut=cut))
-        self.k = Multiway(names, lambda: layers.column(d, d, std=std.query_key, cut=cut, bias=cfg.key_bias))
-        self.v = Multiway(names, lambda: layers.column(d, d, std=std.value, cut=cut))
-        self.inner_norm = Multiway(names, lambda: layers.inner_norm(d, eps=cfg.norm_eps)) if cfg.sub_norm else None
-        self.out = Multiway(names, lambda: layers.row(d, d, std=std.out, cut=cut))
+        self.head_dim, self.attend = cfg.head_width, layers.attention(attend)
+        d, heads, std, cut = cfg.dim, cfg.attention_dim, _Stds.of(cfg, layer), _cut(cfg)
+        self.q = Multiway(names, lambda: layers.column(d, heads, std=std.query_key, cut=cut))
+        self.k = Multiway(names, lambda: layers.column(d, heads, std=std.query_key, cut=cut, bias=cfg.key_bias))
+        self.v = Multiway(names, lambda: layers.column(d, heads, std=std.value, cut=cut))
+        self.inner_norm = Multiway(names, lambda: layers.inner_norm(heads, eps=cfg.norm_eps)) if cfg.sub_norm else None
+        self.out = Multiway(names, lambda: layers.row(heads, d, std=std.out, cut=cut))
 
     def forward(
         self, x_TD: Tensor, layout: Layout, padding: Padding, bias: Bias, own: Rows | None, read: Rows | None

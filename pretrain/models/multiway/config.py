@@ -30,8 +30,9 @@ class MultiwayConfig(MultiwayShape, Model):
         return self.dim
 
     def flops(self, layout: Layout) -> int:
-        patch_inputs = 3 * self.patch_size**2
-        return encoder_flops(layout, dim=self.dim, depth=self.depth, ffn_dim=self.ffn_dim, patch_inputs=patch_inputs)
+        sizes: Any = {"dim": self.dim, "depth": self.depth, "ffn_dim": self.ffn_dim}
+        sizes |= {"patch_inputs": 3 * self.patch_size**2, "attention_dim": self.attention_dim}
+        return encoder_flops(layout, **sizes)
 
     def executed_flops(self, layout: Layout, experts: Sequence[str], read: float, trained: frozenset[str]) -> float:
         return executed_flops(self, layout, experts, read, trained)

@@ -105,7 +105,7 @@ class MultiwayEncoder(nn.Module):
     def _blocks(self, x_TD: Tensor, batch: Batch, own: Rows | None, read: Rows | None) -> Tensor:
         """Through the blocks that are here; `own` and `read` as for a block."""
         steps = self._steps(batch, own, read, x_TD.dtype)
-        packed = self.relative_position is None and can_pack(x_TD, batch.layout, self.cfg.dim // self.cfg.heads)
+        packed = self.relative_position is None and can_pack(x_TD, batch.layout, self.cfg.head_width)
         padding = padding_of(batch, packed=packed)
         same = (batch.layout, padding, own, self.compiled)
         every = self.checkpointing if self.training else 0

@@ -47,22 +47,22 @@ def _attention(
     flows: bool,
 ) -> tuple[float, bool]:
     """(FLOPs, whether gradients flow through what comes next); `share` of the rows goes on behind the attention."""
-    d, prefix = cfg.dim, f"{block}.attention"
+    d, heads, prefix = cfg.dim, cfg.attention_dim, f"{block}.attention"
     by_name = {"shared": layout.rows, "vision": layout.vision_rows, "language": layout.language_rows}
     flows |= f"{block}.norm" in opened
     total = 0.0
     for name in names:
         for part in "qkv":
             weight = f"{prefix}.{part}.{name}" in opened
-            total += executed_product(Product(by_name[name], d, d), weight=weight, inputs=flows)
+            total += executed_product(Product(by_name[name], d, heads), weight=weight, inputs=flows)
     flows |= "relative_position" in opened or not opened.isdisjoint(f"{prefix}.{part}" for part in "qkv")
     lengths = ((layout.images, layout.image_len), (layout.pairs, layout.image_len + layout.pair_len))
     squares = sum(n * length**2 for n, length in (*lengths, (layout.texts, layout.text_len)))
-    total += 2 * 2 * squares * d * (3 if flows else 1)
+    total += 2 * 2 * squares * heads * (3 if flows else 1)
     flows |= f"{prefix}.inner_norm" in opened
     for name in names:
         weight = f"{prefix}.out.{name}" in opened
-        total += executed_product(Product(round(by_name[name] * share), d, d), weight=weight, inputs=flows)
+        total += executed_product(Product(round(by_name[name] * share), heads, d), weight=weight, inputs=flows)
     return total, flows or not opened.isdisjoint((f"{prefix}.out", f"{block}.attention_scale"))
 
 

@@ -40,6 +40,7 @@ class MultiwayShape:
     init_std: float = 0.02
     # per_modality: a feed-forward expert for each kind of rows. shared: one for all, as a single stream has it (ViLT)
     ffn: Literal["per_modality", "shared"] = "per_modality"
+    head_dim: int | None = None  # width of a head; None: dim / heads. Where heads were pruned they no longer fill dim
 
     def __post_init__(self) -> None:
         for name in (
@@ -54,7 +55,9 @@ class MultiwayShape:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} is wrong because it must be at least 1")
-        if self.dim % self.heads:
+        if self.head_dim is not None and self.head_dim < 1:
+            raise ValueError(f"model.head_dim={self.head_dim} is below 1; leave it out, and it is dim / heads")
+        if self.head_dim is None and self.dim % self.heads:
             above = (self.dim // self.heads + 1) * self.heads
             raise ValueError(f"model.dim={self.dim} is not a multiple of model.heads={self.heads}; use {above}")
         if self.image_size % self.patch_size:
@@ -78,6 +81,15 @@ class MultiwayShape:
         for name, choices in (("attention", kinds), ("ffn", kinds), ("init", ("scaled", "sub_norm"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"model.{name}={getattr(self, name)!r} is unknown; use {' or '.join(choices)}")
+
+    @property
+    def head_width(self) -> int:
+        return self.dim // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def attention_dim(self) -> int:
+        """Width of all heads together."""
+        return self.heads * self.head_width
 
     @property
     def grid(self) -> int:
