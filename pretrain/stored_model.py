@@ -85,7 +85,7 @@ def build_stored(state: State, model: Any, path: Path) -> PretrainTask:
 def fill_task(task: PretrainTask, state: State, path: Path) -> None:
     """Every tensor of the task from the state. ValueError where one is missing or has another shape."""
     for name, value in named_state(task).items():
-        if value is task.encoder.token_table and name not in state and name.startswith("objectives."):
+        if value is getattr(task.encoder, "token_table", None) and name not in state and name.startswith("objectives."):
             continue  # a tied head
         shape = dense_shape(value)
         if name not in state or state[name].shape != shape:

@@ -119,6 +119,8 @@ class TowerVisionRoute(VisionRoute):
 
 
 class TowerTextRoute(TextRoute):
+    """A tower of DualTowers: int64 [N, L], PAD behind EOS -> `rows` [N, 1, width], `vector` [N, E]."""
+
     def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
         encoded = _kinds(texts=self.task.encoder.text.texts(ids).unsqueeze(1))
         head = self._head("contrastive")

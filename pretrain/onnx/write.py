@@ -64,8 +64,12 @@ def _check_installed() -> None:
 def _write(route: Route, model: Any, name: str, out: Path, int8: bool) -> dict[str, Any]:
     """One file -> what model.json says of it."""
     path = out / f"{name}.onnx"
-    export(route, model, path)
-    apart = max(difference(path, route, sizes) for sizes in _tried(model))
+    try:
+        export(route, model, path)
+        apart = max(difference(path, route, sizes) for sizes in _tried(model))
+    except Exception as error:  # torch's exporter and onnxruntime have many, for models of transformers above all
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"the {name} route of this model cannot be written as ONNX ({reason})") from error
     if not apart <= WORST:
         raise ValueError(f"{path} computes something else than the model (by {apart:.2g}), so it was not written")
     log.info("%s: %.1f MiB, %.1e from our model at the most", path, _mebibytes(path), apart)

@@ -21,7 +21,7 @@ from pretrain.onnx.graphs import routes_of
 from pretrain.onnx.write import difference, example, export, run
 from pretrain.parallel.state import named_state
 from pretrain.released_weights import resize_positions
-from pretrain.stored_model import build_stored
+from pretrain.stored_model import build_stored, read_stored
 from pretrain.tasks.pretrain import PretrainTask
 from tests.toy_models import CONFIGS
 from tests.toys import needs, refused, write_text_model
@@ -137,3 +137,27 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "pip install" in refused(capsys, main, "to-onnx", tmp_path / "ours", tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "name"), [("clip", "text"), ("siglip", "vision")])
+def test_dual_towers(tmp_path, kind, name):
+    needs("transformers")
+    needs("onnxruntime")
+    from tests.models.towers.others import whole_model, write_directory
+
+    theirs = write_directory(tmp_path / "hf", whole_model(kind), kind)
+    assert main(["from-hf", str(theirs), str(tmp_path / "ours")]) == 0
+    state, model, _ = read_stored(tmp_path / "ours", towers=True)
+    task = build_stored(state, model, tmp_path / "ours").eval()
+    route = routes_of(task)[name]
+    export(route, model, tmp_path / "route.onnx")
+    for count, length in ((1, 4), (3, 8)):
+        inputs = example(route, model, count=count, length=length)
+        layout = Layout(texts=count, text_len=length) if name == "text" else Layout(images=count, patches=1)
+        parts = {"text_tokens": inputs["ids"]} if name == "text" else {"images": inputs["pixels"]}
+        head = task.objectives["contrastive"]
+        with torch.no_grad():
+            encoded = task.encoder(make_batch(layout, **parts))
+            want = head.embed_texts(encoded) if name == "text" else head.embed_images(encoded)
+        assert apart(run(tmp_path / "route.onnx", inputs)[1], want, None) < 1e-5

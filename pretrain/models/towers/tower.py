@@ -134,7 +134,7 @@ class TowerModule(nn.Module):
         if self.tower.pooling == "eos":
             # A text always has one: what is cut still ends with EOS.
             places = (ids == EOS).int().argmax(-1)
-            return self._finish(rows[torch.arange(len(ids), device=ids.device), places])
+            return self._finish(rows[torch.arange(ids.shape[0], device=ids.device), places])
         return self._finish(self._pool(rows, real))
 
     def _pool(self, rows: Tensor, real: Tensor | None = None) -> Tensor:
@@ -228,7 +228,7 @@ class AttentionPool(nn.Module):
     def forward(self, rows: Tensor, real: Tensor | None = None) -> Tensor:
         """[N, L, width], int64 [N, L]: which rows are no padding -> [N, width]."""
         seen = None if real is None else real.bool()[:, None, None]
-        asked = self.query(self.probe.to(rows.dtype)).expand(len(rows), -1, -1)
+        asked = self.query(self.probe.to(rows.dtype)).expand(rows.shape[0], -1, -1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (asked, self.key(rows), self.value(rows)))
         pooled = self.out(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2))
         return (pooled + self.down(F.gelu(self.up(self.norm(pooled)), approximate="tanh")))[:, 0]
