@@ -70,6 +70,8 @@ def plain(transform: ImageTransform) -> dict[str, Any]:
     del fields["evaluation"]
     if not fields["antialias"]:  # as codes that were stored before there was a choice
         del fields["antialias"]
+    if fields["rand_augment"] is None:  # the same
+        del fields["rand_augment"]
     return json.loads(json.dumps(fields))
 
 

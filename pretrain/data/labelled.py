@@ -13,20 +13,41 @@ import numpy as np
 from numpy.random import Generator
 
 from pretrain.data.answers import scores
+from pretrain.data.mixing import LABEL, Mixing
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample
 from pretrain.data.sources import METADATA, ImageShards, PairShards, Raw
 from pretrain.json_files import parse_json, read_bytes
 from pretrain.settings import fill_variables
 
-LABEL, SECOND, SCORES, ANSWERS = "label", "second", "scores", "answers"
+SECOND, SCORES, ANSWERS = "second", "scores", "answers"
 SECOND_PICTURE = "jpe"  # the member of a sample's second picture
 
 
 @dataclass(frozen=True)
 class LabelledShards(ImageShards):
-    """Pictures with the number of a class each, `label` in a sample's JSON -> extra["label"]."""
+    """Pictures with the number of a class each, `label` in a sample's JSON -> extra["label"].
+
+    `balance`: 1 gives every class as many looks in an epoch as any other, 0 every picture one, and what lies between
+    a class of N pictures N ** (1 - balance) of them; all labels are read at the start. `mixing` blends pictures in
+    training; see mixing.py."""
 
     classes: int = 1000
+    balance: float = 0.0
+    mixing: Mixing | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.balance <= 1:
+            raise ValueError(f"images.balance={self.balance} is not a share; use 0 to 1")
+        if self.balance and self.weights:
+            raise ValueError(f"images.balance={self.balance} does not go with images.weights={self.weights}; use one")
+
+    def class_of(self, members: Mapping) -> int:
+        """For `balance`. A sample whose label cannot be used counts as one of class 0, until it is replaced."""
+        try:
+            return label_in(members, self.classes)
+        except BadSample:
+            return 0
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -47,8 +68,7 @@ class QuestionShards(PairShards):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What else it reads: a run notes their content."""
-        return (self.vocabulary,)
+        return (self.vocabulary, *super().files)
 
     @property
     def wanted(self) -> tuple[str, ...]:

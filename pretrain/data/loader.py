@@ -24,10 +24,11 @@ from pretrain.data.codes import Coding, StoredCodes, check_coding, plain
 from pretrain.data.look_ahead import LookAhead
 from pretrain.data.micro_batches import Failure, Feed, Made, MicroBatches, Share
 from pretrain.data.mixture import KINDS, Mixture, View, check_mixture, layout_of
-from pretrain.data.order import Order, batch_number
+from pretrain.data.order import batch_number
 from pretrain.data.pinning import pinned
 from pretrain.data.pool import Item, Pool
 from pretrain.data.shards.reader import ShardReader, load_manifest
+from pretrain.data.weighted import order_of
 from pretrain.files import Lines
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class Loader:
         self.layout = layout_of(mixture, view, ranks * mixture.accumulation)
         self.feeds = [_feed(kind, mixture, view, self.layout.patches) for kind in KINDS if kind in mixture.mix]
         share = Share(rank, ranks, mixture.accumulation)
-        later = mixture.loading.jitter_on_device and view.transform is not None and view.transform.train
+        later = mixture.loading.jitter_on_device and _ends_with_jitter(view, self.feeds)
         self._work = MicroBatches(self.feeds, self.layout, view, share, mixture.seed, jitter_later=later)
 
     @property
@@ -175,6 +176,14 @@ class Loader:
         return Lines(self.trace / f"samples.rank{self.rank:05d}.jsonl")
 
 
+def _ends_with_jitter(view: View, feeds: Sequence[Feed]) -> bool:
+    """Whether nothing else is done to a picture after flip and jitter."""
+    transform = view.transform
+    if transform is None or not transform.train or transform.rand_augment is not None:
+        return False
+    return all(getattr(feed.source, "mixing", None) is None for feed in feeds)
+
+
 def _feed(kind: str, mixture: Mixture, view: View, patches: int) -> Feed:
     source, loading, stream = mixture.mix[kind], mixture.loading, KINDS.index(kind)
     manifest = load_manifest(source.shards)
@@ -186,8 +195,9 @@ def _feed(kind: str, mixture: Mixture, view: View, patches: int) -> Feed:
         source,
         mixture.counts[kind],
         # Two kinds may read the same shards; they should not get the same samples in one step.
-        Order(
-            manifest.counts,
+        order_of(
+            source,
+            reader,
             seed=mixture.seed + (stream << 48),
             streams=loading.streams,
             block_shards=loading.block_shards,

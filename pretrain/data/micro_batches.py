@@ -15,6 +15,7 @@ from pretrain.contracts import Source
 from pretrain.data import pulse
 from pretrain.data.codes import StoredCodes, look_rng
 from pretrain.data.masking import mask_image, mask_text
+from pretrain.data.mixing import LABEL, OTHER, SHARE
 from pretrain.data.mixture import KINDS, View
 from pretrain.data.order import Order, SampleRef
 from pretrain.data.shards.cache import redact
@@ -150,7 +151,22 @@ class MicroBatches:
             pulse.beat()
             place = pictures[number] if feed.kind != "texts" and self.view.transform else None
             samples.append(self._sample(feed, SampleRef(*row), replaced, place))
-        return samples
+        return self._mixed(feed, samples, rows)
+
+    def _mixed(self, feed: Feed, samples: list[_Sample], rows: np.ndarray) -> list[_Sample]:
+        """Partners blended, where the source asks for it in training; see mixing.py."""
+        mixing = getattr(feed.source, "mixing", None)
+        if mixing is None or not (self.view.transform and self.view.transform.train):
+            return samples
+        mixed = []
+        for one, other, row in zip(samples[::2], samples[1::2], rows[::2].tolist(), strict=True):
+            rng = sample_rng(self.seed, row[0], feed.order.number(SampleRef(*row)), len(KINDS) + feed.stream)
+            assert one.raw.image is not None and other.raw.image is not None
+            share = mixing.blend(one.raw.image, other.raw.image, rng)
+            for own, partner in ((one, other), (other, one)):
+                extra = {**own.raw.extra, OTHER: partner.raw.extra[LABEL], SHARE: share}
+                mixed.append(own._replace(raw=own.raw._replace(extra=extra)))
+        return mixed
 
     def _sample(self, feed: Feed, ref: SampleRef, replaced: list[Replaced], place: np.ndarray | None) -> _Sample:
         """The sample, or the replacement that Order.replacement chooses; its picture is made in `place`."""

@@ -27,8 +27,9 @@ class Loading:
 
     `jitter_on_device`: a picture leaves its worker without flip and jitter, and the device does them with the same
     random numbers: equal to rounding (one level of 255, rarely). It saves a worker a fifth of its time on a small
-    picture, and costs the device some; for runs whose data_wait names /decode. A source of your own that does more to a
-    picture than to hand it on is asked again for a finished one, but must not look at its pixels.
+    picture, and costs the device some; for runs whose data_wait names /decode. Where RandAugment or mixing come behind
+    them the workers do all. A source of your own that does more to a picture than to hand it on is asked again for a
+    finished one, but must not look at its pixels.
     """
 
     workers: int | None = None  # None: a worker for each CPU of this rank but one; 0: the run's own process loads
@@ -108,6 +109,11 @@ def check_mixture(mixture: Mixture, view: View, ranks: int) -> None:
         problem = slot_problem(kind, mix[kind]) or batch_problem(kind, counts[kind], ranks, mixture.accumulation)
         if problem:
             raise ValueError(problem)
+        if getattr(mix[kind], "mixing", None) and (each := counts[kind] // (ranks * mixture.accumulation)) % 2:
+            raise ValueError(
+                f"mix.{kind}.mixing blends pictures in pairs, but batch.{kind}={counts[kind]} gives {each} to each of "
+                f"{ranks} data ranks and {mixture.accumulation} micro-steps; use an even number for each"
+            )
         if kind != "texts" and transform is None:
             raise ValueError(f"mix.{kind} has pictures but the stage has no transform; set the stage's transform")
         if kind != "images" and view.tokenizer is None:

@@ -6,6 +6,7 @@ Only jpg, jpeg, png, webp, txt and json members are read, and only by our own de
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from numpy.random import Generator
 from pretrain.batch import BOS, EOS, PAD
 from pretrain.contracts import Source
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample
+from pretrain.data.text_noise import TextNoise, files_of, noisy
 from pretrain.data.text_tokenizer import AnyTokenizer
 
 TEXT, METADATA, CAPTIONS = "txt", "json", "captions"
@@ -41,17 +43,20 @@ class ImageShards(Source):
 
     `crops`: the number of fixed looks at each picture, one per epoch, so that their codes can be stored; 0: a new crop
     in every epoch. `codes`: the ending of the files of stored codes (pretrain.encode_images --name), which training
-    then reads instead of running the visual tokenizer; see codes.py.
+    then reads instead of running the visual tokenizer; see codes.py. `weights`: one for each pattern of `shards`, how
+    often an epoch looks at each of its samples, on average (see weighted.py); (): once.
     """
 
     shards: str | tuple[str, ...]
     crops: int = 0
     codes: str | None = None
+    weights: tuple[float, ...] = ()
     slots = ("images",)
     text_len: ClassVar[int] = 0  # type: ignore[misc]  # it has no text
 
     def __post_init__(self) -> None:
         _check_codes("images", self.crops, self.codes)
+        _check_weights("images", self.shards, self.weights)
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -65,13 +70,15 @@ class ImageShards(Source):
 
 @dataclass(frozen=True)
 class PairShards(Source):
-    """Pictures with captions. A caption longer than `text_len` ids (with BOS and EOS) is truncated. `crops` and
-    `codes` as for ImageShards."""
+    """Pictures with captions. A caption longer than `text_len` ids (with BOS and EOS) is truncated. `crops`, `codes`
+    and `weights` as for ImageShards. `noise` changes the text before it is cut; see text_noise.py."""
 
     shards: str | tuple[str, ...]
     text_len: int = 64
     crops: int = 0
     codes: str | None = None
+    weights: tuple[float, ...] = ()
+    noise: TextNoise | None = None
     slots = ("pairs", "dual")
 
     @property
@@ -81,13 +88,19 @@ class PairShards(Source):
     def __post_init__(self) -> None:
         _check_length("pairs", self.text_len)
         _check_codes("pairs", self.crops, self.codes)
+        _check_weights("pairs", self.shards, self.weights)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What else it reads: a run notes their content."""
+        return files_of(self.noise)
 
     def decode(
         self, members: Mapping, transform: Transform | None, tokenizer: AnyTokenizer | None, rng: Generator
     ) -> Raw:
         assert transform is not None and tokenizer is not None
         ids = caption_ids(
-            text_of(members), tokenizer, self.text_len
+            noisy(text_of(members), self.noise, rng), tokenizer, self.text_len
         )  # before the picture, because a bad caption is cheaper to detect
         return Raw(transform(picture(members), rng), ids)
 
@@ -112,17 +125,21 @@ class CaptionShards(PairShards):
         self, members: Mapping, transform: Transform | None, tokenizer: AnyTokenizer | None, rng: Generator
     ) -> Raw:
         assert transform is not None and tokenizer is not None
-        ids = np.stack([caption_ids(text, tokenizer, self.text_len) for text in captions_of(members)])
+        texts = [noisy(text, self.noise, rng) for text in captions_of(members)]
+        ids = np.stack([caption_ids(text, tokenizer, self.text_len) for text in texts])
         number = int(rng.integers(len(ids))) if self.draw else 0
         return Raw(transform(picture(members), rng), ids[number], {CAPTIONS: ids})
 
 
 @dataclass(frozen=True)
 class TextShards(Source):
-    """Documents. From one longer than `text_len` ids, each epoch takes another stretch."""
+    """Documents. From one longer than `text_len` ids, each epoch takes another stretch. `weights` and `noise` as for
+    PairShards."""
 
     shards: str | tuple[str, ...]
     text_len: int = 196
+    weights: tuple[float, ...] = ()
+    noise: TextNoise | None = None
     slots = ("texts",)
 
     @property
@@ -131,10 +148,16 @@ class TextShards(Source):
 
     def __post_init__(self) -> None:
         _check_length("texts", self.text_len)
+        _check_weights("texts", self.shards, self.weights)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return files_of(self.noise)
 
     def decode(self, members: Mapping, transform, tokenizer: AnyTokenizer | None, rng: Generator) -> Raw:
         assert tokenizer is not None
-        return Raw(None, window_ids(text_of(members), tokenizer, self.text_len, rng))
+        text = noisy(text_of(members), self.noise, rng)
+        return Raw(None, window_ids(text, tokenizer, self.text_len, rng))
 
 
 def picture(members: Mapping) -> bytes:
@@ -212,6 +235,14 @@ def _check_codes(kind: str, crops: int, codes: str | None) -> None:
         raise ValueError(f"{kind}.codes={codes!r} is not a valid name of stored codes; use the --name of encode_images")
     if codes is not None and not crops:
         raise ValueError(f"{kind}.codes={codes!r} but crops=0; set crops to the --crops of encode_images")
+
+
+def _check_weights(kind: str, shards: str | tuple[str, ...], weights: tuple[float, ...]) -> None:
+    patterns = (shards,) if isinstance(shards, str) else shards
+    if weights and len(weights) != len(patterns):
+        raise ValueError(f"{kind}.weights={weights} are not one for each of the {len(patterns)} patterns of shards")
+    if weights and not (all(math.isfinite(weight) and weight >= 0 for weight in weights) and any(weights)):
+        raise ValueError(f"{kind}.weights={weights} must be numbers of at least 0, not all 0; 1 is one look an epoch")
 
 
 def _check_length(kind: str, length: int) -> None:

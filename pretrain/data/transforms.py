@@ -11,6 +11,7 @@ from numpy.random import Generator, Philox
 from PIL import Image
 
 from pretrain.data.decoding import Header, OrdinaryJpeg, decode, judged_header
+from pretrain.data.rand_augment import RandAugment
 from pretrain.jitter import AS_IT_IS
 
 # The linear filter reads two pixels a side, after the blur four: enough up to here. Beyond, all pixels are averaged,
@@ -56,6 +57,7 @@ class ImageTransform:
     jitter: float = 0.4  # brightness, contrast and saturation are each scaled by a factor in [1 - jitter, 1 + jitter]
     train: bool = True
     evaluation: str = "crop"  # or "squash"
+    rand_augment: RandAugment | None = None  # of what the flip and the jitter leave, in training
     antialias: bool = True  # False: without the blur in `_resize`, for runs that began before 2026-11-28
 
     def __post_init__(self) -> None:
@@ -135,6 +137,8 @@ class ImageTransform:
                 pixels = cv2.flip(pixels, 1, dst=pixels)
             if self.jitter:
                 pixels = _jitter(pixels, factors_and_order)
+            if self.rand_augment is not None:
+                pixels = self.rand_augment(pixels, rng)
         planes = np.empty((3, self.size, self.size), np.uint8) if out is None else out
         cv2.split(pixels, list(planes))  # in place: three times as fast as a transposed copy
         return planes

@@ -12,12 +12,14 @@ of the epoch in a sample's seed: two looks at a picture are two crops.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pretrain.data.order import Order, SampleRef
+from pretrain.data.shards.reader import ShardReader, load_manifest
 
+LABELS = "json"  # the member that has them
 MOST_SAMPLES = 2**31  # of a class: products of two such numbers fit into 64 bits
 
 
@@ -32,7 +34,7 @@ class Classes(NamedTuple):
     members: np.ndarray | None = None
 
 
-def classes_of_shards(counts: Sequence[int], number: Sequence[int]) -> Classes:
+def classes_of_shards(counts: Sequence[int], number: Sequence[int] | np.ndarray) -> Classes:
     """Whole shards: `number` [shards] says each one's class."""
     return Classes(np.arange(len(counts)), np.asarray(number, np.int64), np.asarray(counts, np.int64))
 
@@ -61,6 +63,32 @@ def balanced(classes: Classes, balance: float) -> np.ndarray:
 
 def _sizes(classes: Classes) -> np.ndarray:
     return np.bincount(classes.number, weights=classes.sizes).astype(np.int64)
+
+
+def order_of(source: Any, reader: ShardReader, **how: int) -> Order:
+    """The order of a source, by its `weights` or its `balance` where it has them. `how`: as Order's. ValueError."""
+    counts, weights = reader.manifest.counts, getattr(source, "weights", ())
+    if weights:
+        patterns = (source.shards,) if isinstance(source.shards, str) else source.shards
+        lengths = [len(load_manifest(pattern).shards) for pattern in patterns]
+        number = np.repeat(np.arange(len(lengths)), lengths)
+        return WeightedOrder(counts, classes_of_shards(counts, number), weights, **how)
+    if not getattr(source, "balance", 0.0):
+        return Order(counts, **how)
+    if reader.cache is not None:
+        raise ValueError(
+            f"shards={source.shards} are remote, and images.balance={source.balance} reads every label at the start; "
+            "copy them to a local disk, or use weights"
+        )
+    labels = [np.zeros(count, np.int64) for count in counts]
+    for shard, own in enumerate(labels):
+        own[:] = [_label(source, reader, shard, sample) for sample in range(len(own))]
+    classes = classes_of_samples(labels)
+    return WeightedOrder(counts, classes, balanced(classes, source.balance), **how)
+
+
+def _label(source: Any, reader: ShardReader, shard: int, sample: int) -> int:
+    return source.class_of(reader.read(shard, sample, (LABELS,)))
 
 
 class WeightedOrder(Order):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pretrain.batch import Batch, Kinds, Layout
 from pretrain.contracts import Encoder, Objective
+from pretrain.data.mixing import OTHER, SHARE
 from pretrain.flops import Product
 from pretrain.layers import HEAD_STD, PLAIN, Layers, Linear
 
@@ -69,7 +70,14 @@ class ClassificationHead(nn.Module):
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder | None = None) -> dict[str, Tensor]:
         logits, label = self.logits(encoded).float(), batch.extra["label"]
         accuracy = (logits.detach().argmax(-1) == label).float().mean()
-        loss = F.cross_entropy(logits, label, label_smoothing=self.smoothing)
+        if OTHER in batch.extra:
+            # Targets blended as the pictures are; smoothing blends both alike.
+            share, other = batch.extra[SHARE].float(), batch.extra[OTHER]
+            own = F.cross_entropy(logits, label, label_smoothing=self.smoothing, reduction="none")
+            partner = F.cross_entropy(logits, other, label_smoothing=self.smoothing, reduction="none")
+            loss = (share * own + (1 - share) * partner).mean()
+        else:
+            loss = F.cross_entropy(logits, label, label_smoothing=self.smoothing)
         return {"loss": loss, "accuracy/classification": accuracy}
 
     def after_step(self) -> None:

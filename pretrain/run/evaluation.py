@@ -23,6 +23,8 @@ from pretrain.run.stored_weights import input_digest
 OF_STAGE = ("model", "experts", "objectives", "task", "visual_tokenizer", "transform", "evals")
 OF_RECIPE = ("text_tokenizer", "seed", "loading")
 OWN = "eval.json"
+PICTURES = ("ImageShards", "LabelledShards")
+TEXTS = ("PairShards", "CaptionShards", "TextShards", "QuestionShards", "TwoPictureShards", "ReferenceShards")
 # Fields that came later, with the value under which everything is as before: the hash of an evaluation leaves them out
 # then, so that one of an earlier program stays what it is.
 LATER: dict[tuple[str, str], Any] = {
@@ -36,6 +38,11 @@ LATER: dict[tuple[str, str], Any] = {
     ("Contrastive", "project"): True,
     ("Contrastive", "bias"): -10.0,
     ("Contrastive", "projection_bias"): False,
+    ("ImageTransform", "rand_augment"): None,
+    ("LabelledShards", "balance"): 0.0,
+    ("LabelledShards", "mixing"): None,
+    **{(source, "weights"): [] for source in (*PICTURES, *TEXTS)},
+    **{(source, "noise"): None for source in TEXTS},
 }
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

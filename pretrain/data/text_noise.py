@@ -1,0 +1,96 @@
+"""Words that are left out or replaced, anew in each epoch, by the sample's own generator: random deletion and synonym
+replacement of EDA (arXiv 1901.11196, section 2), whose rates are 0.1 for texts as short as captions."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.random import Generator, Philox
+
+from pretrain.json_files import parse_json, read_bytes
+from pretrain.settings import fill_variables
+
+MAX_BYTES = 2**28
+OWN_STREAM = np.array([0, 1 << 63], np.uint64)
+WORD = re.compile(r"\S+")
+EDGES = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)  # a word with what stands around it
+
+
+@dataclass(frozen=True)
+class TextNoise:
+    """`drop`: the share of words left out, never all; `replace`: of those that `synonyms` has, the share that it
+    replaces: a JSON file of {word in lower case: [words]}. Another kind of noise is a dataclass with `__call__` and
+    `files`."""
+
+    drop: float = 0.1
+    replace: float = 0.0
+    synonyms: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("drop", "replace"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"noise.{name}={getattr(self, name)} is not a share; use at least 0, less than 1")
+        if bool(self.replace) != bool(self.synonyms):
+            raise ValueError(
+                f"noise.replace={self.replace} does not go with noise.synonyms={self.synonyms!r}; set both or none"
+            )
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.synonyms,) if self.synonyms else ()
+
+    def __call__(self, text: str, rng: Generator) -> str:
+        words = WORD.findall(text)
+        # Three numbers a word, used or not: what one word becomes changes no other.
+        draws = _own(rng).random((len(words), 3)).tolist()
+        known = read_synonyms(self.synonyms) if self.synonyms else {}
+        kept = []
+        for word, (drop, replace, which) in zip(words, draws, strict=True):
+            if drop < self.drop:
+                continue
+            before, inner, after = EDGES.match(word).groups()  # type: ignore[union-attr]  # it matches anything
+            others = known.get(inner.lower(), ())
+            if others and replace < self.replace:
+                word = before + others[int(which * len(others))] + after
+            kept.append(word)
+        if not kept and words:
+            kept = [words[min(range(len(words)), key=lambda place: -draws[place][0])]]
+        return " ".join(kept)
+
+
+def _own(rng: Generator) -> Generator:
+    """One beside the sample's, which goes on as it would without noise: the crop of its picture stays the one whose
+    codes are stored. The streams of the kinds are small numbers (transforms.sample_rng)."""
+    state = rng.bit_generator.state["state"]
+    return Generator(Philox(key=state["key"] ^ OWN_STREAM, counter=state["counter"]))
+
+
+def noisy(text: str, noise: TextNoise | None, rng: Generator) -> str:
+    return text if noise is None else noise(text, rng)
+
+
+def files_of(noise: TextNoise | None) -> tuple[str, ...]:
+    return () if noise is None else noise.files
+
+
+def read_synonyms(name: str) -> dict[str, tuple[str, ...]]:
+    """ValueError for a file that is none."""
+    return _read(Path(fill_variables(name, "noise.synonyms")).expanduser())
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path) -> dict[str, tuple[str, ...]]:
+    try:
+        content = parse_json(read_bytes(path, MAX_BYTES))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"noise.synonyms={path} cannot be read ({error}); give a JSON of word: [words]") from None
+    if not isinstance(content, dict) or not all(
+        isinstance(words, list) and all(isinstance(word, str) and word.strip() for word in words)
+        for words in content.values()
+    ):
+        raise ValueError(f"noise.synonyms={path} is no JSON of word: [words]; write it so")
+    return {word.lower(): tuple(words) for word, words in content.items() if words}

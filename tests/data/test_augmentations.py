@@ -1,0 +1,215 @@
+"""What fine-tuning does to pictures, labels and texts: against Pillow, against the formulas, the same on any ranks."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
+
+from pretrain.batch import Kinds, Layout, make_batch
+from pretrain.data import rand_augment
+from pretrain.data.codes import plain
+from pretrain.data.labelled import LabelledShards
+from pretrain.data.loader import Loader
+from pretrain.data.mixing import OTHER, SHARE, Mixing
+from pretrain.data.mixture import Loading, Mixture, View
+from pretrain.data.rand_augment import OPERATIONS, RandAugment
+from pretrain.data.sources import PairShards, TextShards
+from pretrain.data.text_noise import TextNoise
+from pretrain.data.transforms import ImageTransform, sample_rng
+from pretrain.objectives.classification import ClassificationHead
+from tests.toys import image_sample, picture, write_source
+
+LOOK = ImageTransform(size=16, scale=(0.8, 1.0), jitter=0.0)
+PICTURES = [picture(seed, 64, 64) for seed in range(3)] + [np.full((8, 8, 3), 9, np.uint8)]
+
+
+@pytest.mark.parametrize("pixels", PICTURES, ids=range(len(PICTURES)))
+def test_tables_are_pillows_to_the_digit(pixels):
+    image = Image.fromarray(pixels)
+    same = np.testing.assert_array_equal
+    same(rand_augment.equalize(pixels), np.asarray(ImageOps.equalize(image)))
+    near(rand_augment.autocontrast(pixels), ImageOps.autocontrast(image), 1)
+    for factor in (0.1, 0.7, 1.0, 1.36, 1.9):
+        near(rand_augment.brightness(pixels, factor), ImageEnhance.Brightness(image).enhance(factor), 1)
+        near(rand_augment.sharpness(pixels, factor), ImageEnhance.Sharpness(image).enhance(factor), 2)
+
+
+def near(own: np.ndarray, theirs: Image.Image, most: int) -> None:
+    assert np.abs(own.astype(int) - np.asarray(theirs).astype(int)).max() <= most
+
+
+def test_moves_are_pillows_but_for_rounding():
+    """Pillow asks where a pixel comes from, about its middle; OpenCV where it goes, about its corner."""
+    y, x = np.mgrid[:64, :64]
+    pixels = np.stack([2 * x + y, x + y, 3 * y], -1).astype(np.uint8)  # smooth: a bilinear filter is exact on it
+    image, grey = Image.fromarray(pixels), {"resample": Image.Resampling.BILINEAR, "fillcolor": (128, 128, 128)}
+    inside = slice(16, 48)
+
+    def transformed(*matrix: float) -> np.ndarray:
+        return np.asarray(image.transform(image.size, Image.Transform.AFFINE, matrix, **grey)).astype(int)
+
+    for own, theirs in (
+        (rand_augment.translate(pixels, x=7), transformed(1, 0, 7, 0, 1, 0)),
+        (rand_augment.translate(pixels, y=-3), transformed(1, 0, 0, 0, 1, -3)),
+        (rand_augment.shear(pixels, x=0.2), transformed(1, -0.2, 0, 0, 1, 0)),
+        (rand_augment.shear(pixels, y=-0.1), transformed(1, 0, 0, 0.1, 1, 0)),
+        (rand_augment.rotate(pixels, 20), np.asarray(image.rotate(20, Image.Resampling.BILINEAR)).astype(int)),
+    ):  # fmt: skip
+        assert np.abs(own[inside, inside].astype(int) - theirs[inside, inside]).max() <= 3
+    assert (rand_augment.translate(pixels, x=7)[:, -7:] == 128).all()
+
+
+def test_rand_augment_draws_the_same_numbers_whatever_it_does():
+    pixels, rest = PICTURES[0], set()
+    for name in OPERATIONS:
+        rng = sample_rng(0, 0, 5)
+        out = RandAugment(operations=(name,), probability=1.0)(pixels, rng)
+        rest.add(rng.random())
+        assert out.shape == pixels.shape and out.dtype == np.uint8 and (out is pixels) == (name == "identity")
+    assert len(rest) == 1
+    often = Counter()
+    for sample in range(400):
+        rng = sample_rng(1, 0, sample)
+        often[RandAugment(count=1)(pixels, rng) is pixels] += 1
+    assert abs(often[True] / 400 - 0.55) < 0.08, "half of them, and a tenth of the others is the identity"
+    before = pixels.copy()
+    look = replace(LOOK, size=64, rand_augment=RandAugment(probability=1.0, operations=("rotate",)))
+    look.finish(pixels.copy(), sample_rng(0, 0, 1))
+    assert (before == pixels).all()
+    still = replace(look, train=False)
+    assert (still.finish(pixels.copy(), None) == replace(LOOK, size=64, train=False).finish(pixels.copy(), None)).all()
+    assert "rand_augment" not in plain(LOOK) and plain(look)["rand_augment"]["count"] == 2, "old codes stay valid"
+
+
+def test_mixup_and_cutmix_blend_pictures_as_their_share_says():
+    one, other = PICTURES[0].transpose(2, 0, 1).copy(), PICTURES[1].transpose(2, 0, 1).copy()
+    a, b = one.astype(float), other.astype(float)
+    share = Mixing(mixup=0.8, cutmix=0.0).blend(one, other, sample_rng(0, 0, 0))
+    assert 0 < share < 1
+    np.testing.assert_allclose(one, share * a + (1 - share) * b, atol=0.51)
+    np.testing.assert_allclose(other, share * b + (1 - share) * a, atol=0.51)
+    for sample in range(20):
+        one, other = np.zeros((3, 64, 64), np.uint8), np.ones((3, 64, 64), np.uint8)
+        share = Mixing(mixup=0.0).blend(one, other, sample_rng(0, 0, sample))
+        assert share == 1 - one.mean() == other.mean()
+    shares = [Mixing(probability=0.5).blend(one, other, sample_rng(3, 0, sample)) for sample in range(200)]
+    assert 70 < sum(share == 1 for share in shares) < 130
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("labelled")
+    label = iter([0] * 12 + [1] * 6 + [2] * 6)
+
+    def labelled(number: int) -> dict:
+        return image_sample(f"s{number:02d}", number) | {"json": json.dumps({"label": next(label)}).encode()}
+
+    return write_source(place, [[labelled(8 * shard + n) for n in range(8)] for shard in range(3)])
+
+
+def loaded(source, ranks: int, size: int = 8, accumulation: int = 1, steps: int = 3, look=LOOK) -> list[list]:
+    """Each step's samples in the global order: key, picture, extra."""
+    out: list[list] = [[] for _ in range(steps)]
+    mixture = Mixture({"images": source}, {"images": size}, accumulation, 5, Loading(workers=0, streams=2))
+    for rank in range(ranks):
+        loader = Loader(mixture, View(transform=look), rank=rank, ranks=ranks)
+        for step, micro in enumerate(loader.batches(0, steps)):
+            for batch in micro:
+                for n, key in enumerate(batch.keys):
+                    extra = {name: float(value[n]) for name, value in batch.extra.items()}
+                    out[step].append((key, batch.images[n].numpy().tobytes(), extra))
+    return out
+
+
+def test_mixed_pictures_are_the_same_on_any_ranks_and_none_in_evaluation(shards):
+    plain_source = LabelledShards(str(shards), classes=3)
+    mixed = replace(plain_source, mixing=Mixing())
+    whole = loaded(mixed, 1)
+    assert whole == loaded(mixed, 2) == loaded(mixed, 4) == loaded(mixed, 2, accumulation=2)
+    bare = loaded(plain_source, 1)
+    for step, without in zip(whole, bare, strict=True):
+        assert [key for key, *_ in step] == [key for key, *_ in without]
+        for (_, _, a), (_, _, b) in zip(step[::2], step[1::2], strict=True):
+            assert (a[OTHER], b[OTHER], a[SHARE]) == (b["label"], a["label"], b[SHARE])
+        assert any(one != other for (_, one, _), (_, other, _) in zip(step, without, strict=True))
+    still = replace(LOOK, train=False)
+    assert loaded(mixed, 1, look=still) == loaded(plain_source, 1, look=still)
+    with pytest.raises(ValueError, match=r"blends pictures in pairs, but batch\.images=8 gives 1 to each of 8 data"):
+        loaded(mixed, 8)
+
+
+def test_the_loss_of_blended_labels_is_that_of_blended_targets():
+    torch.manual_seed(0)
+    head = ClassificationHead(6, 4, smoothing=0.1)
+    layout = Layout(images=3, patches=4)
+    extra = {"label": torch.tensor([0, 1, 3]), OTHER: torch.tensor([1, 0, 3]), SHARE: torch.tensor([0.3, 0.3, 1.0])}
+    batch = replace(make_batch(layout, images=torch.zeros(3, 3, 4, 4, dtype=torch.uint8)), extra=extra)
+    rows = torch.randn(3, 5, 6)
+    empty = torch.zeros(0, 0, 6)
+    encoded = Kinds(rows, empty, empty, empty)
+    share = extra[SHARE][:, None]
+    target = share * F.one_hot(extra["label"], 4) + (1 - share) * F.one_hot(extra[OTHER], 4)
+    wanted = F.cross_entropy(head.logits(encoded), 0.9 * target + 0.1 / 4)
+    torch.testing.assert_close(head(encoded, batch)["loss"], wanted)
+
+
+def test_weights_and_balance_decide_how_often_samples_come(shards):
+    def often(source, steps: int) -> Counter:
+        return Counter(key for step in loaded(source, 1, size=4, steps=steps) for key, *_ in step)
+
+    parts = tuple(str(shards / f"{number:05d}.tar") for number in range(3))
+    counts = often(LabelledShards(parts, weights=(0.5, 1.0, 0.0)), 6)  # two epochs of twelve
+    assert {key.split("/")[1]: 0 for key in counts}.keys() == {"00000", "00001"}
+    assert all(count == (1 if "/00000/" in key else 2) for key, count in counts.items()) and len(counts) == 16
+    # Twelve, six and six of each class: eight looks each in an epoch of 24.
+    steps = loaded(LabelledShards(str(shards), classes=3, balance=1.0), 2, size=4, steps=6)
+    assert Counter(extra["label"] for step in steps for *_, extra in step) == {0: 8, 1: 8, 2: 8}
+
+
+def test_noise_drops_and_replaces_words_and_leaves_the_pictures_generator_alone(tmp_path):
+    (tmp_path / "s.json").write_text(json.dumps({"Dog": ["hound"], "big": ["large", "huge"]}))
+    text = 'a big, "dog" sits on the grass'
+    noise = TextNoise(drop=0.0, replace=0.999, synonyms=str(tmp_path / "s.json"))
+    rng = sample_rng(0, 1, 2)
+    before = rng.random()
+    said = noise(text, sample_rng(0, 1, 2))
+    assert said in ('a large, "hound" sits on the grass', 'a huge, "hound" sits on the grass')
+    again = sample_rng(0, 1, 2)
+    noise(text, again)
+    assert again.random() == before and noise(text, sample_rng(0, 1, 2)) == said
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    lengths = [len(TextNoise(drop=0.3)(" ".join(words), sample_rng(0, 0, n)).split()) for n in range(200)]
+    assert abs(np.mean(lengths) - 7) < 0.4 and min(lengths) >= 1
+    assert TextNoise(drop=0.99)("word", sample_rng(0, 0, 0)) == "word", "something always stays"
+    assert PairShards("x", noise=noise).files == TextShards("x", noise=noise).files == (str(tmp_path / "s.json"),)
+    assert PairShards("x").files == ()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda: RandAugment(count=0), r"rand_augment\.count=0"),
+        (lambda: RandAugment(strength=11), r"rand_augment\.strength=11"),
+        (lambda: RandAugment(operations=("blur",)), r"rand_augment\.operations=.*use some of identity"),
+        (lambda: Mixing(mixup=-1), r"mixing\.mixup=-1"),
+        (lambda: Mixing(0.0, 0.0), "mix nothing; leave mixing out"),
+        (lambda: TextNoise(drop=1.0), r"noise\.drop=1\.0 is not a share"),
+        (lambda: TextNoise(replace=0.1), "set both or none"),
+        (lambda: TextNoise(0.1, 0.1, "/nowhere")("a word", sample_rng(0, 0, 0)), "noise.synonyms=/nowhere cannot be"),
+        (lambda: PairShards(("a", "b"), weights=(1.0,)), r"pairs\.weights=\(1\.0,\) are not one for each of the 2"),
+        (lambda: TextShards("a", weights=(0.0,)), "not all 0; 1 is one look an epoch"),
+        (lambda: LabelledShards("a", balance=2.0), r"images\.balance=2\.0 is not a share"),
+        (lambda: LabelledShards("a", balance=1.0, weights=(1.0,)), "does not go with images.weights"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_sentence(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        wrong()
