@@ -68,7 +68,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     graphs.add_argument("out", type=Path, help="a new directory")
     graphs.add_argument("--text-tokenizer", type=Path, help="where none lies beside them")
     graphs.add_argument("--int8", action="store_true", help="beside each file one whose matrices are int8")
-    taking = commands.add_parser("from-hf", help="CLIP, SigLIP, ViLT, BLIP, two encoders, what to-hf wrote -> ours")
+    taking = commands.add_parser(
+        "from-hf", help="CLIP, SigLIP, ALIGN, ViLT, BLIP, two encoders, what to-hf wrote -> ours"
+    )
     taking.add_argument("directory", type=Path, help="config, safetensors, tokenizer; with --text a vision encoder")
     taking.add_argument("out", type=Path, help="new directory, for a recipe's init_from")
     taking.add_argument("--text", type=Path, help="a text encoder's directory")

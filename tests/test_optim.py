@@ -91,15 +91,8 @@ TOWERS = {f"encoder.{tower}.model.embeddings.position_embedding.weight" for towe
 SIGLIP, BERT = TOWERS | {"encoder.vision.pool.probe"}, {"encoder.text.model.embeddings.position_embeddings.weight"}
 EXEMPT = {
     **{"tiny": LEARNED, "tiny_vlmo": VLMO, "beit3": LEARNED, "vlmo": VLMO, "vilt": LEARNED},
-    **{
-        "albef": ALBEF,
-        "tiny_albef": ALBEF,
-        "blip": ALBEF,
-        "tiny_blip": ALBEF,
-        "clip": TOWERS,
-        "siglip": SIGLIP,
-        "resnet50": BERT,
-    },
+    **dict.fromkeys(("albef", "tiny_albef", "blip", "tiny_blip"), ALBEF),
+    **{"clip": TOWERS, "siglip": SIGLIP, "resnet50": BERT, "align": BERT},
 }
 TINY_TOWERS = {"clip": TOWERS, "siglip": SIGLIP, "resnet_bert": BERT}
 TOKENIZER_EXEMPT = {

@@ -39,6 +39,7 @@ class Contrastive(Objective):
     # a text of the batch a pair. A small batch wants its own: far from it the first steps make all pictures alike.
     bias: float = SIGMOID_BIAS
     projection_bias: bool = False  # of the projections: ALBEF's and BLIP's have one
+    smoothing: float = 0.0  # of the softmax: the share of each target that all have in equal parts; ALIGN's is 0.1
     name = "contrastive"
 
     def __post_init__(self) -> None:
@@ -50,6 +51,10 @@ class Contrastive(Objective):
             raise ValueError(f"contrastive.embed_dim={self.embed_dim} is a projection's and project=False has none")
         if not self.project and self.projection_bias:
             raise ValueError("contrastive.projection_bias=True is a projection's and project=False has none; set False")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"contrastive.smoothing={self.smoothing} is no share; use at least 0 and less than 1")
+        if self.loss == "sigmoid" and self.smoothing:
+            raise ValueError(f"contrastive.smoothing={self.smoothing} is the softmax's; set 0, or use loss='softmax'")
         if self.loss != "sigmoid" and self.bias != SIGMOID_BIAS:
             raise ValueError(f"contrastive.bias={self.bias} is the sigmoid's; leave it out, or use loss='sigmoid'")
         if self.loss == "sigmoid" and self.temperature != CLIP_TEMPERATURE:
@@ -68,7 +73,7 @@ class Contrastive(Objective):
                 f"of {texts}; set project=True, or give one of the towers a projection"
             )
         options: Any = {"bias": self.bias if self.loss == "sigmoid" else None, "project": self.project}
-        options["projection_bias"] = self.projection_bias
+        options |= {"projection_bias": self.projection_bias, "smoothing": self.smoothing}
         return ContrastiveHead((images, texts), self.embed_dim, self.temperature, layers, **options)
 
     def problems(self, stage: Any) -> list[str]:
@@ -114,9 +119,11 @@ class ContrastiveHead(nn.Module):
         bias: float | None = None,
         project: bool = True,
         projection_bias: bool = False,
+        smoothing: float = 0.0,
     ):
         super().__init__()
         images, texts = widths
+        self.smoothing = smoothing
         self.width = embed_dim or images  # E of the unit vectors
         self.vision = Head(images, self.width, bias=projection_bias) if project else nn.Identity()
         self.language = Head(texts, self.width, bias=projection_bias) if project else nn.Identity()
@@ -158,9 +165,9 @@ class ContrastiveHead(nn.Module):
         scale = self._scale()
         own = torch.arange(first, first + len(images), device=images.device)
         to_text, to_image = scale * images @ all_texts.T, scale * texts @ all_images.T
-        loss = (F.cross_entropy(to_text, own) + F.cross_entropy(to_image, own)) / 2
+        losses = [F.cross_entropy(each, own, label_smoothing=self.smoothing) for each in (to_text, to_image)]
         return {
-            "loss": loss,
+            "loss": torch.stack(losses).mean(),
             "accuracy/image_to_text": (to_text.detach().argmax(-1) == own).float().mean(),
             "accuracy/text_to_image": (to_image.detach().argmax(-1) == own).float().mean(),
             "logit_scale": scale.detach().squeeze(),

@@ -1,5 +1,5 @@
-"""Stages of two towers under a contrast: CLIP [arXiv 2103.00020], SigLIP [arXiv 2303.15343], and a ResNet-50 beside a
-BERT. Data as for _beit3.py; one stage, `retrieval`, from scratch or from `init_from`.
+"""Stages of two towers under a contrast: CLIP [arXiv 2103.00020], SigLIP [arXiv 2303.15343], ALIGN [arXiv 2102.05918],
+and a ResNet-50 beside a BERT. Data as for _beit3.py; one stage, `retrieval`, from scratch or from `init_from`.
 
 Released weights come in by `python -m pretrain.export from-hf DIRECTORY OUT`, and by init_from=OUT.
 """
@@ -39,6 +39,16 @@ SIGLIP_B16 = DualTowers(
     vocab_size=32_000 + 2,
     max_text_len=65,
 )
+# EfficientNet-B7 beside BERT base with 64 ids, vectors of 640 [ALIGN 5], as in kakaobrain/align-base: transformers'
+# defaults. Published: 289 pixels, which its stride does not divide.
+ALIGN_B7 = DualTowers(
+    Tower("align_vision_model", {}, "mean"),
+    Tower("align_text_model", projection=640),
+    image_size=288,
+    patch_size=32,
+    vocab_size=30_522,
+    max_text_len=64,
+)
 # microsoft/resnet-50 and bert-base-uncased, in the shape of their papers [1512.03385, 1810.04805].
 RESNET50_BERT = DualTowers(
     Tower("resnet", {}, "mean", **IMAGENET_LOOK),
@@ -50,7 +60,14 @@ RESNET50_BERT = DualTowers(
 
 
 def recipe(
-    name: str, model: DualTowers, tokenizer: str, contrast: Contrastive, batch: int, steps: int, optim: Optim
+    name: str,
+    model: DualTowers,
+    tokenizer: str,
+    contrast: Contrastive,
+    batch: int,
+    steps: int,
+    optim: Optim,
+    look: ImageTransform = LOOK,
 ) -> Recipe:
     pairs = PairShards("$DATA/pairs", text_len=model.max_text_len)
     heldout = replace(pairs, shards="$DATA/heldout/pairs")
@@ -59,7 +76,7 @@ def recipe(
         batch=BatchSize(dual=batch),
         experts=("vision", "language"),
         objectives=(contrast,),
-        transform=LOOK,
+        transform=look,
         optim=optim,
         steps=steps,
         evals=(Retrieval(heldout, samples=5000),),

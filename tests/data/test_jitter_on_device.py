@@ -10,6 +10,7 @@ import torch
 
 from pretrain.batch import Batch
 from pretrain.data.loader import Loader
+from pretrain.data.rand_augment import RandAugment
 from pretrain.data.sources import ImageShards
 from pretrain.data.transforms import ImageTransform, sample_rng
 from pretrain.jitter import finished, jittered
@@ -106,3 +107,9 @@ def test_evaluation_leaves_nothing_to_the_device(build, mix: dict) -> None:
     loading = {"jitter_on_device": True}
     loader = build(transform=ImageTransform(size=SIZE, train=False), loading=loading)
     assert next(loader.batches(0, 1))[0].looks is None
+
+
+def test_what_comes_behind_them_keeps_flip_and_jitter_in_the_workers(build) -> None:
+    loading, transform = {"jitter_on_device": True}, ImageTransform(size=SIZE, rand_augment=RandAugment())
+    assert next(build(transform=transform, loading=loading).batches(0, 1))[0].looks is None
+    assert next(build(transform=ImageTransform(size=SIZE), loading=loading).batches(0, 1))[0].looks is not None

@@ -18,6 +18,7 @@ from pretrain.batch import BOS, EOS
 from pretrain.contracts import State
 from pretrain.models.towers.dual import DualTowers
 from pretrain.models.towers.tower import (
+    CONVOLUTIONAL,
     OWNED,
     POSITIONS_BEFORE,
     TEXT,
@@ -28,38 +29,49 @@ from pretrain.models.towers.tower import (
     read_directory,
 )
 
-WHOLE = {"clip": ("CLIPModel", "eos"), "siglip": ("SiglipModel", "last")}
+# Kinds: the class, and what stands for a picture and for a text.
+WHOLE = {
+    "clip": ("CLIPModel", "class", "eos"),
+    "siglip": ("SiglipModel", "attention", "last"),
+    "align": ("AlignModel", "mean", "class"),
+}
 # The pictures of each kind are seen so by their own processors.
 CLIP_LOOK: dict[str, Any] = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 IMAGENET_LOOK: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 LOOKS = {"clip_vision_model": CLIP_LOOK, "resnet": IMAGENET_LOOK, "efficientnet": IMAGENET_LOOK}
 STRIDE = 32  # of convolutional towers
+ALIGN_SIZE = 288  # it was trained at 289 pixels, whatever its config says (arXiv 2102.05918, 5)
 SIGLIP_POOL = {"attention.out_proj": "out", "layernorm": "norm", "mlp.fc1": "up", "mlp.fc2": "down"}
 
 
 def read_whole(directory: Path, own_ids: Sequence[int]) -> tuple[State, DualTowers]:
-    """A CLIP or SigLIP directory. `own_ids`: which row of its embedding each of our ids is, -1 for none. ValueError for
-    an incomplete directory, and a tokenizer that does not fit."""
+    """A CLIP, SigLIP or ALIGN directory. `own_ids`: which row of its embedding each of our ids is, -1 for none.
+    ValueError for an incomplete directory, and a tokenizer that does not fit."""
     kind = kind_of(directory)
-    name, pooling = WHOLE[kind]
+    name, seen, pooling = WHOLE[kind]
     state, read = read_directory(directory, name)
     siglip = kind == "siglip"
     if siglip:  # it pads by its end of text, and sees that
         own_ids = [own_ids[BOS], own_ids[EOS], *own_ids[EOS:]]
-    vision = _tower(read.vision_config, f"{kind}_vision_model", "attention" if siglip else "class")
+    vision = _tower(read.vision_config, f"{kind}_vision_model", seen)
     text = _tower(read.text_config, f"{kind}_text_model", pooling, bos=not siglip)
     if siglip:
         text = Tower(text.kind, text.settings, pooling, read.text_config.projection_size, False)
+    elif kind == "align":
+        text = Tower(text.kind, text.settings, pooling, read.projection_dim)
     model = _model(vision, text, read.vision_config, read.text_config, len(own_ids))
     ours = _named(state, "vision_model.", "encoder.vision.model.") | _named(state, "text_model.", "encoder.text.model.")
     heads = "objectives.contrastive."
     if siglip:
         ours = _siglip(ours)
         ours |= {f"{heads}logit_bias": state["logit_bias"].reshape(1)}
+    elif kind == "align":
+        ours |= _named(state, "text_projection.", "encoder.text.project.")
     else:
         sides = (("vision", "visual_projection"), ("language", "text_projection"))
         ours |= {f"{heads}{name}.weight": state[f"{theirs}.weight"] for name, theirs in sides}
-    ours |= {f"{heads}logit_scale": state["logit_scale"].reshape(1)}
+    scale = -state["temperature"].log() if kind == "align" else state["logit_scale"]
+    ours |= {f"{heads}logit_scale": scale.reshape(1)}
     return _checked(_reordered(ours, own_ids, directory), model, directory), model
 
 
@@ -99,6 +111,8 @@ def _tower(config: Any, kind: str, pooling: str, *, bos: bool = True) -> Tower:
 def _model(vision: Tower, text: Tower, seen: Any, read: Any, vocabulary: int) -> DualTowers:
     length = read.max_position_embeddings - POSITIONS_BEFORE.get(text.kind, 0) + (not text.bos)
     size = getattr(seen, "image_size", 224)
+    if vision.kind in CONVOLUTIONAL:  # any size will do
+        size = ALIGN_SIZE if vision.kind == "align_vision_model" else max(size // STRIDE, 1) * STRIDE
     return DualTowers(vision, text, size, getattr(seen, "patch_size", STRIDE), vocabulary, length)
 
 

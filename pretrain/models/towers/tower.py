@@ -29,16 +29,18 @@ VISION = {
     "vit": "ViTModel",
     "resnet": "ResNetModel",
     "efficientnet": "EfficientNetModel",
+    "align_vision_model": "AlignVisionModel",  # an EfficientNet without its last convolution
 }
 TEXT = {
     "clip_text_model": "CLIPTextModel",
     "siglip_text_model": "SiglipTextModel",
     "bert": "BertModel",
     "roberta": "RobertaModel",
+    "align_text_model": "AlignTextModel",
 }
 KINDS = VISION | TEXT
-WITHOUT_CLASS_ROW = ("siglip_vision_model", "resnet", "efficientnet")
-CONVOLUTIONAL = ("resnet", "efficientnet")
+CONVOLUTIONAL = ("resnet", "efficientnet", "align_vision_model")
+WITHOUT_CLASS_ROW = ("siglip_vision_model", *CONVOLUTIONAL)
 # RoBERTa's positions begin behind the number of its padding.
 POSITIONS_BEFORE = {"roberta": PAD + 1}
 POOLINGS = ("class", "mean", "attention")
@@ -85,6 +87,8 @@ class Tower:
     def rows_width(self) -> int:
         """Of the encoder's rows."""
         config = settings_of(self)
+        if self.kind == "align_vision_model":
+            return _rounded(config.out_channels[-1] * config.width_coefficient, config.depth_divisor)
         sizes = getattr(config, "hidden_sizes", None)
         return int(sizes[-1] if sizes else getattr(config, "hidden_size", None) or config.hidden_dim)
 
@@ -156,6 +160,13 @@ class TowerModule(nn.Module):
         return next(self.model.parameters()).dtype
 
 
+def _rounded(channels: float, divisor: int) -> int:
+    """An EfficientNet's channels times its width, as multiples of `divisor` and never 10 % less (arXiv 1905.11946's
+    code, transformers' round_filters)."""
+    near = max(divisor, int(channels + divisor / 2) // divisor * divisor)
+    return near if near >= 0.9 * channels else near + divisor
+
+
 def _pool_sizes(tower: Tower) -> tuple[int, int, int]:
     """(width, heads, feed-forward width), as the tower's own layers have them."""
     config, width = settings_of(tower), tower.rows_width
@@ -171,7 +182,7 @@ def build_model(tower: Tower, own: dict[str, Any]) -> Any:
     """transformers' module with fresh weights, without what no pooling of ours reads."""
     import transformers
 
-    options = {"add_pooling_layer": False} if tower.kind in ("vit", "bert", "roberta") else {}
+    options = {"add_pooling_layer": False} if tower.kind in ("vit", "bert", "roberta", "align_text_model") else {}
     model = getattr(transformers, KINDS[tower.kind])(_config(tower, own), **options)
     if tower.kind == "siglip_text_model":
         model.head = nn.Identity()  # Tower.projection is it

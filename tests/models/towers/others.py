@@ -39,7 +39,7 @@ def write_tokenizer(path: Path, kind: str) -> Path:
 
 
 def whole_model(kind: str) -> Any:
-    """A CLIPModel or SiglipModel whose norms, biases and head are away from where they start."""
+    """A CLIPModel, SiglipModel or AlignModel whose norms, biases and head are away from where they start."""
     import transformers
 
     torch.manual_seed(0)
@@ -48,11 +48,18 @@ def whole_model(kind: str) -> Any:
         words = SIZES | {"hidden_size": 24, "vocab_size": 22, "max_position_embeddings": LENGTH, "eos_token_id": 21,
                          "bos_token_id": 20, "pad_token_id": 21}  # fmt: skip
         config: Any = transformers.CLIPConfig(vision_config=picture, text_config=words, projection_dim=12)
+    elif kind == "align":
+        words = SIZES | {"vocab_size": 25, "max_position_embeddings": LENGTH, "pad_token_id": 0,
+                         "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
+        picture = {"image_size": 64, "width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320}
+        config = transformers.AlignConfig(vision_config=picture, text_config=words, projection_dim=80)
     else:
         words = SIZES | {"vocab_size": 23, "max_position_embeddings": LENGTH - 1, "projection_size": 16,
                          "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}  # fmt: skip
         config = transformers.SiglipConfig(vision_config=picture, text_config=words)
-    return moved(getattr(transformers, {"clip": "CLIPModel", "siglip": "SiglipModel"}[kind])(config))
+    return moved(
+        getattr(transformers, {"clip": "CLIPModel", "siglip": "SiglipModel", "align": "AlignModel"}[kind])(config)
+    )
 
 
 def moved(model: Any) -> Any:
@@ -68,7 +75,7 @@ def moved(model: Any) -> Any:
 def write_directory(path: Path, model: nn.Module, kind: str | None) -> Path:
     model.save_pretrained(path)  # type: ignore[operator]
     if kind is not None:
-        write_tokenizer(path / "tokenizer.json", kind)
+        write_tokenizer(path / "tokenizer.json", "bert" if kind == "align" else kind)
     return path
 
 

@@ -19,28 +19,33 @@ from pretrain.tensors import load_tensors
 from tests.models.towers.others import SIZES, as_theirs, dual_batch, moved, whole_model, write_directory
 
 NEAR = {"atol": 1e-5, "rtol": 1e-5}
-OBJECTIVES = {"clip": Contrastive(embed_dim=12), "siglip": Contrastive(loss="sigmoid", project=False)}
+OBJECTIVES = {
+    "clip": Contrastive(embed_dim=12),
+    "siglip": Contrastive(loss="sigmoid", project=False),
+    "align": Contrastive(temperature=1.0, project=False, smoothing=0.1),
+}
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("kind", OBJECTIVES)
 def test_a_whole_model_equals_its_reference(kind, tmp_path):
     theirs = whole_model(kind)
     from_huggingface(write_directory(tmp_path / "theirs", theirs, kind), None, tmp_path / "ours")
     state, config = read_weights(tmp_path / "ours")
     model = model_in(config, tmp_path, {DualTowers})
-    task = PretrainTask(model, ("vision", "language"), (OBJECTIVES[kind],))
+    task = PretrainTask(model, ("vision", "language"), (OBJECTIVES[kind],)).eval()
     load_tensors(task, state, "export")
     assert state.keys() == task.state_dict().keys()
     tokenizer = JsonTokenizer(tmp_path / "ours/text.json")
     order = tokenizer.own_ids
     assert model.vocab_size == tokenizer.vocab_size == len(order)
-    batch = dual_batch(model.vocab_size - 1)
+    batch = dual_batch(model.vocab_size - 1, size=64 if kind == "align" else 32)
     pixels = batch.images.float() / 255
     look = model.vision.mean, model.vision.std
     pixels = (pixels - torch.tensor(look[0]).view(3, 1, 1)) / torch.tensor(look[1]).view(3, 1, 1)
-    ids = as_theirs(batch.text_tokens, [order[0], order[2], *order[2:]])  # both pad by the end of text
+    end = order[1] if kind == "align" else order[2]  # the other two pad by the end of text
+    ids = as_theirs(batch.text_tokens, [order[0], end, *order[2:]])
     mask = (batch.text_tokens != PAD).long()
-    words = {"input_ids": ids, "attention_mask": mask} if kind == "clip" else {"input_ids": ids[:, 1:]}
+    words = {"input_ids": ids, "attention_mask": mask} if kind != "siglip" else {"input_ids": ids[:, 1:]}
     wanted = theirs(pixel_values=pixels, **words, return_loss=True)
 
     head = task.objectives["contrastive"]
@@ -53,13 +58,16 @@ def test_a_whole_model_equals_its_reference(kind, tmp_path):
     wanted.loss.backward()
     wanted_grads = {name: value.grad for name, value in theirs.named_parameters()}
     grads = {name: value.grad for name, value in task.named_parameters()}
-    assert all(value is not None and value.abs().max() > 0 for value in grads.values()), "a tensor takes no part"
+    assert all(value is not None and value.any() for value in grads.values()), "a tensor takes no part"
     _check_grads(grads, wanted_grads, kind, order)
 
 
 def _check_grads(grads, wanted, kind, order):
     named = released._named(wanted, "vision_model.", "encoder.vision.model.")
     named |= released._named(wanted, "text_model.", "encoder.text.model.")
+    if kind == "align":
+        named |= released._named(wanted, "text_projection.", "encoder.text.project.")
+        named = {name: value for name, value in named.items() if ".pooler." not in name}
     if kind == "siglip":
         named = released._siglip(named)
         order = [order[0], order[2], *order[2:]]
@@ -67,7 +75,7 @@ def _check_grads(grads, wanted, kind, order):
         if name.startswith("objectives."):
             continue
         other = named.pop(name)
-        if name.endswith("token_embedding.weight"):
+        if name.endswith(("token_embedding.weight", "word_embeddings.weight")):
             # Padding and end of text are two rows here and one there.
             table = torch.zeros_like(other).index_add_(0, torch.tensor(order).clamp(min=0), own)
             torch.testing.assert_close(table, other, **NEAR)
@@ -122,21 +130,27 @@ def test_two_directories_become_towers_with_their_outputs(vision, text, tmp_path
 
 
 def test_published_sizes_have_the_names_and_shapes_of_the_reference():
-    """transformers' defaults are CLIP ViT-B/32's and SigLIP base's."""
+    """transformers' defaults are CLIP ViT-B/32's, SigLIP base's and ALIGN base's, the last one's texts of 64 ids."""
     import transformers
 
-    from pretrain.recipes._towers import CLIP_B16, SIGLIP_B16
+    from pretrain.recipes._towers import ALIGN_B7, CLIP_B16, SIGLIP_B16
 
     with torch.device("meta"):
         clip = transformers.CLIPModel(transformers.CLIPConfig(vision_config={"patch_size": 16}))
         siglip = transformers.SiglipModel(transformers.SiglipConfig())
-        for model, theirs, vocabulary in ((CLIP_B16, clip, 49_408), (SIGLIP_B16, siglip, 32_000)):
+        align = transformers.AlignModel(transformers.AlignConfig(text_config={"max_position_embeddings": 64}))
+        every = (CLIP_B16, clip, 49_408), (SIGLIP_B16, siglip, 32_000), (ALIGN_B7, align, 30_522)
+        for model, theirs, vocabulary in every:
             own = model.build(()).state_dict()
             wanted = released._named(theirs.state_dict(), "vision_model.", "encoder.vision.model.")
             wanted |= released._named(theirs.state_dict(), "text_model.", "encoder.text.model.")
+            wanted |= released._named(theirs.state_dict(), "text_projection.", "encoder.text.project.")
+            wanted = {name: value for name, value in wanted.items() if theirs is not align or ".pooler." not in name}
+            wanted = wanted if theirs is not clip else {k: v for k, v in wanted.items() if ".project." not in k}
             wanted = released._siglip(wanted) if theirs is siglip else wanted
             shapes = {f"encoder.{name}": tuple(value.shape) for name, value in own.items()}
-            table = next(name for name in wanted if name.endswith("token_embedding.weight"))
+            tables = ("token_embedding.weight", "word_embeddings.weight")
+            table = next(name for name in wanted if name.endswith(tables))
             assert shapes.pop(table) == (model.vocab_size, wanted[table].shape[1])
             assert wanted.pop(table).shape[0] == vocabulary <= model.vocab_size
             assert shapes == {name: tuple(value.shape) for name, value in wanted.items()}

@@ -34,7 +34,7 @@ def copy(clip, to, without=(), **config):
         (("config.json",), {}, "holds no config.json"),
         (("model.safetensors",), {}, "pickled weights are not read"),
         (("tokenizer.json",), {}, "does not exist; give a tokenizer.json"),
-        ((), {"model_type": "gpt2"}, "holds a gpt2, not clip, siglip, vilt, blip or what"),
+        ((), {"model_type": "gpt2"}, "holds a gpt2, not clip, siglip, align, vilt, blip or what"),
     ],
 )
 def test_directories_of_the_wrong_kind(clip, without, config, said, tmp_path, capsys):
