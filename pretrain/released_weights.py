@@ -199,7 +199,8 @@ def read_model(directory: Path) -> tuple[State, MultiwayConfig, dict]:
     for name, value in state.items():
         check_type(directory, name, value.dtype)
     if not isinstance(model, MultiwayConfig):
-        raise ValueError(f"{directory} has a {type(model).__name__}, not an encoder; give the directory of an encoder")
+        name = type(model).__name__
+        raise ValueError(f"{directory} has a {name}, not a Multiway encoder; give the directory of one")
     return state, model, config
 
 

@@ -11,7 +11,8 @@ import torch
 
 from pretrain import export
 from pretrain.batch import PAD, Layout, make_batch
-from pretrain.config import BatchSize, Recipe, Stage
+from pretrain.checkpoint.weights import WEIGHTS, write_weights
+from pretrain.config import BatchSize, Recipe, Stage, to_json
 from pretrain.data.sources import PairShards
 from pretrain.layers import PLAIN, Layers
 from pretrain.models.decoder.encoder_decoder import EncoderDecoder
@@ -163,3 +164,9 @@ def test_directories_that_it_refuses(config, vision, said, tmp_path, capsys):
     (tmp_path / "x/config.json").write_text(json.dumps(told))
     assert said in refused(capsys, export.main, "from-hf", tmp_path / "x", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_only_multiway_encoders_are_written_out(tmp_path, capsys):
+    write_weights(PretrainTask(MODEL, (), (Captioning(),)).state_dict(), tmp_path / WEIGHTS, {"model": to_json(MODEL)})
+    said = refused(capsys, export.main, "to-hf", tmp_path, tmp_path / "out")
+    assert "has a EncoderDecoder, not a Multiway encoder; give the directory of one" in said
