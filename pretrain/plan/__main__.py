@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from pretrain.batch import Layout
 from pretrain.command import about, make_parser, run, write
 from pretrain.config import Stage
 from pretrain.parallel.ds_config import load_ds_config
@@ -32,7 +33,7 @@ from pretrain.plan.hardware import FRAGMENTS, GIB, GPUS, OUTSIDE
 from pretrain.plan.memory import Cell, Memory, peak_memory
 from pretrain.plan.model import Planned, micro_batch_layout, planned
 from pretrain.plan.page import page
-from pretrain.plan.time import Cluster, Time, step_time, whole_stage
+from pretrain.plan.time import FULL, Cluster, Lengths, Time, step_time, whole_stage
 from pretrain.recipes import load_recipe
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
@@ -57,7 +58,11 @@ class Plan(NamedTuple):
 
 
 def make_plan(
-    planned: Planned, cluster: Cluster, paths: list[Path], checkpointing: tuple[int, ...] = (0, 1, 4)
+    planned: Planned,
+    cluster: Cluster,
+    paths: list[Path],
+    checkpointing: tuple[int, ...] = (0, 1, 4),
+    lengths: Lengths = FULL,
 ) -> Plan:
     """Raises ValueError when no layout is legal, with a reason."""
     fits, too_large, illegal = [], [], defaultdict[str, list[str]](list)
@@ -66,7 +71,7 @@ def make_plan(
     for name, cell in tqdm(cells, desc="layouts", unit="", disable=None, leave=False):
         memory = peak_memory(planned, cell)
         if memory.total <= usable:
-            fits.append(Row(name, cell, memory, step_time(planned, cell, cluster)))
+            fits.append(Row(name, cell, memory, step_time(planned, cell, cluster, lengths)))
         else:
             too_large.append(Row(name, cell, memory, None))
     reasons = {reason: (len(each), each[0]) for reason, each in illegal.items()}
@@ -135,17 +140,25 @@ def _accumulations(planned: Planned, data: int) -> list[int]:
     return [n for n in possible if not _objections(stage, Parallel(), n)]
 
 
-def report(plan: Plan, top: int) -> dict[str, Any]:
+def report(plan: Plan, top: int, lengths: Lengths = FULL) -> dict[str, Any]:
     """The plan as plain JSON values; memory in GiB, seconds, bytes that one GPU sends in a step."""
     return {
         "what": "counted memory and modelled time; nothing here was measured",
         "parameters": sum(p.real for p in plan.planned.parameters),
         "gpus": plan.cluster.gpus,
+        "rows": _rows(plan, lengths),
         "layouts": [_row(plan, row) for row in plan.fits[:top]],
         "too_large": len(plan.too_large),
         "nearest_too_large": [_row(plan, row) for row in plan.too_large[:1]],
         "illegal": [{"layouts": count, "example": sentence} for count, sentence in plan.illegal.values()],
     }
+
+
+def _rows(plan: Plan, lengths: Lengths) -> dict[str, float]:
+    """Of one step over all GPUs: what the padded batch holds, what goes through the blocks, and the share between."""
+    layout = micro_batch_layout(plan.planned, 1)
+    exist, computed = layout.rows, round(lengths.real(layout).rows)
+    return {"exist": exist, "computed": computed, "padding": round(1 - computed / exist, 4)}
 
 
 def _row(plan: Plan, row: Row) -> dict[str, Any]:
@@ -167,6 +180,7 @@ def _row(plan: Plan, row: Row) -> dict[str, Any]:
             "seconds": {n: round(getattr(time, n), 4) for n in ("compute", "communication", "bubble", "optimizer")},
             "samples_per_s": round(plan.planned.stage.batch.total / time.step, 1),
             "mfu": round(time.mfu(plan.cluster), 4),
+            "mfu_real": round(time.mfu_real(plan.cluster), 4),
             "mfu_executed": round(time.mfu_executed(plan.cluster), 4),
             "bubble": round(time.bubble_share, 4),
             "sent_bytes": {kind: round(size) for kind, size in time.sent.items() if size},
@@ -190,11 +204,22 @@ def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
     # Dropping a layout's own sizes: the plan tries them all.
     stage = replace(stage, parallel=Parallel(), activation_checkpointing=0)
     paths = [Path(p) for p in args.ds] or sorted(CONFIGS.glob("*.json"))
-    plan = make_plan(planned(recipe, stage), Cluster(gpu, args.gpus, args.node), paths)
-    facts = about("pretrain.plan", argv) | report(plan, args.top)
+    lengths = _lengths(args, micro_batch_layout(known := planned(recipe, stage), 1))
+    plan = make_plan(known, Cluster(gpu, args.gpus, args.node), paths, lengths=lengths)
+    facts = about("pretrain.plan", argv) | report(plan, args.top, lengths)
     if not args.json:
         print(page(facts, args))
     write(facts, args.out, show=args.json)
+
+
+def _lengths(args: argparse.Namespace, layout: Layout) -> Lengths:
+    for name, full in (("pair_ids", layout.pair_len), ("text_ids", layout.text_len)):
+        mean, option = getattr(args, name), f"--{name.replace('_', '-')}"
+        if mean is not None and not full:
+            raise ValueError(f"{option}={mean:g}, but the stage has no such texts; leave it out")
+        if mean is not None and not 2 <= mean <= full:
+            raise ValueError(f"{option}={mean:g} is no mean of texts of 2 to {full} ids; use one of these")
+    return Lengths(args.pair_ids, args.text_ids)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -210,6 +235,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ds", action="append", default=[], metavar="JSON", help="only this DeepSpeed JSON; repeatable"
     )
+    full = "BOS and EOS included: the rest is padding, which is not computed (all are full)"
+    parser.add_argument("--pair-ids", type=float, metavar="MEAN", help=f"ids of a pair's text, {full}")
+    parser.add_argument("--text-ids", type=float, metavar="MEAN", help="the same of texts seen alone")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the recipe")
     parser.add_argument("--top", type=int, default=10, help="layouts to show (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -14,7 +14,11 @@ def page(facts: dict[str, Any], args: argparse.Namespace) -> str:
     """`facts` is plan.report's."""
     head = f"{args.recipe} {args.stage}: {facts['parameters'] / 1e6:,.0f} M parameters on {args.gpus} x {args.gpu}"
     lines = [head, "memory is counted, time is a model (pretrain/plan/hardware.py); nothing here was measured", ""]
-    rows = facts["layouts"]
+    rows, step = facts["layouts"], facts["rows"]
+    said = (
+        f"{step['padding']:.1%} are padding" if step["padding"] else "texts are taken as full; --pair-ids, --text-ids"
+    )
+    lines[-1:] = [f"a step has {step['exist']:,} rows, of which {step['computed']:,} are computed: {said}", ""]
     if rows:
         lines += [*_table(rows), "", *_detail(rows[0], args)]
     else:
@@ -39,7 +43,7 @@ def page(facts: dict[str, Any], args: argparse.Namespace) -> str:
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"{'':3} {'DeepSpeed JSON':18} {'T':>2} {'P':>2} {'S':>2} {'data':>4} {'acc':>4} {'ckpt':>4}"
-        f" {'step s':>7} {'samples/s':>9} {'MFU':>5} {'done':>5} {'bubble':>6}"
+        f" {'step s':>7} {'samples/s':>9} {'MFU':>5} {'real':>5} {'done':>5} {'bubble':>6}"
         f" {'GiB':>6} = {'par':>5} {'grad':>5} {'opt':>5} {'act':>5} {'work':>5} {'buf':>5}"
     ]
     for number, row in enumerate(rows, 1):
@@ -48,13 +52,14 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"{number:3} {name:18} {row['tensor']:2} {row['pipe']:2} {row['sequence']:2} {row['data']:4} "
             f"{row['accumulation']:4} {row['checkpointing']:4} {row['step_s']:7.3f} "
-            f"{row['samples_per_s']:9.0f} {row['mfu']:5.0%} {row['mfu_executed']:5.0%} {row['bubble']:6.1%} "
+            f"{row['samples_per_s']:9.0f} {row['mfu']:5.0%} {row['mfu_real']:5.0%} {row['mfu_executed']:5.0%} {row['bubble']:6.1%} "
             f"{memory['total']:6.1f} = {parts}"
         )
     return [
         *lines,
         "T, P, S: tensor, pipe and sequence ranks; ckpt: blocks between saved inputs, 0 saves everything",
-        "MFU counts all model FLOPs, done those that are computed: not gradients of frozen weights, nor unread rows",
+        "MFU counts all model FLOPs, real those of rows that are no padding, done those of these that are computed: not "
+        "gradients of frozen weights, nor unread rows",
     ]
 
 

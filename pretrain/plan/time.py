@@ -5,8 +5,10 @@ Every constant is in hardware.py. The result ranks layouts; it is no measurement
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import NamedTuple, cast
 
+from pretrain.batch import Layout
 from pretrain.flops import Product, encoder_flops, product_flops
 from pretrain.plan.hardware import (
     ADAM_BYTES,
@@ -41,6 +43,22 @@ class Cluster(NamedTuple):
     node: int  # GPUs of a node
 
 
+class Lengths(NamedTuple):
+    """The mean ids of a pair's text and of a text alone, BOS and EOS included; None: all are full, without padding."""
+
+    pair: float | None = None
+    text: float | None = None
+
+    def real(self, layout: Layout) -> Layout:
+        """The layout without padding: see Batch.real_layout."""
+        full = layout.pair_len, layout.text_len
+        pair, text = (min(mean or most, most) for mean, most in zip(self, full, strict=True))
+        return replace(layout, pair_len=cast(int, pair), text_len=cast(int, text))
+
+
+FULL = Lengths()
+
+
 class Time(NamedTuple):
     """Seconds of one optimizer step on paper, and what one GPU sends for it."""
 
@@ -49,7 +67,8 @@ class Time(NamedTuple):
     bubble: float
     optimizer: float
     sent: dict[str, float]  # bytes by kind
-    flops: float  # of the whole step over all GPUs, as MFU counts them
+    flops: float  # of the whole step over all GPUs, as MFU counts them: padding too
+    real: float  # the same without padding
     executed: float  # of these, what is computed
 
     @property
@@ -63,21 +82,26 @@ class Time(NamedTuple):
     def mfu(self, cluster: Cluster) -> float:
         return self.flops / self.step / cluster.gpus / cluster.gpu.peak
 
+    def mfu_real(self, cluster: Cluster) -> float:
+        return self.real / self.step / cluster.gpus / cluster.gpu.peak
+
     def mfu_executed(self, cluster: Cluster) -> float:
         return self.executed / self.step / cluster.gpus / cluster.gpu.peak
 
 
-def step_time(planned: Planned, cell: Cell, cluster: Cluster) -> Time:
-    """Of the slowest pipeline stage: each waits for it."""
+def step_time(planned: Planned, cell: Cell, cluster: Cluster, lengths: Lengths = FULL) -> Time:
+    """Of the slowest pipeline stage: each waits for it. Padding, which `lengths` tells, goes through no block."""
+    counted = micro_flops(planned, cell) * cell.accumulation * cell.data
+    cell = replace(cell, layout=lengths.real(cell.layout))
     micro = max(_micro_step(planned, cell, cluster, parts) for parts in stage_runs(planned, cell.layout, _pipe(cell)))
     micro += target_flops(planned, cell.layout) / (cluster.gpu.peak * cluster.gpu.matmul) if cell.targets else 0.0
     compute = micro * cell.accumulation
     bubble = micro * (_pipe(cell) - 1)
     sent, waits, hidden = _communication(planned, cell, cluster)
     shown = waits + max(hidden - OVERLAP[cell.stage] * compute, (1 - OVERLAP[cell.stage]) * hidden)
-    flops = micro_flops(planned, cell) * cell.accumulation * cell.data
+    real = micro_flops(planned, cell) * cell.accumulation * cell.data
     executed = executed_micro_flops(planned, cell) * cell.accumulation * cell.data
-    return Time(compute, shown, bubble, _adam(planned, cell, cluster), sent, flops, executed)
+    return Time(compute, shown, bubble, _adam(planned, cell, cluster), sent, counted, real, executed)
 
 
 class Whole(NamedTuple):

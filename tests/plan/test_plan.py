@@ -17,7 +17,7 @@ from pretrain.plan.__main__ import CONFIGS, main, make_plan
 from pretrain.plan.hardware import GPUS
 from pretrain.plan.memory import Cell, gathered_elements, peak_memory
 from pretrain.plan.model import micro_batch_layout, planned, stage_runs, target_elements
-from pretrain.plan.time import KINDS, Cluster, micro_flops, step_time, whole_stage
+from pretrain.plan.time import KINDS, Cluster, Lengths, micro_flops, step_time, whole_stage
 from pretrain.recipes import load_recipe
 from pretrain.run.build import build_task
 
@@ -221,6 +221,8 @@ def test_the_example_of_the_help_works(capsys):
         (["--recipe", "tiny", "--stage", "fusion", "--gpus", "0"], "--gpus=0 is below 1"),
         (["--recipe", "tiny", "--stage", "fusion", "--gpus", "7"], "no layout is legal on 7 GPUs"),
         (["--recipe", "tiny", "--stage", "fusion", "--set", "batch.imagse=3"], "images"),
+        (["--recipe", "beit3_base", "--pair-ids", "65"], "--pair-ids=65 is no mean of texts of 2 to 64 ids"),
+        (["--recipe", "beit3_base", "--stage", "vision", "--pair-ids", "9"], "--pair-ids=9, but the stage has no such"),
     ],
 )
 def test_mistakes_are_one_sentence(capsys, arguments, says):
@@ -229,6 +231,35 @@ def test_mistakes_are_one_sentence(capsys, arguments, says):
     said = capsys.readouterr()
     assert said.out == "" and said.err.startswith("error: ") and says in said.err
     assert len(said.err.strip().splitlines()) == 1
+
+
+def test_padding_is_counted_and_not_computed(capsys):
+    line = ["--recipe", "beit3_base", "--gpus", "8", "--top", "1", "--ds", str(CONFIGS / "zero1_bf16.json")]
+    full, short = run(capsys, *line), run(capsys, *line, "--pair-ids", "26", "--text-ids", "150.5")
+    # 2048 of each kind: pictures of 197 rows, pairs' texts of 64, texts of 196.
+    exist = 2048 * (197 + 197 + 64 + 196)
+    assert full["rows"] == {"exist": exist, "computed": exist, "padding": 0.0}
+    computed = 2048 * (197 + 197 + 26 + 150.5)
+    assert short["rows"] == {"exist": exist, "computed": computed, "padding": round(1 - computed / exist, 4)}
+    (one,), (other,) = full["layouts"], short["layouts"]
+    assert one["mfu"] == one["mfu_real"] and other["mfu_real"] < other["mfu"]
+    # What is computed takes its time; MFU counts what exists in it.
+    assert other["step_s"] < (1 - 0.9 * short["rows"]["padding"]) * one["step_s"]
+    assert other["memory_gib"] == one["memory_gib"], "a batch without padding must fit too"
+    assert main([*line, "--pair-ids", "26"]) == 0
+    page = capsys.readouterr().out
+    assert f"a step has {exist:,} rows, of which 1,261,568 are computed: 5.8% are padding" in page
+
+
+def test_the_plan_s_real_rows_are_those_that_training_counts():
+    plan, lengths = a_plan("tiny", "fusion"), Lengths(5.0, 9.5)
+    one = cell(plan, gpus=1, accumulation=1)
+    real = replace(one.layout, pair_len=5.0, text_len=9.5)
+    step = step_time(plan, one, NODE._replace(gpus=1), lengths)
+    task, model, stage = plan.stage.task, plan.model, plan.stage
+    assert step.real == pytest.approx(task.flops(model, stage, real)) and step.flops == pytest.approx(
+        task.flops(model, stage, one.layout)
+    )
 
 
 def test_contrast_is_never_accumulated():
