@@ -1,0 +1,163 @@
+"""Copies on the nodes (--set copy_every=1): what they cost a step, and what they save where a node is lost.
+
+    python -m benchmarks.node_copies --out benchmarks/results/node_copies.json
+
+Two ranks on this machine are two nodes, each with a directory of its own for its copies. `cost`: steps of --recipe with
+a copy begun after each (left out while the one before is being written) and steps without, in turns, in the same
+processes. `loss`: a small run saves every --save-every steps to its run directory; at about three quarters of that
+both ranks are killed, one node's directory is removed, and the run is started again: seconds from the kill until it is
+further than before, with copies and without, in turns. Medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.checkpoint_stall import MOST_STEPS, _stepper
+from benchmarks.record import machine
+from benchmarks.throughput import parameters, write_shards, write_visual_tokenizer
+from pretrain.checkpoint.copies import LOCAL, open_copies
+from pretrain.checkpoint.saver import IDLE, Saver
+from pretrain.command import about, make_parser, run, write
+from pretrain.distributed import device, highest, rank
+from pretrain.lives import read_lives
+from pretrain.metrics import last_step
+from pretrain.parallel.faults import Watch
+from pretrain.recipes import load_recipe
+from pretrain.run.build import build_run
+from tests.distributed import run_ranks
+from tests.small_run import Ranks, command, tokenizer_of, train_stage, write_data
+
+WAYS, STAGE = ("without", "with"), "fusion"
+
+
+def be_node(place: Path, number: int) -> None:
+    os.environ.update({LOCAL: str(place / f"node{number}"), "SLURMD_NODENAME": f"node{number}"})
+
+
+def rank_cost(args: argparse.Namespace, place: Path) -> dict[str, Any]:
+    """On one of two ranks."""
+    recipe, stage = load_recipe(args.recipe, args.stage, args.set)
+    os.environ["DATA"] = str(place)
+    be_node(place, rank())
+    (place / "stage").mkdir(exist_ok=True)
+    watch = Watch()
+    built = build_run(recipe, replace(stage, init_from=None), args.ds, place, watch)
+    take = _stepper(built, built.loader.batches(0, MOST_STEPS))
+    saver = Saver(built.engine, place / "stage", watch, mesh=built.mesh, copies=open_copies(place / "stage", 0))
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    begun, step = 0, 0
+    # The first round makes AdamW's moments and the copies' memory, and is not counted.
+    for number in range(args.rounds + 1):
+        for way in sorted(WAYS, reverse=bool(number % 2)):
+            for _ in range(args.steps):
+                start, step = time.perf_counter(), step + 1
+                take()
+                saver.advance(highest([saver.state], device())[0])
+                if way == "with":
+                    before = saver.step
+                    saver.copy(step, {})
+                    begun += int(number > 0 and saver.step != before)
+                if number:
+                    seconds[way].append(time.perf_counter() - start)
+            saver.finish()
+    watch.stop()
+    medians = {way: statistics.median(of_way) for way, of_way in seconds.items()}
+    return {
+        "parameters": parameters(built),
+        "step_s": {way: round(median, 4) for way, median in medians.items()},
+        "ratio": round(medians["with"] / medians["without"], 3),
+        "steps_for_each_copy": round(len(seconds["with"]) / max(begun, 1), 2),
+        "failed": saver.state != IDLE,
+    }
+
+
+def loss(args: argparse.Namespace, data: Path, place: Path, way: str) -> dict[str, float]:
+    """One run with one lost node."""
+    steps, struck_at = 2 * args.save_every, 3 * args.save_every // 4
+    line = command(data, place / "run", STAGE, tokenizer_of(data), f"steps={steps}", ds="zero1.json")
+    for setting in (f"save_every={args.save_every}", f"copy_every={int(way == 'with')}", "trace_samples=false"):
+        line += ["--set", setting]
+    stage, log = place / "run" / STAGE, place / "log"
+    ranks = Ranks(line, data, 2, log, partial(be_node, place))
+    wait_until(lambda: last_step(stage) >= struck_at, log)
+    ranks.kill()
+    start, reached = time.monotonic(), last_step(stage)
+    shutil.rmtree(place / "node1", ignore_errors=True)
+    ranks = Ranks(line, data, 2, log, partial(be_node, place))
+    try:
+        wait_until(lambda: len(read_lives(stage)) > 1 and last_step(stage) > reached, log)
+        return {"seconds": time.monotonic() - start, "steps": read_lives(stage)[1].repeated}
+    finally:
+        ranks.kill()
+
+
+def wait_until(condition: Any, log: Path, seconds: float = 600) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise ValueError(f"the run came no further within {seconds:.0f} s: {log.read_text()[-2000:]}")
+        time.sleep(0.02)
+
+
+def losses(args: argparse.Namespace, place: Path) -> dict[str, Any]:
+    data = write_data(place / "data")
+    if (done := train_stage(data, data / "start", "tokenizer", CUDA_VISIBLE_DEVICES="")).returncode:
+        raise ValueError(f"the tokenizer of the runs could not be trained: {done.stderr[-500:]}")
+    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for number in range(args.rounds):
+        for way in sorted(WAYS, reverse=bool(number % 2)):
+            own = place / f"{way}{number}"
+            own.mkdir()
+            found[way].append(loss(args, data, own, way))
+    return {
+        f"{way} copies": {
+            "seconds": round(statistics.median(each["seconds"] for each in of_way), 2),
+            "steps_done_again": statistics.median(each["steps"] for each in of_way),
+        }
+        for way, of_way in found.items()
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = make_parser("benchmarks.node_copies", __doc__, "--rounds 2")
+    parser.add_argument("--recipe", default="tiny", help="of `cost` (%(default)s)")
+    parser.add_argument("--stage", default=STAGE, help="of `cost` (%(default)s)")
+    parser.add_argument("--ds", default="ds_configs/zero1.json", help="of `cost` (%(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in training, of `cost`")
+    parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--steps", type=int, default=10, help="of `cost`, in each round and way (%(default)s)")
+    parser.add_argument("--save-every", type=int, default=200, help="of `loss` (%(default)s)")
+    parser.add_argument("--work", type=Path, help="a directory for all files (default: that of temporary files)")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args(arguments)
+    return run(lambda: _run(args, arguments), state="nothing was written")
+
+
+def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
+    for name in ("rounds", "steps", "save_every"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={getattr(args, name)} is below 1; use 1 or more")
+    facts = about("benchmarks.node_copies", arguments) | machine("torch", "deepspeed")
+    recipe, stage = load_recipe(args.recipe, args.stage, args.set)
+    with tempfile.TemporaryDirectory(prefix="node_copies", dir=args.work) as name:
+        place = Path(name)
+        os.environ["DATA"] = str(place / "cost")
+        write_shards(place / "cost", stage, 16)
+        write_visual_tokenizer(recipe, stage, place / "cost")
+        cost, _ = run_ranks(rank_cost, 2, args, place / "cost", timeout=1800)
+        write(facts | {"cost": cost, "loss": losses(args, place)}, args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
