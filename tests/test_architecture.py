@@ -17,7 +17,7 @@ FLOORS = [
     {"recipes"},
     {"run", "report", "plan", "released_names"},
     {"hub", "released_weights"},
-    {"train", "evaluate", "encode_images", "status", "launch"},
+    {"train", "evaluate", "encode_images", "status", "launch", "checkpoints"},
     {"stored_model"},
     {"pretrained", "onnx"},
     {"portions", "clip_benchmark", "serving", "export"},

@@ -66,7 +66,7 @@ def write_tensors(state: dict[str, Tensor], path: Path, config: dict[str, Any]) 
     state = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
     digest = hashlib.sha256()
     for name, value in state.items():
-        _hash_tensor(digest, name, value)
+        hash_tensor(digest, name, value)
     header = {"config": config, "sha256": digest.hexdigest()}
     with _saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,19 +117,30 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def read_apart(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The same with adapters as they are."""
     state = {}
-    with _open_safetensors(path) as (file, header):
+    with open_weights(path) as (file, header):
         digest = hashlib.sha256()
         for name in sorted(file.keys()):
             state[name] = file.get_tensor(name)
-            _hash_tensor(digest, name, state[name])
+            hash_tensor(digest, name, state[name])
             check_finite(path, name, state[name])
-        _check_digest(path, header, digest)
+        check_digest(path, header, digest)
     return state, header.get("config", {})
+
+
+def check_weights(path: Path) -> None:
+    """ValueError as for `read_weights`. Memory holds one tensor at a time."""
+    with open_weights(path) as (file, header):
+        digest = hashlib.sha256()
+        for name in sorted(file.keys()):
+            value = file.get_tensor(name)
+            hash_tensor(digest, name, value)
+            check_finite(path, name, value)
+        check_digest(path, header, digest)
 
 
 def weights_header(path: Path) -> dict[str, Any]:
     """Our header of a weights.safetensors: `config` and `sha256`; {} for a file of other origin."""
-    with _open_safetensors(path) as (_, header):
+    with open_weights(path) as (_, header):
         return header
 
 
@@ -150,10 +161,10 @@ def matches_entry(path: Path, entry: dict[str, Any]) -> bool:
     """Whether the file is the one of `weights_entry`. Raises OSError and ValueError where it cannot be read."""
     if _header_hash(path) != entry["header"]:
         return False
-    with _open_safetensors(path) as (file, _):
+    with open_weights(path) as (file, _):
         digest = hashlib.sha256()
         for name in sorted(file.keys()):
-            _hash_tensor(digest, name, file.get_tensor(name))
+            hash_tensor(digest, name, file.get_tensor(name))
     return digest.hexdigest() == entry["sha256"]
 
 
@@ -179,7 +190,7 @@ def load_handover(
     number in it is not finite, if a type would lose digits, or if a shape is still wrong (with its name and both
     shapes)."""
     wanted = wanted.state_dict(keep_vars=True) if isinstance(wanted, nn.Module) else wanted
-    with _open_safetensors(path) as (file, header), torch.no_grad():
+    with open_weights(path) as (file, header), torch.no_grad():
         names = sorted(file.keys())
         if LORA in header.get("config", {}) and not any(is_adapter(name) for name in wanted):
             raise ValueError(
@@ -203,12 +214,12 @@ def load_handover(
         digest = hashlib.sha256()
         for name in names:
             value = file.get_tensor(name)
-            _hash_tensor(digest, name, value)
+            hash_tensor(digest, name, value)
             check_finite(path, name, value)
             if name in wanted:
                 check_type(path, name, value.dtype, wanted[name].dtype)
                 fill(wanted[name], adapted.get(name, value))
-        _check_digest(path, header, digest)
+        check_digest(path, header, digest)
     loaded = [name for name in names if name in wanted]
     # With attention per modality, vision and language share no names: such a stage only passes the weights on.
     if not loaded and "model" not in header.get("config", {}):
@@ -274,7 +285,7 @@ class HashedFile:
 
 
 @contextmanager
-def _open_safetensors(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
+def open_weights(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     """The open safetensors file and our header: {} in files of other origin."""
     from safetensors import SafetensorError
 
@@ -301,12 +312,12 @@ def _our_header(path: Path, text: str) -> dict[str, Any]:
     return header
 
 
-def _hash_tensor(digest, name: str, value: Tensor) -> None:
+def hash_tensor(digest, name: str, value: Tensor) -> None:
     digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
     digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def _check_digest(path: Path, header: dict[str, Any], digest) -> None:
+def check_digest(path: Path, header: dict[str, Any], digest) -> None:
     if header.get("sha256", digest.hexdigest()) != digest.hexdigest():
         raise ValueError(
             f"{path} is damaged: its tensors do not match its hash; remove it and run its stage again, which rewrites "
