@@ -35,15 +35,18 @@ class Retrieval(Evaluation):
 
     With CaptionShards a picture has several captions, and numbers are those of the published protocol (Karpathy's
     splits): a picture's query is a hit if any of its captions is among the k best, a caption's only if its own picture
-    is. `samples` counts pictures: 5000 for COCO's 5K protocol, 1000 for Flickr30k or one fold of COCO's 1K protocol.
+    is. `samples` counts pictures: 5000 for COCO's 5K protocol, 1000 for Flickr30k. With `folds` above 1 the same
+    vectors are also compared inside that many equal parts, and the means over these stand under `folds`: 5 of 5000 are
+    COCO's 1K protocol (VSE++, arXiv 1707.05612, 4.1). The parts are consecutive pictures in the order of the shards.
     """
 
     pairs: PairShards
     samples: int = 1000
     batch: int = 128
+    folds: int = 1
 
     def __post_init__(self) -> None:
-        check_counts(samples=self.samples, batch=self.batch)
+        check_counts(samples=self.samples, batch=self.batch, folds=self.folds)
 
     def problems(self, stage: Any) -> list[str]:
         return missing_head(stage, "contrastive")
@@ -59,8 +62,10 @@ class Retrieval(Evaluation):
             _, caption = candidates.tokens.unique(dim=0, return_inverse=True)
             right |= (caption[:, None] == caption[None, :]).to(right.device)
         scores = candidates.images @ candidates.texts.T
-        metrics = {f"retrieval/image_to_text/{k}": v for k, v in recall(scores, right).items()}
-        metrics |= {f"retrieval/text_to_image/{k}": v for k, v in recall(scores.T, right.T).items()}
+        metrics = {f"retrieval/{name}": value for name, value in both_ways(scores, right).items()}
+        if self.folds > 1:
+            means = mean_of_folds(scores, right, candidates.owner, self.folds)
+            metrics |= {f"retrieval/folds/{name}": value for name, value in means.items()}
         metrics["retrieval/candidates"] = float(len(candidates.images))
         if len(candidates.texts) != len(candidates.images):
             metrics["retrieval/captions"] = float(len(candidates.texts))
@@ -158,6 +163,27 @@ def first_right(scores: Tensor, right: Tensor) -> Tensor:
     best = scores.masked_fill(~right, -torch.inf).max(-1, keepdim=True).values
     # Not `scores >= best`: no number compares with NaN, and a diverged model must not look perfect.
     return (~(scores < best) & ~right).sum(-1)
+
+
+def both_ways(scores: Tensor, right: Tensor) -> dict[str, float]:
+    """`recall` of pictures and of texts, by direction."""
+    metrics = {f"image_to_text/{k}": value for k, value in recall(scores, right).items()}
+    return metrics | {f"text_to_image/{k}": value for k, value in recall(scores.T, right.T).items()}
+
+
+def mean_of_folds(scores: Tensor, right: Tensor, owner: Tensor, folds: int) -> dict[str, float]:
+    """Of scores [N, M] of N pictures and the M captions that they own, in their order: the means of `both_ways` over
+    equal parts of the pictures, each with its own captions; and `candidates`, the pictures of a part. ValueError where
+    the parts are not equal."""
+    pictures, parts = len(scores), list[dict[str, float]]()
+    if pictures % folds:
+        raise ValueError(f"evals: {pictures} pictures do not make folds={folds} equal parts; use samples that do")
+    size = pictures // folds
+    for start in range(0, pictures, size):
+        first, last = torch.searchsorted(owner, torch.tensor([start, start + size], device=owner.device)).tolist()
+        rows, columns = slice(start, start + size), slice(first, last)
+        parts.append(both_ways(scores[rows, columns], right[rows, columns]))
+    return {name: sum(part[name] for part in parts) / folds for name in parts[0]} | {"candidates": float(size)}
 
 
 def recall(scores: Tensor, right: Tensor) -> dict[str, float]:

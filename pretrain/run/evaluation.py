@@ -47,6 +47,7 @@ LATER: dict[tuple[str, str], Any] = {
     ("LabelledShards", "mixing"): None,
     **{(source, "weights"): [] for source in (*PICTURES, *TEXTS)},
     **{(source, "noise"): None for source in TEXTS},
+    ("Retrieval", "folds"): 1,
 }
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

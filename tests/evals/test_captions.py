@@ -16,7 +16,7 @@ from pretrain.data.shards.reader import BadSample
 from pretrain.data.sources import CaptionShards, PairShards, captions_of
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform
-from pretrain.evals.retrieval import Retrieval, own_captions, recall
+from pretrain.evals.retrieval import Retrieval, both_ways, mean_of_folds, own_captions, recall
 from pretrain.evals.trained import Trained
 from pretrain.objectives.contrastive import Contrastive
 from tests.toy_models import EXPERTS, PAPER
@@ -43,6 +43,21 @@ def test_numbers_are_those_of_the_published_protocol():
     to_text, to_image = recall(scores, right), recall(scores.T, right.T)
     assert [round(to_text[k], 3) for k in ("R@1", "R@5", "R@10")] == [35.0, 78.333, 95.0]
     assert [round(to_image[k], 3) for k in ("R@1", "R@5", "R@10")] == [24.333, 64.667, 84.333]
+
+
+def test_folds_are_parts_that_know_nothing_of_each_other():
+    images, texts, owner = made_features(60, 5)
+    texts, owner = texts[2:], owner[2:]  # the first picture has three captions
+    means = mean_of_folds(images @ texts.T, own_captions(owner, 60), owner, 4)
+    alone = []
+    for start in range(0, 60, 15):
+        own = (owner >= start) & (owner < start + 15)
+        alone.append(both_ways(images[start : start + 15] @ texts[own].T, own_captions(owner[own] - start, 15)))
+    assert means.pop("candidates") == 15
+    assert means == {name: pytest.approx(sum(each[name] for each in alone) / 4) for name in alone[0]}
+    assert means["text_to_image/R@1"] > both_ways(images @ texts.T, own_captions(owner, 60))["text_to_image/R@1"]
+    with pytest.raises(ValueError, match="60 pictures do not make folds=7 equal parts"):
+        mean_of_folds(images @ texts.T, own_captions(owner, 60), owner, 7)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +95,8 @@ def test_all_captions_of_a_picture_are_its_partners(tokenizer, tmp_path):
     samples = [captioned(n, texts) for n, texts in enumerate(lists)]
     samples.append({"key": "none", "jpg": encoded(picture(99)), "json": b"{}"})
     source = CaptionShards(str(write_source(tmp_path / "data", [samples[:8], samples[8:]])), text_len=LENGTH)
-    metrics, shown = Retrieval(source, samples=20, batch=5).run(trained(tokenizer, tmp_path, 14))
+    metrics, shown = Retrieval(source, samples=20, batch=5, folds=13).run(trained(tokenizer, tmp_path, 14))
+    assert metrics["retrieval/folds/text_to_image/R@1"] == 100 and metrics["retrieval/folds/candidates"] == 1
     assert metrics["retrieval/candidates"] == 13 and metrics["retrieval/captions"] == sum(map(len, lists))
     texts = {text for texts in lists for text in texts}
     assert {row["query_text"] for row in shown["retrieval"] if row["query_text"]} <= texts
