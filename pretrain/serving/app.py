@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -20,6 +21,13 @@ from pretrain.serving.service import PATHS, Service
 # fail_fast: a list of thousands of wrong values is one error.
 Pictures = Annotated[list[str], Field(fail_fast=True, description="JPEG, PNG or WebP files, in base64")]
 Texts = Annotated[list[str], Field(fail_fast=True, description="texts; each is cut at the model's length")]
+
+
+class Answer(JSONResponse):
+    """In ASCII: names and fields come back to clients, and half a surrogate pair, which JSON can say, has no UTF-8."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 class Body(BaseModel):
@@ -61,9 +69,9 @@ def make_app(service: Service) -> Gate:
     _add_errors(app)
 
     @app.get("/health")
-    async def health() -> JSONResponse:
+    async def health() -> Answer:
         """200 as long as the server can answer, with what it can and its limits; else 503."""
-        return JSONResponse(service.health())
+        return Answer(service.health())
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
@@ -75,47 +83,47 @@ def make_app(service: Service) -> Gate:
 
 def _add_answers(app: FastAPI, service: Service) -> None:
     @app.post("/embed")
-    async def embed(body: Embed, request: Request) -> JSONResponse:
+    async def embed(body: Embed, request: Request) -> Answer:
         """Unit vectors of pictures and texts, in the order in which they came."""
-        return JSONResponse(await service.embed(body.pictures, body.texts, request.state.deadline))
+        return Answer(await service.embed(body.pictures, body.texts, request.state.deadline))
 
     @app.post("/similarity")
-    async def similarity(body: Similarity, request: Request) -> JSONResponse:
+    async def similarity(body: Similarity, request: Request) -> Answer:
         """Cosines: a row for each picture, a column for each text."""
-        return JSONResponse(await service.similarity(body.pictures, body.texts, request.state.deadline))
+        return Answer(await service.similarity(body.pictures, body.texts, request.state.deadline))
 
     @app.post("/caption")
-    async def caption(body: Caption, request: Request) -> JSONResponse:
+    async def caption(body: Caption, request: Request) -> Answer:
         """A text for each picture."""
-        return JSONResponse(await service.caption(body.pictures, request.state.deadline))
+        return Answer(await service.caption(body.pictures, request.state.deadline))
 
     @app.post("/predict")
-    async def predict(body: Predict, request: Request) -> JSONResponse:
+    async def predict(body: Predict, request: Request) -> Answer:
         """The best classes of each picture."""
-        return JSONResponse(await service.predict(body.pictures, body.names, body.best, request.state.deadline))
+        return Answer(await service.predict(body.pictures, body.names, body.best, request.state.deadline))
 
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> JSONResponse:
+    async def refused(_: Request, error: Refused) -> Answer:
         return _error(error.status, str(error))
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(_: Request, error: RequestValidationError) -> Answer:
         first: Any = error.errors()[0]
         place = ".".join(str(part)[:60] for part in first["loc"] if part != "body") or "body"
         detail = f" ({first['ctx']['error']})" if first["type"] == "json_invalid" else ""
         return _error(400, f"{place}: {first['msg']}{detail}")
 
     @app.exception_handler(HTTPException)
-    async def known(_: Request, error: HTTPException) -> JSONResponse:
+    async def known(_: Request, error: HTTPException) -> Answer:
         return _error(error.status_code, str(error.detail))
 
     @app.exception_handler(Exception)
-    async def unknown(_: Request, error: Exception) -> JSONResponse:
+    async def unknown(_: Request, error: Exception) -> Answer:
         return _error(500, "the server made a mistake; its log says which")
 
 
-def _error(status: int, sentence: str) -> JSONResponse:
+def _error(status: int, sentence: str) -> Answer:
     headers = {"Retry-After": str(RETRY_AFTER)} if status == 503 else None
-    return JSONResponse({"error": sentence}, status, headers)
+    return Answer({"error": sentence}, status, headers)

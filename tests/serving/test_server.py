@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -76,6 +79,7 @@ def test_what_is_hostile_is_refused_in_a_sentence_and_others_are_answered(server
         assert "\n" not in reply.content["error"] and "mistake" not in reply.content["error"]
     assert ask(server.port, "/embed", {"texts": ["a red bus"]}).status == 200
     assert server.service.working == 0
+    assert "\nimglish_held_bytes 0\n" in ask(server.port, "/metrics").content
 
 
 def test_what_is_refused_is_named(server):
@@ -130,8 +134,6 @@ def test_bodies_that_are_held_have_a_limit_together(model):
 
 
 def test_connections_have_a_limit(model):
-    import socket
-
     with serving(model, replace(LIMITS, connections=3)) as running:
         idle = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(3)]
         wait_for(lambda: ask(running.port, "/health").status == 503)
@@ -142,8 +144,6 @@ def test_connections_have_a_limit(model):
 
 
 def test_a_connection_without_a_head_is_closed(model, monkeypatch):
-    import socket
-
     from pretrain.serving import connections
 
     monkeypatch.setattr(connections.Connection._expect_head, "__defaults__", (0.3,))
@@ -161,7 +161,7 @@ def test_time_that_is_up_is_an_answer_and_the_work_is_not_done(model, monkeypatc
         done = []
         passes = running.service.batcher.passes
         monkeypatch.setitem(
-            passes, "texts", lambda ids: done.append(len(ids)) or _sleep(1.0) or [torch.zeros(1)] * len(ids)
+            passes, "texts", lambda ids: done.append(len(ids)) or time.sleep(1.0) or [torch.zeros(1)] * len(ids)
         )
         with ThreadPoolExecutor(3) as threads:
             sent = [threads.submit(ask, running.port, "/embed", {"texts": ["a"]})]
@@ -172,10 +172,42 @@ def test_time_that_is_up_is_an_answer_and_the_work_is_not_done(model, monkeypatc
         assert done == [1], "what nobody waits for was done"
 
 
-def _sleep(seconds: float) -> None:
-    import time
+def test_what_a_client_has_left_behind_is_not_done(model, monkeypatch):
+    with serving(model) as running:
+        go, begun, done = threading.Event(), threading.Event(), []
+        passes = running.service.batcher.passes
+        plain = passes["texts"]
 
-    time.sleep(seconds)
+        def held(ids: list) -> list:
+            begun.set()
+            assert go.wait(20)
+            done.append(len(ids))
+            return list(plain(ids))
+
+        monkeypatch.setitem(passes, "texts", held)
+        with ThreadPoolExecutor(1) as threads:
+            first = threads.submit(ask, running.port, "/embed", {"texts": ["a"]})
+            assert begun.wait(20)
+            with socket.create_connection(("127.0.0.1", running.port)) as impatient:
+                impatient.sendall(post("/embed", {"texts": ["b"] * 3}))
+                wait_for(lambda: running.service.working == 4)
+            wait_for(lambda: 'status="499"' in ask(running.port, "/metrics").content)
+            go.set()
+            assert first.result().status == 200
+        wait_for(lambda: running.service.working == 0)
+        assert done == [1]
+
+
+def test_a_model_that_hangs_or_has_died_is_not_healthy(model, monkeypatch):
+    with serving(model) as running:
+        batcher = running.service.batcher
+        monkeypatch.setattr(batcher, "busy_since", time.monotonic() - 11 * LIMITS.seconds)
+        assert "a pass through the model has taken 220 seconds" in ask(running.port, "/health").content["error"]
+        monkeypatch.setattr(batcher, "busy_since", None)
+        assert ask(running.port, "/health").status == 200
+        batcher.close()
+        reply = ask(running.port, "/health")
+        assert reply.status == 503 and "thread has ended" in reply.content["error"]
 
 
 def test_an_error_of_the_model_is_500_for_its_request_alone(model, monkeypatch, caplog):
