@@ -1,8 +1,8 @@
 """A trained model behind HTTP: vectors, similarities, captions and classes of pictures and texts.
 
     python -m pretrain.serve runs/base/retrieval --port 8000
-    curl -s localhost:8000/similarity -H 'Content-Type: application/json' \\
-        -d "{\\"pictures\\": [\\"$(base64 -w0 a.jpg)\\"], \\"texts\\": [\\"a red bus\\", \\"two dogs\\"]}"
+    (printf '{"texts": ["a red bus", "two dogs"], "pictures": ["'; base64 -w0 a.jpg; printf '"]}') |
+        curl -s localhost:8000/similarity -H 'Content-Type: application/json' --data @-
 
 POST /embed, /similarity, /caption and /predict take JSON with `pictures` (base64 of JPEG, PNG or WebP files), `texts`,
 or `names` of classes; a fine-tuned stage has classes of its own, which --labels names. GET /health says what can be
@@ -40,7 +40,7 @@ LIMITS = {
     "bodies": "bytes of all bodies that are held at a time",
     "pixels": "pixels of a picture",
     "pictures": "pictures of a request",
-    "texts": "texts of a request, or names with --template",
+    "texts": "texts of a request; names count once for each --template",
     "characters": "characters of a text",
     "queue": "pictures and texts of all requests that are being worked on",
     "connections": "connections at a time",
