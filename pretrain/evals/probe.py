@@ -1,4 +1,4 @@
-"""What frozen pictures' vectors say of classes: the nearest neighbours' vote, and a linear classifier."""
+"""What frozen pictures' vectors say of classes: the nearest neighbours' vote, and linear and attentive probes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pretrain.contracts import Evaluation
 from pretrain.data.labelled import LABEL, LabelledShards
+from pretrain.evals.attentive import Rows, attentive_answers, check_size
 from pretrain.evals.trained import Trained, check_counts
 
 ROWS = ("mean", "first")
@@ -21,7 +22,7 @@ CHUNK = 1024  # pictures that look for neighbours at once
 class Probe(Evaluation):
     """Percent of `test`'s pictures that each gets right from `train`'s. `rows`: the mean of a picture's patches, or its
     class row. The weight of the linear classifier's penalty is the best of `penalties` on every fifth picture of
-    train."""
+    train. `attentive`: epochs of a probe that attends to all of a picture's rows (evals/attentive.py); 0: none."""
 
     train: LabelledShards
     test: LabelledShards
@@ -30,8 +31,11 @@ class Probe(Evaluation):
     penalties: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
     samples: int = 10**9
     batch: int = 128
+    attentive: int = 0
 
     def __post_init__(self) -> None:
+        if self.attentive < 0:
+            raise ValueError(f"evals: attentive={self.attentive} is negative; use 0 for none")
         check_counts(samples=self.samples, batch=self.batch, neighbours=self.neighbours)
         if self.rows not in ROWS:
             raise ValueError(f"evals: rows={self.rows!r} is unknown; use {' or '.join(ROWS)}")
@@ -49,21 +53,29 @@ class Probe(Evaluation):
 
     @torch.no_grad()
     def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
-        (train, label), (test, right) = self._vectors(trained, self.train), self._vectors(trained, self.test)
+        (train, label, rows), (test, right, others) = (self._vectors(trained, each) for each in (self.train, self.test))
         near = nearest_vote(train, label, test, self.neighbours, self.train.classes)
         linear = linear_answers(train, label, test, self.train.classes, self.penalties)
         answers = {"k-NN": near, "linear": linear}
+        if self.attentive:
+            answers["attentive"] = attentive_answers(Rows(rows, label), others, self.train.classes, self.attentive)
         return {f"probe/{name}": 100 * (said == right).double().mean().item() for name, said in answers.items()}, {}
 
-    def _vectors(self, trained: Trained, source: LabelledShards) -> tuple[Tensor, Tensor]:
-        """float32 [N, D] and int64 [N], on the host."""
+    def _vectors(self, trained: Trained, source: LabelledShards) -> tuple[Tensor, Tensor, Tensor]:
+        """float32 [N, D], int64 [N], and for the attentive probe bf16 [N, L, D], on the host."""
         samples, vectors, labels = min(self.samples, trained.samples_of(source)), list[Tensor](), list[Tensor]()
+        rows = list[Tensor]()
         task: Any = trained.task
         for batch in trained.batches({"images": source}, min(self.batch, samples), samples):
             images = task.encoder(batch).images
             vectors.append((images[:, 1:].mean(1) if self.rows == "mean" else images[:, 0]).float().cpu())
             labels.append(batch.extra[LABEL].cpu())
-        return torch.cat(vectors)[:samples], torch.cat(labels)[:samples]
+            if self.attentive:
+                check_size(samples, *images.shape[1:])
+                rows.append(images.bfloat16().cpu())
+            else:
+                rows.append(images[:, :0].cpu())
+        return torch.cat(vectors)[:samples], torch.cat(labels)[:samples], torch.cat(rows)[:samples]
 
 
 def nearest_vote(train: Tensor, label: Tensor, test: Tensor, neighbours: int, classes: int) -> Tensor:

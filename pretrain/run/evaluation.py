@@ -34,6 +34,7 @@ LATER: dict[tuple[str, str], Any] = {
     ("Pretrain", "weights"): {},
     ("Pretrain", "learned"): False,
     ("CaptionShards", "draw"): False,
+    ("Probe", "attentive"): 0,
     ("Contrastive", "loss"): "softmax",
     ("Contrastive", "project"): True,
     ("Contrastive", "bias"): -10.0,
