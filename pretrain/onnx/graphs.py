@@ -170,35 +170,41 @@ def encode(encoder: Any, parts: Sequence[Part], seen: Tensor | None, grid: int =
         seen = F.pad(seen, (parts[0].rows.shape[1], 0), value=True)
     for number, block in enumerate(encoder.blocks):
         parts = _through(block, parts, _mask(None if biases is None else biases[number], seen))
-    return [_own(encoder.norm, modality)(rows) for modality, rows in parts]
+    return _each(encoder.norm, [part.modality for part in parts], [part.rows for part in parts])
 
 
 def _through(block: Any, parts: Sequence[Part], mask: Tensor | None) -> list[Part]:
     """[N, length, D] of each part through a block, in which every row sees those of all parts that `mask` allows."""
-    attention, lengths = block.attention, [rows.shape[1] for _, rows in parts]
-    fused = "fusion" if len(parts) == 2 and "fusion" in block.experts else None
-    normed = [_own(block.norm, modality)(rows) for modality, rows in parts]
+    attention, names, rows = block.attention, [part.modality for part in parts], [part.rows for part in parts]
+    normed = _each(block.norm, names, rows)
 
     def projected(projection: Any) -> Tensor:
-        own = [_own(projection, part.modality)(rows) for part, rows in zip(parts, normed, strict=True)]
-        return torch.cat(own, 1).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        own = torch.cat(_each(projection, names, normed), 1)
+        return own.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
 
     q, k, v = (projected(each) for each in (attention.q, attention.k, attention.v))
-    seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-    after = []
-    for (modality, rows), y in zip(parts, seen.split(lengths, 1), strict=True):
-        if attention.inner_norm is not None:
-            y = _own(attention.inner_norm, modality)(y)
-        y = _own(attention.out, modality)(y)
-        x = rows + (y if block.attention_scale is None else y * block.attention_scale)
-        y = _own(block.experts, fused or modality)(x)
-        after.append(Part(modality, x + (y if block.expert_scale is None else y * block.expert_scale)))
-    return after
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    ys = list(attended.split([part.shape[1] for part in rows], 1))
+    if attention.inner_norm is not None:
+        ys = _each(attention.inner_norm, names, ys)
+    rows = _added(rows, _each(attention.out, names, ys), block.attention_scale)
+    fused = len(parts) == 2 and "fusion" in block.experts
+    rows = _added(rows, _each(block.experts, ["fusion"] * 2 if fused else names, rows), block.expert_scale)
+    return [Part(name, own) for name, own in zip(names, rows, strict=True)]
 
 
-def _own(modules: Any, name: str) -> Any:
-    """Of a block.Multiway the module of this name, or the one that all share."""
-    return modules[name] if name in modules else modules["shared"]
+def _each(modules: Any, names: Sequence[str], rows: Sequence[Tensor]) -> list[Tensor]:
+    """Each part's rows through the module of a block.Multiway that has its name; what has one module goes through it
+    together, so that its weights are read once, and stand in the file once as int8 too."""
+    chosen = ["shared"] * len(rows) if "shared" in modules else names
+    if len(rows) == 2 and chosen[0] == chosen[1]:
+        return list(modules[chosen[0]](torch.cat(list(rows), 1)).split([part.shape[1] for part in rows], 1))
+    return [modules[name](part) for name, part in zip(chosen, rows, strict=True)]
+
+
+def _added(rows: Sequence[Tensor], branches: Sequence[Tensor], scale: Tensor | None) -> list[Tensor]:
+    """The residual, with LayerScale's factor where there is one."""
+    return [x + (y if scale is None else y * scale) for x, y in zip(rows, branches, strict=True)]
 
 
 def _mask(bias: Tensor | None, seen: Tensor | None) -> Tensor | None:

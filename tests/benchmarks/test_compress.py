@@ -1,0 +1,46 @@
+"""The table of smaller forms: its recall is the evaluation's, and a form's size leaves out what nobody reads."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from benchmarks.compress import Form, _used, recalls, times
+from tests.toys import refused
+
+
+def form(images, texts) -> Form:
+    return Form("x", images, texts, 0, 0, 0)
+
+
+def test_recall_counts_equal_captions_and_leaves_out_what_fills_the_last_batch():
+    vectors = torch.eye(4)
+    ids = torch.tensor([[0, 5, 2], [0, 6, 2], [0, 5, 2], [0, 7, 2]])  # the first and the third are one caption
+    batches: Any = [SimpleNamespace(images=vectors[:2], text_tokens=ids[:2])]
+    batches += [SimpleNamespace(images=vectors[[2, 3, 0]], text_tokens=ids[[2, 3, 0]])]
+    by_id = {5: vectors[0], 6: vectors[1], 7: vectors[2]}
+    own = form(lambda pixels: pixels, lambda words: torch.stack([by_id[int(word)] for word in words[:, 1]]))
+    # Texts 1 and 3 tie at the first picture, which has both; the third picture finds the fourth's text.
+    assert recalls(own, batches, 4) == {"image_to_text R@1": 50.0, "text_to_image R@1": 75.0}
+
+
+def test_forms_take_turns():
+    seen = list[str]()
+    made = [form(lambda pixels, name=name: seen.append(name), None) for name in "ab"]
+    took = times(made, torch.zeros(2, 3, 4, 4), rounds=2)
+    assert seen == list("ababab") and len(took) == 2 and min(took) >= 0
+
+
+def test_what_a_form_weighs():
+    names = ("encoder.blocks.0.experts.vision.up.weight", "objectives.contrastive.vision.weight")
+    others = ("encoder.blocks.3.experts.fusion.up.weight", "objectives.masked.text.weight")
+    assert all(map(_used, names)) and not any(map(_used, others))
+
+
+def test_without_a_quickstart(tmp_path, capsys):
+    from benchmarks.compress import main
+
+    said = refused(capsys, main, "--quickstart", tmp_path, "--work", tmp_path / "work")
+    assert "has no finished retrieval; run bash launch/quickstart.sh first" in said
