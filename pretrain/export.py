@@ -7,6 +7,7 @@ from towers of transformers.
     python -m pretrain.export to-onnx runs/mine/retrieval onnx/mine --int8
     python -m pretrain.export prune runs/mine/retrieval runs/mine/pruned --heads 8
     python -m pretrain.export resize runs/beit3_base runs/beit3_base_384 --image-size 384
+    python -m pretrain.export merge runs/base/fusion runs/mine/retrieval/adapters.safetensors runs/merged
     python -m pretrain.export from-hf clip-vit-base-patch16 runs/clip
     python -m pretrain.export from-hf resnet-50 runs/start --text bert-base-uncased
 
@@ -25,7 +26,7 @@ import sys
 from pathlib import Path
 
 from pretrain import command
-from pretrain.checkpoint.weights import WEIGHTS, write_weights
+from pretrain.checkpoint.weights import WEIGHTS, with_adapters, write_weights
 from pretrain.config import to_json
 from pretrain.data.text_tokenizer import BESIDE_WEIGHTS, TOKENIZER, TextTokenizer
 from pretrain.files import write_file
@@ -84,6 +85,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     resizing.add_argument("directory", type=Path)
     resizing.add_argument("out", type=Path)
     resizing.add_argument("--image-size", type=int, required=True, help="pixels")
+    merging = commands.add_parser("merge", help="weights, and the adapters of a stage with lora -> one directory")
+    merging.add_argument("base", type=Path, help="what that stage's init_from named")
+    merging.add_argument("adapters", type=Path, help="the stage's adapters.safetensors")
+    merging.add_argument("out", type=Path, help="new directory")
     return parser.parse_args(argv)
 
 
@@ -91,6 +96,9 @@ def run(args: argparse.Namespace) -> None:
     if args.command == "from-released":
         state, cfg = from_released(read_tensors(args.file), args.heads)
         write_weights(state, args.out / WEIGHTS, {"model": to_json(cfg)})
+    elif args.command == "merge":
+        whole, config = with_adapters(args.base, args.adapters)
+        write_weights(whole, args.out / WEIGHTS, config)
     elif args.command == "to-released":
         state, cfg, _ = read_model(args.directory)
         write_tensors(args.out, to_released(state, cfg))

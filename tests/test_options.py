@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint.weights import ADAPTERS, LAST, read_apart, read_weights
+from pretrain import export
+from pretrain.checkpoint.weights import ADAPTERS, LAST, read_apart, read_weights, with_adapters
 from pretrain.data.transforms import ImageTransform
+from pretrain.models.lora import is_adapter
 from pretrain.optim import Optim
 from pretrain.parallel.sizes import Parallel
 from pretrain.run.build import check_model
@@ -76,7 +78,13 @@ def test_adapters_are_trained_resumed_merged_and_evaluated(data, start, tmp_path
     assert (
         about["lora"]["rank"] == 2 and about["base_sha256"] == read_json(start / "vision/config.json")["weights_sha256"]
     )
-    assert {name.rpartition(".")[0] + ".weight" for name in alone} == changed
+    assert {name.rpartition(".")[0] + ".weight" for name in alone if is_adapter(name)} == changed
+    assert export.main(["merge", *map(str, (start / "vision", stage / ADAPTERS, tmp_path / "merged"))]) == 0
+    check_weights(tmp_path / "merged", stage)
+    with pytest.raises(ValueError, match="was trained beside other weights than"):
+        with_adapters(stage, stage / ADAPTERS)
+    with pytest.raises(ValueError, match="holds no adapters; give the"):
+        with_adapters(stage, stage / "weights.safetensors")
     figures = []
     for weights in (stage / "weights.safetensors", max(stage.glob("checkpoints/step_*")) / "weights.safetensors"):
         done = evaluate(data, tmp_path / "killed", "adapted", start / "recipe.py", "--weights", str(weights),

@@ -138,6 +138,20 @@ def check_weights(path: Path) -> None:
         check_digest(path, header, digest)
 
 
+def with_adapters(base: Path, adapters: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights and the config that a stage with lora handed over, from those that it began from and the
+    adapters.safetensors beside its own. Raises ValueError where these do not belong together."""
+    (state, _), (trained, config) = read_weights(base), read_apart(adapters)
+    if not isinstance(lora := config.pop(LORA, None), dict):
+        raise ValueError(f"{adapters} holds no adapters; give the {ADAPTERS} of a stage with lora")
+    if config.pop("base_sha256", None) != weights_digest(base):
+        raise ValueError(f"{adapters} was trained beside other weights than {base}; give the file that init_from named")
+    try:
+        return merged(state | trained, lora), config
+    except ValueError as error:
+        raise ValueError(f"{adapters}: {error}") from None
+
+
 def weights_header(path: Path) -> dict[str, Any]:
     """Our header of a weights.safetensors: `config` and `sha256`; {} for a file of other origin."""
     with open_weights(path) as (_, header):

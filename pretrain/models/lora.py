@@ -96,7 +96,3 @@ def merged(state: Mapping[str, Tensor], lora: Mapping[str, Any]) -> dict[str, Te
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"its adapters do not fit its weights ({error}); give weights that a stage wrote") from error
     return whole
-
-
-def adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if is_adapter(name)}

@@ -7,10 +7,12 @@ vqa/answers.json (data_tools.answers), nlvr2/{train,dev}, coco/{train,val,test} 
 text.model (beit3.spm for released weights). $BEIT3 is a directory of `pretrain.export from-released`, or of a stage of
 one's own; for retrieval [U] takes the weights that were contrasted before (beit3_*_itc_patch16_224).
 
-Left out of [U], because there is no such code here: RandAugment (vqa, captioning, imagenet), mixup 0.8 and cutmix 1.0
-and random erasing (imagenet), dropping the worst fifth of the words after 12,000 steps (captioning). Published results
-need them. The head's 20 times higher rate (vqa, --task_head_lr_weight) is its pooler's too here. Clipping at 3.0 is
-ours, a guard.
+The stages *_augmented have [U]'s augmentations, which published results need: its RandAugment (vqa, captioning), mixup
+0.8 and cutmix 1.0 (imagenet; [U] draws one share for a batch, here each pair of pictures has its own). Left out,
+because there is no such code here: timm's own RandAugment and random erasing (imagenet), dropping the worst fifth of
+the words after 12,000 steps (captioning). The average of [U]'s --model_ema, which its commands leave off, is
+ema=Ema(0.9999, warmup=False). The head's 20 times higher rate (vqa, --task_head_lr_weight) is its pooler's too here.
+Clipping at 3.0 is ours, a guard.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from typing import Any
 
 from pretrain.config import BatchSize, Recipe, Stage
 from pretrain.data.labelled import LabelledShards, QuestionShards, TwoPictureShards
+from pretrain.data.mixing import Mixing
+from pretrain.data.rand_augment import RandAugment
 from pretrain.data.sources import CaptionShards
 from pretrain.data.transforms import ImageTransform
 from pretrain.evals.captions import CaptionScore, ReferenceShards
@@ -108,6 +112,11 @@ def recipe(name: str, model: MultiwayConfig, settings: dict[str, Settings]) -> R
             evals=(CaptionScore(ReferenceShards("$DATA/coco/test", text_len=32)),),
         ),
     }  # fmt: skip
+    mixed = LabelledShards("$DATA/imagenet/train", mixing=Mixing(mixup=0.8, cutmix=1.0))
+    stages["imagenet_augmented"] = replace(stages["imagenet"], mix={"images": mixed})
+    for task in ("vqa", "captioning"):
+        look = replace(stages[task].transform, rand_augment=RandAugment(count=2, strength=7))
+        stages[f"{task}_augmented"] = replace(stages[task], transform=look)
     return Recipe(name, model, stages, text_tokenizer="$DATA/text.model", save_every=2000)
 
 

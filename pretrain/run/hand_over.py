@@ -17,7 +17,7 @@ from pretrain.checkpoint.weights import (
 )
 from pretrain.distributed import fail_together, rank
 from pretrain.files import write_file
-from pretrain.models.lora import adapters, merged
+from pretrain.models.lora import merged
 from pretrain.run.build import Run
 from pretrain.run.inputs import text_tokenizer
 from pretrain.run.parameters import frozen_names
@@ -43,7 +43,8 @@ def hand_over(run: Run, path: Path, progress: Progress) -> None:
             write_tensors(carry_over(last, run.init_file, frozen), path.with_name(LAST), config)
         if lora := config.get(LORA):
             base = {} if run.init_file is None else {"base_sha256": weights_digest(run.init_file)}
-            write_tensors(adapters(whole), path.with_name(ADAPTERS), config | base)
+            opened = {name: value for name, value in trained.items() if name not in frozen}
+            write_tensors(opened, path.with_name(ADAPTERS), config | base)
             whole, plain = merged(whole, lora), {name: value for name, value in config.items() if name != LORA}
         write_weights(whole, path, plain)
 
