@@ -72,6 +72,7 @@ MEMBERS = {
     "BLIP": Member("tiny_blip", "fusion", ALONE),
     "ViLT": Member("tiny_vilt", "fusion", HALF),
     "ResNet and BERT": Member("tiny_towers", "resnet_bert", ALONE),
+    "ALIGN": Member("tiny_towers", "align", ALONE),
     "Multiway, contrast alone": Member("tiny", "scratch", ALONE),
 }
 

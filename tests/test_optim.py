@@ -94,7 +94,7 @@ EXEMPT = {
     **dict.fromkeys(("albef", "tiny_albef", "blip", "tiny_blip"), ALBEF),
     **{"clip": TOWERS, "siglip": SIGLIP, "resnet50": BERT, "align": BERT},
 }
-TINY_TOWERS = {"clip": TOWERS, "siglip": SIGLIP, "resnet_bert": BERT}
+TINY_TOWERS = {"clip": TOWERS, "siglip": SIGLIP, "resnet_bert": BERT, "align": BERT}
 TOKENIZER_EXEMPT = {
     f"tokenizer.{part}.{name}" for part in ("encoder", "decoder") for name in ("class_row", "positions")
 }

@@ -1,6 +1,6 @@
-"""Dual towers on the quickstart's corpus, a stage each: CLIP, SigLIP, a ResNet beside a BERT. They are what clip_base,
-siglip_base and resnet50_bert are, in small; sizes, rates and steps were chosen by trying, on the budget of tiny's
-`scratch`. Its text tokenizer is tiny's.
+"""Dual towers on the quickstart's corpus, a stage each: CLIP, SigLIP, a ResNet beside a BERT, ALIGN. They are what
+clip_base, siglip_base, resnet50_bert and align_base are, in small; sizes, rates and steps were chosen by trying, on the
+budget of tiny's `scratch`. Its text tokenizer is tiny's.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ SIGLIP = DualTowers(
 RESNET = Tower(
     "resnet", {"layer_type": "basic", "embedding_size": 32, "hidden_sizes": [32, 64, 128], "depths": [1, 1, 1]}, "mean"
 )
+EFFICIENTNET = Tower(
+    "align_vision_model", {"width_coefficient": 0.5, "depth_coefficient": 0.3, "strides": [1, 2, 2, 2, 1, 1, 1]}, "mean"
+)
+ALIGN_TEXT = Tower("align_text_model", BERT.settings, projection=EFFICIENTNET.rows_width)
 STAGE = tiny.RECIPE.stages["scratch"]
 
 RECIPE = replace(
@@ -38,6 +42,12 @@ RECIPE = replace(
         "siglip": replace(STAGE, model=SIGLIP, objectives=(Contrastive(loss="sigmoid", project=False, bias=-4.0),)),
         "resnet_bert": replace(
             STAGE, model=DualTowers(RESNET, BERT, **COMMON), objectives=(Contrastive(embed_dim=128),)
+        ),
+        # Its temperature begins at 1 for batches of 16,384; in so few steps as here it does not come down by itself.
+        "align": replace(
+            STAGE,
+            model=DualTowers(EFFICIENTNET, ALIGN_TEXT, **COMMON),
+            objectives=(Contrastive(project=False, smoothing=0.1),),
         ),
     },
 )
