@@ -129,6 +129,9 @@ def test_it_is_the_loss_of_transformers_on_the_same_embeddings():
         ({"loss": "hinge"}, r"contrastive\.loss='hinge' is unknown; use softmax or sigmoid"),
         ({"bias": -4.0}, r"contrastive\.bias=-4\.0 is the sigmoid's; leave it out, or use loss='sigmoid'"),
         ({"loss": "sigmoid", "temperature": 0.1}, r"contrastive\.temperature=0\.1 .* leave temperature out"),
+        ({"smoothing": 1.0}, r"contrastive\.smoothing=1\.0 is no share; use at least 0 and less than 1"),
+        ({"loss": "sigmoid", "smoothing": 0.1}, r"contrastive\.smoothing=0\.1 is the softmax's; set 0, or use loss="),
+        ({"project": False, "projection_bias": True}, r"projection_bias=True is a projection's .*; set False"),
     ],
 )
 def test_what_it_refuses(options, said):
