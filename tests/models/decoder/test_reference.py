@@ -11,9 +11,12 @@ import pretrain
 from pretrain.batch import PAD, Layout, make_batch
 from pretrain.data.json_tokenizer import JsonTokenizer
 from pretrain.evals.generation import NextWord, WholePass, Writing, _draw, never_written, text_reader, write
+from pretrain.layers import PLAIN
 from pretrain.models.decoder.encoder_decoder import EncoderDecoder
-from pretrain.models.decoder.released import from_blip
+from pretrain.models.decoder.released import blip_config, from_blip
 from pretrain.objectives.captioning import Captioning
+from pretrain.parallel.state import dense_shape, named_state
+from pretrain.recipes.blip_base import RECIPE
 from pretrain.run.huggingface import from_huggingface
 from tests.models.decoder.blips import CAPTIONER, RETRIEVER, VOCABULARY, as_theirs, words, write_blip
 from tests.models.towers.others import COUNT, LENGTH, dual_batch
@@ -147,3 +150,23 @@ def test_the_nucleus_is_that_of_transformers():
             drawn = _draw((row / temperature).expand(20_000, -1), top_p, uniform)
             counts = torch.bincount(drawn, minlength=30) / 20_000
             torch.testing.assert_close(counts, share, rtol=0, atol=1.1e-4)
+
+
+def test_released_weights_have_the_names_and_shapes_of_the_recipe():
+    """transformers' defaults are BLIP base's, but for the heads of its texts and the size of fine-tuned pictures."""
+    import transformers
+
+    config = transformers.BlipConfig(text_config={"num_attention_heads": 12}, vision_config={"image_size": 224})
+    stage = RECIPE.stages["fusion"]
+    with torch.device("meta"):
+        task = stage.task.build(blip_config(config, 30_522), stage, PLAIN, None)
+        recipes = stage.task.build(RECIPE.model, stage, PLAIN, None)
+        wanted = {name: dense_shape(value) for name, value in named_state(task).items()}
+        assert wanted == {name: dense_shape(value) for name, value in named_state(recipes).items()}
+        for name, heads in ((CAPTIONER, 5), (RETRIEVER, 7)):
+            theirs = getattr(transformers, name)(config).state_dict()
+            state = from_blip(theirs, config, range(30_522), name)
+            assert {key: wanted[key] for key in state} == {key: tuple(value.shape) for key, value in state.items()}
+            encoder = {key for key in state if key.startswith("encoder.")}
+            assert encoder == {key for key in wanted if key.startswith("encoder.")}
+            assert len(state) - len(encoder) == heads
