@@ -52,14 +52,14 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"{number:3} {name:18} {row['tensor']:2} {row['pipe']:2} {row['sequence']:2} {row['data']:4} "
             f"{row['accumulation']:4} {row['checkpointing']:4} {row['step_s']:7.3f} "
-            f"{row['samples_per_s']:9.0f} {row['mfu']:5.0%} {row['mfu_real']:5.0%} {row['mfu_executed']:5.0%} {row['bubble']:6.1%} "
-            f"{memory['total']:6.1f} = {parts}"
+            f"{row['samples_per_s']:9.0f} {row['mfu']:5.0%} {row['mfu_real']:5.0%} {row['mfu_executed']:5.0%} "
+            f"{row['bubble']:6.1%} {memory['total']:6.1f} = {parts}"
         )
     return [
         *lines,
         "T, P, S: tensor, pipe and sequence ranks; ckpt: blocks between saved inputs, 0 saves everything",
-        "MFU counts all model FLOPs, real those of rows that are no padding, done those of these that are computed: not "
-        "gradients of frozen weights, nor unread rows",
+        "MFU counts all model FLOPs, real those of rows that are no padding, done those of these that are computed: "
+        "not gradients of frozen weights, nor unread rows",
     ]
 
 
