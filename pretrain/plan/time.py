@@ -33,6 +33,7 @@ from pretrain.plan.hardware import (
 )
 from pretrain.plan.memory import Cell
 from pretrain.plan.model import Planned, parameters_of, stage_runs, target_flops
+from pretrain.tasks.pretrain import all_passes
 
 KINDS = ("data all-reduce", "all-gather", "reduce-scatter", "tensor all-reduce", "pipeline send", "all-to-all")
 
@@ -146,17 +147,42 @@ def _pipe(cell: Cell) -> int:
 
 def _micro_step(planned: Planned, cell: Cell, cluster: Cluster, parts: range) -> float:
     """Seconds of one micro-batch in these parts, forward and backward."""
+    seconds = 0.0
+    for each in all_passes(planned.stage.objectives, cell.layout):
+        own = _pass(planned, replace(cell, layout=each.layout), cluster, parts)
+        seconds += own if each.backward else own / 3
+    if planned.model.depth + 1 not in parts:
+        return seconds
+    matmul, split = _matmul_rate(planned, cell, cluster), cell.parallel.tensor * cell.parallel.sequence
+    for product in planned.products(cell.layout):
+        seconds += product_flops([product]) / matmul / split
+        # Logits in their own dtype and in fp32, their softmax and its gradient.
+        moved = product.rows * product.outputs * (3 * cell.width + 16) / split
+        seconds += moved / (cluster.gpu.memory_rate * MEMORY_SHARE)
+    return seconds
+
+
+def _matmul_rate(planned: Planned, cell: Cell, cluster: Cluster) -> float:
+    """FLOP/s of products whose narrowest side is a head group's or an expert's width on this rank."""
+    rows, width = cell.layout.rows / cell.parallel.sequence, planned.model.dim / cell.parallel.tensor
+    filled = _filled(width, HALF_WIDTH) * _filled(rows, HALF_ROWS)
+    return _peak(planned, cell, cluster.gpu) * cluster.gpu.matmul * filled
+
+
+def _peak(planned: Planned, cell: Cell, gpu: Gpu) -> float:
+    return gpu.peak if cell.width == 2 else gpu.peak * TF32_SHARE if planned.recipe.tf32 else gpu.fp32
+
+
+def _pass(planned: Planned, cell: Cell, cluster: Cluster, parts: range) -> float:
+    """Seconds of these parts' blocks and patches in a pass of the cell's layout, forward and backward."""
     gpu, m, layout = cluster.gpu, planned.model, cell.layout
     split = cell.parallel.tensor * cell.parallel.sequence
     blocks = sum(1 for part in parts if 1 <= part <= m.depth)
     again = 4 / 3 if cell.checkpointing else 1.0  # the forward pass twice
-    share = gpu.peak if cell.width == 2 else gpu.peak * TF32_SHARE if planned.recipe.tf32 else gpu.fp32
-    # Products: the narrowest side is a head group's or an expert's width on this rank.
-    rows = layout.rows / cell.parallel.sequence
-    matmul = share * gpu.matmul * _filled(m.dim / cell.parallel.tensor, HALF_WIDTH) * _filled(rows, HALF_ROWS)
+    matmul = _matmul_rate(planned, cell, cluster)
     products = 3 * 2 * layout.rows * (4 * m.dim**2 + 2 * m.dim * m.ffn_dim) / split
     whole = encoder_flops(layout, dim=m.dim, depth=1, ffn_dim=m.ffn_dim) / split
-    attention = (whole - products) / (share * gpu.attention)
+    attention = (whole - products) / (_peak(planned, cell, gpu) * gpu.attention)
     # Elementwise: norms, gelu, sums and joins read and write; the backward pass moves twice as much.
     moved = 3 * layout.rows * cell.width * (14 * m.dim / cell.parallel.sequence + 4 * m.ffn_dim / split)
     block = products / matmul + attention + moved / (gpu.memory_rate * MEMORY_SHARE)
@@ -165,11 +191,6 @@ def _micro_step(planned: Planned, cell: Cell, cluster: Cluster, parts: range) ->
     if 0 in parts:
         patches = Product((layout.images + layout.pairs) * layout.patches, 3 * m.patch_size**2, m.dim)
         seconds += product_flops([patches]) / matmul / cell.parallel.sequence
-    if m.depth + 1 in parts:
-        for product in planned.products(layout):
-            seconds += product_flops([product]) / matmul / split
-            # Logits in their own dtype and in fp32, their softmax and its gradient.
-            seconds += product.rows * product.outputs * (3 * cell.width + 16) / split / (gpu.memory_rate * MEMORY_SHARE)
     return seconds
 
 
@@ -181,9 +202,11 @@ def _filled(size: float, half: float) -> float:
 def _communication(planned: Planned, cell: Cell, cluster: Cluster) -> tuple[dict[str, float], float, float]:
     """(bytes that one GPU sends in a step by kind, seconds that wait, seconds that may hide behind computation)."""
     sent, waits = dict.fromkeys(KINDS, 0.0), 0.0
-    for kind, size, seconds in _inside(planned, cell, cluster):
-        sent[kind] += size
-        waits += seconds
+    for each in all_passes(planned.stage.objectives, cell.layout):
+        share = 1.0 if each.backward else 0.5
+        for kind, size, seconds in _inside(planned, replace(cell, layout=each.layout), cluster):
+            sent[kind] += share * size
+            waits += share * seconds
     hidden = 0.0
     for kind, size, seconds in _over_data(planned, cell, cluster):
         sent[kind] += size
@@ -192,7 +215,7 @@ def _communication(planned: Planned, cell: Cell, cluster: Cluster) -> tuple[dict
 
 
 def _inside(planned: Planned, cell: Cell, cluster: Cluster):
-    """Collectives of the ranks that share one micro-batch: (kind, bytes sent by a GPU, seconds) of a step."""
+    """Collectives of the ranks that share one micro-batch: (kind, bytes sent by a GPU, seconds) of a step's passes."""
     m, sizes, layout = planned.model, cell.parallel, cell.layout
     rows = layout.rows / sizes.sequence * m.dim * cell.width
     blocks = -(-m.depth // sizes.pipe)

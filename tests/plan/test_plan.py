@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.objectives.masked import MaskedData
 from pretrain.parallel.ds_config import load_ds_config
 from pretrain.parallel.sizes import Parallel
 from pretrain.plan import __main__ as plan_module
@@ -115,6 +116,16 @@ def test_time_is_near_what_others_publish():
             plan = a_plan(recipe)
             cluster = NODE._replace(gpu=GPUS[gpu])
             assert low < step_time(plan, cell(plan), cluster).mfu(cluster) < high, (gpu, recipe)
+
+
+def test_each_pass_takes_its_time():
+    """Captions alone make one pass, and beside masked data two."""
+    alone = a_plan("beit3_base_tasks", "captioning")
+    both = alone._replace(stage=replace(alone.stage, objectives=(*alone.stage.objectives, MaskedData())))
+    one, two = (step_time(each, cell(each), NODE).compute for each in (alone, both))
+    assert 1.8 * one < two < 2.5 * one
+    sent = [step_time(each, cell(each, tensor=2), NODE).sent["tensor all-reduce"] for each in (alone, both)]
+    assert sent[1] == pytest.approx(2 * sent[0], rel=0.1)
 
 
 def test_each_layout_pays_for_its_own_communication():
