@@ -15,9 +15,7 @@ def page(facts: dict[str, Any], args: argparse.Namespace) -> str:
     head = f"{args.recipe} {args.stage}: {facts['parameters'] / 1e6:,.0f} M parameters on {args.gpus} x {args.gpu}"
     lines = [head, "memory is counted, time is a model (pretrain/plan/hardware.py); nothing here was measured", ""]
     rows, step = facts["layouts"], facts["rows"]
-    said = (
-        f"{step['padding']:.1%} are padding" if step["padding"] else "texts are taken as full; --pair-ids, --text-ids"
-    )
+    said = f"{step['padding']:.1%} are padding" if step["padding"] else "texts are full (--pair-ids, --text-ids)"
     lines[-1:] = [f"a step has {step['exist']:,} rows, of which {step['computed']:,} are computed: {said}", ""]
     if rows:
         lines += [*_table(rows), "", *_detail(rows[0], args)]
@@ -48,18 +46,19 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     ]
     for number, row in enumerate(rows, 1):
         memory, name = row["memory_gib"], row["ds"].removeprefix("ds_configs/").removesuffix(".json")
+        shares = " ".join(f"{row[share]:5.0%}" for share in ("mfu", "mfu_real", "mfu_executed"))
         parts = " ".join(f"{memory[part]:5.1f}" for part in PARTS)
         lines.append(
             f"{number:3} {name:18} {row['tensor']:2} {row['pipe']:2} {row['sequence']:2} {row['data']:4} "
             f"{row['accumulation']:4} {row['checkpointing']:4} {row['step_s']:7.3f} "
-            f"{row['samples_per_s']:9.0f} {row['mfu']:5.0%} {row['mfu_real']:5.0%} {row['mfu_executed']:5.0%} "
-            f"{row['bubble']:6.1%} {memory['total']:6.1f} = {parts}"
+            f"{row['samples_per_s']:9.0f} {shares} {row['bubble']:6.1%} "
+            f"{memory['total']:6.1f} = {parts}"
         )
     return [
         *lines,
         "T, P, S: tensor, pipe and sequence ranks; ckpt: blocks between saved inputs, 0 saves everything",
-        "MFU counts all model FLOPs, real those of rows that are no padding, done those of these that are computed: "
-        "not gradients of frozen weights, nor unread rows",
+        "MFU counts all model FLOPs, real those of rows that are no padding, done those of them that are computed: not",
+        "gradients of frozen weights, nor unread rows",
     ]
 
 
