@@ -13,6 +13,7 @@ with --batch 1 and with batches, in turns; ratios are medians over the rounds.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import subprocess
@@ -53,6 +54,11 @@ class Server(NamedTuple):
         """The highest resident memory so far (Linux)."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+    def cpu_seconds(self) -> float:
+        """That it has used (Linux)."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager
@@ -163,25 +169,35 @@ def speed(port: int, known: Known, clients: int, seconds: float) -> tuple[float,
     return len(latencies) / (time.monotonic() - begin), latencies
 
 
-def speeds(alone: int, batched: int, known: Known, args: argparse.Namespace) -> dict[str, Any]:
-    """Of the ports of two servers, one without batches."""
+def speeds(alone: Server, batched: Server, known: Known, args: argparse.Namespace) -> dict[str, Any]:
+    """Of two servers, one without batches. CPU time of the server says more than pictures a second where other work
+    keeps the machine busy."""
     ways = {"one client": (alone, 1), "no batches": (alone, args.clients), "batches": (batched, args.clients)}
     rates: dict[str, list[float]] = {way: [] for way in ways}
     latencies: dict[str, list[float]] = {way: [] for way in ways}
+    cpu: dict[str, list[float]] = {way: [] for way in ways}  # milliseconds a picture
     for _ in range(args.rounds):
-        for way, (port, clients) in ways.items():
-            rate, some = speed(port, known, clients, args.seconds)
+        for way, (asked, clients) in ways.items():
+            before = asked.cpu_seconds()
+            rate, some = speed(asked.port, known, clients, args.seconds)
+            cpu[way].append(1000 * (asked.cpu_seconds() - before) / len(some))
             rates[way].append(rate)
             latencies[way] += some
 
     def times(way: str) -> float:
         return statistics.median(b / a for a, b in zip(rates[way], rates["batches"], strict=True))
 
+    def less_cpu(way: str) -> float:
+        return statistics.median(a / b for a, b in zip(cpu[way], cpu["batches"], strict=True))
+
     cuts = {way: statistics.quantiles(some, n=100) for way, some in latencies.items()}
     return {
         "pictures_per_second": {way: statistics.median(some) for way, some in rates.items()},
         "batches_times_one_client": times("one client"),
         "batches_times_no_batches": times("no batches"),
+        "cpu_ms_of_the_server_per_picture": {way: statistics.median(some) for way, some in cpu.items()},
+        "cpu_of_one_client_times_batches": less_cpu("one client"),
+        "cpu_of_no_batches_times_batches": less_cpu("no batches"),
         "seconds_p50": {way: cut[49] for way, cut in cuts.items()},
         "seconds_p99": {way: cut[98] for way, cut in cuts.items()},
     }
@@ -209,7 +225,7 @@ def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
         with server(weights, 1) as alone, server(weights, args.batch) as batched:
             mixed = mixed_load(batched.port, known, args.requests, args.hostile, args.clients)
             mixed["peak_mib_of_the_server"] = batched.peak_mib()
-            fast = speeds(alone.port, batched.port, known, args)
+            fast = speeds(alone, batched, known, args)
     facts = {**about("benchmarks.serve", arguments), **machine("torch", "fastapi", "uvicorn")}
     write(
         {**facts, "weights": str(args.weights or "random, the quickstart's model"), "mixed": mixed, "speed": fast},
