@@ -16,14 +16,14 @@ PART = replace(FULL, optim=HIGH)
 EVERY_LAYER = ("*.attention.*", "*.experts.*")
 STAGES = {
     "full": FULL,
+    "lora_16_every_layer": replace(PART, lora=Lora(rank=16, alpha=16, targets=EVERY_LAYER)),
+    "lora_4": replace(PART, lora=Lora(rank=4, alpha=4)),
+    "locked": replace(PART, trainable=("objectives.*",)),
     # Attention is shared, so that it is part of the tower that stays.
     "locked_image": replace(
         PART, trainable=("encoder.text_embed.*", "encoder.blocks.*.experts.language.*", "objectives.*")
     ),
-    "locked": replace(PART, trainable=("objectives.*",)),
-    "lora_4": replace(PART, lora=Lora(rank=4, alpha=4)),
     "lora_16": replace(PART, lora=Lora(rank=16, alpha=16)),
-    "lora_16_every_layer": replace(PART, lora=Lora(rank=16, alpha=16, targets=EVERY_LAYER)),
 }
 RECIPE = replace(
     tiny.RECIPE, name="lora", stages=STAGES, text_tokenizer="$QUICKSTART/corpus/text.model", save_every=1000

@@ -7,6 +7,8 @@ One epoch, from the outside in:
     blocks  `block_shards` neighbours in a stream; their samples are permuted together (Feistel, never materialised)
     epoch   the streams are dealt like piles of cards: one sample from each non-empty pile, round by round
 
+A source whose samples have weights comes in the order of weighted.py, which is this one over looks at samples.
+
 A global batch is the next `size` samples of this sequence, epoch after epoch, sorted by (epoch, stream, place in the
 stream); rank r of W takes the r-th of W equal slices. Guarantees about locality, which tests/data/test_order.py checks:
 

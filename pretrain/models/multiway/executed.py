@@ -53,7 +53,7 @@ def _attention(
     total = 0.0
     for name in names:
         for part in "qkv":
-            weight = f"{prefix}.{part}.{name}" in opened
+            weight = f"{prefix}.{part}.{name}.weight" in opened  # an adapter's own products are too few to count
             total += executed_product(Product(by_name[name], d, heads), weight=weight, inputs=flows)
     flows |= "relative_position" in opened or not opened.isdisjoint(f"{prefix}.{part}" for part in "qkv")
     lengths = ((layout.images, layout.image_len), (layout.pairs, layout.image_len + layout.pair_len))
@@ -61,7 +61,7 @@ def _attention(
     total += 2 * 2 * squares * heads * (3 if flows else 1)
     flows |= f"{prefix}.inner_norm" in opened
     for name in names:
-        weight = f"{prefix}.out.{name}" in opened
+        weight = f"{prefix}.out.{name}.weight" in opened
         total += executed_product(Product(round(by_name[name] * share), heads, d), weight=weight, inputs=flows)
     return total, flows or not opened.isdisjoint((f"{prefix}.out", f"{block}.attention_scale"))
 
@@ -82,9 +82,9 @@ def _experts(
     total = 0.0
     for name, rows in zip(names, counts, strict=True):
         through = flows or f"{prefix}.{name}.norm" in opened
-        up, down = (f"{prefix}.{name}.{part}" in opened for part in ("up", "down"))
+        up, down = (f"{prefix}.{name}.{part}.weight" in opened for part in ("up", "down"))
         total += executed_product(Product(round(rows * share), cfg.dim, cfg.ffn_dim), weight=up, inputs=through)
-        through = through or up or f"{prefix}.{name}.inner_norm" in opened
+        through = through or not opened.isdisjoint((f"{prefix}.{name}.up", f"{prefix}.{name}.inner_norm"))
         total += executed_product(Product(round(rows * share), cfg.ffn_dim, cfg.dim), weight=down, inputs=through)
     return total, flows or not opened.isdisjoint((prefix, prefix.replace(".experts", ".expert_scale")))
 

@@ -23,6 +23,7 @@ TRAINED = {
     "nothing but norms": ("blocks.0.norm.*", "blocks.1.experts.*.norm.*"),
     "patches": ("vision_embed.proj.*",),
     "an output": ("blocks.0.attention.out.*",),
+    "biases": ("blocks.1.attention.q.*.bias", "blocks.1.experts.*.up.bias"),  # as adapters, beside weights that stay
 }
 
 
