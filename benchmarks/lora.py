@@ -45,10 +45,11 @@ def sizes(stage_name: str) -> dict[str, Any]:
     return {"parameters": whole, "trained": trained, "trained_percent": share, "weights_gradients_moments_mib": mib}
 
 
-def train(quickstart: Path, work: Path, stage: str) -> dict[str, Any]:
+def train(quickstart: Path, work: Path, stage: str, steps: int | None) -> dict[str, Any]:
     """Trained and evaluated where that is not done."""
     env = os.environ | {"QUICKSTART": str(quickstart.resolve()), "DATA": str((quickstart / "corpus").resolve())}
     common = ["--recipe", str(RECIPE), "--stage", stage, "--run-dir", str(work)]
+    common += ["--set", f"steps={steps}"] if steps else []
     done = work / stage / "eval.json"
     for module, more in (("train", ["--ds", str(RECIPE.parents[1] / "ds_configs/zero0.json")]), ("evaluate", [])):
         if not done.exists():
@@ -62,6 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = make_parser("benchmarks.lora", __doc__, "--quickstart runs/quickstart --work runs/lora")
     parser.add_argument("--quickstart", type=Path, required=True, metavar="DIR", help="the quickstart's run directory")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="for the runs")
+    stages = list(find_recipe(str(RECIPE)).stages)
+    parser.add_argument("--stages", nargs="*", choices=stages, default=stages, help="rows of the table (all of them)")
+    parser.add_argument("--steps", type=int, metavar="N", help="of each stage, instead of the recipe's")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON, too")
     args = parser.parse_args(arguments)
     return run(lambda: _run(args, arguments), state="finished stages stay; run the same command to continue")
@@ -74,8 +78,8 @@ def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
     os.environ.setdefault("QUICKSTART", str(args.quickstart.resolve()))
     rows: list[dict[str, Any]] = []
     results = {**about("benchmarks.lora", arguments), **machine("torch", "deepspeed"), "rows": rows}
-    for stage in find_recipe(str(RECIPE)).stages:
-        rows.append({"stage": stage, **sizes(stage), **train(args.quickstart, args.work, stage)})
+    for stage in args.stages:
+        rows.append({"stage": stage, **sizes(stage), **train(args.quickstart, args.work, stage, args.steps)})
         write(results, args.out)
     for row in rows:
         print(json.dumps(row))
