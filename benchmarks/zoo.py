@@ -71,6 +71,7 @@ MEMBERS = {
     "ALBEF": Member("tiny_albef", "fusion", HALF),
     "BLIP": Member("tiny_blip", "fusion", ALONE),
     "ViLT": Member("tiny_vilt", "fusion", HALF),
+    "ViLBERT": Member("tiny_vilbert", "fusion", HALF),
     "ResNet and BERT": Member("tiny_towers", "resnet_bert", ALONE),
     "ALIGN": Member("tiny_towers", "align", ALONE),
     "Multiway, contrast alone": Member("tiny", "scratch", ALONE),

@@ -87,12 +87,14 @@ TOKENS = {"encoder.vision_embed.cls_token", "encoder.vision_embed.mask_token"}
 LEARNED = TOKENS | {"encoder.vision_embed.positions", "encoder.text_embed.positions"}
 VLMO = TOKENS | {"encoder.relative_position.table"}
 ALBEF = {name.replace("encoder.vision", "encoder.image.vision") for name in LEARNED}
+VILBERT = {name.replace("encoder.vision", "encoder.vit.vision") for name in LEARNED}
 TOWERS = {f"encoder.{tower}.model.embeddings.position_embedding.weight" for tower in ("vision", "text")}
 SIGLIP, BERT = TOWERS | {"encoder.vision.pool.probe"}, {"encoder.text.model.embeddings.position_embeddings.weight"}
 EXEMPT = {
     **{"tiny": LEARNED, "tiny_vlmo": VLMO, "beit3": LEARNED, "vlmo": VLMO, "vilt": LEARNED},
     **dict.fromkeys(("albef", "tiny_albef", "blip", "tiny_blip"), ALBEF),
     **{"clip": TOWERS, "siglip": SIGLIP, "resnet50": BERT, "align": BERT},
+    **{"vilbert": VILBERT, "tiny_vilbert": VILBERT},
 }
 TINY_TOWERS = {"clip": TOWERS, "siglip": SIGLIP, "resnet_bert": BERT, "align": BERT}
 TOKENIZER_EXEMPT = {

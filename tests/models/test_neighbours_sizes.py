@@ -18,7 +18,7 @@ COUNTS = {
 }
 
 
-@pytest.mark.parametrize("name", [*COUNTS, "vilt_base", "albef_base", "blip_base", "align_base"])
+@pytest.mark.parametrize("name", [*COUNTS, "vilt_base", "albef_base", "vilbert_base", "blip_base", "align_base"])
 def test_they_are_built(name):
     recipe = find_recipe(name)
     (stage,) = recipe.stages.values()

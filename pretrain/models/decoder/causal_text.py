@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pretrain.batch import Layout, make_batch
 from pretrain.models.decoder.block import Keys
-from pretrain.models.fusion.inputs import encode_pictures
+from pretrain.models.fusion import streams
 
 
 class DecodedText:
@@ -19,7 +19,7 @@ class DecodedText:
     def __init__(self, encoder: Any, images: Tensor):
         self.encoder, self.width, self._read = encoder, 1, 0
         layout = Layout(pairs=len(images), patches=encoder.cfg.shape.patches)
-        pictures = encode_pictures(encoder.image, make_batch(layout, images=images))
+        pictures = streams.pictures(encoder.image, make_batch(layout, images=images))
         self._pictures: list[Keys] = [block.picture_keys(pictures) for block in encoder.text]
         self._words: list[Keys] = [(k[:, :, :0], v[:, :, :0]) for k, v in self._pictures]
 

@@ -19,7 +19,7 @@ from pretrain.flops import Product, encoder_flops, flops_per_sequence, product_f
 from pretrain.layers import PLAIN, Layers
 from pretrain.models.decoder.block import EncoderDecoderBlock
 from pretrain.models.decoder.causal_text import DecodedText
-from pretrain.models.fusion.inputs import embed_words, encode_pictures
+from pretrain.models.fusion import streams
 from pretrain.models.multiway.embeddings import TextEmbedding
 from pretrain.models.multiway.encoder import MultiwayEncoder
 from pretrain.models.multiway.resize import grow_vocabulary, resize_patch_positions
@@ -145,10 +145,10 @@ class EncoderDecoderEncoder(nn.Module):
 
     def forward(self, batch: Batch, needed: Kinds | None = None) -> Kinds:
         layout = batch.layout
-        pictures = encode_pictures(self.image, batch)
+        pictures = streams.pictures(self.image, batch)
         alone, paired = pictures.split([layout.images, layout.pairs])
         pairs = self.cfg.started(batch.pair_inputs, decoder=layout.causal)
-        words, seen = embed_words(self.text_embed, replace(batch, pair_inputs=pairs))
+        words, seen = streams.words(self.text_embed, replace(batch, pair_inputs=pairs))
         for block in self.text:
             words = self._run(block, words, seen, paired, layout.causal)
         fused, texts = words.split([layout.pairs, layout.texts])

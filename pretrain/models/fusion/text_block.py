@@ -28,8 +28,8 @@ class TextBlock(nn.Module):
         self.up, self.down = linear(dim, ffn_dim), linear(ffn_dim, dim)
         self.norm = nn.LayerNorm(dim, eps=eps)
 
-    def forward(self, x_NLD: Tensor, seen: Tensor, picture_NMD: Tensor | None = None) -> Tensor:
-        """`seen`: bool [N, 1, 1, L], the words that are no padding."""
+    def forward(self, x_NLD: Tensor, seen: Tensor | None, picture_NMD: Tensor | None = None) -> Tensor:
+        """`seen`: bool [N, 1, 1, L], the words that are no padding; None: all rows are seen."""
         x_NLD = self.own_norm(x_NLD + self.own(x_NLD, x_NLD, seen))
         if self.cross is not None and self.cross_norm is not None:
             assert picture_NMD is not None
@@ -38,19 +38,22 @@ class TextBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Of one kind of rows to another, or to themselves."""
+    """Of one kind of rows, `dim` wide, to another of width `asked` (None: the same), or to themselves. All heads
+    together are `inner` wide (None: as `dim`)."""
 
-    def __init__(self, dim: int, heads: int, *, std: float):
+    def __init__(self, dim: int, heads: int, *, std: float, asked: int | None = None, inner: int | None = None):
         super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.out = (Linear(dim, dim, std=std, cut=math.inf) for _ in range(4))
+        linear = partial(Linear, std=std, cut=math.inf)
+        self.heads, asked, inner = heads, asked or dim, inner or dim
+        self.q, self.k, self.v = linear(dim, inner), linear(asked, inner), linear(asked, inner)
+        self.out = linear(inner, dim)
 
     def forward(self, asking: Tensor, asked: Tensor, seen: Tensor | None = None) -> Tensor:
-        """[N, L, D], [N, M, D], bool that broadcasts to [N, 1, L, M] or None for all -> [N, L, D]"""
+        """[N, L, dim], [N, M, asked], bool that broadcasts to [N, 1, L, M] or None for all -> [N, L, dim]"""
         return self.ask(asking, *self.keys(asked), seen)
 
     def keys(self, asked: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, M, D] -> their keys and values, [N, H, M, C] each, which a decoder keeps."""
+        """[N, M, asked] -> their keys and values, [N, H, M, C] each, which a decoder keeps."""
         return self._heads(self.k(asked)), self._heads(self.v(asked))
 
     def ask(self, asking: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None = None) -> Tensor:

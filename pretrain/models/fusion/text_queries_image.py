@@ -8,18 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from pretrain.batch import Batch, Kinds, Layout
 from pretrain.contracts import Model, State
 from pretrain.flops import Product, encoder_flops, flops_per_sequence, product_flops
 from pretrain.layers import PLAIN, Layers
-from pretrain.models.fusion.inputs import embed_words, encode_pictures
+from pretrain.models.fusion import streams
 from pretrain.models.fusion.text_block import TextBlock
 from pretrain.models.multiway.embeddings import TextEmbedding
 from pretrain.models.multiway.encoder import MultiwayEncoder
-from pretrain.models.multiway.resize import grow_vocabulary, resize_patch_positions
 from pretrain.models.multiway.shape import MultiwayShape
 
 
@@ -71,15 +69,11 @@ class TextQueriesImage(Model):
         return TextQueriesImageEncoder(self, layers, checkpointing=checkpointing)
 
     def problems(self, stage: Any) -> list[str]:
-        problems = []
-        if stage.drop_path:
-            problems.append(f"drop_path={stage.drop_path}: TextQueriesImage has none; set it to 0")
+        problems = streams.problems(stage, "TextQueriesImage")
         if stage.masking is not None and "pairs" in stage.mix and stage.masking.ratios("pairs")[0]:
             problems.append(
                 "pair_image_ratio: TextQueriesImage fuses no patches, so none of a pair's can be told; set 0"
             )
-        if any(further.layout.causal for objective in stage.objectives for further in objective.passes(_SOME)):
-            problems.append("captioning: TextQueriesImage sees whole texts; take the objective out")
         return problems
 
     def width(self, kind: str) -> int:
@@ -102,19 +96,7 @@ class TextQueriesImage(Model):
         """As MultiwayConfig's: positions of another grid, fewer words, more words in the vocabulary."""
         if not isinstance(stored, TextQueriesImage):
             return state
-        adapted = {}
-        for name, value in state.items():
-            if name.endswith("vision_embed.positions"):
-                value = resize_patch_positions(value, stored.shape.grid, self.shape.grid)
-            elif name.endswith("text_embed.positions"):
-                value = value[: self.max_text_len]
-            elif len(value) == stored.vocab_size < wanted[name][0] == self.vocab_size:
-                value = grow_vocabulary(value, self.vocab_size)
-            adapted[name] = value
-        return adapted
-
-
-_SOME = Layout(images=2, pairs=2, texts=2, patches=1, pair_len=3, text_len=3, dual=2)
+        return streams.fitted(state, stored.shape, self.shape, wanted)
 
 
 class TextQueriesImageEncoder(nn.Module):
@@ -132,21 +114,15 @@ class TextQueriesImageEncoder(nn.Module):
         self.fusion = nn.ModuleList(TextBlock(*sizes, **options, cross=True) for _ in range(cfg.fusion_depth))
 
     def forward(self, batch: Batch, needed: Kinds | None = None) -> Kinds:
-        layout = batch.layout
-        pictures = encode_pictures(self.image, batch)
-        alone, paired = pictures.split([layout.images, layout.pairs])
-        words, seen = embed_words(self.text_embed, batch)
+        layout, recompute = batch.layout, bool(self.checkpointing) and self.training
+        alone, paired = streams.pictures(self.image, batch).split([layout.images, layout.pairs])
+        words, seen = streams.words(self.text_embed, batch)
         for block in self.text:
-            words = self._run(block, words, seen)
+            words = streams.run(block, words, seen, recompute=recompute)
         fused, texts = words.split([layout.pairs, layout.texts])
         for block in self.fusion:  # on no pair too: ZeRO mixes up gradients of modules that are skipped
-            fused = self._run(block, fused, seen[: layout.pairs], paired)
+            fused = streams.run(block, fused, seen[: layout.pairs], paired, recompute=recompute)
         return Kinds(alone, fused[:, :1], fused[:, : layout.pair_len], texts[:, : layout.text_len])
-
-    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        if self.checkpointing and self.training:
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
     @property
     def token_table(self) -> nn.Parameter:

@@ -17,12 +17,10 @@ from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked import MaskedData
 from pretrain.objectives.matching import Matching
-from pretrain.optim import Optim, build_optimizer, schedule
+from pretrain.optim import Optim
 from pretrain.tasks.pretrain import PretrainTask
-from tests.distributed import run_ranks
+from tests.models.fusion.two_ranks import check_equal
 from tests.models.towers.others import LENGTH, SIZES, dual_batch, moved
-from tests.step_batches import CONFIGS, DUAL, Trained, mean_reports, train_alone, train_on_ranks
-from tests.step_batches import dual_batch as step_dual_batch
 from tests.toy_models import random_batch
 
 MODEL = TextQueriesImage(
@@ -117,7 +115,6 @@ def test_every_weight_learns_without_pairs_in_the_first_pass():
         torch.testing.assert_close(own.grad, other.grad)
 
 
-OPTIM, STEPS = Optim(lr=1e-3, warmup_steps=1, clip=1.0), 3
 SMALL = replace(MODEL, image_size=16, patch_size=4, vocab_size=32, max_text_len=10)
 
 
@@ -126,31 +123,9 @@ def build(layers: Layers = PLAIN) -> PretrainTask:
     return PretrainTask(SMALL, (), (Contrastive(temperature=0.5), Matching()), layers)
 
 
-def train_zero3() -> Trained:
-    from pretrain.parallel.ds_config import load_ds_config
-    from pretrain.parallel.engine import build_engine, partitioned_init
-    from pretrain.parallel.mesh import create_mesh
-    from pretrain.parallel.sizes import Parallel
-    from pretrain.parallel.tensor import parallel_layers
-
-    path = CONFIGS / "zero3.json"
-    config = load_ds_config(path, micro=4 * DUAL // 2, accumulation=1, world=2, clip=OPTIM.clip)
-    config.pop("bf16", None)
-    mesh = create_mesh(Parallel())
-    with partitioned_init(config):
-        task = build(parallel_layers(mesh))
-    engine = build_engine(task, build_optimizer(task, OPTIM), schedule(OPTIM, STEPS), config)
-    return train_on_ranks(engine, mesh, step_dual_batch, STEPS)
-
-
 def test_two_ranks_under_zero3_give_the_losses_of_one_process():
     """Its first pass fuses no pair, its second one has no text alone."""
-    alone = train_alone(build(), OPTIM, [step_dual_batch(step) for step in range(1, STEPS + 1)])
-    reports = mean_reports(run_ranks(train_zero3, 2))
-    for name in ("loss", "loss/matching", "loss/contrastive"):
-        off = [abs(own[name] - want[name]) for own, want in zip(reports, alone.reports, strict=True)]
-        assert max(off) <= 1e-6, (name, off)
-    assert alone.reports[0]["loss"] != alone.reports[1]["loss"]
+    check_equal(build, "zero3.json", ("loss", "loss/matching", "loss/contrastive"))
 
 
 PAIRS = PairShards("x", text_len=LENGTH)

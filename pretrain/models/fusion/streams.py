@@ -1,0 +1,74 @@
+"""What encoders with a stream for pictures and one for words share: how a batch's rows come into each, how weights of
+other sizes are made to fit, and what no such encoder can be trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.batch import Batch, Layout, make_batch
+from pretrain.contracts import State
+from pretrain.models.multiway.embeddings import TextEmbedding
+from pretrain.models.multiway.encoder import MultiwayEncoder
+from pretrain.models.multiway.resize import grow_vocabulary, resize_patch_positions
+from pretrain.models.multiway.shape import MultiwayShape
+from pretrain.rows import sent
+
+_SOME = Layout(images=2, pairs=2, texts=2, patches=1, pair_len=3, text_len=3, dual=2)
+
+
+def pictures(encoder: MultiwayEncoder, batch: Batch) -> Tensor:
+    """A batch's pictures through a vision encoder: [images + pairs, image_len, dim]."""
+    layout = batch.layout
+    only = Layout(images=layout.images + layout.pairs, patches=encoder.cfg.patches)
+    if not only.images:  # an evaluation of texts
+        return encoder.blocks[0].norm["shared"].weight.new_zeros(0, only.image_len, encoder.cfg.dim)
+    own, host = make_batch(only, images=batch.images, image_masks=batch.image_masks), batch.on_host
+    # On the host, where nothing waits for the device.
+    index = make_batch(only, images=host.images, image_masks=host.image_masks).indexed().index
+    assert index is not None
+    return encoder(own.with_index(index.map(partial(sent, device=batch.images.device)), None)).images
+
+
+def words(embed: TextEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
+    """A batch's texts, those of pairs first, padded to one length L: [pairs + texts, L, dim], and which of their words
+    are no padding, bool [pairs + texts, 1, 1, L]."""
+    length = max(batch.layout.pair_len, batch.layout.text_len, 1)
+    rows = torch.cat([F.pad(part, (0, 0, 0, length - part.shape[1])) for part in embed(batch)])
+    seen = torch.cat([F.pad(part, (0, length - part.shape[1])) for part in batch.keys_seen])
+    return rows, seen[:, None, None]
+
+
+def run(block: nn.Module, *inputs: Any, recompute: bool) -> Any:
+    """`block(*inputs)`; with `recompute` the backward pass computes it again from its inputs and keeps nothing else."""
+    return checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+
+
+def problems(stage: Any, name: str) -> list[str]:
+    """As Model.problems, of a model called `name`."""
+    found = []
+    if stage.drop_path:
+        found.append(f"drop_path={stage.drop_path}: {name} has none; set it to 0")
+    if any(further.layout.causal for objective in stage.objectives for further in objective.passes(_SOME)):
+        found.append(f"captioning: {name} sees whole texts; take the objective out")
+    return found
+
+
+def fitted(state: State, old: MultiwayShape, new: MultiwayShape, wanted: Mapping[str, tuple[int, ...]]) -> State:
+    """As Model.adapt: positions of another grid, fewer words, more words in the vocabulary."""
+    adapted = {}
+    for name, value in state.items():
+        if name.endswith("vision_embed.positions"):
+            value = resize_patch_positions(value, old.grid, new.grid)
+        elif name.endswith("text_embed.positions"):
+            value = value[: new.max_text_len]
+        elif len(value) == old.vocab_size < wanted[name][0] == new.vocab_size:
+            value = grow_vocabulary(value, new.vocab_size)
+        adapted[name] = value
+    return adapted
