@@ -44,6 +44,7 @@ def write_directory(source: Path, out: Path, *, text_tokenizer: Path | None = No
     out.mkdir(parents=True, exist_ok=True)
     try:
         graphs = {name: _write(route, model, name, out, int8) for name, route in routes_of(task).items()}
+        text = text if "text" in graphs else None  # a stage of pictures alone reads none
         if text is not None:
             shutil.copyfile(text, out / BESIDE_WEIGHTS[text.suffix == ".json"])
         write_json(out / ABOUT, _about(model, config, graphs, text))
