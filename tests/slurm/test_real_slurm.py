@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.fault_runs.compare import Ending, compare
 from benchmarks.slurm_runs.strike import Target, kill_rank
 from pretrain.launch.outcome import reached_step
 from pretrain.lives import read_lives
 from pretrain.restarts import read_restarts
 from tests.slurm.one_host import slurm, wait_for, why_not
-from tests.small_run import ROOT, check_weights, environment, tokenizer_of, train_stage
+from tests.small_run import ROOT, Ranks, check_weights, command, environment, tokenizer_of, train_stage
 
 pytestmark = pytest.mark.slow
 ENDS_S = 120.0  # a stage takes some ten seconds, on a busy machine longer
@@ -140,6 +141,25 @@ def test_a_rank_that_is_killed_starts_again_in_place_on_nodes_that_are_fit(submi
     assert f"first error: {restart.first}" in said and ranks[-1].parent.name.endswith(f"{job}-again1")
     for life in {path.parent for path in ranks}:
         assert "2 nodes are fit" in (life / "preflight00000.log").read_text()
+
+
+@pytest.mark.timeout(600)
+def test_a_chain_under_zero3_has_the_bits_of_one_node(cluster, data, tmp_path):
+    """2 nodes with 2 ranks, against 4 ranks of one node."""
+    runs = {name: tmp_path / name for name in ("two", "one")}
+    for run in runs.values():
+        shutil.copytree(data / "start", run)
+    stages, settings = ["vision", "language", "fusion", "retrieval"], ["--set", "steps=2", "--set", "save_every=2"]
+    line = ["bash", "launch/chain.sh", " ".join(stages), "--recipe", str(data / "recipe.py"), *settings]
+    line += ["--ds", "ds_configs/zero3.json", "--run-dir", str(runs["two"])]
+    more = {"SBATCH_OPTIONS": "--ntasks-per-node=2 --gpus-per-node=2"}
+    jobs = jobs_of(subprocess.run(line, cwd=ROOT, env=cluster | more, capture_output=True, text=True, timeout=200))
+    for stage, job in zip(stages, jobs, strict=True):
+        assert wait_for(job, cluster, 2 * ENDS_S) == "COMPLETED", logs(runs["two"], job)
+        log = tmp_path / f"{stage}.log"
+        alone = command(data, runs["one"], stage, "steps=2", "save_every=2", ds="zero3.json")
+        assert Ranks(alone, data, 4, log).wait(2 * ENDS_S) == [0] * 4, log.read_text()
+        assert compare(runs["two"] / stage, runs["one"] / stage) == Ending([], 0, 0, 0.0), stage
 
 
 def test_a_benchmark_that_is_ended_leaves_no_daemons_and_no_file_systems(tmp_path):
