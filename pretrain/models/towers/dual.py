@@ -128,15 +128,21 @@ class Towers(nn.Module):
         layout = batch.layout
         if layout.pairs:
             raise ValueError(f"{layout.pairs} pairs came to DualTowers, which fuse nothing; give them as dual")
-        if layout.texts and batch.text_inputs.shape[1] > self.cfg.max_text_len:
-            raise ValueError(
-                f"a text of {batch.text_inputs.shape[1]} tokens is longer than model.max_text_len="
-                f"{self.cfg.max_text_len}; set it to that or shorten the source's text_len"
-            )
         # A kind of which an evaluation has nothing is left out; in training both are there, as the mix says.
         images = self.vision.images(batch.images[: layout.images]) if layout.images else self._none("images")
-        texts = self.text.texts(batch.text_inputs) if layout.texts else self._none("texts")
+        texts = self._texts(batch.text_inputs)
         return Kinds(images.unsqueeze(1), images[:0].unsqueeze(1), texts[:0].unsqueeze(1), texts.unsqueeze(1))
+
+    def _texts(self, ids: Tensor) -> Tensor:
+        """int64 [N, L] -> [N, width]"""
+        if not len(ids):
+            return self._none("texts")
+        if ids.shape[1] > self.cfg.max_text_len:
+            raise ValueError(
+                f"a text of {ids.shape[1]} tokens is longer than model.max_text_len={self.cfg.max_text_len}; set it "
+                "to that or shorten the source's text_len"
+            )
+        return self.text.texts(ids)
 
     def _none(self, kind: str) -> Tensor:
         return next(self.parameters()).new_zeros(0, self.cfg.width(kind))
