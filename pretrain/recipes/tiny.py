@@ -133,7 +133,7 @@ CAPTIONS = Stage(
     objectives=(MaskedCaptioning(),),
     transform=LOOK,
     optim=OPTIM,
-    steps=400,
+    steps=200,
     evals=(CaptionScore(ReferenceShards("$DATA/pairs/heldout", text_len=24), samples=256),),
 )
 
