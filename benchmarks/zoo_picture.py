@@ -7,6 +7,7 @@ from html import escape
 from typing import NamedTuple
 
 WIDTH, HEIGHT, LEFT, BOTTOM, ROOM = 720, 360, 60, 50, 20
+LINE, LETTER = 14, 7  # pixels of a text's line, and about those of a letter
 
 
 class Mark(NamedTuple):
@@ -44,11 +45,25 @@ def picture(marks: list[Mark]) -> str:
     middle = f'x="{(LEFT + WIDTH - 160) / 2}" y="{HEIGHT - 8}" text-anchor="middle"'
     parts.append(f"<text {middle}>TFLOP of training</text>")
     parts.append(f'<text x="{LEFT}" y="14">R@1 of 256, mean of both ways, percent</text>')
-    for mark in marks:
-        parts.append(f'<circle cx="{x(mark.tflop):.1f}" cy="{y(mark.percent):.1f}" r="5" fill="#2463b0"/>')
-        place = f'x="{x(mark.tflop) + 9:.1f}" y="{y(mark.percent) + 4:.1f}"'
-        parts.append(f"<text {place}>{escape(mark.name)} {mark.percent:.0f}</text>")
+    texts = [f"{mark.name} {mark.percent:.0f}" for mark in marks]
+    points = [(x(mark.tflop), y(mark.percent)) for mark in marks]
+    parts += [f'<circle cx="{left:.1f}" cy="{top:.1f}" r="5" fill="#2463b0"/>' for left, top in points]
+    for text, (left, top) in zip(texts, _apart(texts, points), strict=True):
+        parts.append(f'<text x="{left:.1f}" y="{top:.1f}">{escape(text)}</text>')
     return "\n".join([*parts, "</svg>", ""])
+
+
+def _apart(texts: list[str], points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Where each text stands: right of its point, or as far below as no text above is in its way."""
+    places: dict[int, tuple[float, float]] = {}
+    for number in sorted(range(len(texts)), key=lambda number: points[number][1]):
+        left, top = points[number][0] + 9, points[number][1] + 4
+        for other, (start, line) in sorted(places.items(), key=lambda item: item[1][1]):
+            beside = left > start + LETTER * len(texts[other]) or start > left + LETTER * len(texts[number])
+            if not beside and abs(top - line) < LINE:
+                top = line + LINE
+        places[number] = left, top
+    return [places[number] for number in range(len(texts))]
 
 
 def _ticks(low: float, high: float) -> list[float]:

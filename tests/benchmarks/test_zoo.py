@@ -53,6 +53,13 @@ def test_the_picture_has_every_member_in_it():
     assert {"A & B 20", "C 80"} <= {each.text for each in drawn.iter() if each.tag.endswith("text")}
 
 
+def test_names_of_near_points_stand_below_each_other():
+    drawn = ElementTree.fromstring(picture([Mark(name, 4.0, 50.0) for name in "ABC"] + [Mark("far", 40.0, 50.0)]))
+    lines = {each.text: float(each.get("y")) for each in drawn.iter() if each.tag.endswith("text")}
+    a, b, c = (lines[f"{name} 50"] for name in "ABC")
+    assert b - a >= 14 and c - b >= 14 and lines["far 50"] == a
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
