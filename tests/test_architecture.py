@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,10 @@ def test_files_and_functions_stay_small():
             if isinstance(node, ast.FunctionDef):
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 assert lines <= 60, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"
+
+
+def test_the_top_level_holds_nothing_else():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    top = {name.partition("/")[0] for name in files if name and not name.startswith(".")}
+    rooms = {"pretrain", "ds_configs", "launch", "data_tools", "tests", "benchmarks"}
+    assert top == rooms | {"pyproject.toml", "README.md"}
