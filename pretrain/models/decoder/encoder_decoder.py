@@ -11,18 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pretrain.batch import Batch, Kinds, Layout
 from pretrain.contracts import Model, State
-from pretrain.flops import Product, encoder_flops, flops_per_sequence, product_flops
 from pretrain.layers import PLAIN, Layers
 from pretrain.models.decoder.block import EncoderDecoderBlock
 from pretrain.models.decoder.causal_text import DecodedText
 from pretrain.models.fusion import streams
 from pretrain.models.multiway.embeddings import TextEmbedding
 from pretrain.models.multiway.encoder import MultiwayEncoder
-from pretrain.models.multiway.resize import grow_vocabulary, resize_patch_positions
 from pretrain.models.multiway.shape import MultiwayShape
 
 STARTS = 2  # ids of the model's own, the last ones: [DEC], with which a decoded text begins, and [ENC], a fused one
@@ -95,31 +92,13 @@ class EncoderDecoder(Model):
         return self.dim
 
     def flops(self, layout: Layout) -> int:
-        images = layout.images + layout.pairs
-        alone = Layout(images=images, patches=layout.patches)
-        sizes = {"dim": self.dim, "ffn_dim": self.ffn_dim}
-        total = encoder_flops(alone, depth=self.image_depth, patch_inputs=3 * self.patch_size**2, **sizes)
-        for count, length in ((layout.texts, layout.text_len), (layout.pairs, layout.pair_len)):
-            total += int(count * flops_per_sequence(length, depth=self.text_depth, **sizes))
-        words, rows, d = layout.pairs * layout.pair_len, layout.pairs * layout.image_len, self.dim
-        crossed = product_flops([Product(round(2 * words), d, d), Product(2 * rows, d, d)])
-        return total + self.text_depth * (crossed + round(3 * 2 * 2 * words * layout.image_len * d))
+        total = streams.flops(layout, self.shape, replace(self.text_shape, depth=self.text_depth))
+        return total + self.text_depth * streams.asking_flops(layout, self.dim)
 
     def adapt(self, state: State, stored: Any, wanted: Mapping[str, tuple[int, ...]]) -> State:
-        """Positions of another grid, fewer words, more words in the vocabulary, whose last ids stay the last."""
         if not isinstance(stored, EncoderDecoder):
             return state
-        adapted = {}
-        for name, value in state.items():
-            if name.endswith("vision_embed.positions"):
-                value = resize_patch_positions(value, stored.shape.grid, self.shape.grid)
-            elif name.endswith("text_embed.positions"):
-                value = value[: self.max_text_len]
-            elif len(value) == stored.vocab_size < wanted[name][0] == self.vocab_size:
-                grown = grow_vocabulary(value[:-STARTS], self.vocab_size - STARTS)
-                value = torch.cat([grown, value[-STARTS:]])
-            adapted[name] = value
-        return adapted
+        return streams.fitted(state, stored.shape, self.shape, wanted, last=STARTS)
 
     def started(self, ids: Tensor, *, decoder: bool) -> Tensor:
         """int64 [N, L], L at least 1 where N is -> the same with [DEC] or [ENC] in the place of BOS."""
@@ -144,20 +123,14 @@ class EncoderDecoderEncoder(nn.Module):
         )
 
     def forward(self, batch: Batch, needed: Kinds | None = None) -> Kinds:
-        layout = batch.layout
-        pictures = streams.pictures(self.image, batch)
-        alone, paired = pictures.split([layout.images, layout.pairs])
+        layout, recompute = batch.layout, bool(self.checkpointing) and self.training
+        alone, paired = streams.pictures(self.image, batch).split([layout.images, layout.pairs])
         pairs = self.cfg.started(batch.pair_inputs, decoder=layout.causal)
         words, seen = streams.words(self.text_embed, replace(batch, pair_inputs=pairs))
         for block in self.text:
-            words = self._run(block, words, seen, paired, layout.causal)
+            words = streams.run(block, words, seen, paired, layout.causal, recompute=recompute)
         fused, texts = words.split([layout.pairs, layout.texts])
         return Kinds(alone, fused[:, :1], fused[:, : layout.pair_len], texts[:, : layout.text_len])
-
-    def _run(self, block: nn.Module, *inputs: Any) -> Tensor:
-        if self.checkpointing and self.training:
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
     def causal_text(self, images: Tensor, longest: int) -> DecodedText:
         """See evals/generation.py, text_reader."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pretrain.batch import Batch, Kinds, Layout
 from pretrain.contracts import Model, State
-from pretrain.flops import Product, encoder_flops, flops_per_sequence, product_flops
+from pretrain.flops import Product, encoder_flops, product_flops
 from pretrain.layers import PLAIN, Layers, Linear
 from pretrain.models.fusion import streams
 from pretrain.models.fusion.pooled import PooledFusion, check_kind
@@ -133,14 +133,8 @@ class CoAttention(Model):
 
     def flops(self, layout: Layout) -> int:
         pictures = Layout(images=layout.images + layout.pairs, patches=layout.patches)
-        vit, text = self.shape, self.text_shape
-        sizes = {"dim": vit.dim, "depth": vit.depth, "ffn_dim": vit.ffn_dim}
-        total = encoder_flops(pictures, patch_inputs=3 * self.patch_size**2, **sizes)
         stream = {"dim": self.image_dim, "depth": self.image_depth, "ffn_dim": self.image_ffn_dim}
-        total += encoder_flops(pictures, **stream)
-        for count, length in ((layout.texts, layout.text_len), (layout.pairs, layout.pair_len)):
-            sizes = {"dim": text.dim, "depth": text.depth, "ffn_dim": text.ffn_dim}
-            total += int(count * flops_per_sequence(length, **sizes))
+        total = streams.flops(layout, self.shape, self.text_shape) + encoder_flops(pictures, **stream)
         words, rows = round(layout.pairs * layout.pair_len), layout.pairs * layout.image_len
         between, co = self.width_between, []
         # Of each side: queries and outputs of its rows, keys and values for the other's, its feed-forward network.

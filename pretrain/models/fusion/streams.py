@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.batch import Batch, Layout, make_batch
 from pretrain.contracts import State
+from pretrain.flops import Product, encoder_flops, flops_per_sequence, product_flops
 from pretrain.models.multiway.embeddings import TextEmbedding
 from pretrain.models.multiway.encoder import MultiwayEncoder
 from pretrain.models.multiway.resize import grow_vocabulary, resize_patch_positions
@@ -60,8 +61,29 @@ def problems(stage: Any, name: str) -> list[str]:
     return found
 
 
-def fitted(state: State, old: MultiwayShape, new: MultiwayShape, wanted: Mapping[str, tuple[int, ...]]) -> State:
-    """As Model.adapt: positions of another grid, fewer words, more words in the vocabulary."""
+def flops(layout: Layout, image: MultiwayShape, text: MultiwayShape) -> int:
+    """Of the pictures' and the words' own blocks, as Model.flops."""
+    pictures = Layout(images=layout.images + layout.pairs, patches=layout.patches)
+    sizes = {"dim": image.dim, "depth": image.depth, "ffn_dim": image.ffn_dim}
+    total = encoder_flops(pictures, patch_inputs=3 * image.patch_size**2, **sizes)
+    sizes = {"dim": text.dim, "depth": text.depth, "ffn_dim": text.ffn_dim}
+    for count, length in ((layout.texts, layout.text_len), (layout.pairs, layout.pair_len)):
+        total += int(count * flops_per_sequence(length, **sizes))
+    return total
+
+
+def asking_flops(layout: Layout, dim: int) -> int:
+    """Of one attention in which the words of pairs ask their pictures' rows, both `dim` wide."""
+    words, rows = layout.pairs * layout.pair_len, layout.pairs * layout.image_len
+    products = product_flops([Product(round(2 * words), dim, dim), Product(2 * rows, dim, dim)])
+    return products + round(3 * 2 * 2 * words * layout.image_len * dim)
+
+
+def fitted(
+    state: State, old: MultiwayShape, new: MultiwayShape, wanted: Mapping[str, tuple[int, ...]], *, last: int = 0
+) -> State:
+    """As Model.adapt: positions of another grid, fewer words, more words in the vocabulary, whose `last` ids stay the
+    last."""
     adapted = {}
     for name, value in state.items():
         if name.endswith("vision_embed.positions"):
@@ -69,6 +91,7 @@ def fitted(state: State, old: MultiwayShape, new: MultiwayShape, wanted: Mapping
         elif name.endswith("text_embed.positions"):
             value = value[: new.max_text_len]
         elif len(value) == old.vocab_size < wanted[name][0] == new.vocab_size:
-            value = grow_vocabulary(value, new.vocab_size)
+            words, own = value.split([len(value) - last, last])
+            value = torch.cat([grow_vocabulary(words, new.vocab_size - last), own])
         adapted[name] = value
     return adapted

@@ -12,7 +12,7 @@ from torch import nn
 
 from pretrain.batch import Batch, Kinds, Layout
 from pretrain.contracts import Model, State
-from pretrain.flops import Product, encoder_flops, flops_per_sequence, product_flops
+from pretrain.flops import flops_per_sequence
 from pretrain.layers import PLAIN, Layers
 from pretrain.models.fusion import streams
 from pretrain.models.fusion.text_block import TextBlock
@@ -80,17 +80,10 @@ class TextQueriesImage(Model):
         return self.dim
 
     def flops(self, layout: Layout) -> int:
-        images = layout.images + layout.pairs
-        alone = Layout(images=images, patches=layout.patches)
+        total = streams.flops(layout, self.shape, replace(self.shape, depth=self.text_depth))
         sizes = {"dim": self.dim, "ffn_dim": self.ffn_dim}
-        total = encoder_flops(alone, depth=self.image_depth, patch_inputs=3 * self.patch_size**2, **sizes)
-        for count, length in ((layout.texts, layout.text_len), (layout.pairs, layout.pair_len)):
-            total += int(count * flops_per_sequence(length, depth=self.text_depth, **sizes))
-        words, rows, d = layout.pairs * layout.pair_len, layout.pairs * layout.image_len, self.dim
-        crossed = product_flops([Product(round(2 * words), d, d), Product(2 * rows, d, d)])
-        crossed += round(3 * 2 * 2 * words * layout.image_len * d)
         total += int(layout.pairs * flops_per_sequence(layout.pair_len, depth=self.fusion_depth, **sizes))
-        return total + self.fusion_depth * crossed
+        return total + self.fusion_depth * streams.asking_flops(layout, self.dim)
 
     def adapt(self, state: State, stored: Any, wanted: Mapping[str, tuple[int, ...]]) -> State:
         """As MultiwayConfig's: positions of another grid, fewer words, more words in the vocabulary."""
