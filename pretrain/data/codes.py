@@ -70,8 +70,9 @@ def plain(transform: ImageTransform) -> dict[str, Any]:
     del fields["evaluation"]
     if not fields["antialias"]:  # as codes that were stored before there was a choice
         del fields["antialias"]
-    if fields["rand_augment"] is None:  # the same
-        del fields["rand_augment"]
+    for name in ("rand_augment", "cover"):  # the same
+        if fields[name] == getattr(ImageTransform, name):
+            del fields[name]
     return json.loads(json.dumps(fields))
 
 

@@ -48,6 +48,11 @@ class ImageTransform:
 
     The defaults are BEiT-3's (paper, Table 11: RandomResizedCrop, flip, jitter 0.4), except for the crop's scale, which
     was not published. Turn `flip` off if captions say left and right.
+
+    `cover`: a JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves the training crop's shorter side at least so many
+    times `size` pixels. 1 loses no detail, and of pictures of 512 pixels hardly ever lets 224 be made of half of them.
+    0.75 nearly always does, in little more than half of the time, and blurs the picture as if it had been three
+    quarters as large at the worst.
     """
 
     size: int = 224
@@ -59,6 +64,7 @@ class ImageTransform:
     evaluation: str = "crop"  # or "squash"
     rand_augment: RandAugment | None = None  # of what the flip and the jitter leave, in training
     antialias: bool = True  # False: without the blur in `_resize`, for runs that began before 2026-11-28
+    cover: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -75,6 +81,11 @@ class ImageTransform:
             )
         if self.evaluation not in EVALUATIONS:
             raise ValueError(f"transform.evaluation={self.evaluation} is unknown; use {' or '.join(EVALUATIONS)}")
+        if not 0.5 <= self.cover <= 1:
+            raise ValueError(
+                f"transform.cover={self.cover} is wrong because it lies outside [0.5, 1]; use 1 to lose no detail, or "
+                "0.75"
+            )
         if self.size < 1:
             raise ValueError(f"transform.size={self.size} is wrong because it counts pixels; use 224")
 
@@ -97,8 +108,8 @@ class ImageTransform:
         header = judged_header(data)
         box = self.crop(header.height, header.width, rng)
         # The crop's shorter side must have at least `size` pixels, so that decoding at a reduced size loses no detail.
-        side = min(header.height, header.width)
-        min_side = None if self.squashes else math.ceil(self.size * side / min(box.height, box.width))
+        side, least = min(header.height, header.width), self.size * (self.cover if self.train else 1.0)
+        min_side = None if self.squashes else math.ceil(least * side / min(box.height, box.width))
         return _cut(decode(data, header, min_side), box, header)
 
     def crop(self, height: int, width: int, rng: Generator | None) -> Box:

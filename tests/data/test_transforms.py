@@ -117,6 +117,23 @@ def test_a_crop_is_never_enlarged_when_the_picture_has_the_pixels(monkeypatch: p
     assert reduced > 20
 
 
+def test_a_crop_that_need_not_be_covered_comes_from_a_smaller_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, resize = [], transforms._resize
+    monkeypatch.setattr(transforms, "_resize", lambda crop, *rest: seen.append(crop.shape) or resize(crop, *rest))
+    whole, part = (ImageTransform(size=64, jitter=0, cover=cover) for cover in (1.0, 0.75))
+    data, halved = encoded(picture(8, 146, 150), quality=95), 0
+    for sample in range(40):
+        plain_one, other = (transform(data, sample_rng(0, 0, sample)) for transform in (whole, part))
+        full, reduced = seen[-2:]
+        assert min(reduced[:2]) >= 48 and close(other, plain_one, 3)
+        halved += reduced[0] < 0.6 * full[0]
+        if reduced == full:
+            assert (other == plain_one).all()
+    assert 20 < halved < 40
+    middle = ImageTransform(size=64, train=False, cover=0.75)(data)
+    assert (middle == ImageTransform(size=64, train=False)(data)).all(), "an evaluation loses nothing"
+
+
 def test_reduced_and_full_decoding_give_the_same_picture() -> None:
     pixels = picture(8, 512, 640)
     transform = ImageTransform(size=64, jitter=0)
@@ -283,7 +300,11 @@ def test_jitter_is_brightness_contrast_and_saturation_as_pillow_does_them(order:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"scale": (0.9, 0.5)}, {"ratio": (0, 1)}, {"jitter": 1.0}, {"size": 0}, {"evaluation": "fit"}]
+    "wrong",
+    [
+        *({"scale": (0.9, 0.5)}, {"ratio": (0, 1)}, {"jitter": 1.0}, {"size": 0}, {"evaluation": "fit"}),
+        *({"cover": 0.4}, {"cover": 1.1}, {"cover": float("nan")}),
+    ],
 )
 def test_invalid_settings_are_named(wrong: dict) -> None:
     with pytest.raises(ValueError, match=rf"transform\.{next(iter(wrong))}="):
@@ -325,6 +346,7 @@ def test_stored_codes_do_not_depend_on_how_pictures_are_evaluated() -> None:
     assert plain(ImageTransform()) == plain(ImageTransform(evaluation="squash"))
     # Those that were stored before 2026-11-28 are of pictures without the blur, and say nothing of it.
     assert "antialias" not in plain(ImageTransform(antialias=False)) and plain(ImageTransform())["antialias"]
+    assert "cover" not in plain(ImageTransform()) and plain(ImageTransform(cover=0.75))["cover"] == 0.75
 
 
 def test_without_the_blur_pixels_are_those_of_before() -> None:

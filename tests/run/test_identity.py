@@ -94,6 +94,13 @@ def test_an_old_run_goes_on_with_the_pixels_it_began_with():
     assert differences(noted(), RECIPE, old) == {"transform.antialias": (True, False)}
 
 
+def test_a_run_of_before_cover_is_the_same_until_it_is_set():
+    then, less = noted(), replace(VISION, transform=replace(VISION.transform, cover=0.75))
+    assert then["transform"].pop("cover") == 1.0
+    assert differences(then, RECIPE, VISION) == {}
+    assert differences(then, RECIPE, less) == differences(noted(), RECIPE, less) == {"transform.cover": (1.0, 0.75)}
+
+
 def test_a_field_that_the_old_program_did_not_know_had_its_default():
     then = noted()
     del (
