@@ -140,7 +140,7 @@ class Board:
         self._accusation = verdict
 
     def post_now(self) -> None:
-        """Before a part in which this rank may be silent for longer."""
+        """Before a part in which this rank may be silent for longer, and after it."""
         self._wake.set()
 
     def close(self) -> None:

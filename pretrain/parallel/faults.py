@@ -90,9 +90,11 @@ class Watch:
         self._waited = 0.0  # before the limits: the time of the last part must not meet those of the next
         self._limit = max(self.timeout_s, PATIENCE_S) if patient else self.timeout_s
         self._soft = min(self._limit, self._patience.limit_s(doing, patient))
+        news = patient or self._patient
         self._doing, self._patient, self._part = doing, patient, self._part + 1
         self.waits_for_data, self._starting = False, False
-        if patient and self._board is not None:
+        # Steps may be shorter than a beat: without it the others would have the first one's patience with a later one.
+        if news and self._board is not None:
             self._board.post_now()
 
     def extend(self) -> None:

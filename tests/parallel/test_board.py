@@ -7,6 +7,7 @@ import os
 import pytest
 
 from pretrain.parallel.board import Sign, Verdict, silent_rank, slow_rank, started
+from pretrain.parallel.faults import SILENT_ELSEWHERE_S, SILENT_S, Watch
 from pretrain.parallel.patience import KNOWN, OTHER_S, PATIENCE_S, RECENT, STEP_S, Patience
 
 
@@ -73,6 +74,35 @@ def test_a_limit_is_learned_from_the_parts_of_its_kind():
     for step in range(KNOWN):
         patience.note(f"the save of step {step}", True, 1.0)
     assert patience.limit_s("the save of step 7", True) == OTHER_S
+
+
+class Posted(list):
+    """A board that posts at once, and in no other moment: as if all parts were shorter than a beat."""
+
+    def __init__(self, watch: Watch):
+        self.watch = watch
+
+    def post_now(self) -> None:
+        self.append(self.watch._sign())
+
+
+def test_the_patience_with_a_first_step_ends_with_it_though_no_beat_falls_between():
+    watch = Watch()
+    watch.timeout_s = 600.0
+    watch._board = posted = Posted(watch)  # type: ignore[assignment]
+    watch.enter("step 1", patient=True)
+    for step in range(2, 9):
+        watch.enter(f"the reading of step {step}")
+        watch.enter(f"step {step}")
+    watch.enter("the save of step 8", patient=True)
+    watch.enter("step 9")
+    said = [(doing, silent_s) for _, doing, _, silent_s in posted]
+    assert said == [
+        ("step 1", SILENT_ELSEWHERE_S),
+        ("the reading of step 2", SILENT_S),
+        ("the save of step 8", SILENT_ELSEWHERE_S),
+        ("step 9", SILENT_S),
+    ]
 
 
 def test_a_process_is_known_by_its_start():
