@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pretrain.checkpoint.copies import local_root
 from pretrain.checkpoint.directory import complete
 from pretrain.checkpoint.weights import WEIGHTS
 from pretrain.config import Recipe, Stage
@@ -84,6 +85,8 @@ def check_stages(line: Line, names: Sequence[str], ranks: Ranks, *, stored: bool
 def check_stage(line: Line, recipe: Recipe, name: str, ranks: Ranks, ahead: Collection[str]) -> None:
     """Raises ValueError for what is wrong with one stage; `ahead` are the stages that run before it."""
     check_writable(line.run_dir / name)
+    if recipe.copy_every:
+        local_root()  # whether the nodes can use it they see for themselves
     stage = recipe.stages[name]
     stage = as_begun(stage, run_identity(line.run_dir / name, recipe, stage))
     _check_layout(line, recipe, name, stage, ranks)

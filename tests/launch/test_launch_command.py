@@ -105,6 +105,17 @@ def test_a_run_directory_must_be_writable_and_shared(launch, tmp_path, monkeypat
         assert got == code and ("is on tmpfs, a file system of this machine" in error) == bool(code)
 
 
+def test_copies_on_the_nodes_need_a_place_there(launch, tmp_path, monkeypatch):
+    monkeypatch.delenv("IMGLISH_LOCAL", raising=False)
+    code, out, error, calls = launch("--stage", "vision", "--set", "copy_every=2")
+    assert (code, out, calls, error.count("\n")) == (2, [], [], 1)
+    assert "stage vision: copy_every needs a directory on each node" in error and "IMGLISH_LOCAL names none" in error
+    assert launch("--stage", "vision")[0] == 0
+    (tmp_path / "calls").write_text("")
+    monkeypatch.setenv("IMGLISH_LOCAL", str(tmp_path / "not there"))  # nor on the login node, perhaps
+    assert launch("--stage", "vision", "--set", "copy_every=2")[0] == 0 and not (tmp_path / "not there").exists()
+
+
 def test_checkpoints_of_an_unknown_recipe_are_refused(launch, tmp_path):
     (tmp_path / "run" / "tokenizer" / "recipe.json").unlink()
     (tmp_path / "run" / "tokenizer" / "weights.safetensors").unlink()
