@@ -32,7 +32,7 @@ if [[ "$*" == *preflight* ]]; then
     exit "${PREFLIGHT:-0}"
 fi
 echo "srun $*" >>"$CALLS"
-echo "MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT OMP_NUM_THREADS=$OMP_NUM_THREADS" >>"$CALLS"
+echo "MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT" $(env | grep ^OMP_ | sort) >>"$CALLS"
 trap 'echo "srun got USR1" >>"$CALLS"; exit 75' USR1
 trap 'echo "srun got TERM" >>"$CALLS"; exit 143' TERM
 if [ -n "${SIGNAL:-}" ]; then
@@ -188,7 +188,7 @@ def test_a_stage_gives_the_ranks_their_meeting_place(slurm):
     _, calls = stage(slurm, 0, IMGLISH_WARM="no")
     assert any(call.endswith(f"bash launch/env/rank.sh -m {words}") for call in calls)
     (place,) = (call for call in calls if call.startswith("MASTER"))
-    assert place.startswith("MASTER_ADDR=10.0.0.7 ") and place.endswith(" OMP_NUM_THREADS=12")
+    assert place.startswith("MASTER_ADDR=10.0.0.7 ") and place.endswith(" OMP_NUM_THREADS=12 OMP_WAIT_POLICY=PASSIVE")
 
 
 def test_another_life_meets_at_another_port(slurm):

@@ -14,10 +14,12 @@ IMGLISH_NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tr '\n' ' ')
 # The address, because node names need not resolve.
 MASTER_ADDR=$(scontrol show node "${IMGLISH_NODES%% *}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
 OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+# A rank's data workers, one for each CPU but one, need the same CPUs: threads that wait must not spin (as in local.sh).
+OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 # Names the environment, for its copies and for what is compiled for it.
 IMGLISH_TAG=$({ echo "$PYTHON"; cat "$(dirname "$PYTHON")/../.imglish-stamp" 2>/dev/null || true; } | sha256sum | cut -c 1-12)
 IMGLISH_RANKS_OF_NODE=${SLURM_NTASKS_PER_NODE:-1}
-export MASTER_ADDR OMP_NUM_THREADS IMGLISH_TAG IMGLISH_NODES IMGLISH_RANKS_OF_NODE
+export MASTER_ADDR OMP_NUM_THREADS OMP_WAIT_POLICY IMGLISH_TAG IMGLISH_NODES IMGLISH_RANKS_OF_NODE
 
 start=(srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0)
 
