@@ -3,6 +3,13 @@ matches and fills in words at once, in four fusion and two unimodal passes: the 
 out to remove. Here its architecture, data sizes and optimizer are VLMo's; the stage `fusion` has masked data modeling
 in their place, and `published` the three losses, but for what tiny_vlmo.py says that it leaves out. Its word pieces
 (BERT uncased, 30522 ids) are replaced by a SentencePiece model of that size; text_tokenizer=tokenizer.json takes them.
+
+What its code does beside the paper (tests/models/multiway/test_reference_vlmo.py runs both: the losses and gradients of
+a step are equal but for this). Matching reads [CLS], through a tanh layer; here the picture's class row, as BEiT-3's
+fusion does. The word head has BERT's transform before it, texts a dropout of 0.1, the mean of masked words is over
+words and not over pairs. And its contrast is taken over all ranks' rows, of which only a rank's own have a gradient;
+the mean over ranks is then the gradient divided by their number (measured on two), so that on its 64 GPUs contrast
+counts a 64th beside matching and words. Here it counts what it says: weights={"contrastive": 1 / 64} is theirs.
 """
 
 from __future__ import annotations

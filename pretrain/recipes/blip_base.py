@@ -11,7 +11,8 @@ crops from 0.2 [salesforce/BLIP models/blip_pretrain.py, pretrain.py]; targets o
 BlipTextConfig]; warmup of 3000 steps, last rate 1e-6 [configs/pretrain.yaml].
 
 Other than published: it starts from scratch (there from DeiT and BERT); a cosine takes the place of a step down after
-each epoch; negatives are drawn without the queue; no RandAugment; the temperature's scale ends at 100 and not at 1000.
+each epoch; negatives are drawn by the trained vectors of both sides (there by the trained ones against the teacher's,
+and 1e-4 is added to each share); no RandAugment; the temperature's scale ends at 100 and not at 1000.
 """
 
 from __future__ import annotations

@@ -41,8 +41,9 @@ BEIT3_LARGE_RELEASED = replace(
 # VLMo (arXiv 2111.02358) as in unilm vlmo/vlmo: modules/multiway_transformer.py (sizes, vlffn_start_layer_index 10, 21
 # and 21, LayerScale 0.1, norm eps 1e-6, no bias on keys), config.py (BERT's vocabulary, bias tables for
 # 196 words), vlmo_module.py (no absolute positions where there are relative ones, a norm behind the text embedding).
-# Left out: token types (two vectors, which the patch bias and that norm's bias can take the place of). Its initial
-# weights are BEiT-3's here (`init`); VLMo draws all matrices with std 0.02 and no cut, and begins at BEiT's weights.
+# Left out: token types (two vectors, which the patch bias and that norm's bias can take the place of), and that norm's
+# own eps, BERT's 1e-12. Its initial weights are BEiT-3's here (`init`); VLMo draws all matrices with std 0.02 and no
+# cut, and begins at BEiT's weights.
 VLMO_BASE = MultiwayConfig(
     dim=768,
     depth=12,
