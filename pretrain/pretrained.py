@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from pretrain.batch import BOS, EOS, PAD, Layout, make_batch
@@ -20,10 +18,10 @@ from pretrain.data.text_tokenizer import AnyTokenizer, open_tokenizer
 from pretrain.data.transforms import ImageTransform, sample_rng
 from pretrain.evals.generation import NextWord, Writing, never_written, next_word_head, text_reader, write
 from pretrain.evals.zero_shot import TEMPLATES, class_vectors
-from pretrain.stored_model import build_stored, read_stored, stored_tokenizer
+from pretrain.pictures import Picture, encoded_picture
+from pretrain.stored_model import FURTHER, build_stored, read_stored, stored_tokenizer
 from pretrain.tasks.pretrain import PretrainTask
 
-Picture: TypeAlias = str | os.PathLike | bytes | np.ndarray | Image.Image | Tensor  # the last: what `look` made
 T = TypeVar("T")
 GAP = "<mask>"  # in a text for fill_mask
 DTYPES = (torch.float32, torch.bfloat16)
@@ -62,12 +60,16 @@ class Pretrained:
     @torch.no_grad()
     def patches(self, pictures: Iterable[Picture], batch: int = 64) -> Tensor:
         """-> the rows of each picture's patches after the final norm, by the vision encoder, [N, P, D]: what a picture
-        holds, for classifiers of one's own; embed_images compares class rows."""
+        holds, for classifiers of one's own; embed_images compares class rows. ValueError for towers, which give one row
+        for each picture."""
         parts = []
         for pixels in self._looks(pictures, batch):
             layout = Layout(images=len(pixels), patches=self._patches)
-            parts.append(self._encode(layout, images=pixels).images[:, 1:].float().cpu())
-        return torch.cat(parts) if parts else torch.zeros(0, self._patches, self.model.dim)
+            rows = self._encode(layout, images=pixels).images
+            if rows.shape[1] == 1:
+                raise ValueError(f"a {type(self.model).__name__} gives one row for each picture; use embed_images")
+            parts.append(rows[:, 1:].float().cpu())
+        return torch.cat(parts) if parts else torch.zeros(0, self._patches, self.model.width("images"))
 
     def look(self, picture: Picture) -> Tensor:
         """A picture as the encoder sees it: uint8 [3, S, S], S the model's image_size. BadSample, ValueError. Any
@@ -104,9 +106,9 @@ class Pretrained:
     @torch.no_grad()
     def embed_pairs(self, pictures: Sequence[Picture], texts: Sequence[str], batch: int = 64) -> Tensor:
         """Each picture together with its own text, by the fusion encoder -> its class row after the final norm, [N,
-        D]. ValueError where there are not as many texts as pictures."""
+        D]. ValueError where there are not as many texts as pictures, and for dual towers, which fuse nothing."""
         parts = [encoded.first.pair_images.float().cpu() for encoded in self._pairs(pictures, texts, batch)]
-        return torch.cat(parts) if parts else torch.zeros(0, self.model.dim)
+        return torch.cat(parts) if parts else torch.zeros(0, self.model.width("pair_images"))
 
     @torch.no_grad()
     def score_pairs(self, pictures: Sequence[Picture], texts: Sequence[str], batch: int = 64) -> Tensor:
@@ -205,6 +207,8 @@ class Pretrained:
         found = next_word_head(self.task.objectives, text.mask_id)
         if found is None:
             self._head("masked", "load a stage with Captioning(), or one that hides words")
+        if not hasattr(self.task.encoder, "causal_text"):
+            raise ValueError(f"a {type(self.model).__name__} reads whole texts and writes none; load a Multiway's")
         if "vision" not in self.task.encoder.expert_names:
             raise ValueError("these weights have no vision expert and cannot see a picture; load a fusion stage")
         assert found is not None
@@ -231,6 +235,7 @@ class Pretrained:
         """Each picture fused with its own text (or the ids of one), some at a time."""
         if len(pictures) != len(texts):
             raise ValueError(f"there are {len(pictures)} pictures and {len(texts)} texts; give one text for each")
+        self.model.width("pair_images")  # ValueError where nothing is fused
         for pixels, some in zip(self._looks(pictures, batch), _batches(texts, batch), strict=True):
             tokens = self.tokens(some)
             layout = Layout(pairs=len(tokens), patches=self._patches, pair_len=tokens.shape[1])
@@ -270,8 +275,9 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Pretrained:
-    """The directory of a trained stage, a weights.safetensors, a released BEiT-3 file (.pth with unilm's names), or a
-    Hugging Face directory of ours -> a model to use; no recipe is needed, and nothing in the files is executed.
+    """The directory of a trained stage of any of our models, a weights.safetensors, a released BEiT-3 file (.pth with
+    unilm's names), or a Hugging Face directory of ours -> a model to use; no recipe is needed, and nothing in the files
+    is executed. Others' CLIP, SigLIP, ALIGN, ViLT and BLIP come in by `pretrain.export from-hf`.
 
     `text_tokenizer`: a SentencePiece model or a tokenizer.json, for weights that came without theirs. `device`: a GPU
     where there is one. `dtype`: float32, or bfloat16 (autocast). ValueError for whatever cannot be used.
@@ -281,7 +287,7 @@ def load(
     path = Path(weights).expanduser()
     if not path.exists():
         raise ValueError(f"{path} does not exist; give a stage's directory, a weights.safetensors or a released .pth")
-    state, model, config = read_stored(path)
+    state, model, config = read_stored(path, FURTHER)
     task = build_stored(state, model, path)
     directory = path if path.is_dir() else path.parent
     text = Path(text_tokenizer) if text_tokenizer is not None else stored_tokenizer(directory)
@@ -293,24 +299,6 @@ def load(
             "text_tokenizer= the one that it was trained with"
         )
     return Pretrained(task, model, _transform(config, model), tokenizer, where, dtype)
-
-
-def encoded_picture(picture: Picture) -> bytes:
-    """The bytes of a picture, for the loader's own decoder and its limits. ValueError for what is none."""
-    if isinstance(picture, bytes):
-        return picture
-    if isinstance(picture, str | os.PathLike):
-        return Path(picture).expanduser().read_bytes()
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim not in (2, 3) or (picture.ndim == 3 and picture.shape[2] != 3):
-            raise ValueError(f"an array {picture.dtype} {picture.shape} is no picture; give uint8 [H, W, 3] or [H, W]")
-        picture = Image.fromarray(picture)
-    if not isinstance(picture, Image.Image):
-        raise ValueError(f"{type(picture).__name__} is no picture; give a path, bytes, a PIL picture or a uint8 array")
-    upright, data = ImageOps.exif_transpose(picture), io.BytesIO()
-    keeps = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # what a PNG has; others become RGB
-    (upright if upright.mode in keeps else upright.convert("RGB")).save(data, "PNG", compress_level=0)
-    return data.getvalue()
 
 
 def _with_gaps(text: str, tokenizer: AnyTokenizer, longest: int) -> list[int]:

@@ -9,6 +9,9 @@ from pretrain.checkpoint.weights import WEIGHTS, read_weights
 from pretrain.contracts import Objective, State
 from pretrain.data.text_tokenizer import BESIDE_WEIGHTS
 from pretrain.hub.read import is_directory, read_directory
+from pretrain.models.fusion.co_attention import CoAttention
+from pretrain.models.fusion.late import LateFusion
+from pretrain.models.fusion.text_queries_image import TextQueriesImage
 from pretrain.models.towers.dual import DualTowers
 from pretrain.objectives.answering import Answering
 from pretrain.objectives.captioning import Captioning
@@ -24,10 +27,13 @@ from pretrain.run.stored_weights import model_in
 from pretrain.settings import fill_variables
 from pretrain.tasks.pretrain import PretrainTask
 
+# Encoders beside Multiway's and BLIP's.
+FURTHER = (DualTowers, LateFusion, TextQueriesImage, CoAttention)
 
-def read_stored(path: Path, *, towers: bool = False) -> tuple[State, Any, dict[str, Any]]:
-    """-> (tensors by our names, the model, what stands beside them). `towers`: a DualTowers is good too. ValueError for
-    what is no encoder."""
+
+def read_stored(path: Path, further: tuple[type, ...] = ()) -> tuple[State, Any, dict[str, Any]]:
+    """-> (tensors by our names, the model, what stands beside them). `further`: those of FURTHER that are good too.
+    ValueError for what is no encoder."""
     if path.is_dir() and not (path / WEIGHTS).is_file() and is_directory(path):
         return read_directory(path)
     if path.is_dir() or path.suffix == ".safetensors":
@@ -35,8 +41,8 @@ def read_stored(path: Path, *, towers: bool = False) -> tuple[State, Any, dict[s
             raise ValueError(f"{path} has no {WEIGHTS}; give the directory of a finished stage")
         state, config = read_weights(path)
         if config:
-            model = model_in(config, path, (DualTowers,))
-            if not getattr(model, "encodes", False) or (isinstance(model, DualTowers) and not towers):
+            model = model_in(config, path, FURTHER)
+            if not model.encodes or (type(model) in FURTHER and type(model) not in further):
                 raise ValueError(f"{path} has a {type(model).__name__}, not an encoder; give the weights of an encoder")
             return state, model, config
     state, model = from_released(read_tensors(path / WEIGHTS if path.is_dir() else path))
@@ -58,8 +64,8 @@ def objectives_in(state: State, model: Any) -> list[Objective]:
         width = None if head is None or len(head) == model.width("images") else len(head)
         bias = "objectives.contrastive.vision.bias" in state
         objectives.append(Contrastive(width, loss=loss, project=head is not None, projection_bias=bias))
-        if "objectives.matching.match.weight" in state:
-            objectives.append(Matching())
+    if "objectives.matching.match.weight" in state:
+        objectives.append(Matching("global" if objectives else "random"))  # of which partners, no answer depends
     if "objectives.masked.text.bias" in state:
         tied = "objectives.masked.text.weight" not in state  # a pipeline writes it once, under its first name
         objectives.append(MaskedData(image_ratio=0.0, pair_image_ratio=0.0, tied_text_head=tied))

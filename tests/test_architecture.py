@@ -11,7 +11,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"contracts", "batch", "layers", "distributed", "files", "json_files", "lock", "settings", "command", "flops"}
-    | {"cross_entropy", "jitter", "rows", "tensors", "workers", "interrupt", "visible", "weights_and_biases"},
+    | {
+        "cross_entropy",
+        "jitter",
+        "rows",
+        "tensors",
+        "workers",
+        "interrupt",
+        "visible",
+        "pictures",
+        "weights_and_biases",
+    },
     {"models", "data", "parallel", "optim", "metrics", "lives", "restarts", "rollbacks"},
     {"tasks", "objectives", "evals", "checkpoint"},
     {"config"},

@@ -18,6 +18,7 @@ from pretrain.batch import BOS, EOS, PAD
 from pretrain.data.text_tokenizer import BESIDE_WEIGHTS, open_tokenizer
 from pretrain.files import write_json
 from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.models.towers.dual import DualTowers
 from pretrain.onnx.graphs import Route, routes_of
 from pretrain.stored_model import build_stored, read_stored, stored_tokenizer
 
@@ -36,7 +37,7 @@ def write_directory(source: Path, out: Path, *, text_tokenizer: Path | None = No
     _check_installed()
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; give a new directory")
-    state, model, config = read_stored(source, towers=True)
+    state, model, config = read_stored(source, (DualTowers,))
     task = build_stored(state, model, source).eval()
     text = text_tokenizer or stored_tokenizer(source if source.is_dir() else source.parent)
     if text is not None and open_tokenizer(text).vocab_size > model.vocab_size:

@@ -21,7 +21,7 @@ from pretrain.onnx.graphs import routes_of
 from pretrain.onnx.write import difference, example, export, run
 from pretrain.parallel.state import named_state
 from pretrain.released_weights import resize_positions
-from pretrain.stored_model import build_stored, read_stored
+from pretrain.stored_model import FURTHER, build_stored, read_stored
 from pretrain.tasks.pretrain import PretrainTask
 from tests.toy_models import CONFIGS
 from tests.toys import needs, refused, write_text_model
@@ -148,7 +148,7 @@ def test_dual_towers(tmp_path, kind, name):
 
     theirs = write_directory(tmp_path / "hf", whole_model(kind), kind)
     assert main(["from-hf", str(theirs), str(tmp_path / "ours")]) == 0
-    state, model, _ = read_stored(tmp_path / "ours", towers=True)
+    state, model, _ = read_stored(tmp_path / "ours", FURTHER)
     task = build_stored(state, model, tmp_path / "ours").eval()
     route = routes_of(task)[name]
     export(route, model, tmp_path / "route.onnx")
