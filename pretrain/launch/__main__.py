@@ -18,7 +18,16 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from pretrain.command import make_parser, run
-from pretrain.launch.checks import Line, Ranks, check_layout, check_shared, check_stages, check_writable, job_name
+from pretrain.launch.checks import (
+    Line,
+    Ranks,
+    check_layout,
+    check_shared,
+    check_stages,
+    check_tool,
+    check_writable,
+    job_name,
+)
 from pretrain.launch.codes import SCRIPT, WORD, Storing, crops_of, is_stored, online, plan_codes
 from pretrain.launch.slurm import (
     Job,
@@ -228,8 +237,7 @@ def _check_other(script: Path, words: list[str], job: Job, ranks: Ranks, options
     if script.name == "prepare.sbatch":
         if given.list is not None and not given.list.exists():
             raise ValueError(f"--list {given.list} does not exist; give a file or a directory of the list")
-        if "--merge" not in words and not any(word.startswith(("--array", "-a")) for word in options):
-            raise ValueError("prepare.sbatch is an array of slices; give --array=0-15 before it, or --merge after it")
+        check_tool(words, array=any(word.startswith(("--array", "-a")) for word in options))
     elif script.name == "bench.sbatch":
         check_layout(Line(given.recipe, given.ds, Path(), given.set), given.stage, ranks)
     check_with_sbatch(options, script, words)

@@ -34,6 +34,10 @@ from pretrain.settings import fill_variables
 # File systems of one machine, by the names of `stat --file-system`.
 LOCAL = {"tmpfs", "ramfs", "overlayfs", "ext2/ext3", "xfs", "btrfs", "zfs", "f2fs"}
 SHARED = "IMGLISH_SHARED"
+CHECKOUT = Path(__file__).parents[2]
+# What prepare.sbatch runs: without a tool's name the first; the others divide their shards among an array's tasks.
+TOOL, DOWNLOAD = re.compile(r"(data_tools|pretrain)\.[a-z_]+"), "data_tools.download"
+DIVIDED = ("data_tools.capfilt", "pretrain.embed", "pretrain.caption")
 
 
 class Line(NamedTuple):
@@ -189,3 +193,16 @@ def job_name(run_dir: Path, stage: str) -> str:
     """What tells a stage's job from all others of its user: one word that a person can read too."""
     readable = re.sub(r"[^\w.-]", "_", run_dir.absolute().name)
     return f"imglish-{readable}-{stage}-{hash_of({'run_dir': str(run_dir.resolve())})[:6]}"
+
+
+def check_tool(words: Sequence[str], *, array: bool) -> None:
+    """The arguments of prepare.sbatch, as an array of tasks or not: a tool's name and its own, or those of the
+    download. ValueError for a tool that is none, or whose work cannot be divided so."""
+    named = bool(words) and TOOL.fullmatch(words[0]) is not None
+    tool = words[0] if named else DOWNLOAD
+    if not (CHECKOUT / f"{tool.replace('.', '/')}.py").is_file():
+        raise ValueError(f"{tool} is no command of this checkout; name one such as {DIVIDED[0]}")
+    if tool == DOWNLOAD and not array and "--merge" not in words:
+        raise ValueError("prepare.sbatch is an array of slices; give --array=0-15 before it, or --merge after it")
+    if array and tool not in (DOWNLOAD, *DIVIDED):
+        raise ValueError(f"--array: {tool} does all of its work in one task; leave it out")

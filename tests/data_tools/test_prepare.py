@@ -1,4 +1,5 @@
-"""launch/prepare.sbatch: each task of the array downloads its slice, and a wrong number of slices is an error."""
+"""launch/prepare.sbatch: each task of the array downloads its slice, or does its part of another tool's work, and a
+wrong number of slices is an error."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_tools.fetch.run_img2dataset import ROOT
+from pretrain.launch.checks import DIVIDED
 
 ARGUMENTS = ("--list", "a b.parquet", "--preset", "laion", "--out", "D")
 
@@ -61,3 +63,32 @@ def test_a_job_without_array_may_only_merge(prepare):
 def test_it_must_run_in_the_checkout(prepare, tmp_path):
     done, words = prepare("--out", "D", cwd=tmp_path, **array(0, 1))
     assert done.returncode == 2 and words is None and "not the checkout" in done.stderr
+
+
+@pytest.mark.parametrize("tool", DIVIDED)
+def test_a_task_does_its_part_of_another_tools_work(prepare, tool, tmp_path):
+    # The download's environment is not asked for.
+    done, words = prepare(tool, "data/web", "--out", "D", IMGLISH_DOWNLOAD_PYTHON=str(tmp_path / "no"), **array(3, 8))
+    assert done.returncode == 0, done.stderr
+    assert words == ["-m", tool, "--workers", "16", "--part", "3/8", "data/web", "--out", "D"]
+    done, words = prepare(tool, "data/web", SLICES="8", **array(7, 2, highest=7))
+    assert done.returncode == 0 and words[4:6] == ["--part", "7/8"]
+    done, words = prepare(tool, "data/web", SLURM_CPUS_PER_TASK="4")
+    assert done.returncode == 0 and words == ["-m", tool, "--workers", "4", "data/web"]
+
+
+def test_a_tool_that_cannot_be_divided_runs_in_one_task(prepare):
+    done, words = prepare("data_tools.filter_shards", "data/web")
+    assert done.returncode == 0 and words == ["-m", "data_tools.filter_shards", "data/web"]
+    done, words = prepare("data_tools.dedup", "data/web", **array(0, 4))
+    assert done.returncode == 2 and "submit it without --array" in done.stderr
+    done, words = prepare("data_tools.download", *ARGUMENTS, **array(3, 16))
+    assert done.returncode == 0 and words[1] == "data_tools.download" and "--slice" in words
+
+
+def test_the_tools_that_are_divided_take_a_part():
+    """All of them, and no other one."""
+    files = [path for room in ("data_tools", "pretrain") for path in (ROOT / room).glob("*.py")]
+    ways = "part_of(args.part)", "portions import Folder"  # its own, and what embed and caption share
+    takes = {f"{path.parent.name}.{path.stem}" for path in files if any(way in path.read_text() for way in ways)}
+    assert takes - {"pretrain.portions"} == set(DIVIDED)
