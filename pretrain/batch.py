@@ -155,6 +155,9 @@ class Batch:
     text_inputs: Tensor  # int64 [texts, text_len]
     text_masked: Tensor  # bool [texts, text_len]
     image_codes: Tensor | None = None  # int64 [N, P], the visual tokenizer's codes; made on the device
+    # Of a further pass: the pictures of its first n pairs are these of the step's own batch, int64 [n]. A model that
+    # can takes what it made of them in the first pass; see tasks/pretrain.py.
+    again: Tensor | None = None
     looks: Tensor | None = None  # float64 [N, 7]: flips and jitter that the device has yet to do, see jitter.py
     # Uniform random numbers in [0, 1), float32 [sequences, n], by who asked for them (DROP_PATH, or an objective's
     # name): drawn by each sample's own generator, so that no number of ranks or micro-steps changes them.

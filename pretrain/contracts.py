@@ -37,6 +37,7 @@ class Pass(NamedTuple):
 
     layout: Layout
     backward: bool = True  # False: without gradient, such as a teacher's
+    again: int = 0  # of its pairs so many have a picture of the step's own batch: Batch.again
 
 
 class Encoder(Protocol):
@@ -64,6 +65,9 @@ class Model(Protocol):
     patch_size: int  # pixels a side of what one image mask hides; image_size // patch_size a side is the grid
     vocab_size: int
     encodes: ClassVar[bool] = True  # it builds an Encoder; False: a module with a task of its own
+    # Its encoder makes the same of a picture with and without a text, returns all of the rows of kind images, and takes
+    # them as `pictures`, float [n, image_len, width], in the place of the pictures of a batch's first n pairs.
+    shares_pictures: ClassVar[bool] = False
 
     def build(
         self, experts: Sequence[str], layers: Layers = PLAIN, *, drop_path: float = 0.0, checkpointing: int = 0

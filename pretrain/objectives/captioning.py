@@ -70,7 +70,8 @@ class Captioning(Objective):
         return problems
 
     def passes(self, layout: Layout) -> list[Pass]:
-        return [Pass(caption_layout(layout))]
+        own = caption_layout(layout)
+        return [Pass(own, again=own.pairs if layout.dual == own.pairs else 0)]
 
     def products(self, layout: Layout, model: Any) -> list[Product]:
         """About: the last row of a text has no target, and how much is padding depends on the texts."""
@@ -170,9 +171,11 @@ def _captions(batch: Batch) -> Batch:
     if (drawn := batch.draws.get(DROP_PATH)) is not None:
         # A dual pair has two; its picture's serve the fused pair.
         draws[DROP_PATH] = torch.cat([drawn[layout.images : layout.images + layout.pairs], drawn[pictures[1]]])
+    dual = torch.arange(layout.images, device=batch.images.device)[pictures[1]]
     return make_batch(
         own,
         images=torch.cat([batch.images[part] for part in pictures]),
+        again=None if layout.pairs else dual,
         pair_tokens=torch.cat(widened) if widened else None,
         draws=draws,
     )

@@ -64,7 +64,7 @@ class Matching(Objective):
         return problems
 
     def passes(self, layout: Layout) -> list[Pass]:
-        return [Pass(fused(layout))]
+        return [Pass(fused(layout), again=(3 if self.negatives == "local" else 2) * layout.dual)]
 
     def products(self, layout: Layout, model: Any) -> list[Product]:
         return [Product(3 * layout.dual, model.width("pair_images"), 2, classes=True)]
@@ -103,6 +103,7 @@ class MatchingHead(nn.Module):
             fused(layout),
             images=torch.cat([images, images, self._fetch(images, wrong_image)]),
             pair_tokens=torch.cat([tokens, self._fetch(tokens, wrong_text), tokens]),
+            again=self._again(batch, wrong_image),
             draws={DROP_PATH: torch.cat(_own(batch, DROP_PATH, (0, 0, 1)))} if DROP_PATH in batch.draws else {},
         )
         first = Kinds.rows_of(pairs.layout, images.device, first=True)
@@ -136,6 +137,12 @@ class MatchingHead(nn.Module):
         wrong_text = _pick(scale * images @ all_texts.T, first, picture_draws[:, 0])
         wrong_image = _pick(scale * texts @ all_images.T, first, text_draws[:, 0])
         return wrong_text - first, wrong_image - first
+
+    def _again(self, batch: Batch, wrong_image: Tensor) -> Tensor:
+        """See Batch.again. What may be another rank's picture is not among them: how many are would depend on ranks."""
+        layout = batch.layout
+        own = torch.arange(layout.images - layout.dual, layout.images, device=batch.images.device)
+        return torch.cat([own, own, *([own[wrong_image]] if self.negatives == "local" else [])])
 
     def _fetch(self, rows: Tensor, wanted: Tensor) -> Tensor:
         """The rows [N, ...] at the places `wanted` [N] behind this rank's first one; one rank's are held at once."""

@@ -58,22 +58,26 @@ class Pretrain(Task):
 
     def flops(self, model: Model, stage: Any, layout: Layout) -> float:
         total = float(product_flops(head_products(stage.objectives, layout, model)))
+        shared = shares_pictures(model, stage.objectives)
         for each in all_passes(stage.objectives, layout):
-            total += model.flops(each.layout) * (1 if each.backward else 1 / 3)
+            own = sum(sign * model.flops(part) for sign, part in pass_layouts(each, shared=shared))
+            total += own * (1 if each.backward else 1 / 3)
         return total
 
     def executed_flops(self, model: Model, stage: Any, layout: Layout, trained: frozenset[str]) -> float:
         prefix = "encoder."
         encoder = frozenset(name.removeprefix(prefix) for name in trained if name.startswith(prefix))
         total, read = 0.0, 0.0
+        shared = shares_pictures(model, stage.objectives)
         for objective in stage.objectives:
             own = any(name.startswith(f"objectives.{objective.name}.") for name in trained)
             for product in objective.products(layout, model):
                 total += executed_product(product, weight=own, inputs=bool(encoder))
                 read += product.rows
             for further in objective.passes(layout):
-                rows, names = further.layout.rows, encoder if further.backward else frozenset()
-                total += model.executed_flops(further.layout, stage.experts, rows, names)
+                names = encoder if further.backward else frozenset()
+                for sign, part in pass_layouts(further, shared=shared):
+                    total += sign * model.executed_flops(part, stage.experts, part.rows, names)
         first = any(objective.first_pass for objective in stage.objectives)
         return total + (model.executed_flops(layout, stage.experts, read, encoder) if first else 0)
 
@@ -85,6 +89,21 @@ def all_passes(objectives: Sequence[Objective], layout: Layout) -> list[Pass]:
     """Through the encoder, for a micro-batch of this layout: its own if it is read, and what objectives ask for."""
     first = [Pass(layout)] if any(objective.first_pass for objective in objectives) else []
     return first + [further for objective in objectives for further in objective.passes(layout)]
+
+
+def shares_pictures(model: Model, objectives: Sequence[Objective]) -> bool:
+    """Whether further passes take the rows that the first pass made of the same pictures: those of dual pairs, if
+    nothing of them was hidden. It is the same function of the weights, so losses and gradients are those of encoding
+    them again, to rounding."""
+    first = any(objective.first_pass for objective in objectives)
+    hidden = any(each.masking is not None and each.masking.ratios("dual")[0] for each in objectives)
+    return first and not hidden and model.shares_pictures
+
+
+def pass_layouts(each: Pass, *, shared: bool) -> list[tuple[int, Layout]]:
+    """What a pass computes, as a sum: its layout, less (if `shared`) its pictures that were encoded before."""
+    known = [(-1, Layout(images=each.again, patches=each.layout.patches))] if shared and each.again else []
+    return [(1, each.layout), *known]
 
 
 def head_products(objectives: Sequence[Objective], layout: Layout, model: Model) -> list[Product]:
@@ -124,7 +143,7 @@ class PretrainTask(nn.Module):
         self.objectives = nn.ModuleDict(
             {objective.name: objective.build(model, experts, layers, tokens) for objective in objectives}
         )
-        self._configs = tuple(objectives)
+        self._configs, self._shares = tuple(objectives), shares_pictures(model, objectives)
         heads: dict[str, nn.Module] = {"encoder": self.encoder, **dict(self.objectives.items())}
         for objective in objectives:
             objective.join(heads[objective.name], heads)
@@ -144,10 +163,10 @@ class PretrainTask(nn.Module):
         report: dict[str, Tensor] = {}
         several = len(self.objectives) > 1
         for name, head in self.objectives.items():
-            rows, encode = encoded, self.encoder
+            rows, encode = encoded, partial(self._encode, first=encoded)
             if several and self.watches and self.training and torch.is_grad_enabled():
                 square = report[f"{GRADIENT}{name}"] = torch.zeros((), device=batch.images.device)
-                rows, encode = watched(encoded, square), partial(self._encode, square=square)
+                rows, encode = watched(encoded, square), partial(self._encode, first=encoded, square=square)
             own = head(rows, batch, encode)
             losses[name] = own.pop("loss")
             report |= own
@@ -158,9 +177,14 @@ class PretrainTask(nn.Module):
             report |= weights
         return {"loss": torch.stack(list(losses.values())).sum(), **report}
 
-    def _encode(self, batch: Batch, needed: Kinds | None = None, *, square: Tensor) -> Kinds:
-        """A further pass, watched."""
-        return watched(self.encoder(batch, needed=needed), square)
+    def _encode(
+        self, batch: Batch, needed: Kinds | None = None, *, first: Kinds, square: Tensor | None = None
+    ) -> Kinds:
+        """A further pass behind the `first`, watched if there is a `square`."""
+        known = batch.again is not None and self._shares
+        own = {"pictures": first.images.index_select(0, batch.again)} if known else {}
+        rows = self.encoder(batch, needed=needed, **own)
+        return rows if square is None else watched(rows, square)
 
     def needed_rows(self, batch: Batch) -> Kinds:
         """bool [n, length] per kind: what any of the objectives reads."""

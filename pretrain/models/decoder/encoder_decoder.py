@@ -43,6 +43,7 @@ class EncoderDecoder(Model):
     image_norm_eps: float = 1e-6  # timm's ViT
     text_norm_eps: float = 1e-12  # BERT's
     init_std: float = 0.02
+    shares_pictures = True
 
     def __post_init__(self) -> None:
         for name in ("text_depth", "image_depth"):
@@ -122,9 +123,9 @@ class EncoderDecoderEncoder(nn.Module):
             EncoderDecoderBlock(*sizes, eps=cfg.text_norm_eps, std=std) for _ in range(cfg.text_depth)
         )
 
-    def forward(self, batch: Batch, needed: Kinds | None = None) -> Kinds:
+    def forward(self, batch: Batch, needed: Kinds | None = None, pictures: Tensor | None = None) -> Kinds:
         layout, recompute = batch.layout, bool(self.checkpointing) and self.training
-        alone, paired = streams.pictures(self.image, batch).split([layout.images, layout.pairs])
+        alone, paired = streams.pictures(self.image, batch, pictures).split([layout.images, layout.pairs])
         pairs = self.cfg.started(batch.pair_inputs, decoder=layout.causal)
         words, seen = streams.words(self.text_embed, replace(batch, pair_inputs=pairs))
         for block in self.text:

@@ -24,17 +24,25 @@ from pretrain.rows import sent
 _SOME = Layout(images=2, pairs=2, texts=2, patches=1, pair_len=3, text_len=3, dual=2)
 
 
-def pictures(encoder: MultiwayEncoder, batch: Batch) -> Tensor:
-    """A batch's pictures through a vision encoder: [images + pairs, image_len, dim]."""
-    layout = batch.layout
-    only = Layout(images=layout.images + layout.pairs, patches=encoder.cfg.patches)
-    if not only.images:  # an evaluation of texts
-        return encoder.blocks[0].norm["shared"].weight.new_zeros(0, only.image_len, encoder.cfg.dim)
-    own, host = make_batch(only, images=batch.images, image_masks=batch.image_masks), batch.on_host
-    # On the host, where nothing waits for the device.
-    index = make_batch(only, images=host.images, image_masks=host.image_masks).indexed().index
-    assert index is not None
-    return encoder(own.with_index(index.map(partial(sent, device=batch.images.device)), None)).images
+def pictures(encoder: MultiwayEncoder, batch: Batch, known: Tensor | None = None) -> Tensor:
+    """A batch's pictures through a vision encoder: [images + pairs, image_len, dim]. `known` [n, image_len, dim]: what
+    it made of the first n pairs' pictures before, which are not encoded again."""
+    layout, first = batch.layout, 0 if known is None else len(known)
+    assert not (first and layout.images), layout
+    only = Layout(images=layout.images + layout.pairs - first, patches=encoder.cfg.patches)
+    if only.images:
+        own, host = _pictures_alone(only, batch, first), batch.on_host
+        # On the host, where nothing waits for the device.
+        index = _pictures_alone(only, host, first).indexed().index
+        assert index is not None
+        rows = encoder(own.with_index(index.map(partial(sent, device=batch.images.device)), None)).images
+    else:  # an evaluation of texts, or of pictures that are known
+        rows = encoder.blocks[0].norm["shared"].weight.new_zeros(0, only.image_len, encoder.cfg.dim)
+    return rows if known is None else torch.cat([known, rows])
+
+
+def _pictures_alone(only: Layout, batch: Batch, first: int) -> Batch:
+    return make_batch(only, images=batch.images[first:], image_masks=batch.image_masks[first:])
 
 
 def words(embed: TextEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:

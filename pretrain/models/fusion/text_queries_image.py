@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.batch import Batch, Kinds, Layout
 from pretrain.contracts import Model, State
@@ -40,6 +40,7 @@ class TextQueriesImage(Model):
     image_norm_eps: float = 1e-6  # timm's ViT
     text_norm_eps: float = 1e-12  # BERT's
     init_std: float = 0.02
+    shares_pictures = True
 
     def __post_init__(self) -> None:
         for name in ("text_depth", "fusion_depth", "image_depth"):
@@ -106,9 +107,9 @@ class TextQueriesImageEncoder(nn.Module):
         self.text = nn.ModuleList(TextBlock(*sizes, **options) for _ in range(cfg.text_depth))
         self.fusion = nn.ModuleList(TextBlock(*sizes, **options, cross=True) for _ in range(cfg.fusion_depth))
 
-    def forward(self, batch: Batch, needed: Kinds | None = None) -> Kinds:
+    def forward(self, batch: Batch, needed: Kinds | None = None, pictures: Tensor | None = None) -> Kinds:
         layout, recompute = batch.layout, bool(self.checkpointing) and self.training
-        alone, paired = streams.pictures(self.image, batch).split([layout.images, layout.pairs])
+        alone, paired = streams.pictures(self.image, batch, pictures).split([layout.images, layout.pairs])
         words, seen = streams.words(self.text_embed, batch)
         for block in self.text:
             words = streams.run(block, words, seen, recompute=recompute)

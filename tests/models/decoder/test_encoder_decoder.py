@@ -13,16 +13,18 @@ from pretrain import export
 from pretrain.batch import PAD, Layout, make_batch
 from pretrain.checkpoint.weights import WEIGHTS, write_weights
 from pretrain.config import BatchSize, Recipe, Stage, to_json
+from pretrain.contracts import Pass
 from pretrain.data.sources import PairShards
 from pretrain.layers import PLAIN, Layers
 from pretrain.models.decoder.encoder_decoder import EncoderDecoder
+from pretrain.models.fusion.text_queries_image import TextQueriesImage
 from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked import MaskedData
 from pretrain.objectives.matching import Matching
 from pretrain.optim import Optim, build_optimizer, schedule
 from pretrain.run.inputs import text_tokenizer
-from pretrain.tasks.pretrain import PretrainTask
+from pretrain.tasks.pretrain import PretrainTask, shares_pictures
 from tests.distributed import run_ranks
 from tests.models.decoder.blips import CAPTIONER, write_blip
 from tests.models.towers.others import LENGTH, dual_batch, write_tokenizer
@@ -34,6 +36,10 @@ from tests.toys import refused
 MODEL = EncoderDecoder(
     dim=16, heads=2, ffn_dim=32, image_depth=1, text_depth=2, image_size=32, patch_size=8, vocab_size=40,
     max_text_len=LENGTH, init_std=0.1,
+)  # fmt: skip
+QUERIES = TextQueriesImage(
+    dim=16, heads=2, ffn_dim=32, image_depth=1, text_depth=1, fusion_depth=1, image_size=32, patch_size=8,
+    vocab_size=40, max_text_len=LENGTH, init_std=0.1,
 )  # fmt: skip
 WORDS = Captioning(smoothing=0.1, tied_text_head=True, transform=True)
 
@@ -75,6 +81,47 @@ def test_every_weight_learns_and_checkpointing_changes_nothing():
     assert len(causal) > 10 and "objectives.captioning.words.weight" not in grads[0]  # it is the word table
     for name, value in grads[0].items():
         torch.testing.assert_close(grads[1][name], value)
+
+
+@pytest.mark.parametrize("model", [MODEL, QUERIES], ids=["BLIP", "ALBEF"])
+@pytest.mark.parametrize("negatives", ["global", "local"])
+def test_pictures_that_were_encoded_once_give_the_same_gradients(model, negatives, monkeypatch):
+    """As encoding them in each pass, and the encoder sees so many fewer as `Pass.again` says."""
+    seen, results = [], []
+    batch = dual_batch(38)
+    count = len(batch.images)
+    batch = replace(batch, draws={"matching": torch.rand(2 * count, 1, generator=torch.Generator().manual_seed(3))})
+    objectives = (Contrastive(8), Matching(negatives), *([WORDS] if model is MODEL else []))
+    for shares in (True, False):
+        monkeypatch.setattr(type(model), "shares_pictures", shares)
+        torch.manual_seed(0)
+        task = PretrainTask(model, (), objectives)
+        task.encoder.image.register_forward_hook(lambda module, inputs, rows: seen.append(len(rows.images)))
+        report = task(batch)
+        report["loss"].backward()
+        grads = {name: value.grad for name, value in task.named_parameters()}
+        results.append((report, grads))
+        passes = [Pass(batch.layout), *(each for own in objectives for each in own.passes(batch.layout))]
+        pictures = [each.layout.images + each.layout.pairs - shares * each.again for each in passes]
+        assert seen == [each for each in pictures if each]
+        once = 1 if negatives == "local" else 2  # another rank's pictures are not shared
+        assert sum(seen) == count * (once if shares else len(passes) + 2)
+        seen.clear()
+    (fast, fast_grads), (plain, plain_grads) = results
+    assert fast.keys() == plain.keys() and fast_grads.keys() == plain_grads.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(fast[name], value, rtol=1e-6, atol=1e-6)
+    for name, value in plain_grads.items():
+        torch.testing.assert_close(fast_grads[name], value, rtol=1e-5, atol=1e-6)
+    own = [float(value.abs().max()) for name, value in plain_grads.items() if name.startswith("encoder.image")]
+    assert max(own) > 0.01, "a gradient that lacks a pass would be seen"
+
+
+def test_hidden_pictures_are_encoded_again():
+    hides = MaskedData(image_ratio=0.4, text_ratio=0, pair_text_ratio=0, pair_image_ratio=0, image_codes=8)
+    assert shares_pictures(MODEL, (Contrastive(8), Matching()))
+    assert not shares_pictures(MODEL, (Contrastive(8), Matching(), hides))
+    assert not shares_pictures(MODEL, (WORDS,)), "there is no first pass"
 
 
 OPTIM, STEPS = Optim(lr=1e-3, warmup_steps=1, clip=1.0), 3
