@@ -159,6 +159,11 @@ class Objective(Protocol):
         return None
 
     @property
+    def reads_patches(self) -> bool:
+        """Whether its own passes read a fused pair's patches, which not every model gives."""
+        return False
+
+    @property
     def draws(self) -> int:
         """Random numbers that its head reads for each sequence, as Batch.draws[name]."""
         return 0

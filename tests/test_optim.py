@@ -90,13 +90,15 @@ ALBEF = {name.replace("encoder.vision", "encoder.image.vision") for name in LEAR
 VILBERT = {name.replace("encoder.vision", "encoder.vit.vision") for name in LEARNED}
 TOWERS = {f"encoder.{tower}.model.embeddings.position_embedding.weight" for tower in ("vision", "text")}
 SIGLIP, BERT = TOWERS | {"encoder.vision.pool.probe"}, {"encoder.text.model.embeddings.position_embeddings.weight"}
+BRIVL = BERT | {f"encoder.{tower}.pool.probe" for tower in ("vision", "text")}
 EXEMPT = {
     **{"tiny": LEARNED, "tiny_vlmo": VLMO, "beit3": LEARNED, "vlmo": VLMO, "vilt": LEARNED},
     **dict.fromkeys(("albef", "tiny_albef", "blip", "tiny_blip"), ALBEF),
     **{"clip": TOWERS, "siglip": SIGLIP, "resnet50": BERT, "align": BERT},
-    **{"vilbert": VILBERT, "tiny_vilbert": VILBERT},
+    **dict.fromkeys(("vilbert", "tiny_vilbert", "uniter", "tiny_uniter"), VILBERT),
+    **{"late": TOWERS, "tiny_late": TOWERS, "brivl": BRIVL},
 }
-TINY_TOWERS = {"clip": TOWERS, "siglip": SIGLIP, "resnet_bert": BERT, "align": BERT}
+TINY_TOWERS = {"clip": TOWERS, "siglip": SIGLIP, "resnet_bert": BERT, "align": BERT, "brivl": BRIVL}
 TOKENIZER_EXEMPT = {
     f"tokenizer.{part}.{name}" for part in ("encoder", "decoder") for name in ("class_row", "positions")
 }

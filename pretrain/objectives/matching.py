@@ -3,6 +3,7 @@ a picture and a text belong together? The wrong partners are those that the cont
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.batch import DROP_PATH, Batch, Kinds, Layout, make_batch
+from pretrain.batch import BOS, DROP_PATH, EOS, PAD, Batch, Kinds, Layout, make_batch
 from pretrain.contracts import Encoder, Objective, Pass
 from pretrain.flops import Product
 from pretrain.layers import PLAIN, Head, Layers
+from pretrain.objectives import alignment
 
 NEGATIVES = ("global", "local", "random")
 
@@ -24,23 +26,37 @@ class Matching(Objective):
     """Each dual pair fused, its picture with a wrong text, and its text with a wrong picture: true or not. `negatives`:
     global, drawn among all data ranks' pairs in proportion to the contrast's softmax (VLMo); local, among this rank's
     (ALBEF), which gives other numbers on other numbers of ranks; random, all ranks' pairs with equal chances, for which
-    no contrast is needed (ViLT)."""
+    no contrast is needed (ViLT). `alignment`: the weight of how far words and patches lie apart in true pairs, less so
+    in wrong ones (UNITER and ViLT, with 0.1; see alignment.py)."""
 
     negatives: str = "global"
+    alignment: float = 0.0
     name = "matching"
 
     def __post_init__(self) -> None:
         if self.negatives not in NEGATIVES:
             raise ValueError(f"matching.negatives={self.negatives!r} is unknown; use {', '.join(NEGATIVES)}")
+        if not 0 <= self.alignment < math.inf:
+            raise ValueError(f"matching.alignment={self.alignment} is no weight; use 0 for none, or UNITER's 0.1")
 
     @property
     def draws(self) -> int:
         return 1  # a picture's wrong text, a text's wrong picture
 
+    @property
+    def reads_patches(self) -> bool:
+        return self.alignment > 0
+
     def build(
         self, model: Any, experts: Sequence[str], layers: Layers = PLAIN, tokens: nn.Parameter | None = None
     ) -> MatchingHead:
-        return MatchingHead(model.width("pair_images"), self.negatives, layers)
+        width = model.width("pair_images")
+        if self.alignment and width != model.width("pair_texts"):
+            raise ValueError(
+                f"matching.alignment compares words with patches, and their rows have widths of "
+                f"{model.width('pair_texts')} and {width}; set alignment=0, or give both streams one width"
+            )
+        return MatchingHead(width, self.negatives, layers, alignment=self.alignment)
 
     def join(self, head: Any, heads: Mapping[str, nn.Module]) -> None:
         head.contrast = (heads["contrastive"],) if self.negatives != "random" else ()
@@ -81,8 +97,9 @@ class MatchingHead(nn.Module):
 
     contrast: tuple[Any, ...] = ()
 
-    def __init__(self, width: int, negatives: str = "global", layers: Layers = PLAIN):
+    def __init__(self, width: int, negatives: str = "global", layers: Layers = PLAIN, *, alignment: float = 0.0):
         super().__init__()
+        self.alignment = alignment
         self.match = Head(width, 2)
         self.negatives, self.gather, self.visit = negatives, layers.gather, layers.visit
 
@@ -108,10 +125,24 @@ class MatchingHead(nn.Module):
         )
         first = Kinds.rows_of(pairs.layout, images.device, first=True)
         needed = first._replace(pair_texts=torch.zeros_like(first.pair_texts))
-        logits = self.match(encode(pairs, needed=needed).first.pair_images).float()
+        if self.alignment:
+            needed = needed._replace(pair_images=torch.ones_like(first.pair_images), pair_texts=words(pairs))
+        fused_rows = encode(pairs, needed=needed)
+        logits = self.match(fused_rows.first.pair_images).float()
         label = (torch.arange(3 * count, device=images.device) < count).long()
         accuracy = (logits.detach().argmax(-1) == label).float().mean()
-        return {"loss": F.cross_entropy(logits, label), "accuracy/matching": accuracy}
+        report = {"loss": F.cross_entropy(logits, label), "accuracy/matching": accuracy}
+        return self._aligned(report, fused_rows, pairs, label) if self.alignment else report
+
+    def _aligned(self, report: dict[str, Tensor], rows: Kinds, pairs: Batch, label: Tensor) -> dict[str, Tensor]:
+        """With the distances of true pairs, less those of wrong ones, over all pairs in the loss
+        [ChenRocks/UNITER pretrain.py]; `distance/true` and `distance/wrong` are the means."""
+        counts = words(pairs)
+        texts = rows.pair_texts.where(counts.unsqueeze(-1), 0)  # the others come out as anything
+        apart = alignment.distance(texts, rows.pair_images[:, 1:], counts)
+        loss = report["loss"] + self.alignment * (apart * (2 * label - 1)).mean()
+        true, wrong = apart.detach().tensor_split([len(label) // 3])
+        return report | {"loss": loss, "distance/true": true.mean(), "distance/wrong": wrong.mean()}
 
     @torch.no_grad()
     def draw(self, encoded: Kinds, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -161,6 +192,11 @@ class MatchingHead(nn.Module):
 
     def after_step(self) -> None:
         """Nothing moves between steps."""
+
+
+def words(pairs: Batch) -> Tensor:
+    """bool [pairs, pair_len]: what is a word, and neither padding nor BOS or EOS, which stand for a whole text."""
+    return (pairs.pair_tokens != PAD) & (pairs.pair_tokens != BOS) & (pairs.pair_tokens != EOS)
 
 
 def _own(batch: Batch, name: str, which: Sequence[int]) -> list[Tensor]:

@@ -41,6 +41,7 @@ LATER: dict[tuple[str, str], Any] = {
     ("Contrastive", "projection_bias"): False,
     ("Contrastive", "smoothing"): 0.0,
     ("MomentumContrast", "projection_bias"): False,
+    ("Matching", "alignment"): 0.0,
     ("Captioning", "tied_text_head"): False,
     ("Captioning", "transform"): False,
     ("ImageTransform", "rand_augment"): None,

@@ -17,8 +17,19 @@ COUNTS = {
     "resnet50_bert": 23_508_032 + 108_891_648 - (512 - 64) * 768 + (2048 + 768) * 512 + 1,
 }
 
+OTHERS = (
+    "vilt_base",
+    "albef_base",
+    "vilbert_base",
+    "blip_base",
+    "align_base",
+    "uniter_base",
+    "late_base",
+    "brivl_base",
+)
 
-@pytest.mark.parametrize("name", [*COUNTS, "vilt_base", "albef_base", "vilbert_base", "blip_base", "align_base"])
+
+@pytest.mark.parametrize("name", [*COUNTS, *OTHERS])
 def test_they_are_built(name):
     recipe = find_recipe(name)
     (stage,) = recipe.stages.values()

@@ -82,7 +82,7 @@ class EncoderDecoder(Model):
         return EncoderDecoderEncoder(self, layers, checkpointing=checkpointing)
 
     def problems(self, stage: Any) -> list[str]:
-        problems = []
+        problems = streams.patch_problems(stage, "EncoderDecoder")
         if stage.drop_path:
             problems.append(f"drop_path={stage.drop_path}: EncoderDecoder has none; set it to 0")
         if stage.masking is not None and "pairs" in stage.mix and stage.masking.ratios("pairs")[0]:

@@ -35,7 +35,8 @@ class LateFusion(DualTowers):
         return FusedTowers(self, layers, checkpointing=bool(checkpointing))
 
     def problems(self, stage: Any) -> list[str]:
-        return streams.problems(stage, "LateFusion") + [
+        problems = streams.problems(stage, "LateFusion") + streams.patch_problems(stage, "LateFusion")
+        return problems + [
             f"the objective {objective.name} hides words or patches, and LateFusion gives one row for each picture, "
             "text and pair; take it out, or use CoAttention or TextQueriesImage"
             for objective in stage.objectives

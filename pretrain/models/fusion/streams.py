@@ -69,6 +69,16 @@ def problems(stage: Any, name: str) -> list[str]:
     return found
 
 
+def patch_problems(stage: Any, name: str) -> list[str]:
+    """As Model.problems, of a model called `name` whose pairs have one row beside their words'."""
+    return [
+        f"the objective {objective.name} reads the patches of fused pairs, of which {name} gives none; take that out "
+        "(matching: set alignment=0), or use CoAttention, SingleStream or a Multiway model"
+        for objective in stage.objectives
+        if objective.reads_patches
+    ]
+
+
 def flops(layout: Layout, image: MultiwayShape, text: MultiwayShape) -> int:
     """Of the pictures' and the words' own blocks, as Model.flops."""
     pictures = Layout(images=layout.images + layout.pairs, patches=layout.patches)

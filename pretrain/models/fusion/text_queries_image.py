@@ -70,7 +70,7 @@ class TextQueriesImage(Model):
         return TextQueriesImageEncoder(self, layers, checkpointing=checkpointing)
 
     def problems(self, stage: Any) -> list[str]:
-        problems = streams.problems(stage, "TextQueriesImage")
+        problems = streams.problems(stage, "TextQueriesImage") + streams.patch_problems(stage, "TextQueriesImage")
         if stage.masking is not None and "pairs" in stage.mix and stage.masking.ratios("pairs")[0]:
             problems.append(
                 "pair_image_ratio: TextQueriesImage fuses no patches, so none of a pair's can be told; set 0"
