@@ -10,8 +10,9 @@
 
 Reads CSV, TSV, JSON lines, JSON arrays and parquet (columns such as image, caption or captions, label, split; others
 by --picture-col and the like), COCO's and Karpathy's captions, VQAv2's questions, NLVR2's sentences about two pictures,
-and arrow or parquet files of `datasets`, which may hold the pictures themselves. Rows of one picture become one sample
-with all its captions; its JSON has them and the label, and OUT/labels.json has the labels' names.
+SNLI-VE's about one (.jsonl), and arrow or parquet files of `datasets`, which may hold the pictures themselves. Rows of
+one picture become one sample with all its captions; its JSON has them and the label, and OUT/labels.json has the
+labels' names.
 
     OUT/train/00000.tar ...   KEY.jpg, KEY.txt (the first caption), KEY.json; indexed. Without splits OUT/00000.tar ...
     OUT/steps/                from_table.json: kept + dropped by reason = records; from_table.parquet: what was dropped

@@ -41,6 +41,9 @@ FINE_TUNING_HEADS = {
     "reasoning": {"norm": "head.norm1", "judge.0": "head.dense1", "judge.1": "head.norm2", "judge.3": "head.dense2"},
 }
 
+# Heads that are the same layers as another's. They are written under its names, and read back as that one.
+SAME_LAYERS = {"entailment": "answering"}
+
 
 def head_names() -> dict[str, dict[str, str]]:
     """Of each fine-tuning objective its tensors: our name -> the released one."""
@@ -50,8 +53,12 @@ def head_names() -> dict[str, dict[str, str]]:
             for ours, theirs in modules.items()
             for part in ("weight", "bias")
         }
-        for name, modules in FINE_TUNING_HEADS.items()
+        for name, modules in (FINE_TUNING_HEADS | _same_layers()).items()
     }
+
+
+def _same_layers() -> dict[str, dict[str, str]]:
+    return {name: FINE_TUNING_HEADS[other] for name, other in SAME_LAYERS.items()}
 
 
 def names(depth: int, *, final_norm: bool = True, language: bool = True) -> dict[str, str]:

@@ -25,7 +25,7 @@ from pretrain.checkpoint.weights import read_weights
 from pretrain.files import written_in_one_step
 from pretrain.json_files import read_object
 from pretrain.models.multiway.config import MultiwayConfig
-from pretrain.released_names import HEADS, TEXT_PART, head_names, names
+from pretrain.released_names import HEADS, SAME_LAYERS, TEXT_PART, head_names, names
 from pretrain.run.stored_weights import model_in
 from pretrain.tensors import check_finite, check_type
 
@@ -86,8 +86,8 @@ def from_released(state: State, heads: int | None = None) -> tuple[State, Multiw
         if mine in ours:
             ours[mine] = ours[mine][UNUSED_POSITIONS:].clone()
     known = HEADS.copy()
-    for head in head_names().values():
-        known |= head if all(theirs in state for theirs in head.values()) else {}
+    for name, head in head_names().items():
+        known |= head if name not in SAME_LAYERS and all(theirs in state for theirs in head.values()) else {}
     ours |= {mine: state[theirs].clone() for mine, theirs in known.items() if theirs in state}
     if "objectives.contrastive.logit_scale" in ours:
         ours["objectives.contrastive.logit_scale"] = ours["objectives.contrastive.logit_scale"].reshape(1)

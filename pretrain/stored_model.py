@@ -17,6 +17,7 @@ from pretrain.objectives.answering import Answering
 from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.classification import ImageClassification
 from pretrain.objectives.contrastive import Contrastive
+from pretrain.objectives.entailment import Entailment
 from pretrain.objectives.masked import MaskedData
 from pretrain.objectives.matching import Matching
 from pretrain.objectives.reasoning import Reasoning
@@ -76,6 +77,8 @@ def objectives_in(state: State, model: Any) -> list[Objective]:
         objectives.append(ImageClassification(len(last)))
     if (last := state.get("objectives.answering.answer.3.weight")) is not None:
         objectives.append(Answering(len(last)))
+    if (last := state.get("objectives.entailment.answer.3.weight")) is not None:
+        objectives.append(Entailment(len(last)))
     if "objectives.reasoning.norm.weight" in state:
         objectives.append(Reasoning())
     return objectives

@@ -1,5 +1,5 @@
 """The annotation files of the public sets as records: captions of COCO and of Karpathy's splits, questions of VQAv2,
-sentences about two pictures of NLVR2. Each is recognised by what it holds."""
+sentences about two pictures of NLVR2 and about one of SNLI-VE. Each is recognised by what it holds."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from data_tools.records.record import Pictures, Record, Unusable, captions_of
 
 KEYS = ("images", "annotations", "questions")
 LABELS = ("False", "True")  # NLVR2's, by number
+RELATIONS = ("entailment", "neutral", "contradiction")  # SNLI-VE's, by number
 
 
 def read_annotations(path: Path, pictures: Pictures, answers: Path | None) -> Iterator[Record | Unusable]:
@@ -119,3 +120,25 @@ def two_pictures(row: dict[str, Any], pictures: Pictures) -> Record | Unusable:
         return Record(name, found, captions_of(row["sentence"]), number, facts={"identifier": name})
     except ValueError as error:
         return Unusable(name, "bad_row", str(error))
+
+
+def is_entailment(row: dict[str, Any]) -> bool:
+    """Whether a line of JSON is one of SNLI-VE's."""
+    return all(isinstance(row.get(name), str) for name in ("Flickr30K_ID", "gold_label", "sentence2"))
+
+
+def entailment(row: dict[str, Any], pictures: Pictures) -> Record | Unusable:
+    """SNLI-VE's: {"Flickr30K_ID": "4705552913", "pairID", "gold_label", "sentence2"} and more, of which sentence1, the
+    caption that the picture replaces, is not read (necla-ml/SNLI-VE, vet/tools/snli_ve_generator.py). SNLI's label "-",
+    where people did not agree, is none."""
+    pair, label = str(row.get("pairID", row["Flickr30K_ID"])), row["gold_label"]
+    if label == "-":
+        return Unusable(pair, "no_label", "people did not agree on its label")
+    try:
+        if label not in RELATIONS:
+            raise ValueError(f"its gold_label {label[:20]!r} is none of {', '.join(RELATIONS)}")
+        found = pictures.find(f"{row['Flickr30K_ID']}.jpg")
+        facts = {"pair_id": pair}
+        return Record(pair, (found,), captions_of(row["sentence2"]), RELATIONS.index(label), facts=facts)
+    except ValueError as error:
+        return Unusable(pair, "bad_row", str(error))

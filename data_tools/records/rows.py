@@ -14,7 +14,14 @@ import pyarrow as pa
 from data_tools.inputs.tables import BadRow, Table
 from data_tools.inputs.text_stream import open_text
 from data_tools.lists.formats import json_elements
-from data_tools.records.annotations import LABELS, is_two_pictures, two_pictures
+from data_tools.records.annotations import (
+    LABELS,
+    RELATIONS,
+    entailment,
+    is_entailment,
+    is_two_pictures,
+    two_pictures,
+)
 from data_tools.records.cells import ARROW, open_groups
 from data_tools.records.record import Cell, Pictures, Record, Unusable, captions_of, label_of
 from pretrain.json_files import parse_json, read_object
@@ -83,9 +90,12 @@ def read_table(path: Path, pictures: Pictures, chosen: Chosen) -> Reading:
     if stem.suffix.lower() in (".jsonl", ".ndjson", ".json"):
         rows = list(_objects(path))
         good = [row for _, row in rows if isinstance(row, dict)]
-        if good and all(is_two_pictures(row) for row in good):
-            made = (r if isinstance(r, Unusable) else two_pictures(r, pictures) for _, r in rows)
-            return made, LABELS
+        for is_such, record_of, labels in (
+            (is_two_pictures, two_pictures, LABELS),
+            (is_entailment, entailment, RELATIONS),
+        ):
+            if good and all(is_such(row) for row in good):
+                return (r if isinstance(r, Unusable) else record_of(r, pictures) for _, r in rows), labels
         names = list(dict.fromkeys(name for row in good for name in row))
         return _records(rows, Columns.of(names, chosen, path), pictures), None
     table = Table(path, b"\t" if stem.suffix.lower() == ".tsv" else b",")

@@ -1,5 +1,5 @@
 """Sources of fine-tuning tasks, from shards as data_tools.from_table writes them: pictures with labels, questions with
-answers, sentences about two pictures."""
+answers, sentences about two pictures, sentences that a picture entails or not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pretrain.data.sources import METADATA, ImageShards, PairShards, Raw
 from pretrain.json_files import parse_json, read_bytes
 from pretrain.settings import fill_variables
 
-SECOND, SCORES, ANSWERS = "second", "scores", "answers"
+SECOND, SCORES, ANSWERS, LABEL_NAME = "second", "scores", "answers", "label_name"
 SECOND_PICTURE = "jpe"  # the member of a sample's second picture
 
 
@@ -104,6 +104,23 @@ class TwoPictureShards(PairShards):
             raise BadSample(f"it has no second picture ({SECOND_PICTURE})")
         first = super().decode(members, transform, tokenizer, rng)
         return first._replace(extra={LABEL: label, SECOND: transform(members[SECOND_PICTURE], rng)})
+
+
+@dataclass(frozen=True)
+class LabelledPairShards(PairShards):
+    """A picture and a sentence (txt) with one class for both: visual entailment, SNLI-VE -> extra["label"], and
+    extra["label_name"], the class's name ("" where its JSON has none)."""
+
+    classes: int = 3
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return (*super().wanted, METADATA)
+
+    def decode(self, members: Mapping, transform: Any, tokenizer: Any, rng: Generator) -> Raw:
+        label, name = label_in(members, self.classes), metadata(members).get(LABEL_NAME)
+        extra = {LABEL: label, LABEL_NAME: name if isinstance(name, str) else ""}
+        return super().decode(members, transform, tokenizer, rng)._replace(extra=extra)
 
 
 def metadata(members: Mapping) -> dict[str, Any]:

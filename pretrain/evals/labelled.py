@@ -1,4 +1,5 @@
-"""How often a fine-tuned stage is right: classes of pictures, answers to questions, sentences about two pictures."""
+"""How often a fine-tuned stage is right: classes of pictures, answers to questions, sentences about two pictures or
+about one."""
 
 from __future__ import annotations
 
@@ -9,7 +10,16 @@ import torch
 
 from pretrain.contracts import Evaluation
 from pretrain.data.answers import accuracy
-from pretrain.data.labelled import ANSWERS, LABEL, LabelledShards, QuestionShards, TwoPictureShards, read_vocabulary
+from pretrain.data.labelled import (
+    ANSWERS,
+    LABEL,
+    LABEL_NAME,
+    LabelledPairShards,
+    LabelledShards,
+    QuestionShards,
+    TwoPictureShards,
+    read_vocabulary,
+)
 from pretrain.evals.trained import Trained, check_counts, missing_head
 
 EVERYTHING = 10**9
@@ -90,3 +100,34 @@ class TwoPictureAccuracy(Evaluation):
             logits = head.logits(encoder(batch), batch, encoder)
             right.append((logits.argmax(-1) == batch.extra[LABEL]).cpu())
         return {"reasoning/accuracy": 100 * torch.cat(right)[:samples].double().mean().item()}, {}
+
+
+@dataclass(frozen=True)
+class EntailmentAccuracy(Evaluation):
+    """Percent of sentences whose class is found, of all and of each class (`.../accuracy/NAME`)."""
+
+    pairs: LabelledPairShards
+    samples: int = EVERYTHING
+    batch: int = 128
+
+    def __post_init__(self) -> None:
+        check_counts(samples=self.samples, batch=self.batch)
+
+    def problems(self, stage: Any) -> list[str]:
+        return missing_head(stage, "entailment")
+
+    @torch.no_grad()
+    def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
+        head, right, names = trained.head("entailment"), list[bool](), list[str]()
+        samples = min(self.samples, trained.samples_of(self.pairs))
+        for batch in trained.batches({"pairs": self.pairs}, min(self.batch, samples), samples):
+            label = batch.extra[LABEL].cpu()
+            right += (head.logits(trained.task.encoder(batch)).argmax(-1).cpu() == label).tolist()
+            given = zip(batch.extra[LABEL_NAME], label.tolist(), strict=True)
+            names += [name or str(number) for name, number in given]
+        right, names = right[:samples], names[:samples]
+        metrics = {"entailment/accuracy": 100 * sum(right) / samples}
+        for name in sorted(set(names)):
+            own = [hit for hit, each in zip(right, names, strict=True) if each == name]
+            metrics[f"entailment/accuracy/{name}"] = 100 * sum(own) / len(own)
+        return metrics, {}

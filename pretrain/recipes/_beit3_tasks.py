@@ -3,9 +3,10 @@
 warm-up from 1e-6, no clipping; here warm-up begins at 0).
 
 Data, under $DATA as data_tools.from_table leaves it: imagenet/{train,val} (--label-folders), vqa/{train,val} and
-vqa/answers.json (data_tools.answers), nlvr2/{train,dev}, coco/{train,val,test} of Karpathy's dataset_coco.json, and
-text.model (beit3.spm for released weights). $BEIT3 is a directory of `pretrain.export from-released`, or of a stage of
-one's own; for retrieval [U] takes the weights that were contrasted before (beit3_*_itc_patch16_224).
+vqa/answers.json (data_tools.answers), nlvr2/{train,dev}, snli_ve/{train,dev}, coco/{train,val,test} of Karpathy's
+dataset_coco.json, and text.model (beit3.spm for released weights). $BEIT3 is a directory of `pretrain.export
+from-released`, or of a stage of one's own; for retrieval [U] takes the weights that were contrasted before
+(beit3_*_itc_patch16_224).
 
 The stages *_augmented have [U]'s augmentations, which published results need: its RandAugment (vqa, captioning), mixup
 0.8 and cutmix 1.0 (imagenet; [U] draws one share for a batch, here each pair of pictures has its own). Left out,
@@ -13,6 +14,11 @@ because there is no such code here: timm's own RandAugment and random erasing (i
 the words after 12,000 steps (captioning). The average of [U]'s --model_ema, which its commands leave off, is
 ema=Ema(0.9999, warmup=False). The head's 20 times higher rate (vqa, --task_head_lr_weight) is its pooler's too here.
 Clipping at 3.0 is ours, a guard.
+
+Visual entailment (snli_ve) is not among BEiT-3's tasks, nor VLMo's. Its settings are ALBEF's (salesforce/ALBEF,
+configs/VE.yaml, 8 GPUs of 32 pictures), a model of base's size, and large takes the same; the drop path is [U]'s for
+vqa, whose head it has. Left out: ALBEF's distillation. OFA (run_scripts/snli_ve) chose 5e-5,
+five epochs, batches of 256 and 480 pixels.
 """
 
 from __future__ import annotations
@@ -21,25 +27,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pretrain.config import BatchSize, Recipe, Stage
-from pretrain.data.labelled import LabelledShards, QuestionShards, TwoPictureShards
+from pretrain.data.labelled import LabelledPairShards, LabelledShards, QuestionShards, TwoPictureShards
 from pretrain.data.mixing import Mixing
 from pretrain.data.rand_augment import RandAugment
 from pretrain.data.sources import CaptionShards
 from pretrain.data.transforms import ImageTransform
 from pretrain.evals.captions import CaptionScore, ReferenceShards
-from pretrain.evals.labelled import QuestionAccuracy, TopAccuracy, TwoPictureAccuracy
+from pretrain.evals.labelled import EntailmentAccuracy, QuestionAccuracy, TopAccuracy, TwoPictureAccuracy
 from pretrain.evals.retrieval import Retrieval
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.objectives.answering import Answering
 from pretrain.objectives.classification import ImageClassification
 from pretrain.objectives.contrastive import Contrastive
+from pretrain.objectives.entailment import Entailment
 from pretrain.objectives.masked_captioning import MaskedCaptioning
 from pretrain.objectives.reasoning import Reasoning
 from pretrain.optim import Optim
 
 # Pictures of an epoch. ImageNet-1k 1,281,167; COCO's train and restval 113,287 with five captions each; VQAv2's
-# training questions 443,757 (unilm also trains on most of the validation ones); NLVR2's sentences 86,373.
-IMAGENET, COCO, QUESTIONS, SENTENCES = 1_281_167, 5 * 113_287, 443_757, 86_373
+# training questions 443,757 (unilm also trains on most of the validation ones); NLVR2's sentences 86,373; SNLI-VE's
+# 529,527.
+IMAGENET, COCO, QUESTIONS, SENTENCES, HYPOTHESES = 1_281_167, 5 * 113_287, 443_757, 86_373, 529_527
 LENGTH = 64  # [U] --num_max_bpe_tokens, but for captions, 32
 
 # Scale, interpolation and flip of [U] beit3/datasets.py, build_transform; whole pictures as squares in evaluation.
@@ -63,6 +71,7 @@ class Settings:
     head_factor: float = 1.0
 
 
+ENTAILMENT = Settings(2e-5, 1.0, 0.1, 0.02, 256, 5, 1, size=384)  # ALBEF's, see above
 # [U] get_started_for_image_classification.md, _vqav2.md, _nlvr2.md, _retrieval.md, _captioning.md.
 BASE = {
     "imagenet": Settings(7e-4, 0.65, 0.15, 0.05, 1024, 50, 5),
@@ -70,6 +79,7 @@ BASE = {
     "nlvr2": Settings(7e-4, 0.65, 0.2, 0.2, 256, 20, 5),
     "retrieval": Settings(2e-4, 0.65, 0.2, 0.05, 3072, 15, 3, size=384),
     "captioning": Settings(4e-5, 1.0, 0.1, 0.05, 256, 10, 1, size=480),
+    "snli_ve": ENTAILMENT,
 }
 LARGE = {
     "imagenet": Settings(2e-4, 0.8, 0.25, 0.05, 1024, 50, 5),
@@ -77,6 +87,7 @@ LARGE = {
     "nlvr2": Settings(3e-4, 0.85, 0.2, 0.2, 256, 20, 5),
     "retrieval": Settings(5e-5, 0.85, 0.2, 0.05, 3072, 15, 3, size=384),
     "captioning": Settings(8e-6, 1.0, 0.1, 0.05, 256, 10, 1, size=480),
+    "snli_ve": ENTAILMENT,
 }
 
 
@@ -84,6 +95,7 @@ def recipe(name: str, model: MultiwayConfig, settings: dict[str, Settings]) -> R
     """A stage for each task, all from pretrained weights."""
     bare = replace(model, final_norm=False)  # as unilm's classifier and answerer
     questions = QuestionShards("$DATA/vqa/train", text_len=LENGTH, vocabulary="$DATA/vqa/answers.json")
+    hypotheses = LabelledPairShards("$DATA/snli_ve/train", text_len=LENGTH)
     sentences = TwoPictureShards("$DATA/nlvr2/train", text_len=LENGTH)
     # A picture has five captions, and each step takes one of them: [U] goes through all five in an epoch.
     captions = CaptionShards("$DATA/coco/train", text_len=LENGTH, draw=True)
@@ -110,6 +122,10 @@ def recipe(name: str, model: MultiwayConfig, settings: dict[str, Settings]) -> R
         "captioning": _stage(
             settings["captioning"], model, COCO, {"pairs": short}, objectives=(MaskedCaptioning(),),
             evals=(CaptionScore(ReferenceShards("$DATA/coco/test", text_len=32)),),
+        ),
+        "snli_ve": _stage(
+            settings["snli_ve"], bare, HYPOTHESES, {"pairs": hypotheses}, objectives=(Entailment(),),
+            evals=(EntailmentAccuracy(replace(hypotheses, shards="$DATA/snli_ve/dev")),),
         ),
     }  # fmt: skip
     mixed = LabelledShards("$DATA/imagenet/train", mixing=Mixing(mixup=0.8, cutmix=1.0))

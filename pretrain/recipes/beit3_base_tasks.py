@@ -1,4 +1,4 @@
-"""Fine-tuning of the released BEiT-3 base on ImageNet, VQAv2, NLVR2, COCO retrieval and COCO captions."""
+"""Fine-tuning of the released BEiT-3 base on ImageNet, VQAv2, NLVR2, SNLI-VE, COCO retrieval and COCO captions."""
 
 from pretrain.models.multiway.sizes import BEIT3_BASE_RELEASED
 from pretrain.recipes._beit3_tasks import BASE, recipe

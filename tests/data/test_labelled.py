@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from data_tools.answers import main
-from pretrain.data.labelled import LabelledShards, QuestionShards, TwoPictureShards, read_vocabulary
+from pretrain.data.labelled import (
+    LabelledPairShards,
+    LabelledShards,
+    QuestionShards,
+    TwoPictureShards,
+    read_vocabulary,
+)
 from pretrain.data.shards.reader import BadSample
 from pretrain.data.sources import CaptionShards
 from pretrain.data.text_tokenizer import TextTokenizer
@@ -64,6 +70,14 @@ def test_the_second_picture_is_looked_at_too(tokenizer):
     )
     with pytest.raises(BadSample, match="no second picture"):
         decoded(TwoPictureShards("x"), members({"label": 1}), tokenizer)
+
+
+def test_a_sentence_has_one_class(tokenizer):
+    sample = members({"label": 2, "label_name": "contradiction"})
+    assert decoded(LabelledPairShards("x"), sample, tokenizer) == {"label": 2, "label_name": "contradiction"}
+    assert decoded(LabelledPairShards("x"), members({"label": 0}), tokenizer) == {"label": 0, "label_name": ""}
+    with pytest.raises(BadSample, match="is no number from 0 to 2"):
+        decoded(LabelledPairShards("x"), members({"label": 3}), tokenizer)
 
 
 def test_each_epoch_may_draw_another_caption(tokenizer):

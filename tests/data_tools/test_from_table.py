@@ -173,6 +173,27 @@ def test_sentences_about_two_pictures(tmp_path):
     assert stored["dev-8-1-0"]["jpe"] == (folder / "3/dev-8-1-img1.png").read_bytes()
 
 
+def test_sentences_that_a_picture_entails_or_not(tmp_path):
+    """SNLI-VE's lines, with SNLI's further fields, and its label for no agreement."""
+    folder = make_pictures(tmp_path / "img", *(f"{n}.jpg" for n in (4705552913, 82)))
+    labels = ("contradiction", "entailment", "-", "neutral", "maybe", "neutral")
+    lines = [
+        {"Flickr30K_ID": "4705552913", "pairID": f"4705552913.jpg#{n}r1n", "gold_label": label, "captionID": "x",
+         "annotator_labels": [label], "sentence1": f"premise {n}", "sentence2": f"hypothesis {n}"}
+        for n, label in enumerate(labels)
+    ]  # fmt: skip
+    lines[3]["Flickr30K_ID"], lines[5]["Flickr30K_ID"] = "82", "83"
+    (tmp_path / "snli_ve_dev.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows = made(tmp_path / "out", tmp_path / "snli_ve_dev.jsonl", "--pictures", folder)
+    assert [(row["txt"], row["label"], row["label_name"], row["pair_id"]) for row in rows] == [
+        ("hypothesis 0", 2, "contradiction", "4705552913.jpg#0r1n"),
+        ("hypothesis 1", 0, "entailment", "4705552913.jpg#1r1n"),
+        ("hypothesis 3", 1, "neutral", "4705552913.jpg#3r1n"),
+    ]
+    assert json.loads((tmp_path / "out/labels.json").read_text()) == ["entailment", "neutral", "contradiction"]
+    assert read_steps(tmp_path / "out")["from_table"].dropped == {"bad_row": 2, "no_label": 1}  # maybe; no picture 83
+
+
 def write_datasets(root: Path, kind: str) -> Path:
     """As `datasets` does: pictures in the cells, the names of classes in the schema."""
     noted = {

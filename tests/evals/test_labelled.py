@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.data.labelled import LabelledShards, QuestionShards, TwoPictureShards
-from pretrain.evals.labelled import QuestionAccuracy, TopAccuracy, TwoPictureAccuracy
+from pretrain.data.labelled import LabelledPairShards, LabelledShards, QuestionShards, TwoPictureShards
+from pretrain.evals.labelled import EntailmentAccuracy, QuestionAccuracy, TopAccuracy, TwoPictureAccuracy
 
 
 def trained(logits: list[torch.Tensor], extras: list[dict[str, Any]], samples: int) -> Any:
@@ -49,6 +49,21 @@ def test_sentences_are_right_or_wrong():
     labels = [{"label": torch.tensor([0, 0, 0])}]
     metrics, _ = TwoPictureAccuracy(TwoPictureShards("x"), batch=3).run(trained([logits], labels, 3))
     assert metrics == {"reasoning/accuracy": pytest.approx(200 / 3)}
+
+
+def test_each_class_of_sentences_has_its_score():
+    logits = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 1]])
+    names = ("entailment", "neutral", "neutral", "")
+    extras = [{"label": torch.tensor([0, 1, 1, 2]), "label_name": names}] * 2
+    metrics, _ = EntailmentAccuracy(LabelledPairShards("x"), batch=4).run(trained([logits, logits], extras, 5))
+    assert metrics == pytest.approx(
+        {
+            "entailment/accuracy": 80.0,
+            "entailment/accuracy/entailment": 100.0,
+            "entailment/accuracy/neutral": 50.0,
+            "entailment/accuracy/2": 100.0,  # a sample whose JSON names no class
+        }
+    )
 
 
 @pytest.mark.parametrize("make", [lambda n: TopAccuracy(LabelledShards("x"), samples=n)])

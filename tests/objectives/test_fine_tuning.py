@@ -13,12 +13,13 @@ from torch import Tensor
 from benchmarks.compare.others import torchscale_model
 from pretrain.batch import BOS, PAD, Batch, Layout, make_batch
 from pretrain.config import BatchSize, Stage
-from pretrain.data.labelled import LabelledShards, QuestionShards
+from pretrain.data.labelled import LabelledPairShards, LabelledShards, QuestionShards
 from pretrain.data.sources import PairShards
 from pretrain.data.transforms import ImageTransform
 from pretrain.evals.generation import NextWord, WholePass
 from pretrain.objectives.answering import Answering
 from pretrain.objectives.classification import ImageClassification
+from pretrain.objectives.entailment import Entailment
 from pretrain.objectives.masked_captioning import MaskedCaptioning
 from pretrain.objectives.reasoning import Reasoning
 from pretrain.optim import Optim
@@ -159,6 +160,20 @@ def test_answers_are_scored_each_by_itself():
         task(replace(batch, extra={"scores": torch.zeros(4, 4)}))
 
 
+def test_entailment_is_a_choice_by_the_layers_of_answers():
+    """They are written under the names of unilm's answerer, and come back as one."""
+    task, label = made(Entailment()), torch.tensor([0, 2, 1, 1])
+    batch = replace(clean(random_batch(PAIRS)), extra={"label": label})
+    head, encoded = task.objectives["entailment"], task.encoder(batch)
+    report = task(batch)
+    torch.testing.assert_close(report["loss"], F.cross_entropy(head.logits(encoded), label))
+    assert report["accuracy/entailment"] == (head.logits(encoded).argmax(-1) == label).float().mean()
+    state, _ = from_released(to_released(task.state_dict(), RELEASED), heads=4)
+    answerer = made(Answering(3))
+    answerer.load_state_dict(state)
+    torch.testing.assert_close(answerer.objectives["answering"].logits(answerer.encoder(batch)), head.logits(encoded))
+
+
 def test_heads_begin_as_there():
     torch.manual_seed(0)
     objectives = [ImageClassification(900), Reasoning(), Answering(900)]
@@ -182,6 +197,8 @@ FOUR = LabelledShards("x", classes=4)
         ("pairs", PairShards("x"), Answering(5), "needs questions"),
         ("pairs", QuestionShards("x"), Reasoning(), "needs sentences about two"),
         ("images", FOUR, MaskedCaptioning(), "captions need pairs"),
+        ("pairs", PairShards("x"), Entailment(), "needs sentences with labels"),
+        ("pairs", LabelledPairShards("x"), Entailment(4), "classes=3; use one"),
     ],
 )
 def test_the_wrong_data_is_one_sentence(kind, source, objective, words):
@@ -189,7 +206,10 @@ def test_the_wrong_data_is_one_sentence(kind, source, objective, words):
         Stage(mix={kind: source}, batch=BatchSize(**{kind: 4}), objectives=(objective,), **COMMON)
 
 
-@pytest.mark.parametrize("build", [lambda: ImageClassification(1), lambda: Answering(0), lambda: MaskedCaptioning(0.0)])
+@pytest.mark.parametrize(
+    "build",
+    [lambda: ImageClassification(1), lambda: Answering(0), lambda: MaskedCaptioning(0.0), lambda: Entailment(1)],
+)
 def test_wrong_settings_are_one_sentence(build):
     with pytest.raises(ValueError, match=r"; use|use 0\.7"):
         build()

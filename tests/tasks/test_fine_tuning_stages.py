@@ -36,7 +36,7 @@ def small(stage):
     for each in stage.evals:
         name = next(name for name in ("images", "questions", "pairs") if hasattr(each, name))
         evals.append(replace(each, **{name: replace(getattr(each, name), **own)}, samples=6, batch=4))
-    sizes = {"classes": 3, "answers": 4}
+    sizes = {"classes": 3, "answers": 4}  # of snli_ve there are three anyway
     objectives = [replace(each, **{name: size for name, size in sizes.items() if hasattr(each, name)})
                   for each in stage.objectives]
     return replace(stage, mix={kind: source}, batch=BatchSize(**{kind: 4}), objectives=tuple(objectives), steps=2,
@@ -46,14 +46,15 @@ RECIPE = replace(WHOLE, stages={name: small(stage) for name, stage in WHOLE.stag
 """
 HEADS = {
     "imagenet": "head.weight", "vqa": "head.3.weight", "nlvr2": "head.dense2.weight",
-    "captioning": "mlm_head.weight", "retrieval": "vision_head.weight",
+    "captioning": "mlm_head.weight", "retrieval": "vision_head.weight", "snli_ve": "head.3.weight",
 }  # fmt: skip
 OBJECTIVES = {
     "imagenet": "classification", "vqa": "answering", "nlvr2": "reasoning", "captioning": "masked",
-    "retrieval": "contrastive",
+    "retrieval": "contrastive", "snli_ve": "entailment",
 }  # fmt: skip
 METRICS = {"imagenet": "classification/top-1", "vqa": "answers/accuracy", "nlvr2": "reasoning/accuracy",
-           "captioning": "captions/CIDEr", "retrieval": "retrieval/image_to_text/R@1"}  # fmt: skip
+           "captioning": "captions/CIDEr", "retrieval": "retrieval/image_to_text/R@1",
+           "snli_ve": "entailment/accuracy"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +83,10 @@ def data(tmp_path_factory) -> Path:
             (pictures / f"dev-{n}-0-img{side}.png").write_bytes(encoded(picture(n + 9 * side), "PNG"))
     lines = [{"identifier": f"dev-{n}-0-0", "sentence": texts[n][0], "label": str(n % 2 == 0)} for n in range(1, 9)]
     (raw / "nlvr2.json").write_text("\n".join(map(json.dumps, lines)))
+    relations = ("entailment", "neutral", "contradiction", "-")
+    pairs = [{"Flickr30K_ID": str(n), "pairID": f"{n}.jpg#0r1n", "gold_label": relations[n % 4],
+              "sentence1": texts[n][1], "sentence2": texts[n][0]} for n in range(1, 9)]  # fmt: skip
+    (raw / "snli_ve.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     where = ["--pictures", str(pictures)]
     make = lambda *line: from_table.main([*map(str, line), "--workers", "1"])  # noqa: E731
     assert make(raw / "classes", "--label-folders", "--out", place / "imagenet") == 0
@@ -90,6 +95,7 @@ def data(tmp_path_factory) -> Path:
         assert make(raw / "q.json", *where, "--answers", raw / "a.json", "--out", place / "vqa" / name) == 0
     for name in ("train", "dev"):
         assert make(raw / "nlvr2.json", *where, "--out", place / "nlvr2" / name) == 0
+        assert make(raw / "snli_ve.jsonl", *where, "--out", place / "snli_ve" / name) == 0
     assert answers.main([str(place / "vqa/train"), "--least", "1", "--out", str(place / "vqa/answers.json")]) == 0
     write_text_model(place / "text.model", [text for some in texts.values() for text in some] * 3, 44)
     (place / "recipe.py").write_text(RECIPE)
@@ -125,4 +131,5 @@ def test_released_weights_are_fine_tuned_evaluated_and_exported(data, tmp_path, 
     released = read_tensors(tmp_path / "out.pth")
     assert HEADS[task] in released
     back, same = from_released(released, heads=4)
+    state |= {name.replace("entailment", "answering"): value for name, value in state.items()}  # the same layers
     assert same == cfg and all(torch.equal(back[name], state[name]) for name in back)
