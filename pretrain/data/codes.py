@@ -70,7 +70,7 @@ def plain(transform: ImageTransform) -> dict[str, Any]:
     del fields["evaluation"]
     if not fields["antialias"]:  # as codes that were stored before there was a choice
         del fields["antialias"]
-    for name in ("rand_augment", "cover"):  # the same
+    for name in ("rand_augment", "erase", "cover"):  # the same
         if fields[name] == getattr(ImageTransform, name):
             del fields[name]
     return json.loads(json.dumps(fields))

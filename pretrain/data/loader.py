@@ -179,7 +179,7 @@ class Loader:
 def _ends_with_jitter(view: View, feeds: Sequence[Feed]) -> bool:
     """Whether nothing else is done to a picture after flip and jitter."""
     transform = view.transform
-    if transform is None or not transform.train or transform.rand_augment is not None:
+    if transform is None or not transform.train or transform.rand_augment or transform.erase:
         return False
     return all(getattr(feed.source, "mixing", None) is None for feed in feeds)
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pretrain.data.decoding import Header, OrdinaryJpeg, decode, judged_header
 from pretrain.data.rand_augment import RandAugment
+from pretrain.data.timm_augment import RandomErasing, TimmRandAugment
 from pretrain.jitter import AS_IT_IS
 
 # The linear filter reads two pixels a side, after the blur four: enough up to here. Beyond, all pixels are averaged,
@@ -62,7 +63,8 @@ class ImageTransform:
     jitter: float = 0.4  # brightness, contrast and saturation are each scaled by a factor in [1 - jitter, 1 + jitter]
     train: bool = True
     evaluation: str = "crop"  # or "squash"
-    rand_augment: RandAugment | None = None  # of what the flip and the jitter leave, in training
+    rand_augment: RandAugment | TimmRandAugment | None = None  # of what the flip and the jitter leave, in training
+    erase: RandomErasing | None = None  # after all else, in training
     antialias: bool = True  # False: without the blur in `_resize`, for runs that began before 2026-11-28
     cover: float = 1.0
 
@@ -135,7 +137,8 @@ class ImageTransform:
         return Box(int(place[0] * (height - h + 1)), int(place[1] * (width - w + 1)), h, w)
 
     def finish(self, crop: np.ndarray, rng: Generator | None, out: np.ndarray | None = None) -> np.ndarray:
-        """A crop uint8 [h, w, 3] -> uint8 [3, size, size]: resized, and in training flipped and jittered."""
+        """A crop uint8 [h, w, 3] -> uint8 [3, size, size]: resized, and in training flipped, jittered and the
+        like."""
         if self.squashes:
             whole = Image.fromarray(np.ascontiguousarray(crop)).resize((self.size, self.size), Image.Resampling.BICUBIC)
             pixels = np.asarray(whole)
@@ -150,6 +153,8 @@ class ImageTransform:
                 pixels = _jitter(pixels, factors_and_order)
             if self.rand_augment is not None:
                 pixels = self.rand_augment(pixels, rng)
+            if self.erase is not None:
+                pixels = self.erase(pixels, rng)
         planes = np.empty((3, self.size, self.size), np.uint8) if out is None else out
         cv2.split(pixels, list(planes))  # in place: three times as fast as a transposed copy
         return planes

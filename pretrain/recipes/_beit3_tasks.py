@@ -8,17 +8,18 @@ dataset_coco.json, and text.model (beit3.spm for released weights). $BEIT3 is a 
 from-released`, or of a stage of one's own; for retrieval [U] takes the weights that were contrasted before
 (beit3_*_itc_patch16_224).
 
-The stages *_augmented have [U]'s augmentations, which published results need: its RandAugment (vqa, captioning), mixup
-0.8 and cutmix 1.0 (imagenet; [U] draws one share for a batch, here each pair of pictures has its own). Left out,
-because there is no such code here: timm's own RandAugment and random erasing (imagenet), dropping the worst fifth of
-the words after 12,000 steps (captioning). The average of [U]'s --model_ema, which its commands leave off, is
-ema=Ema(0.9999, warmup=False). The head's 20 times higher rate (vqa, --task_head_lr_weight) is its pooler's too here.
-Clipping at 3.0 is ours, a guard.
+The stages *_augmented have [U]'s augmentations, which published results need: its RandAugment (vqa, captioning); timm's
+RandAugment and random erasing, crops from 8 % of the area on, mixup 0.8 and cutmix 1.0 (imagenet; [U] draws one share
+for a batch, here each pair of pictures has its own), and the evaluation's square from the middle. Left out, because
+there is no such code here: ImageNet's own mean and deviation (imagenet; here all pictures lie between -1 and 1),
+dropping the worst fifth of the words after 12,000 steps (captioning). The average of [U]'s --model_ema, which its
+commands leave off, is ema=Ema(0.9999, warmup=False). The head's 20 times higher rate (vqa, --task_head_lr_weight) is
+its pooler's too here. Clipping at 3.0 is ours, a guard.
 
 Visual entailment (snli_ve) is not among BEiT-3's tasks, nor VLMo's. Its settings are ALBEF's (salesforce/ALBEF,
 configs/VE.yaml, 8 GPUs of 32 pictures), a model of base's size, and large takes the same; the drop path is [U]'s for
-vqa, whose head it has. Left out: ALBEF's distillation. OFA (run_scripts/snli_ve) chose 5e-5,
-five epochs, batches of 256 and 480 pixels.
+vqa, whose head it has. Left out: ALBEF's distillation. OFA (run_scripts/snli_ve) chose 5e-5, five epochs, batches of
+256 and 480 pixels.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pretrain.data.labelled import LabelledPairShards, LabelledShards, QuestionS
 from pretrain.data.mixing import Mixing
 from pretrain.data.rand_augment import RandAugment
 from pretrain.data.sources import CaptionShards
+from pretrain.data.timm_augment import RandomErasing, TimmRandAugment
 from pretrain.data.transforms import ImageTransform
 from pretrain.evals.captions import CaptionScore, ReferenceShards
 from pretrain.evals.labelled import EntailmentAccuracy, QuestionAccuracy, TopAccuracy, TwoPictureAccuracy
@@ -129,7 +131,9 @@ def recipe(name: str, model: MultiwayConfig, settings: dict[str, Settings]) -> R
         ),
     }  # fmt: skip
     mixed = LabelledShards("$DATA/imagenet/train", mixing=Mixing(mixup=0.8, cutmix=1.0))
-    stages["imagenet_augmented"] = replace(stages["imagenet"], mix={"images": mixed})
+    # [U] beit3/datasets.py, build_imagenet_transform; its arguments' defaults; the crops are timm's create_transform's.
+    look = replace(LOOK, scale=(0.08, 1.0), evaluation="crop", rand_augment=TimmRandAugment(), erase=RandomErasing())
+    stages["imagenet_augmented"] = replace(stages["imagenet"], mix={"images": mixed}, transform=look)
     for task in ("vqa", "captioning"):
         look = replace(stages[task].transform, rand_augment=RandAugment(count=2, strength=7))
         stages[f"{task}_augmented"] = replace(stages[task], transform=look)

@@ -45,6 +45,7 @@ LATER: dict[tuple[str, str], Any] = {
     ("Captioning", "tied_text_head"): False,
     ("Captioning", "transform"): False,
     ("ImageTransform", "rand_augment"): None,
+    ("ImageTransform", "erase"): None,
     ("LabelledShards", "balance"): 0.0,
     ("LabelledShards", "mixing"): None,
     **{(source, "weights"): [] for source in (*PICTURES, *TEXTS)},

@@ -23,6 +23,7 @@ from pretrain.data.mixture import Loading, Mixture, View
 from pretrain.data.rand_augment import OPERATIONS, RandAugment
 from pretrain.data.sources import PairShards, TextShards
 from pretrain.data.text_noise import TextNoise
+from pretrain.data.timm_augment import INCREASING, RandomErasing, TimmRandAugment
 from pretrain.data.transforms import ImageTransform, sample_rng
 from pretrain.objectives.classification import ClassificationHead
 from tests.toys import image_sample, picture, write_source
@@ -89,6 +90,88 @@ def test_rand_augment_draws_the_same_numbers_whatever_it_does():
     assert "rand_augment" not in plain(LOOK) and plain(look)["rand_augment"]["count"] == 2, "old codes stay valid"
 
 
+# A checksum of what timm 1.0.31 makes of PICTURES[0] at strength 9 (data/auto_augment.py, the ops of
+# rand_augment_transform("rand-m9-mstd0.5-inc1") with bicubic moves, Pillow 13), with both signs where they matter.
+TIMM = {
+    "auto_contrast": [767279074], "equalize": [790605150], "invert": [768758630], "rotate": [732671903, 740540946],
+    "posterize": [370612992], "solarize": [706861667], "solarize_add": [1072276276], "color": [731613819, 806772377],
+    "contrast": [721104415, 809147581], "brightness": [1159665216, 142165192], "sharpness": [763152733, 763142485],
+    "shear_x": [764686508, 756622427], "shear_y": [742796352, 752382866], "translate_x": [726161951, 768850641],
+    "translate_y": [738185746, 759782215],
+}  # fmt: skip
+
+
+def test_operations_are_timms_to_the_digit():
+    image = Image.fromarray(PICTURES[0])
+    for name, theirs in TIMM.items():
+        own = [np.asarray(INCREASING[name](image, 0.9, sign)).astype(np.int64) for sign in (1, -1)]
+        sums = [int((pixels * (np.arange(pixels.size).reshape(pixels.shape) % 997)).sum()) for pixels in own]
+        assert list(dict.fromkeys(sums)) == theirs, name
+    assert list(TIMM) == list(INCREASING), "its list of operations, in its order"
+    assert not np.asarray(INCREASING["posterize"](image, 1.0, 1)).any()
+
+
+def test_timms_rand_augment_draws_the_same_numbers_whatever_it_does():
+    pixels, rest, strengths = PICTURES[0], set(), list[float]()
+    for name in INCREASING:
+        rng = sample_rng(0, 0, 5)
+        out = TimmRandAugment(operations=(name,), probability=1.0)(pixels, rng)
+        rest.add(rng.random())
+        assert out.shape == pixels.shape and out.dtype == np.uint8 and out.flags.writeable
+    rng = sample_rng(0, 0, 5)
+    assert TimmRandAugment(operations=("invert",), probability=0.0)(pixels, rng) is pixels
+    assert rest == {rng.random()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(INCREASING, "rotate", lambda image, share, sign: strengths.append(sign * share) or image)
+        for sample in range(500):
+            TimmRandAugment(1, operations=("rotate",))(pixels, sample_rng(0, 0, sample))
+    drawn = 10 * np.abs(strengths)
+    assert 200 < len(drawn) < 300 and drawn.max() == 10.0, "half of them; what is above 10 is cut"
+    assert abs(np.median(drawn) - 9) < 0.15 and abs(np.quantile(drawn, 0.16) - 8.5) < 0.2
+    assert abs(np.mean(np.array(strengths) > 0) - 0.5) < 0.1
+
+
+def test_erasing_leaves_a_rectangle_of_noise():
+    pixels, areas, rest = np.full((64, 64, 3), 7, np.uint8), list[float](), set()
+    for sample in range(400):
+        rng = sample_rng(0, 0, sample)
+        out = RandomErasing()(pixels, rng)
+        changed = (out != 7).any(-1)
+        rest.add(rng.bit_generator.state["state"]["counter"][0] * 10 + rng.bit_generator.state["buffer_pos"])
+        if out is pixels:
+            continue
+        rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+        h, w = rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
+        assert changed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].mean() > 0.97, "noise may be 7 by chance"
+        assert 0.25 < h / w < 4.0
+        areas.append(h * w / 64**2)
+    assert abs(len(areas) / 400 - 0.25) < 0.06 and min(areas) > 0.015 and max(areas) < 0.35
+    assert abs(np.mean(areas) - (0.02 + 1 / 3) / 2) < 0.03 and (pixels == 7).all()
+    assert len(rest) == 1, "it draws as many numbers whatever it does"
+    always = RandomErasing(1.0)
+    noise = always(pixels, sample_rng(0, 0, 3))[(always(pixels, sample_rng(0, 0, 3)) != 7).any(-1)].astype(float)
+    assert abs(noise.mean() - 127.5) < 8 and 0.1 < (noise == 255).mean() < 0.22
+    assert "erase" not in plain(LOOK) and plain(replace(LOOK, erase=RandomErasing()))["erase"]["ratio"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: TimmRandAugment(count=0), "count=0 is below 1"),
+        (lambda: TimmRandAugment(strength=11), "strength=11 is wrong"),
+        (lambda: TimmRandAugment(deviation=-1), "deviation=-1 must be"),
+        (lambda: TimmRandAugment(probability=2), "probability=2 is not"),
+        (lambda: TimmRandAugment(operations=("cutout",)), "are wrong; use some of auto_contrast"),
+        (lambda: RandomErasing(probability=2), "probability=2 is not"),
+        (lambda: RandomErasing(area=(0.5, 0.2)), "area=.* is not 0 < low"),
+        (lambda: RandomErasing(ratio=0.0), "ratio=0.0 is wrong"),
+    ],
+)
+def test_wrong_settings_of_timms_are_one_sentence(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
 def test_mixup_and_cutmix_blend_pictures_as_their_share_says():
     one, other = PICTURES[0].transpose(2, 0, 1).copy(), PICTURES[1].transpose(2, 0, 1).copy()
     a, b = one.astype(float), other.astype(float)
@@ -127,6 +210,13 @@ def loaded(source, ranks: int, size: int = 8, accumulation: int = 1, steps: int 
                     extra = {name: float(value[n]) for name, value in batch.extra.items()}
                     out[step].append((key, batch.images[n].numpy().tobytes(), extra))
     return out
+
+
+def test_timms_augmentations_are_the_same_on_any_ranks(shards):
+    source = LabelledShards(str(shards), classes=3)
+    look = replace(LOOK, rand_augment=TimmRandAugment(probability=1.0), erase=RandomErasing(1.0))
+    whole = loaded(source, 1, look=look)
+    assert whole == loaded(source, 2, look=look) == loaded(source, 4, look=look) != loaded(source, 1)
 
 
 def test_mixed_pictures_are_the_same_on_any_ranks_and_none_in_evaluation(shards):
