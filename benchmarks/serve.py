@@ -35,7 +35,7 @@ from benchmarks.serve_clients.answers import Known, make_weights
 from benchmarks.serve_clients.exchange import ask, exchange
 from benchmarks.serve_clients.hostile import Hostile, hostile_requests
 from pretrain.command import about, make_parser, run, write
-from pretrain.evals.generation import Writing
+from pretrain.models.generation import Writing
 from pretrain.pretrained import load
 from pretrain.serving.limits import Limits
 

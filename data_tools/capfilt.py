@@ -26,10 +26,10 @@ from data_tools.shards.steps import Drop, Step, write_drops, write_step
 from pretrain.command import add_workers, make_parser, part_of, run
 from pretrain.data.shards.indexing import index_directory
 from pretrain.data.shards.manifest import MANIFEST
-from pretrain.evals.generation import Writing
 from pretrain.files import WRITING, sweep, write_json
 from pretrain.json_files import read_object
 from pretrain.lock import Lock
+from pretrain.models.generation import Writing
 from pretrain.portions import Shards, agree, weights_name
 from pretrain.pretrained import Pretrained, load
 from pretrain.visible import say

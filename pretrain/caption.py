@@ -26,8 +26,8 @@ import torch
 
 from pretrain.command import make_parser, run
 from pretrain.data.transforms import sample_rng
-from pretrain.evals.generation import Writing
 from pretrain.files import write_file
+from pretrain.models.generation import Writing
 from pretrain.portions import Folder, Portion, Shards, add_arguments, finish, looks, start
 from pretrain.pretrained import Pretrained
 

@@ -184,6 +184,11 @@ class Objective(Protocol):
         """As Task.reads."""
         return {}
 
+    def prepare(self, head: Any, stage: Any, tokenizer: Any) -> None:
+        """Before a run's engine is built: gives its head what training asks of the stage's sources, or of the text
+        tokenizer, which `tokenizer()` opens. ValueError."""
+        return None
+
     def begin(self, head: Any) -> None:
         """Before a run's first step, when all weights are there: for what begins as a copy of them. Every rank calls
         it."""

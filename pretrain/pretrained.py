@@ -16,8 +16,8 @@ from pretrain.batch import BOS, EOS, PAD, Layout, make_batch
 from pretrain.data.shards.reader import BadSample
 from pretrain.data.text_tokenizer import AnyTokenizer, open_tokenizer
 from pretrain.data.transforms import ImageTransform, sample_rng
-from pretrain.evals.generation import NextWord, Writing, never_written, next_word_head, text_reader, write
 from pretrain.evals.zero_shot import TEMPLATES, class_vectors
+from pretrain.models.generation import NextWord, Writing, never_written, next_word_head, text_reader, write
 from pretrain.pictures import Picture, encoded_picture
 from pretrain.stored_model import FURTHER, build_stored, read_stored, stored_tokenizer
 from pretrain.tasks.pretrain import PretrainTask

@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 
 from pretrain.command import make_parser, run
-from pretrain.evals.generation import Writing
 from pretrain.evals.zero_shot import TEMPLATES, check_templates, read_names
+from pretrain.models.generation import Writing
 from pretrain.pretrained import load
 from pretrain.serving.counts import Counts
 from pretrain.serving.limits import Limits

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pretrain
 from pretrain.caption import main
-from pretrain.evals.generation import Writing
+from pretrain.models.generation import Writing
 from tests.test_embed import folder, shards  # noqa: F401, the fixtures
 from tests.test_pretrained import fusion, stage, task  # noqa: F401, the fixtures
 from tests.toys import pair_sample, refused

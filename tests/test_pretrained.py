@@ -17,7 +17,7 @@ from pretrain.checkpoint.weights import write_weights
 from pretrain.config import to_json
 from pretrain.data.shards.reader import BadSample
 from pretrain.data.transforms import ImageTransform
-from pretrain.evals.generation import Writing
+from pretrain.models.generation import Writing
 from pretrain.objectives.answering import Answering
 from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.classification import ImageClassification

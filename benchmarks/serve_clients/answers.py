@@ -16,7 +16,7 @@ from data_tools.drawn.captions import describe
 from data_tools.drawn.scenes import draw_scene, random_scene
 from pretrain.checkpoint.weights import write_weights
 from pretrain.config import to_json
-from pretrain.evals.generation import Writing
+from pretrain.models.generation import Writing
 from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.pretrained import Pretrained

@@ -1,11 +1,21 @@
-"""Questions about drawn scenes with their answers, and sentences about two of them that are true or not."""
+"""Questions about drawn scenes with their answers, sentences about two of them that are true or not, and sentences about
+one that it entails, contradicts or leaves open."""
 
 from __future__ import annotations
 
 import random
 
 from data_tools.drawn.captions import article
-from data_tools.drawn.scenes import RELATIONS, SHAPES, Scene
+from data_tools.drawn.scenes import BACKGROUNDS, COLOURS, COUNTS, RELATIONS, SHAPES, Scene
+
+# What a scene shows or not, kind by kind.
+FACTS: dict[str, tuple[str, ...]] = {
+    "number": tuple(f"{count} {'thing' if count == 1 else 'things'}" for count in COUNTS),
+    "colour": tuple(f"something {colour}" for colour in COLOURS),
+    "background": tuple(f"a {colour} background" for colour in BACKGROUNDS),
+    "shape": tuple(article(shape) for shape in SHAPES),
+}
+UNSEEN = ("it is cold outside", "a bird sings", "somebody likes it")
 
 
 def question(scene: Scene, rng: random.Random) -> tuple[str, str]:
@@ -43,3 +53,34 @@ def sentence(scenes: tuple[Scene, Scene], rng: random.Random) -> tuple[str, bool
     pool = sorted(shapes[0]) if right else sorted(set(SHAPES) - shapes[0])
     shape = rng.choice(pool)
     return f"the left picture has {article(shape)}", shape in shapes[0]
+
+
+def shown(scene: Scene) -> set[str]:
+    """The FACTS that are true of the scene."""
+    things = scene.things
+    number = FACTS["number"][COUNTS.index(len(things))]
+    return {number, f"a {scene.background} background"}.union(
+        *({f"something {thing.colour}", article(thing.shape)} for thing in things)
+    )
+
+
+def _fact(scene: Scene, rng: random.Random, *, right: bool) -> str:
+    kind = rng.choice(tuple(FACTS))
+    return rng.choice([fact for fact in FACTS[kind] if (fact in shown(scene)) == right])
+
+
+def side_sentence(scenes: tuple[Scene, Scene], rng: random.Random) -> tuple[str, bool]:
+    """A sentence about what one of two pictures shows, and whether it is true, which is so for about half of them: a
+    number, a colour, a background or a shape, easier than `sentence`, which needs shapes alone."""
+    side, right = rng.randrange(2), rng.random() < 0.5
+    return f"the {('left', 'right')[side]} picture has {_fact(scenes[side], rng, right=right)}", right
+
+
+def hypothesis(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A sentence and SNLI-VE's word for it, each as often as the others: `entailment` for what the picture shows,
+    `neutral` for that and something which no picture shows, `contradiction` for what it does not show, half of the
+    times with such an addition. Without the picture two thirds can be guessed."""
+    label = rng.choice(("entailment", "neutral", "contradiction"))
+    fact = _fact(scene, rng, right=label != "contradiction")
+    more = label == "neutral" or (label == "contradiction" and rng.random() < 0.5)
+    return f"the picture has {fact}" + (f" and {rng.choice(UNSEEN)}" if more else ""), label

@@ -20,8 +20,8 @@ from pretrain.data.labelled import metadata
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample, ShardReader
 from pretrain.data.sources import CAPTIONS, METADATA, TEXT, picture, text_of
 from pretrain.data.transforms import sample_rng
-from pretrain.evals.generation import Writing
 from pretrain.files import write_json
+from pretrain.models.generation import Writing
 from pretrain.pretrained import Pretrained
 
 WEB, WRITTEN = "web", "written"  # where a text comes from

@@ -1,5 +1,5 @@
 """Sources of fine-tuning tasks, from shards as data_tools.from_table writes them: pictures with labels, questions with
-answers, sentences about two pictures, sentences that a picture entails or not."""
+answers, sentences about two pictures, sentences that a picture entails or not, captions to compare with."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from numpy.random import Generator
 from pretrain.data.answers import scores
 from pretrain.data.mixing import LABEL, Mixing
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample
-from pretrain.data.sources import METADATA, ImageShards, PairShards, Raw
+from pretrain.data.sources import CAPTIONS, METADATA, ImageShards, PairShards, Raw, text_of
 from pretrain.json_files import parse_json, read_bytes
 from pretrain.settings import fill_variables
 
-SECOND, SCORES, ANSWERS, LABEL_NAME = "second", "scores", "answers", "label_name"
+SECOND, SCORES, ANSWERS, LABEL_NAME, REFERENCES = "second", "scores", "answers", "label_name", "references"
 SECOND_PICTURE = "jpe"  # the member of a sample's second picture
 
 
@@ -121,6 +121,40 @@ class LabelledPairShards(PairShards):
         label, name = label_in(members, self.classes), metadata(members).get(LABEL_NAME)
         extra = {LABEL: label, LABEL_NAME: name if isinstance(name, str) else ""}
         return super().decode(members, transform, tokenizer, rng)._replace(extra=extra)
+
+
+@dataclass(frozen=True)
+class ReferenceShards(PairShards):
+    """Pictures with the texts that a caption is compared with: `captions` of a sample's JSON, else its txt ->
+    extra["references"], a tuple of texts."""
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return (*super().wanted, METADATA)
+
+    def decode(self, members: Mapping, transform: Any, tokenizer: Any, rng: Generator) -> Raw:
+        extra = {REFERENCES: references_of(members)}
+        return super().decode(members, transform, tokenizer, rng)._replace(extra=extra)
+
+
+@dataclass(frozen=True)
+class RewardShards(ReferenceShards):
+    """The same for SelfCritical. `frequencies`: how rare words are in the training captions, a file of
+    data_tools.caption_frequencies."""
+
+    frequencies: str = "$DATA/frequencies.json"
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.frequencies, *super().files)
+
+
+def references_of(members: Mapping) -> tuple[str, ...]:
+    """A sample's `captions`, else its txt. BadSample where there is neither."""
+    texts = metadata(members).get(CAPTIONS) if METADATA in members else None
+    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+        return tuple(texts)
+    return (text_of(members),)
 
 
 def metadata(members: Mapping) -> dict[str, Any]:

@@ -1,38 +1,20 @@
-"""Captions of held-out pictures against what people wrote, by CIDEr-D (evals/cider.py), and some of them to look at."""
+"""Captions of held-out pictures against what people wrote, by CIDEr-D (data/cider.py), and some of them to look at."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from numpy.random import Generator
 
 from pretrain.contracts import Evaluation
-from pretrain.data.labelled import metadata
-from pretrain.data.sources import CAPTIONS, METADATA, PairShards, Raw, text_of
-from pretrain.evals.cider import cider
-from pretrain.evals.generation import NextWord, Writing, next_word_head, text_reader, write
+from pretrain.data.cider import cider
+from pretrain.data.labelled import REFERENCES, ReferenceShards
 from pretrain.evals.trained import Trained, check_counts, uint8_pictures
+from pretrain.models.generation import NextWord, Writing, next_word_head, text_reader, write
 
-SHOWN, REFERENCES = 10, "references"
-
-
-@dataclass(frozen=True)
-class ReferenceShards(PairShards):
-    """Pictures with the texts that a caption is compared with: `captions` of a sample's JSON, else its txt ->
-    extra["references"], a tuple of texts."""
-
-    @property
-    def wanted(self) -> tuple[str, ...]:
-        return (*super().wanted, METADATA)
-
-    def decode(self, members: Mapping, transform: Any, tokenizer: Any, rng: Generator) -> Raw:
-        texts = metadata(members).get(CAPTIONS) if METADATA in members else None
-        several = isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)
-        references = tuple(texts) if several and texts is not None else (text_of(members),)
-        return super().decode(members, transform, tokenizer, rng)._replace(extra={REFERENCES: references})
+SHOWN = 10
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ four first rows."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,17 +19,22 @@ from pretrain.flops import Product
 from pretrain.layers import PLAIN, Layers
 from pretrain.objectives.classification import answered, first_rows, two_layers
 
-SCALE = 0.001  # of the first weights, there
-
 
 @dataclass(frozen=True)
 class Reasoning(Objective):
-    """Pictures and sentences of the mix's `pairs`, from TwoPictureShards; the second picture is a pass of its own."""
+    """Pictures and sentences of the mix's `pairs`, from TwoPictureShards; the second picture is a pass of its own.
+    `scale` of the head's first weights: unilm's 0.001 wants its long warm-up. In a few hundred steps of a small model
+    nothing is learned from there (benchmarks/README.md), as the norm behind these weights hides what is so small."""
 
+    scale: float = 0.001
     name = "reasoning"
 
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"reasoning.scale={self.scale} must be above 0; use unilm's 0.001, or 1")
+
     def build(self, model: Any, experts: Sequence[str], layers: Layers = PLAIN, tokens: Any = None) -> nn.Module:
-        return ReasoningHead(model.width("pair_images"), model.width("pair_texts"))
+        return ReasoningHead(model.width("pair_images"), model.width("pair_texts"), self.scale)
 
     def problems(self, stage: Any) -> list[str]:
         source = stage.mix.get("pairs")
@@ -49,11 +55,11 @@ def second_layout(layout: Layout) -> Layout:
 
 
 class ReasoningHead(nn.Module):
-    def __init__(self, images: int, texts: int):
+    def __init__(self, images: int, texts: int, scale: float):
         super().__init__()
         width = 2 * (images + texts)
         self.norm = nn.LayerNorm(width)
-        self.judge = two_layers(width, width // 2, 2, scale=SCALE)
+        self.judge = two_layers(width, width // 2, 2, scale=scale)
 
     def needed_rows(self, batch: Batch) -> Kinds:
         return first_rows(batch, texts=True)

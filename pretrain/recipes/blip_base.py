@@ -22,10 +22,10 @@ from dataclasses import replace
 from pretrain.config import BatchSize, Recipe, Stage
 from pretrain.data.sources import PairShards
 from pretrain.evals.captions import CaptionScore, ReferenceShards
-from pretrain.evals.generation import Writing
 from pretrain.evals.matching import MatchingAccuracy
 from pretrain.evals.retrieval import Retrieval
 from pretrain.models.decoder.encoder_decoder import EncoderDecoder
+from pretrain.models.generation import Writing
 from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.matching import Matching
 from pretrain.objectives.momentum import MomentumContrast

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from pretrain.config import BatchSize
 from pretrain.evals.captions import CaptionScore, ReferenceShards
-from pretrain.evals.generation import Writing
 from pretrain.evals.matching import MatchingAccuracy
 from pretrain.evals.retrieval import Retrieval
 from pretrain.models.decoder.encoder_decoder import EncoderDecoder
+from pretrain.models.generation import Writing
 from pretrain.objectives.matching import Matching
 from pretrain.objectives.momentum import MomentumContrast
 from pretrain.recipes import blip_base, tiny, tiny_vlmo

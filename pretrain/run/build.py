@@ -41,7 +41,7 @@ from pretrain.run.continuation import begins_at
 from pretrain.run.directory import inputs_digest, other_inputs, take_directory
 from pretrain.run.identity import hash_of
 from pretrain.run.image_targets import image_targets
-from pretrain.run.inputs import build_loader
+from pretrain.run.inputs import build_loader, text_tokenizer
 from pretrain.run.numerics import set_numerics
 from pretrain.run.parameters import check_patterns, freeze, frozen_names, parameter_names, waiting
 from pretrain.run.resuming import Start, find_start
@@ -164,6 +164,7 @@ def build_run(
         task = build_part(recipe, stage, mesh, layers, loader.layout)
     else:
         task = build_task(recipe, stage, run_dir, layers, partitioned_init(ds_config, mpu_of(mesh)))
+        _prepare(task, recipe, stage)
     init_file = load_start(task, recipe, stage, run_dir, checkpoint, mesh)
     engine = _engine(task, recipe, stage, mesh, ds_config)
     if checkpoint is not None:
@@ -204,6 +205,11 @@ def build_task(
     with context or nullcontext():
         task = stage.task.build(recipe.model_of(stage), stage, layers, read)
     return freeze(task, stage)
+
+
+def _prepare(task: Any, recipe: Recipe, stage: Stage) -> None:
+    for objective in stage.objectives:
+        objective.prepare(task.objectives[objective.name], stage, partial(text_tokenizer, recipe, stage))
 
 
 def build_part(recipe: Recipe, stage: Stage, mesh: Mesh, layers: Layers, layout: Layout) -> PipelineTask:

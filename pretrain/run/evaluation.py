@@ -42,6 +42,7 @@ LATER: dict[tuple[str, str], Any] = {
     ("Contrastive", "smoothing"): 0.0,
     ("MomentumContrast", "projection_bias"): False,
     ("Matching", "alignment"): 0.0,
+    ("Reasoning", "scale"): 0.001,
     ("Captioning", "tied_text_head"): False,
     ("Captioning", "transform"): False,
     ("ImageTransform", "rand_augment"): None,

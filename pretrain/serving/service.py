@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pretrain.data.decoding import judge_pixels, read_header
 from pretrain.data.shards.reader import BadSample
-from pretrain.evals.generation import Writing
 from pretrain.evals.zero_shot import TEMPLATES, class_texts, class_vectors, mean_of_templates
+from pretrain.models.generation import Writing
 from pretrain.pretrained import Pretrained
 from pretrain.serving.batching import Batcher
 from pretrain.serving.counts import Counts

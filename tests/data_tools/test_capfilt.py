@@ -22,8 +22,8 @@ from pretrain.checkpoint.weights import WEIGHTS, write_weights
 from pretrain.config import to_json
 from pretrain.data.sources import CaptionShards
 from pretrain.data.transforms import sample_rng
-from pretrain.evals.generation import Writing
 from pretrain.models.decoder.encoder_decoder import EncoderDecoder
+from pretrain.models.generation import Writing
 from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.matching import Matching

@@ -16,7 +16,7 @@ from pretrain.config import BatchSize, Stage
 from pretrain.data.labelled import LabelledPairShards, LabelledShards, QuestionShards
 from pretrain.data.sources import PairShards
 from pretrain.data.transforms import ImageTransform
-from pretrain.evals.generation import NextWord, WholePass
+from pretrain.models.generation import NextWord, WholePass
 from pretrain.objectives.answering import Answering
 from pretrain.objectives.classification import ImageClassification
 from pretrain.objectives.entailment import Entailment
@@ -179,8 +179,9 @@ def test_heads_begin_as_there():
     objectives = [ImageClassification(900), Reasoning(), Answering(900)]
     heads = PretrainTask(replace(RELEASED, dim=64, heads=4), ("vision", "language"), objectives).objectives
     layers = [heads["classification"].classes, heads["reasoning"].judge[0], heads["answering"].answer[3]]
+    layers.append(Reasoning(scale=0.5).build(replace(RELEASED, dim=64, heads=4), ()).judge[0])
     stds = [layer.weight.detach().std().item() for layer in layers]
-    assert stds == pytest.approx([0.02 * 0.001, 0.02 * 0.001, 0.02], rel=0.05)
+    assert stds == pytest.approx([0.02 * 0.001, 0.02 * 0.001, 0.02, 0.02 * 0.5], rel=0.05)
 
 
 COMMON: dict[str, Any] = {"optim": Optim(), "steps": 3, "transform": ImageTransform(size=32)}
@@ -208,7 +209,13 @@ def test_the_wrong_data_is_one_sentence(kind, source, objective, words):
 
 @pytest.mark.parametrize(
     "build",
-    [lambda: ImageClassification(1), lambda: Answering(0), lambda: MaskedCaptioning(0.0), lambda: Entailment(1)],
+    [
+        lambda: ImageClassification(1),
+        lambda: Answering(0),
+        lambda: MaskedCaptioning(0.0),
+        lambda: Entailment(1),
+        lambda: Reasoning(0.0),
+    ],
 )
 def test_wrong_settings_are_one_sentence(build):
     with pytest.raises(ValueError, match=r"; use|use 0\.7"):

@@ -13,7 +13,7 @@ import torch
 
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform
-from pretrain.evals.generation import Writing
+from pretrain.models.generation import Writing
 from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.pretrained import Pretrained

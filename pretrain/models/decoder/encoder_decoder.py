@@ -134,7 +134,7 @@ class EncoderDecoderEncoder(nn.Module):
         return Kinds(alone, fused[:, :1], fused[:, : layout.pair_len], texts[:, : layout.text_len])
 
     def causal_text(self, images: Tensor, longest: int) -> DecodedText:
-        """See evals/generation.py, text_reader."""
+        """See models/generation.py, text_reader."""
         return DecodedText(self, images)
 
     @property

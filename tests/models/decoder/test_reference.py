@@ -10,10 +10,10 @@ import torch
 import pretrain
 from pretrain.batch import PAD, Layout, make_batch
 from pretrain.data.json_tokenizer import JsonTokenizer
-from pretrain.evals.generation import NextWord, WholePass, Writing, _draw, never_written, text_reader, write
 from pretrain.layers import PLAIN
 from pretrain.models.decoder.encoder_decoder import EncoderDecoder
 from pretrain.models.decoder.released import blip_config, from_blip
+from pretrain.models.generation import NextWord, WholePass, Writing, _draw, never_written, text_reader, write
 from pretrain.objectives.captioning import Captioning
 from pretrain.parallel.state import dense_shape, named_state
 from pretrain.recipes.blip_base import RECIPE

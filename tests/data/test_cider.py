@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from pretrain.data.cider import cider, words_of
 from pretrain.evals.captions import other_captions
-from pretrain.evals.cider import cider, words_of
 
 CAPTIONS = ["a red bus on the street", "two dogs run", "a cat sleeps on a mat"]
 REFERENCES = [

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pretrain.batch import BOS, EOS, PAD, UNK
 from pretrain.data.transforms import sample_rng
-from pretrain.evals.generation import NextWord, WholePass, Writing, never_written, write
+from pretrain.models.generation import NextWord, WholePass, Writing, never_written, write
 from tests.toy_models import CONFIGS, PAPER, encoder, pictures
 from tests.toys import needs
 

@@ -1,0 +1,122 @@
+"""CIDEr-D, by which captions are compared with what people wrote (Vedantam et al., arXiv 1411.5726, 3 and 6), as
+pycocoevalcap computes it: term frequencies of one to four words, weighed by how rare they are among the references,
+their clipped cosine, and a Gaussian of the difference of lengths; times ten. Without Java: words are what is left of a
+text in small letters without punctuation, where pycocoevalcap calls Stanford's tokenizer, so texts whose words are
+joined by punctuation differ."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pretrain.files import write_json
+from pretrain.json_files import read_object
+from pretrain.settings import fill_variables
+
+LONGEST, SIGMA = 4, 6.0
+MAX_BYTES = 2**30  # of a file of frequencies; COCO's training captions make about 30 MB
+_WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
+Counts = Counter[tuple[str, ...]]
+
+
+def words_of(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """In the references of how many of `pictures` one to four words stand together. A gram that is not noted counts as
+    one that stands with a single picture, as in pycocoevalcap."""
+
+    pictures: int
+    grams: dict[tuple[str, ...], int]
+
+    @classmethod
+    def of(cls, references: Iterable[Sequence[str]]) -> Frequencies:
+        """Of the references of each picture; those that stand with a single one are left out."""
+        counts, pictures = Counts(), 0
+        for texts in references:
+            counts.update(set().union(*(_counts(words_of(text)) for text in texts)))
+            pictures += 1
+        return cls(pictures, {gram: count for gram, count in counts.items() if count > 1})
+
+    def rarity(self, gram: tuple[str, ...]) -> float:
+        return math.log(self.pictures) - math.log(self.grams.get(gram, 1))
+
+    def write(self, path: Path) -> None:
+        """As JSON, the most frequent first."""
+        often = sorted((-count, " ".join(gram)) for gram, count in self.grams.items())
+        write_json(path, {"pictures": self.pictures, "grams": {gram: -count for count, gram in often}})
+
+    @classmethod
+    def read(cls, name: str) -> Frequencies:
+        """What `write` wrote. ValueError."""
+        return _read(Path(fill_variables(name, "frequencies")).expanduser())
+
+
+@lru_cache(maxsize=2)
+def _read(path: Path) -> Frequencies:
+    way_out = "write it with python -m data_tools.caption_frequencies"
+    if not path.is_file():
+        raise ValueError(f"frequencies={path} does not exist; {way_out}")
+    content = read_object(path, MAX_BYTES)
+    pictures, grams = content.get("pictures"), content.get("grams")
+    if (
+        not isinstance(pictures, int)
+        or not _is_count(pictures)
+        or not isinstance(grams, dict)
+        or not all(map(_is_count, grams.values()))
+    ):
+        raise ValueError(f"frequencies={path} has no number of pictures and counts of grams; {way_out}")
+    return Frequencies(pictures, {tuple(gram.split(" ")): count for gram, count in grams.items()})
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def cider(
+    captions: Sequence[str], references: Sequence[Sequence[str]], known: Frequencies | None = None
+) -> list[float]:
+    """The score of each caption against its own references, from 0 to 10. How rare words are `known` says, or else
+    these references: with a single picture every word is as rare as any, and all scores are 0."""
+    if len(captions) != len(references) or not all(references):
+        raise ValueError(f"{len(captions)} captions and {len(references)} lists of references; give one to each")
+    own = [_counts(words_of(text)) for text in captions]
+    given = [[_counts(words_of(text)) for text in texts] for texts in references]
+    rarity = (known or Frequencies.of(references)).rarity
+
+    def weighed(counts: Counts) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:
+        vectors: list[dict[tuple[str, ...], float]] = [{} for _ in range(LONGEST)]
+        for gram, count in counts.items():
+            vectors[len(gram) - 1][gram] = count * rarity(gram)
+        norms = [math.sqrt(sum(value**2 for value in vector.values())) for vector in vectors]
+        # Its length counts pairs of words, as there.
+        return vectors, norms, sum(count for gram, count in counts.items() if len(gram) == 2)
+
+    scores = []
+    for caption, texts in zip(map(weighed, own), given, strict=True):
+        each = [_similarity(caption, weighed(text)) for text in texts]
+        scores.append(10 * sum(each) / len(each))
+    return scores
+
+
+def _similarity(ours: tuple, theirs: tuple) -> float:
+    total = 0.0
+    for a, b, norm_a, norm_b in zip(ours[0], theirs[0], ours[1], theirs[1], strict=True):
+        product = sum(min(value, b[gram]) * b[gram] for gram, value in a.items() if gram in b)
+        if norm_a and norm_b:
+            product /= norm_a * norm_b
+        total += product * math.exp(-((ours[2] - theirs[2]) ** 2) / (2 * SIGMA**2))
+    return total / LONGEST
+
+
+def _counts(words: list[str]) -> Counts:
+    grams = (tuple(words[start : start + n]) for n in range(1, LONGEST + 1) for start in range(len(words) - n + 1))
+    return Counter(grams)
