@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -16,6 +17,14 @@ from typing import Any
 
 from pretrain.interrupt import imported
 from pretrain.visible import Formatter, say
+
+PATHS = {
+    errno.ENOENT: "does not exist; check the path",
+    errno.EISDIR: "is a directory; give a file",
+    errno.ENOTDIR: "cannot be reached: a part of its path is a file; check the path",
+    errno.EEXIST: "is in the way: a directory should stand there; give another path",
+    errno.EACCES: "may not be read or written by this user; change its permissions, or give another path",
+}
 
 
 def make_parser(name: str, description: str | None, example: str) -> argparse.ArgumentParser:
@@ -57,7 +66,7 @@ def run(action: Callable[[], int | None], *, state: str) -> int:
     try:
         return action() or 0
     except (ValueError, OSError) as error:
-        say(f"error: {error}", error=True)
+        say(f"error: {sentence(error)}", error=True)
         return 2
     except RuntimeError as error:
         # torch's DataLoader has no exception class for a dead worker.
@@ -69,6 +78,17 @@ def run(action: Callable[[], int | None], *, state: str) -> int:
     except KeyboardInterrupt:
         print(f"stopped; {state}", file=sys.stderr)
         return 130
+
+
+def sentence(error: Exception) -> str:
+    """What a user reads of an error: of a system call on a file what is wrong with its path, and the way out."""
+    if not isinstance(error, OSError) or error.filename is None or error.errno not in PATHS:
+        return str(error)
+    if error.strerror == os.strerror(error.errno):
+        return f"{error.filename} {PATHS[error.errno]}"
+    if error.errno == errno.ENOENT and str(error.strerror).startswith("could not be written"):  # of files.write_file
+        return f"{error.filename} could not be written: its directory does not exist; make it, or give another path"
+    return str(error)
 
 
 def about(module: str, arguments: list[str] | None) -> dict[str, str]:

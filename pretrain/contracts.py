@@ -214,7 +214,10 @@ class Objective(Protocol):
 class Task(Protocol):
     """What a stage trains: how model and objectives become the module that DeepSpeed wraps. That module is called with
     a Batch and returns named scalars with `loss`; `before_training(batches)` comes before a run's first step with its
-    micro-batches, `after_step()` after each step of the optimizer."""
+    micro-batches, `after_step()` after each step of the optimizer. `evaluates_loss`: its evaluations ask for the loss,
+    so that they too need what it learns from."""
+
+    evaluates_loss: bool = False
 
     def problems(self, model: Any, stage: Any) -> list[str]:
         """As Objective.problems."""

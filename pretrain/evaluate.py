@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         log.info("%s: evaluated before; nothing to do (%s)", args.stage, asked.path)
         return
     apart = LORA in weights_header(weights).get("config", {})  # as in a checkpoint
-    task = build_task(recipe, stage if apart else replace(stage, lora=None), inputs)
+    task = build_task(recipe, stage if apart else replace(stage, lora=None), inputs, trains=False)
     handover = load_handover(task, weights)
     if handover.missing:
         raise ValueError(f"{weights} lacks {handover.missing[0]}; it is not this stage's: give the stage that wrote it")

@@ -94,7 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     if args.command == "from-released":
-        state, cfg = from_released(read_tensors(args.file), args.heads)
+        state, cfg = from_released(read_tensors(args.file), args.heads, args.file)
         write_weights(state, args.out / WEIGHTS, {"model": to_json(cfg)})
     elif args.command == "merge":
         whole, config = with_adapters(args.base, args.adapters)

@@ -244,7 +244,7 @@ class Pretrained:
     def tokenizer(self) -> AnyTokenizer:
         """ValueError for weights that came without one."""
         if self.text is None:
-            raise ValueError("these weights came without a text tokenizer; give load(..., text_tokenizer='text.model')")
+            raise ValueError("these weights came without a text tokenizer; give load(..., text_tokenizer=FILE)")
         return self.text
 
     def _encode(self, layout: Layout, **parts: Tensor) -> Any:

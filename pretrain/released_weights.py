@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import logging
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +66,23 @@ def to_released(state: State, cfg: MultiwayConfig) -> State:
     return released
 
 
-def from_released(state: State, heads: int | None = None) -> tuple[State, MultiwayConfig]:
+def from_released(
+    state: State, heads: int | None = None, where: object = "these weights"
+) -> tuple[State, MultiwayConfig]:
     """Released tensors -> (ours, the configuration inferred from their shapes). The shapes do not tell `heads`: None
     means the released models' 64 per head. Heads come along, those of fine-tuning too if they are whole; what has no
-    counterpart is dropped with a log line."""
+    counterpart is dropped with a log line. ValueError, naming `where`, for other tensors."""
     # A classifier's checkpoint may hold the parts of pictures alone.
     language = any(TEXT_PART.search(key) for key in state) or "fc_norm.weight" not in state
     needed = ("beit3.text_embed.weight", "beit3.vision_embed.proj.weight")[0 if language else 1 :]
     if missing := [key for key in needed if key not in state]:
-        raise ValueError(f"these weights have no {missing[0]}; give a BEiT-3 checkpoint from unilm")
-    cfg = _guess_config(state, heads)
+        raise ValueError(f"{where}: there is no {missing[0]}; give a BEiT-3 checkpoint from unilm")
+    cfg = _guess_config(state, heads, where)
     ours = {}
     table = names(cfg.depth, final_norm=cfg.final_norm, language=language)
     for mine, theirs in table.items():
         if theirs not in state:
-            raise ValueError(f"these weights have no {theirs}; they are incomplete, so get the file again")
+            raise ValueError(f"{where}: there is no {theirs}; the file is incomplete, so get it again")
         ours[mine] = state[theirs].clone()
     _patch_weights(ours, "encoder.vision_embed.proj.weight", (cfg.dim, 3 * cfg.patch_size**2))
     for mine in ("encoder.vision_embed.positions", "encoder.text_embed.positions"):
@@ -92,7 +95,7 @@ def from_released(state: State, heads: int | None = None) -> tuple[State, Multiw
     if "objectives.contrastive.logit_scale" in ours:
         ours["objectives.contrastive.logit_scale"] = ours["objectives.contrastive.logit_scale"].reshape(1)
     for mine, value in ours.items():
-        check_type("these weights", mine, value.dtype)
+        check_type(where, mine, value.dtype)
     convertible = {*table.values(), *known.values()}
     if dropped := sorted(set(state) - convertible):
         log.info("dropped %d tensors that have no counterpart here: %s ...", len(dropped), ", ".join(dropped[:5]))
@@ -130,14 +133,14 @@ def _patch_weights(state: State, key: str, shape: tuple[int, ...]) -> None:
     state[key] = state[key].reshape(shape)
 
 
-def _guess_config(state: State, heads: int | None) -> MultiwayConfig:
+def _guess_config(state: State, heads: int | None, where: object) -> MultiwayConfig:
     dim, _, patch, _ = state["beit3.vision_embed.proj.weight"].shape
     layers = [int(m[1]) for key in state if (m := re.match(r"beit3\.encoder\.layers\.(\d+)\.", key))]
     up = state.get("beit3.encoder.layers.0.ffn.A.fc1.weight")
     tables = [state.get(f"beit3.encoder.embed_positions.{key}.weight") for key in ("A", "B")]
     words = state.get("beit3.text_embed.weight")
     if up is None or tables[0] is None or (words is not None and tables[1] is None):
-        raise ValueError("these weights have no layers or no position tables; give a whole BEiT-3 checkpoint")
+        raise ValueError(f"{where}: there are no layers or no position tables; give a whole BEiT-3 checkpoint")
     grid = round((len(tables[0]) - UNUSED_POSITIONS - 1) ** 0.5)
     return MultiwayConfig(
         dim=dim,
@@ -167,17 +170,23 @@ def read_tensors(path: Path) -> State:
             raise ValueError(f"{path} is not a complete safetensors file ({error}); fetch or write it again") from None
     try:
         # unilm's fine-tuning checkpoints contain their command line, a Namespace, which has only plain values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's protocol
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # a damaged pickle can fail in any way
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is damaged or contains more than tensors, so it is not loaded ({first})") from None
+    except Exception:  # a damaged pickle can fail in any way, and torch's words advise to load it all the same
+        raise ValueError(
+            f"{path} is damaged or contains more than tensors, and is not loaded, since that could run its code; get "
+            "the published file again, or a .safetensors"
+        ) from None
     for key in ("model", "module"):  # unilm's own, DeepSpeed's
         content = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} has no dictionary of tensors, neither at the top nor under 'model' or 'module'")
+        raise ValueError(
+            f"{path} has no dictionary of tensors, neither at the top nor under 'model' or 'module'; give a checkpoint "
+            "from unilm"
+        )
     return _checked(content, path)
 
 
@@ -196,11 +205,11 @@ def read_model(directory: Path) -> tuple[State, MultiwayConfig, dict]:
             raise ValueError(f"{directory} has no {CONFIG}; give the directory of a finished stage")
         config = read_object(directory / CONFIG)
     model = model_in(config, directory)
-    for name, value in state.items():
-        check_type(directory, name, value.dtype)
     if not isinstance(model, MultiwayConfig):
         name = type(model).__name__
         raise ValueError(f"{directory} has a {name}, not a Multiway encoder; give the directory of one")
+    for name, value in state.items():
+        check_type(directory, name, value.dtype)
     return state, model, config
 
 

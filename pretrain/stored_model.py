@@ -46,7 +46,7 @@ def read_stored(path: Path, further: tuple[type, ...] = ()) -> tuple[State, Any,
             if not model.encodes or (type(model) in FURTHER and type(model) not in further):
                 raise ValueError(f"{path} has a {type(model).__name__}, not an encoder; give the weights of an encoder")
             return state, model, config
-    state, model = from_released(read_tensors(path / WEIGHTS if path.is_dir() else path))
+    state, model = from_released(read_tensors(path / WEIGHTS if path.is_dir() else path), where=path)
     return state, model, {}
 
 

@@ -53,13 +53,7 @@ class MaskedData(Masking, Objective):
         self, model: Any, experts: Sequence[str], layers: Layers = PLAIN, tokens: nn.Parameter | None = None
     ) -> MaskedDataHeads:
         """`tokens` is the text embedding's table, for a tied text head."""
-        ratios = {
-            "image": self.image_ratio if "vision" in experts else 0,
-            "pair_image": self.pair_image_ratio if "vision" in experts else 0,
-            "pair_text": self.pair_text_ratio if "language" in experts else 0,
-            "text": self.text_ratio if "language" in experts else 0,
-        }
-        parts = tuple(part for part, ratio in ratios.items() if ratio)
+        parts = self._parts(experts)
         image, text = {"image", "pair_image"} & set(parts), {"text", "pair_text"} & set(parts)
         tied = self.tied_text_head
         heads = MaskedDataHeads(
@@ -74,13 +68,29 @@ class MaskedData(Masking, Objective):
             heads.text.weight = tokens
         return heads
 
+    def _parts(self, experts: Sequence[str]) -> tuple[str, ...]:
+        """The kinds of rows that are hidden from a model with these experts."""
+        vision, language = "vision" in experts, "language" in experts
+        ratios = {
+            "image": vision and self.image_ratio,
+            "pair_image": vision and self.pair_image_ratio,
+            "pair_text": language and self.pair_text_ratio,
+            "text": language and self.text_ratio,
+        }
+        return tuple(part for part, ratio in ratios.items() if ratio)
+
     def problems(self, stage: Any) -> list[str]:
-        if any(any(self.ratios(kind)) for kind in stage.mix):
-            return []
-        return [
-            f"objectives: {self} hides nothing of the mix's {', '.join(sorted(stage.mix))}, so nothing could be "
-            "learned; set the ratio of one of them above 0"
-        ]
+        if not any(any(self.ratios(kind)) for kind in stage.mix):
+            return [
+                f"objectives: {self} hides nothing of the mix's {', '.join(sorted(stage.mix))}, so nothing could be "
+                "learned; set the ratio of one of them above 0"
+            ]
+        if not self._parts(stage.experts):
+            return [
+                f"objectives: {self} hides nothing that experts={tuple(stage.experts)} read; give the stage the expert "
+                "vision or language"
+            ]
+        return []
 
     def products(self, layout: Layout, model: Any) -> list[Product]:
         """About: how many rows are hidden is random."""

@@ -196,12 +196,16 @@ def build_task(
     run_dir: Path,
     layers: Layers = PLAIN,
     context: AbstractContextManager[None] | None = None,
+    *,
+    trains: bool = True,
 ) -> nn.Module:
     """The stage's task with fresh weights, on the CPU; only what the stage trains or needs is built, inside `context`
-    (engine.partitioned_init, which splits each parameter at once)."""
+    (engine.partitioned_init, which splits each parameter at once). `trains` False: it will only be evaluated, which
+    asks for no teacher's weights, unless the task's evaluations need its loss."""
     check_model(recipe, stage)
     torch.manual_seed(recipe.seed)
-    read = partial(read_model, run_dir=run_dir, recipe=recipe)
+    learns = trains or stage.task.evaluates_loss
+    read = partial(read_model, run_dir=run_dir, recipe=recipe) if learns else None
     with context or nullcontext():
         task = stage.task.build(recipe.model_of(stage), stage, layers, read)
     return freeze(task, stage)

@@ -123,7 +123,7 @@ class Progress:
 
     def _figures(self, state: dict[str, Tensor]) -> Figures:
         recipe, stage = self.run.recipe, self.stage
-        task = build_task(recipe, stage, self.inputs)
+        task = build_task(recipe, stage, self.inputs, trains=False)
         for name, value in named_state(task).items():
             fill(value, state[name])
         task.to(device()).eval()

@@ -49,7 +49,7 @@ class Service:
         self.classes = self._class_names(labels)
         self.lacks = {path: lack for path, lack in self._lacks().items() if lack}
         if len(self.lacks) == len(PATHS):
-            raise ValueError(f"these weights can answer nothing: {'; '.join(self.lacks.values())}")
+            raise ValueError(f"these weights can answer nothing: {'; '.join(dict.fromkeys(self.lacks.values()))}")
         self.known = self._vectors_of_classes(labels)
         how = writing or Writing()
         passes: dict[str, Callable[[list], Sequence]] = {

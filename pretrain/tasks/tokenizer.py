@@ -21,6 +21,7 @@ class TrainTokenizer(Task):
     Encoder in models/visual_tokenizer/teachers.py. The stage's model is a VQKDConfig, and it has no objectives."""
 
     teacher: Any = field(default_factory=Pixels)
+    evaluates_loss = True  # evals/reconstruction.py
 
     def problems(self, model: Any, stage: Any) -> list[str]:
         problems = []

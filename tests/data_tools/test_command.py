@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import shlex
 from concurrent.futures.process import BrokenProcessPool
+from os import strerror
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ KILLED = "error: a worker process was killed, perhaps because memory ran out; us
     [
         (ValueError("x=1 is wrong; use 2"), 2, "error: x=1 is wrong; use 2\n"),
         (FileNotFoundError(2, "No such file", "list"), 2, "error: [Errno 2] No such file: 'list'\n"),
+        (FileNotFoundError(2, strerror(2), "list"), 2, "error: list does not exist; check the path\n"),
+        (IsADirectoryError(21, strerror(21), "list"), 2, "error: list is a directory; give a file\n"),
+        (OSError(28, strerror(28), "list"), 2, "error: [Errno 28] No space left on device: 'list'\n"),
         (BrokenProcessPool("A process was terminated abruptly"), 2, KILLED),
         (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed. "), 2, KILLED),
         (KeyboardInterrupt(), 130, "stopped; no work is lost\n"),

@@ -12,14 +12,17 @@ from torch import Tensor
 from pretrain.checkpoint.weights import write_weights
 from pretrain.config import BatchSize, Recipe, Stage, to_json
 from pretrain.data.sources import PairShards
+from pretrain.data.transforms import ImageTransform
 from pretrain.distributed import world_size
 from pretrain.layers import PLAIN, Layers
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.distillation import Distillation
 from pretrain.optim import Optim, build_optimizer, schedule
 from pretrain.parallel.sizes import Parallel
+from pretrain.run.build import build_task
 from pretrain.run.directory import other_inputs
 from pretrain.tasks.pretrain import Pretrain, PretrainTask
+from pretrain.tasks.tokenizer import TrainTokenizer
 from tests.distributed import run_ranks
 from tests.step_batches import CONFIGS, DUAL, MODELS, Trained, dual_batch, mean_reports, train_alone, train_on_ranks
 from tests.toys import write_text_model
@@ -130,6 +133,16 @@ def test_another_teacher_makes_another_run(tmp_path):
     weights.unlink()
     with pytest.raises(ValueError, match=r"distillation\.teacher=teacher: neither"):
         other_inputs(recipe, STAGE, tmp_path)
+
+
+def test_a_student_is_evaluated_where_its_teacher_is_gone(tmp_path):
+    stage = replace(STAGE, transform=ImageTransform(size=MODEL.image_size))
+    recipe = Recipe("x", MODEL, {"student": stage})
+    with pytest.raises(ValueError, match=r"distillation\.teacher=teacher: neither"):
+        build_task(recipe, stage, tmp_path)
+    task = build_task(recipe, stage, tmp_path, trains=False)
+    assert task.objectives["distillation"].teacher == () and task.state_dict().keys() == build().state_dict().keys()
+    assert Pretrain().evaluates_loss is False and TrainTokenizer().evaluates_loss is True
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from pretrain.batch import Batch, Kinds, Layout, make_batch
+from pretrain.config import BatchSize, Stage
 from pretrain.cross_entropy import Scored
 from pretrain.data.masking import Masking, combine
+from pretrain.data.sources import TextShards
 from pretrain.objectives.masked import MaskedData
+from pretrain.optim import Optim
 from pretrain.tasks.pretrain import PretrainTask
 from tests.toy_models import CODES, PAPER, PATCHES, part_of, pictures, random_batch
 
@@ -149,6 +152,13 @@ def test_several_objectives_hide_the_most_that_one_of_them_asks_for():
     more_text, more_images = Masking(text_ratio=0.6, image_ratio=0.1), MaskedData(pair_image_ratio=0.7, text_ratio=0.2)
     assert combine([]) is None and combine([more_images]) is more_images
     assert combine([more_text, more_images]) == Masking(0.4, 0.6, 0.5, 0.7) == combine([more_images, more_text])
+
+
+@pytest.mark.parametrize(("experts", "options"), [((), {}), (("vision",), {"image_ratio": 0, "pair_image_ratio": 0})])
+def test_a_stage_that_hides_nothing_of_what_it_reads_is_one_sentence(experts, options):
+    mix, batch = {"texts": TextShards("x")}, BatchSize(texts=4)
+    with pytest.raises(ValueError, match=r"hides nothing that experts=\(.*\) read; give the stage the expert vision"):
+        Stage(mix=mix, batch=batch, steps=1, experts=experts, objectives=(MaskedData(**options),), optim=Optim(lr=1e-3))
 
 
 def test_masked_images_without_codes_are_a_programming_error():
