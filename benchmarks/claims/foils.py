@@ -1,0 +1,69 @@
+"""Does a model tell a picture's caption from one with two words changed? For benchmarks.claims."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from numpy.random import Generator
+from torch import Tensor
+
+from pretrain.batch import Batch, Kinds
+from pretrain.contracts import Evaluation
+from pretrain.data.labelled import metadata
+from pretrain.data.sources import METADATA, PairShards, Raw, caption_ids
+from pretrain.evals.trained import Trained, missing_head
+
+FOIL = "foil"
+
+
+@dataclass(frozen=True)
+class FoilShards(PairShards):
+    """Pairs whose JSON has a wrong caption too -> extra["foil"], int64 [text_len]."""
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return (*super().wanted, METADATA)
+
+    def decode(self, members: Mapping, transform: Any, tokenizer: Any, rng: Generator) -> Raw:
+        ids = caption_ids(metadata(members)[FOIL], tokenizer, self.text_len)
+        return super().decode(members, transform, tokenizer, rng)._replace(extra={FOIL: ids})
+
+
+@dataclass(frozen=True)
+class FoilChoice(Evaluation):
+    """Percent of the pictures of which the head of matching prefers the own caption to the wrong one, and percent right
+    where it is asked of each caption alone whether it fits. Chance is 50 for both."""
+
+    pairs: FoilShards
+    samples: int = 480
+    batch: int = 96
+
+    def problems(self, stage: Any) -> list[str]:
+        return missing_head(stage, "matching")
+
+    @torch.no_grad()
+    def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
+        """-> percentages for eval.json; nothing for the report's samples."""
+        margins = list[Tensor]()
+        for batch in trained.batches({"pairs": self.pairs}, self.batch, self.samples):
+            wrong = torch.as_tensor(batch.extra[FOIL])
+            foiled = replace(batch, pair_tokens=wrong, pair_inputs=wrong).indexed()
+            margins.append(torch.stack([margin(trained, batch), margin(trained, foiled)]).cpu())
+        own, foils = torch.cat(margins, 1)[:, : self.samples]
+        right = torch.cat([own > 0, foils <= 0])
+        chosen = (own > foils).double() + 0.5 * (own == foils).double()
+        return {
+            "foils/choice": 100 * chosen.mean().item(),
+            "foils/accuracy": 100 * right.double().mean().item(),
+        }, {}
+
+
+def margin(trained: Trained, batch: Batch) -> Tensor:
+    """fp32 [pairs]: the logit that a pair belongs together less the one that it does not."""
+    first = Kinds.rows_of(batch.layout, torch.device("cpu"), first=True)
+    needed = first._replace(pair_texts=torch.zeros_like(first.pair_texts))
+    logits = trained.head("matching").match(trained.task.encoder(batch, needed=needed).first.pair_images).float()
+    return logits[:, 1] - logits[:, 0]
