@@ -16,12 +16,12 @@ from pretrain.data.mixture import Loading
 from pretrain.data.sources import CaptionShards, ImageShards, PairShards, TextShards
 from pretrain.data.transforms import ImageTransform
 from pretrain.evals.captions import CaptionScore, ReferenceShards
-from pretrain.evals.generation import Writing
 from pretrain.evals.labelled import QuestionAccuracy
 from pretrain.evals.masked import MaskedAccuracy
 from pretrain.evals.matching import MatchingAccuracy
 from pretrain.evals.retrieval import Retrieval
 from pretrain.models.decoder.encoder_decoder import EncoderDecoder
+from pretrain.models.generation import Writing
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.models.visual_tokenizer.teachers import Pixels
 from pretrain.models.visual_tokenizer.vqkd import VQKDConfig

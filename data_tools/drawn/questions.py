@@ -1,5 +1,5 @@
-"""Questions about drawn scenes with their answers, sentences about two of them that are true or not, and sentences about
-one that it entails, contradicts or leaves open."""
+"""Questions about drawn scenes with their answers, sentences about two of them that are true or not, and sentences
+about one that it entails, contradicts or leaves open."""
 
 from __future__ import annotations
 

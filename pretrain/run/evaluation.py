@@ -47,6 +47,7 @@ LATER: dict[tuple[str, str], Any] = {
     ("Captioning", "transform"): False,
     ("ImageTransform", "rand_augment"): None,
     ("ImageTransform", "erase"): None,
+    ("ImageTransform", "cover"): 1.0,
     ("LabelledShards", "balance"): 0.0,
     ("LabelledShards", "mixing"): None,
     **{(source, "weights"): [] for source in (*PICTURES, *TEXTS)},
