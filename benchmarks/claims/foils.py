@@ -1,4 +1,4 @@
-"""Does a model tell a picture's caption from one with two words changed? For benchmarks.claims."""
+"""Does a model tell a picture's caption from one with a fact changed? For benchmarks.claims."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from pretrain.batch import Batch, Kinds
 from pretrain.contracts import Evaluation
 from pretrain.data.labelled import metadata
 from pretrain.data.sources import METADATA, PairShards, Raw, caption_ids
+from pretrain.evals.matching import margin
 from pretrain.evals.trained import Trained, missing_head
 
 FOIL = "foil"
@@ -59,11 +59,3 @@ class FoilChoice(Evaluation):
             "foils/choice": 100 * chosen.mean().item(),
             "foils/accuracy": 100 * right.double().mean().item(),
         }, {}
-
-
-def margin(trained: Trained, batch: Batch) -> Tensor:
-    """fp32 [pairs]: the logit that a pair belongs together less the one that it does not."""
-    first = Kinds.rows_of(batch.layout, torch.device("cpu"), first=True)
-    needed = first._replace(pair_texts=torch.zeros_like(first.pair_texts))
-    logits = trained.head("matching").match(trained.task.encoder(batch, needed=needed).first.pair_images).float()
-    return logits[:, 1] - logits[:, 0]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import permutations, product
 from pathlib import Path
@@ -119,7 +120,7 @@ def foil(said: Claim, rng: random.Random) -> Claim:
     wrong = [said._replace(relation=CONVERSE[said.relation])]
     wrong += [said._replace(a=other) for other in _others(said.a, rng)]
     wrong += [said._replace(b=other) for other in _others(said.b, rng)]
-    return rng.choice([each for each in wrong if each.board != said.board])
+    return rng.choice(wrong)
 
 
 def _others(group: Group, rng: random.Random) -> list[Group]:
@@ -177,9 +178,9 @@ def make_corpus(out: Path, sizes: Sizes) -> None:
     counts = {"pairs": sizes.pairs, "images": sizes.images, "texts": sizes.texts, "questions": sizes.questions}
     for kind, count in counts.items():
         for split, some, wanted in (("train", train, count), ("heldout", held, HELD_OUT * LOOKS)):
-            _write(out / kind / split, [_sample(kind, split, some, number) for number in range(wanted)])
-    _write(out / "pairs/clean", [_sample("pairs", "clean", train, number) for number in range(sizes.clean)])
-    _write(out / "pairs/noisy", _with_noise([_sample("pairs", "train", train, n) for n in range(sizes.pairs)]))
+            _write(out / kind / split, _samples(kind, split, some, wanted))
+    _write(out / "pairs/clean", _samples("pairs", "clean", train, sizes.clean))
+    _write(out / "pairs/noisy", _with_noise(_samples("pairs", "train", train, sizes.pairs)))
     if not (out / "text.model").is_file():
         texts = [str(out / kind / "train") for kind in ("pairs", "texts", "questions")]
         train_tokenizer(texts, out / "text.model", WORDS, model_type="bpe")
@@ -192,6 +193,10 @@ class Sample(NamedTuple):
     picture: bytes | None
     text: str | None
     facts: dict[str, Any] | None = None
+
+
+def _samples(kind: str, split: str, some: list[Board], count: int) -> Iterator[Sample]:
+    return (_sample(kind, split, some, number) for number in range(count))
 
 
 def _sample(kind: str, split: str, some: list[Board], number: int) -> Sample:
@@ -209,18 +214,19 @@ def _sample(kind: str, split: str, some: list[Board], number: int) -> Sample:
     return Sample(picture, text, {"captions": [text], "foil": other}) if kind == "pairs" else Sample(picture, None)
 
 
-def _with_noise(samples: list[Sample]) -> list[Sample]:
-    """NOISE of them get each other's captions, round about."""
-    rng = random.Random(f"{SEED}/noise")
-    places = rng.sample(range(len(samples)), round(NOISE * len(samples)))
-    noisy = list(samples)
-    for place, other in zip(places, places[1:] + places[:1], strict=True):
-        text = samples[other].text
-        noisy[place] = Sample(samples[place].picture, text, {"captions": [text], "wrong": True})
-    return noisy
+def _with_noise(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """NOISE of them have each other's captions, round about."""
+    rng, right = random.Random(f"{SEED}/noise"), list(samples)
+    places = rng.sample(range(len(right)), round(NOISE * len(right)))
+    other = dict(zip(places, places[1:] + places[:1], strict=True))
+    for place, sample in enumerate(right):
+        if place in other:
+            text = right[other[place]].text
+            sample = Sample(sample.picture, text, {"captions": [text], "wrong": True})
+        yield sample
 
 
-def _write(directory: Path, samples: list[Sample]) -> None:
+def _write(directory: Path, samples: Iterable[Sample]) -> None:
     if (directory / MANIFEST).is_file():
         return
     with ShardWriter(directory, samples_per_shard=1000) as shard:

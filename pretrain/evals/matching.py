@@ -55,7 +55,13 @@ class MatchingAccuracy(Evaluation):
 
 def answers(trained: Trained, batch: Batch) -> Tensor:
     """bool [pairs]: which of them the model finds to belong together."""
+    return margin(trained, batch) > 0
+
+
+def margin(trained: Trained, batch: Batch) -> Tensor:
+    """fp32 [pairs]: the logit that a pair belongs together, less the one that it does not."""
     first = Kinds.rows_of(batch.layout, torch.device("cpu"), first=True)
     needed = first._replace(pair_texts=torch.zeros_like(first.pair_texts))
     rows = trained.task.encoder(batch, needed=needed).first.pair_images
-    return trained.head("matching").match(rows).argmax(-1) == 1
+    logits = trained.head("matching").match(rows).float()
+    return logits[:, 1] - logits[:, 0]
