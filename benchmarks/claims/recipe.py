@@ -189,6 +189,8 @@ NOISY = replace(PAIRS, shards=f"{CORPUS}/pairs/noisy")
 FILTERED = CaptionShards("$CLAIMS_RUN/capfilt", CAPTION, draw=True)
 CLEAN = replace(PAIRS, shards=f"{CORPUS}/pairs/clean")
 
+PRETRAINED = ("pairs", "stagewise", "joint", "joint_small_steps", "three")
+
 STAGES = {
     "tokenizer": TOKENIZER,
     "vision": IMAGES_ALONE,
@@ -204,6 +206,8 @@ STAGES = {
     "pairs": PAIRS_ALONE,
     "stagewise": replace(PAIRS_ALONE, init_from="language_on_vision"),
     "joint": TOGETHER,
+    # The same samples in more steps: the stages have 900 in all.
+    "joint_small_steps": masked(960, images=20, pairs=10, texts=10),
     "three": THREE,
     "no_fusion_expert": replace(PAIRS_ALONE, model=replace(MODEL, fusion_layers=0)),
     # negatives
@@ -219,8 +223,8 @@ STAGES = {
     # what the others are judged by
     "questions_scratch": asked(None),
     "retrieval_scratch": retrieving(None),
-    **{f"questions_{name}": asked(name) for name in ("pairs", "stagewise", "joint", "three")},
-    **{f"retrieval_{name}": retrieving(name) for name in ("pairs", "stagewise", "joint", "three")},
+    **{f"questions_{name}": asked(name) for name in PRETRAINED},
+    **{f"retrieval_{name}": retrieving(name) for name in PRETRAINED},
     "questions_no_fusion_expert": asked("no_fusion_expert", model=replace(MODEL, fusion_layers=0)),
 }
 

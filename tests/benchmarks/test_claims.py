@@ -111,7 +111,7 @@ def test_arms_see_as_many_samples_or_take_as_many_flops(somewhere):
                 counts[kind] = counts.get(kind, 0) + count * stage.steps
         return counts
 
-    assert seen("vision", "language_on_vision", "stagewise") == seen("joint")
+    assert seen("vision", "language_on_vision", "stagewise") == seen("joint") == seen("joint_small_steps")
     assert seen("vision", "language") == seen("both")
     assert seen("random_first", "hard") == seen("random_first", "random") == seen("hard_from_the_start")
     assert seen("noisy") == seen("clean") == seen("filtered")
