@@ -124,10 +124,16 @@ def freeze(task: nn.Module, trainable: Sequence[str]) -> None:
 
 
 def train_alone(
-    task: nn.Module, optim: Optim, batches: Iterable[Batch], precision: str = "fp32", of: int | None = None
+    task: nn.Module,
+    optim: Optim,
+    batches: Iterable[Batch],
+    precision: str = "fp32",
+    of: int | None = None,
+    first_steps: Mapping[str, int] = NONE,
 ) -> Trained:
     """A step for each batch in one process without DeepSpeed; `of` so many, if not of as many as there are batches. In
-    bf16 weights and activations are, and AdamW has fp32 masters."""
+    bf16 weights and activations are, and AdamW has fp32 masters. `first_steps`: the step in which AdamW meets a
+    parameter, by its name, where that is not the first one."""
     rounded: Any = task if precision == "fp32" else copy.deepcopy(task).bfloat16()
     optimizer, batches = build_optimizer(task, optim), list(batches)
     reports, norms = [], []
@@ -138,11 +144,14 @@ def train_alone(
         rounded.zero_grad()
         report = rounded(batch)
         report["loss"].backward()
-        for value, own in zip(task.parameters(), rounded.parameters(), strict=True):
-            value.grad = None if own.grad is None else own.grad.float()
+        for (name, value), own in zip(task.named_parameters(), rounded.parameters(), strict=True):
+            waits = own.grad is None or step < first_steps.get(name, 1)
+            value.grad = None if waits else own.grad.float()
         # By norm + 1e-6, as DeepSpeed clips.
         norms.append(nn.utils.clip_grad_norm_(task.parameters(), optim.clip).item())
         optimizer.step()
+        if rounded is task and hasattr(task, "after_step"):
+            task.after_step()
         reports.append({name: value.item() for name, value in report.items()})
     return Trained(reports, norms, task.state_dict())
 

@@ -35,21 +35,7 @@ def build(layers: Layers = PLAIN, contrast: MomentumContrast = CONTRAST) -> Pret
 def alone(contrast: MomentumContrast = CONTRAST) -> tuple[PretrainTask, Trained]:
     task = build(contrast=contrast)
     task.before_training([])
-    return task, train_alone(_Stepped(task), OPTIM, [dual_batch(step) for step in range(1, STEPS + 1)])
-
-
-class _Stepped(torch.nn.Module):
-    """Calls `after_step` of the step before, with the weights that it left."""
-
-    def __init__(self, task: PretrainTask):
-        super().__init__()
-        self.task, self.began = task, False
-
-    def forward(self, batch):
-        if self.began:
-            self.task.after_step()
-        self.began = True
-        return self.task(batch)
+    return task, train_alone(task, OPTIM, [dual_batch(step) for step in range(1, STEPS + 1)])
 
 
 def test_the_loss_is_albefs():
@@ -154,7 +140,6 @@ def train_zero(stages: list[int]) -> list[tuple[Trained, dict[str, Tensor]]]:
 
 def test_four_ranks_under_zero_give_the_losses_of_one_process():
     task, wanted = alone()
-    task.after_step()
     buffers = dict(task.objectives["contrastive"].named_buffers())
     stages = [1, 2, 3]
     everywhere = run_ranks(train_zero, 4, stages, timeout=280)

@@ -17,6 +17,7 @@ from pretrain.tasks.pretrain import PretrainTask
 from tests.distributed import run_ranks
 from tests.parity.cells import FIRST, LEGAL, OPTIM, STEPS, Cell, legal_cells
 from tests.parity.passes import MARGIN, PassCell, pass_cells
+from tests.parity.published import PublishedCell, dense_of, first_steps, published_cells
 from tests.step_batches import (
     DROP,
     EXPERTS,
@@ -30,10 +31,11 @@ from tests.step_batches import (
     train_on_ranks,
 )
 
-AnyCell = Cell | PassCell
+AnyCell = Cell | PassCell | PublishedCell
 # The rows of the table.
 ROWS: dict[str, list[AnyCell]] = {str(topology): [*legal_cells(topology)] for topology in LEGAL}
 ROWS |= {cells[0].row: [*cells] for zero, passes in product(range(4), (2, 3)) for cells in [pass_cells(zero, passes)]}
+ROWS |= {cells[0].row: [*cells] for zero in range(4) for cells in [published_cells(zero)]}
 
 
 class Apart(NamedTuple):
@@ -56,6 +58,8 @@ TOLERANCES = {"fp32": Apart(1e-6, 1e-6, 1e-6, 1e-6, 1e-4), "bf16": Apart(3e-3, 3
 def dense(cell: AnyCell, precision: str = "fp32", steps: int = STEPS) -> tuple[Trained, dict[str, Tensor]]:
     """The cell on one process without DeepSpeed, Megatron, checkpointing or accumulation, and the weights that it began
     with."""
+    if isinstance(cell, PublishedCell):
+        return dense_of(cell.kind)
     recipe, stage = cell.recipe()
     return _dense(recipe.model, stage.objectives, stage.trainable, cell.mix, cell.seed, precision, steps)
 
@@ -91,6 +95,7 @@ def _train(cell: AnyCell, ds: str, steps: int, mesh: Any, sabotage: str) -> Trai
     from pretrain.parallel.mesh import mpu_of
     from pretrain.parallel.pipeline import build_pipeline_engine
     from pretrain.parallel.tensor import parallel_layers
+    from pretrain.parallel.unfreezing import Unfreezing
     from pretrain.run.build import build_part, build_task, stage_ds_config
 
     recipe, stage = cell.recipe()
@@ -101,13 +106,15 @@ def _train(cell: AnyCell, ds: str, steps: int, mesh: Any, sabotage: str) -> Trai
         config["train_batch_size"] *= mesh.tensor.size  # or DeepSpeed would notice
     if sabotage == "no clipping":
         config["gradient_clipping"] = 1e30
-    make_optimizer, factor = partial(build_optimizer, optim=OPTIM), schedule(OPTIM, STEPS)
+    make_optimizer, factor, waiting = partial(build_optimizer, optim=OPTIM), schedule(OPTIM, STEPS), dict[str, int]()
     if mesh.pipe.size > 1:
         part = build_part(recipe, stage, mesh, layers, step_layout(cell.mix, mesh.data.size * cell.accumulation))
         engine = build_pipeline_engine(part, stage.parallel, make_optimizer, factor, config)
     else:
         task = build_task(recipe, stage, Path(), layers, partitioned_init(config, mpu))
-        engine = build_engine(task, make_optimizer(task), factor, config, mpu)
+        waiting = first_steps(task, stage)
+        engine = build_engine(task, make_optimizer(task, first_steps=waiting), factor, config, mpu)
+    unfreezing = Unfreezing(engine, waiting)
     if sabotage == "one rank's gradients" and mesh.data.rank == 1:
         for value in engine.module.parameters():
             value.register_hook(lambda grad: 1.001 * grad)
@@ -115,6 +122,9 @@ def _train(cell: AnyCell, ds: str, steps: int, mesh: Any, sabotage: str) -> Trai
         engine.module.encoder.register_forward_hook(_every_second_detached())
 
     def micro_batch(step: int, part: int, parts: int) -> Batch:
+        if isinstance(cell, PublishedCell):
+            unfreezing.begin_step()  # once: they do not accumulate
+            return cell.batch(step, part, parts)
         return step_batch(cell.mix, cell.seed + step, part, parts, draws=stage.draws)
 
     return train_on_ranks(engine, mesh, micro_batch, steps)
