@@ -16,7 +16,7 @@ from pretrain.contracts import Encoder, Objective, Pass
 from pretrain.flops import Product
 from pretrain.layers import PLAIN, Layers
 from pretrain.objectives.contrastive import Contrastive, ContrastiveHead
-from pretrain.objectives.teacher import Teacher
+from pretrain.objectives.teacher import KeepsTypes, Teacher
 from pretrain.settings import near
 
 
@@ -155,9 +155,8 @@ class MomentumHead(ContrastiveHead):
         self._pending = None
 
 
-class Queue(nn.Module):
-    """The teacher's vectors of earlier steps, fp32 [Q, E] of each kind, the same on every rank. Its buffers keep their
-    types when DeepSpeed casts the model to bf16."""
+class Queue(KeepsTypes):
+    """The teacher's vectors of earlier steps, fp32 [Q, E] of each kind, the same on every rank."""
 
     images: Tensor
     texts: Tensor
@@ -168,15 +167,6 @@ class Queue(nn.Module):
         self.register_buffer("images", images)
         self.register_buffer("texts", texts)
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-
-    def _apply(self, fn, recurse: bool = True):
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            after = self._buffers[name]
-            if value is not None and after is not None and after.dtype != value.dtype:
-                self._buffers[name] = value.to(after.device)
-        return self
 
     def alpha(self, cfg: MomentumContrast) -> Tensor:
         """The share of the teacher's targets in this step."""

@@ -14,10 +14,24 @@ from torch import nn
 TOGETHER = 32  # parameters that ZeRO-3 puts together at once
 
 
-class Teacher(nn.Module):
+class KeepsTypes(nn.Module):
+    """Its buffers, and those of its parts, stay in their types when DeepSpeed casts the model to bf16: what moves by a
+    two-hundredth of a difference would stand still there."""
+
+    def _apply(self, fn, recurse: bool = True):
+        before = {id(module): dict(module._buffers) for module in self.modules()}
+        super()._apply(fn, recurse)
+        for module in self.modules():
+            for name, value in before[id(module)].items():
+                after = module._buffers[name]
+                if value is not None and after is not None and after.dtype != value.dtype:
+                    module._buffers[name] = value.to(after.device)
+        return self
+
+
+class Teacher(KeepsTypes):
     """`parts` by name, as they were built: their parameters become buffers, whole on every rank, so that no optimizer,
-    no ZeRO stage and no freezing knows them, and a checkpoint has them. They stay in fp32 when DeepSpeed casts the
-    model to bf16: what moves by a two-hundredth of a difference would stand still there.
+    no ZeRO stage and no freezing knows them, and a checkpoint has them.
 
     Every rank has the same students after a step, so every rank moves its copy in the same way."""
 
@@ -30,16 +44,6 @@ class Teacher(nn.Module):
                 if value is not None:
                     del module._parameters[name]
                     module.register_buffer(name, value.detach())
-
-    def _apply(self, fn, recurse: bool = True):
-        before = {id(module): dict(module._buffers) for module in self.parts.modules()}
-        super()._apply(fn, recurse)
-        for module in self.parts.modules():
-            for name, value in before[id(module)].items():
-                after = module._buffers[name]
-                if value is not None and after is not None and after.dtype != value.dtype:
-                    module._buffers[name] = value.to(after.device)
-        return self
 
     @torch.no_grad()
     def follow(self, students: Mapping[str, nn.Module], share: float) -> None:

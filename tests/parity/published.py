@@ -25,6 +25,7 @@ from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked import MaskedData
 from pretrain.objectives.matching import Matching
 from pretrain.objectives.momentum import MomentumContrast
+from pretrain.objectives.self_distillation import SelfDistillation
 from pretrain.run.build import build_task
 from pretrain.tasks.pretrain import Pretrain
 from tests.parity.cells import OPTIM, STEPS, Topology, ds_json
@@ -35,6 +36,10 @@ SIZES: dict[str, Any] = {"dim": 16, "heads": 2, "ffn_dim": 32, "image_depth": 1,
 # Scales of 2 and not of 14, by which rounding would be multiplied.
 MOMENTUM = MomentumContrast(8, 0.5, momentum=0.9, queue=2 * DUAL, alpha=0.4, ramp_steps=3, projection_bias=True)
 CONTRAST = Contrastive(temperature=0.5)
+# At DINO's temperatures fp32's rounding is multiplied by 25.
+DISTILLED = SelfDistillation(
+    2, momentum=0.9, prototypes=24, hidden_dim=32, bottleneck_dim=8, temperature=0.5, teacher_temperature=0.4
+)
 WORDS = MaskedData(image_ratio=0, pair_image_ratio=0, text_ratio=0, pair_text_ratio=0.15, dual=False)
 KINDS: dict[str, dict[str, Any]] = {
     "ALBEF": {"model": TextQueriesImage(**SIZES, fusion_depth=2, vocab_size=32), "drop_path": 0.0,
@@ -43,6 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
              "task": Pretrain(weights={"masked": 0.25})},
     "BLIP": {"model": EncoderDecoder(**SIZES, vocab_size=34), "drop_path": 0.0,
              "objectives": (MOMENTUM, Matching(), Captioning(smoothing=0.1, tied_text_head=True, transform=True))},
+    "self-distillation": {"objectives": (CONTRAST, DISTILLED)},
     "adapters": {"objectives": (CONTRAST, Matching()), "init_from": "x",
                  "lora": Lora(4, 8.0, ("*.attention.*", "*.experts.*"))},
     "unfreezing": {"objectives": (CONTRAST, Matching(), WORDS),
@@ -83,7 +89,8 @@ class PublishedCell:
 
     def batch(self, step: int, part: int, parts: int) -> Batch:
         """Part `part` of `parts` of the step's pictures and texts, of which nothing is hidden, and of its pairs."""
-        made = step_batch(self.mix, step, part, parts, draws={"matching": 1})
+        drawn = {"matching": 1, DISTILLED.name: DISTILLED.draws}
+        made = step_batch(self.mix, step, part, parts, draws=drawn)
         size = DUAL // parts
         texts = {"pair_tokens": made.pair_tokens, "pair_inputs": made.pair_inputs, "pair_masked": made.pair_masked}
         layout = Layout(size, made.layout.pairs, size, patches=16, pair_len=8, text_len=10, dual=size)

@@ -145,7 +145,7 @@ class Towers(nn.Module):
         return self.text.texts(ids)
 
     def _none(self, kind: str) -> Tensor:
-        return next(self.parameters()).new_zeros(0, self.cfg.width(kind))
+        return torch.zeros(0, self.cfg.width(kind), dtype=self.vision._dtype, device=self.vision.mean.device)
 
 
 class _Key:

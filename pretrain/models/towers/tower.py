@@ -157,7 +157,9 @@ class TowerModule(nn.Module):
 
     @property
     def _dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        # A momentum teacher's parameters are buffers.
+        values = (*self.model.parameters(), *self.model.buffers())
+        return next(value.dtype for value in values if value.is_floating_point())
 
 
 def _rounded(channels: float, divisor: int) -> int:
