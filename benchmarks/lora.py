@@ -3,9 +3,10 @@ it, and what comes of it.
 
     python -m benchmarks.lora --quickstart runs/quickstart --work runs/lora --out benchmarks/results/lora.json
 
-Trains and evaluates each stage of benchmarks/lora_recipe.py from the quickstart's `fusion`. Memory is counted, not
-measured: fp32 weights, and for what is trained a gradient and two moments, of one rank without ZeRO; activations are
-about the same for all rows. The same line goes on where it was stopped.
+Trains and evaluates each stage of benchmarks/lora_recipe.py from the quickstart's `fusion`; `full` is the quickstart's
+own retrieval, whose figures are read there, unless --steps asks for others. Memory is counted, not measured: fp32
+weights, and for what is trained a gradient and two moments, of one rank without ZeRO; activations are about the same
+for all rows. The same line goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from pretrain.json_files import read_object
 from pretrain.layers import PLAIN
 from pretrain.metrics import read_metrics
 from pretrain.recipes import find_recipe
+from pretrain.run.directory import read_recipe
+from pretrain.run.identity import differences
 
 RECIPE = Path(__file__).with_name("lora_recipe.py")
 METRICS = ("retrieval/image_to_text/R@1", "retrieval/text_to_image/R@1")
@@ -45,17 +48,30 @@ def sizes(stage_name: str) -> dict[str, Any]:
     return {"parameters": whole, "trained": trained, "trained_percent": share, "weights_gradients_moments_mib": mib}
 
 
+def is_retrieval(finished: Path, name: str) -> bool:
+    """Whether the quickstart's retrieval, trained and evaluated, is the recipe's stage `name`: the same settings, by
+    other names of the same files."""
+    if not (finished / "eval.json").is_file():
+        return False
+    recipe = find_recipe(str(RECIPE))
+    changes = differences(read_recipe(finished)["identity"], recipe, recipe.stages[name])
+    return set(changes) <= {"init_from", "text_tokenizer"}
+
+
 def train(quickstart: Path, work: Path, stage: str, steps: int | None) -> dict[str, Any]:
     """Trained and evaluated where that is not done."""
     env = os.environ | {"QUICKSTART": str(quickstart.resolve()), "DATA": str((quickstart / "corpus").resolve())}
     common = ["--recipe", str(RECIPE), "--stage", stage, "--run-dir", str(work)]
     common += ["--set", f"steps={steps}"] if steps else []
-    done = work / stage / "eval.json"
+    directory = work / stage
+    if steps is None and is_retrieval(quickstart / "retrieval", stage):
+        directory = quickstart / "retrieval"
+    done = directory / "eval.json"
     for module, more in (("train", ["--ds", str(RECIPE.parents[1] / "ds_configs/zero0.json")]), ("evaluate", [])):
         if not done.exists():
             subprocess.run([sys.executable, "-m", f"pretrain.{module}", *common, *more], env=env, check=True)
     figures = read_object(done)
-    rates = [line["samples_per_s"] for line in read_metrics(work / stage / "metrics.jsonl") if "samples_per_s" in line]
+    rates = [line["samples_per_s"] for line in read_metrics(directory / "metrics.jsonl") if "samples_per_s" in line]
     return {name: figures[name] for name in METRICS} | {"samples_per_s": median(rates)}
 
 
