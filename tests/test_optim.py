@@ -93,7 +93,7 @@ SIGLIP, BERT = TOWERS | {"encoder.vision.pool.probe"}, {"encoder.text.model.embe
 BRIVL = BERT | {f"encoder.{tower}.pool.probe" for tower in ("vision", "text")}
 EXEMPT = {
     **{"tiny": LEARNED, "tiny_vlmo": VLMO, "beit3": LEARNED, "vlmo": VLMO, "vilt": LEARNED},
-    **dict.fromkeys(("albef", "tiny_albef", "blip", "tiny_blip"), ALBEF),
+    **dict.fromkeys(("albef", "tiny_albef", "blip", "tiny_blip", "depths", "tiny_depths"), ALBEF),
     **{"clip": TOWERS, "siglip": SIGLIP, "resnet50": BERT, "align": BERT},
     **dict.fromkeys(("vilbert", "tiny_vilbert", "uniter", "tiny_uniter"), VILBERT),
     **{"late": TOWERS, "tiny_late": TOWERS, "brivl": BRIVL},

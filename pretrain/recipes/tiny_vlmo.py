@@ -9,6 +9,11 @@ LayerScale's start. Its 0.1 was made for 200,000 steps: the class rows of 32 hel
 of 0.85 (0.14 from 1), and from scratch on 6,400 pairs (benchmarks.zoo) it stays at chance, R@1 0.8 and 0.0 %, R@10 7.8
 and 10.2; from 1, all else equal, R@1 is 3.5 and 4.3 and R@10 36.3 and 39.5.
 
+Its tables of relative positions begin at 0 and are all that says where a word or a patch stands; Adam moves a number
+by about its rate in a step, so that in 300 steps at 1e-3 none gets far. They learn 30 times as fast here: of words
+hidden in pairs, nothing else trained, from scratch, 64 pairs a step, 28.5 % were right after 150 steps, and 24.2 % at
+the plain rate (18.6 % is the most frequent word).
+
 Left out: a second contrast on rows that passed the fusion experts, and whole-word masking. Words are filled in for
 pairs of their own, in the same batch, where VLMo takes the pairs that it contrasts. Its 0.25 for masked words is not
 there: the three losses count the same.
@@ -36,6 +41,7 @@ WORDS = MaskedData(
     image_ratio=0.0, pair_image_ratio=0.0, text_ratio=0.0, pair_text_ratio=0.15, dual=False, image_codes=512
 )
 
+# Also of others' stages (tiny_albef and so on), whose models have no such tables.
 FUSION = Stage(
     mix={"pairs": tiny.PAIRS, "dual": tiny.PAIRS},
     batch=BatchSize(pairs=64, dual=64),
@@ -51,11 +57,14 @@ FUSION = Stage(
     ),
 )
 
+OPTIM = replace(FUSION.optim, factors={"encoder.relative_position.*": 30.0})
+
 RECIPE = Recipe(
     name="tiny_vlmo",
     model=MODEL,
     text_tokenizer=tiny.RECIPE.text_tokenizer,
-    stages={name: tiny.RECIPE.stages[name] for name in ("tokenizer", "vision", "language")} | {"fusion": FUSION},
+    stages={name: tiny.RECIPE.stages[name] for name in ("tokenizer", "vision", "language")}
+    | {"fusion": replace(FUSION, optim=OPTIM)},
     loading=tiny.RECIPE.loading,
     log_every=5,
     save_every=500,

@@ -24,6 +24,7 @@ OTHERS = (
     "blip_base",
     "align_base",
     "uniter_base",
+    "depths_base",
     "late_base",
     "brivl_base",
 )

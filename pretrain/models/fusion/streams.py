@@ -31,18 +31,22 @@ def pictures(encoder: MultiwayEncoder, batch: Batch, known: Tensor | None = None
     assert not (first and layout.images), layout
     only = Layout(images=layout.images + layout.pairs - first, patches=encoder.cfg.patches)
     if only.images:
-        own, host = _pictures_alone(only, batch, first), batch.on_host
-        # On the host, where nothing waits for the device.
-        index = _pictures_alone(only, host, first).indexed().index
-        assert index is not None
-        rows = encoder(own.with_index(index.map(partial(sent, device=batch.images.device)), None)).images
+        rows = encoder(pictures_alone(only, batch, first)).images
     else:  # an evaluation of texts, or of pictures that are known
         rows = encoder.blocks[0].norm["shared"].weight.new_zeros(0, only.image_len, encoder.cfg.dim)
     return rows if known is None else torch.cat([known, rows])
 
 
-def _pictures_alone(only: Layout, batch: Batch, first: int) -> Batch:
-    return make_batch(only, images=batch.images[first:], image_masks=batch.image_masks[first:])
+def pictures_alone(only: Layout, batch: Batch, first: int = 0) -> Batch:
+    """A batch's pictures from the one with number `first` on, as images of the layout `only`. Its index is made on the
+    host, where nothing waits for the device."""
+    own, host = (
+        make_batch(only, images=each.images[first:], image_masks=each.image_masks[first:])
+        for each in (batch, batch.on_host)
+    )
+    index = host.indexed().index
+    assert index is not None
+    return own.with_index(index.map(partial(sent, device=batch.images.device)), None)
 
 
 def words(embed: TextEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -23,6 +24,7 @@ from pretrain.models.multiway.shape import EXPERTS, MultiwayShape, check_experts
 from pretrain.rows import Rows, take
 
 M = TypeVar("M", bound=nn.Module)
+ALL = slice(None)
 
 
 class MultiwayEncoder(nn.Module):
@@ -102,16 +104,29 @@ class MultiwayEncoder(nn.Module):
         own, _, join = self.share(batch, None)
         return join(self._blocks(x_TD if own is None else take(x_TD, own.places), batch, own, None))
 
-    def _blocks(self, x_TD: Tensor, batch: Batch, own: Rows | None, read: Rows | None) -> Tensor:
-        """Through the blocks that are here; `own` and `read` as for a block."""
-        steps = self._steps(batch, own, read, x_TD.dtype)
+    def depths(self, batch: Batch, after: Sequence[int]) -> list[Tensor]:
+        """The rows [layout.rows, dim] behind each of these blocks, whose numbers rise from 1, without the final norm;
+        padding comes out as zeros. The last number must be the last block's: each module runs on every call."""
+        assert after and after[-1] == self.cfg.depth, after
+        batch, rows = batch.indexed(), []
+        own, _, join = self.share(batch, None)
+        x_TD = self.embed(batch)
+        x_TD = x_TD if own is None else take(x_TD, own.places)
+        for first, last in pairwise((0, *after)):
+            x_TD = self._blocks(x_TD, batch, own, None, slice(first, last))
+            rows.append(join(x_TD))
+        return rows
+
+    def _blocks(self, x_TD: Tensor, batch: Batch, own: Rows | None, read: Rows | None, some: slice = ALL) -> Tensor:
+        """Through the blocks that are here, or `some` of them; `own` and `read` as for a block."""
+        steps = self._steps(batch, own, read, x_TD.dtype)[some]
         packed = self.relative_position is None and can_pack(x_TD, batch.layout, self.cfg.head_width)
         padding = padding_of(batch, packed=packed)
         same = (batch.layout, padding, own, self.compiled)
         every = self.checkpointing if self.training else 0
         for first in range(0, len(steps), every or len(steps)):
-            some = steps[first : first + (every or len(steps))]
-            x_TD = checkpoint(_run, some, x_TD, *same, use_reentrant=False) if every else _run(some, x_TD, *same)
+            part = steps[first : first + (every or len(steps))]
+            x_TD = checkpoint(_run, part, x_TD, *same, use_reentrant=False) if every else _run(part, x_TD, *same)
         return x_TD
 
     def _steps(self, batch: Batch, own: Rows | None, read: Rows | None, dtype: torch.dtype) -> list[Step]:
