@@ -4,10 +4,12 @@
         --out benchmarks/results/downstream.json
 
 Draws scenes for each task and writes them as the public sets are laid out (a folder for each class, VQAv2's questions,
-NLVR2's sentences), makes shards of them by data_tools.from_table, and trains and evaluates each stage of
-benchmarks/downstream_recipe.py. Colour and shape of a picture's only thing (40 classes, 10 pictures each to learn from)
-are also asked of frozen vectors (k-NN, linear) and by their names alone. Test scenes of questions, sentences and
-captions have a combination of colour and shape that no training scene has. The same line goes on where it was stopped.
+NLVR2's sentences, SNLI-VE's hypotheses), makes shards of them by data_tools.from_table, and trains and evaluates each
+stage of benchmarks/downstream_recipe.py. Colour and shape of a picture's only thing (40 classes, 10 pictures each to
+learn from) are also asked of frozen vectors (k-NN, linear) and by their names alone. Test scenes of all tasks but this
+have a combination of colour and shape that no training scene has. NLVR2 has several sentences for two pictures, and
+here there are two, one about shapes, and an easier one. `cider` goes on from the quickstart's captions: before and
+after. The same line goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from typing import Any
 import torch
 
 from benchmarks.record import machine
-from data_tools import from_table
-from data_tools.drawn.questions import question, sentence
+from data_tools import caption_frequencies, from_table
+from data_tools.drawn.questions import hypothesis, question, sentence, side_sentence
 from data_tools.drawn.scenes import TRAINING, Scene, draw_scene, encode_jpeg, random_scene
 from pretrain.checkpoint.weights import read_weights, write_weights
 from pretrain.command import about, make_parser, run, write
@@ -41,14 +43,17 @@ from pretrain.tasks.pretrain import PretrainTask
 
 RECIPE = Path(__file__).with_name("downstream_recipe.py")
 PER_CLASS = {"train": 10, "test": 25}
-SCENES = {"train": 4000, "test": 500}  # with a question each, and as many pairs with a sentence
+SCENES = {"train": 4000, "test": 500}  # with a question and a hypothesis each, and as many pairs with two sentences
 SIZE = 64
 METRICS = {
     "classes": ("classification/top-1", "fine-tuned, top-1 %"),
     "questions": ("answers/accuracy", "questions about a picture, VQA accuracy %"),
     "sentences": ("reasoning/accuracy", "sentences about two pictures, %"),
+    "hypotheses": ("entailment/accuracy", "hypotheses about a picture, %"),
     "captions": ("captions/CIDEr", "captions, CIDEr"),
+    "cider": ("captions/CIDEr", "captions optimised for CIDEr"),
 }
+GOES_ON = {"cider": "captions"}  # from this stage of the quickstart, and not from scratch
 
 
 def write_tasks(work: Path) -> None:
@@ -66,6 +71,7 @@ def write_tasks(work: Path) -> None:
         shards(raw / f"questions-{split}.json", *pictures, *answers)
         pairs = ["--pictures", raw / f"pairs-{split}", "--out", tasks / "sentences" / split]
         shards(raw / f"sentences-{split}.json", *pairs)
+        shards(raw / f"snli_ve_{split}.jsonl", *pictures, "--out", tasks / "hypotheses" / split)
     notes = json.loads((raw / "annotations-train.json").read_text())["annotations"]
     often = Counter(note["multiple_choice_answer"] for note in notes)
     (tasks / "questions" / "answers.json").write_text(json.dumps(sorted(often, key=lambda a: (-often[a], a))))
@@ -88,22 +94,30 @@ def _write_classes(folder: Path, split: str) -> None:
 
 def _write_scenes(raw: Path, split: str) -> None:
     rng = random.Random(f"scenes/{split}")
-    questions, notes, lines = [], [], []
+    questions, notes, lines, hypotheses = [], [], [], []
     scenes = [random_scene(rng, held_out=split == "test") for _ in range(SCENES[split])]
     for number, scene in enumerate(scenes):
         asked, answer = question(scene, rng)
         questions.append({"question_id": number, "image_id": number, "question": asked})
         answers = [{"answer": answer, "answer_id": n} for n in range(10)]
         notes.append({"question_id": number, "multiple_choice_answer": answer, "answers": answers})
-        _draw(scene, rng, raw / f"pictures-{split}" / f"scene_{number:012d}.jpg")
+        picture = f"scene_{number:012d}"
+        _draw(scene, rng, raw / f"pictures-{split}" / f"{picture}.jpg")
         other = random_scene(rng, held_out=split == "test")
         text, right = sentence((scene, other), rng)
         for side, each in enumerate((scene, other)):
             _draw(each, rng, raw / f"pairs-{split}" / f"{split}-{number}-0-img{side}.png")
         lines.append(json.dumps({"identifier": f"{split}-{number}-0-0", "sentence": text, "label": str(right)}))
+        own = random.Random(f"easier/{split}/{number}")  # so that what was drawn before stays
+        text, right = side_sentence((scene, other), own)
+        lines.append(json.dumps({"identifier": f"{split}-{number}-0-1", "sentence": text, "label": str(right)}))
+        text, label = hypothesis(scene, own)
+        line = {"Flickr30K_ID": picture, "pairID": f"{picture}.jpg#0r1", "gold_label": label, "sentence2": text}
+        hypotheses.append(json.dumps(line))
     (raw / f"questions-{split}.json").write_text(json.dumps({"questions": questions}))
     (raw / f"annotations-{split}.json").write_text(json.dumps({"annotations": notes}))
     (raw / f"sentences-{split}.json").write_text("\n".join(lines))
+    (raw / f"snli_ve_{split}.jsonl").write_text("\n".join(hypotheses))
 
 
 def _draw(scene: Scene, rng: random.Random, path: Path) -> None:
@@ -193,6 +207,7 @@ def chances(quickstart: Path, work: Path) -> dict[str, float]:
         "classes": 100 / len(TRAINING),
         "questions": 100 * answered,
         "sentences": 50.0,
+        "hypotheses": 200 / 3,  # from the sentence alone
         "captions": 100 * sum(others) / len(others),
     }
 
@@ -211,6 +226,7 @@ def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
     if not (args.quickstart / "retrieval" / "weights.safetensors").is_file():
         raise ValueError(f"{args.quickstart} has no finished retrieval; run bash launch/quickstart.sh first")
     write_tasks(args.work)
+    _count_grams(args.quickstart, args.work / "tasks/frequencies.json")
     rows = list(frozen(args.quickstart, args.work))
     results = {**about("benchmarks.downstream", arguments), **machine("torch"), "rows": rows}
     write(results, args.out)
@@ -218,10 +234,21 @@ def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
     for stage in args.tasks:
         task = METRICS[stage][1]
         task = f"colour and shape, {task}" if stage == "classes" else task
-        scores = {"scratch": train(args.quickstart, args.work, f"{stage}_scratch")}
-        scores["pretrained"] = train(args.quickstart, args.work, stage)
-        rows.append({"task": task, "chance": guess[stage], **scores})
+        if stage in GOES_ON:
+            before = float(read_object(args.quickstart / GOES_ON[stage] / "eval.json")[METRICS[stage][0]])
+            rows.append({"task": task, "before": before, "after": train(args.quickstart, args.work, stage)})
+        else:
+            scores = {"scratch": train(args.quickstart, args.work, f"{stage}_scratch")}
+            scores["pretrained"] = train(args.quickstart, args.work, stage)
+            rows.append({"task": task, "chance": guess[stage], **scores})
         write(results, args.out)
+
+
+def _count_grams(quickstart: Path, out: Path) -> None:
+    """How rare the words of the training captions are, for `cider`."""
+    line = [str(quickstart / "corpus/pairs/train"), "--out", str(out)]
+    if not out.exists() and caption_frequencies.main(line):
+        raise ValueError(f"data_tools.caption_frequencies {' '.join(line)} failed; see above")
 
 
 if __name__ == "__main__":

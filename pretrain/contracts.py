@@ -245,7 +245,8 @@ class Evaluation(Protocol):
         return []
 
     def run(self, trained: Any) -> tuple[dict[str, float], dict[str, list]]:
-        """An evals.Trained -> numbers for eval.json, and what samples.json holds for the report."""
+        """An evals.Trained -> numbers for eval.json, and what samples.json holds for the report. A number that cannot
+        be had here is None, and the text under NAME/missing says why."""
 
 
 class Source(Protocol):

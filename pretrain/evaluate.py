@@ -24,7 +24,7 @@ from pretrain.run.build import build_task
 from pretrain.run.continuation import inputs_dir
 from pretrain.run.directory import RECIPE, read_recipe
 from pretrain.run.evaluation import Asked, asked_evaluation
-from pretrain.run.trained import evaluate, trained_stage
+from pretrain.run.trained import evaluate, said, trained_stage
 from pretrain.visible import start_logging
 
 log = logging.getLogger("pretrain")
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     metrics, samples = evaluate(stage, trained_stage(recipe, stage, inputs, asked.pictures, task))
     if not stage.evals:
         log.warning("%s: the recipe names no evals for this stage", args.stage)
-    for name, value in metrics.items():
+    for name, value in said(args.stage, metrics).items():
         if isinstance(value, float):
             log.info("%s: %-40s %.2f", args.stage, name, value)
     directory.mkdir(parents=True, exist_ok=True)

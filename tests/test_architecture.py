@@ -51,6 +51,7 @@ DOORS = {
     "tokenizers": {"pretrain/data/json_tokenizer.py"},
     "wandb": {"pretrain/weights_and_biases.py"},
     "fastapi": {"pretrain/serving/app.py"},
+    "pycocoevalcap": {"pretrain/evals/coco_metrics.py"},
     "uvicorn": {"pretrain/serving/connections.py"},
 }
 PRETRAIN = sorted((ROOT / "pretrain").rglob("*.py"))

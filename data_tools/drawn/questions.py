@@ -10,7 +10,7 @@ from data_tools.drawn.scenes import BACKGROUNDS, COLOURS, COUNTS, RELATIONS, SHA
 
 # What a scene shows or not, kind by kind.
 FACTS: dict[str, tuple[str, ...]] = {
-    "number": tuple(f"{count} {'thing' if count == 1 else 'things'}" for count in COUNTS),
+    "number": ("one thing", "two things", "three things"),
     "colour": tuple(f"something {colour}" for colour in COLOURS),
     "background": tuple(f"a {colour} background" for colour in BACKGROUNDS),
     "shape": tuple(article(shape) for shape in SHAPES),

@@ -11,6 +11,7 @@ import torch
 from pretrain.contracts import Evaluation
 from pretrain.data.cider import cider
 from pretrain.data.labelled import REFERENCES, ReferenceShards
+from pretrain.evals.coco_metrics import METRICS, coco_metrics
 from pretrain.evals.trained import Trained, check_counts, uint8_pictures
 from pretrain.models.generation import NextWord, Writing, next_word_head, text_reader, write
 
@@ -20,15 +21,20 @@ SHOWN = 10
 @dataclass(frozen=True)
 class CaptionScore(Evaluation):
     """CIDEr-D in percent, so that a caption like those of people has about 100. `writing` as for pretrain.caption. The
-    baseline is what people wrote about the next picture."""
+    baseline is what people wrote about the next picture. `more`: what pycocoevalcap computes besides (coco_metrics.py):
+    BLEU, ROUGE, and where there is a Java, METEOR and SPICE. `name`, where a stage has several: of its numbers."""
 
     pairs: ReferenceShards
     samples: int = 5000
     batch: int = 32
     writing: Writing = field(default_factory=Writing)
+    more: tuple[str, ...] = ()
+    name: str = ""
 
     def __post_init__(self) -> None:
         check_counts(samples=self.samples, batch=self.batch)
+        if not set(self.more) <= set(METRICS):
+            raise ValueError(f"evals: more={self.more} is unknown; use some of {', '.join(METRICS)}")
 
     def problems(self, stage: Any) -> list[str]:
         names = {objective.name for objective in stage.objectives}
@@ -54,7 +60,11 @@ class CaptionScore(Evaluation):
             references += batch.extra[REFERENCES]
         references = references[:samples]
         scores, others = cider(captions[:samples], references), other_captions(references)
-        return {"captions/CIDEr": _percent(scores), "captions/baseline": _percent(others)}, {"captions": shown}
+        values: dict[str, Any] = {"captions/CIDEr": _percent(scores), "captions/baseline": _percent(others)}
+        values |= coco_metrics(self.more, captions[:samples], references)
+        own = f"captions/{self.name}/" if self.name else "captions/"
+        values = {key.replace("captions/", own, 1): value for key, value in values.items()}
+        return values, {} if self.name else {"captions": shown}
 
     def _write(self, trained: Trained, batch: Any, logits: Any, mask_id: int | None) -> list[str]:
         task: Any = trained.task

@@ -43,6 +43,8 @@ LATER: dict[tuple[str, str], Any] = {
     ("MomentumContrast", "projection_bias"): False,
     ("Matching", "alignment"): 0.0,
     ("Reasoning", "scale"): 0.001,
+    ("CaptionScore", "more"): [],
+    ("CaptionScore", "name"): "",
     ("Captioning", "tied_text_head"): False,
     ("Captioning", "transform"): False,
     ("ImageTransform", "rand_augment"): None,

@@ -32,7 +32,7 @@ from pretrain.metrics import EVALS, MetricsLog
 from pretrain.parallel.state import fill, named_state
 from pretrain.run.build import Run, build_task
 from pretrain.run.continuation import CHECKPOINTS, parents
-from pretrain.run.trained import evaluate, trained_stage
+from pretrain.run.trained import evaluate, said, trained_stage
 from pretrain.settings import nearest
 
 log = logging.getLogger("pretrain")
@@ -129,7 +129,7 @@ class Progress:
         task.to(device()).eval()
         with TemporaryDirectory() as pictures:  # which nobody looks at
             trained = trained_stage(recipe, stage, self.inputs, Path(pictures), task, self.run.add_targets)
-            return evaluate(stage, trained)[0]
+            return said("evals", evaluate(stage, trained)[0])
 
     def _write(self, step: int, figures: Figures, seconds: float) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from pretrain.models.visual_tokenizer.teachers import PixelTeacher
 from pretrain.run.image_targets import image_targets, load_visual_tokenizer
 from pretrain.run.inputs import evaluation_loader, text_tokenizer
 
+log = logging.getLogger("pretrain")
+
 
 def evaluate(stage: Stage, trained: Trained) -> tuple[dict[str, float], dict[str, list]]:
     """-> (numbers for eval.json, what samples.json holds)."""
@@ -28,6 +31,14 @@ def evaluate(stage: Stage, trained: Trained) -> tuple[dict[str, float], dict[str
         metrics |= values
         samples |= shown
     return metrics, samples
+
+
+def said(stage: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among the values of `evaluate`; a line of the log says of each that is missing why."""
+    for name, value in values.items():
+        if value is None:
+            log.warning("%s: %s is missing: %s", stage, name, values.get(f"{name}/missing"))
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}
 
 
 def trained_stage(
