@@ -69,7 +69,7 @@ def run(action: Callable[[], int | None], *, state: str) -> int:
         say(f"error: {sentence(error)}", error=True)
         return 2
     except RuntimeError as error:
-        # torch's DataLoader has no exception class for a dead worker.
+        # In torch's words, as data/pool.py has them for workers that die again and again.
         if not isinstance(error, BrokenProcessPool) and not str(error).startswith("DataLoader worker (pid"):
             raise
         killed = "a worker process was killed, perhaps because memory ran out; use fewer --workers"

@@ -18,21 +18,23 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from pretrain.checkpoint.weights import weights_digest
 from pretrain.command import add_directories, add_workers, make_parser, part_of, run
 from pretrain.config import Recipe, Stage
 from pretrain.data.codes import DTYPE, NO_CODE, Coding, file_heads, look_rng, plain, read_summary, summary
+from pretrain.data.pool import Item, Pool
+from pretrain.data.pulse import beat
 from pretrain.data.shards.indexing import check_writable, index_directory, write_beside
 from pretrain.data.shards.manifest import load_manifest
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample, ShardReader
@@ -43,9 +45,12 @@ from pretrain.files import write_file
 from pretrain.models.visual_tokenizer.vqkd import VQKD
 from pretrain.parallel.launcher import adopt_launcher
 from pretrain.recipes import load_recipe
+from pretrain.rows import sent
 from pretrain.run.image_targets import load_visual_tokenizer, picture_codes
 from pretrain.run.stored_weights import weights_path
 from pretrain.visible import visible
+
+AHEAD = 2  # stretches that a worker makes before they are asked for
 
 
 class Encoder(NamedTuple):
@@ -74,35 +79,47 @@ class _Stretch(NamedTuple):
     samples: int
 
 
-class _Looks(Dataset):
-    """Stretch -> (uint8 [decodable * crops, 3, size, size], bool [count]: which pictures could be decoded)."""
+class _Looks:
+    """A pool's work: item (number of the stretch, 0) -> (uint8 [decodable * crops, 3, size, size], bool [count]: which
+    pictures could be decoded), or the error that ends the command."""
 
     def __init__(self, reader: ShardReader, stretches: list[_Stretch], transform: ImageTransform, coding: Coding):
         self.reader, self.stretches, self.transform, self.coding = reader, stretches, transform, coding
 
-    def __len__(self) -> int:
-        return len(self.stretches)
+    @property
+    def pictures(self) -> tuple[int, ...]:
+        most = max((stretch.samples for stretch in self.stretches), default=0)
+        return most * self.coding.crops, 3, self.transform.size, self.transform.size
 
-    def __getitem__(self, item: int) -> tuple[Tensor, Tensor] | Exception:
-        shard, first, count = self.stretches[item]
-        looks, decodable = list[np.ndarray](), list[bool]()
-        for sample in range(first, first + count):
+    def make(self, item: Item, pictures: np.ndarray) -> tuple[Tensor, Tensor] | Exception:
+        shard, first, count = self.stretches[item[0]]
+        decodable, crops, good = torch.zeros(count, dtype=torch.bool), self.coding.crops, 0
+        for number in range(count):
+            beat()
             try:
-                looks += self._looks(shard, sample)
-                decodable.append(True)
+                for look, own in enumerate(self._looks(shard, first + number)):
+                    pictures[good * crops + look] = own
             except BadSample:
-                decodable.append(False)
-            except (ValueError, OSError) as error:  # torch would wrap the error and its traceback into one long message
+                continue
+            except (ValueError, OSError) as error:
                 return error
-        size = self.transform.size
-        pixels = np.stack(looks) if looks else np.zeros((0, 3, size, size), np.uint8)
-        return torch.from_numpy(pixels), torch.tensor(decodable)
+            decodable[number], good = True, good + 1
+        return torch.from_numpy(pictures[: good * crops]), decodable
 
     def _looks(self, shard: int, sample: int) -> list[np.ndarray]:
         members = self.reader.read(shard, sample, IMAGE_EXTENSIONS)
         data, key, seed = picture(members), members["__key__"], self.coding.seed
         # Decode once per look: the size at which a JPEG is decoded depends on it, and pixels must equal training's.
         return [self.transform(data, look_rng(seed, key, look)) for look in range(self.coding.crops)]
+
+    def results(self, workers: int) -> Generator[Any, None, None]:
+        """Of each stretch, in their order; 0 `workers`: made by this process."""
+        items = ((number, 0) for number in range(len(self.stretches)))
+        if not workers:
+            yield from (self.make(item, np.empty(self.pictures, np.uint8)) for item in items)
+            return
+        with Pool(self, workers, AHEAD) as pool:
+            yield from pool.results(items)
 
 
 def encode_directory(
@@ -151,11 +168,9 @@ def _codes(
         for shard in todo
         for first in range(0, samples[shard], step)
     ]
-    dataset = _Looks(reader, stretches, encoder.transform, coding)
-    loader = DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available())
-    items = zip(stretches, loader, strict=True)
-    on = device()
-    try:
+    results, on = _Looks(reader, stretches, encoder.transform, coding).results(workers), device()
+    items = zip(stretches, results, strict=True)
+    with closing(results):  # ends the workers, also with an error
         for shard in todo:
             codes = np.full((samples[shard], coding.crops, coding.patches), NO_CODE, DTYPE)
             filled = 0
@@ -165,14 +180,12 @@ def _codes(
                     raise looks
                 pixels, decodable = looks
                 if len(pixels):
-                    computed = picture_codes(encoder.tokenizer, pixels.to(on, non_blocking=True)).cpu().numpy()
+                    computed = picture_codes(encoder.tokenizer, sent(pixels, on)).cpu().numpy()
                     samples_in_shard = np.flatnonzero(decodable.numpy()) + stretch.first
                     codes[samples_in_shard] = computed.reshape(len(samples_in_shard), coding.crops, coding.patches)
                 filled += stretch.samples
                 bar.update(stretch.samples)
             yield shard, codes
-    finally:
-        del items  # ends the workers, which the traceback of an error would keep
 
 
 def _is_done(path: Path, heads: tuple[bytes, ...], encoder: Encoder, samples: int) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 
 from pretrain import encode_images
+from pretrain.data import pool
 from pretrain.data.codes import NO_CODE, Coding, StoredCodes, look_rng, plain
 from pretrain.data.shards.reader import ShardReader, load_manifest
 from pretrain.data.transforms import ImageTransform
@@ -71,6 +74,30 @@ def test_workers_batches_and_parts_change_nothing(shards, encoder, tmp_path):
     assert "codes.json" not in files(shards)
     assert encode_directory(shards, encoder, part=0, parts=2, batch=4, workers=1).remaining == 0
     assert files(shards) == whole
+
+
+def test_a_worker_that_is_killed_or_hangs_is_replaced(shards, encoder, tmp_path, monkeypatch, caplog):
+    encode_directory(shards, encoder, workers=0)
+    whole = files(shards)
+    for path in shards.glob("*codes*"):
+        path.unlink()
+    monkeypatch.setattr(pool, "HANG_S", 0.5)
+    monkeypatch.setattr(pool, "TICK_S", 0.05)
+    killed, hung, make = tmp_path / "killed", tmp_path / "hung", encode_images._Looks.make
+
+    def fails_once(self, item, pictures):
+        if item == (0, 0) and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if item == (2, 0) and not hung.exists():
+            hung.touch()
+            signal.pause()
+        return make(self, item, pictures)
+
+    monkeypatch.setattr(encode_images._Looks, "make", fails_once)
+    assert encode_directory(shards, encoder, batch=7, workers=2) == (3, 9, 1, 0)
+    assert files(shards) == whole and not multiprocessing.active_children()
+    assert "is killed by SIGKILL; another one" in caplog.text and "hangs: no sign of life" in caplog.text
 
 
 def test_what_is_done_is_kept_and_what_is_damaged_is_made_again(shards, encoder):
