@@ -70,6 +70,7 @@ class Stage:
     parallel: Parallel = field(default_factory=Parallel)  # ranks that share one copy of the model
     # The blocks, by torch.compile. None: on a GPU, where ZeRO-3 or ranks that share the blocks do not cut them up.
     compile: bool | None = None
+    # Of two with one figure the second's has a number: retrieval#2/image_to_text/R@1.
     evals: tuple[Evaluation, ...] = ()
     evals_every: int = 0  # steps between two evaluations during training; 0: none before its end
     best: str = ""  # the figure by which the best checkpoint stays, "-" before one that should be low

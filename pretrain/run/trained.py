@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,14 +26,29 @@ log = logging.getLogger("pretrain")
 
 
 def evaluate(stage: Stage, trained: Trained) -> tuple[dict[str, float], dict[str, list]]:
-    """-> (numbers for eval.json, what samples.json holds)."""
+    """-> (numbers for eval.json, what samples.json holds). Figures of a second evaluation that have the names of an
+    earlier one's, such as retrieval on another set, become retrieval#2/...; pictures are the first one's."""
     metrics: dict[str, float] = {}
     samples: dict[str, list] = {}
+    kinds = set[type]()
     for evaluation in stage.evals:
-        values, shown = evaluation.run(trained)
-        metrics |= values
-        samples |= shown
+        again = type(evaluation) in kinds
+        with TemporaryDirectory() if again else nullcontext(trained.directory) as directory:
+            values, shown = evaluation.run(replace(trained, directory=Path(directory)))
+        kinds.add(type(evaluation))
+        metrics |= _beside(metrics, values)
+        samples |= {} if again else shown
     return metrics, samples
+
+
+def _beside(taken: dict[str, float], values: dict[str, float]) -> dict[str, float]:
+    """The figures under names that are free, all with one number."""
+    number, named = 1, values
+    while named.keys() & taken.keys():
+        number += 1
+        parts = {name: name.partition("/") for name in values}
+        named = {f"{first}#{number}{slash}{rest}": values[name] for name, (first, slash, rest) in parts.items()}
+    return named
 
 
 def said(stage: str, values: Mapping[str, Any]) -> dict[str, float]:
