@@ -42,6 +42,7 @@ from pretrain.run.directory import inputs_digest, other_inputs, take_directory
 from pretrain.run.identity import hash_of
 from pretrain.run.image_targets import image_targets
 from pretrain.run.inputs import build_loader, text_tokenizer
+from pretrain.run.labels import check_labels
 from pretrain.run.numerics import set_numerics
 from pretrain.run.parameters import check_patterns, freeze, frozen_names, parameter_names, waiting
 from pretrain.run.resuming import Start, find_start
@@ -183,11 +184,12 @@ def build_run(
 
 
 def check_model(recipe: Recipe, stage: Stage) -> None:
-    """Raises ValueError for what a user can get wrong about the model, without building it."""
+    """Raises ValueError for what a user can get wrong about the model and its labels, without building it."""
     model = recipe.model_of(stage)
     if any(kind != "texts" for kind in stage.mix) and stage.transform.size != model.image_size:
         raise ValueError(f"transform.size={stage.transform.size} but model.image_size={model.image_size}; use one size")
     check_patterns(recipe, stage)
+    check_labels(stage)
 
 
 def build_task(
