@@ -85,6 +85,8 @@ COMPARISONS = (
     *most("c", "attention from texts gives pictures most of what open attention does", "vision_on_language",
           "vision_on_random", "vision", PATCHES),
     *judged("d", "masked data alone beats contrast, matching and masked words for as many FLOPs", "joint", "three"),
+    *judged("d", "masked data in small steps beats them for as many FLOPs", "joint_small_steps", "three"),
+    *judged("d", "masked words of pairs alone beat them for a third of the FLOPs", "pairs", "three"),
     *better("e", "wrong captions cost something", "clean_tuned", "noisy_tuned", FOILS, CIDER, RETRIEVAL),
     *better("e", "CapFilt is better than the noise", "filtered_tuned", "noisy_tuned", FOILS, CIDER, RETRIEVAL),
     *most("e", "CapFilt recovers most of the loss", "filtered_tuned", "noisy_tuned", "clean_tuned", FOILS, CIDER,
