@@ -4,8 +4,10 @@
 
 Two ranks on this machine are two nodes, each with a directory of its own for its copies. `cost`: steps of --recipe with
 a copy begun after each (left out while the one before is being written) and steps without, in turns, in the same
-processes. `loss`: a small run saves every --save-every steps to its run directory; at about three quarters of that
-both ranks are killed, one node's directory is removed, and the run is started again: seconds from the kill until it is
+processes. What is counted are CPU seconds, of the thread that trains, for which a step waits, and of all threads: here
+ranks share the cores with what copies, and by the wall's clock wait for it as they would not on a node with cores to
+spare. `loss`: a small run saves every --save-every steps to its run directory; at about three quarters of that both
+ranks are killed, one node's directory is removed, and the run is started again: seconds from the kill until it is
 further than before, with copies and without, in turns. Medians over the rounds.
 """
 
@@ -18,10 +20,11 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.checkpoint_stall import MOST_STEPS, _stepper
 from benchmarks.record import machine
@@ -29,7 +32,7 @@ from benchmarks.throughput import parameters, write_shards, write_visual_tokeniz
 from pretrain.checkpoint.copies import LOCAL, open_copies
 from pretrain.checkpoint.saver import IDLE, Saver
 from pretrain.command import about, make_parser, run, write
-from pretrain.distributed import device, highest, rank
+from pretrain.distributed import device, gather_objects, highest, rank
 from pretrain.lives import read_lives
 from pretrain.metrics import last_step
 from pretrain.parallel.faults import Watch
@@ -55,11 +58,14 @@ def rank_cost(args: argparse.Namespace, place: Path) -> dict[str, Any]:
     built = build_run(recipe, replace(stage, init_from=None), args.ds, place, watch)
     take = _stepper(built, built.loader.batches(0, MOST_STEPS))
     saver = Saver(built.engine, place / "stage", watch, mesh=built.mesh, copies=open_copies(place / "stage", 0))
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    begun, step = 0, 0
+    rounds: list[dict[str, Spent]] = []
+    step = 0
     # The first round makes AdamW's moments and the copies' memory, and is not counted.
     for number in range(args.rounds + 1):
+        rounds.append({})
         for way in sorted(WAYS, reverse=bool(number % 2)):
+            wall, begun = [], 0
+            own, whole = time.thread_time(), time.process_time()
             for _ in range(args.steps):
                 start, step = time.perf_counter(), step + 1
                 take()
@@ -67,19 +73,51 @@ def rank_cost(args: argparse.Namespace, place: Path) -> dict[str, Any]:
                 if way == "with":
                     before = saver.step
                     saver.copy(step, {})
-                    begun += int(number > 0 and saver.step != before)
-                if number:
-                    seconds[way].append(time.perf_counter() - start)
+                    begun += int(saver.step != before)
+                wall.append(time.perf_counter() - start)
             saver.finish()
+            spent = gather_objects((time.thread_time() - own, time.process_time() - whole))
+            own_s, whole_s = (statistics.fmean(each) for each in zip(*spent, strict=True))
+            rounds[-1][way] = Spent(own_s, whole_s, begun, statistics.median(wall))
     watch.stop()
-    medians = {way: statistics.median(of_way) for way, of_way in seconds.items()}
+    gib = max(gather_objects(saver.gib))
+    return {"parameters": parameters(built), "failed": saver.state != IDLE, "gib_of_a_rank": round(gib, 3)} | summary(
+        rounds[1:], args.steps, gib
+    )
+
+
+class Spent(NamedTuple):
+    """By the steps of one round and way, in the mean of the ranks. CPU seconds are of all these steps."""
+
+    own_s: float  # of the thread that trains
+    whole_s: float  # of all threads
+    copies: int  # that were begun
+    step_s: float  # median, by the wall's clock
+
+
+def summary(rounds: Sequence[Mapping[str, Spent]], steps: int, gib: float) -> dict[str, Any]:
+    """The figures, with the least and the most of the rounds beside each median."""
+    extra: dict[str, list[float]] = {"own": [], "whole": []}
+    for each in rounds:
+        copies = max(each["with"].copies, 1)
+        extra["own"].append((each["with"].own_s - each["without"].own_s) / copies)
+        extra["whole"].append((each["with"].whole_s - each["without"].whole_s) / copies)
+    plain = statistics.median(each["without"].whole_s / steps for each in rounds)
     return {
-        "parameters": parameters(built),
-        "step_s": {way: round(median, 4) for way, median in medians.items()},
-        "ratio": round(medians["with"] / medians["without"], 3),
-        "steps_for_each_copy": round(len(seconds["with"]) / max(begun, 1), 2),
-        "failed": saver.state != IDLE,
+        "cpu_s_of_a_step": round(plain, 4),
+        "cpu_s_of_a_copy": _spread(extra["whole"]),
+        "cpu_s_of_a_copy_that_a_step_waits_for": _spread(extra["own"]),
+        "of_a_step": _spread([own / plain for own in extra["own"]]),
+        "cpu_s_per_gib": round(statistics.median(extra["whole"]) / gib, 2),
+        "copies_in_a_round": _spread([float(each["with"].copies) for each in rounds]),
+        "steps_in_a_round": steps,
+        "wall_s_of_a_step": {way: _spread([each[way].step_s for each in rounds]) for way in WAYS},
     }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    told = {"median": statistics.median(values), "least": min(values), "most": max(values)}
+    return {name: round(value, 4) for name, value in told.items()}
 
 
 def loss(args: argparse.Namespace, data: Path, place: Path, way: str) -> dict[str, float]:

@@ -88,6 +88,11 @@ class Saver:
         self._entries: Entries = {}  # of the copy, this rank's
 
     @property
+    def gib(self) -> float:
+        """Of host memory that this rank's snapshots take."""
+        return self._copies.gib
+
+    @property
     def state(self) -> int:
         return IDLE if self._job is None else self._job.state
 

@@ -1,7 +1,9 @@
 """What a data worker makes, in a file in memory: the main process maps it and copies nothing.
 
 In front stand the pictures, which the worker writes in place, then all other arrays, then a pickle that says what they
-are. The file has no name and no place in /dev/shm: it goes with its last mapping, also when a process is killed.
+are. The file has no name and no place in /dev/shm: it goes with its last mapping, also when a process is killed. It is
+filled again when nobody holds a part of what was in it any more: the kernel takes longer to find and clear new pages
+than a worker to write pictures into old ones (256 px: 60 against 6 us a picture).
 """
 
 from __future__ import annotations
@@ -10,6 +12,8 @@ import io
 import mmap
 import os
 import pickle
+import weakref
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -17,14 +21,18 @@ import torch
 from torch import Tensor
 
 _ALIGNED = 64  # bytes
+# Beyond what was written, for the next time: the main process need not map a file again that grew by a few bytes.
+_ROOM = 2**16
+ONCE = 0  # the number of a parcel that is not filled again
 
 
 class Parcel:
-    """A worker's side: `array` is there to be filled, `close_with` adds the rest."""
+    """A worker's side: `array` is there to be filled, `close_with` adds the rest. `number`: of those of one worker."""
 
-    def __init__(self, shape: tuple[int, ...]):
+    def __init__(self, shape: tuple[int, ...], number: int = ONCE):
         """`shape`: of `array`, which is uint8."""
-        self._size = int(np.prod(shape))
+        self.number, self._pictures = number, int(np.prod(shape))
+        self._size = self._length = self._pictures
         self.fd = os.memfd_create("batch")
         os.ftruncate(self.fd, self._size)
         # All pages at once: a page fault for each would cost more than the copy that is saved.
@@ -33,13 +41,17 @@ class Parcel:
         self.array = np.frombuffer(self._memory, np.uint8).reshape(shape) if self._size else np.zeros(shape, np.uint8)
 
     def close_with(self, value: Any) -> tuple[int, int]:
-        """Adds `value`, of which tensors and arrays may lie in `array`; (where the pickle begins, the file's size).
+        """Adds `value`, of which tensors and arrays may lie in `array`; (where the pickle begins, and where it ends).
         Raises what pickle does for a value that cannot be sent."""
+        self._size = self._pictures
         parts: list[pickle.PickleBuffer] = []
         pickled = io.BytesIO()
         _Pickler(pickled, protocol=5, buffer_callback=parts.append).dump(value)
         places = [self._place(part.raw()) for part in parts]
         start = self._append(pickle.dumps((pickled.getvalue(), places)))
+        if self._size > self._length:
+            self._length = self._size + _ROOM
+            os.ftruncate(self.fd, self._length)
         return start, self._size
 
     def _place(self, part: memoryview) -> tuple[int, int]:
@@ -71,8 +83,25 @@ class _Pickler(pickle.Pickler):
             return NotImplemented
 
 
-def open_parcel(fd: int, start: int, size: int) -> Any:
-    """The value of a parcel of one of our own workers; its tensors are views of the file. `fd` stays open."""
-    memory = memoryview(mmap.mmap(fd, size))
-    pickled, places = pickle.loads(memory[start:size])
-    return pickle.loads(pickled, buffers=[memory[place : place + length] for place, length in places])
+class Opened:
+    """The main process's side of the parcels of one worker. `freed`: the numbers of those that may be filled again, as
+    nobody holds a part of their values any more; other threads add to it."""
+
+    def __init__(self) -> None:
+        self.freed = deque[int]()
+        self._memory: dict[int, mmap.mmap] = {}
+
+    def open(self, fd: int, number: int, start: int, size: int) -> Any:
+        """The value of a parcel of one of our own workers; its tensors are views of the file. `fd` stays open."""
+        memory = self._memory.get(number)
+        if memory is None or len(memory) < size:
+            memory = mmap.mmap(fd, os.fstat(fd).st_size)
+            if number != ONCE:
+                self._memory[number] = memory
+        # All views of the value lead to this one array, and it goes with the last of them.
+        whole = np.frombuffer(memory, np.uint8)
+        if number != ONCE:
+            weakref.finalize(whole, self.freed.append, number).atexit = False
+        view = whole.data
+        pickled, places = pickle.loads(view[start:size])
+        return pickle.loads(pickled, buffers=[view[place : place + length] for place, length in places])

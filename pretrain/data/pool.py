@@ -2,7 +2,8 @@
 to do is made again: an item alone decides its batch, so nobody sees a difference but the log.
 
 torch's DataLoader ends the run in both cases: its handler of SIGCHLD raises in whatever the main thread does, and it
-waits for ever for a worker that hangs. It also copies each batch into shared memory, where here it is made.
+waits for ever for a worker that hangs. It also copies each batch into shared memory, where here it is made; and takes
+new memory for each, where here a worker has as much as there were batches at one time.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 
 from pretrain.data import pulse
-from pretrain.data.parcel import Parcel, open_parcel
+from pretrain.data.parcel import ONCE, Opened, Parcel
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,9 @@ _MOST_S = 1.0
 MOST_DEATHS = 3
 # As many items as a socket holds with room to spare: the main process must never wait to hand one over.
 _MOST_AHEAD = 128
-_ITEM, _PARCEL = struct.Struct("<qq"), struct.Struct("<qq")
+# An item, and the number of a parcel that the worker may fill again; ONCE: none. A parcel: its number, where its pickle
+# begins and ends.
+_ITEM, _PARCEL = struct.Struct("<qqq"), struct.Struct("<qqq")
 Item = tuple[int, int]  # step, micro-step
 
 
@@ -166,6 +169,7 @@ class _Worker:
         pool, number = self._pool, self._number
         pool._pulses[number] = 0
         self._pulse, self._spent, self._since = 0, 0.0, pool._clock
+        self._parcels = Opened()
         self.connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         arguments = (pool._work, theirs, pool._pulses, number, os.getpid())
         self.process = pool._context.Process(target=_run, args=arguments, daemon=True)
@@ -177,8 +181,9 @@ class _Worker:
         self._send(item)
 
     def _send(self, item: Item) -> None:
+        freed = self._parcels.freed
         with suppress(BrokenPipeError, ConnectionResetError):  # it died, which the next receiving sees
-            self.connection.send(_ITEM.pack(*item))
+            self.connection.send(_ITEM.pack(*item, freed.popleft() if freed else ONCE))
 
     def ready(self, seconds: float) -> bool:
         """Whether it sends something, or dies, within so long."""
@@ -197,7 +202,7 @@ class _Worker:
         if not fds:  # which the kernel drops without an error
             raise OSError(errno.EMFILE, "too many open files to take a batch from a data worker; raise ulimit -n")
         try:
-            return open_parcel(fds[0], *_PARCEL.unpack(message)), True
+            return self._parcels.open(fds[0], *_PARCEL.unpack(message)), True
         finally:
             os.close(fds[0])
 
@@ -253,6 +258,7 @@ def _run(work: Work, connection: socket.socket, pulses: Any, number: int, parent
     torch.set_num_threads(1)  # there is a worker for each core
     pulse.begin(pulses, number)
     connection.settimeout(1)
+    parcels, free = dict[int, Parcel](), list[Parcel]()
     while True:
         try:
             message = connection.recv(_ITEM.size)
@@ -263,15 +269,23 @@ def _run(work: Work, connection: socket.socket, pulses: Any, number: int, parent
             message = b""
         if not message:  # the main process is gone
             return
-        parcel = Parcel(work.pictures)
+        step, micro, freed = _ITEM.unpack(message)
+        if freed != ONCE:
+            free.append(parcels[freed])
+        if not free:
+            number = len(parcels) + 1
+            parcels[number] = Parcel(work.pictures, number)
+            free.append(parcels[number])
+        parcel = free.pop()
         try:
-            place = parcel.close_with(work.make(_ITEM.unpack(message), parcel.array))
+            place = parcel.close_with(work.make((step, micro), parcel.array))
         except Exception:
-            os.close(parcel.fd)
+            free.append(parcel)
             parcel = Parcel((0,))
             place = parcel.close_with(_Bug(traceback.format_exc()))
-        _hand_over(connection, parcel, _PARCEL.pack(*place))
-        del parcel  # its mapping, until there is something to do again
+        _hand_over(connection, parcel, _PARCEL.pack(parcel.number, *place))
+        if parcel.number == ONCE:
+            os.close(parcel.fd)
 
 
 def _hand_over(connection: socket.socket, parcel: Parcel, message: bytes) -> None:
@@ -289,7 +303,6 @@ def _hand_over(connection: socket.socket, parcel: Parcel, message: bytes) -> Non
             if error.errno != errno.ETOOMANYREFS:
                 raise
             time.sleep(TICK_S)
-    os.close(parcel.fd)
 
 
 def ignore_signals(parent: int) -> None:

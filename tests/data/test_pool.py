@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pretrain.data import pool as pools
-from pretrain.data.parcel import Parcel, open_parcel
+from pretrain.data.parcel import ONCE, Opened, Parcel
 from pretrain.data.pinning import pinned
 from pretrain.data.pool import Pool, WorkerDied
 from pretrain.parallel.faults import worker_died
@@ -190,7 +190,7 @@ def test_a_parcel_holds_arrays_of_every_kind_and_the_pictures_once() -> None:
         "words": ("a", ["b"]),
     }
     start, size = parcel.close_with(value)
-    same = open_parcel(parcel.fd, start, size)
+    same = Opened().open(parcel.fd, ONCE, start, size)
     assert size < parcel.array.nbytes + 4096
     os.close(parcel.fd)
     del parcel
@@ -200,6 +200,39 @@ def test_a_parcel_holds_arrays_of_every_kind_and_the_pictures_once() -> None:
     assert (same["array"] == value["array"]).all() and same["words"] == value["words"]
     same["ids"] += 1
     assert same["ids"][0] == 1
+
+
+def test_memory_is_filled_again_when_nobody_holds_a_part_of_it() -> None:
+    items = [(step, 0) for step in range(1, 60)]
+    with Pool(Numbers(), 2, 3) as pool:
+        held = {}
+        for item, pictures, small in pool.results(iter(items)):
+            step = item[0]
+            # Whoever holds a view, of torch's or numpy's, holds the memory: also where the rest is gone.
+            if step % 10 == 1:
+                held[step] = (pictures[1, 1:], pictures.numpy()[0], iter(pictures))[step // 10 % 3]
+            assert (pictures == step).all() and (small == 0).all()
+            if step == 40:
+                del held[1], held[21]
+        del pictures, small
+        for step in (11, 31, 41, 51):
+            each = held.pop(step)
+            values = [each] if isinstance(each, torch.Tensor | np.ndarray) else list(each)
+            assert len(values) and all((value == step).all() for value in values), step
+        files = [len(worker._parcels._memory) for worker in pool._workers]
+    assert 6 <= sum(files) < 20, files  # of 59 batches: six ahead, one or two at work, those that were held
+
+
+def test_a_value_that_grows_needs_no_new_parcel() -> None:
+    parcel, opened = Parcel((2, 3), 1), Opened()
+    for length in (10, 20, 10**6, 30):
+        parcel.array[:] = length % 251
+        value = opened.open(parcel.fd, 1, *parcel.close_with((torch.from_numpy(parcel.array), torch.arange(length))))
+        assert (value[0] == length % 251).all() and torch.equal(value[1], torch.arange(length))
+        assert not opened.freed
+        del value
+        assert opened.freed.popleft() == 1 and not opened.freed
+    os.close(parcel.fd)
 
 
 def test_pinning_keeps_the_order_and_hands_errors_on_in_their_turn() -> None:
