@@ -170,7 +170,7 @@ class Pretrained:
         for rows in passes:
             for row in rows:
                 gaps = [place for place, i in enumerate(encoded[len(answers)]) if i == text.mask_id]
-                shares, ids = (head.text.logits(row[gaps]).float() + never).softmax(-1).topk(min(best, text.mask_id))
+                shares, ids = (head.words.logits(row[gaps]).float() + never).softmax(-1).topk(min(best, text.mask_id))
                 answers.append([
                     [(text.decode([i]) or text.token(i), share) for i, share in zip(*each, strict=True)]
                     for each in zip(ids.tolist(), shares.tolist(), strict=True)

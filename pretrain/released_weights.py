@@ -114,6 +114,8 @@ def _check_expressible(state: State, cfg: MultiwayConfig) -> None:
         raise ValueError(
             "the released BEiT-3 has no fusion experts (model.fusion_layers), so these weights cannot be converted"
         )
+    if "objectives.masked.transform.0.weight" in state:
+        raise ValueError("the released word head has no transform before it, so these weights cannot be converted")
     required: dict[str, Any] = {
         "ffn": "per_modality",
         "sub_norm": True,

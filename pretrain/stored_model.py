@@ -69,10 +69,11 @@ def objectives_in(state: State, model: Any) -> list[Objective]:
         objectives.append(Matching("global" if objectives else "random"))  # of which partners, no answer depends
     if "objectives.masked.text.bias" in state:
         tied = "objectives.masked.text.weight" not in state  # a pipeline writes it once, under its first name
-        objectives.append(MaskedData(image_ratio=0.0, pair_image_ratio=0.0, tied_text_head=tied))
+        own: dict[str, Any] = {"tied_text_head": tied, "transform": "objectives.masked.transform.0.weight" in state}
+        objectives.append(MaskedData(image_ratio=0.0, pair_image_ratio=0.0, **own))
     if "objectives.captioning.words.bias" in state:
-        own, transform = (f"objectives.captioning.{name}" in state for name in ("words.weight", "transform.0.weight"))
-        objectives.append(Captioning(tied_text_head=not own, transform=transform))
+        table, transform = (f"objectives.captioning.{name}" in state for name in ("words.weight", "transform.0.weight"))
+        objectives.append(Captioning(tied_text_head=not table, transform=transform))
     if (last := state.get("objectives.classification.classes.weight")) is not None:
         objectives.append(ImageClassification(len(last)))
     if (last := state.get("objectives.answering.answer.3.weight")) is not None:

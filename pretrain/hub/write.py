@@ -28,6 +28,7 @@ HEADS = {
     "objectives.masked.text.weight": "word_head.weight",
     "objectives.masked.text.bias": "word_head.bias",
 }
+TRANSFORM = "objectives.masked.transform.0.weight"
 UNUSED = ("init", "init_std", "head_dim")  # fields that only training asks for, or that have one value here
 SHOWN = 8  # lines of the curve in the card
 
@@ -47,6 +48,8 @@ def write_directory(
 
     if model.head_dim is not None:
         raise ValueError(f"model.head_dim={model.head_dim} cannot be written for Hugging Face; it needs all heads")
+    if TRANSFORM in state:
+        raise ValueError(f"{source} has a word head with a transform, which cannot be written for Hugging Face")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; give a new directory")
     out.mkdir(parents=True, exist_ok=True)

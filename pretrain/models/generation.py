@@ -97,8 +97,8 @@ def next_word_head(objectives: Any, mask_id: int) -> tuple[Callable[[Tensor], Te
     any; None where there is no such head."""
     if "captioning" in objectives:
         return objectives["captioning"].logits, None
-    if "masked" in objectives and objectives["masked"].text is not None:
-        return objectives["masked"].text.logits, mask_id
+    if "masked" in objectives and objectives["masked"].words is not None:
+        return objectives["masked"].words.logits, mask_id
     return None
 
 

@@ -6,7 +6,6 @@ CoCa (arXiv 2205.01917, 3.2) counts it twice beside a contrast.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +18,8 @@ from torch import Tensor, nn
 from pretrain.batch import DROP_PATH, PAD, Batch, Kinds, Layout, make_batch
 from pretrain.contracts import Encoder, Objective, Pass
 from pretrain.flops import Product
-from pretrain.layers import HEAD_STD, PLAIN, Layers, Linear
-from pretrain.objectives.masked import Part, score, weigh
+from pretrain.layers import HEAD_STD, PLAIN, Layers
+from pretrain.objectives.masked import Part, WordHead, score, transform_rows, weigh
 from pretrain.rows import sent
 
 
@@ -86,11 +85,6 @@ def caption_layout(layout: Layout) -> Layout:
     return Layout(pairs=layout.pairs + layout.dual, patches=layout.patches, pair_len=length, causal=True)
 
 
-def transform_rows(width: int, std: float) -> nn.Sequential:
-    """What stands before BERT's words (transformers' BertPredictionHeadTransform; its norm's eps is 1e-12)."""
-    return nn.Sequential(Linear(width, width, std=std, cut=math.inf), nn.GELU(), nn.LayerNorm(width, eps=1e-12))
-
-
 class CaptioningHead(nn.Module):
     """A linear head over the vocabulary, on the rows of a pass of its own."""
 
@@ -132,11 +126,10 @@ class CaptioningHead(nn.Module):
 
     def logits(self, rows: Tensor) -> Tensor:
         """[..., width] -> [..., words]: of the word behind each."""
-        return self.words.logits(rows if self.transform is None else self.transform(rows))
+        return WordHead(self.words, self.transform).logits(rows)
 
     def _scored(self, rows: Tensor, *rest: Tensor) -> Any:
-        rows = rows if self.transform is None else self.transform(rows)
-        return self.words(rows, *rest, smoothing=self.smoothing)
+        return WordHead(self.words, self.transform)(rows, *rest, smoothing=self.smoothing)
 
     def after_step(self) -> None:
         """Nothing moves between steps."""

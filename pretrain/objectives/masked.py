@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from pretrain.batch import Batch, Kinds, Layout
 from pretrain.contracts import Encoder, Objective
 from pretrain.data.masking import Masking
 from pretrain.flops import Product
-from pretrain.layers import PLAIN, Layers
+from pretrain.layers import HEAD_STD, PLAIN, Layers, Linear
 from pretrain.rows import take
 
 
@@ -35,6 +36,8 @@ class MaskedData(Masking, Objective):
     # mean: the terms' means weighted by what they were taken over, so that the loss is one mean. sum: they are added;
     # with four terms of equal size four times as much, to which optim.clip and optim.eps are not indifferent.
     terms: str = "mean"
+    # A linear layer, gelu and a norm before the words: the head of BERT, and so of ALBEF, VLMo and ViLT.
+    transform: bool = False
     name = "masked"
 
     def __post_init__(self) -> None:
@@ -55,14 +58,16 @@ class MaskedData(Masking, Objective):
         """`tokens` is the text embedding's table, for a tied text head."""
         parts = self._parts(experts)
         image, text = {"image", "pair_image"} & set(parts), {"text", "pair_text"} & set(parts)
-        tied = self.tied_text_head
+        tied, width = self.tied_text_head, model.width("texts")
+        transform = transform_rows(width, getattr(model, "init_std", HEAD_STD)) if text and self.transform else None
         heads = MaskedDataHeads(
             parts,
             dual=self.dual,
             mean_over=self.mean_over,
             terms=self.terms,
             image=layers.classifier(model.width("images"), self.image_codes) if image else None,
-            text=layers.classifier(model.width("texts"), model.vocab_size, tied=tied) if text else None,
+            text=layers.classifier(width, model.vocab_size, tied=tied) if text else None,
+            transform=transform,
         )
         if tied and heads.text is not None and tokens is not None:
             heads.text.weight = tokens
@@ -97,15 +102,42 @@ class MaskedData(Masking, Objective):
         whole = 0 if self.dual else layout.dual
         images, texts = layout.images - whole, layout.texts - whole
         image = (images * self.image_ratio + layout.pairs * self.pair_image_ratio) * layout.patches
-        text = texts * layout.text_len * self.text_ratio + layout.pair_text_rows * self.pair_text_ratio
+        text = round(texts * layout.text_len * self.text_ratio + layout.pair_text_rows * self.pair_text_ratio)
+        width = model.width("texts")
         return [
             Product(round(image), model.width("images"), self.image_codes, classes=True),
-            Product(round(text), model.width("texts"), model.vocab_size, classes=True),
+            *([Product(text, width, width)] if self.transform else []),
+            Product(text, width, model.vocab_size, classes=True),
         ]
 
     def splits(self, experts: Sequence[str]) -> dict[str, int]:
         built = "vision" in experts and (self.image_ratio or self.pair_image_ratio)
         return {"image_codes": self.image_codes} if built else {}
+
+
+def transform_rows(width: int, std: float) -> nn.Sequential:
+    """What stands before BERT's words (transformers' BertPredictionHeadTransform; its norm's eps is 1e-12)."""
+    return nn.Sequential(Linear(width, width, std=std, cut=math.inf), nn.GELU(), nn.LayerNorm(width, eps=1e-12))
+
+
+class WordHead:
+    """A head over the vocabulary behind the `transform` of its rows, if any, as one: it is called and asked like a
+    layers.Classifier."""
+
+    def __init__(self, words: Any, transform: nn.Module | None):
+        self.words, self.transform = words, transform
+
+    def __call__(self, rows: Tensor, *rest: Any, **options: Any) -> Any:
+        return self.words(self._rows(rows), *rest, **options)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        return self.words.logits(self._rows(rows))
+
+    def predict(self, rows: Tensor) -> Tensor:
+        return self.words.predict(self._rows(rows))
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        return rows if self.transform is None else self.transform(rows)
 
 
 class Part(NamedTuple):
@@ -132,9 +164,10 @@ class MaskedDataHeads(nn.Module):
         terms: str = "mean",
         image: nn.Module | None,
         text: nn.Module | None,
+        transform: nn.Module | None = None,
     ):
         super().__init__()
-        self.parts, self.dual, self.image, self.text = parts, dual, image, text
+        self.parts, self.dual, self.image, self.text, self.transform = parts, dual, image, text, transform
         self.mean_over, self.terms = mean_over, terms
 
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder | None = None) -> dict[str, Tensor]:
@@ -168,6 +201,11 @@ class MaskedDataHeads(nn.Module):
             if part.sequences
         }
 
+    @property
+    def words(self) -> WordHead | None:
+        """What says the hidden words of rows [..., width]; None for a stage that hides none."""
+        return None if self.text is None else WordHead(self.text, self.transform)
+
     def after_step(self) -> None:
         """Nothing moves between steps."""
 
@@ -186,7 +224,7 @@ class MaskedDataHeads(nn.Module):
             )
         ]
         by_name = dict(zip(("image", "pair_image", "pair_text", "text"), parts, strict=True))
-        own = [(self.image, ("image", "pair_image")), (self.text, ("pair_text", "text"))]
+        own = [(self.image, ("image", "pair_image")), (self.words, ("pair_text", "text"))]
         return [
             (head, {name: by_name[name] for name in names if name in self.parts})
             for head, names in own

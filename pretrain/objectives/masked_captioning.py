@@ -69,6 +69,11 @@ class MaskedCaptioningHead(nn.Module):
         super().__init__()
         self.text, self.smoothing = text, smoothing
 
+    @property
+    def words(self) -> nn.Module:
+        """As MaskedDataHeads'."""
+        return self.text
+
     def needed_rows(self, batch: Batch) -> Kinds:
         """None of the first pass, in which a word would see those behind it."""
         return Kinds.rows_of(batch.layout, batch.images.device)

@@ -6,10 +6,10 @@ in their place, and `published` the three losses, but for what tiny_vlmo.py says
 
 What its code does beside the paper (tests/models/multiway/test_reference_vlmo.py runs both: the losses and gradients of
 a step are equal but for this). Matching reads [CLS], through a tanh layer; here the picture's class row, as BEiT-3's
-fusion does. The word head has BERT's transform before it, texts a dropout of 0.1, the mean of masked words is over
-words and not over pairs. And its contrast is taken over all ranks' rows, of which only a rank's own have a gradient;
-the mean over ranks is then the gradient divided by their number (measured on two), so that on its 64 GPUs contrast
-counts a 64th beside matching and words. Here it counts what it says: weights={"contrastive": 1 / 64} is theirs.
+fusion does. Texts have a dropout of 0.1, and the mean of masked words is over words and not over pairs. And its
+contrast is taken over all ranks' rows, of which only a rank's own have a gradient; the mean over ranks is then the
+gradient divided by their number (measured on two), so that on its 64 GPUs contrast counts a 64th beside matching and
+words. Here it counts what it says: weights={"contrastive": 1 / 64} is theirs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def recipe(name: str, model: MultiwayConfig, *, lr: float) -> Recipe:
         trainable=(*language.trainable, "encoder.*relative*"),
         optim=replace(optim, lr=2e-4),  # [vlmo/config.py, task_textmlm_base]; large has none there
     )
-    words = MaskedData(image_ratio=0, text_ratio=0, pair_image_ratio=0, pair_text_ratio=0.15, dual=False)
+    words = MaskedData(
+        image_ratio=0, text_ratio=0, pair_image_ratio=0, pair_text_ratio=0.15, dual=False, transform=True
+    )
     published = replace(
         fusion,
         mix={"pairs": pairs, "dual": pairs},

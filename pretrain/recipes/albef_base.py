@@ -3,7 +3,7 @@ masked words, over a vision encoder, a text encoder, and words that ask the pict
 bert-base-uncased, for its tokenizer.json; data as for _beit3.py.
 
 Published, and here [salesforce/ALBEF configs/Pretrain.yaml, Pretrain.py, models/model_pretrain.py]: ViT-B/16 at 256
-pixels, 6 + 6 layers of BERT, vectors of 256 by projections with a bias, a word head that is the table of words,
+pixels, 6 + 6 layers of BERT, vectors of 256 by projections with a bias, BERT's word head over the table of words,
 temperature 0.07, queue 65,536, momentum 0.995, alpha 0.4 that rises over the first of 30 epochs of 14.1M pairs, 512
 pairs at once, negatives of the rank's own batch, 15 % of the words, 25 ids, AdamW from 1e-4 to 1e-5 by a cosine after
 1000 steps, weight decay 0.02, crops from 0.2, flips.
@@ -15,8 +15,8 @@ What the code does beside the paper (tests/models/fusion/test_reference_albef.py
 a step are equal but for this). Partners are drawn by the trained vectors against the teacher's; here both are the
 trained ones, so that drawing waits for no teacher. Each rank contrasts with its own rows and the queue; here with all
 ranks' rows besides, so that their number changes no loss. The mean of masked words is over words; here each pair counts
-the same. BERT's dropout of 0.1 and its transform before the word head are left out, [SEP] is hidden like a word there,
-and the temperature itself is learned, here the logarithm of its inverse. Pretrain.py warms up for 2000 steps (20 times
+the same. BERT's dropout of 0.1 is left out, [SEP] is hidden like a word there, and the temperature itself is learned,
+here the logarithm of its inverse. Pretrain.py warms up for 2000 steps (20 times
 100), the paper says 1000, which is taken here.
 """
 
@@ -69,6 +69,7 @@ RECIPE = Recipe(
                     pair_text_ratio=0.15,
                     dual=False,
                     tied_text_head=True,
+                    transform=True,
                 ),
             ),
             transform=replace(LOOK, size=256, jitter=0.0),

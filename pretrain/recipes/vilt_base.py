@@ -53,7 +53,14 @@ RECIPE = Recipe(
             experts=("vision", "language"),
             objectives=(
                 Matching("random"),
-                MaskedData(image_ratio=0, pair_image_ratio=0, text_ratio=0, pair_text_ratio=0.15, dual=False),
+                MaskedData(
+                    image_ratio=0,
+                    pair_image_ratio=0,
+                    text_ratio=0,
+                    pair_text_ratio=0.15,
+                    dual=False,
+                    transform=True,  # [dandelin/ViLT modules/heads.py]
+                ),
             ),
             transform=replace(LOOK, size=384, flip=False, jitter=0.0),
             optim=Optim(

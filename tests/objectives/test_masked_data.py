@@ -13,6 +13,7 @@ from pretrain.objectives.masked import MaskedData
 from pretrain.optim import Optim
 from pretrain.tasks.pretrain import PretrainTask
 from tests.toy_models import CODES, PAPER, PATCHES, part_of, pictures, random_batch
+from tests.toys import needs
 
 LAYOUT = Layout(images=2, pairs=3, texts=2, patches=PATCHES, pair_len=6, text_len=8)
 BOTH = ("vision", "language")
@@ -42,20 +43,35 @@ def by_hand(head, rows, masked, targets) -> list[torch.Tensor]:
     return losses
 
 
-def test_the_loss_is_the_mean_over_sequences_of_the_mean_over_targets():
-    heads, encoded, b = build(), rows(), batch()
+@pytest.mark.parametrize("transform", [False, True])
+def test_the_loss_is_the_mean_over_sequences_of_the_mean_over_targets(transform):
+    heads, encoded, b = build(transform=transform), rows(), batch()
     report = heads(encoded, b)
     parts = {
         "image": by_hand(heads.image, encoded.images[:, 1:], b.image_masks[:2], b.image_codes[:2]),
         "pair_image": by_hand(heads.image, encoded.pair_images[:, 1:], b.image_masks[2:], b.image_codes[2:]),
-        "pair_text": by_hand(heads.text, encoded.pair_texts, b.pair_masked, b.pair_tokens),
-        "text": by_hand(heads.text, encoded.texts, b.text_masked, b.text_tokens),
+        "pair_text": by_hand(heads.words, encoded.pair_texts, b.pair_masked, b.pair_tokens),
+        "text": by_hand(heads.words, encoded.texts, b.text_masked, b.text_tokens),
     }
     for name, losses in parts.items():
         torch.testing.assert_close(report[f"loss/{name}"], torch.stack(losses).mean())
     every = torch.stack([loss for losses in parts.values() for loss in losses])
     assert len(every) == 10
     torch.testing.assert_close(report["loss"], every.mean())
+
+
+def test_the_transform_is_berts():
+    needs("transformers")
+    from transformers.models.bert.modeling_bert import BertConfig, BertPredictionHeadTransform
+
+    heads, encoded = build(transform=True), rows()
+    theirs = BertPredictionHeadTransform(BertConfig(hidden_size=PAPER.dim))
+    with torch.no_grad():
+        for own, value in zip(heads.transform.parameters(), theirs.parameters(), strict=True):
+            value.copy_(own.normal_())
+    want = heads.text.logits(theirs(encoded.texts))
+    torch.testing.assert_close(heads.words.logits(encoded.texts), want)
+    assert heads.words.predict(encoded.texts).equal(want.argmax(-1))
 
 
 class Prices(torch.nn.Module):

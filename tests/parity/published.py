@@ -40,7 +40,7 @@ CONTRAST = Contrastive(temperature=0.5)
 DISTILLED = SelfDistillation(
     2, momentum=0.9, prototypes=24, hidden_dim=32, bottleneck_dim=8, temperature=0.5, teacher_temperature=0.4
 )
-WORDS = MaskedData(image_ratio=0, pair_image_ratio=0, text_ratio=0, pair_text_ratio=0.15, dual=False)
+WORDS = MaskedData(image_ratio=0, pair_image_ratio=0, text_ratio=0, pair_text_ratio=0.15, dual=False, transform=True)
 KINDS: dict[str, dict[str, Any]] = {
     "ALBEF": {"model": TextQueriesImage(**SIZES, fusion_depth=2, vocab_size=32), "drop_path": 0.0,
               "objectives": (MOMENTUM, Matching(), WORDS)},
@@ -84,7 +84,7 @@ class PublishedCell:
         batch = BatchSize(pairs=self.mix[1], dual=DUAL)
         common: dict[str, Any] = {"optim": OPTIM, "steps": STEPS, "transform": ImageTransform(size=16)}
         common |= {"drop_path": DROP, "model": PAPER, "batch": batch, "mix": dict.fromkeys(batch.counts(), pairs)}
-        stage = Stage(**common | KINDS[self.kind])
+        stage = Stage(**common | {"parallel": self.topology.parallel} | KINDS[self.kind])
         return Recipe(name="parity", model=PAPER, stages={"stage": stage}), stage
 
     def batch(self, step: int, part: int, parts: int) -> Batch:
@@ -117,6 +117,10 @@ def dense_of(kind: str) -> tuple[Trained, dict[str, Any]]:
     start = {name: value.clone() for name, value in task.state_dict().items()}
     batches = [cell.batch(step, 0, 1) for step in range(1, STEPS + 1)]
     return train_alone(task, OPTIM, batches, of=STEPS, first_steps=first_steps(task, stage)), start
+
+
+def tensor_cells() -> list[PublishedCell]:
+    return [PublishedCell(Topology(1, tensor=2, pipe=1, data=1), "VLMo", small=False)]
 
 
 def published_cells(zero: int) -> list[PublishedCell]:

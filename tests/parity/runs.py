@@ -17,7 +17,7 @@ from pretrain.tasks.pretrain import PretrainTask
 from tests.distributed import run_ranks
 from tests.parity.cells import FIRST, LEGAL, OPTIM, STEPS, Cell, legal_cells
 from tests.parity.passes import MARGIN, PassCell, pass_cells
-from tests.parity.published import PublishedCell, dense_of, first_steps, published_cells
+from tests.parity.published import PublishedCell, dense_of, first_steps, published_cells, tensor_cells
 from tests.step_batches import (
     DROP,
     EXPERTS,
@@ -36,6 +36,7 @@ AnyCell = Cell | PassCell | PublishedCell
 ROWS: dict[str, list[AnyCell]] = {str(topology): [*legal_cells(topology)] for topology in LEGAL}
 ROWS |= {cells[0].row: [*cells] for zero, passes in product(range(4), (2, 3)) for cells in [pass_cells(zero, passes)]}
 ROWS |= {cells[0].row: [*cells] for zero in range(4) for cells in [published_cells(zero)]}
+ROWS |= {cell.row: [cell] for cell in tensor_cells()}
 
 
 class Apart(NamedTuple):

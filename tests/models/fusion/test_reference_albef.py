@@ -3,8 +3,8 @@
     ALBEF_CODE=~/ALBEF python -m pytest tests/models/fusion/test_reference_albef.py
 
 Two steps of one rank on copied random weights, fp32, the same wrong partners, the same hidden words: each loss and the
-gradient of every weight to 1e-5. Its dropout is set to 0, its soft targets for words and its transform before the word
-head are switched off: albef_base.py says that it has none of them.
+gradient of every weight to 1e-5. Its dropout is set to 0 and its soft targets for words are switched off: albef_base.py
+says that it has none of them.
 """
 
 from __future__ import annotations
@@ -101,8 +101,6 @@ def build_theirs(module: Any) -> Any:
                 "temp": 0.5, "queue_size": QUEUE, "momentum": MOMENTUM}  # fmt: skip
     torch.manual_seed(0)
     theirs = module.ALBEF(config=settings, init_deit=False)
-    for own in (theirs.text_encoder, theirs.text_encoder_m):
-        own.cls.predictions.transform = nn.Identity()
     away(theirs, seed=1)
     theirs.temp.data.fill_(TEMPERATURE)  # inside of the bounds that theirs and ours do not share
     theirs.copy_params()
@@ -114,6 +112,7 @@ def as_ours(state: dict[str, Tensor], *, gradient: bool = False) -> dict[str, Te
     """Their tensors by our names. A token's type, of which there is one, is part of the position here; the temperature
     is the logarithm of a scale."""
     words, bert, eye = "encoder.text_embed", "text_encoder.bert", "encoder.image"
+    before = "text_encoder.cls.predictions.transform"
     positions, kinds = (state[f"{bert}.embeddings.{name}_embeddings.weight"] for name in ("position", "token_type"))
     own = {
         f"{words}.tokens.weight": state[f"{bert}.embeddings.word_embeddings.weight"],
@@ -130,7 +129,9 @@ def as_ours(state: dict[str, Tensor], *, gradient: bool = False) -> dict[str, Te
                  f"{bert}.embeddings.LayerNorm.{part}": f"{words}.norm.{part}",
                  f"vision_proj.{part}": f"objectives.contrastive.vision.{part}",
                  f"text_proj.{part}": f"objectives.contrastive.language.{part}",
-                 f"itm_head.{part}": f"objectives.matching.match.{part}"}  # fmt: skip
+                 f"itm_head.{part}": f"objectives.matching.match.{part}",
+                 f"{before}.dense.{part}": f"objectives.masked.transform.0.{part}",
+                 f"{before}.LayerNorm.{part}": f"objectives.masked.transform.2.{part}"}  # fmt: skip
         for number in range(2):
             block, mine = f"visual_encoder.blocks.{number}", f"{eye}.blocks.{number}"
             pairs |= {f"{block}.{old}.{part}": f"{mine}.{new}.{part}" for old, new in (
@@ -168,7 +169,7 @@ def models():
         theirs = build_theirs(module)
         contrast = MomentumContrast(WIDTH, 0.5, momentum=MOMENTUM, queue=QUEUE, alpha=ALPHA, projection_bias=True)
         words = MaskedData(image_ratio=0, pair_image_ratio=0, text_ratio=0, pair_text_ratio=0.15, dual=False,
-                           tied_text_head=True, mean_over="targets")  # fmt: skip
+                           tied_text_head=True, transform=True, mean_over="targets")  # fmt: skip
         ours = PretrainTask(MODEL, ("vision", "language"), (contrast, Matching("local"), words))
         rest = ours.load_state_dict(as_ours(theirs.state_dict()), strict=False)
         assert not rest.unexpected_keys

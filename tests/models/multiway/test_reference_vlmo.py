@@ -4,7 +4,7 @@
 
 On copied random weights, fp32, the same wrong partners, the same hidden words: each loss and the gradient of every
 weight to 1e-5. Of theirs is left out what _vlmo.py says that ours leaves out: the contrast behind the fusion experts,
-the transform before the word head, the pooler on [CLS] (ours reads the picture's class row), dropout, BERT's eps.
+the pooler on [CLS] (ours reads the picture's class row), dropout, BERT's eps behind the embedding.
 """
 
 from __future__ import annotations
@@ -94,13 +94,13 @@ def build_theirs(module: Any) -> Any:
     torch.manual_seed(0)
     theirs = module.VLMo(SIZES)
     words = theirs.text_embeddings
-    for norm in (name for name in theirs.modules() if isinstance(name, nn.LayerNorm)):
-        norm.eps = MODEL.norm_eps
+    for norm in (each for part in (theirs.transformer, words) for each in part.modules()):
+        if isinstance(norm, nn.LayerNorm):
+            norm.eps = MODEL.norm_eps
     away(theirs, seed=1)
     with torch.no_grad():
         # Of transformers 4.8, no positions are added where the blocks have relative ones.
         words.position_embeddings.weight.zero_()
-    theirs.mlm_score.transform = nn.Identity()
     theirs.pooler = TakeClassRow()
     return theirs.train()
 
@@ -139,6 +139,9 @@ def as_ours(state: dict[str, Tensor], *, gradient: bool = False) -> dict[str, Te
             own |= {f"{mine}.{new}.{part}": state[key] for old, new in pairs.items()
                     if (key := f"{block}.{old}.{part}") in state}  # fmt: skip
     own = {f"encoder.{name}": value for name, value in own.items()}
+    for part in ("weight", "bias"):
+        for old, new in (("dense", 0), ("LayerNorm", 2)):
+            own[f"objectives.masked.transform.{new}.{part}"] = state[f"mlm_score.transform.{old}.{part}"]
     return own | {
         "objectives.contrastive.vision.weight": state["itc_image_proj.fc.weight"],
         "objectives.contrastive.language.weight": state["itc_text_proj.fc.weight"],
@@ -182,7 +185,7 @@ def models():
     with imported(place, names, stubs(), "vlmo") as (module, objectives):
         theirs = build_theirs(module)
         words = MaskedData(image_ratio=0, pair_image_ratio=0, text_ratio=0, pair_text_ratio=0.15, dual=False,
-                           mean_over="targets")  # fmt: skip
+                           mean_over="targets", transform=True)  # fmt: skip
         ours = PretrainTask(MODEL, EXPERTS, (Contrastive(), Matching(), words), weights={"masked": 0.25})
         rest = ours.load_state_dict(as_ours(theirs.state_dict()), strict=False)
         assert not rest.unexpected_keys
