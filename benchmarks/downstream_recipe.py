@@ -93,7 +93,7 @@ CIDER = replace(
     objectives=(SelfCritical(samples=4, baseline="mean", max_words=23),),
     optim=replace(PRETRAINED, lr=1e-4, warmup_steps=10, weight_decay=0.0),
     init_from="$QUICKSTART/captions",
-    steps=80,
+    steps=40,
 )
 
 RECIPE = Recipe(

@@ -135,7 +135,9 @@ def _nanoseconds(function, rows: int) -> float:
 
 def pictures(directory: Path, number: int, size: int, workers: int) -> dict[str, float]:
     """The first pass over drawn pictures, and the second, which only reads the stored measures."""
-    write_corpus(directory, Corpus(number, 0, 0, 4, size, samples_per_shard=max(1, number // 8)), workers=workers)
+    write_corpus(
+        directory, Corpus(number, 0, 0, 4, size, samples_per_shard=max(1, number // 8), familiar=0), workers=workers
+    )
     shards = directory / "pairs" / "train"
     _, measures = filter_shards(shards, PictureSettings(), workers)
     start = time.perf_counter()

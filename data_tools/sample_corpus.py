@@ -4,6 +4,7 @@
 
     OUT/pairs/train   OUT/images/train   OUT/texts/train      what the stages train on
     OUT/pairs/heldout OUT/images/heldout OUT/texts/heldout    only scenes with held-out (colour, shape) combinations
+    OUT/pairs/familiar                                        new scenes of the combinations that training has
 
 Each directory contains 00000.tar (KEY.jpg, KEY.txt, KEY.json; pictures without text, texts without picture),
 00000.parquet and 00000_stats.json, which is written last: a shard without it is not finished. --seed determines
@@ -17,7 +18,7 @@ import hashlib
 import json
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import product
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from pretrain.json_files import read_object
 VERSION = 1  # increase it if the drawings or the wording change
 STAMP = "sample_corpus.json"
 KINDS = ("pairs", "images", "texts")
-SPLITS = ("train", "heldout")
+SPLITS = ("train", "heldout", "familiar")
 _SCHEMA = pa.schema(
     [(name, pa.string()) for name in ("url", "caption", "key", "status", "error_message")]
     + [(name, pa.int32()) for name in ("width", "height", "original_width", "original_height")]
@@ -55,10 +56,11 @@ class Corpus:
     size: int = 64
     seed: int = 0
     samples_per_shard: int = 1_000
+    familiar: int = 256  # pairs; a corpus whose stamp lacks it was drawn before there were any, and gets them now
 
     def __post_init__(self) -> None:
         for name, value, least in [
-            *((name, getattr(self, name), 0) for name in (*KINDS, "held_out", "seed")),
+            *((name, getattr(self, name), 0) for name in (*KINDS, "held_out", "familiar", "seed")),
             ("size", self.size, 32),
             ("samples_per_shard", self.samples_per_shard, 1),
         ]:
@@ -68,6 +70,8 @@ class Corpus:
             raise ValueError(f"size={self.size} is above 1024 pixels, the maximum for scenes; use 64 to 1024")
 
     def count(self, kind: str, split: str) -> int:
+        if split == "familiar":
+            return self.familiar if kind == "pairs" else 0
         return self.held_out if split == "heldout" else getattr(self, kind)
 
 
@@ -184,7 +188,7 @@ def _claim(out: Path, corpus: Corpus, *, overwrite: bool) -> None:
             existing = read_object(stamp)
         except ValueError:
             existing = {}
-        if existing == wanted:
+        if existing and {"familiar": Corpus.familiar} | existing == wanted:
             return
         if not overwrite:
             differences = ", ".join(
@@ -223,6 +227,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         ("size", "side of a picture in pixels"),
         ("seed", "determines the corpus"),
         ("samples_per_shard", "maximum"),
+        ("familiar", "pairs of new scenes of the combinations that training has"),
     ):
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=int, default=getattr(Corpus, name), metavar="N", help=f"{text} (%(default)s)")
@@ -237,7 +242,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    corpus = Corpus(args.pairs, args.images, args.texts, args.held_out, args.size, args.seed, args.samples_per_shard)
+    names = [field.name for field in fields(Corpus)]
+    corpus = Corpus(**{name: getattr(args, name) for name in names})
     new = write_corpus(args.out, corpus, workers=args.workers, overwrite=args.overwrite)
     print(f"{args.out}: {'written' if new else 'complete already'}")
 

@@ -20,6 +20,7 @@ from pretrain.json_files import read_object
 from pretrain.settings import fill_variables
 
 LONGEST, SIGMA = 4, 6.0
+END = "</s>"  # of a text where that counts as a word
 MAX_BYTES = 2**30  # of a file of frequencies; COCO's training captions make about 30 MB
 _WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 Counts = Counter[tuple[str, ...]]
@@ -31,8 +32,8 @@ def words_of(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Frequencies:
-    """In the references of how many of `pictures` one to four words stand together. A gram that is not noted counts as
-    one that stands with a single picture, as in pycocoevalcap."""
+    """In the references of how many of `pictures` one to four words, and the end, stand together. A gram that is not
+    noted counts as one that stands with a single picture, as in pycocoevalcap."""
 
     pictures: int
     grams: dict[tuple[str, ...], int]
@@ -42,7 +43,7 @@ class Frequencies:
         """Of the references of each picture; those that stand with a single one are left out."""
         counts, pictures = Counts(), 0
         for texts in references:
-            counts.update(set().union(*(_counts(words_of(text)) for text in texts)))
+            counts.update(set().union(*(_counts([*words_of(text), END]) for text in texts)))
             pictures += 1
         return cls(pictures, {gram: count for gram, count in counts.items() if count > 1})
 
@@ -82,14 +83,20 @@ def _is_count(value: Any) -> bool:
 
 
 def cider(
-    captions: Sequence[str], references: Sequence[Sequence[str]], known: Frequencies | None = None
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    known: Frequencies | None = None,
+    ended: Sequence[bool] | None = None,
 ) -> list[float]:
     """The score of each caption against its own references, from 0 to 10. How rare words are `known` says, or else
-    these references: with a single picture every word is as rare as any, and all scores are 0."""
+    these references: with a single picture every word is as rare as any, and all scores are 0. `ended`, for rewards:
+    the end counts as a word, which these captions have and all references. Otherwise what is rewarded is to stop in the
+    middle of a phrase (Hu et al., arXiv 2305.12254)."""
     if len(captions) != len(references) or not all(references):
         raise ValueError(f"{len(captions)} captions and {len(references)} lists of references; give one to each")
-    own = [_counts(words_of(text)) for text in captions]
-    given = [[_counts(words_of(text)) for text in texts] for texts in references]
+    end, ends = [] if ended is None else [END], ended or [False] * len(captions)
+    own = [_counts(words_of(text) + [END] * end) for text, end in zip(captions, ends, strict=True)]
+    given = [[_counts(words_of(text) + end) for text in texts] for texts in references]
     rarity = (known or Frequencies.of(references)).rarity
 
     def weighed(counts: Counts) -> tuple[list[dict[tuple[str, ...], float]], list[float], int]:

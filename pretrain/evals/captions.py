@@ -53,7 +53,7 @@ class CaptionScore(Evaluation):
         for batch in trained.batches({"pairs": self.pairs}, min(self.batch, samples), samples):
             texts = self._write(trained, batch, *found)
             for number, text in enumerate(texts[: max(SHOWN - len(shown), 0)]):
-                picture = trained.save_picture(uint8_pictures(batch.images)[number], f"caption{len(shown)}")
+                picture = trained.save_picture(uint8_pictures(batch.images)[number], f"caption{self.name}{len(shown)}")
                 given = " / ".join(batch.extra[REFERENCES][number][:2])
                 shown.append({"input": picture, "references": given, "written": text})
             captions += texts
@@ -64,7 +64,7 @@ class CaptionScore(Evaluation):
         values |= coco_metrics(self.more, captions[:samples], references)
         own = f"captions/{self.name}/" if self.name else "captions/"
         values = {key.replace("captions/", own, 1): value for key, value in values.items()}
-        return values, {} if self.name else {"captions": shown}
+        return values, {own.removesuffix("/"): shown}
 
     def _write(self, trained: Trained, batch: Any, logits: Any, mask_id: int | None) -> list[str]:
         task: Any = trained.task

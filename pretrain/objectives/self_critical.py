@@ -149,10 +149,11 @@ class SelfCriticalHead(nn.Module):
         return torch.stack(total).sum(0)
 
     def _rewards(self, ids: Tensor, batch: Batch, width: int) -> Tensor:
-        """float32 [pairs, width]: CIDEr-D, about 1 for a caption like those of people."""
+        """float32 [pairs, width]: CIDEr-D with the end as a word, about 1 for a caption like those of people."""
         texts = [self.tokenizer.decode(row) for row in ids.tolist()]
         references = [given for given in batch.extra[REFERENCES] for _ in range(width)]
-        return torch.tensor(cider(texts, references, self.known), device=ids.device).view(-1, width)
+        ended = (ids == EOS).any(1).tolist()
+        return torch.tensor(cider(texts, references, self.known, ended), device=ids.device).view(-1, width)
 
     def after_step(self) -> None:
         """Nothing moves between steps."""

@@ -16,6 +16,10 @@ dropping the worst fifth of the words after 12,000 steps (captioning). The avera
 commands leave off, is ema=Ema(0.9999, warmup=False). The head's 20 times higher rate (vqa, --task_head_lr_weight) is
 its pooler's too here. Clipping at 3.0 is ours, a guard.
 
+captioning_cider goes on from captioning by CIDEr optimisation, which BEiT-3 did without ([B3] 3.1.3: its captions are
+"without CIDEr optimization"), so its numbers are VinVL's (microsoft/Oscar, VinVL_MODEL_ZOO.md, base): a tenth of the
+rate before it, batches of 128 pictures, 75 epochs. $DATA/coco/frequencies.json is of data_tools.caption_frequencies.
+
 Visual entailment (snli_ve) is not among BEiT-3's tasks, nor VLMo's. Its settings are ALBEF's (salesforce/ALBEF,
 configs/VE.yaml, 8 GPUs of 32 pictures), a model of base's size, and large takes the same; the drop path is [U]'s for
 vqa, whose head it has. Left out: ALBEF's distillation. OFA (run_scripts/snli_ve) chose 5e-5, five epochs, batches of
@@ -28,7 +32,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pretrain.config import BatchSize, Recipe, Stage
-from pretrain.data.labelled import LabelledPairShards, LabelledShards, QuestionShards, TwoPictureShards
+from pretrain.data.labelled import (
+    LabelledPairShards,
+    LabelledShards,
+    QuestionShards,
+    RewardShards,
+    TwoPictureShards,
+)
 from pretrain.data.mixing import Mixing
 from pretrain.data.rand_augment import RandAugment
 from pretrain.data.sources import CaptionShards
@@ -44,6 +54,7 @@ from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.entailment import Entailment
 from pretrain.objectives.masked_captioning import MaskedCaptioning
 from pretrain.objectives.reasoning import Reasoning
+from pretrain.objectives.self_critical import SelfCritical
 from pretrain.optim import Optim
 
 # Pictures of an epoch. ImageNet-1k 1,281,167; COCO's train and restval 113,287 with five captions each; VQAv2's
@@ -134,6 +145,12 @@ def recipe(name: str, model: MultiwayConfig, settings: dict[str, Settings]) -> R
     # [U] beit3/datasets.py, build_imagenet_transform; its arguments' defaults; the crops are timm's create_transform's.
     look = replace(LOOK, scale=(0.08, 1.0), evaluation="crop", rand_augment=TimmRandAugment(), erase=RandomErasing())
     stages["imagenet_augmented"] = replace(stages["imagenet"], mix={"images": mixed}, transform=look)
+    how, pictures = settings["captioning"], COCO // 5
+    rewarded = RewardShards("$DATA/coco/train", text_len=32, frequencies="$DATA/coco/frequencies.json")
+    stages["captioning_cider"] = _stage(
+        replace(how, lr=how.lr / 10, drop_path=0.0, batch=128, epochs=75, warmup=0), model, pictures,
+        {"pairs": rewarded}, objectives=(SelfCritical(),), init_from="captioning", evals=stages["captioning"].evals,
+    )  # fmt: skip
     for task in ("vqa", "captioning"):
         look = replace(stages[task].transform, rand_augment=RandAugment(count=2, strength=7))
         stages[f"{task}_augmented"] = replace(stages[task], transform=look)

@@ -30,6 +30,11 @@ PAIRS = PairShards("$DATA/pairs/train", text_len=24)
 TEXTS = TextShards("$DATA/texts/train", text_len=40)
 HELD_IMAGES = ImageShards("$DATA/images/heldout")
 HELD_PAIRS = PairShards("$DATA/pairs/heldout", text_len=24)
+# The words of a held-out caption's combinations of colour and shape never stand together in training; those of familiar
+# pictures, which are as new, do.
+HELD_CAPTIONS, FAMILIAR_CAPTIONS = (
+    ReferenceShards(f"$DATA/pairs/{split}", text_len=24) for split in ("heldout", "familiar")
+)
 HELD_TEXTS = TextShards("$DATA/texts/heldout", text_len=40)
 
 # Captions name left and right, so pictures are never flipped; they name colours, so those are left alone.
@@ -134,7 +139,7 @@ CAPTIONS = Stage(
     transform=LOOK,
     optim=OPTIM,
     steps=200,
-    evals=(CaptionScore(ReferenceShards("$DATA/pairs/heldout", text_len=24), samples=256),),
+    evals=(CaptionScore(HELD_CAPTIONS, samples=256), CaptionScore(FAMILIAR_CAPTIONS, samples=256, name="familiar")),
 )
 
 RECIPE = Recipe(

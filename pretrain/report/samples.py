@@ -36,8 +36,11 @@ def folds(directory: Path, samples: dict[str, list]) -> tuple[list[tuple[str, st
     title = "Masked and predicted, on held-out data" if hidden else "Pictures, and what their codes keep of them"
     masked = [shown for entry in entries if any((shown := _masked(entry, picture)).values())]
     groups: list[tuple[str, str, list]] = [(title, "shows", masked)]
-    written = [_written(entry, picture) for entry in samples.get("captions", []) if isinstance(entry, dict)]
-    groups.append(("Captions of held-out pictures", "shows", written))
+    for key, entries in samples.items():
+        name = key.removeprefix("captions").removeprefix("/")
+        if key.startswith("captions"):
+            written = [_written(entry, picture) for entry in entries if isinstance(entry, dict)]
+            groups.append((f"Captions of {name or 'held-out'} pictures", "shows", written))
     for direction, title in (("text_to_image", "Text → image retrieval"), ("image_to_text", "Image → text retrieval")):
         entries = [entry for entry in samples.get("retrieval", []) if entry.get("direction") == direction]
         groups.append((title, "queries", [_query(entry, picture) for entry in entries]))

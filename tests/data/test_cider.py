@@ -27,6 +27,15 @@ def test_the_best_caption_is_the_reference_itself():
     assert cider(["", "!"], [["a"], ["b"]]) == [0.0, 0.0]
 
 
+def test_a_reward_counts_the_end_as_a_word():
+    """A text that stops in the middle of a phrase loses by it."""
+    texts, ended = ["a red bus on the", "two dogs run", "a cat sleeps on a mat"], [True, True, False]
+    marked = [text + " zzz" * end for text, end in zip(texts, ended, strict=True)]
+    given = [[f"{text} zzz" for text in own] for own in REFERENCES]
+    assert cider(texts, REFERENCES, None, ended) == pytest.approx(cider(marked, given), abs=1e-12)
+    assert cider(texts, REFERENCES, None, ended)[0] < cider(texts, REFERENCES)[0]
+
+
 def test_the_baseline_is_what_was_written_about_the_next_picture():
     about_the_next = ["two dogs run in the grass", "a cat is sleeping on a mat", "a red bus drives on the street"]
     assert other_captions(REFERENCES) == cider(about_the_next, REFERENCES)

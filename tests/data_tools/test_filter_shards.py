@@ -105,7 +105,7 @@ def drops_there(directory: Path) -> bool:
 
 
 def test_drawn_scenes_pass(tmp_path):
-    write_corpus(tmp_path / "c", Corpus(pairs=60, images=0, texts=0, held_out=2), workers=1)
+    write_corpus(tmp_path / "c", Corpus(pairs=60, images=0, texts=0, held_out=2, familiar=0), workers=1)
     step, _ = filter_shards(tmp_path / "c" / "pairs" / "train", PictureSettings())
     assert step.kept == step.rows == 60
 

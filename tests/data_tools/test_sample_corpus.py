@@ -20,7 +20,7 @@ from data_tools.drawn.scenes import COLOURS, HELD_OUT, SHAPES, draw_scene, rando
 from data_tools.sample_corpus import Corpus, main, write_corpus
 from tests.toys import read_members, refused
 
-SMALL = Corpus(pairs=250, images=60, texts=150, held_out=48, samples_per_shard=100)
+SMALL = Corpus(pairs=250, images=60, texts=150, held_out=48, samples_per_shard=100, familiar=12)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,28 @@ def test_combinations_are_held_out_and_their_parts_are_not(corpus):
         seen = set.union(*training)
         assert {colour for colour, _ in seen} == set(COLOURS)
         assert {shape for _, shape in seen} == set(SHAPES)
+
+
+def test_familiar_pairs_are_new_pictures_of_known_combinations(corpus):
+    familiar = members(corpus / "pairs/familiar")
+    assert len(familiar) == SMALL.familiar and not (corpus / "images/familiar").exists()
+    assert not any(scene & HELD_OUT for scene in combinations(corpus / "pairs/familiar"))
+    known = {sample["jpg"] for sample in members(corpus / "pairs/train").values()}
+    assert not any(sample["jpg"] in known for sample in familiar.values())
+
+
+def test_a_corpus_of_before_gets_its_familiar_pairs(tmp_path):
+    """And nothing else of it changes."""
+    old, stamp = Corpus(pairs=3, images=0, texts=0, held_out=2, familiar=0), tmp_path / sample_corpus.STAMP
+    write_corpus(tmp_path, old, workers=1)
+    content = json.loads(stamp.read_text())
+    del content["familiar"]
+    stamp.write_text(json.dumps(content))
+    tars = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*.tar")}
+    now = replace(old, familiar=Corpus.familiar)
+    assert write_corpus(tmp_path, now, workers=1) and not write_corpus(tmp_path, now, workers=1)
+    assert len(members(tmp_path / "pairs/familiar")) == 256
+    assert tars == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tars}
 
 
 def test_training_texts_do_not_mention_held_out_combinations(corpus):
@@ -148,7 +170,7 @@ def test_the_seed_determines_the_bytes_for_any_number_of_workers(corpus, tmp_pat
     for kind in sample_corpus.KINDS:
         for path in (corpus / kind).rglob("*.tar"):
             assert path.read_bytes() == (tmp_path / "again" / path.relative_to(corpus)).read_bytes()
-    tiny = {"pairs": 5, "images": 0, "texts": 0, "held_out": 0}
+    tiny = {"pairs": 5, "images": 0, "texts": 0, "held_out": 0, "familiar": 0}
     write_corpus(tmp_path / "a", Corpus(**tiny), workers=1)
     write_corpus(tmp_path / "b", Corpus(**tiny, seed=1), workers=1)
     a, b = (members(tmp_path / name / "pairs" / "train") for name in "ab")
@@ -157,7 +179,7 @@ def test_the_seed_determines_the_bytes_for_any_number_of_workers(corpus, tmp_pat
 
 def test_a_second_call_writes_only_what_is_missing(corpus, tmp_path):
     assert not write_corpus(corpus, SMALL, workers=1)
-    tiny, out = Corpus(pairs=25, images=0, texts=5, held_out=12, samples_per_shard=10), tmp_path / "corpus"
+    tiny, out = Corpus(pairs=25, images=0, texts=5, held_out=12, samples_per_shard=10, familiar=4), tmp_path / "corpus"
     out.mkdir()
     (out / ".corpus.json.1234.writing").touch()  # as after a kill at the very beginning
     write_corpus(out, tiny, workers=1)

@@ -143,11 +143,10 @@ def test_retrieval_samples_show_hits_and_misses(run):
 def test_written_captions_stand_beside_those_of_people(run):
     Image.new("RGB", (8, 8), "blue").save(run / "fusion" / "samples" / "c.png")
     shown = [{"input": "samples/c.png", "written": f"a blue {EVIL}", "references": "blue / navy"}, {"written": 3}, "x"]
-    (run / "fusion" / "samples.json").write_text(json.dumps({"captions": shown}))
+    (run / "fusion" / "samples.json").write_text(json.dumps({"captions": shown, "captions/familiar": shown[:1]}))
     page = read(run)
-    assert (
-        "Captions of held-out pictures" in page.text and "blue / navy" in page.text and f"a blue {SHOWN}" in page.text
-    )
+    assert "Captions of held-out pictures" in page.text and "Captions of familiar pictures" in page.text
+    assert "blue / navy" in page.text and f"a blue {SHOWN}" in page.text
     check_inert((run / "report.html").read_text())
 
 
