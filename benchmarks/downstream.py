@@ -8,8 +8,8 @@ NLVR2's sentences, SNLI-VE's hypotheses), makes shards of them by data_tools.fro
 stage of benchmarks/downstream_recipe.py. Colour and shape of a picture's only thing (40 classes, 10 pictures each to
 learn from) are also asked of frozen vectors (k-NN, linear) and by their names alone. Test scenes of all tasks but this
 have a combination of colour and shape that no training scene has. NLVR2 has several sentences for two pictures, and
-here there are two, one about shapes, and an easier one. `cider` goes on from the quickstart's captions: before and
-after. The same line goes on where it was stopped.
+here there are two: an easy one (sentences) and a hard one (shapes). `cider` goes on from the quickstart's captions:
+before and after. The same line goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ from pretrain.tasks.pretrain import PretrainTask
 
 RECIPE = Path(__file__).with_name("downstream_recipe.py")
 PER_CLASS = {"train": 10, "test": 25}
-SCENES = {"train": 4000, "test": 500}  # with a question and a hypothesis each, and as many pairs with two sentences
+SCENES = {"train": 4000, "test": 500}  # with a question and a hypothesis each, as many pairs with two sentences
 SIZE = 64
 METRICS = {
     "classes": ("classification/top-1", "fine-tuned, top-1 %"),
     "questions": ("answers/accuracy", "questions about a picture, VQA accuracy %"),
-    "sentences": ("reasoning/accuracy", "sentences about two pictures, %"),
+    "sentences": ("reasoning/accuracy", "sentences about one of two pictures, %"),
+    "shapes": ("reasoning/accuracy", "sentences about the shapes of two pictures, %"),
     "hypotheses": ("entailment/accuracy", "hypotheses about a picture, %"),
     "captions": ("captions/CIDEr", "captions, CIDEr"),
     "cider": ("captions/CIDEr", "captions optimised for CIDEr"),
@@ -69,8 +70,9 @@ def write_tasks(work: Path) -> None:
         pictures = ["--pictures", raw / f"pictures-{split}"]
         answers = ["--answers", raw / f"annotations-{split}.json", "--out", tasks / "questions" / split]
         shards(raw / f"questions-{split}.json", *pictures, *answers)
-        pairs = ["--pictures", raw / f"pairs-{split}", "--out", tasks / "sentences" / split]
-        shards(raw / f"sentences-{split}.json", *pairs)
+        for task in ("sentences", "shapes"):
+            pairs = ["--pictures", raw / f"pairs-{split}", "--out", tasks / task / split]
+            shards(raw / f"{task}-{split}.json", *pairs)
         shards(raw / f"snli_ve_{split}.jsonl", *pictures, "--out", tasks / "hypotheses" / split)
     notes = json.loads((raw / "annotations-train.json").read_text())["annotations"]
     often = Counter(note["multiple_choice_answer"] for note in notes)
@@ -94,7 +96,7 @@ def _write_classes(folder: Path, split: str) -> None:
 
 def _write_scenes(raw: Path, split: str) -> None:
     rng = random.Random(f"scenes/{split}")
-    questions, notes, lines, hypotheses = [], [], [], []
+    questions, notes, shapes, sentences, hypotheses = [], [], [], [], []
     scenes = [random_scene(rng, held_out=split == "test") for _ in range(SCENES[split])]
     for number, scene in enumerate(scenes):
         asked, answer = question(scene, rng)
@@ -107,17 +109,18 @@ def _write_scenes(raw: Path, split: str) -> None:
         text, right = sentence((scene, other), rng)
         for side, each in enumerate((scene, other)):
             _draw(each, rng, raw / f"pairs-{split}" / f"{split}-{number}-0-img{side}.png")
-        lines.append(json.dumps({"identifier": f"{split}-{number}-0-0", "sentence": text, "label": str(right)}))
+        shapes.append(json.dumps({"identifier": f"{split}-{number}-0-0", "sentence": text, "label": str(right)}))
         own = random.Random(f"easier/{split}/{number}")  # so that what was drawn before stays
         text, right = side_sentence((scene, other), own)
-        lines.append(json.dumps({"identifier": f"{split}-{number}-0-1", "sentence": text, "label": str(right)}))
+        sentences.append(json.dumps({"identifier": f"{split}-{number}-0-1", "sentence": text, "label": str(right)}))
         text, label = hypothesis(scene, own)
         line = {"Flickr30K_ID": picture, "pairID": f"{picture}.jpg#0r1", "gold_label": label, "sentence2": text}
         hypotheses.append(json.dumps(line))
     (raw / f"questions-{split}.json").write_text(json.dumps({"questions": questions}))
     (raw / f"annotations-{split}.json").write_text(json.dumps({"annotations": notes}))
-    (raw / f"sentences-{split}.json").write_text("\n".join(lines))
-    (raw / f"snli_ve_{split}.jsonl").write_text("\n".join(hypotheses))
+    lines = {f"sentences-{split}.json": sentences, f"shapes-{split}.json": shapes, f"snli_ve_{split}.jsonl": hypotheses}
+    for name, texts in lines.items():
+        (raw / name).write_text("\n".join(texts))
 
 
 def _draw(scene: Scene, rng: random.Random, path: Path) -> None:
@@ -207,6 +210,7 @@ def chances(quickstart: Path, work: Path) -> dict[str, float]:
         "classes": 100 / len(TRAINING),
         "questions": 100 * answered,
         "sentences": 50.0,
+        "shapes": 50.0,
         "hypotheses": 200 / 3,  # from the sentence alone
         "captions": 100 * sum(others) / len(others),
     }

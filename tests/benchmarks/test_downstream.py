@@ -20,7 +20,8 @@ def test_its_sets_go_the_way_of_public_ones(tmp_path, monkeypatch, capsys):
         len(json.loads((tasks / "classes" / "labels.json").read_text())) == 40 == len(read_all(tasks / "classes/test"))
     )
     assert len(read_all(tasks / "questions/train")) == 200 == len(read_all(tasks / "hypotheses/train"))
-    assert len(read_all(tasks / "sentences/train")) == 400 and len(read_all(tasks / "hypotheses/test")) == 3
+    assert len(read_all(tasks / "sentences/train")) == 200 == len(read_all(tasks / "shapes/train"))
+    assert len(read_all(tasks / "hypotheses/test")) == 3
     assert json.loads((tasks / "hypotheses/train/labels.json").read_text())[1] == "neutral"
     assert all(
         {"png", "jpe"} <= set(sample) or {"jpg", "jpe"} <= set(sample) for sample in read_all(tasks / "sentences/test")
