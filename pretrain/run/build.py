@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pretrain.batch import Batch, Layout
 from pretrain.checkpoint.copies import Copies
 from pretrain.checkpoint.save import Checkpoint, resume
-from pretrain.checkpoint.weights import LORA, load_handover
+from pretrain.checkpoint.weights import LORA, load_handover, weights_header
 from pretrain.config import Recipe, Stage, to_json
 from pretrain.data.loader import Loader
 from pretrain.distributed import device, rank, world_size
@@ -324,6 +324,8 @@ def load_start(
             state, model_in(config, path, classes_of(recipe)), wanted
         ),
     )
+    if not handover.loaded:
+        _refuse_another_kind(recipe, stage, path)
     log.info("weights: %d tensors from %s", len(handover.loaded), path)
     if handover.adapted:
         log.info("weights made to fit this stage's model: %s", _shorten(handover.adapted))
@@ -332,6 +334,17 @@ def load_start(
     if handover.unexpected and mesh.pipe.size == 1:
         log.info("weights passed on untouched (this stage does not build them): %s", _shorten(handover.unexpected))
     return init
+
+
+def _refuse_another_kind(recipe: Recipe, stage: Stage, path: Path) -> None:
+    """ValueError for weights of which nothing fits, unless they are of the stage's kind of model: with attention per
+    modality, vision and language share no names, and such a stage only passes the weights on."""
+    own, stored = recipe.model_of(stage), model_in(weights_header(path).get("config", {}), path, classes_of(recipe))
+    if type(stored) is not type(own):
+        raise ValueError(
+            f"init_from={stage.init_from}: none of its tensors belongs to this stage, since it holds a "
+            f"{type(stored).__name__} and the stage trains a {type(own).__name__}; name the weights of one"
+        )
 
 
 def _shorten(names: list[str]) -> str:

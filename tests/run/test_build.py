@@ -12,6 +12,7 @@ from pretrain.checkpoint.weights import carry_over, read_weights, write_weights
 from pretrain.config import Recipe, Stage, to_json
 from pretrain.layers import PLAIN
 from pretrain.models.multiway.resize import resize_relative_positions
+from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
 from pretrain.parallel.mesh import create_mesh
 from pretrain.parallel.sizes import Parallel
 from pretrain.recipes import find_recipe
@@ -72,6 +73,16 @@ def test_weights_of_224_pixels_start_a_stage_of_384(tmp_path, name, positions):
     for unfit in ({"dim": 24}, {"max_text_len": old.max_text_len + 1}):
         with pytest.raises(ValueError, match=r"has shape \(.* but this stage needs"):
             started(image_size=384, **unfit)
+
+
+def test_weights_of_another_kind_of_model_are_no_start(tmp_path):
+    recipe = small("tiny")
+    other = VQKDConfig(dim=16, depth=1, heads=2, decoder_depth=0, image_size=32, patch_size=16, codes=8)
+    write_weights({"tokenizer.x": torch.ones(2)}, tmp_path / "vq" / "weights.safetensors", {"model": to_json(other)})
+    with pytest.raises(
+        ValueError, match=r"init_from=vq: none of .* holds a VQKDConfig and the stage trains a Multiway"
+    ):
+        start(recipe, replace(recipe.stages["vision"], init_from="vq"), tmp_path)
 
 
 @pytest.mark.parametrize(("key", "pixels"), [("vision", 32), ("tokenizer", 224)])

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from pretrain.data.labelled import LabelledShards
-from pretrain.evals.labelled import TopAccuracy
+from pretrain.data.labelled import LabelledShards, QuestionShards
+from pretrain.evals.labelled import QuestionAccuracy, TopAccuracy
 from pretrain.evals.probe import Probe
 from pretrain.run.labels import check_labels
+from tests.toys import pair_sample, write_source
 
 
 def labelled(place: Path, split: str, names: list[str] | None) -> LabelledShards:
@@ -42,6 +43,22 @@ def test_other_labels_are_one_sentence(tmp_path, others, said):
     for asked in (TopAccuracy(test), Probe(train, test)):
         with pytest.raises(ValueError, match=f"{said}.*--labels {tmp_path}/a/labels.json"):
             check_labels(stage(train, asked))
+
+
+@pytest.mark.parametrize("known", [["yes", "no"], ["w0", "w1"], ["Yes!"]])
+def test_a_vocabulary_of_other_answers_is_one_sentence(tmp_path, known):
+    asked = [pair_sample(f"q{n}", n) | {"json": json.dumps({"answers": ["yes"] * 9 + ["Maybe."]})} for n in range(3)]
+    shards = write_source(tmp_path / "q", [asked[:2], [], asked[2:]])
+    (tmp_path / "answers.json").write_text(json.dumps(known))
+    source = QuestionShards(str(shards), vocabulary=str(tmp_path / "answers.json"))
+    asking = SimpleNamespace(mix={"pairs": source}, evals=(QuestionAccuracy(source),))
+    if known[0] == "yes":
+        check_labels(asking)
+        return
+    with pytest.raises(
+        ValueError, match=r"none of the answers of 3 questions in .*, such as 'maybe'; write the set's own"
+    ):
+        check_labels(asking)
 
 
 def test_equal_and_unknown_labels_are_good(tmp_path, monkeypatch):
