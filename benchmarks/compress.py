@@ -60,9 +60,7 @@ class Form:
 def forms(quickstart: Path, work: Path) -> list[Form]:
     whole = quickstart / "retrieval"
     made = [_ours("fp32", whole)]
-    graphs = work / "onnx"
-    if not (graphs / "model.json").exists():
-        _export("to-onnx", whole, graphs, "--int8")
+    graphs = export_once(whole, work / "onnx")
     made += [_onnx(f"ONNX {kind}", graphs, end, made[0].weights) for kind, end in (("fp32", ""), ("int8", ".int8"))]
     for share in ZEROS:
         made.append(_ours(f"smallest {100 * share:g} % at 0", _pruned(whole, work, "zeros", share)))
@@ -80,6 +78,13 @@ def forms(quickstart: Path, work: Path) -> list[Form]:
         _ours("student without a teacher", train(quickstart, work / "students", "tiny_student", "student_alone"))
     )
     return made
+
+
+def export_once(whole: Path, graphs: Path) -> Path:
+    """The ONNX graphs of a stage, in fp32 and int8, made where they are not."""
+    if not (graphs / "model.json").exists():
+        _export("to-onnx", whole, graphs, "--int8")
+    return graphs
 
 
 def _export(*line: object) -> None:

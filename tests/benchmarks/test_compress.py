@@ -8,6 +8,11 @@ from typing import Any
 import torch
 
 from benchmarks.compress import Form, _used, recalls, times
+from benchmarks.compress_fusion import measure
+from pretrain.batch import Layout
+from pretrain.objectives.masked import MaskedData
+from pretrain.tasks.pretrain import PretrainTask
+from tests.toy_models import CODES, PAPER, PATCHES, random_batch
 from tests.toys import refused
 
 
@@ -44,3 +49,19 @@ def test_without_a_quickstart(tmp_path, capsys):
 
     said = refused(capsys, main, "--quickstart", tmp_path, "--work", tmp_path / "work")
     assert "has no finished retrieval; run bash launch/quickstart.sh first" in said
+
+
+def test_fused_words_are_scored_by_the_stages_own_head():
+    torch.manual_seed(0)
+    task = PretrainTask(PAPER, ("vision", "language", "fusion"), [MaskedData(image_codes=CODES)]).eval()
+    batch = random_batch(Layout(pairs=6, patches=PATCHES, pair_len=7)).indexed()
+
+    def noisy(batch):
+        kinds = task.encoder(batch)
+        return kinds._replace(pair_texts=kinds.pair_texts + 10 * torch.randn_like(kinds.pair_texts))
+
+    own, same, other = measure(task, {"fp32": task.encoder, "same": task.encoder, "noisy": noisy}, [batch] * 2, 1)
+    said, right = task.objectives["masked"].predict(task.encoder(batch), batch)["pair_text"]
+    assert own["words_in_pairs_percent"] == round(100 * (said == right).double().mean().item(), 1)
+    assert own["words"] == 2 * len(right) and own["rows_off"] == same["rows_off"] == 0 < other["rows_off"]
+    assert own["words_in_pairs_percent"] == same["words_in_pairs_percent"] and own["baseline"] == other["baseline"]
