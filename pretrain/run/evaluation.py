@@ -41,6 +41,7 @@ LATER: dict[tuple[str, str], Any] = {
     ("Contrastive", "projection_bias"): False,
     ("Contrastive", "smoothing"): 0.0,
     ("MomentumContrast", "projection_bias"): False,
+    ("MaskedData", "transform"): False,
     ("Matching", "alignment"): 0.0,
     ("Reasoning", "scale"): 0.001,
     ("CaptionScore", "more"): [],

@@ -17,7 +17,8 @@ from pretrain.parallel.mesh import create_mesh
 from pretrain.parallel.sizes import Parallel
 from pretrain.recipes import find_recipe
 from pretrain.released_weights import resize_positions
-from pretrain.run.build import build_task, compiles, load_start
+from pretrain.run.build import build_task, compiles
+from pretrain.run.start_weights import load_start
 
 SIZE = {"dim": 16, "depth": 4, "heads": 2, "ffn_dim": 32, "patch_size": 16, "vocab_size": 64}
 

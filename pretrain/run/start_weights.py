@@ -1,0 +1,67 @@
+"""The weights that a stage begins with, or goes on with."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from pretrain.checkpoint.save import Checkpoint
+from pretrain.checkpoint.weights import load_handover, weights_header
+from pretrain.config import Recipe, Stage
+from pretrain.parallel.mesh import Mesh
+from pretrain.parallel.state import dense_shape, fill, named_state
+from pretrain.run.stored_weights import classes_of, model_in, weights_path
+
+log = logging.getLogger("pretrain")
+
+
+def load_start(
+    task: nn.Module, recipe: Recipe, stage: Stage, run_dir: Path, checkpoint: Checkpoint | None, mesh: Mesh
+) -> Path | None:
+    """Fill the task from the checkpoint, else from `stage.init_from`; each choice is one log line. Returns the file
+    that init_from names, for what it holds besides."""
+    init = weights_path(stage.init_from, run_dir, "init_from") if stage.init_from is not None else None
+    path = checkpoint.weights if checkpoint is not None else init
+    if path is None:
+        log.info("weights: from scratch")
+        return None
+    handover = load_handover(
+        named_state(task),
+        path,
+        shape_of=partial(dense_shape, mesh=mesh),
+        fill=partial(fill, mesh=mesh),
+        adapt=lambda state, config, wanted: recipe.model_of(stage).adapt(
+            state, model_in(config, path, classes_of(recipe)), wanted
+        ),
+    )
+    if not handover.loaded:
+        _refuse_another_kind(recipe, stage, path)
+    log.info("weights: %d tensors from %s", len(handover.loaded), path)
+    if handover.adapted:
+        log.info("weights made to fit this stage's model: %s", _shorten(handover.adapted))
+    if handover.missing:
+        log.info("weights from scratch (not in that file): %s", _shorten(handover.missing))
+    if handover.unexpected and mesh.pipe.size == 1:
+        log.info("weights passed on untouched (this stage does not build them): %s", _shorten(handover.unexpected))
+    return init
+
+
+def _refuse_another_kind(recipe: Recipe, stage: Stage, path: Path) -> None:
+    """ValueError for weights of which nothing fits, unless they are of the stage's kind of model: with attention per
+    modality, vision and language share no names, and such a stage only passes the weights on."""
+    own, stored = recipe.model_of(stage), model_in(weights_header(path).get("config", {}), path, classes_of(recipe))
+    if type(stored) is not type(own):
+        raise ValueError(
+            f"init_from={stage.init_from}: none of its tensors belongs to this stage, since it holds a "
+            f"{type(stored).__name__} and the stage trains a {type(own).__name__}; name the weights of one"
+        )
+
+
+def _shorten(names: list[str]) -> str:
+    """Parameter names by their first three parts, so that a log line stays a line."""
+    groups = sorted({".".join(name.split(".")[:3]) for name in names})
+    more = f" and {len(groups) - 6} more" if len(groups) > 6 else ""
+    return ", ".join(groups[:6]) + more
