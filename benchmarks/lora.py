@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -26,7 +25,6 @@ from benchmarks.record import machine
 from pretrain.command import about, make_parser, run, write
 from pretrain.json_files import read_object
 from pretrain.layers import PLAIN
-from pretrain.metrics import read_metrics
 from pretrain.recipes import find_recipe
 from pretrain.run.directory import read_recipe
 from pretrain.run.identity import differences
@@ -71,8 +69,7 @@ def train(quickstart: Path, work: Path, stage: str, steps: int | None) -> dict[s
         if not done.exists():
             subprocess.run([sys.executable, "-m", f"pretrain.{module}", *common, *more], env=env, check=True)
     figures = read_object(done)
-    rates = [line["samples_per_s"] for line in read_metrics(directory / "metrics.jsonl") if "samples_per_s" in line]
-    return {name: figures[name] for name in METRICS} | {"samples_per_s": median(rates)}
+    return {name: figures[name] for name in METRICS}
 
 
 def main(arguments: list[str] | None = None) -> int:
