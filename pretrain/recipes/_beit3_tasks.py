@@ -143,7 +143,8 @@ def recipe(name: str, model: MultiwayConfig, settings: dict[str, Settings]) -> R
     }  # fmt: skip
     mixed = LabelledShards("$DATA/imagenet/train", mixing=Mixing(mixup=0.8, cutmix=1.0))
     # [U] beit3/datasets.py, build_imagenet_transform; its arguments' defaults; the crops are timm's create_transform's.
-    look = replace(LOOK, scale=(0.08, 1.0), evaluation="crop", rand_augment=TimmRandAugment(), erase=RandomErasing())
+    augmented: dict[str, Any] = {"scale": (0.08, 1.0), "rand_augment": TimmRandAugment(), "erase": RandomErasing()}
+    look = replace(stages["imagenet"].transform, evaluation="crop", **augmented)
     stages["imagenet_augmented"] = replace(stages["imagenet"], mix={"images": mixed}, transform=look)
     how, pictures = settings["captioning"], COCO // 5
     rewarded = RewardShards("$DATA/coco/train", text_len=32, frequencies="$DATA/coco/frequencies.json")
