@@ -122,11 +122,15 @@ def _check_expressible(state: State, cfg: MultiwayConfig) -> None:
         "relative_position": False,
         "layer_scale": None,
         "text_norm": False,
-        "head_dim": None,
     }
     for name, value in required.items():
         if getattr(cfg, name) != value:
             raise ValueError(f"model.{name}={getattr(cfg, name)} cannot be written as BEiT-3; it needs {value}")
+    if cfg.attention_dim != cfg.dim:
+        raise ValueError(
+            f"model.heads={cfg.heads} of width {cfg.head_width} cannot be written as BEiT-3, whose heads fill "
+            f"{cfg.dim} (zeros in the place of pruned ones would change the norm behind them); to-hf and to-onnx can"
+        )
     if not cfg.key_bias:
         raise ValueError("model.key_bias=False cannot be written as BEiT-3; it needs True")
 

@@ -236,21 +236,19 @@ def block_bytes(planned: Planned, cell: Cell, block: int) -> float:
     """Saved tensors of one block, input to output; see MultiwayBlock.forward from top to bottom."""
     m, width = planned.model, cell.width
     split, sequence = cell.parallel.tensor * cell.parallel.sequence, cell.parallel.sequence
-    rows, d, f = cell.layout.rows, m.dim, m.ffn_dim
+    rows, d, f, a = cell.layout.rows, m.dim, m.ffn_dim, m.attention_dim
     after = min(read_rows(planned, cell.layout), rows) if block == m.depth else rows
     stats = 2 * (width if not cell.packed else FP32)  # mean and 1 / standard deviation of a norm's row
     whole: float = rows * (2 * d * width + stats)  # the block's input, its norm
     whole += after * (2 * d * width + stats)  # the sum after attention, its norm
     kinds = _kinds(cell.layout)
-    inner: float = (
-        3 * rows * d + 3 * _copied(cell) * d + rows * d
-    ) * width  # q, k, v; copies of joined kinds; the outcome
+    inner: float = (4 * rows + 3 * _copied(cell)) * a * width  # q, k, v, the outcome; copies of joined kinds
     if kinds > 1 or block == m.depth:
-        inner += after * d * width  # joined, or the rows that heads read
+        inner += after * a * width  # joined, or the rows that heads read
     inner += 2 * after * f * width  # what gelu reads and what it gives
     inner += rows * m.heads * FP32  # the softmax's normaliser
     if m.sub_norm:
-        inner += after * ((d + f) * width + 2 * stats)
+        inner += after * ((a + f) * width + 2 * stats)
     if m.layer_scale is not None:
         whole += 2 * after * d * width
     if planned.stage.drop_path and block > 1:

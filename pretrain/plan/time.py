@@ -180,8 +180,8 @@ def _pass(planned: Planned, cell: Cell, cluster: Cluster, parts: range) -> float
     blocks = sum(1 for part in parts if 1 <= part <= m.depth)
     again = 4 / 3 if cell.checkpointing else 1.0  # the forward pass twice
     matmul = _matmul_rate(planned, cell, cluster)
-    products = 3 * 2 * layout.rows * (4 * m.dim**2 + 2 * m.dim * m.ffn_dim) / split
-    whole = encoder_flops(layout, dim=m.dim, depth=1, ffn_dim=m.ffn_dim) / split
+    products = 3 * 2 * layout.rows * (4 * m.attention_dim + 2 * m.ffn_dim) * m.dim / split
+    whole = encoder_flops(layout, dim=m.dim, depth=1, ffn_dim=m.ffn_dim, attention_dim=m.attention_dim) / split
     attention = (whole - products) / (_peak(planned, cell, gpu) * gpu.attention)
     # Elementwise: norms, gelu, sums and joins read and write; the backward pass moves twice as much.
     moved = 3 * layout.rows * cell.width * (14 * m.dim / cell.parallel.sequence + 4 * m.ffn_dim / split)
@@ -229,7 +229,7 @@ def _inside(planned: Planned, cell: Cell, cluster: Cluster):
     if sizes.sequence > 1:
         # Queries, keys, values and the outcome change hands in each pass (Ulysses, arXiv 2309.14509).
         count = 4 * passes * blocks * cell.accumulation
-        size = (sizes.sequence - 1) / sizes.sequence * rows / sizes.tensor
+        size = (sizes.sequence - 1) / sizes.sequence * rows * m.attention_dim / m.dim / sizes.tensor
         rate = _rate(cluster, span=sizes.tensor * sizes.sequence)
         yield "all-to-all", count * size, count * (size / rate + LATENCY_S)
     if sizes.pipe > 1:

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -284,6 +285,7 @@ def test_pipeline_stages_hold_what_was_planned():
 
 SMALLER = {"attention": "per_modality", "sub_norm": True, "fusion_layers": 0}
 MODELS = {"as in the paper": {}, "as released": SMALLER, "VLMo's scales": {"layer_scale": 0.1, "text_norm": True}}
+PRUNED = {"pruned, as released": SMALLER | {"heads": 2, "head_dim": 32}}
 KINDS = {"all": (8, 8, 8), "images": (8, 0, 0), "pairs": (0, 8, 0), "texts": (0, 0, 8)}
 
 
@@ -306,10 +308,9 @@ def saved_bytes(recipe: Recipe, stage: Stage, batch: Batch, dtype: torch.dtype, 
     return sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in own)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize(("model", "kinds"), [*product(MODELS, KINDS), ("pruned, as released", "pairs")])
 def test_saved_activations(model, kinds):
-    recipe, stage = tiny(**MODELS[model])
+    recipe, stage = tiny(**(MODELS | PRUNED)[model])
     layout = layout_of(recipe, *KINDS[kinds])
     for dtype in (torch.float32, torch.bfloat16):
         batch = a_batch(recipe, layout)

@@ -29,6 +29,7 @@ class MultiwayConfig(PretrainedConfig):
         key_bias=True,
         norm_eps=1e-5,
         final_norm=True,
+        head_dim=None,
         experts=("vision", "language"),
         embed_dim=None,
         words=False,
@@ -41,5 +42,6 @@ class MultiwayConfig(PretrainedConfig):
         self.attention, self.fusion_layers, self.sub_norm = attention, fusion_layers, sub_norm
         self.layer_scale, self.relative_position, self.text_norm = layer_scale, relative_position, text_norm
         self.key_bias, self.norm_eps, self.final_norm = key_bias, norm_eps, final_norm
+        self.head_dim = head_dim  # None: the heads fill dim
         self.experts, self.embed_dim, self.words, self.evaluation = list(experts), embed_dim, words, evaluation
         super().__init__(**kwargs)

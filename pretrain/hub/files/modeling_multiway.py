@@ -115,9 +115,11 @@ class Attention(nn.Module):
     def __init__(self, cfg, names):
         super().__init__()
         self.heads, d = cfg.heads, cfg.dim
-        self.q, self.v, self.out = (each(names, lambda: nn.Linear(d, d)) for _ in range(3))
-        self.k = each(names, lambda: nn.Linear(d, d, bias=cfg.key_bias))
-        self.inner_norm = each(names, lambda: nn.LayerNorm(d, eps=cfg.norm_eps)) if cfg.sub_norm else None
+        inner = cfg.heads * (cfg.head_dim or d // cfg.heads)  # less than d where heads were pruned
+        self.q, self.v = (each(names, lambda: nn.Linear(d, inner)) for _ in range(2))
+        self.k = each(names, lambda: nn.Linear(d, inner, bias=cfg.key_bias))
+        self.out = each(names, lambda: nn.Linear(inner, d))
+        self.inner_norm = each(names, lambda: nn.LayerNorm(inner, eps=cfg.norm_eps)) if cfg.sub_norm else None
 
     def forward(self, parts, mask):
         def project(layer):
