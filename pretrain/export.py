@@ -4,6 +4,7 @@ from towers of transformers.
     python -m pretrain.export from-released beit3_base_patch16_224.pth runs/beit3_base
     python -m pretrain.export to-released runs/mine/fusion beit3_mine.pth
     python -m pretrain.export to-hf runs/mine/retrieval hf/mine
+    python -m pretrain.export to-open-clip runs/clip/retrieval open_clip/mine
     python -m pretrain.export to-onnx runs/mine/retrieval onnx/mine --int8
     python -m pretrain.export prune runs/mine/retrieval runs/mine/pruned --heads 8
     python -m pretrain.export resize runs/beit3_base runs/beit3_base_384 --image-size 384
@@ -13,6 +14,7 @@ from towers of transformers.
 
 to-hf writes a Hugging Face directory: AutoModel.from_pretrained(DIR, trust_remote_code=True) reads it without this
 package, by three small files of code that lie in it. pretrain/released_weights.py says the released names.
+to-open-clip writes towers of CLIP's architecture as open_clip.create_model_and_transforms("local-dir:DIR") loads them.
 to-onnx (it needs the extra onnx) writes a graph for pictures, one for texts and one for both fused, as far as the
 weights have their parts. They take any number of pictures and texts, any length of text, and, of Multiway encoders, any
 size of picture that the patches divide; model.json beside them says inputs, outputs, preprocessing and tokenizer.
@@ -28,10 +30,11 @@ from pathlib import Path
 from pretrain import command
 from pretrain.checkpoint.weights import WEIGHTS, with_adapters, write_weights
 from pretrain.config import to_json
-from pretrain.data.text_tokenizer import BESIDE_WEIGHTS, TOKENIZER, TextTokenizer
+from pretrain.data.text_tokenizer import BESIDE_WEIGHTS, TOKENIZER, TextTokenizer, open_tokenizer
 from pretrain.files import write_file
+from pretrain.hub import open_clip
 from pretrain.hub.read import is_ours, read_directory
-from pretrain.hub.write import write_directory
+from pretrain.hub.write import evaluation_look, write_directory
 from pretrain.models.multiway.prune import keep_heads, zero_smallest
 from pretrain.onnx import write as onnx
 from pretrain.released_weights import (
@@ -43,7 +46,7 @@ from pretrain.released_weights import (
     write_tensors,
 )
 from pretrain.run.huggingface import from_huggingface
-from pretrain.stored_model import stored_tokenizer
+from pretrain.stored_model import read_stored, stored_tokenizer
 from pretrain.visible import start_logging
 
 log = logging.getLogger(__name__)
@@ -64,6 +67,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     handing.add_argument("directory", type=Path, help="a stage's directory, with weights.safetensors and config.json")
     handing.add_argument("out", type=Path, help="a new directory")
     handing.add_argument("--text-tokenizer", type=Path, help="the SentencePiece model, where none lies beside them")
+    opening = commands.add_parser("to-open-clip", help="a stage of CLIP's towers -> a directory of open_clip")
+    opening.add_argument("weights", type=Path, help="a stage's directory, or a weights.safetensors")
+    opening.add_argument("out", type=Path, help="a new directory")
+    opening.add_argument("--text-tokenizer", type=Path, help="where none lies beside them")
     graphs = commands.add_parser("to-onnx", help="a stage's weights -> vision.onnx, text.onnx, fusion.onnx")
     graphs.add_argument("weights", type=Path, help="whatever pretrain.load reads, or a stage of dual towers")
     graphs.add_argument("out", type=Path, help="a new directory")
@@ -109,6 +116,8 @@ def run(args: argparse.Namespace) -> None:
             TextTokenizer(beside)  # ValueError for what is none
         text = beside if beside.is_file() else None
         write_directory(state, cfg, args.out, source=args.directory, config=config, text=text)
+    elif args.command == "to-open-clip":
+        _to_open_clip(args.weights, args.out, args.text_tokenizer)
     elif args.command == "to-onnx":
         onnx.write_directory(args.weights, args.out, text_tokenizer=args.text_tokenizer, int8=args.int8)
     elif args.command == "from-hf" and not (args.text is None and is_ours(args.directory)):
@@ -132,6 +141,15 @@ def run(args: argparse.Namespace) -> None:
         write_weights(state, args.out / WEIGHTS, config | {"model": to_json(cfg)})
         _bring_tokenizer(args.directory, args.out)
     log.info("wrote %s", args.out)
+
+
+def _to_open_clip(weights: Path, out: Path, text_tokenizer: Path | None) -> None:
+    state, model, config = read_stored(weights, towers=True)
+    beside = text_tokenizer or stored_tokenizer(weights if weights.is_dir() else weights.parent)
+    text = None if beside is None else open_tokenizer(beside)
+    open_clip.write_directory(state, model, out, evaluation=evaluation_look(config), text=text, where=weights)
+    if text is None:
+        log.warning("%s came without a text tokenizer, so none is written; see --text-tokenizer", weights)
 
 
 def _bring_tokenizer(directory: Path, out: Path) -> None:

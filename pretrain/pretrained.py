@@ -17,6 +17,7 @@ from pretrain.data.shards.reader import BadSample
 from pretrain.data.text_tokenizer import AnyTokenizer, open_tokenizer
 from pretrain.data.transforms import ImageTransform, sample_rng
 from pretrain.evals.zero_shot import TEMPLATES, class_vectors
+from pretrain.hub.write import evaluation_look
 from pretrain.models.generation import NextWord, Writing, never_written, next_word_head, text_reader, write
 from pretrain.pictures import Picture, encoded_picture
 from pretrain.stored_model import FURTHER, build_stored, read_stored, stored_tokenizer
@@ -320,9 +321,7 @@ def _padded(ids: Sequence[list[int]]) -> Tensor:
 
 def _transform(config: dict[str, Any], model: Any) -> ImageTransform:
     """As the stage's own evaluation looks at pictures; released weights squash them."""
-    look = config.get("look")
-    evaluation = look.get("evaluation", "squash") if isinstance(look, dict) else "squash"
-    return ImageTransform(size=model.image_size, train=False, evaluation=str(evaluation))
+    return ImageTransform(size=model.image_size, train=False, evaluation=evaluation_look(config))
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -110,4 +110,8 @@ class JsonTokenizer:
     def token(self, index: int) -> str:
         """The text of one id, for pictures and reports."""
         specials = {BOS: "<s>", PAD: "<pad>", EOS: "</s>", UNK: "<unk>", self.mask_id: "<mask>"}
-        return specials[index] if index in specials else str(self._own.id_to_token(self.own_ids[index]))
+        return specials[index] if index in specials else self.own_name(index)
+
+    def own_name(self, index: int) -> str:
+        """What the tokenizer itself calls one of our ids, which it must not lack."""
+        return str(self._own.id_to_token(self.own_ids[index]))

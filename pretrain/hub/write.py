@@ -29,7 +29,7 @@ HEADS = {
     "objectives.masked.text.bias": "word_head.bias",
 }
 TRANSFORM = "objectives.masked.transform.0.weight"
-UNUSED = ("init", "init_std", "head_dim")  # fields that only training asks for, or that have one value here
+UNUSED = ("init", "init_std")  # fields that only training asks for
 SHOWN = 8  # lines of the curve in the card
 
 
@@ -46,8 +46,6 @@ def write_directory(
     evaluations; `text`: its SentencePiece model. ValueError where `out` is not empty."""
     from safetensors.torch import save_file
 
-    if model.head_dim is not None:
-        raise ValueError(f"model.head_dim={model.head_dim} cannot be written for Hugging Face; it needs all heads")
     if TRANSFORM in state:
         raise ValueError(f"{source} has a word head with a transform, which cannot be written for Hugging Face")
     if out.exists() and any(out.iterdir()):
@@ -63,8 +61,7 @@ def write_directory(
         write_file(out / f"{name}.py", (CODE / f"{name}.py").read_bytes())
     if text is not None:
         shutil.copyfile(text, out / TEXT_MODEL)
-    look = config.get("look")
-    evaluation = str(look.get("evaluation", "squash")) if isinstance(look, dict) else "squash"
+    evaluation = evaluation_look(config)
     fields = {name: value for name, value in asdict(model).items() if name not in UNUSED}
     head = tensors.get("vision_head.weight")
     experts = {"vision": "vision_embed.", "language": "text_embed.", "fusion": ".experts.fusion."}
@@ -82,6 +79,12 @@ def write_directory(
     named = {"processor_class": "MultiwayProcessor", "auto_map": processor, "has_text": text is not None}
     write_json(out / "processor_config.json", named | seen)
     write_file(out / "README.md", card(source, config, fields).encode())
+
+
+def evaluation_look(config: dict[str, Any]) -> str:
+    """How the stage's own evaluation makes a picture square, from what stands beside its weights."""
+    look = config.get("look")
+    return str(look.get("evaluation", "squash")) if isinstance(look, dict) else "squash"
 
 
 def card(source: Path, config: dict[str, Any], fields: dict[str, Any]) -> str:
