@@ -31,7 +31,7 @@ FLOORS = [
     {"train", "evaluate", "encode_images", "status", "launch", "checkpoints"},
     {"stored_model"},
     {"pretrained", "onnx"},
-    {"portions", "clip_benchmark", "serving", "export"},
+    {"portions", "clip_benchmark", "mieb", "serving", "export"},
     {"embed", "caption", "serve"},
     {"search"},
 ]
