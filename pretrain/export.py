@@ -114,6 +114,7 @@ def run(args: argparse.Namespace) -> None:
         beside = args.text_tokenizer or args.directory / TOKENIZER
         if args.text_tokenizer is not None:
             TextTokenizer(beside)  # ValueError for what is none
+            stored_tokenizer(args.directory, beside)  # and for another one
         text = beside if beside.is_file() else None
         write_directory(state, cfg, args.out, source=args.directory, config=config, text=text)
     elif args.command == "to-open-clip":
@@ -145,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _to_open_clip(weights: Path, out: Path, text_tokenizer: Path | None) -> None:
     state, model, config = read_stored(weights, towers=True)
-    beside = text_tokenizer or stored_tokenizer(weights if weights.is_dir() else weights.parent)
+    beside = stored_tokenizer(weights if weights.is_dir() else weights.parent, text_tokenizer)
     text = None if beside is None else open_tokenizer(beside)
     open_clip.write_directory(state, model, out, evaluation=evaluation_look(config), text=text, where=weights)
     if text is None:

@@ -291,7 +291,7 @@ def load(
     state, model, config = read_stored(path, FURTHER)
     task = build_stored(state, model, path)
     directory = path if path.is_dir() else path.parent
-    text = Path(text_tokenizer) if text_tokenizer is not None else stored_tokenizer(directory)
+    text = stored_tokenizer(directory, None if text_tokenizer is None else Path(text_tokenizer))
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer = open_tokenizer(text) if text is not None else None
     if tokenizer is not None and tokenizer.vocab_size > model.vocab_size - model.reserved_ids:

@@ -134,6 +134,8 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _about(out: Path) -> dict:
+    if not (out / ABOUT).is_file():
+        raise ValueError(f"{out} has no {ABOUT}; give the --out of pretrain.embed")
     try:
         return read_object(out / ABOUT)
     except (OSError, ValueError) as error:

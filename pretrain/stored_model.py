@@ -104,11 +104,16 @@ def fill_task(task: PretrainTask, state: State, path: Path) -> None:
         fill(value, state[name])
 
 
-def stored_tokenizer(directory: Path) -> Path | None:
-    """Beside the weights, else where the recipe that trained them has it."""
-    for name in BESIDE_WEIGHTS:
-        if (beside := directory / name).is_file():
-            return beside
+def stored_tokenizer(directory: Path, given: Path | None = None) -> Path | None:
+    """What the user gave; else beside the weights, else where the recipe that trained them has it. ValueError for one
+    that is given and is another than the one beside the weights: their words would have other numbers."""
+    beside = next((directory / name for name in BESIDE_WEIGHTS if (directory / name).is_file()), None)
+    if given is not None:
+        if beside is not None and given.is_file() and given.read_bytes() != beside.read_bytes():
+            raise ValueError(f"{given} is not the text tokenizer that the weights came with, {beside}; leave it out")
+        return given
+    if beside is not None:
+        return beside
     noted = read_recipe(directory).get("text_tokenizer")
     if not isinstance(noted, str):
         return None

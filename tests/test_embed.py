@@ -103,7 +103,7 @@ def test_what_cannot_be_used_is_one_sentence(stage, folder, tmp_path, capsys):  
     assert "neither a manifest.json nor a picture" in refused(capsys, main, stage, tmp_path / "empty", "--out", out)
     assert "--part 2/2 is wrong" in refused(capsys, main, stage, folder, "--out", out, "--part", "2/2")
     assert "--batch 0" in refused(capsys, main, stage, folder, "--out", out, "--batch", "0")
-    assert "embed.json cannot be read" in refused(capsys, search_main, out, "x", "--weights", stage)
+    assert "has no embed.json; give the --out" in refused(capsys, search_main, out, "x", "--weights", stage)
     assert "nothing to look for" in refused(capsys, search_main, out, "--weights", stage)
     assert main([str(stage), str(folder), "--out", str(out)]) == 0
     (out / "00000.parquet").write_bytes(b"PAR1")

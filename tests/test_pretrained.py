@@ -49,6 +49,15 @@ def stage(tmp_path: Path, task) -> Path:
     return tmp_path / "retrieval"
 
 
+def test_another_text_tokenizer_than_the_weights_came_with_is_refused(stage, tmp_path):
+    other = write_text_model(tmp_path / "other.model", ["red and blue", "some dogs"] * 9, RELEASED.vocab_size - 2)
+    with pytest.raises(ValueError, match=r"other\.model is not the text tokenizer that .* came with, .*; leave it out"):
+        pretrain.load(stage, text_tokenizer=other)
+    same = tmp_path / "same.model"
+    same.write_bytes((stage / "text.model").read_bytes())
+    assert pretrain.load(stage, text_tokenizer=same).text.path == same
+
+
 def pictures(count: int = 5) -> list[bytes]:
     return [encoded(picture(seed, width=60 + seed, height=50)) for seed in range(count)]
 

@@ -39,7 +39,7 @@ def write_directory(source: Path, out: Path, *, text_tokenizer: Path | None = No
         raise ValueError(f"{out} is not empty; give a new directory")
     state, model, config = read_stored(source, (DualTowers,))
     task = build_stored(state, model, source).eval()
-    text = text_tokenizer or stored_tokenizer(source if source.is_dir() else source.parent)
+    text = stored_tokenizer(source if source.is_dir() else source.parent, text_tokenizer)
     if text is not None and open_tokenizer(text).vocab_size > model.vocab_size:
         raise ValueError(f"{text} has more ids than the model's vocabulary of {model.vocab_size}; give its own")
     out.mkdir(parents=True, exist_ok=True)
