@@ -36,6 +36,7 @@ from pretrain.hub import open_clip
 from pretrain.hub.read import is_ours, read_directory
 from pretrain.hub.write import evaluation_look, write_directory
 from pretrain.models.multiway.prune import keep_heads, zero_smallest
+from pretrain.models.towers.dual import DualTowers
 from pretrain.onnx import write as onnx
 from pretrain.released_weights import (
     from_released,
@@ -145,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _to_open_clip(weights: Path, out: Path, text_tokenizer: Path | None) -> None:
-    state, model, config = read_stored(weights, towers=True)
+    state, model, config = read_stored(weights, (DualTowers,))
     beside = stored_tokenizer(weights if weights.is_dir() else weights.parent, text_tokenizer)
     text = None if beside is None else open_tokenizer(beside)
     open_clip.write_directory(state, model, out, evaluation=evaluation_look(config), text=text, where=weights)
