@@ -19,7 +19,7 @@ from pretrain.config import to_json
 from pretrain.data.json_tokenizer import JsonTokenizer
 from pretrain.models.towers.dual import DualTowers
 from pretrain.models.towers.tower import Tower
-from pretrain.stored_model import build_stored, read_stored
+from pretrain.stored_model import FURTHER, build_stored, read_stored
 from tests.models.towers.others import LENGTH, whole_model, write_directory
 from tests.test_export import CONFIG as MULTIWAY
 from tests.test_export import weights as multiway
@@ -65,7 +65,7 @@ def test_its_files_have_open_clips_names_and_the_tokenizers_own_ids(tmp_path):
 
 
 def vectors(ours: Path, pixels: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    state, model, _ = read_stored(ours, towers=True)
+    state, model, _ = read_stored(ours, FURTHER)
     task = build_stored(state, model, ours).eval()
     layout = Layout(images=len(pixels), texts=len(ids), patches=16, text_len=ids.shape[1], dual=len(ids))
     encoded = task.encoder(make_batch(layout, images=pixels, text_tokens=ids))
