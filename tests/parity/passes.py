@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+import torch
+
 from pretrain.config import BatchSize, Recipe, Stage
 from pretrain.data.transforms import ImageTransform
 from tests.parity.cells import OPTIM, PRECISIONS, SOURCES, STEPS, Topology, ds_json
@@ -20,9 +22,10 @@ from tests.parity.hard_pairs import HardPairs
 from tests.step_batches import DROP, MODELS, Mix
 
 # With these batches every wrong text is chosen by a larger margin than what bf16 rounds: another text would be another
-# loss. {model: seed}.
+# loss. {model: seed}. From one seed torch 2.13 draws other truncated normals than 2.11, so other first weights.
 MARGIN = 0.03
-SEEDS = {"paper": 6800, "released": 900, "vlmo": 3400}
+NEWER = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+SEEDS = {"paper": 6800, "released": 900, "vlmo": 3400} if NEWER else {"paper": 8, "released": 80, "vlmo": 66}
 
 
 @dataclass(frozen=True)
