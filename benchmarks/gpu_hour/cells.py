@@ -46,12 +46,15 @@ def steps(
     ds: str = "zero1_bf16",
     each: int = 64,
     micro_steps: int | None = None,
+    toy: str = TOY_STEPS,
     limit_s: int = 180,
 ) -> Cell:
-    """Steps of `each` sequences of every kind in a micro-batch; None: as many micro-steps as make 768 sequences."""
+    """Steps of `each` sequences of every kind in a micro-batch; None: as many micro-steps as make 768 sequences. A `ds`
+    with a slash is a file of its own."""
     sizes = batch(each, micro_steps or 256 // each)
-    line = f"benchmarks.throughput --recipe {recipe} --stage pretrain --ds ds_configs/{ds}.json {STEPS} {sizes} {more}"
-    return Cell(name, line, TOY_STEPS, limit_s)
+    path = ds if "/" in ds else f"ds_configs/{ds}.json"
+    line = f"benchmarks.throughput --recipe {recipe} --stage pretrain --ds {path} {STEPS} {sizes} {more}"
+    return Cell(name, line, toy, limit_s)
 
 
 def ceiling(measure: str, size: int) -> Cell:
@@ -98,6 +101,14 @@ VLMO = Cell(
     f"{STEPS} --set batch.pairs=256 --set batch.accumulation=4 --stored-codes",
     TOY_STEPS,
 )
+# DeepSpeed compiles the whole task, which no CPU can try: a toy goes without.
+DEEPCOMPILE = steps(
+    "all, DeepCompile",
+    "--stored-codes",
+    ds="benchmarks/gpu_hour/deepcompile.json",
+    toy=f"{TOY_STEPS} --ds ds_configs/zero1_bf16.json",
+    limit_s=300,
+)
 # A step as it was before its gains; each cell of one change names the others.
 BEFORE = "--without vocabulary overflow fusing --set compile=false"
 PARTS: dict[str, tuple[Cell, ...]] = {
@@ -134,6 +145,7 @@ PARTS: dict[str, tuple[Cell, ...]] = {
         steps("all, codes in each step"),
         steps("all, ZeRO-2", "--stored-codes", ds="zero2_bf16"),
         steps("all, ZeRO-3", "--stored-codes", ds="zero3_bf16"),
+        DEEPCOMPILE,
         steps("released", "--stored-codes", recipe="beit3_base_released"),
         VLMO,
         steps("all, checkpointing", "--stored-codes --set activation_checkpointing=1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ SECTIONS: dict[str, set[str] | None] = {
     "aio": None,
     "pipeline": {"pipe_partitioned", "grad_partitioned", "use_reentrant"},
     "timers": None,
+    "compile": {"deepcompile"},
 }
 # Keys of DeepSpeed's that belong to the recipe, or to nobody here, and where to turn instead.
 OWNED_ELSEWHERE = {
@@ -63,7 +65,6 @@ OWNED_ELSEWHERE = {
     "curriculum_learning": "the recipe's stages own it",
     "data_efficiency": "the recipe's mix owns it",
     "elasticity": "the recipe's batch owns it, and it is the same on any number of ranks",
-    "compile": "the recipe's compile owns it (torch.compile of blocks)",
     "amp": 'use {"bf16": {"enabled": true}}',
     "torch_autocast": 'use {"bf16": {"enabled": true}}',
 }
@@ -101,6 +102,7 @@ def load_ds_config(
             _section(path, key, config[key], inside)
     _check_zero(path, config)
     _check_precision(path, config)
+    _check_deepcompile(path, config)
     config.pop("fp16", None)
     return (
         PINNED
@@ -146,6 +148,12 @@ def precision_name(config: dict[str, Any]) -> str:
 def offloads(config: dict[str, Any]) -> bool:
     """Whether the optimizer runs on the host."""
     return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+
+
+def deepcompiles(config: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed's DeepCompile (arXiv 2504.09983) compiles the whole task and puts the collectives into its
+    graphs."""
+    return bool(config.get("compile", {}).get("deepcompile", False))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -197,6 +205,26 @@ def _check_precision(path: str | Path, config: dict[str, Any]) -> None:
             f"{path}: bf16 with zero_optimization.stage=0 keeps no fp32 master weights and loses small updates; "
             "set the stage to 1, 2 or 3, or bf16.enabled to false"
         )
+
+
+def _check_deepcompile(path: str | Path, config: dict[str, Any]) -> None:
+    asked = config.get("compile", {}).get("deepcompile", False)
+    if not isinstance(asked, bool):
+        raise ValueError(f"{path}: compile.deepcompile={json.dumps(asked)} must be true or false")
+    if not asked:
+        return
+    if zero_stage(config) == 0:
+        # DeepSpeed itself would only log this, and go on with torch's compiler.
+        raise ValueError(
+            f"{path}: compile.deepcompile=true needs zero_optimization.stage 1, 2 or 3, not 0; set one, or remove "
+            "compile"
+        )
+    for key in ("offload_optimizer", "offload_param"):
+        if config["zero_optimization"].get(key, {}).get("device", "none") != "none":
+            raise ValueError(
+                f"{path}: compile.deepcompile=true does not go with zero_optimization.{key}: its graphs move tensors "
+                "to the host by a schedule of their own; remove one of the two"
+            )
 
 
 def _check_zero(path: str | Path, config: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pretrain.distributed import device, rank, world_size
 from pretrain.parallel.compile_once import one_compiles
-from pretrain.parallel.ds_config import offloads, precision, zero_stage
+from pretrain.parallel.ds_config import deepcompiles, offloads, precision, zero_stage
 from pretrain.parallel.launcher import adopt_launcher
 from pretrain.parallel.meeting import limit_s, meet
 from pretrain.parallel.skipping import skip_on_device
@@ -93,7 +93,33 @@ def build_engine(
         engine.clip_fp32_gradients = lambda: _clip(engine)
     skip_on_device(engine)
     _restore_masters(engine, exact)
+    if deepcompiles(config):
+        engine.compile()
     return engine
+
+
+def check_deepcompile(config: dict[str, Any]) -> None:
+    """Raises ValueError where the JSON asks for DeepCompile and this machine, or its DeepSpeed, has none: DeepSpeed
+    would end with a traceback, or go on without it. Builds its extension, a minute at first use."""
+    if not deepcompiles(config):
+        return
+    asked, way_out = "compile.deepcompile=true in the JSON", "remove compile from the JSON"
+    if not torch.cuda.is_available():
+        raise ValueError(f"{asked} needs a GPU, and there is none here; {way_out}")
+    version = _deepspeed().__version__
+    try:
+        builder = importlib.import_module("deepspeed.ops.op_builder.dc").DeepCompileBuilder()
+    except (ImportError, AttributeError):
+        raise ValueError(f"{asked}: deepspeed {version} has no DeepCompile; {way_out}") from None
+    try:
+        with one_compiles("dc"):
+            builder.load()
+    except Exception as error:  # whatever a compiler, or the lack of one, may say
+        said = f"{type(error).__name__}: {str(error)[:200]}".splitlines()[0]
+        raise ValueError(
+            f"{asked}: deepspeed {version} could not build its extension, which takes ninja, a C++ compiler and CUDA's "
+            f"headers ({said}); install them, or {way_out}"
+        ) from error
 
 
 def _exact_weights(task: nn.Module) -> dict[str, Tensor]:

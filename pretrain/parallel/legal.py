@@ -9,7 +9,7 @@ from typing import Any
 from pretrain.batch import batch_problem
 from pretrain.contracts import ModelSizes
 from pretrain.layers import padded
-from pretrain.parallel.ds_config import zero_stage
+from pretrain.parallel.ds_config import deepcompiles, zero_stage
 from pretrain.parallel.sizes import Parallel, world_problem
 
 # What Megatron pads vocabularies to at least; tensor cores like multiples of 8 as well.
@@ -128,6 +128,11 @@ def _zero(parallel: Parallel, config: Mapping[str, Any]) -> list[str]:
 
 
 def _compiled(config: Mapping[str, Any]) -> list[str]:
+    if deepcompiles(config):
+        return [
+            "compile=true in the recipe and compile.deepcompile=true in the JSON would both compile the blocks; set "
+            "compile=false, or remove compile from the JSON"
+        ]
     if zero_stage(dict(config)) < 3:
         return []
     # Measured with three blocks: the same numbers, but 98 pieces and not 2, and torch stops at its limit of them.
@@ -144,7 +149,7 @@ def _json(parallel: Parallel, config: Mapping[str, Any], world: int, node: int |
         reasons.append(
             "the JSON's section pipeline has nothing to say with parallel.pipe=1; remove it, or set parallel.pipe"
         )
-    if config.get("compile", {}).get("deepcompile") and parallel.model > 1:
+    if deepcompiles(config) and parallel.model > 1:
         name, size = next((name, size) for name, size in vars(parallel).items() if size > 1)
         reasons.append(
             f"compile.deepcompile=true does not go with parallel.{name}={size}; remove it from the JSON or set "

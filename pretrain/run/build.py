@@ -27,8 +27,8 @@ from pretrain.layers import PLAIN, Layers
 from pretrain.lock import Lock
 from pretrain.optim import build_optimizer, described, schedule
 from pretrain.parallel.average import average_in_place, begin_average, follow
-from pretrain.parallel.ds_config import load_ds_config, precision_name, zero_stage
-from pretrain.parallel.engine import build_engine, init_distributed, partitioned_init
+from pretrain.parallel.ds_config import deepcompiles, load_ds_config, precision_name, zero_stage
+from pretrain.parallel.engine import build_engine, check_deepcompile, init_distributed, partitioned_init
 from pretrain.parallel.faults import Watch
 from pretrain.parallel.legal import check_legal
 from pretrain.parallel.mesh import Mesh, create_mesh, mpu_of, place_of
@@ -140,6 +140,7 @@ def build_run(
     set_numerics(recipe)
     place = place_of(stage.parallel, rank(), world_size())
     ds_config = stage_ds_config(ds, recipe, stage)
+    check_deepcompile(ds_config)
     loader = build_loader(recipe, stage, directory, place)
     check_model(recipe, stage)
     identity = {
@@ -241,10 +242,11 @@ def build_part(recipe: Recipe, stage: Stage, mesh: Mesh, layers: Layers, layout:
 
 
 def compiles(task: Any, stage: Stage, ds_config: dict[str, Any]) -> bool:
-    """What stage.compile says; None: whether there is a GPU, and blocks that nothing cuts up."""
+    """What stage.compile says; None: whether there is a GPU, and blocks that nothing cuts up or compiles already."""
     if stage.compile is not None:
         return stage.compile
     whole = zero_stage(ds_config) < 3 and stage.parallel.tensor == stage.parallel.sequence == 1
+    whole = whole and not deepcompiles(ds_config)
     return torch.cuda.is_available() and whole and hasattr(getattr(task, "encoder", None), "compile_blocks")
 
 

@@ -100,6 +100,16 @@ def test_unknown_keys_get_the_nearest_name(tmp_path):
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "needs stage 3"),
         ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "needs stage 3"),
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "gpu"}}}, "none, cpu or nvme"),
+        ({"compile": {"deepcompile": "yes"}}, 'compile.deepcompile="yes" must be true or false'),
+        ({"compile": {"deepcompile": True}}, "needs zero_optimization.stage 1, 2 or 3, not 0"),
+        (
+            {
+                "compile": {"deepcompile": True},
+                "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+            },
+            "compile.deepcompile=true does not go with zero_optimization.offload_optimizer",
+        ),
+        ({"compile": {"passes": []}}, "compile.passes"),
         ("{", "line 1, column 2"),
         ("[]", "holds a list"),
         ('{"bf16": {"enabled": false}, "bf16": {"enabled": true}}', "twice"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import subprocess
@@ -246,6 +247,74 @@ def masters_after_start() -> list[tuple[str, float]]:
 def test_bf16_masters_begin_with_the_bits_that_were_handed_over():
     for name, error in run_ranks(masters_after_start, RANKS)[0]:
         assert error == 0, name
+
+
+DEEP = {"compile": {"deepcompile": True}}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "loads", "says"),
+    [
+        (False, None, "needs a GPU, and there is none here; remove compile from the JSON"),
+        (
+            True,
+            "ninja is required\nand more",
+            "extension, .*RuntimeError: ninja is required\\); install them, or remove",
+        ),
+        (True, ImportError, "deepspeed .* has no DeepCompile; remove compile from the JSON"),
+        (True, None, None),
+    ],
+)
+def test_deepcompile_is_refused_in_one_sentence_where_there_is_none(monkeypatch, tmp_path, gpu, loads, says):
+    """DeepSpeed ends with a traceback there."""
+    from pretrain.parallel import engine
+
+    engine.preload()
+    dc = importlib.import_module("deepspeed.ops.op_builder.dc")
+    loaded = []
+
+    def load(self) -> None:
+        if loads:
+            raise RuntimeError(loads)
+        loaded.append(self.name)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    if loads is ImportError:
+        monkeypatch.delattr(dc, "DeepCompileBuilder")
+    else:
+        monkeypatch.setattr(dc.DeepCompileBuilder, "load", load)
+    engine.check_deepcompile({})
+    assert not loaded
+    if says is None:
+        engine.check_deepcompile(DEEP)
+        assert loaded == ["dc"]
+        return
+    with pytest.raises(ValueError, match=says) as refused:
+        engine.check_deepcompile(DEEP)
+    assert "\n" not in str(refused.value)
+
+
+def compile_calls() -> list[int]:
+    """Of DeepSpeed's engines that are built without and with DeepCompile, which no CPU has."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    from pretrain.parallel.ds_config import load_ds_config
+    from pretrain.parallel.engine import build_engine
+
+    calls: list[str] = []
+    DeepSpeedEngine.compile = lambda self: calls.append("compile")
+    counts = []
+    for more in ({}, DEEP):
+        config = load_ds_config(CONFIGS / "zero1.json", micro=4, accumulation=1, world=1, clip=1.0) | more
+        task = Toy()
+        build_engine(task, build_optimizer(task, OPTIM, layer_of=layer_of), schedule(OPTIM, STEPS), config)
+        counts.append(len(calls))
+    return counts
+
+
+def test_an_engine_compiles_where_the_json_says_so():
+    assert run_ranks(compile_calls, 1) == [[0, 1]]
 
 
 def test_a_start_does_not_import_torchs_compiler():

@@ -124,6 +124,11 @@ SENTENCES = {
         {"config": zero(1) | {"compile": {"deepcompile": True}}},
         ["compile.deepcompile=true does not go with parallel.tensor=2"],
     ),
+    "compiled twice": (
+        Parallel(),
+        {"config": zero(1) | {"compile": {"deepcompile": True}}, "compiled": True},
+        ["compile=true in the recipe and compile.deepcompile=true in the JSON", "set compile=false"],
+    ),
     "compiled blocks in parts": (
         Parallel(),
         {"config": zero(3), "compiled": True},

@@ -116,4 +116,6 @@ def test_blocks_are_compiled_by_default_where_there_is_a_gpu(
         task = stage.task.build(recipe.model, stage, PLAIN, None)
     config = {"zero_optimization": {"stage": zero}}
     assert compiles(task, stage, config) == compiled
+    deep = config | {"compile": {"deepcompile": True}}
+    assert compiles(task, stage, deep) == bool(says), "DeepSpeed compiles them; legal.py refuses both"
     assert not compiles(torch.nn.Module(), replace(stage, compile=None), config), "it has no blocks"
