@@ -29,7 +29,7 @@ from tests.models.fusion.test_several_depths import MODEL as DEPTHS
 from tests.models.fusion.test_text_queries_image import SMALL as ASKING
 from tests.models.towers.others import whole_model, write_directory
 from tests.test_pretrained import pictures
-from tests.toy_models import EXPERTS, PAPER
+from tests.toy_models import EXPERTS, PAPER, RELEASED
 from tests.toys import needs, refused, write_text_model
 
 TEXTS = ["ab", "b a b", ""]
@@ -44,7 +44,7 @@ MODELS: dict[str, tuple[Any, list]] = {
 
 def stage_of(place: Path, model: Any, objectives: list) -> tuple[Path, PretrainTask]:
     torch.manual_seed(1)
-    task = PretrainTask(model, EXPERTS, objectives).eval()
+    task = PretrainTask(model, EXPERTS if model is not RELEASED else EXPERTS[:2], objectives).eval()
     state = {name: value[: getattr(value, "real_rows", None)].clone() for name, value in named_state(task).items()}
     write_weights(state, place / "weights.safetensors", {"model": to_json(model)})
     write_text_model(place / "text.model", ["ab", "ba a", "a b"] * 9, 12)
@@ -130,3 +130,11 @@ def test_graphs_are_written_of_multiway_and_of_two_towers(tmp_path, capsys):
     needs("onnxruntime")
     place, _ = stage_of(tmp_path / "x", *MODELS["TextQueriesImage"])
     assert "has a TextQueriesImage, not" in refused(capsys, export, "to-onnx", place, tmp_path / "onnx")
+
+
+@pytest.mark.parametrize("to", ["to-hf", "to-released"])
+def test_a_word_head_with_a_transform_is_not_written_for_others(to, tmp_path, capsys):
+    """Neither format has a place for it, and without it the words would be wrong."""
+    place, _ = stage_of(tmp_path / "x", RELEASED, [MaskedData(image_ratio=0, pair_image_ratio=0, transform=True)])
+    assert " transform" in refused(capsys, export, to, place, tmp_path / "out.pth")
+    assert not (tmp_path / "out.pth").exists()
