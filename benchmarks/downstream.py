@@ -6,7 +6,7 @@
 Draws scenes for each task and writes them as the public sets are laid out (a folder for each class, VQAv2's questions,
 NLVR2's sentences, SNLI-VE's hypotheses), makes shards of them by data_tools.from_table, and trains and evaluates each
 stage of benchmarks/downstream_recipe.py. Colour and shape of a picture's only thing (40 classes, 10 pictures each to
-learn from) are also asked of frozen vectors (k-NN, linear) and by their names alone. Test scenes of all tasks but this
+learn from) are also asked of frozen vectors (k-NN, linear, attentive) and by their names alone. Test scenes of all tasks but this
 have a combination of colour and shape that no training scene has. NLVR2 has several sentences for two pictures, and
 here there are two: an easy one (sentences) and a hard one (shapes). `cider` goes on from the quickstart's captions:
 before and after. The same line goes on where it was stopped.
@@ -34,6 +34,7 @@ from data_tools.drawn.scenes import TRAINING, Scene, draw_scene, encode_jpeg, ra
 from pretrain.checkpoint.weights import read_weights, write_weights
 from pretrain.command import about, make_parser, run, write
 from pretrain.data.shards.reader import ShardReader, load_manifest
+from pretrain.evals.attentive import Rows, attentive_answers
 from pretrain.evals.captions import other_captions
 from pretrain.evals.probe import linear_answers, nearest_vote
 from pretrain.json_files import read_object
@@ -45,6 +46,7 @@ RECIPE = Path(__file__).with_name("downstream_recipe.py")
 PER_CLASS = {"train": 10, "test": 25}
 SCENES = {"train": 4000, "test": 500}  # with a question and a hypothesis each, as many pairs with two sentences
 SIZE = 64
+EPOCHS = 100  # of the attentive probe
 METRICS = {
     "classes": ("classification/top-1", "fine-tuned, top-1 %"),
     "questions": ("answers/accuracy", "questions about a picture, VQA accuracy %"),
@@ -146,7 +148,7 @@ def frozen(quickstart: Path, work: Path) -> Iterator[dict[str, Any]]:
     samples = {split: _labelled(work / "tasks/classes" / split) for split in PER_CLASS}
     fresh = _fresh(quickstart / "fusion", work / "fresh")
     sources = {
-        "mean of patches, frozen": (_patches, {"scratch": fresh, "pretrained": quickstart / "fusion"}),
+        "patches, frozen": (_patches, {"scratch": fresh, "pretrained": quickstart / "fusion"}),
         "dual encoder's vectors": (
             Pretrained.embed_images,
             {"scratch": quickstart / "scratch", "pretrained": quickstart / "retrieval"},
@@ -154,14 +156,17 @@ def frozen(quickstart: Path, work: Path) -> Iterator[dict[str, Any]]:
     }
     label, (data, right, names) = samples["train"][1], samples["test"]
     for source, (embed, models) in sources.items():
-        scores: dict[str, dict[str, float]] = {"k-NN": {}, "linear": {}}
+        scores: dict[str, dict[str, float]] = {}
         for name, weights in models.items():
-            model = load(weights, device="cpu")
+            model, said = load(weights, device="cpu"), dict[str, torch.Tensor]()
             train, test = embed(model, samples["train"][0]), embed(model, data)
-            said = {"k-NN": nearest_vote(train, label, test, 20, len(TRAINING))}
+            if train.ndim == 3:
+                said["attentive"] = attentive_answers(Rows(train, label), test, len(TRAINING), EPOCHS)
+                train, test = train.mean(1), test.mean(1)  # of the patches
+            said["k-NN"] = nearest_vote(train, label, test, 20, len(TRAINING))
             said["linear"] = linear_answers(train, label, test, len(TRAINING), (1e-4, 1e-3, 1e-2, 1e-1))
             for probe, answers in said.items():
-                scores[probe][name] = _percent(answers == right)
+                scores.setdefault(probe, {})[name] = _percent(answers == right)
         for probe, own in scores.items():
             yield {"task": f"colour and shape, {source}, {probe}, top-1 %", "chance": 100 / len(TRAINING), **own}
     zero_shot = {
@@ -176,7 +181,8 @@ def _percent(right: torch.Tensor) -> float:
 
 
 def _patches(model: Pretrained, pictures: list[bytes]) -> torch.Tensor:
-    return torch.cat([model.patches(pictures[start : start + 256]).mean(1) for start in range(0, len(pictures), 256)])
+    """[N, P, D]"""
+    return model.patches(pictures, batch=256)
 
 
 def _labelled(shards: Path) -> tuple[list[bytes], torch.Tensor, list[str]]:
