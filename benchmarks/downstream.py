@@ -6,10 +6,10 @@
 Draws scenes for each task and writes them as the public sets are laid out (a folder for each class, VQAv2's questions,
 NLVR2's sentences, SNLI-VE's hypotheses), makes shards of them by data_tools.from_table, and trains and evaluates each
 stage of benchmarks/downstream_recipe.py. Colour and shape of a picture's only thing (40 classes, 10 pictures each to
-learn from) are also asked of frozen vectors (k-NN, linear, attentive) and by their names alone. Test scenes of all tasks but this
-have a combination of colour and shape that no training scene has. NLVR2 has several sentences for two pictures, and
-here there are two: an easy one (sentences) and a hard one (shapes). `cider` goes on from the quickstart's captions:
-before and after. The same line goes on where it was stopped.
+learn from) are also asked of frozen vectors (k-NN, linear, attentive) and by their names alone. Test scenes of all
+other tasks have a combination of colour and shape that no training scene has. NLVR2 has several sentences for two
+pictures, and here there are two: an easy one (sentences) and a hard one (shapes). `cider` goes on from the quickstart's
+captions: before and after. The same line goes on where it was stopped.
 """
 
 from __future__ import annotations
