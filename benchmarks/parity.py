@@ -18,6 +18,7 @@ from tqdm import tqdm
 from benchmarks.record import machine
 from pretrain.command import about, run, write
 from tests.parity.cells import PRECISIONS
+from tests.parity.published import PublishedCell
 from tests.parity.runs import ROWS, TOLERANCES, AnyCell, Apart, apart, compare, dense, failures
 
 BEGIN, END = "<!-- made by benchmarks/parity.py: begin -->", "<!-- made by benchmarks/parity.py: end -->"
@@ -95,16 +96,17 @@ def _table(chosen: dict[str, list[AnyCell]], distances: dict[AnyCell, Apart], al
     rows = [head, ["---"] * len(head)]
     for row, cells in chosen.items():
         worst = _by_precision({cell: distances[cell] for cell in cells})
-        figures = [figure for precision in PRECISIONS for figure in _figures(worst.get(precision))]
+        missing = "not run" if isinstance(cells[0], PublishedCell) else "illegal"
+        figures = [figure for precision in PRECISIONS for figure in _figures(worst.get(precision), missing)]
         rows.append([row, str(cells[0].topology.world), str(len(cells)), *figures])
     for row, some in _by_passes(alone).items():
         rows.append([row, "1", str(len(some)), *[""] * 4, *_figures(_worst(some))])
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
-def _figures(worst: dict[str, float] | None) -> list[str]:
+def _figures(worst: dict[str, float] | None, missing: str = "illegal") -> list[str]:
     if worst is None:
-        return ["illegal", "", "", ""]
+        return [missing, "", "", ""]
     norm = f"{worst['norm']:.1e} ({worst['norm_once']:.1e})"
     return [f"{worst['loss']:.1e}", norm, f"{worst['weights']:.1e}", f"{worst['way']:.0e}"]
 
