@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -152,6 +154,16 @@ def test_what_is_wrong_is_one_sentence(tmp_path, capsys, holds, arguments, says)
     before = path.read_bytes() if holds is not None else b""
     assert says in refused(capsys, command.main, "ceilings", "--toy", "--out", tmp_path, *arguments)
     assert holds is None or path.read_bytes() == before
+
+
+def test_what_is_carried_is_all_that_the_package_depends_on():
+    """The quickstart of a machine without an index stopped for want of pyarrow."""
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split("[<>=]", line)[0] for line in needed}
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    section = text[text.index("## To a machine without a package index") :]
+    carried = set(re.findall(r"[\w-]+", section))  # torch, numpy and Pillow are there, as the section says first
+    assert names - {"pillow"} <= carried, names - carried
 
 
 def test_a_list_runs_nothing(tmp_path, capsys):
