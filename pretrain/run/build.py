@@ -167,7 +167,6 @@ def build_run(
         task = build_part(recipe, stage, mesh, layers, loader.layout)
     else:
         task = build_task(recipe, stage, run_dir, layers, partitioned_init(ds_config, mpu_of(mesh)))
-        _prepare(task, recipe, stage)
     init_file = load_start(task, recipe, stage, run_dir, checkpoint, mesh)
     engine = _engine(task, recipe, stage, mesh, ds_config)
     if checkpoint is not None:
@@ -212,12 +211,9 @@ def build_task(
     read = partial(read_model, run_dir=run_dir, recipe=recipe) if learns else None
     with context or nullcontext():
         task = stage.task.build(recipe.model_of(stage), stage, layers, read)
-    return freeze(task, stage)
-
-
-def _prepare(task: Any, recipe: Recipe, stage: Stage) -> None:
-    for objective in stage.objectives:
+    for objective in stage.objectives if trains else ():
         objective.prepare(task.objectives[objective.name], stage, partial(text_tokenizer, recipe, stage))
+    return freeze(task, stage)
 
 
 def build_part(recipe: Recipe, stage: Stage, mesh: Mesh, layers: Layers, layout: Layout) -> PipelineTask:
