@@ -70,7 +70,8 @@ def test_what_cannot_be_used_is_one_sentence(stage, tmp_path, capsys, monkeypatc
     (tmp_path / "weights.safetensors").write_bytes(b"no weights")
     assert "weights.safetensors" in refused(capsys, main, tmp_path, "--port", "0")
     other = write_text_model(tmp_path / "other.model", [" ".join(f"word{n}{n * 7}" for n in range(99))] * 9, 150)
-    assert "is not the text tokenizer that the weights came with" in refused(capsys, main, stage, "--text-tokenizer", other, "--port", "0")
+    told = refused(capsys, main, stage, "--text-tokenizer", other, "--port", "0")
+    assert "is not the text tokenizer that the weights came with" in told
 
 
 def test_a_port_that_is_taken_is_refused_before_the_weights_are_read(tmp_path, capsys):
