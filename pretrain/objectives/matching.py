@@ -27,10 +27,13 @@ class Matching(Objective):
     global, drawn among all data ranks' pairs in proportion to the contrast's softmax (VLMo); local, among this rank's
     (ALBEF), which gives other numbers on other numbers of ranks; random, all ranks' pairs with equal chances, for which
     no contrast is needed (ViLT). `alignment`: the weight of how far words and patches lie apart in true pairs, less so
-    in wrong ones (UNITER and ViLT, with 0.1; see alignment.py)."""
+    in wrong ones (UNITER and ViLT, with 0.1; see alignment.py). `random_steps`: in so many first steps all have equal
+    chances. From fresh weights matching hardly begins with hard ones (benchmarks.claims); ALBEF and VLMo begin
+    with pretrained weights."""
 
     negatives: str = "global"
     alignment: float = 0.0
+    random_steps: int = 0
     name = "matching"
 
     def __post_init__(self) -> None:
@@ -38,6 +41,8 @@ class Matching(Objective):
             raise ValueError(f"matching.negatives={self.negatives!r} is unknown; use {', '.join(NEGATIVES)}")
         if not 0 <= self.alignment < math.inf:
             raise ValueError(f"matching.alignment={self.alignment} is no weight; use 0 for none, or UNITER's 0.1")
+        if self.random_steps < 0:
+            raise ValueError(f"matching.random_steps={self.random_steps} is below 0; use 0 for hard partners at once")
 
     @property
     def draws(self) -> int:
@@ -56,7 +61,7 @@ class Matching(Objective):
                 f"matching.alignment compares words with patches, and their rows have widths of "
                 f"{model.width('pair_texts')} and {width}; set alignment=0, or give both streams one width"
             )
-        return MatchingHead(width, self.negatives, layers, alignment=self.alignment)
+        return MatchingHead(width, self.negatives, layers, alignment=self.alignment, random_steps=self.random_steps)
 
     def join(self, head: Any, heads: Mapping[str, nn.Module]) -> None:
         head.contrast = (heads["contrastive"],) if self.negatives != "random" else ()
@@ -96,10 +101,21 @@ class MatchingHead(nn.Module):
     tuple, so that it is no part of this one."""
 
     contrast: tuple[Any, ...] = ()
+    steps: Tensor  # that were done; only where there are random ones
 
-    def __init__(self, width: int, negatives: str = "global", layers: Layers = PLAIN, *, alignment: float = 0.0):
+    def __init__(
+        self,
+        width: int,
+        negatives: str = "global",
+        layers: Layers = PLAIN,
+        *,
+        alignment: float = 0.0,
+        random_steps: int = 0,
+    ):
         super().__init__()
-        self.alignment = alignment
+        self.alignment, self.random_steps = alignment, random_steps
+        if random_steps:
+            self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.match = Head(width, 2)
         self.negatives, self.gather, self.visit = negatives, layers.gather, layers.visit
 
@@ -164,6 +180,8 @@ class MatchingHead(nn.Module):
                 "larger batch.dual"
             )
         scale = contrast.logit_scale.float().exp()
+        if self.random_steps:
+            scale = scale * (self.steps >= self.random_steps)
         images, texts = vectors
         wrong_text = _pick(scale * images @ all_texts.T, first, picture_draws[:, 0])
         wrong_image = _pick(scale * texts @ all_images.T, first, text_draws[:, 0])
@@ -191,7 +209,9 @@ class MatchingHead(nn.Module):
         return found
 
     def after_step(self) -> None:
-        """Nothing moves between steps."""
+        """Counts the steps, where the first ones are others."""
+        if self.random_steps:
+            self.steps += 1
 
 
 def words(pairs: Batch) -> Tensor:

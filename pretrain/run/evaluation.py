@@ -43,6 +43,7 @@ LATER: dict[tuple[str, str], Any] = {
     ("MomentumContrast", "projection_bias"): False,
     ("MaskedData", "transform"): False,
     ("Matching", "alignment"): 0.0,
+    ("Matching", "random_steps"): 0,
     ("Reasoning", "scale"): 0.001,
     ("CaptionScore", "more"): [],
     ("CaptionScore", "name"): "",

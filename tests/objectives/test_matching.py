@@ -161,6 +161,28 @@ def test_random_partners_need_no_contrast():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("negatives", ["global", "local"])
+def test_the_first_steps_have_random_partners(negatives):
+    """And those of a stage that goes on from the state of such steps have not."""
+    plain, chance, own = build(negatives), build("random"), MatchingHead(MODEL.dim, negatives, random_steps=2)
+    own.contrast = plain.objectives["matching"].contrast
+    batch = dual_batch(1)
+    encoded = plain.encoder(batch)
+
+    def partners(head: MatchingHead) -> list[list[int]]:
+        return [chosen.tolist() for chosen in head.draw(encoded, batch)]
+
+    hard, random = (partners(task.objectives["matching"]) for task in (plain, chance))
+    assert hard != random
+    for expected in (random, random, hard, hard):
+        assert partners(own) == expected
+        own.after_step()
+    resumed = MatchingHead(MODEL.dim, negatives, random_steps=2)
+    resumed.load_state_dict(own.state_dict())
+    resumed.contrast = own.contrast
+    assert partners(resumed) == hard and "steps" not in MatchingHead(4).state_dict()
+
+
 CONTRAST = (Contrastive(), Matching())
 
 
@@ -183,3 +205,5 @@ def test_stages_that_it_refuses(count, experts, objectives, said):
 def test_unknown_negatives_are_refused():
     with pytest.raises(ValueError, match=r"matching\.negatives='hard' is unknown; use global, local, random"):
         Matching("hard")
+    with pytest.raises(ValueError, match=r"matching\.random_steps=-1 is below 0"):
+        Matching(random_steps=-1)
