@@ -43,6 +43,7 @@ SCORES = {
     "R@1_text_to_image": "retrieval/text_to_image/R@1",
     "matching": "matching/accuracy",
     "matching_baseline": "matching/baseline",
+    "matching_choice": "matching/choice",
     "masked_words": "masked/pair_text/accuracy",
     "masked_words_baseline": "masked/pair_text/baseline",
     "CIDEr": "captions/CIDEr",
@@ -143,7 +144,7 @@ def flops(recipe: Recipe, stage: Stage) -> float:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    head = ("", "parameters", "samples/s", "GiB", "TFLOP", "R@1 i→t / t→i", "matching (of 50)",
+    head = ("", "parameters", "samples/s", "GiB", "TFLOP", "R@1 i→t / t→i", "matching (of 50)", "choice (of 50)",
             "masked words (of {})", "CIDEr")  # fmt: skip
     baseline = next((each["masked_words_baseline"] for each in rows if each["masked_words_baseline"]), None)
     words = head[-2].format("-" if baseline is None else f"{baseline:.1f}")
@@ -153,7 +154,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append((
             each["name"], f"{each['parameters'] / 1e6:.2f} M", _number(each["samples_per_s"], 0),
             _number(each["memory_gib"], 2), _number(each["TFLOP"]), " / ".join(both), _number(each["matching"]),
-            _number(each["masked_words"]), _number(each["CIDEr"]),
+            _number(each["matching_choice"]), _number(each["masked_words"]), _number(each["CIDEr"]),
         ))  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from pretrain.contracts import Evaluation
 from pretrain.data.labelled import metadata
 from pretrain.data.sources import METADATA, PairShards, Raw, caption_ids
-from pretrain.evals.matching import margin
+from pretrain.evals.matching import margin, preferred
 from pretrain.evals.trained import Trained, missing_head
 
 FOIL = "foil"
@@ -54,8 +54,7 @@ class FoilChoice(Evaluation):
             margins.append(torch.stack([margin(trained, batch), margin(trained, foiled)]).cpu())
         own, foils = torch.cat(margins, 1)[:, : self.samples]
         right = torch.cat([own > 0, foils <= 0])
-        chosen = (own > foils).double() + 0.5 * (own == foils).double()
         return {
-            "foils/choice": 100 * chosen.mean().item(),
+            "foils/choice": preferred(own, foils),
             "foils/accuracy": 100 * right.double().mean().item(),
         }, {}

@@ -17,7 +17,8 @@ from pretrain.evals.trained import Trained, check_counts, missing_head
 class MatchingAccuracy(Evaluation):
     """Percent right of the answers to two questions for each picture: with its own caption, and with that of the next
     picture of the batch (left out where that is the same text). Saying yes or no to everything gives the baseline, near
-    50."""
+    50. `choice`: percent of the pictures whose own caption fits better than the other, whatever the head says of each
+    (chance is 50): after hard negatives it may say no to nearly everything and still know."""
 
     pairs: Any
     samples: int = 512
@@ -34,28 +35,29 @@ class MatchingAccuracy(Evaluation):
     @torch.no_grad()
     def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
         """-> percentages for eval.json; nothing for the report's samples."""
-        right: list[Tensor] = []
-        wrong: list[Tensor] = []
+        own_margins, other_margins, different = list[Tensor](), list[Tensor](), list[Tensor]()
         samples = min(self.samples, trained.samples_of(self.pairs))
         if samples < 2:
             raise ValueError(f"evals: matching needs another pair's caption, and its source has {samples} pairs")
         for batch in trained.batches({"pairs": self.pairs}, min(self.batch, samples), samples):
             tokens = batch.pair_tokens.roll(1, 0)
-            other = (tokens != batch.pair_tokens).any(-1)
-            right.append(answers(trained, batch).cpu())
+            different.append((tokens != batch.pair_tokens).any(-1).cpu())
+            own_margins.append(margin(trained, batch).cpu())
             changed = replace(batch, pair_tokens=tokens, pair_inputs=tokens).indexed()
-            wrong.append(~answers(trained, changed)[other].cpu())
-        own, others = torch.cat(right), torch.cat(wrong)
+            other_margins.append(margin(trained, changed).cpu())
+        own, there = torch.cat(own_margins), torch.cat(different)
+        others = torch.cat(other_margins)[there]
         total = len(own) + len(others)
         return {
-            "matching/accuracy": 100 * (own.sum() + others.sum()).item() / total,
+            "matching/accuracy": 100 * ((own > 0).sum() + (others <= 0).sum()).item() / total,
             "matching/baseline": 100 * max(len(own), len(others)) / total,
+            "matching/choice": preferred(own[there], others),
         }, {}
 
 
-def answers(trained: Trained, batch: Batch) -> Tensor:
-    """bool [pairs]: which of them the model finds to belong together."""
-    return margin(trained, batch) > 0
+def preferred(own: Tensor, others: Tensor) -> float:
+    """Percent of the margins [N] that are above those of the other captions; a tie counts half."""
+    return 100 * ((own > others).double() + 0.5 * (own == others).double()).mean().item()
 
 
 def margin(trained: Trained, batch: Batch) -> Tensor:

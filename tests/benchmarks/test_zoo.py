@@ -36,14 +36,15 @@ def test_the_table_says_what_the_runs_left(tmp_path, monkeypatch):
     monkeypatch.setenv("DATA", "nowhere")
     clip = write_run(tmp_path / "clip", **{"retrieval/image_to_text/R@1": 40.0, "retrieval/text_to_image/R@1": 50.0})
     vilt = write_run(tmp_path / "vilt", **{
-        "matching/accuracy": 80.0, "matching/baseline": 50.0, "masked/pair_text/accuracy": 60.0,
-        "masked/pair_text/baseline": 18.0,
+        "matching/accuracy": 80.0, "matching/baseline": 50.0, "matching/choice": 90.0,
+        "masked/pair_text/accuracy": 60.0, "masked/pair_text/baseline": 18.0,
     })  # fmt: skip
     rows = [zoo.row(name, zoo.MEMBERS[name], 6400, place) for name, place in (("CLIP", clip), ("ViLT", vilt))]
     assert rows[0]["samples_per_s"] == 105.5 and rows[0]["samples"] == 6400
     said = zoo.table(rows).splitlines()
     assert "masked words (of 18.0)" in said[0]
-    assert said[2].endswith("| 40.0 / 50.0 | - | - | - |") and said[3].endswith("| - / - | 80.0 | 60.0 | - |")
+    assert said[2].endswith("| 40.0 / 50.0 | - | - | - | - |")
+    assert said[3].endswith("| - / - | 80.0 | 90.0 | 60.0 | - |")
     assert zoo.marks(rows) == [Mark("CLIP", rows[0]["TFLOP"], 45.0)]
 
 

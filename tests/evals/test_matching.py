@@ -36,15 +36,26 @@ def run(words: list[int], match: nn.Module) -> dict[str, float]:
 
 
 def test_a_perfect_model_and_one_that_always_says_yes():
-    assert run([5, 6, 7], nn.Identity()) == {"matching/accuracy": 100, "matching/baseline": 50}
+    assert run([5, 6, 7], nn.Identity()) == {
+        "matching/accuracy": 100, "matching/baseline": 50, "matching/choice": 100,
+    }  # fmt: skip
     yes = nn.Linear(2, 2, bias=True)
     nn.init.zeros_(yes.weight)
     yes.bias.data = torch.tensor([0.0, 1.0])
-    assert run([5, 6, 7], yes)["matching/accuracy"] == 50
+    said = run([5, 6, 7], yes)
+    assert said["matching/accuracy"] == said["matching/choice"] == 50
+
+
+def test_one_that_says_no_to_everything_may_know_which_fits_better():
+    no = nn.Linear(2, 2)
+    no.weight.data, no.bias.data = torch.eye(2), torch.tensor([9.0, 0.0])
+    said = run([5, 6, 7], no)
+    assert said["matching/accuracy"] == 50 and said["matching/choice"] == 100
 
 
 def test_the_same_caption_is_no_wrong_one():
-    assert run([5, 5, 6], nn.Identity()) == {"matching/accuracy": 100, "matching/baseline": 60}
+    said = run([5, 5, 6], nn.Identity())
+    assert said == {"matching/accuracy": 100, "matching/baseline": 60, "matching/choice": 100}
 
 
 def test_a_batch_of_one_has_no_other_caption():
