@@ -27,7 +27,8 @@ import json
 import logging
 import sys
 from collections import Counter
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,23 @@ def main(arguments: list[str] | None = None) -> int:
     return run(lambda: _run(args, arguments), state=state)
 
 
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Checkpoints are damaged here, and warnings of that say nothing."""
+    log = logging.getLogger("pretrain")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def _run(args: argparse.Namespace, arguments: list[str] | None) -> int:
     if args.faults < 1:
         raise ValueError(f"--faults={args.faults} is below 1; use 1 or more")
-    logging.getLogger("pretrain").setLevel(logging.ERROR)  # of checkpoints that are damaged here
     work = args.work.resolve()  # a run's paths are told by where they begin
-    with Lock(work):
+    with _errors_only(), Lock(work):
         runs = read_finished(work / FINISHED, args.seed)
         runs = _go_on(work, runs, args.faults, args.seed)
     results = (
