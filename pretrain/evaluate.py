@@ -24,6 +24,7 @@ from pretrain.run.build import build_task
 from pretrain.run.continuation import inputs_dir
 from pretrain.run.directory import RECIPE, read_recipe
 from pretrain.run.evaluation import Asked, asked_evaluation
+from pretrain.run.labels import check_labels
 from pretrain.run.trained import evaluate, said, trained_stage
 from pretrain.visible import start_logging
 
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
         log.info("%s: evaluated before; nothing to do (%s)", args.stage, asked.path)
         return
     apart = LORA in weights_header(weights).get("config", {})  # as in a checkpoint
+    check_labels(stage)
     task = build_task(recipe, stage if apart else replace(stage, lora=None), inputs, trains=False)
     handover = load_handover(task, weights)
     if handover.missing:

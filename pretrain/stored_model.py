@@ -12,6 +12,7 @@ from pretrain.hub.read import is_directory, read_directory
 from pretrain.models.fusion.co_attention import CoAttention
 from pretrain.models.fusion.late import LateFusion
 from pretrain.models.fusion.several_depths import SeveralDepths
+from pretrain.models.fusion.single_stream import SingleStream
 from pretrain.models.fusion.text_queries_image import TextQueriesImage
 from pretrain.models.towers.dual import DualTowers
 from pretrain.objectives.answering import Answering
@@ -30,7 +31,7 @@ from pretrain.settings import fill_variables
 from pretrain.tasks.pretrain import PretrainTask
 
 # Encoders beside Multiway's and BLIP's.
-FURTHER = (DualTowers, LateFusion, TextQueriesImage, SeveralDepths, CoAttention)
+FURTHER = (DualTowers, LateFusion, TextQueriesImage, SeveralDepths, CoAttention, SingleStream)
 
 
 def read_stored(path: Path, further: tuple[type, ...] = ()) -> tuple[State, Any, dict[str, Any]]:

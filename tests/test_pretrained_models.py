@@ -26,6 +26,7 @@ from pretrain.tasks.pretrain import PretrainTask
 from tests.models.fusion.test_co_attention import MODEL as CO_ATTENTION
 from tests.models.fusion.test_late import MODEL as LATE
 from tests.models.fusion.test_several_depths import MODEL as DEPTHS
+from tests.models.fusion.test_single_stream import MODEL as SINGLE
 from tests.models.fusion.test_text_queries_image import SMALL as ASKING
 from tests.models.towers.others import whole_model, write_directory
 from tests.test_pretrained import pictures
@@ -38,6 +39,7 @@ MODELS: dict[str, tuple[Any, list]] = {
     "LateFusion": (LATE, [Contrastive(), Matching()]),
     "TextQueriesImage": (ASKING, [Contrastive(embed_dim=8, projection_bias=True), Matching(), WORDS]),
     "SeveralDepths": (DEPTHS, [Contrastive(embed_dim=8), Matching()]),
+    "SingleStream": (SINGLE, [Contrastive(embed_dim=8), Matching("random")]),
     "CoAttention": (CO_ATTENTION, [Contrastive(embed_dim=8), Matching("random")]),
 }
 

@@ -27,6 +27,7 @@ from pretrain.run.directory import is_finished, run_identity
 from pretrain.run.identity import as_begun, hash_of
 from pretrain.run.image_targets import predicts_codes
 from pretrain.run.inputs import open_data
+from pretrain.run.labels import check_labels
 from pretrain.run.stored_weights import weights_path
 from pretrain.run.whole_recipe import check_other_stages
 from pretrain.settings import fill_variables
@@ -107,6 +108,7 @@ def check_layout(line: Line, name: str, ranks: Ranks) -> None:
 def _check_layout(line: Line, recipe: Recipe, name: str, stage: Stage, ranks: Ranks) -> None:
     config = stage_ds_config(line.ds, recipe, stage, world=ranks.world, node=ranks.each)
     check_model(recipe, stage)
+    check_labels(stage)
     if ranks.gpu is not None:
         _check_memory(line, recipe, name, stage, config, ranks)
 

@@ -143,6 +143,7 @@ def build_run(
     check_deepcompile(ds_config)
     loader = build_loader(recipe, stage, directory, place)
     check_model(recipe, stage)
+    check_labels(stage)
     identity = {
         "recipe_hash": hash_of(settings or {}),
         "data_digest": inputs_digest(loader.digests, others := other_inputs(recipe, stage, run_dir)),
@@ -156,9 +157,8 @@ def build_run(
     lock, begin = None, Start()
     if directory is not None:
         lock = take_directory(directory)
-        digests = identity | {"names_digest": inputs_digest(loader.names_digests, others)}
-        copied = recipe.copy_every > 0
-        begin = find_start(directory, settings or {}, precision_name(ds_config), copied=copied, **digests)
+        own: dict[str, Any] = identity | {"names_digest": inputs_digest(loader.names_digests, others)}
+        begin = find_start(directory, settings or {}, precision_name(ds_config), copied=recipe.copy_every > 0, **own)
         loader.pass_over(passed_batches(begin.rollbacks))
     checkpoint = begin.checkpoint
     layers = parallel_layers(mesh)
@@ -185,12 +185,11 @@ def build_run(
 
 
 def check_model(recipe: Recipe, stage: Stage) -> None:
-    """Raises ValueError for what a user can get wrong about the model and its labels, without building it."""
+    """Raises ValueError for what a user can get wrong about the model, without building it."""
     model = recipe.model_of(stage)
     if any(kind != "texts" for kind in stage.mix) and stage.transform.size != model.image_size:
         raise ValueError(f"transform.size={stage.transform.size} but model.image_size={model.image_size}; use one size")
     check_patterns(recipe, stage)
-    check_labels(stage)
 
 
 def build_task(

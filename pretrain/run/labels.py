@@ -70,10 +70,8 @@ def _check_answers(source: QuestionShards) -> None:
                 with suppress(BadSample):
                     answers = metadata(reader.read(shard, sample, (METADATA,))).get("answers")
                     if isinstance(answers, list):
-                        asked, given = (
-                            asked + 1,
-                            given | scores([each for each in answers if isinstance(each, str)]).keys(),
-                        )
+                        asked += 1
+                        given |= scores([each for each in answers if isinstance(each, str)]).keys()
     if given and not given & read_vocabulary(source.vocabulary).keys():
         raise ValueError(
             f"vocabulary={source.vocabulary} has none of the answers of {asked} questions in {source.shards}, such as "

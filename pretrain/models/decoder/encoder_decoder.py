@@ -58,18 +58,7 @@ class EncoderDecoder(Model):
     @property
     def shape(self) -> MultiwayShape:
         """Of the vision encoder."""
-        return MultiwayShape(
-            dim=self.dim,
-            depth=self.image_depth,
-            heads=self.heads,
-            ffn_dim=self.ffn_dim,
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            vocab_size=self.vocab_size,
-            max_text_len=self.max_text_len,
-            norm_eps=self.image_norm_eps,
-            init_std=self.init_std,
-        )
+        return streams.vit_shape(self, dim=self.dim, depth=self.image_depth, heads=self.heads, ffn_dim=self.ffn_dim)
 
     @property
     def text_shape(self) -> MultiwayShape:

@@ -101,17 +101,12 @@ class CoAttention(Model):
     @property
     def shape(self) -> MultiwayShape:
         """Of the ViT below the pictures' stream."""
-        return MultiwayShape(
+        return streams.vit_shape(
+            self,
             dim=self.image_dim,
             depth=self.vit_depth,
             heads=self.image_heads,
             ffn_dim=self.vit_ffn_dim or 4 * self.image_dim,
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            vocab_size=self.vocab_size,
-            max_text_len=self.max_text_len,
-            norm_eps=self.image_norm_eps,
-            init_std=self.init_std,
         )
 
     @property

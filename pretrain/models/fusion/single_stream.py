@@ -57,17 +57,8 @@ class SingleStream(Model):
     @property
     def shape(self) -> MultiwayShape:
         """Of the ViT."""
-        return MultiwayShape(
-            dim=self.vit_dim,
-            depth=self.vit_depth,
-            heads=self.vit_heads,
-            ffn_dim=4 * self.vit_dim,
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            vocab_size=self.vocab_size,
-            max_text_len=self.max_text_len,
-            norm_eps=self.image_norm_eps,
-            init_std=self.init_std,
+        return streams.vit_shape(
+            self, dim=self.vit_dim, depth=self.vit_depth, heads=self.vit_heads, ffn_dim=4 * self.vit_dim
         )
 
     @property

@@ -63,6 +63,13 @@ def run(block: nn.Module, *inputs: Any, recompute: bool) -> Any:
     return checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
 
 
+def vit_shape(model: Any, *, dim: int, depth: int, heads: int, ffn_dim: int) -> MultiwayShape:
+    """Of a model's vision encoder."""
+    names = ("image_size", "patch_size", "vocab_size", "max_text_len", "init_std")
+    own: dict[str, Any] = {name: getattr(model, name) for name in names}
+    return MultiwayShape(dim=dim, depth=depth, heads=heads, ffn_dim=ffn_dim, norm_eps=model.image_norm_eps, **own)
+
+
 def problems(stage: Any, name: str) -> list[str]:
     """As Model.problems, of a model called `name`."""
     found = []
