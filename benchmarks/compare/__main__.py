@@ -9,6 +9,8 @@ too). Ours is BEiT-3's released architecture in one packed pass. Beside it stand
     torchscale    its BEiT3, the released code, with the same weights, in three passes; its loss must equal ours
     transformers  Hugging Face's ViT, BERT and ViLT of the same size, one pass each (more weights, no inner norms)
 
+Ours comes in two forms: `eager`, as simply as the others', and `compiled`, as recipes train on a GPU: blocks by
+torch.compile, and in bf16 weights in bf16 with AdamW on fp32 copies of them, where the others and `eager` use autocast.
 `full`: the other's heads make logits of all rows, `masked`: of the rows with a target, as ours do. Times are CPU
 seconds of this process on --threads, so that other processes matter less; `times` is how many times as long the other
 takes, the median over rounds in turns. `efficiency` is the share of the step that its matrix products alone would
@@ -23,8 +25,6 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,23 +35,21 @@ from torch import nn
 
 from benchmarks.attention import SIZES, bare_products, products
 from benchmarks.bars import write_bars
-from benchmarks.compare.others import HuggingFace, Passes, Torchscale
+from benchmarks.compare.contestants import OTHERS, OURS, check_equal, ours, theirs
 from benchmarks.record import machine
 from pretrain import command
 from pretrain.batch import PAD, Batch, Layout, make_batch
 from pretrain.command import about, write
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.objectives.masked import MaskedData
-from pretrain.optim import Optim, build_optimizer
-from pretrain.released_weights import to_released
-from pretrain.tasks.pretrain import Pretrain, PretrainTask
+from pretrain.tasks.pretrain import Pretrain
 
 EXPERTS = ("vision", "language")
 CODES = 8192  # of the visual tokenizer, as in every recipe
 OBJECTIVE = MaskedData(image_ratio=0.4, text_ratio=0.15, pair_text_ratio=0.5, pair_image_ratio=0.4, image_codes=CODES)
 WORDS = (8, 40)  # of a caption
 PRECISIONS = ("fp32", "bf16")
-OTHERS: dict[str, type[Passes]] = {"torchscale": Torchscale, "transformers": HuggingFace}
+HEADS = {False: "masked", True: "full"}
 
 
 def make_one(cfg: MultiwayConfig, layout: Layout, *, full_length: bool) -> Batch:
@@ -82,49 +80,6 @@ def make_one(cfg: MultiwayConfig, layout: Layout, *, full_length: bool) -> Batch
     return replace(batch, **hidden).indexed()
 
 
-class Contestant:
-    """A model and its AdamW; `loss(model, batch)` in the `precision`."""
-
-    def __init__(self, model: nn.Module, loss: Callable[[Any, Batch], torch.Tensor], *, bf16: bool):
-        self.model, self.loss, self.bf16 = model, loss, bf16
-        self.optimizer = build_optimizer(model, Optim())
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16) if self.bf16 else nullcontext():
-            return self.loss(self.model, batch)
-
-    def step(self, batch: Batch) -> float:
-        """The CPU seconds that it took."""
-        begin = time.process_time()
-        self.forward(batch).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return time.process_time() - begin
-
-
-def ours(cfg: MultiwayConfig, *, bf16: bool, compiled: bool = False) -> Contestant:
-    torch.manual_seed(0)
-    task = PretrainTask(cfg, EXPERTS, (OBJECTIVE,))
-    if compiled:
-        task.encoder.compile_blocks()
-    return Contestant(task, lambda model, batch: model(batch)["loss"], bf16=bf16)
-
-
-def theirs(name: str, cfg: MultiwayConfig, like: Contestant, *, bf16: bool) -> Contestant:
-    """Another system's; torchscale's has the weights of `like`."""
-    model = OTHERS[name](cfg, CODES)
-    if isinstance(model, Torchscale):
-        state = {
-            name: value.detach()[: getattr(value, "real_rows", None)] for name, value in like.model.named_parameters()
-        }
-        released = to_released(state, cfg)
-        renamed = {"mim_head": "image_head", "mlm_head": "text_head"}
-        for name, value in renamed.items():
-            released = {key.replace(name, value): tensor for key, tensor in released.items()}
-        model.load_state_dict(released)
-    return Contestant(model, lambda model, batch: model(batch), bf16=bf16)
-
-
 def rate(cfg: MultiwayConfig, layout: Layout, repeats: int, *, bf16: bool) -> float:
     """FLOP/s of bare products of the shapes in a block and the patch embedding, the median."""
     one, seconds = replace(cfg, depth=1), []
@@ -145,49 +100,41 @@ def executed(cfg: MultiwayConfig, batch: Batch, task: nn.Module, experts: tuple[
 
 
 def compare(name: str, forms: tuple[bool, ...], args: argparse.Namespace, *, bf16: bool) -> dict[str, Any]:
-    """{"full" or "masked": figures} of one other system beside ours."""
+    """Figures of one other system beside ours: {"ours": {form: figures}, "masked": figures, "full": figures}."""
     cfg, layout = shape_of(args)
     batch = make_one(cfg, layout, full_length=args.full_length)
-    mine = ours(cfg, bf16=bf16, compiled=args.compile)
-    other = theirs(name, cfg, mine, bf16=bf16)
+    mine = {form: ours(cfg, OBJECTIVE, EXPERTS, form, bf16=bf16) for form in args.ours}
+    other = theirs(name, cfg, mine[args.ours[0]], CODES, bf16=bf16)
     if name == "torchscale":
-        check_equal(mine, other, batch)
-    seconds: dict[str, list[float]] = {"ours": [], "masked": [], "full": []}
+        for one in mine.values():
+            check_equal(one, other, batch)
+    seconds: dict[str, list[float]] = {form: [] for form in (*mine, *(HEADS[full] for full in forms))}
     model: Any = other.model
     for turn in range(args.rounds + 1):  # the first one warms up
-        own = mine.step(batch)
+        spent = {form: one.step(batch) for form, one in mine.items()}
         for full in forms:
             model.full = full
-            spent = other.step(batch)
-            if turn:
-                seconds["full" if full else "masked"].append(spent)
-        if turn:
-            seconds["ours"].append(own)
+            spent[HEADS[full]] = other.step(batch)
+        for form, each in spent.items():
+            seconds[form] += [each] if turn else []
     bare = rate(cfg, replace(layout, pair_len=round(batch.real_layout.pair_len)), 5, bf16=bf16)
-    own_seconds = statistics.median(seconds["ours"])
-    figures: dict[str, Any] = {
-        "ours_s": round(own_seconds, 3),
-        "bare_gflops_per_s": round(bare / 1e9),
-        "efficiency": round(executed(cfg, batch, mine.model) / own_seconds / bare, 3),
-    }
-    for form, taken in seconds.items():
-        if form != "ours" and taken:
-            ratios = [a / b for a, b in zip(taken, seconds["ours"], strict=True)]
-            spread = [round(min(ratios), 3), round(max(ratios), 3)]
-            figures[form] = {
-                "s": round(statistics.median(taken), 3),
-                "times": round(statistics.median(ratios), 3),
-                "from_to": spread,
-            }
+    products_s = executed(cfg, batch, mine[args.ours[0]].model) / bare
+    figures: dict[str, Any] = {"bare_gflops_per_s": round(bare / 1e9), "ours": {}}
+    for form in mine:
+        s = statistics.median(seconds[form])
+        figures["ours"][form] = {"s": round(s, 3), "efficiency": round(products_s / s, 3)}
+    for full in forms:
+        theirs_s = seconds[HEADS[full]]
+        figures[HEADS[full]] = {"s": round(statistics.median(theirs_s), 3)} | {
+            form: times(theirs_s, seconds[form]) for form in mine
+        }
     return figures
 
 
-def check_equal(mine: Contestant, other: Contestant, batch: Batch) -> None:
-    near = 2e-2 if mine.bf16 else 1e-4
-    with torch.no_grad():
-        losses = [float(one.forward(batch)) for one in (mine, other)]
-    if not abs(losses[0] - losses[1]) < near:
-        raise ValueError(f"the losses differ, {losses[0]} and {losses[1]}: this would compare different work")
+def times(theirs_s: list[float], ours_s: list[float]) -> dict[str, Any]:
+    """How many times as long theirs took: in the median over the turns, and in the least and the most of them."""
+    ratios = [a / b for a, b in zip(theirs_s, ours_s, strict=True)]
+    return {"times": round(statistics.median(ratios), 3), "from_to": [round(min(ratios), 3), round(max(ratios), 3)]}
 
 
 def shape_of(args: argparse.Namespace) -> tuple[MultiwayConfig, Layout]:
@@ -209,7 +156,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--full-length", action="store_true", help="captions without padding")
     parser.add_argument("--others", nargs="+", choices=OTHERS, default=list(OTHERS))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--compile", action="store_true", help="our blocks by torch.compile")
+    parser.add_argument("--ours", nargs="+", choices=OURS, default=list(OURS), help="forms of our step (default: all)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="also write the JSON here, and a plot beside it")
@@ -232,10 +179,11 @@ def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
     write(facts | {"results": results}, args.out)
     if args.out is not None:
         bars = {
-            f"{name}, {form} heads": cell[form]["times"]
+            f"{name}, {heads} heads, ours {form}": cell[heads][form]["times"]
             for name, cell in results.items()
-            for form in ("full", "masked")
-            if form in cell
+            for heads in ("full", "masked")
+            if heads in cell
+            for form in args.ours
         }
         title = "How many times as long a step takes as ours"
         write_bars(args.out.with_suffix(".svg"), title, bars, mark=1.0, note=facts["command"])

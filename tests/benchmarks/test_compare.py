@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.attention import QUICKSTART
 from benchmarks.bars import bars_svg
-from benchmarks.compare.__main__ import check_equal, main, make_one, ours, theirs
+from benchmarks.compare.__main__ import CODES, EXPERTS, OBJECTIVE, main, make_one
+from benchmarks.compare.contestants import Bf16Weights, check_equal, ours, theirs
 from pretrain.batch import Layout
 from tests.toys import refused
 
@@ -24,8 +25,8 @@ LAYOUT = Layout(2, 2, 2, CFG.patches, 50, 12)
 @pytest.mark.parametrize("full", [False, True])
 def test_torchscale_has_our_loss_and_gradients(full):
     batch = make_one(CFG, LAYOUT, full_length=False)
-    mine = ours(CFG, bf16=False)
-    other = theirs("torchscale", CFG, mine, bf16=False)
+    mine = ours(CFG, OBJECTIVE, EXPERTS, bf16=False)
+    other = theirs("torchscale", CFG, mine, CODES, bf16=False)
     other.model.full = full
     losses = [one.forward(batch) for one in (mine, other)]
     torch.testing.assert_close(*losses, atol=2e-6, rtol=2e-6)
@@ -42,13 +43,47 @@ def test_torchscale_has_our_loss_and_gradients(full):
         check_equal(mine, other, batch)
 
 
+def test_weights_in_bf16_take_the_step_of_autocast():
+    batch = make_one(CFG, LAYOUT, full_length=False)
+    autocast, low = (ours(CFG, OBJECTIVE, EXPERTS, bf16=True) for _ in range(2))
+    low = Bf16Weights(low.model, low.loss)
+    before = {name: value.detach().clone() for name, value in autocast.model.named_parameters()}
+    check_equal(low, autocast, batch)
+    for one in (autocast, low):
+        one.step(batch)
+    for name, weight in low.model.named_parameters():
+        copy, other = low.copies[weight].detach(), autocast.model.get_parameter(name).detach()
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight.detach(), copy.bfloat16())
+        # AdamW's first step is the rate, whatever the gradient: the bf16 form starts from the same fp32 weights.
+        moved, by_other = copy - before[name], other - before[name]
+        assert (moved - by_other).abs().median() <= 0.05 * by_other.abs().median(), name
+
+
 def test_every_other_system_takes_a_step_and_the_plot_has_its_bars(tmp_path, capsys):
     out = tmp_path / "compare.json"
     sizes = ["--size", "quickstart", "--depth", "1", "--images", "1", "--pairs", "1", "--texts", "1", "--rounds", "1"]
-    assert main([*sizes, "--pair-len", "10", "--text-len", "9", "--precisions", "fp32", "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                *sizes,
+                "--pair-len",
+                "10",
+                "--text-len",
+                "9",
+                "--precisions",
+                "fp32",
+                "--ours",
+                "eager",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     results = json.loads(out.read_text())["results"]
     assert set(results) == {"torchscale fp32", "transformers fp32"}
-    assert all(cell["masked"]["times"] > 0 and 0 < cell["efficiency"] < 1 for cell in results.values())
+    for cell in results.values():
+        assert cell["masked"]["eager"]["times"] > 0 and 0 < cell["ours"]["eager"]["efficiency"] < 1
     plot = out.with_suffix(".svg").read_text()
     assert "torchscale fp32, full heads" in plot and "transformers fp32, masked heads" in plot
     assert "--rounds=0" in refused(capsys, main, "--rounds", 0)
