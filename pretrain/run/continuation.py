@@ -86,13 +86,21 @@ def parent_checkpoint(identity: dict[str, Any], find: Callable[..., Checkpoint |
     return checkpoint
 
 
+def take_over_rollbacks(identity: dict[str, Any], directory: Path) -> None:
+    """Which batches the parent passes over, into the directory of a run that has no checkpoint of its own: before this
+    start reads the list, on which the order of its data depends. For one rank."""
+    parent = _continues(identity).get("from")
+    begun = (directory / ROLLBACKS).exists() or any((directory / CHECKPOINTS).glob("step_*"))
+    if parent is None or begun:  # a run that has gone back itself has them in its own list
+        return
+    if done := tuple(rollback for rollback in read_rollbacks(Path(parent)) if rollback.done):
+        write_rollbacks(directory, done)
+
+
 def take_over(identity: dict[str, Any], directory: Path) -> None:
     """The parent's metrics.jsonl and evals.jsonl into the directory of a run that begins; MetricsLog and Progress drop
-    what is beyond its start. With them which batches the parent passes over. For one rank."""
+    what is beyond its start. For one rank."""
     parent = Path(_continues(identity)["from"])
-    done = tuple(rollback for rollback in read_rollbacks(parent) if rollback.done)
-    if done and not (directory / ROLLBACKS).exists():  # a run that has gone back itself has them in its own list
-        write_rollbacks(directory, done)
     with suppress(FileNotFoundError):  # not every run evaluates itself
         write_file(directory / EVALS, (parent / EVALS).read_bytes())
     try:

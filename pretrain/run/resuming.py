@@ -10,7 +10,7 @@ from pretrain.checkpoint.copies import Copies, open_copies
 from pretrain.checkpoint.save import Checkpoint, newest
 from pretrain.distributed import fail_together, rank
 from pretrain.rollbacks import Rollback
-from pretrain.run.continuation import parent_checkpoint, take_over
+from pretrain.run.continuation import parent_checkpoint, take_over, take_over_rollbacks
 from pretrain.run.rollback import finish_rollback, rollbacks_of
 
 
@@ -35,6 +35,7 @@ def find_start(
     """Of the run in `directory`, whose lock rank 0 has: from its own newest checkpoint, if it is `copied` also of those
     on its nodes; else from its parent's, with the metrics up to there. Every rank must call it. Raises ValueError as
     `newest` and `open_copies`."""
+    fail_together(lambda: take_over_rollbacks(settings, directory) if rank() == 0 else None)
     finish_rollback(directory)
     rollbacks = rollbacks_of(directory)
     copies = open_copies(directory, len(rollbacks)) if copied else None

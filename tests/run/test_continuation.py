@@ -20,10 +20,10 @@ from pretrain.run.continuation import (
     parent_checkpoint,
     parents,
     start_identity,
-    take_over,
 )
 from pretrain.run.directory import note_recipe
 from pretrain.run.identity import hash_of, identity_of
+from pretrain.run.resuming import find_start
 from tests.run.test_identity import OLD, RECIPE, VISION
 
 LONGER = replace(VISION, steps=9, optim=Optim(schedule="wsd", decay_steps=2))
@@ -85,14 +85,18 @@ def test_it_passes_over_what_its_parent_passes_over(parent, tmp_path):
     (parent / "evals.jsonl").write_text('{"step": 1, "x": 2.0}\n')
     identity, child = start_identity(tmp_path / "new", RECIPE, LONGER, parent), tmp_path / "new"
     child.mkdir()
-    take_over(identity, child)
+    digests = {"recipe_hash": hash_of(identity), "data_digest": "d", "names_digest": "d"}
+    start = find_start(child, identity, "fp32", copied=False, **digests)
+    assert start.checkpoint.step == 3 and start.rollbacks == (done,), "already its first start reads on behind them"
     assert read_rollbacks(child) == (done,) and (child / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert (child / "evals.jsonl").read_bytes() == (parent / "evals.jsonl").read_bytes()
     assert begins_at(identity) == 3 and begins_at(identity_of(RECIPE, VISION)) == 0
     own = (done, Rollback(8, 3, 6, 8, "inf", 3.0, done=True))
-    write_rollbacks(child, own)
-    take_over(identity, child)  # it went back before it had saved anything
-    assert read_rollbacks(child) == own
+    write_rollbacks(child, own)  # it went back before it had saved anything
+    assert find_start(child, identity, "fp32", copied=False, **digests).rollbacks == own
+    (child / "rollbacks.json").unlink()
+    run_of(child, identity, 5)  # it began before its parent went back
+    assert find_start(child, identity, "fp32", copied=False, **digests).rollbacks == ()
     (parent / "rollbacks.json").write_text("{")
     with pytest.raises(ValueError, match="the order of this run's data depends on it"):
         start_identity(tmp_path / "other", RECIPE, LONGER, parent)
