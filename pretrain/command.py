@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import select
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +26,8 @@ PATHS = {
     errno.EEXIST: "is in the way: a directory should stand there; give another path",
     errno.EACCES: "may not be read or written by this user; change its permissions, or give another path",
 }
+
+UNREAD = 141  # 128 + SIGPIPE, as of a program that this signal ends
 
 
 def make_parser(name: str, description: str | None, example: str) -> argparse.ArgumentParser:
@@ -58,14 +61,19 @@ def part_of(text: str) -> tuple[int, int]:
 
 def run(action: Callable[[], int | None], *, state: str) -> int:
     """The exit code of a command: what `action` returns (None: 0); 2 for wrong input (ValueError, OSError) and for a
-    worker process that was killed; 130 for Ctrl-C. `state` tells the user what happened to the work so far. Errors of
-    the program itself are raised, with their traceback."""
+    worker process that was killed; 130 for Ctrl-C; 141 where nobody reads its output any more, as behind `| head`.
+    `state` tells the user what happened to the work so far. Errors of the program itself are raised, with their
+    traceback."""
     imported()
     if logging.lastResort is not None:  # what prints the warnings of a command that starts no log
         logging.lastResort.setFormatter(Formatter("%(message)s"))
     try:
-        return action() or 0
+        code = action() or 0
+        print(end="", flush=True)  # what cannot be written is an error here, and not when the interpreter ends
+        return code
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return UNREAD
         say(f"error: {sentence(error)}", error=True)
         return 2
     except RuntimeError as error:
@@ -78,6 +86,22 @@ def run(action: Callable[[], int | None], *, state: str) -> int:
     except KeyboardInterrupt:
         print(f"stopped; {state}", file=sys.stderr)
         return 130
+
+
+def _nobody_reads() -> bool:
+    """Whether the pipe behind stdout has lost its reader. If so, what is still printed goes nowhere."""
+    try:
+        out = sys.stdout.fileno()
+    except (AttributeError, OSError):  # there is no stdout, or it is no file
+        return False
+    pipe = select.poll()
+    pipe.register(out, 0)
+    if not any(events & select.POLLERR for _, events in pipe.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, out)
+    os.close(nowhere)
+    return True
 
 
 def sentence(error: Exception) -> str:

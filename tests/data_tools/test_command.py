@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import shlex
+import subprocess
+import sys
 from concurrent.futures.process import BrokenProcessPool
 from os import strerror
 from pathlib import Path
@@ -46,6 +50,25 @@ def test_an_error_of_the_program_has_its_traceback():
     with pytest.raises(RuntimeError, match="size mismatch"):
         run(lambda: (_ for _ in ()).throw(RuntimeError("size mismatch")), state="")
     assert run(lambda: None, state="") == 0 and run(lambda: 1, state="") == 1
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])  # found out when the last of it is written, and while it prints
+def test_a_command_whose_reader_has_gone_ends_without_a_word(lines):
+    reader, writer = os.pipe()
+    os.close(reader)  # as `head` does when it has seen enough
+    code = f"import sys; from pretrain.command import run; sys.exit(run(lambda: print('line\\n' * {lines}), state=''))"
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=buffered, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_an_error(capsys):
+    def action() -> None:
+        raise BrokenPipeError(errno.EPIPE, "the worker is gone")
+
+    assert run(action, state="") == 2
+    assert capsys.readouterr().err == f"error: [Errno {errno.EPIPE}] the worker is gone\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
