@@ -6,10 +6,11 @@
 # stages are left out, and those in the queue stay there. --dry-run checks, and prints what it would submit. `codes` is no
 # stage: it stores the visual tokenizer's codes for the stages behind it; without it they run the tokenizer in each step.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env/usage.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ "${1:-}" != --dry-run ] || set -- "${@:2}" --dry-run
 if [ $# -lt 2 ] || [[ $1 == -* ]]; then
-    sed -n '2,7s/^# \?//p' launch/chain.sh >&2
+    usage launch/chain.sh >&2
     exit 2
 fi
 exec bash launch/submit.sh "--chain=$1" launch/stage.sbatch "${@:2}"

@@ -2,8 +2,9 @@
 # Run one stage on this machine, one process per GPU (or one on the CPU); all arguments go to pretrain.train:
 #   bash launch/local.sh --recipe beit3_base --stage vision --ds ds_configs/zero1_bf16.json --run-dir runs/base
 # --dry-run checks the arguments, the layout and the data, and starts nothing.
-# With DeepSpeed's own launcher: deepspeed --module pretrain.train --recipe ... (see README.md).
+# With DeepSpeed's own launcher: deepspeed --module pretrain.train --recipe ... (see launch/README.md).
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env/usage.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/env/setup.sh"
 check_torch || exit
 

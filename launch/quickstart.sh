@@ -3,6 +3,7 @@
 # Another call resumes an interrupted run. QUICKSTART_DIR=/data/q bash launch/quickstart.sh writes to another place.
 # All arguments go to the training of every stage: bash launch/quickstart.sh --set seed=1
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env/usage.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/env/setup.sh
 

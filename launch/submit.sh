@@ -5,11 +5,10 @@
 #   bash launch/submit.sh --nodes=4 launch/bench.sbatch --recipe beit3_base --stage pretrain --ds ds_configs/zero1_bf16.json
 #   bash launch/submit.sh --array=0-15 launch/prepare.sbatch --list laion/ --preset laion --out data/laion
 # sbatch's options stand before the script, its own arguments after it. --dry-run checks, and prints what it would submit.
+# bash launch/submit.sh launch/prepare.sbatch --help says what a script does.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env/usage.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source launch/env/cluster.sh
-need_cluster
-source launch/env/setup.sh
 
 options=() arguments=() checks=() script=
 for word in "$@"; do
@@ -26,9 +25,16 @@ for word in "$@"; do
     fi
 done
 if [ -z "$script" ]; then
-    sed -n '2,7s/^# \?//p' launch/submit.sh >&2
+    usage launch/submit.sh >&2
     exit 2
 fi
+if [[ -f $script && ${arguments[0]:-} =~ ^(-h|--help)$ ]]; then
+    usage "$script"
+    exit
+fi
+source launch/env/cluster.sh
+need_cluster
+source launch/env/setup.sh
 
 job=("${GPU_JOB[@]}")
 [[ $script == *prepare.sbatch ]] && job=("${CPU_JOB[@]}")

@@ -171,6 +171,16 @@ def test_a_line_without_stages_or_script_says_how(slurm, tmp_path, line):
     assert f"bash {line[0]}" in done.stderr
 
 
+CALLED = [script for script in SCRIPTS if script.name not in ("cluster.sh", "job.sh", "rank.sh", "usage.sh")]
+
+
+@pytest.mark.parametrize("script", CALLED, ids=lambda path: path.name)
+def test_help_asks_for_no_cluster_and_starts_nothing(slurm, tmp_path, script):
+    done, words = words_of(slurm, tmp_path, str(script), "--help", cwd=tmp_path, IMGLISH_CLUSTER="/nowhere/my.env")
+    assert done.returncode == 0 and not words and not done.stderr
+    assert script.name in done.stdout and "#!" not in done.stdout and "SBATCH " not in done.stdout
+
+
 def test_the_example_of_a_clusters_file_is_read_as_it_is(slurm, tmp_path):
     example = str(ROOT / "launch" / "cluster.env.example")
     done, words = words_of(slurm, tmp_path, "launch/submit.sh", "launch/stage.sbatch", IMGLISH_CLUSTER=example)

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Make the environment of img2dataset, once: .venv-download in the checkout (or $IMGLISH_DOWNLOAD_ENV), pinned by
 # constraints_download.txt, with Pillow, because pictures are decoded there as in training. It lives apart because
-# img2dataset needs webdataset < 0.3 and Python < 3.13. Run it, or source it; data_tools.download finds what it made.
+# img2dataset needs webdataset < 0.3 and Python < 3.13. Run it, or source it; data_tools.download finds what it made:
+#   bash launch/env/download.sh
 # Set IMGLISH_DOWNLOAD_PYTHON to use a Python of your own.
+[ "${BASH_SOURCE[0]}" != "$0" ] || source "$(dirname "${BASH_SOURCE[0]}")/usage.sh"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 find_download_python() {

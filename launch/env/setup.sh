@@ -3,6 +3,16 @@
 # leaves its interpreter in $PYTHON. Set IMGLISH_PYTHON to use one of your own. A node with a network is enough:
 #   IMGLISH_TORCH=cuda bash launch/env/setup.sh      # or cpu, or an index such as cu126, for drivers of CUDA 12
 # Without IMGLISH_TORCH a GPU that is here decides. The environment's .imglish-stamp says what it holds.
+called=no
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then # by a person, not by a script
+    called=yes
+    source "$(dirname "${BASH_SOURCE[0]}")/usage.sh"
+    if [ $# -gt 0 ]; then
+        echo "setup: $1 is an argument, and there are none; variables say what is wanted: IMGLISH_TORCH=cuda bash" \
+            "launch/env/setup.sh" >&2
+        exit 2
+    fi
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/cluster.sh"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
@@ -106,8 +116,6 @@ check_torch() { # torch would take the CPU beside a GPU whose driver is too old 
     return 2
 }
 
-called=no
-[ "${BASH_SOURCE[0]}" != "$0" ] || called=yes # by a person, not by a script
 if [ -n "${IMGLISH_PYTHON:-}" ]; then
     PYTHON=$IMGLISH_PYTHON
 else

@@ -88,6 +88,12 @@ def test_a_build_that_does_not_exist_is_one_sentence(setup):
     assert done.stderr == ("setup: IMGLISH_TORCH=gpu is no build of torch; use cpu, cuda, or an index such as cu126\n")
 
 
+def test_an_argument_is_not_taken_for_a_build(setup):
+    done, calls = setup(f"bash {SETUP} cuda")
+    assert done.returncode == 2 and not calls
+    assert "setup: cuda is an argument" in done.stderr and "IMGLISH_TORCH=cuda bash" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("made", "cuda", "asked", "says"),
     [
