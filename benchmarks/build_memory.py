@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.record import machine, peak_bytes
-from pretrain.command import about, run, write
+from pretrain.command import about, make_parser, run, write
 
 GIB = 2**30
 CONFIG = {"zero_optimization": {"stage": 3}}
@@ -112,10 +112,10 @@ def _rank(number: int, place: Path, recipe_name: str, stage_name: str, settings:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.build_memory",
-        description="Peak memory of each rank while a recipe's task is built under ZeRO-3, against the whole model's.",
-        epilog="example: python -m benchmarks.build_memory --recipe beit3_base --ranks 2",
+    parser = make_parser(
+        "benchmarks.build_memory",
+        "Peak memory of each rank while a recipe's task is built under ZeRO-3, against the whole model's.",
+        "--recipe beit3_base --ranks 2",
     )
     parser.add_argument("--recipe", default="beit3_giant", help="(%(default)s)")
     parser.add_argument("--stage", default="pretrain", help="(%(default)s)")

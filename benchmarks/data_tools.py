@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.record import machine
-from pretrain.command import about, run, write
+from pretrain.command import about, make_parser, run, write
 
 # Arguments of each part, in a full run and with --quick.
 PARTS = {
@@ -80,10 +80,10 @@ def _exponent(small: dict[str, float], large: dict[str, float]) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.data_tools",
-        description="Times the tools that prepare data, part by part, into one table and one JSON.",
-        epilog="example: python -m benchmarks.data_tools --out benchmarks/results/data_tools.json",
+    parser = make_parser(
+        "benchmarks.data_tools",
+        "Times the tools that prepare data, part by part, into one table and one JSON.",
+        "--out benchmarks/results/data_tools.json",
     )
     parser.add_argument("--quick", action="store_true", help="try every part on little data; the figures mean nothing")
     parser.add_argument("--out", type=Path, help="also write the JSON here")

@@ -23,7 +23,7 @@ from benchmarks.record import machine, peak_bytes
 from data_tools.drawn.scenes import draw_scene, encode_jpeg, random_scene
 from data_tools.pictures.hashes import look_at
 from data_tools.pictures.near import keep_first, near_pairs
-from pretrain.command import about, run, write
+from pretrain.command import about, make_parser, run, write
 
 _BRUTE = 20_000  # hashes at most for brute force, which takes seconds
 _CLUSTERS = 20
@@ -96,10 +96,10 @@ def hashing(pictures: int, sizes: tuple[int, ...] = (256, 512)) -> dict[str, flo
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.dedup",
-        description="Times the search for near duplicates among N hashes, and the hashing of pictures.",
-        epilog="example: python -m benchmarks.dedup --hashes 1e4 1e5 1e6 --distance 4",
+    parser = make_parser(
+        "benchmarks.dedup",
+        "Times the search for near duplicates among N hashes, and the hashing of pictures.",
+        "--hashes 1e4 1e5 1e6 --distance 4",
     )
     parser.add_argument("--hashes", type=float, nargs="+", default=[1e4, 1e5, 1e6], help="how many hashes")
     parser.add_argument("--distance", type=int, default=4, help="bits that may differ (%(default)s)")

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from benchmarks.record import machine
 from data_tools.download import find_python
 from data_tools.fetch.run_img2dataset import ROOT
-from pretrain.command import about, run, write
+from pretrain.command import about, make_parser, run, write
 
 _ALONE = """\
 import json, sys, img2dataset
@@ -146,10 +146,10 @@ def _cpu_seconds() -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.download_guard",
-        description="Times img2dataset alone and guarded by data_tools.download, side by side on a local server.",
-        epilog="example: python -m benchmarks.download_guard --pictures 4000 --repeats 5",
+    parser = make_parser(
+        "benchmarks.download_guard",
+        "Times img2dataset alone and guarded by data_tools.download, side by side on a local server.",
+        "--pictures 4000 --repeats 5",
     )
     parser.add_argument("--pictures", type=int, default=4000, help="per measurement (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="of each, alternating (%(default)s)")

@@ -27,7 +27,7 @@ from data_tools.lists.reading import open_list
 from data_tools.lists.url_set import UrlSet
 from data_tools.pictures.filters import PictureSettings
 from data_tools.sample_corpus import Corpus, write_corpus
-from pretrain.command import about, run, write
+from pretrain.command import about, make_parser, run, write
 
 GROUP = 262_144  # rows
 OPTIONS = (
@@ -153,10 +153,10 @@ def pictures(directory: Path, number: int, size: int, workers: int) -> dict[str,
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.filters",
-        description="Times the filters on lists (rows/s, peak memory) and on shards (pictures/s).",
-        epilog="example: python -m benchmarks.filters --rows 1e7 --pictures 5000",
+    parser = make_parser(
+        "benchmarks.filters",
+        "Times the filters on lists (rows/s, peak memory) and on shards (pictures/s).",
+        "--rows 1e7 --pictures 5000",
     )
     parser.add_argument("--rows", type=float, default=1e7, help="of the list (%(default)g)")
     parser.add_argument("--pictures", type=int, default=2000, help="of the shards (%(default)s)")

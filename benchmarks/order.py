@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.record import machine
-from pretrain.command import about, run, write
+from pretrain.command import about, make_parser, run, write
 from pretrain.data.order import Order
 from pretrain.data.shards.manifest import MANIFEST, Manifest, Shard, load_manifest
 
@@ -95,10 +95,10 @@ def _seek(order: Order, step: int, batch: int) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.order",
-        description="Times the start of a source of a given size: its manifest and the plan of its order.",
-        epilog="example: python -m benchmarks.order --samples 5e9 --shards 50000 --streams 4096",
+    parser = make_parser(
+        "benchmarks.order",
+        "Times the start of a source of a given size: its manifest and the plan of its order.",
+        "--samples 5e9 --shards 50000 --streams 4096",
     )
     parser.add_argument("--samples", type=float, default=5e9, help="of the source (%(default)g)")
     parser.add_argument("--shards", type=int, default=50_000, help="of the source (%(default)s)")

@@ -27,7 +27,7 @@ from data_tools.shards.steps import read_drops, read_steps
 from data_tools.text.chunks import cut, limits_of
 from data_tools.text.clean import TextRules, clean, why_dropped
 from data_tools.text.duplicates import RUN, comparable, signature
-from pretrain.command import about, run, write
+from pretrain.command import about, make_parser, run, write
 from pretrain.data.text_tokenizer import TextTokenizer
 
 SIMILARITIES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.5)  # of planted near duplicates: Jaccard of their runs of five words
@@ -179,10 +179,10 @@ def measure(megabytes: float, workers: int, repeats: int, seed: int) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pack_text",
-        description="Times data_tools.pack_text on a corpus of invented prose with planted duplicates. Medians.",
-        epilog="example: python -m benchmarks.pack_text --megabytes 200 --workers 2 --repeats 5",
+    parser = make_parser(
+        "benchmarks.pack_text",
+        "Times data_tools.pack_text on a corpus of invented prose with planted duplicates. Medians.",
+        "--megabytes 200 --workers 2 --repeats 5",
     )
     parser.add_argument("--megabytes", type=float, default=100, help="of the corpus (%(default)g)")
     parser.add_argument("--workers", type=int, default=1, help="of pack_text (%(default)s)")

@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.record import machine
-from pretrain.command import about, run, write
+from pretrain.command import about, make_parser, run, write
 from tests.parity.cells import PRECISIONS
 from tests.parity.published import PublishedCell
 from tests.parity.runs import ROWS, TOLERANCES, AnyCell, Apart, apart, compare, dense, failures
@@ -25,11 +25,11 @@ BEGIN, END = "<!-- made by benchmarks/parity.py: begin -->", "<!-- made by bench
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.parity",
-        description="Trains on every legal layout of 1 to 8 gloo ranks and in one dense process, and prints how far "
+    parser = make_parser(
+        "benchmarks.parity",
+        "Trains on every legal layout of 1 to 8 gloo ranks and in one dense process, and prints how far\n"
         "apart they are. From the repository's root; some minutes. Ends with 1 if a cell is beyond the tolerance.",
-        epilog='example: python -m benchmarks.parity --only "ZeRO-1 x TP2"',
+        '--only "ZeRO-1 x TP2"',
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="only layouts whose name holds this")
     parser.add_argument("--out", type=Path, help="also write a JSON with every cell here")

@@ -1,6 +1,6 @@
 """One stage of pretraining, top to bottom. Also the same line under torchrun, `deepspeed --module` and srun.
 
-python -m pretrain.train --recipe tiny --stage vision --ds ds_configs/zero1.json --run-dir runs/tiny
+python -m pretrain.train --recipe tiny --stage scratch --ds ds_configs/zero1.json --run-dir runs/tiny
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pretrain.batch import Batch
 from pretrain.checkpoint.directory import Retention
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.weights import WEIGHTS
+from pretrain.command import make_parser
 from pretrain.config import Recipe, Stage
 from pretrain.data.loader import Loader
 from pretrain.data.order import batch_number
@@ -103,11 +104,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain.train",
-        description="Run one stage of a recipe; a second call resumes it, or finishes at once.",
-        epilog="example: python -m pretrain.train --recipe tiny --stage vision --ds ds_configs/zero1.json "
-        "--run-dir runs/tiny --set optim.lr=1e-3 --set steps=100",
+    parser = make_parser(
+        "pretrain.train",
+        "Runs one stage of a recipe; a second call resumes it, or finishes at once. launch/README.md: on several GPUs\n"
+        "and nodes, what a run directory holds, what the exit codes mean. The example wants $DATA, such as\n"
+        "runs/quickstart/corpus.",
+        "--recipe tiny --stage scratch --ds ds_configs/zero1.json --run-dir runs/tiny --set steps=100",
     )
     parser.add_argument("--recipe", required=True, help="a name in pretrain/recipes, or a .py file with RECIPE = ...")
     parser.add_argument("--stage", required=True, help="a stage of the recipe, such as vision")

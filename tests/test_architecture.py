@@ -143,3 +143,12 @@ def test_the_top_level_holds_nothing_else():
     top = {name.partition("/")[0] for name in files if name and not name.startswith(".")}
     rooms = {"pretrain", "ds_configs", "launch", "data_tools", "tests", "benchmarks"}
     assert top == rooms | {"pyproject.toml", "README.md"}
+
+
+def test_a_commands_example_is_a_line_that_can_be_copied():
+    """argparse breaks what stands below the options into lines, unless a formatter forbids it (command.make_parser)."""
+    for path, text in ((path, path.read_text()) for path in CODE):
+        for call in ast.walk(ast.parse(text)) if "ArgumentParser(" in text else ():
+            if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "ArgumentParser":
+                given = {keyword.arg for keyword in call.keywords}
+                assert "epilog" not in given or "formatter_class" in given, f"{path}, line {call.lineno}"
