@@ -1,5 +1,5 @@
 """What flows through the system: a `Layout` (how many sequences of which kind), a `Batch` (their contents), and `Kinds`
-(something for each row, kind by kind: what an encoder returns).
+(one tensor per kind of sequence: what an encoder returns).
 
 Row order of every packed activation `x_TD`, top to bottom:
 
@@ -51,7 +51,7 @@ class Layout:
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
-        """(sequences, rows of each) of every kind: image-only, pair image, pair text, text-only."""
+        """(sequences, rows of each sequence) of every kind: image-only, pair image, pair text, text-only."""
         return (
             (self.images, self.image_len),
             (self.pairs, self.image_len),
@@ -61,7 +61,7 @@ class Layout:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Rows of every kind, as `shapes`."""
+        """Rows of every kind, in the order of `shapes`."""
         return tuple(sequences * length for sequences, length in self.shapes)
 
     @property
@@ -102,9 +102,10 @@ class Layout:
 
 
 class Kinds(NamedTuple):
-    """One tensor per kind of sequence, [sequences, length, ...] each, with no sequences where a layout has none.
+    """One tensor per kind of sequence, [sequences, length, ...] each; a kind that a layout lacks has no sequences.
 
-    An encoder returns one of floats [n, length, width]; heads say by one of booleans [n, length] which rows they read.
+    An encoder returns Kinds of floats [n, length, width]; heads name the rows that they read by Kinds of booleans
+    [n, length].
     """
 
     images: Tensor
@@ -114,14 +115,14 @@ class Kinds(NamedTuple):
 
     @classmethod
     def split(cls, rows: Tensor, layout: Layout) -> Kinds:
-        """Packed rows [layout.rows, ...], as views."""
+        """Packed rows [layout.rows, ...] -> Kinds of views into them."""
         # A split and no slices: its backward is one concatenation, and not a zero-filled tensor per slice.
         parts = zip(rows.split(list(layout.counts)), layout.shapes, strict=True)
         return cls(*(part.unflatten(0, shape) for part, shape in parts))
 
     @classmethod
     def rows_of(cls, layout: Layout, device: torch.device, *, first: bool = False) -> Kinds:
-        """Booleans that are true for no row, or with `first` for the first row of each sequence."""
+        """Kinds of booleans [n, length], all False, or with `first` True for the first row of each sequence."""
         kinds = cls(*(torch.zeros(shape, dtype=torch.bool, device=device) for shape in layout.shapes))
         for kind in kinds if first else ():
             kind[:, :1] = True
@@ -155,8 +156,8 @@ class Batch:
     text_inputs: Tensor  # int64 [texts, text_len]
     text_masked: Tensor  # bool [texts, text_len]
     image_codes: Tensor | None = None  # int64 [N, P], the visual tokenizer's codes; made on the device
-    # Of a further pass: the pictures of its first n pairs are these of the step's own batch, int64 [n]. A model that
-    # can takes what it made of them in the first pass; see tasks/pretrain.py.
+    # In a further pass: the places in the step's own batch of the pictures of its first n pairs, int64 [n]. A model
+    # with `shares_pictures` reuses the rows that it computed from them in the first pass; see tasks/pretrain.py.
     again: Tensor | None = None
     looks: Tensor | None = None  # float64 [N, 7]: flips and jitter that the device has yet to do, see jitter.py
     # Uniform random numbers in [0, 1), float32 [sequences, n], by who asked for them (DROP_PATH, or an objective's
@@ -165,19 +166,20 @@ class Batch:
     # What a source adds, by its own names: a tensor [samples that have it, ...], or a tuple of strings or lists.
     extra: dict[str, Any] = field(default_factory=dict)
     keys: tuple[str, ...] = ()  # "source/shard/key" of each sample: images, pairs, dual pairs, texts
-    # Where its padding and its targets stand. A changed copy has none, unless what changes says nothing about them.
+    # Where its padding and its targets stand. dataclasses.replace drops it; with_tensors keeps it if no mask or text
+    # changes.
     index: Index | None = field(default=None, init=False)
     _host: Batch | None = field(default=None, init=False)
 
     @property
     def on_host(self) -> Batch:
-        """The batch without its pictures where its masks and lengths can be asked without a wait: on the host, if it
-        was there with an index before it went to its device."""
+        """The copy on the host, without pictures, whose masks and lengths can be read without waiting for a device. The
+        batch itself, if it had no index before it was moved to its device."""
         return self._host or self
 
     def indexed(self) -> Batch:
-        """The batch with its index. One that comes from the loader has it; on a GPU, to make one waits for the
-        device."""
+        """The batch with its index. A batch from the loader has one already; to make one for a batch on a GPU waits for
+        the device."""
         if self.index is not None:
             return self
         device = self.images.device
@@ -189,8 +191,8 @@ class Batch:
 
     @property
     def keys_seen(self) -> tuple[Tensor, Tensor]:
-        """The words that attention may see, bool [pairs, pair_len] and [texts, text_len]: no padding. A text that is
-        all padding sees itself: the softmax of nothing would be NaN."""
+        """The words that attention may see, that is all but padding: bool [pairs, pair_len] and [texts, text_len]. In a
+        text that is all padding every row is seen: the softmax over no key would be NaN."""
         texts = self.text_inputs != PAD
         return self.pair_inputs != PAD, texts | ~texts.any(-1, keepdim=True)
 
@@ -206,6 +208,7 @@ class Batch:
         return replace(self, images=self.images[:0], image_codes=None, looks=None)
 
     def with_index(self, index: Index | None, host: Batch | None) -> Batch:
+        """A copy with this index, and with `host` as its `on_host`."""
         made = replace(self)
         object.__setattr__(made, "index", index)
         object.__setattr__(made, "_host", host)
@@ -213,22 +216,24 @@ class Batch:
 
     @property
     def real_layout(self) -> Layout:
-        """The layout without padding: its texts have the mean of the real lengths, which is no whole number. What is
-        linear in rows is exact by it; attention grows by squares, and is a little more."""
+        """The layout without padding: its texts have the mean of the real lengths, which need not be a whole number.
+        What grows linearly with rows is exact for it; attention, which grows with squares, is underestimated a
+        little."""
         index = self.indexed().index
         assert index is not None
         pairs, texts = (sum(lengths) / max(len(lengths), 1) for lengths in index.lengths)
         return replace(self.layout, pair_len=cast(int, pairs), text_len=cast(int, texts))
 
     def real_rows(self) -> int:
-        """How many of its rows are no padding."""
+        """How many of its rows are not padding."""
         return round(self.real_layout.rows)
 
     def with_pictures(self, images: Tensor) -> Batch:
-        """A copy with these instead, which lack nothing."""
+        """A copy with these pictures, whose flips and jitter are done."""
         return replace(self, images=images, looks=None).with_index(self.index, self._host)
 
     def to(self, device: torch.device | str) -> Batch:
+        """The batch on `device`; the copy does not block. If it has an index, the host's masks stay as `on_host`."""
         moved = self._moved(lambda value: value.to(device, non_blocking=True))
         if self.index is None or self._host is not None or moved.images.device == self.images.device:
             return moved
@@ -242,7 +247,7 @@ class Batch:
         return self.map(change).with_index(self.index and self.index.map(change), self._host)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with every tensor of it changed."""
+        """The batch with `change` applied to each of its tensors, without the index."""
         return self.with_tensors({name: change(value) for name, value in self.tensors()})
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -254,11 +259,12 @@ class Batch:
                 yield from ((f"{name}/{key}", part) for key, part in value.items() if isinstance(part, Tensor))
 
     def every_tensor(self) -> list[Tensor]:
-        """Those of the batch, and of its index where it has one."""
+        """The tensors of the batch, and of its index if it has one."""
         return [*dict(self.tensors()).values(), *(() if self.index is None else self.index.tensors())]
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Batch:
-        """A copy with these tensors, by the names of `tensors`. It keeps the index if they say nothing about it."""
+        """A copy with these tensors, by the names that `tensors()` gives. It keeps the index if none of INDEXED is
+        among them."""
         own = {name: value for name, value in tensors.items() if "/" not in name}
         for parent in ("draws", "extra"):
             named = {n.removeprefix(f"{parent}/"): v for n, v in tensors.items() if n.startswith(f"{parent}/")}
@@ -267,13 +273,13 @@ class Batch:
         return made.with_index(self.index, self._host) if tensors.keys().isdisjoint(INDEXED) else made
 
 
-# What an index was made from.
+# The tensors from which an index is made.
 INDEXED = ("image_masks", "pair_inputs", "pair_masked", "text_inputs", "text_masked")
-DROP_PATH = "drop_path"  # its name among `Batch.draws`
+DROP_PATH = "drop_path"  # the name of drop path's numbers in `Batch.draws`
 
 
 def batch_problem(kind: str, count: int, ranks: int, accumulation: int) -> str:
-    """Why `count` sequences of a kind do not divide into equal micro-batches of all data ranks; "" if they do."""
+    """Why `count` sequences of a kind cannot be divided into equal micro-batches for all data ranks; "" if they can."""
     parts = ranks * accumulation
     if count > 0 and count % parts == 0:
         return ""
@@ -284,8 +290,8 @@ def batch_problem(kind: str, count: int, ranks: int, accumulation: int) -> str:
 
 
 def derived(batch: Batch, make: Callable[[Batch], Batch]) -> Batch:
-    """What `make` makes of a batch for a further pass, with an index that waits for no device. It is called with the
-    batch on the host too, which has no pictures."""
+    """`make(batch)`, a batch for a further pass, with an index that is made without waiting for the device: `make` is
+    called with `batch.on_host` too, which has no pictures."""
     host = make(batch.on_host).indexed()
     if batch.on_host is batch:
         return host
@@ -302,7 +308,8 @@ def make_batch(
     text_tokens: Tensor | None = None,
     **rest: Any,
 ) -> Batch:
-    """A batch from its clean parts; what is not given is empty, unmasked, or (inputs) equal to the tokens."""
+    """A batch from its clean parts. Pictures and texts that are not given are empty, masks are all False, and inputs
+    equal the tokens; `rest` are other fields of Batch."""
     count = layout.images + layout.pairs
     images = torch.zeros(count, 3, 1, 1, dtype=torch.uint8) if images is None else images
     no_text = torch.zeros(0, 0, dtype=torch.long, device=images.device)

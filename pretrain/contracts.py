@@ -2,7 +2,7 @@
 
 Each is a frozen dataclass that a recipe names; Encoder and Head are the modules that a Model and an Objective build.
 Nothing in pretrain/ asks for a class or compares a name, so a new one is one new file, also outside this repository. A
-class that inherits from one of these gets the defaults that stand here; it need not inherit if it has all of it.
+class that inherits from one of these gets its defaults; a class that defines every member need not inherit.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class ModelSizes(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A pass through the encoder."""
+    """A further pass through the encoder."""
 
     layout: Layout
     backward: bool = True  # False: without gradient, such as a teacher's
-    again: int = 0  # of its pairs so many have a picture of the step's own batch: Batch.again
+    again: int = 0  # how many of its pairs have a picture of the step's own batch; see Batch.again
 
 
 class Encoder(Protocol):
@@ -45,10 +45,9 @@ class Encoder(Protocol):
     mixes the gradients of modules that are skipped."""
 
     def __call__(self, batch: Batch, needed: Kinds | None = None) -> Kinds:
-        """-> the rows of each kind, float [n, length, width of that kind]; row 0 stands for its sequence, and a model
-        whose Model.problems refuse objectives that read others gives no more (length 1). `needed`
-        names the rows that heads read, on the host where that is known there; the others, and padding, may come out as
-        anything."""
+        """-> the rows of each kind, float [n, length, width of that kind]. Row 0 stands for its sequence; a model whose
+        `problems` refuse every objective that reads other rows may return row 0 alone (length 1). `needed`: the rows
+        that heads read, on the host if they are known there; all other rows, and padding, may hold anything."""
 
     @property
     def token_table(self) -> nn.Parameter | None:
@@ -65,44 +64,45 @@ class Model(Protocol):
     patch_size: int  # pixels a side of what one image mask hides; image_size // patch_size a side is the grid
     vocab_size: int
     encodes: ClassVar[bool] = True  # it builds an Encoder; False: a module with a task of its own
-    # Its encoder makes the same of a picture with and without a text, returns all of the rows of kind images, and takes
-    # them as `pictures`, float [n, image_len, width], in the place of the pictures of a batch's first n pairs.
+    # True: a picture's rows do not depend on whether it has a text, and the encoder returns all rows of kind images.
+    # It then accepts such rows as `pictures`, float [n, image_len, width], instead of the pictures of a batch's first n
+    # pairs.
     shares_pictures: ClassVar[bool] = False
 
     def build(
         self, experts: Sequence[str], layers: Layers = PLAIN, *, drop_path: float = 0.0, checkpointing: int = 0
     ) -> nn.Module:
-        """The Encoder with fresh weights. `experts`: what the stage builds; `drop_path` and `checkpointing` as in
-        config.Stage. ValueError for what it has not."""
+        """The Encoder with fresh weights. `experts`: those that the stage builds; `drop_path` and `checkpointing` as in
+        config.Stage. ValueError for an option that the model lacks."""
 
     def problems(self, stage: Any) -> list[str]:
-        """As Objective.problems: why it cannot be trained as a config.Stage says."""
+        """Why it cannot be trained as a config.Stage says; as Objective.problems."""
         return []
 
     @property
     def reserved_ids(self) -> int:
-        """How many of the last ids of `vocab_size` are the model's own, which no tokenizer may give."""
+        """How many of the last ids of `vocab_size` belong to the model itself, so that no tokenizer may use them."""
         return 0
 
     def width(self, kind: str) -> int:
-        """Of the encoder's rows of a kind: a field of batch.Kinds."""
+        """The width of the encoder's rows of `kind`, a field of batch.Kinds."""
 
     def flops(self, layout: Layout) -> int:
-        """Of one micro-batch, forward and backward, without heads; see pretrain/flops.py."""
+        """The FLOPs of one micro-batch, forward and backward, without heads; see pretrain/flops.py."""
 
     def executed_flops(self, layout: Layout, experts: Sequence[str], read: float, trained: frozenset[str]) -> float:
-        """Of these, the products that a step computes, where heads read `read` rows and the encoder's parameters
+        """The part of `flops` that a step really computes, where heads read `read` rows and the encoder's parameters
         `trained` (names) are not frozen."""
         return self.flops(layout)
 
     @property
     def draws(self) -> int:
-        """Random numbers that drop path needs for each sequence, as Batch.draws["drop_path"]."""
+        """How many random numbers drop path needs for each sequence, in Batch.draws["drop_path"]."""
         return 0
 
     @property
     def layers(self) -> int:
-        """For layer decay and pipelines: the number of the layer behind the last block, where heads stand."""
+        """The number of the layer behind the last block, where heads stand; for layer decay and pipelines."""
         return 1
 
     def layer_of(self, name: str) -> int:
@@ -110,12 +110,12 @@ class Model(Protocol):
         return 0
 
     def splits(self, experts: Sequence[str]) -> ModelSizes | None:
-        """What several ranks may divide; None: it is split over data ranks only."""
+        """The sizes that model-parallel ranks may divide; None: the model runs on data ranks only."""
         return None
 
     def adapt(self, state: State, stored: Any, wanted: Mapping[str, tuple[int, ...]]) -> State:
-        """Tensors of weights that `stored`, a Model, trained, whose shapes are not the `wanted` ones: made to fit where
-        that makes sense (positions of another resolution), and left as they are where it does not."""
+        """`state` holds tensors that the Model `stored` trained and whose shapes are not the `wanted` ones. -> the same
+        names, each tensor made to fit where that makes sense (positions of another resolution), else unchanged."""
         return state
 
 
@@ -128,27 +128,29 @@ class Masking(Protocol):
         return False
 
     def ratios(self, kind: str) -> tuple[float, float]:
-        """(of the picture, of the text) of one kind of a mix: images, pairs, texts or dual."""
+        """The shares that are hidden, (of the picture's patches, of the text's words), for one kind of a mix: images,
+        pairs, texts or dual."""
 
 
 class Head(Protocol):
     """What an objective adds to the model, as a module whose parameters are trained with it."""
 
     def needed_rows(self, batch: Batch) -> Kinds:
-        """bool [n, length] per kind: the rows that `__call__` reads, none of them padding. The batch is the one on the
-        host, without its pictures: what is asked of it waits for no device."""
+        """bool [n, length] per kind: the rows that `__call__` reads, none of them padding. `batch` is the copy on the
+        host, without its pictures, so that nothing here waits for a device."""
 
     def __call__(self, encoded: Kinds, batch: Batch, encode: Encoder) -> dict[str, Tensor]:
-        """-> `loss` and whatever else metrics.jsonl should say, all scalars. `encode` is the same model, for passes
-        that depend on the first one: on every rank and step as many, of the layouts that `Objective.passes` names."""
+        """-> `loss` and whatever else metrics.jsonl should hold, all scalars. `encode` is the same model, for passes
+        that depend on the first one: every rank makes the same number in every step, of the layouts that
+        `Objective.passes` names."""
 
     def after_step(self) -> None:
-        """After the optimizer's step: queues, momentum teachers, codebooks."""
+        """Called after each step of the optimizer; updates queues, momentum teachers, codebooks."""
 
 
 class Objective(Protocol):
-    """One loss of a stage. `name` is its head's in checkpoints and metrics. `first_pass` False: its head reads none of
-    the batch's own pass, which is left out where no objective reads it."""
+    """One loss of a stage. `name` is its head's name in checkpoints and metrics. `first_pass` False: its head reads
+    nothing of the pass over the batch itself, which is skipped if no objective reads it."""
 
     name: ClassVar[str]
     first_pass: ClassVar[bool] = True
@@ -165,19 +167,20 @@ class Objective(Protocol):
 
     @property
     def draws(self) -> int:
-        """Random numbers that its head reads for each sequence, as Batch.draws[name]."""
+        """How many random numbers its head reads for each sequence, in Batch.draws[name]."""
         return 0
 
     def build(self, model: Any, experts: Sequence[str], layers: Layers = PLAIN, tokens: Any = None) -> nn.Module:
         """Its Head with fresh weights; `tokens` is the text embedding's table, or None."""
 
     def join(self, head: Any, heads: Mapping[str, nn.Module]) -> None:
-        """Shows its head the stage's heads by their names, and `encoder`, once all are built. One that it keeps must
-        not become a part of it: its parameters would have two names."""
+        """Called once all modules of the stage are built: hands its head the other heads by their names, and the
+        encoder as `encoder`. The head must not register one as its submodule, whose parameters would have two names."""
         return None
 
     def read(self, head: Any, read: Any) -> None:
-        """Gives its head the weights that it learns from: `read(name, knob)` -> (tensors, model). ValueError."""
+        """Gives its head the weights that it learns from, by `read(name, knob)` -> (tensors, model). ValueError for
+        weights that do not fit."""
         return None
 
     def reads(self) -> dict[str, str]:
@@ -185,13 +188,13 @@ class Objective(Protocol):
         return {}
 
     def prepare(self, head: Any, stage: Any, tokenizer: Any) -> None:
-        """Before a run's engine is built: gives its head what training asks of the stage's sources, or of the text
-        tokenizer, which `tokenizer()` opens. ValueError."""
+        """Called before a run's engine is built: gives its head what training needs from the stage's sources, or from
+        the text tokenizer, which `tokenizer()` opens. ValueError for what cannot be read or does not fit."""
         return None
 
     def begin(self, head: Any) -> None:
-        """Before a run's first step, when all weights are there: for what begins as a copy of them. Every rank calls
-        it."""
+        """Called on every rank before a run's first step, when all weights are loaded: for what begins as a copy of
+        them."""
         return None
 
     def problems(self, stage: Any) -> list[str]:
@@ -199,23 +202,23 @@ class Objective(Protocol):
         return []
 
     def passes(self, layout: Layout) -> list[Pass]:
-        """Further passes through the encoder for a micro-batch of this layout: for FLOPs and the plan."""
+        """The further passes through the encoder for a micro-batch of this layout; for FLOPs and the plan."""
         return []
 
     def products(self, layout: Layout, model: Any) -> list[Product]:
-        """The matrix products of its head: for FLOPs and the plan."""
+        """The matrix products of its head; for FLOPs and the plan."""
         return []
 
     def splits(self, experts: Sequence[str]) -> dict[str, int]:
-        """Sizes that tensor ranks divide, by the name of the field that sets them."""
+        """The sizes that tensor ranks divide, by the names of the fields that set them."""
         return {}
 
 
 class Task(Protocol):
     """What a stage trains: how model and objectives become the module that DeepSpeed wraps. That module is called with
-    a Batch and returns named scalars with `loss`; `before_training(batches)` comes before a run's first step with its
-    micro-batches, `after_step()` after each step of the optimizer. `evaluates_loss`: its evaluations ask for the loss,
-    so that they too need what it learns from."""
+    a Batch and returns named scalars, `loss` among them. Before a run's first step its `before_training(batches)` is
+    called with that step's micro-batches, and after each step of the optimizer its `after_step()`. `evaluates_loss`:
+    its evaluations compute the loss, so they too need the weights that it learns from."""
 
     evaluates_loss: bool = False
 
@@ -223,18 +226,18 @@ class Task(Protocol):
         """As Objective.problems."""
 
     def build(self, model: Any, stage: Any, layers: Layers, read: Any) -> nn.Module:
-        """`read(name, knob)` -> (tensors, model) of the weights that a knob names, for what it learns from; None where
-        only names and shapes are asked for."""
+        """The module that DeepSpeed wraps. `read(name, knob)` -> (tensors, model) opens the weights that a knob names;
+        `read` is None where only names and shapes are wanted, and nothing is opened then."""
 
     def flops(self, model: Any, stage: Any, layout: Layout) -> float:
-        """Of one micro-batch, forward and backward."""
+        """The FLOPs of one micro-batch, forward and backward."""
 
     def executed_flops(self, model: Any, stage: Any, layout: Layout, trained: frozenset[str]) -> float:
-        """Of these, the products that a step computes; `trained`: names of the parameters that are not frozen."""
+        """The part of `flops` that a step really computes; `trained`: names of the parameters that are not frozen."""
         return self.flops(model, stage, layout)
 
     def reads(self) -> dict[str, str]:
-        """What else decides its numbers: {knob: name of a stage, weights file or directory}."""
+        """The other weights and files that decide its numbers: {knob: name of a stage, weights file or directory}."""
 
 
 class Evaluation(Protocol):
@@ -245,13 +248,13 @@ class Evaluation(Protocol):
         return []
 
     def run(self, trained: Any) -> tuple[dict[str, float], dict[str, list]]:
-        """An evals.Trained -> numbers for eval.json, and what samples.json holds for the report. A number that cannot
-        be had here is None, and the text under NAME/missing says why."""
+        """An evals.Trained -> numbers for eval.json, and the samples for samples.json, which the report shows. A number
+        that cannot be computed here is None, and the text under NAME/missing says why."""
 
 
 class Source(Protocol):
-    """Where one kind of a mix comes from. `slots` are the kinds that it may fill: images, pairs, texts, dual. One that
-    has `files` names what it reads beside shards, so that a run goes on only with the same content."""
+    """Where one kind of a mix comes from. `slots` are the kinds that it may fill: images, pairs, texts, dual. A source
+    may have `files`, which names what it reads beside shards: a run goes on only if their content is the same."""
 
     slots: ClassVar[tuple[str, ...]]
     shards: str | tuple[str, ...]
@@ -259,7 +262,7 @@ class Source(Protocol):
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """The endings of the members that are read."""
+        """The endings of the shard members that it reads."""
 
     def decode(self, members: Mapping, transform: Any, tokenizer: Any, rng: np.random.Generator) -> Any:
         """A sample's members -> data.sources.Raw; BadSample for one that cannot be used, which is then replaced."""

@@ -1,9 +1,9 @@
 """The loss of a linear head over a vocabulary, without ever holding the logits of all rows.
 
-Rows go through head and softmax a chunk at a time, and their gradients are made in the same pass (as Liger's fused
-linear cross-entropy, arXiv 2410.10989, does): so no product is done twice, and under ZeRO-3 one gathering of the weight
-is enough. That needs the weight of each row's loss beforehand. torch 2.13's linear_cross_entropy does alike, but tells
-neither the loss of each row nor whether the best class is right, and knows no split vocabulary.
+Rows go through head and softmax a chunk at a time, and their gradients are computed in the same pass, as in Liger's
+fused linear cross-entropy (arXiv 2410.10989): no product is computed twice, and under ZeRO-3 the weight is gathered
+once. The price is that the weight of each row's loss must be known beforehand. torch 2.13's linear_cross_entropy does
+the same, but returns neither each row's loss nor its best class, and cannot split the vocabulary over ranks.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch.autograd.function import once_differentiable
 
 from pretrain.distributed import all_gather
 
-# Logits of a chunk, 256 MiB in fp32: enough rows (1024 of 64k classes) for a full rate of products, and few enough
-# chunks that adding up the weight's gradient costs little.
+# Logits of a chunk, 256 MiB in fp32: enough rows (1024 of 64k classes) for matrix products at full speed, and few
+# enough chunks that adding up the weight's gradient costs little.
 CHUNK = 2**26
 
 
 class Scored(NamedTuple):
     """What `linear_cross_entropy` returns."""
 
-    total: Tensor  # [], fp32: the sum of weights * losses; the only one that has a gradient
-    losses: Tensor  # [R], fp32
-    best: Tensor  # int64 [R]: the class with the highest logit, the first of equals
+    total: Tensor  # fp32 []: the sum of weights * losses; the only one that has a gradient
+    losses: Tensor  # fp32 [R]
+    best: Tensor  # int64 [R]: the class with the highest logit, the first of equal ones
 
 
 def linear_cross_entropy(
@@ -43,10 +43,11 @@ def linear_cross_entropy(
     group: dist.ProcessGroup | None = None,
     smoothing: float = 0.0,
 ) -> Scored:
-    """Cross-entropy of `rows` [R, D] against `targets` int64 [R], each times `weights` [R]. `weight` [C, D] and `bias`
-    [C]; with a `group` each of its ranks holds C consecutive classes, in rank order, and all have the same rows. Only
-    the first `classes` of them are real, and count. `smoothing`: the share of each target that all classes have in
-    equal parts (Szegedy et al., arXiv 1512.00567, section 7). At most CHUNK logits are held at once."""
+    """Cross-entropy of the head `weight` [C, D], `bias` [C] on `rows` [R, D] against `targets` int64 [R], each row's
+    loss times `weights` [R]. With a `group` all ranks have the same rows, and each holds C consecutive classes, in rank
+    order. Only the first `classes` are real; the others are padding. `smoothing`: the share of each target that is
+    spread evenly over all classes (Szegedy et al., arXiv 1512.00567, section 7). At most CHUNK logits are held at
+    once."""
     training = torch.is_grad_enabled()
     return Scored(*_LinearCrossEntropy.apply(rows, weight, bias, targets, weights, classes, group, smoothing, training))
 
@@ -90,7 +91,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: a copy of the weight's would be as large as the weight. A second backward pass is torch's error.
+        # In place: a copy of the weight's gradient would be as large as the weight. torch refuses a second backward
+        # pass, which would multiply once more.
         ready = (None if grad is None else grad.mul_(grads[0]) for grad in ctx.saved_tensors)
         return (*ready, None, None, None, None, None, None)
 
@@ -104,9 +106,10 @@ def _score(
     smoothing: float,
     even: float,
 ) -> tuple[Tensor, Tensor]:
-    """Losses [r] and best classes [r] of `logits` [r, C] in fp32, which become the gradient of each row's loss. `own`
-    [r] are the targets counted from this rank's `first` class, some of them other ranks'; the first `real` classes are
-    no padding. Each class has the probability `even` in the target, and its own class 1 - `smoothing` more."""
+    """Losses [r] and best classes [r] of fp32 `logits` [r, C], which are overwritten with the gradient of each row's
+    loss. `own` [r]: the targets, counted from this rank's `first` class; some belong to other ranks. The first `real`
+    classes are not padding. In the target distribution each class has the probability `even`, and the target's class
+    1 - `smoothing` more."""
     top, best = logits.max(-1)
     hit = torch.ones_like(own, dtype=torch.float32)
     if group is not None:
@@ -126,7 +129,7 @@ def _score(
         dist.all_reduce(both, group=group)
         total, target = both.unbind(0)
     logits.mul_(total.reciprocal().unsqueeze(1))
-    # One number of each row: no scatter_add_, which torch refuses on a GPU under `deterministic`.
+    # scatter_ and not scatter_add_, which torch refuses on a GPU under `deterministic`; each row has one target.
     logits.scatter_(1, own, logits.gather(1, own) + (smoothing - 1) * hit.unsqueeze(1))
     if smoothing:
         logits[:, :real] -= even
@@ -134,7 +137,7 @@ def _score(
 
 
 def join_best(top: Tensor, best: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """The highest logits [r] of all ranks and their classes [r]; of equals the first, as argmax on one device."""
+    """The highest logit [r] among all ranks' and its class [r]; of equal ones the first, as argmax on one device."""
     # As fp32 in one collective: exact up to 16 million classes.
     tops, places = torch.stack(all_gather(torch.stack([top, best.float()]), group)).unbind(1)
     top, rank = tops.max(0)
@@ -142,7 +145,8 @@ def join_best(top: Tensor, best: Tensor, group: dist.ProcessGroup | None) -> tup
 
 
 class _Gradients:
-    """Of the total, as far as they are `wanted`; over `several` chunks the weight's is added up in fp32."""
+    """The gradients of Scored.total for rows, weight and bias, those of them that are `wanted`. Over `several` chunks
+    the weight's is added up in fp32."""
 
     def __init__(self, rows: Tensor, weight: Tensor, bias: Tensor | None, wanted: list[bool], *, several: bool):
         self.of, self.several = (rows, weight, bias), several
@@ -152,7 +156,7 @@ class _Gradients:
         self.bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if bias is not None and wanted[2] else None
 
     def add(self, part: slice, logits: Tensor, dtype: torch.dtype) -> None:
-        """`logits`: the gradient of the rows `part`'s logits, which have `dtype`."""
+        """Adds a chunk. `logits`: the gradient of the logits of the rows `part`; products are computed in `dtype`."""
         rows, weight, _ = self.of
         if self.bias is not None:
             self.bias += logits.sum(0)

@@ -1,7 +1,7 @@
 """The layers that a model names by their role, for one device. Tensor parallelism supplies others behind the same calls
-(pretrain/parallel/tensor.py), with the same names and the same initial numbers.
+(pretrain/parallel/tensor.py), with the same parameter names and the same initial numbers.
 
-Each draws its own weights: under zero.Init a parent can no longer touch them.
+Each layer draws its own weights: under zero.Init a parent module can no longer touch them.
 """
 
 from __future__ import annotations
@@ -21,32 +21,34 @@ from pretrain.cross_entropy import Scored, linear_cross_entropy
 from pretrain.distributed import gather_own, visit_ranks
 from pretrain.rows import Rows, put_at, sent
 
-# Of a head's weights, from a normal distribution that is not cut: as BEiT's fine-tuning heads and VLMo's. BEiT's own
-# pretraining head is cut at one standard deviation like the rest of its weights, so it starts with 0.54 of this.
+# The standard deviation of a head's weights, drawn from a normal distribution without a cut, as BEiT's fine-tuning
+# heads and VLMo's. BEiT's own pretraining head is cut at one standard deviation like its other weights, so its actual
+# deviation is 0.54 of this.
 HEAD_STD = 0.02
 
 
-# Tensor cores want matrices whose sides are multiples of 8 and more, and 64010 is one of 2; so a vocabulary gets rows
-# that stand for nothing: a multiple of MULTIPLE, which tensor ranks can divide too. One of less than SMALL gains little
-# and stays as it is. Only a run's memory has them: files hold the real rows (parallel/state.py, parallel/moments.py).
+# Tensor cores want matrices whose sides are multiples of 8 or more, and 64010 is a multiple of 2 only. So a vocabulary
+# is padded with unused rows to a multiple of MULTIPLE, which tensor ranks can divide too; one smaller than SMALL would
+# gain little and stays as it is. The padding exists in memory alone: files hold the real rows (parallel/state.py,
+# parallel/moments.py).
 MULTIPLE, SMALL = 128, 4096
 
 
 def padded(classes: int) -> int:
-    """The rows of a vocabulary of so many classes."""
+    """How many rows a vocabulary of `classes` has in memory."""
     return classes if classes < SMALL else -(-classes // MULTIPLE) * MULTIPLE
 
 
 def mark_padded(parameter: nn.Parameter, classes: int) -> nn.Parameter:
-    """`real_rows` tells those who read and write files how many rows of the whole parameter are real; the others are
-    zero and stay zero, since their gradients are."""
+    """Sets `real_rows`, by which the code that reads and writes files knows how many rows of the whole parameter are
+    real. The others are zero and stay zero, since their gradients are zero."""
     marked: Any = parameter
     marked.real_rows = classes
     return parameter
 
 
 class Linear(nn.Linear):
-    """A linear layer whose weights start with a standard deviation of its own."""
+    """A linear layer whose weights start as `draw` says, with this `std` and `cut`."""
 
     def __init__(self, inputs: int, outputs: int, *, std: float = 0.02, bias: bool = True, cut: float = 1.0):
         self.std, self.cut = std, cut  # see `draw`
@@ -80,9 +82,9 @@ class Head(nn.Linear):
 
 
 class Classifier(nn.Module):
-    """A linear head over a vocabulary, and its cross-entropy. Its classes are padded (see `padded`), and no padding has
-    a probability. A `tied` one has no weight of its own: whoever builds it sets `weight` to the embedding table that it
-    shares."""
+    """A linear head over a vocabulary, and its cross-entropy. Its classes are padded (see `padded`), and padding has
+    probability 0. A `tied` head has no weight of its own: whoever builds it sets `weight` to the embedding table that
+    it shares."""
 
     weight: nn.Parameter | None
 
@@ -96,8 +98,8 @@ class Classifier(nn.Module):
         self.bias = mark_padded(nn.Parameter(torch.zeros(rows)), classes)
 
     def forward(self, rows: Tensor, targets: Tensor, weights: Tensor, smoothing: float = 0.0) -> Scored:
-        """rows [R, inputs], targets int64 [R], weights fp32 [R] of the rows' losses; `smoothing` and what
-        comes out as for cross_entropy.linear_cross_entropy. All logits are never there at once."""
+        """rows [R, inputs], targets int64 [R], fp32 `weights` [R] of the rows' losses; `smoothing` and the result are
+        those of cross_entropy.linear_cross_entropy. The logits of all rows are never held at once."""
         assert self.weight is not None
         options: Any = {"classes": self.classes, "smoothing": smoothing}
         return linear_cross_entropy(rows, self.weight, self.bias, targets, weights, **options)
@@ -112,16 +114,17 @@ class Classifier(nn.Module):
 
 
 class Share(NamedTuple):
-    """What of a packed pass this rank carries."""
+    """The part of a packed pass that this rank computes."""
 
-    own: Rows | None  # these rows go through the blocks; None: all
-    read: Rows | None  # these of them are carried to the end, where heads read them; None: all
-    # [rows at the end, D] -> [all rows of the pass, D], those of every rank in their places and zeros where none is
+    own: Rows | None  # the rows that go through the blocks; None: all
+    read: Rows | None  # those of them that come out of the last block, for heads to read; None: all
+    # [rows at the end, D] -> [all rows of the pass, D]: every rank's rows at their places, zeros elsewhere
     join: Callable[[Tensor], Tensor]
 
 
 def whole_pass(batch: Batch, needed: Tensor | None) -> Share:
-    """All rows but the padding."""
+    """All rows but padding, for a batch with an index. `needed`: the rows that heads read, bool [layout.rows], or None
+    for all."""
     index, host, layout = batch.index, batch.on_host, batch.layout
     assert index is not None and host.index is not None
     device, real = batch.images.device, host.index.real
@@ -146,17 +149,20 @@ class Layers(NamedTuple):
     inner_norm: Callable[..., nn.Module] = nn.LayerNorm  # (dim, eps=): normalises a split dimension
     vocabulary: Callable[..., nn.Module] = Vocabulary  # (size, dim, *, std): splits its rows
     classifier: Callable[..., nn.Module] = Classifier  # (inputs, classes, *, tied): splits its classes
-    # (values [..., heads] that every rank has) -> those of this rank's heads
+    # (values [..., heads], the same on every rank) -> the values of this rank's heads
     own_heads: Callable[[Tensor], Tensor] = lambda values: values
     # (a batch with an index; the rows that heads read, bool [layout.rows], or None) -> this rank's share of the pass
     share: Callable[[Batch, Tensor | None], Share] = whole_pass
-    # attention of whole sequences, (queries, keys, values [rows, heads, C], layout, ...) -> the same of a share's rows
+    # Turns attention over whole sequences, (queries, keys, values [rows, heads, C], layout, ...) -> [rows, heads, C],
+    # into attention that takes and returns the rows of this rank's share.
     attention: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda attend: attend
     # (rows [n, ...]) -> (all data ranks' rows, the place of the first own row among them)
     gather: Callable[[Tensor], tuple[Tensor, int]] = gather_own
-    # (rows [n, ...], what sees each data rank's) -> what was said about the own ones; see distributed.visit_ranks
+    # (rows [n, ...], a function that is shown each data rank's rows) -> the gradient that all of them return for this
+    # rank's rows; see distributed.visit_ranks
     visit: Callable[[Tensor, Callable[[Tensor, int], Tensor | None]], Tensor | None] = visit_ranks
-    # What is made inside is whole on every rank until the engine splits it: for modules that draw their weights late.
+    # A context in which parameters are created whole on every rank, until the engine splits them: for modules that draw
+    # their weights only when all of them exist.
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
     # (parameters) -> a context in which every rank has them whole, to read them
     gathered: Callable[[Sequence[Any]], AbstractContextManager[Any]] = lambda parameters: nullcontext()
@@ -167,11 +173,12 @@ PLAIN = Layers()
 
 @torch.no_grad()
 def draw(weight: Tensor, std: float, cut: float = 1.0) -> Tensor:
-    """From a normal distribution of this `std` that ends at `cut` times it; math.inf: nowhere. A cut makes weights
-    smaller than `std` says: at 1, as BEiT and the released BEiT-3 draw, their standard deviation is 0.54 of it; at 2,
+    """Fills `weight` from a normal distribution of standard deviation `std` that is cut at `cut` * `std` (math.inf: not
+    at all). A cut lowers the actual deviation: at 1, as BEiT and the released BEiT-3 draw, it is 0.54 `std`; at 2,
     0.88.
 
-    In fp32 on the host, wherever and in what type zero.Init puts the weight: one seed, one model."""
+    The numbers are drawn in fp32 on the host, whatever device and type zero.Init gives the weight, so that one seed
+    gives one model."""
     if weight.is_meta:
         return weight
     # Not torch.empty: zero.Init replaces it.
@@ -182,7 +189,7 @@ def draw(weight: Tensor, std: float, cut: float = 1.0) -> Tensor:
 
 
 def draw_first(weight: Tensor, rows: int, draw_rows: Callable[[Tensor], Any]) -> Tensor:
-    """Draws the first `rows` of a weight, which get the numbers that they would get alone; the others are zero."""
+    """Draws the first `rows` of a weight, with the numbers that they would get without padding; the others are zero."""
     with torch.no_grad():
         draw_rows(weight[:rows])
         weight[rows:].zero_()
@@ -190,7 +197,8 @@ def draw_first(weight: Tensor, rows: int, draw_rows: Callable[[Tensor], Any]) ->
 
 
 def draw_head(weight: Tensor) -> Tensor:
-    return draw(weight, HEAD_STD, cut=2.0 / HEAD_STD)  # timm's bounds, 100 standard deviations away
+    """A head's weights, cut at timm's bounds -2 and 2, 100 standard deviations away."""
+    return draw(weight, HEAD_STD, cut=2.0 / HEAD_STD)
 
 
 def normal(*shape: int, std: float, cut: float = 1.0) -> nn.Parameter:

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The rows of a kind's texts are filled up to a multiple of this share of all that there could be, so that a run has a
-# few shapes and not a new one at each step.
+# The number of a kind's text rows is rounded up, to a multiple of 1 / FILL_SHARE of all its rows with padding and of
+# FILL_LEAST, so that a run has a few shapes and not a new one at each step.
 FILL_SHARE, FILL_LEAST = 32, 8
 
 
 class Counted(Protocol):
-    """A `batch.Layout`, or `Rows`."""
+    """What knows how many rows each kind has: a `batch.Layout`, or `Rows`."""
 
     @property
     def counts(self) -> tuple[int, ...]: ...
@@ -29,7 +29,8 @@ class Rows(NamedTuple):
     """A selection of the rows of a packed pass, or of such a selection."""
 
     places: Tensor  # int64 [R], rising
-    # The same of each kind. A compiled block knows counts by their shapes, which may change; a number may not.
+    # The same places, of each kind. A compiled block reads the counts from these shapes, which may change from batch to
+    # batch without compiling again; a plain number may not.
     by_kind: tuple[Tensor, ...]
 
     @classmethod
@@ -39,7 +40,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def where(cls, chosen: Tensor, among: Counted) -> Rows:
-        """Those for which `chosen`, bool [rows], is true. Where that lies on a GPU, this waits for it."""
+        """The rows for which `chosen`, bool [rows], is True. If that lies on a GPU, this waits for the device."""
         counts = torch.stack([kind.sum() for kind in chosen.split(list(among.counts))]).tolist()
         return cls.of(chosen.nonzero().squeeze(1), counts)
 
@@ -62,7 +63,7 @@ def by_expert(counts: tuple[int, ...], fusion: bool) -> tuple[int, ...]:
 
 
 def sent(value: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; a copy from the host to a GPU waits for nothing."""
+    """The tensor on `device`. A copy from the host to a GPU goes through pinned memory and does not block."""
     if value.device == device:
         return value
     pinned = value.pin_memory() if device.type == "cuda" and value.device.type == "cpu" else value
@@ -70,12 +71,13 @@ def sent(value: Tensor, device: torch.device) -> Tensor:
 
 
 def take(rows: Tensor, places: Tensor) -> Tensor:
-    """[T, ...] -> [R, ...]: the rows at `places` [R], of which no two are equal."""
+    """[T, ...] -> [R, ...]: the rows at `places` int64 [R], all different."""
     return _Take.apply(rows, places)
 
 
 class _Take(torch.autograd.Function):
-    """index_select, whose own backward pass adds up: with atomics on a GPU, though here no two rows meet."""
+    """index_select with a cheaper backward pass. torch's own adds gradients up, with atomics on a GPU, in case two
+    places are equal; here no two are, so that a copy will do."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
@@ -90,32 +92,34 @@ class _Take(torch.autograd.Function):
 
 
 def put_at(rows: Tensor, *, places: Tensor, length: int) -> Tensor:
-    """[R, ...] at `places` [R] among zeros, [length, ...]."""
+    """[R, ...] -> [length, ...]: the rows at `places` int64 [R], and zeros elsewhere."""
     return rows.new_zeros(length, *rows.shape[1:]).index_copy(0, places, rows)
 
 
 class Index(NamedTuple):
-    """What a step must know about a batch before it can ask the device. Places are of the layout's rows, if nothing
-    else is said.
+    """Where a batch's padding and targets stand, known without asking the device. Places count the layout's rows,
+    unless another count is named.
 
-    `real` leaves out the padding, but for a few rows that fill up its shapes; pictures have none. `joined` and `starts`
-    are what attention of variable length wants: the pair and text rows without any padding, sequence after sequence.
-    `hidden` are the rows with a target, in six groups: images, dual images, pair images, pair texts, dual texts, texts.
+    `real` leaves out padding, except for a few rows that round up its shapes; pictures have no padding. `joined` and
+    `starts` are the arguments of variable-length attention: the pair and text rows without any padding, sequence after
+    sequence. `hidden` are the rows with a target, in six groups: images, dual images, pair images, pair texts, dual
+    texts, texts.
     """
 
     real: Rows | None  # the rows that go through the blocks; None: all
-    joined: Tensor  # int64 [J]: places among `real`, counted behind those of the image-only rows
-    starts: Tensor  # int32 [pairs + texts + 1]: where each sequence begins in `joined`, and J
+    joined: Tensor  # int64 [J]: places among the rows of `real` that follow the image-only ones
+    starts: Tensor  # int32 [pairs + texts + 1]: where each sequence begins in `joined`, and at the end J
     hidden: Tensor  # int64 [M], rising
-    hidden_counts: tuple[int, ...]  # of each group
+    hidden_counts: tuple[int, ...]  # how many of them each group has
     lengths: tuple[tuple[int, ...], tuple[int, ...]]  # of each pair's text and of each text, without padding
-    padded: tuple[bool, bool]  # whether any pair's text, any text has padding
+    padded: tuple[bool, bool]  # whether any pair's text, and whether any text alone, has padding
 
     def tensors(self) -> list[Tensor]:
+        """All its tensors; the kinds of `real` are views of one."""
         return [self.joined, self.starts, self.hidden, *([] if self.real is None else [self.real.places])]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Index:
-        """The index with every tensor of it changed."""
+        """The index with `change` applied to each of its tensors."""
         real = self.real and Rows.of(change(self.real.places), self.real.counts)
         own = {name: change(getattr(self, name)) for name in ("joined", "starts", "hidden")}
         return self._replace(real=real, **own)
@@ -125,8 +129,7 @@ def make_index(
     shapes: Sequence[tuple[int, int]], pair_keys: Tensor, text_keys: Tensor, hidden: Sequence[Tensor], dual: int
 ) -> Index:
     """The index of a batch whose layout has `shapes` and `dual`. `pair_keys` and `text_keys`: bool [pairs, pair_len]
-    and [texts, text_len], true where there is no padding; `hidden`: bool [n, length] of every kind, where a target
-    is."""
+    and [texts, text_len], False at padding; `hidden`: bool [n, length] per kind, True at a target."""
     keys = [torch.ones(shape, dtype=torch.bool, device=text_keys.device) for shape in shapes[:2]]
     keys += [pair_keys, text_keys]
     whole, kept = [n * length for n, length in shapes], [_filled(kind.flatten()) for kind in keys]
@@ -146,14 +149,14 @@ def make_index(
 
 
 def _filled(keys: Tensor) -> Tensor:
-    """bool [n], with as many of the padding's rows, its first ones, as fill up the shape."""
+    """bool [n] -> the same with the first few rows of padding True as well, as many as round up the count."""
     step = max(FILL_LEAST, -(-len(keys) // FILL_SHARE // FILL_LEAST) * FILL_LEAST)
     more = -int(keys.sum()) % step
     return keys | (~keys & ((~keys).cumsum(0) <= more))
 
 
 def _joined(kept: Tensor, keys: list[Tensor], shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """See Index."""
+    """Index.joined and Index.starts. `kept` bool [rows]: the rows of Index.real; `keys`: per kind, no padding."""
     (images, image_len), (pairs, _), (_, pair_len), (texts, text_len) = shapes
     place = kept.cumsum(0)[images * image_len :] - 1 - images * image_len
     of_images, of_pairs, of_texts = place.split([pairs * image_len, pairs * pair_len, texts * text_len])

@@ -12,8 +12,8 @@ EXACT = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_type(where: object, name: str, stored: torch.dtype, wanted: torch.dtype = torch.float32) -> None:
-    """ValueError for a type that would lose digits or meaning: float64, whole numbers or bool in the place of weights,
-    and the other way round."""
+    """ValueError if a conversion from `stored` to `wanted` would lose digits or meaning: float64, integers or bool
+    where weights are wanted, and the reverse."""
     if stored == wanted or (wanted.is_floating_point and stored in EXACT):
         return
     have, want = (str(kind).removeprefix("torch.") for kind in (stored, wanted))
@@ -23,14 +23,14 @@ def check_type(where: object, name: str, stored: torch.dtype, wanted: torch.dtyp
 def check_finite(where: object, name: str, value: Tensor) -> None:
     """ValueError for NaN and infinity."""
     if value.is_floating_point() and value.element_size() == 1:
-        value = value.float()  # torch cannot ask float8
+        value = value.float()  # torch has no isfinite for float8
     if (value.is_floating_point() or value.is_complex()) and not bool(torch.isfinite(value).all()):
         raise ValueError(f"{where}: {name} holds NaN or infinite numbers; the run that wrote it diverged, give others")
 
 
 def load_tensors(module: nn.Module, state: Mapping[str, Tensor], where: object) -> None:
-    """Fills every parameter and buffer of `module`; what else is in `state` is left. ValueError, naming `where` and the
-    tensor, for one that is missing or has another shape or type."""
+    """Fills every parameter and buffer of `module` from `state`, whose other tensors are ignored. ValueError, naming
+    `where` and the tensor, for one that is missing or has another shape or type."""
     wanted = module.state_dict(keep_vars=True)
     for name, value in wanted.items():
         if name not in state:
