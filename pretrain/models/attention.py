@@ -1,9 +1,11 @@
-"""The kernel door: attention inside each sequence of a packed pass, grouped by kind of sequence.
+"""Attention inside each sequence of a packed pass, grouped by kind of sequence: the only file that calls its kernels.
 
-The rows come without padding, but for the few that fill up a shape (pretrain/rows.py). Images go through torch's
-scaled_dot_product_attention without a mask (flash on CUDA, no copies). Pairs and texts go, on CUDA in bf16 and fp16,
-through one variable-length call; elsewhere their texts are spread over rows with padding, which a mask hides.
-What comes out for rows of padding differs between the two, and nothing reads it: no other row sees them.
+The rows come without padding, except for the few that round up a shape (pretrain/rows.py). Images go through torch's
+scaled_dot_product_attention without a mask (flash on CUDA, no copies). On CUDA in bf16 and fp16, pairs and texts go
+through one variable-length call; elsewhere their texts are spread over rows with padding, which a mask hides. The two
+ways differ in what they return for rows of padding, which no other row and no head reads.
+
+Shapes: T rows, H heads, C width of a head, N sequences, L rows of each.
 """
 
 from __future__ import annotations
@@ -24,21 +26,20 @@ class Packing(NamedTuple):
     """The pair and text rows without padding, sequence after sequence."""
 
     joined: Tensor  # int64 [J]: their places among the rows behind the image-only ones
-    starts: Tensor  # int32 [pairs + texts + 1]: where each sequence begins among them, and J
+    starts: Tensor  # int32 [pairs + texts + 1]: where each sequence begins among them, and at the end J
     longest: int  # an upper bound of the sequences' lengths
 
 
 class Padding(NamedTuple):
-    """What attention must know about padding. `rows`: those of the pass that it gets, None: all. Then either `packing`,
-    or which text keys may be seen, bool [pairs, pair_len] and [texts, text_len], None: all; and where the texts' rows
-    stand among all of their kind, int64 [rows], None: all of them are there."""
+    """What attention must know about padding: `packing` for the variable-length kernel, or the four tensors below it
+    for the other one."""
 
-    rows: Rows | None = None
+    rows: Rows | None = None  # the rows of the pass that attention gets; None: all
     packing: Packing | None = None
-    pair_keys: Tensor | None = None
-    text_keys: Tensor | None = None
-    pair_places: Tensor | None = None
-    text_places: Tensor | None = None
+    pair_keys: Tensor | None = None  # bool [pairs, pair_len]: the words of pairs that may be seen; None: all
+    text_keys: Tensor | None = None  # bool [texts, text_len], likewise
+    pair_places: Tensor | None = None  # int64: where the pair text rows that are there stand among all; None: all are
+    text_places: Tensor | None = None  # likewise of text-only rows
 
 
 class Bias(NamedTuple):
@@ -53,8 +54,7 @@ NO_PADDING, NO_BIAS = Padding(), Bias()
 
 
 def padding_of(batch: Batch, *, packed: bool = False) -> Padding:
-    """Of a batch with an index; `packed` for the variable-length kernel. A text that is all padding sees itself: the
-    softmax of nothing would be NaN."""
+    """The Padding of a batch with an index; `packed` for the variable-length kernel."""
     index, layout = batch.index, batch.layout
     assert index is not None
     if packed:
@@ -92,10 +92,9 @@ def can_pack(x_TD: Tensor, layout: Layout, head_dim: int) -> bool:
 def attend(
     q_THC: Tensor, k_THC: Tensor, v_THC: Tensor, layout: Layout, padding: Padding = NO_PADDING, bias: Bias = NO_BIAS
 ) -> Tensor:
-    """Scaled dot-product attention of every sequence with itself: [T, H, C] each (T rows, those of `padding.rows`; H
-    heads, C width of a head) -> [T, H, C]. A pair is its image rows and its text rows joined; with `layout.causal` its
-    text sees the image and the text before it, and its image only itself (BEiT-3's captioning: unilm
-    beit3/modeling_finetune.py)."""
+    """Scaled dot-product attention inside every sequence: [T, H, C] each, for the T rows of `padding.rows`, -> [T, H,
+    C]. A pair is one sequence, its image rows and then its text rows; with `layout.causal` a word of it sees the image
+    and the words up to itself, and the image only itself (BEiT-3's captioning: unilm beit3/modeling_finetune.py)."""
     counts = list(layout.counts if padding.rows is None else padding.rows.counts)
     if padding.packing is not None:
         counts = [counts[0], sum(counts[1:])]
@@ -121,7 +120,7 @@ def _each(qkv: QKV, sequences: int) -> QKV:
 
 
 def _spread(qkv: QKV, places: Tensor | None, shape: tuple[int, int]) -> QKV:
-    """[rows, H, C] -> [n, L, H, C], with zeros for the padding that is not there."""
+    """[rows, H, C] -> [n, L, H, C]; `places` as Padding's. Padding that was left out comes back as zeros."""
     n, length = shape
     if places is not None:
         q, k, v = (put_at(x, places=places, length=n * length) for x in qkv)
@@ -130,11 +129,12 @@ def _spread(qkv: QKV, places: Tensor | None, shape: tuple[int, int]) -> QKV:
 
 
 def _gathered(rows: Tensor, places: Tensor | None) -> Tensor:
+    """The reverse of `_spread`, for rows [n * L, H, C]."""
     return rows if places is None else take(rows, places)
 
 
 def _attend_grouped(others: list[QKV], layout: Layout, padding: Padding, bias: Bias) -> list[Tensor]:
-    """-> [pair image rows, pair text rows, text-only rows], of the kinds that there are."""
+    """-> [pair image rows, pair text rows, text-only rows], without the kinds that the layout lacks."""
     (pair_images, pair_texts, texts), parts = others, []
     if layout.pairs:
         pairs = _each(pair_images, layout.pairs), _spread(pair_texts, padding.pair_places, layout.shapes[2])
@@ -148,7 +148,7 @@ def _attend_grouped(others: list[QKV], layout: Layout, padding: Padding, bias: B
 
 
 def _attend_joined(images: QKV, texts: QKV, text_keys: Tensor | None, bias: Tensor | None) -> list[Tensor]:
-    """-> [image rows, text rows]."""
+    """Pairs in which every row sees every other -> [image rows, text rows]."""
     q, k, v = (torch.cat(both, 1) for both in zip(images, texts, strict=True))
     lengths = [images[0].shape[1], texts[0].shape[1]]
     out = _sdpa(q, k, v, _with_image(text_keys, lengths[0]), bias)
@@ -156,7 +156,7 @@ def _attend_joined(images: QKV, texts: QKV, text_keys: Tensor | None, bias: Tens
 
 
 def _attend_causally(images: QKV, texts: QKV, text_keys: Tensor | None, bias: Tensor | None) -> list[Tensor]:
-    """-> [image rows, text rows]."""
+    """Pairs of a layout with `causal` -> [image rows, text rows]."""
     image_len, length = images[0].shape[1], texts[0].shape[1]
     k, v = (torch.cat(both, 1) for both in zip(images[1:], texts[1:], strict=True))
     before = torch.ones(length, image_len + length, dtype=torch.bool, device=k.device).tril(image_len)
@@ -168,8 +168,8 @@ def _attend_causally(images: QKV, texts: QKV, text_keys: Tensor | None, bias: Te
 
 
 def attend_behind(q_NLHC: Tensor, k_NSHC: Tensor, v_NSHC: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The last L of a text's rows, each of which sees all that stands before it, and itself: queries of these rows,
-    keys and values of all S rows from the picture's first on -> [N, L, H, C]. `bias` float [H, L, S]."""
+    """Causal attention of a text's last L rows: queries of these rows, keys and values of all S rows from the picture's
+    first on -> [N, L, H, C]. Each row sees itself and all rows before it. `bias` float [H, L, S]."""
     length, before = q_NLHC.shape[1], k_NSHC.shape[1] - q_NLHC.shape[1]
     seen = None
     if length > 1:
@@ -178,11 +178,12 @@ def attend_behind(q_NLHC: Tensor, k_NSHC: Tensor, v_NSHC: Tensor, bias: Tensor |
 
 
 def attend_whole(q_NLHC: Tensor, k_NLHC: Tensor, v_NLHC: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Sequences of which each row sees every other: [N, L, H, C]. `bias` float [H, L, L]."""
+    """Attention without a mask, [N, L, H, C] each -> [N, L, H, C]. `bias` float [H, L, L]."""
     return _sdpa(q_NLHC, k_NLHC, v_NLHC, None, bias)
 
 
 def _with_image(text_keys: Tensor | None, image_len: int) -> Tensor | None:
+    """The keys of a pair that may be seen: all of its image's, then the text's."""
     return None if text_keys is None else F.pad(text_keys, (image_len, 0), value=True)
 
 
@@ -194,15 +195,15 @@ def _sdpa(
     bias: Tensor | None,
     before: Tensor | None = None,
 ) -> Tensor:
-    """`keys` bool [N, keys]: those that may be seen, None: all; `before` bool [queries, keys]: those that each query
-    may see, None: all; `bias` float [H, queries, keys]."""
+    """-> [N, L, H, C]. `keys` bool [N, S]: the keys that may be seen; `before` bool [L, S]: those that each query may
+    see; None: all. `bias` float [H, L, S]."""
     options: dict[str, Any] = {}
     if bias is not None:
         assert len(bias) == q_NLHC.shape[2], (bias.shape, q_NLHC.shape)
         seen = bias.to(q_NLHC.dtype)
         seen = (seen if before is None else torch.where(before, seen, -torch.inf)).unsqueeze(0)
         if keys is not None:
-            options["scale"] = q_NLHC.shape[-1] ** -0.5  # that of the width without what hides the keys
+            options["scale"] = q_NLHC.shape[-1] ** -0.5  # of the head's own width: `_hide` makes queries wider
             q_NLHC, k_NLHC = _hide(q_NLHC, k_NLHC, keys)
     else:
         seen = keys if keys is None else keys[:, None, None, :]
@@ -211,14 +212,15 @@ def _sdpa(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, **options).transpose(1, 2)
 
 
-# What the score of a key that may not be seen is lowered by, times the scale. It fits fp16, and exp of it is 0.
+# HIDDEN times the attention's scale is added to the score of a key that may not be seen. It fits into fp16, and exp of
+# it is 0. WIDER: by how much a head grows for it.
 HIDDEN, WIDER = -30_000.0, 8
 
 
 def _hide(q_NLHC: Tensor, k_NLHC: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Queries and keys that are WIDER (kernels want a multiple of 8), by numbers whose products are HIDDEN for keys
-    that may not be seen and 0 for the others. A mask beside a learned bias would be a tensor [N, H, L, L], and another
-    for its gradient."""
+    """Hides keys without a mask: queries and keys grow by WIDER numbers (kernels want a multiple of 8) whose product is
+    HIDDEN for a key that may not be seen and 0 for the others. A mask added to a learned bias would be a tensor [N, H,
+    L, L], and its gradient another."""
     n, queries, heads, _ = q_NLHC.shape
     one = q_NLHC.new_ones(1).expand(n, queries, heads, 1)
     hidden = k_NLHC.new_zeros(keys.shape).masked_fill_(~keys, HIDDEN)[:, :, None, None].expand(-1, -1, heads, -1)
@@ -227,7 +229,7 @@ def _hide(q_NLHC: Tensor, k_NLHC: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _attend_packed(qkv: QKV, packing: Packing) -> Tensor:
-    """The pair and text rows; rows of padding come out as zero."""
+    """The pair and text rows through the variable-length kernel; rows of padding come out as zero."""
     q, k, v = (take(x, packing.joined) for x in qkv)
     kernel = _varlen_kernel()
     assert kernel is not None
@@ -237,7 +239,7 @@ def _attend_packed(qkv: QKV, packing: Packing) -> Tensor:
 
 @cache
 def _varlen_kernel() -> Callable[..., Tensor] | None:
-    """torch's own (2.10 on), else flash-attn's, else none; both take (q, k, v, starts, starts, longest, longest)."""
+    """torch's (from 2.10 on), else flash-attn's, else None; called as (q, k, v, starts, starts, longest, longest)."""
     try:
         from torch.nn.attention.varlen import varlen_attn
 

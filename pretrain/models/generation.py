@@ -20,21 +20,21 @@ NEVER = -1e9  # the score of what must not be chosen
 
 @dataclass(frozen=True)
 class Writing:
-    """How a text is chosen. `beams` 1 is greedy. `top_p` above 0 draws each word from the most likely ones that have
-    this share together. `length_penalty`: a beam's score is its log-probability / words ** length_penalty. The
-    defaults are what BEiT-3's captions were measured with (unilm, beit3/run_beit3_finetuning.py)."""
+    """How a text is chosen. `beams` 1 is greedy. `top_p` above 0 draws each word from the smallest set of most likely
+    words whose probabilities add up to it. `length_penalty`: a beam's score is its log-probability / words **
+    length_penalty. The defaults are those of BEiT-3's caption evaluation (unilm, beit3/run_beit3_finetuning.py)."""
 
     beams: int = 3
     length_penalty: float = 0.6
     top_p: float = 0.0
-    temperature: float = 1.0  # of what is drawn
-    max_words: int = 32  # ids, with EOS and without BOS
+    temperature: float = 1.0  # of the drawing
+    max_words: int = 32  # ids, counting EOS but not BOS
 
     def __post_init__(self) -> None:
         if self.beams < 1 or self.max_words < 1:
             raise ValueError(f"beams={self.beams} and max_words={self.max_words} must be 1 or more; use 3 and 32")
         if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} is no share; use 0 for the most likely text, or 0.9 to draw it")
+            raise ValueError(f"top_p={self.top_p} is no share; use 0 for the most likely text, or 0.9 to draw one")
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature} must be above 0; use 1")
         if self.top_p and self.beams > 1:
@@ -42,7 +42,8 @@ class Writing:
 
 
 class WholePass:
-    """Reads texts by a whole causal pass for each word, whatever the encoder: the plain way that CausalText equals."""
+    """Reads texts by a whole causal pass for each word, with any encoder: the plain way, whose numbers CausalText
+    must equal."""
 
     def __init__(self, encoder: Any, images: Tensor, patches: int):
         self.encoder, self.images, self.patches = encoder, images, patches
@@ -64,7 +65,8 @@ class WholePass:
 
 
 def text_reader(encoder: Any, images: Tensor, patches: int, longest: int) -> Any:
-    """How texts behind these pictures are read: by the encoder's own way, if it has one that saves work."""
+    """The encoder's own reader of texts behind these pictures, which caches keys and values, if it has one; else a
+    WholePass. `longest`: ids of a text, with BOS."""
     if hasattr(encoder, "causal_text"):
         return encoder.causal_text(images, longest)
     return WholePass(encoder, images, patches)
@@ -72,15 +74,15 @@ def text_reader(encoder: Any, images: Tensor, patches: int, longest: int) -> Any
 
 class NextWord:
     """The log-probabilities of the next word of each text. `text` is a CausalText or a WholePass, `logits` the head;
-    ids from `words` on are no words. `mask_id` None: a word's row says the next one (objective captioning). Else a
-    <mask> stands where the next word will, and its own row says it (BEiT-3: unilm beit3/engine_for_finetuning.py,
-    CaptioningHandler)."""
+    ids from `words` on are not words. With `mask_id` None the last word's row predicts the next one (objective
+    captioning). Else a <mask> is put where the next word will stand, and its row predicts the word (BEiT-3: unilm
+    beit3/engine_for_finetuning.py, CaptioningHandler)."""
 
     def __init__(self, text: Any, logits: Callable[[Tensor], Tensor], words: int, mask_id: int | None = None):
         self.text, self.logits, self.words, self.mask_id = text, logits, words, mask_id
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """The words since the last call, int64 [n, L] -> float32 [n, words of the vocabulary]."""
+        """The words since the last call, int64 [n, L] -> float32 [n, vocab_size]."""
         length = ids.shape[1]
         if self.mask_id is not None:
             ids = torch.cat([ids, ids.new_full((len(ids), 1), self.mask_id)], 1)
@@ -93,8 +95,8 @@ class NextWord:
 
 
 def next_word_head(objectives: Any, mask_id: int) -> tuple[Callable[[Tensor], Tensor], int | None] | None:
-    """The head by which a stage's objectives write: its logits, and the <mask> that stands where the next word will, if
-    any; None where there is no such head."""
+    """The head among a stage's objectives that can write texts -> (its logits, the `mask_id` of NextWord); None if
+    there is no such head."""
     if "captioning" in objectives:
         return objectives["captioning"].logits, None
     if "masked" in objectives and objectives["masked"].words is not None:
@@ -103,8 +105,8 @@ def next_word_head(objectives: Any, mask_id: int) -> tuple[Callable[[Tensor], Te
 
 
 def never_written(vocab_size: int, words: int, device: torch.device) -> Tensor:
-    """float32 [vocab_size]: -inf for what is no word (specials but EOS, and the ids from `words` on: <mask>, and what
-    no text has), else 0."""
+    """float32 [vocab_size]: -inf for ids that are not words (the specials except EOS, and the ids from `words` on:
+    <mask> and unused ones), else 0."""
     never = torch.zeros(vocab_size, device=device)
     never[[BOS, PAD, UNK]] = -torch.inf
     never[words:] = -torch.inf
@@ -112,8 +114,8 @@ def never_written(vocab_size: int, words: int, device: torch.device) -> Tensor:
 
 
 def write(next_word: Callable[[Tensor], Tensor], count: int, how: Writing, draws: Tensor | None, device: Any) -> Tensor:
-    """`count` texts, int64 [count, length]: BOS, words, EOS (none where `max_words` cut the text), PAD. `draws`:
-    uniform numbers [count, max_words], for top_p."""
+    """`count` texts, int64 [count, length]: BOS, words, EOS (absent if `max_words` cut the text), PAD. `draws`: uniform
+    random numbers [count, max_words], for top_p."""
     start = torch.full((count, 1), BOS, dtype=torch.long, device=device)
     if not count:
         return start
@@ -140,7 +142,8 @@ def _one_by_one(next_word: Callable[[Tensor], Tensor], ids: Tensor, how: Writing
 
 
 def _draw(scores: Tensor, top_p: float, uniform: Tensor) -> Tensor:
-    """Of each row of `scores` [n, V] a word of the nucleus, the smallest set of best ones with at least `top_p`."""
+    """int64 [n]: for each row of `scores` [n, V] a word of its nucleus, the smallest set of most likely words with a
+    total probability of at least `top_p`. `uniform` [n] in [0, 1)."""
     shares, order = scores.softmax(-1).double().sort(dim=-1, descending=True, stable=True)
     before = shares.cumsum(-1) - shares
     nucleus = torch.where(before < top_p, shares, 0).cumsum(-1)
@@ -155,10 +158,10 @@ def _by_beams(next_word: Any, start: Tensor, how: Writing) -> Tensor:
     scores[:, 0] = 0  # the beams are equal at first: only one of them goes on
     done = start.new_full((count, beams, how.max_words + 1), PAD)
     done_scores = torch.full_like(scores, NEVER)
-    better = torch.ones(count, 1, dtype=torch.bool, device=start.device)  # whether a running one could still win
+    better = torch.ones(count, 1, dtype=torch.bool, device=start.device)  # whether a running beam could still win
     first = torch.arange(count, device=start.device).unsqueeze(1)
     logs = next_word(start).repeat_interleave(beams, 0)
-    places = first  # of each beam's parent among the texts that were read
+    places = first  # where each beam's parent stands among the texts that were read
     for length in range(1, how.max_words + 1):
         if length > 1:
             next_word.choose(places.flatten(), beams)
@@ -168,7 +171,7 @@ def _by_beams(next_word: Any, start: Tensor, how: Writing) -> Tensor:
         parent, word = chosen // vocabulary, chosen % vocabulary
         grown = torch.cat([_of(running, parent), word.unsqueeze(2)], 2)
         ended = (word == EOS) | (length == how.max_words)
-        # Only what is among the best `beams` may end; the others are there so that as many can go on.
+        # Only the best `beams` candidates may end; the others are there so that as many beams can go on.
         ends = ended & (torch.arange(2 * beams, device=start.device) < beams)
         final = both / length**how.length_penalty + NEVER * (~ends | ~better)
         padded = torch.nn.functional.pad(grown, (0, how.max_words - length), value=PAD)
@@ -186,5 +189,5 @@ def _by_beams(next_word: Any, start: Tensor, how: Writing) -> Tensor:
 
 
 def _of(beams: Tensor, places: Tensor) -> Tensor:
-    """[count, m, length], int64 [count, n] -> [count, n, length]."""
+    """The beams at `places`: [count, m, length], int64 [count, n] -> [count, n, length]."""
     return beams.gather(1, places.unsqueeze(2).expand(-1, -1, beams.shape[2]))

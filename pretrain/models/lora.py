@@ -1,8 +1,8 @@
-"""Low-rank adapters beside frozen linear layers: LoRA (arXiv 2106.09685), numbers and first weights as peft's.
+"""Low-rank adapters beside frozen linear layers: LoRA (arXiv 2106.09685), with peft's arithmetic and initial weights.
 
-An adapted layer keeps its weight under its own name, so that weights load as before; its adapter is two parameters
-more, and `merged` adds them up when a stage ends. peft itself renames what it wraps, and knows neither weights that are
-split as they are made nor our packed experts.
+An adapted layer keeps its weight under its own name, so that weights load as before; its adapter adds two parameters,
+which `merged` adds to the weight when a stage ends. peft itself is not used: it renames what it wraps, and supports
+neither weights that zero.Init splits as they are made nor our packed experts.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Lora:
     RoBERTa base (table 9: queries and values, rank and alpha 8)."""
 
     rank: int = 8
-    alpha: float = 8.0  # an adapter's product counts alpha / rank
+    alpha: float = 8.0  # an adapter's output is multiplied by alpha / rank
     targets: tuple[str, ...] = ("*.attention.q.*", "*.attention.v.*")
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora.rank={self.rank} is below 1; use 4 to 64")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise ValueError(f"lora.alpha={self.alpha} must be above 0; use lora.rank or twice of it")
+            raise ValueError(f"lora.alpha={self.alpha} must be above 0; use lora.rank={self.rank}, or twice that")
         if not self.targets:
             raise ValueError("lora.targets is empty; name linear layers of the encoder, such as '*.attention.q.*'")
 
@@ -44,7 +44,7 @@ class Lora:
 
 
 class LoraLinear(nn.Linear):
-    """A linear layer that takes over another one's weight and bias, with an adapter. It begins as that layer: the
+    """A linear layer that takes over another one's weight and bias, with an adapter. It begins equal to that layer: the
     second factor is zero (section 4.1), and the first is uniform as in peft and in the paper's code."""
 
     def __init__(self, plain: nn.Linear, lora: Lora):
@@ -68,7 +68,8 @@ def is_adapter(name: str) -> bool:
 
 
 def add_adapters(encoder: nn.Module, lora: Lora) -> None:
-    """Puts adapters to the linear layers whose names match, in place. ValueError where none does."""
+    """Replaces, in place, the linear layers of `encoder` that `lora.targets` match by adapted ones. ValueError for a
+    pattern that matches none."""
     linears = {f"{ENCODER}{name}": one for name, one in encoder.named_modules() if isinstance(one, nn.Linear)}
     chosen = [name for name in linears if any(fnmatch(name, pattern) for pattern in lora.targets)]
     for pattern in lora.targets:
@@ -83,8 +84,8 @@ def add_adapters(encoder: nn.Module, lora: Lora) -> None:
 
 
 def merged(state: Mapping[str, Tensor], lora: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state without adapters, each added to its layer's weight: in fp32, whatever the weight's type. `lora`: at
-    least rank and alpha, as config.json has them. ValueError for an adapter that is not whole."""
+    """The state without adapters, each added to its layer's weight, in fp32 whatever the weight's type. `lora`: at
+    least rank and alpha, as in config.json. ValueError for an adapter that is incomplete or does not fit."""
     whole = {name: value for name, value in state.items() if not is_adapter(name)}
     try:
         scale = float(lora["alpha"]) / int(lora["rank"])

@@ -102,7 +102,7 @@ STAGE = Stage(
 
 @pytest.mark.parametrize("model", [BLIP, ALBEF])
 def test_models_without_patches_are_refused(model):
-    with pytest.raises(ValueError, match=r"matching reads the patches of fused pairs, of which .* gives none"):
+    with pytest.raises(ValueError, match=r"matching reads the patches of fused pairs, which .* does not fuse; take it"):
         Recipe(name="x", model=model, stages={"x": STAGE})
     Recipe(name="x", model=model, stages={"x": replace(STAGE, objectives=(Matching("random"), Captioning())[:1])})
 

@@ -1,4 +1,4 @@
-"""Texts behind their pictures a few words at a time: what models/multiway/causal_text.py is for Multiway models."""
+"""Generation by an EncoderDecoder a few words at a time: what models/multiway/causal_text.py is for Multiway models."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pretrain.models.fusion import streams
 
 
 class DecodedText:
-    """N pictures and `width` texts behind each: N * width texts, those of a picture together. The pictures' keys and
-    values are kept once for all their texts, those of the words so far for each. `encoder` is an
-    EncoderDecoderEncoder with everything on one device."""
+    """N pictures and `width` texts behind each: N * width texts, those of a picture together. Keys and values are
+    cached, a picture's once for all its texts, the words' for each text. `encoder` is an EncoderDecoderEncoder with
+    everything on one device; `images` uint8 [N, 3, H, W]."""
 
     def __init__(self, encoder: Any, images: Tensor):
         self.encoder, self.width, self._read = encoder, 1, 0

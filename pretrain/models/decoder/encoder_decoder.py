@@ -1,6 +1,6 @@
 """BLIP's mixture of encoder and decoder (arXiv 2201.12086, 3.1): a vision encoder, and one BERT in three roles, which
-share all but self-attention: texts alone, pairs whose words ask the picture, and, where a pass is causal, pairs in
-which each word is told by the picture and the words before it.
+share all but self-attention: texts alone, pairs whose words attend to the picture, and, in a causal pass, pairs in
+which each word is predicted from the picture and the words before it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pretrain.models.multiway.embeddings import TextEmbedding
 from pretrain.models.multiway.encoder import MultiwayEncoder
 from pretrain.models.multiway.shape import MultiwayShape
 
-STARTS = 2  # ids of the model's own, the last ones: [DEC], with which a decoded text begins, and [ENC], a fused one
+STARTS = 2  # the last ids are the model's own: [DEC] begins a text that is decoded, [ENC] one that is fused
 
 
 @dataclass(frozen=True)
 class EncoderDecoder(Model):
-    """`image_depth` blocks of a ViT and `text_depth` of a BERT, all of one width. What stands for a pair is the fused
-    row of its first word: `pair_images` of the encoder is that row alone. `vocab_size` counts the tokenizer's ids and
-    STARTS more."""
+    """`image_depth` blocks of a ViT and `text_depth` of a BERT, all of one width. The fused row of its first word
+    stands for a pair: the encoder's `pair_images` is that row alone. `vocab_size` counts the tokenizer's ids and STARTS
+    more."""
 
     dim: int
     heads: int
@@ -49,7 +49,7 @@ class EncoderDecoder(Model):
         for name in ("text_depth", "image_depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} is below 1; use 1 or more")
-        assert self.shape  # it refuses what does not go together
+        assert self.shape  # its constructor refuses sizes that do not go together
 
     @property
     def reserved_ids(self) -> int:
@@ -57,12 +57,12 @@ class EncoderDecoder(Model):
 
     @property
     def shape(self) -> MultiwayShape:
-        """Of the vision encoder."""
+        """The shape of the vision encoder."""
         return streams.vit_shape(self, dim=self.dim, depth=self.image_depth, heads=self.heads, ffn_dim=self.ffn_dim)
 
     @property
     def text_shape(self) -> MultiwayShape:
-        """Of the text embedding."""
+        """The shape of the text embedding."""
         return replace(self.shape, text_norm=True, norm_eps=self.text_norm_eps)
 
     def build(
@@ -75,7 +75,10 @@ class EncoderDecoder(Model):
         if stage.drop_path:
             problems.append(f"drop_path={stage.drop_path}: EncoderDecoder has none; set it to 0")
         if stage.masking is not None and "pairs" in stage.mix and stage.masking.ratios("pairs")[0]:
-            problems.append("pair_image_ratio: EncoderDecoder fuses no patches, so none of a pair's can be told; set 0")
+            problems.append(
+                f"pair_image_ratio={stage.masking.ratios('pairs')[0]}: EncoderDecoder fuses no patches, so a pair's "
+                "hidden patches cannot be predicted; set it to 0"
+            )
         return problems
 
     def width(self, kind: str) -> int:
@@ -83,7 +86,7 @@ class EncoderDecoder(Model):
 
     def flops(self, layout: Layout) -> int:
         total = streams.flops(layout, self.shape, replace(self.text_shape, depth=self.text_depth))
-        return total + self.text_depth * streams.asking_flops(layout, self.dim)
+        return total + self.text_depth * streams.cross_attention_flops(layout, self.dim)
 
     def adapt(self, state: State, stored: Any, wanted: Mapping[str, tuple[int, ...]]) -> State:
         if not isinstance(stored, EncoderDecoder):
@@ -91,20 +94,20 @@ class EncoderDecoder(Model):
         return streams.fitted(state, stored.shape, self.shape, wanted, last=STARTS)
 
     def started(self, ids: Tensor, *, decoder: bool) -> Tensor:
-        """int64 [N, L], L at least 1 where N is -> the same with [DEC] or [ENC] in the place of BOS."""
+        """int64 [N, L] -> the same ids with [DEC] or [ENC] in the place of BOS. L may be 0 only where N is 0."""
         first = torch.full_like(ids[:, :1], self.vocab_size - (2 if decoder else 1))
         return torch.cat([first, ids[:, 1:]], 1)
 
 
 class EncoderDecoderEncoder(nn.Module):
-    """See contracts.Encoder. Texts are computed with their padding, which nothing sees."""
+    """See contracts.Encoder. Texts are computed with their padding, which no other row sees."""
 
     expert_names = ("vision", "language")
 
     def __init__(self, cfg: EncoderDecoder, layers: Layers = PLAIN, *, checkpointing: int = 0):
         super().__init__()
         self.cfg, self.checkpointing = cfg, checkpointing
-        # Its own rows only: it has no part in the sharing of rows, which is for Multiway models.
+        # Without `layers`: sequence ranks share the rows of Multiway models only.
         self.image = MultiwayEncoder(cfg.shape, ("vision",), checkpointing=checkpointing)
         self.text_embed = TextEmbedding(cfg.text_shape, layers)
         sizes, std = (cfg.dim, cfg.heads, cfg.ffn_dim), cfg.init_std

@@ -1,4 +1,4 @@
-"""BLIP's released weights by transformers' names, of a captioner or of a retriever -> ours."""
+"""BLIP's released weights, a captioner's or a retriever's: from transformers' names to ours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pretrain.contracts import State
 from pretrain.models.decoder.encoder_decoder import EncoderDecoder
 from pretrain.models.towers.released import CLIP_LOOK, check_words
 
-# transformers' names -> ours, of a vision block, of a text block, and of what only one role of the latter has.
+# transformers' names -> ours: in a vision block, in a text block, and in the self-attention of one of the latter's
+# roles, behind "own" or "causal".
 VISION = {
     "layer_norm1": "norm.shared",
     "self_attn.projection": "attention.out.shared",
@@ -37,7 +38,7 @@ OWN = {
     "attention.output.dense": ".out",
     "attention.output.LayerNorm": "_norm",
 }
-# Classes of transformers -> the text model's prefix in their tensors.
+# transformers' classes -> the prefix of the text model's tensors in each.
 CLASSES = {"BlipForConditionalGeneration": "text_decoder.bert.", "BlipForImageTextRetrieval": "text_encoder."}
 HEADS = {
     "vision_proj": "contrastive.vision",
@@ -46,21 +47,21 @@ HEADS = {
     "text_decoder.cls.predictions.transform.dense": "captioning.transform.0",
     "text_decoder.cls.predictions.transform.LayerNorm": "captioning.transform.2",
 }
-TEMPERATURE = 0.07  # transformers' class has none; BLIP's begins here
+TEMPERATURE = 0.07  # transformers' class stores none; BLIP's training begins with this
 
 
 def blip_config(config: Any, vocabulary: int) -> EncoderDecoder:
-    """Of a transformers.BlipConfig; `vocabulary` counts our ids, without the model's own. ValueError for one whose
-    encoders are of different widths."""
+    """The model of a transformers.BlipConfig; `vocabulary` counts our ids, without the model's own. ValueError if its
+    encoders have different sizes, or another activation than gelu."""
     seen, read = config.vision_config, config.text_config
     for name in ("hidden_size", "num_attention_heads", "intermediate_size"):
         if getattr(seen, name) != getattr(read, name):
             raise ValueError(
                 f"its vision encoder has {name}={getattr(seen, name)} and its text encoder {getattr(read, name)}; "
-                "those of one size, such as BLIP's base, are read"
+                "give a BLIP whose encoders are of one size, such as the base one"
             )
     if {seen.hidden_act, read.hidden_act} != {"gelu"}:
-        raise ValueError(f"its activations are {seen.hidden_act} and {read.hidden_act}; gelu is read")
+        raise ValueError(f"its activations are {seen.hidden_act} and {read.hidden_act}; give a BLIP with gelu in both")
     return EncoderDecoder(
         dim=read.hidden_size,
         heads=read.num_attention_heads,
@@ -77,8 +78,9 @@ def blip_config(config: Any, vocabulary: int) -> EncoderDecoder:
 
 
 def from_blip(state: State, config: Any, own_ids: Sequence[int], directory: Any) -> State:
-    """`own_ids`: which row of its word table each of our ids is, -1 for one that is new and begins as the mean. The
-    self-attention of the role that the class has not begins as the other's. KeyError where a tensor is missing."""
+    """Tensors of one of CLASSES -> ours, for the model of `blip_config`. `own_ids`: for each of our ids its row in the
+    released word table, -1 for a new id, which begins as the mean of all rows. The class has one self-attention; the
+    other role's begins as a copy of it. KeyError where a tensor is missing."""
     prefix = next(prefix for prefix in CLASSES.values() if f"{prefix}embeddings.word_embeddings.weight" in state)
     table = state[f"{prefix}embeddings.word_embeddings.weight"]
     check_words(directory, table, own_ids)
@@ -114,12 +116,14 @@ def _both(state: State, theirs: str, ours: str) -> State:
 
 
 def _reordered(rows: Tensor, order: Tensor) -> Tensor:
+    """[old ids, ...] -> [ids, ...]: the rows at `order` int64 [ids], and the mean of all rows where that is -1."""
     new = rows.float().mean(0, keepdim=True).to(rows.dtype)
     return torch.where((order < 0).view(-1, *[1] * (rows.dim() - 1)), new, rows[order.clamp(min=0)])
 
 
 def _vision(state: State, depth: int) -> State:
-    """Its pictures have CLIP's mean and deviation, ours lie in -1 to 1: the patches' weights take the difference."""
+    """The vision encoder's tensors. BLIP normalises pictures by CLIP's mean and deviation, and ours lie in [-1, 1]: the
+    patch projection's weight and bias make up for the difference."""
     theirs = "vision_model."
     weight, bias = (state[f"{theirs}embeddings.patch_embedding.{part}"] for part in ("weight", "bias"))
     mean, std = (torch.tensor(CLIP_LOOK[name]).view(1, 3, 1, 1) for name in ("mean", "std"))

@@ -1,5 +1,5 @@
-"""Fusion in the middle by co-attention: a stream of pictures and one of words, each of its own width, that ask each
-other before chosen blocks (ViLBERT, arXiv 1908.02265, 3.1). One file; the parts below it are the house's.
+"""Fusion in the middle by co-attention: a stream of pictures and one of words, each of its own width, that attend to
+each other before chosen blocks (ViLBERT, arXiv 1908.02265, 3.1).
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from pretrain.models.multiway.shape import MultiwayShape
 
 @dataclass(frozen=True)
 class CoAttention(Model):
-    """`dim`, `heads`, `ffn_dim`: of the words' stream, `text_depth` blocks of a BERT. The pictures' stream is as deep
-    as `image_depth` says, behind `vit_depth` blocks of a ViT of the same width, where ViLBERT has a detector's regions.
+    """`dim`, `heads`, `ffn_dim` are the sizes of the words' stream, `text_depth` blocks of a BERT. The pictures' stream
+    has `image_depth` blocks, behind `vit_depth` blocks of a ViT of the same width, where ViLBERT has a detector's
+    regions.
 
-    Before block `text_at[i]` and block `image_at[i]`, counted from 0, stands co-attention i, whose queries, keys and
-    values are `co_dim` wide; 0: as both streams, which must be of one width then.
+    Co-attention i stands before block `text_at[i]` of the words and block `image_at[i]` of the pictures, counted from
+    0. Its queries, keys and values are `co_dim` wide; 0: as wide as both streams, which must then be of one width.
 
-    A picture or a text alone goes through its stream's own blocks. Of a pair, row 0 of `pair_images` is the fused one
-    (see PooledFusion), and the other rows are its patches', which have seen its words.
+    A picture or a text alone goes through its own stream's blocks. Row 0 of a pair's `pair_images` is the fused one
+    (see PooledFusion); the other rows are its patches', which have seen its words.
     """
 
     dim: int
@@ -57,7 +58,7 @@ class CoAttention(Model):
     co_heads: int = 8
     vit_ffn_dim: int = 0  # 0: four times image_dim
     max_text_len: int = 64
-    fusion: str = "bilinear"  # of the row that stands for a pair: a kind of PooledFusion
+    fusion: str = "bilinear"  # the kind of PooledFusion that makes the row that stands for a pair
     image_norm_eps: float = 1e-6  # timm's ViT
     text_norm_eps: float = 1e-12  # BERT's, in both streams
     init_std: float = 0.02
@@ -82,25 +83,25 @@ class CoAttention(Model):
                 f"{math.gcd(self.width_between, max(self.co_heads, 1))}"
             )
         check_kind(self.fusion, "fusion")
-        assert self.shape and self.text_shape  # they refuse what does not go together
+        assert self.shape and self.text_shape  # their constructors refuse sizes that do not go together
 
     def _check_places(self, name: str, places: tuple[int, ...], depth: str) -> None:
         blocks = getattr(self, depth)
         rising = all(first < second for first, second in pairwise(places))
         if not places or not rising or places[0] < 0 or places[-1] >= blocks:
             raise ValueError(
-                f"model.{name}={places} are no places before some of the {blocks} blocks that model.{depth} says; use "
-                f"rising numbers from 0 to {blocks - 1}"
+                f"model.{name}={places} does not name blocks of model.{depth}={blocks} in order; use rising numbers "
+                f"from 0 to {blocks - 1}"
             )
 
     @property
     def width_between(self) -> int:
-        """Of the co-attention's queries, keys and values."""
+        """The width of the co-attention's queries, keys and values."""
         return self.co_dim or self.dim
 
     @property
     def shape(self) -> MultiwayShape:
-        """Of the ViT below the pictures' stream."""
+        """The shape of the ViT below the pictures' stream."""
         return streams.vit_shape(
             self,
             dim=self.image_dim,
@@ -111,7 +112,7 @@ class CoAttention(Model):
 
     @property
     def text_shape(self) -> MultiwayShape:
-        """Of the words' stream and its embedding."""
+        """The shape of the words' stream and its embedding."""
         sizes: Any = {"dim": self.dim, "heads": self.heads, "ffn_dim": self.ffn_dim, "depth": self.text_depth}
         return replace(self.shape, text_norm=True, norm_eps=self.text_norm_eps, **sizes)
 
@@ -132,7 +133,7 @@ class CoAttention(Model):
         total = streams.flops(layout, self.shape, self.text_shape) + encoder_flops(pictures, **stream)
         words, rows = round(layout.pairs * layout.pair_len), layout.pairs * layout.image_len
         between, co = self.width_between, []
-        # Of each side: queries and outputs of its rows, keys and values for the other's, its feed-forward network.
+        # On each side: queries and outputs of its own rows, keys and values for the other's, its feed-forward network.
         for own, dim, ffn_dim in ((words, self.dim, self.ffn_dim), (rows, self.image_dim, self.image_ffn_dim)):
             co += [Product(4 * own, dim, between), Product(2 * own, dim, ffn_dim)]
         scores = round(2 * 3 * 2 * 2 * layout.pairs * layout.pair_len * layout.image_len * between)
@@ -145,7 +146,7 @@ class CoAttention(Model):
 
 
 class CoAttentionEncoder(nn.Module):
-    """See contracts.Encoder. Texts are computed with their padding, which nothing sees."""
+    """See contracts.Encoder. Texts are computed with their padding, which no other row sees."""
 
     def __init__(self, cfg: CoAttention, layers: Layers = PLAIN, *, checkpointing: int = 0):
         super().__init__()
@@ -188,30 +189,31 @@ class CoAttentionEncoder(nn.Module):
 
 
 class CoAttentionBlock(nn.Module):
-    """Words and picture ask each other at once, and a feed-forward network follows in each stream."""
+    """Words and picture attend to each other at once, and a feed-forward network follows in each stream."""
 
     def __init__(self, cfg: CoAttention):
         super().__init__()
-        self.text = Asking(cfg, cfg.dim, cfg.image_dim, cfg.ffn_dim)
-        self.image = Asking(cfg, cfg.image_dim, cfg.dim, cfg.image_ffn_dim)
+        self.text = CrossAttention(cfg, cfg.dim, cfg.image_dim, cfg.ffn_dim)
+        self.image = CrossAttention(cfg, cfg.image_dim, cfg.dim, cfg.image_ffn_dim)
 
     def forward(self, words: Tensor, seen: Tensor, picture: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, L, dim], bool [N, 1, 1, L]: the words that are no padding, [N, M, image_dim] -> both streams' rows."""
+        """words [N, L, dim], seen bool [N, 1, 1, L] (False at padding), picture [N, M, image_dim] -> both streams'
+        rows."""
         return self.text(words, picture), self.image(picture, words, seen)
 
 
-class Asking(nn.Module):
+class CrossAttention(nn.Module):
     """One stream's half: attention to the other's rows, then a feed-forward network, a norm behind each branch."""
 
-    def __init__(self, cfg: CoAttention, dim: int, asked: int, ffn_dim: int):
+    def __init__(self, cfg: CoAttention, dim: int, context_dim: int, ffn_dim: int):
         super().__init__()
         linear = partial(Linear, std=cfg.init_std, cut=math.inf)
-        self.cross = Attention(dim, cfg.co_heads, std=cfg.init_std, asked=asked, inner=cfg.width_between)
+        self.cross = Attention(dim, cfg.co_heads, std=cfg.init_std, context_dim=context_dim, inner=cfg.width_between)
         self.cross_norm = nn.LayerNorm(dim, eps=cfg.text_norm_eps)
         self.up, self.down = linear(dim, ffn_dim), linear(ffn_dim, dim)
         self.norm = nn.LayerNorm(dim, eps=cfg.text_norm_eps)
 
-    def forward(self, rows: Tensor, others: Tensor, seen: Tensor | None = None) -> Tensor:
-        """[N, L, dim], [N, M, asked], bool [N, 1, 1, M] or None for all -> [N, L, dim]"""
-        rows = self.cross_norm(rows + self.cross(rows, others, seen))
+    def forward(self, rows: Tensor, context: Tensor, seen: Tensor | None = None) -> Tensor:
+        """rows [N, L, dim], context [N, M, context_dim], seen bool [N, 1, 1, M] (None: all) -> [N, L, dim]"""
+        rows = self.cross_norm(rows + self.cross(rows, context, seen))
         return self.norm(rows + self.down(F.gelu(self.up(rows))))

@@ -1,5 +1,5 @@
-"""Fusion at the end: two encoders of transformers side by side, and one row of a pair from the rows that stand for its
-picture and for its text. Contrast compares the rows; matching asks the fused one."""
+"""Fusion at the end: two encoders of transformers side by side, and for a pair one row that is made from its picture's
+and its text's. Contrast compares the two rows; matching reads the fused one."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from pretrain.models.towers.dual import DualTowers, Towers
 
 @dataclass(frozen=True)
 class LateFusion(DualTowers):
-    """DualTowers and a PooledFusion of that `kind` above them, `pair_dim` wide; 0: as the vision tower's row. Nothing
-    reads words or patches."""
+    """DualTowers with a PooledFusion above them. No objective can read words or patches."""
 
-    kind: str = "mlp"
-    pair_dim: int = 0
+    kind: str = "mlp"  # of the PooledFusion
+    pair_dim: int = 0  # width of the fused row; 0: as wide as the vision tower's
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_kind(self.kind, "kind")
         if self.pair_dim < 0:
-            raise ValueError(f"model.pair_dim={self.pair_dim} is no width; use 0 for the vision tower's")
+            raise ValueError(f"model.pair_dim={self.pair_dim} is negative; use a width, or 0 for the vision tower's")
 
     def build(
         self, experts: Sequence[str], layers: Layers = PLAIN, *, drop_path: float = 0.0, checkpointing: int = 0
@@ -60,7 +59,7 @@ class LateFusion(DualTowers):
 
 
 class FusedTowers(Towers):
-    """See contracts.Encoder; each kind comes out as [n, 1, width], of a pair's text the row before fusion."""
+    """See contracts.Encoder. Each kind has one row, [n, 1, width]; `pair_texts` is the text's row before fusion."""
 
     def __init__(self, cfg: LateFusion, layers: Layers = PLAIN, *, checkpointing: bool = False):
         super().__init__(cfg, layers, checkpointing=checkpointing)
@@ -72,7 +71,7 @@ class FusedTowers(Towers):
         count = layout.images + layout.pairs
         pictures = self.vision.images(batch.images) if count else self._none("images")
         images, paired = pictures.split([layout.images, layout.pairs])
-        # Each kind at its own length: a tower that reads padding like words says something else at another.
+        # Each kind at its own length: a tower that reads padding like words depends on how much of it there is.
         words, texts = self._texts(batch.pair_inputs), self._texts(batch.text_inputs)
         fused = self.pair(paired, words)  # of no pair too: ZeRO mixes up gradients of modules that are skipped
         return Kinds(*(rows.unsqueeze(1) for rows in (images, fused, words, texts)))

@@ -1,4 +1,4 @@
-"""One row of two: what stands for a pair, from a row that stands for its picture and one that stands for its text."""
+"""The row that stands for a pair, from the row that stands for its picture and the one that stands for its text."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ KINDS = ("mlp", "gated", "bilinear")
 
 
 class PooledFusion(nn.Module):
-    """`kind`, of a picture's row v and a text's row t:
+    """From a picture's row v and a text's row t, by `kind`:
 
-    mlp: W gelu(U [v, t]), as wide inside as outside.
+    mlp: W gelu(U [v, t]), the hidden layer as wide as the output.
     gated: z tanh(V v) + (1 - z) tanh(T t), z = sigmoid(Z [v, t]) (the gated multimodal unit, arXiv 1702.01992, 3.1).
     bilinear: relu(V v) * relu(T t): the low-rank bilinear pooling of arXiv 1610.04325 with ViLBERT's activation
-    (arXiv 1908.02265, 3.1: "an element-wise product"; its code has a linear layer and a ReLU before it). The output
-    matrix of the former is the head that reads the row.
+    (arXiv 1908.02265, 3.1: "an element-wise product"; its code has a linear layer and a ReLU before it). The pooling's
+    output matrix is left to the head that reads the row.
     """
 
     def __init__(self, kind: str, image_dim: int, text_dim: int, dim: int, *, std: float = 0.02):
@@ -47,5 +47,6 @@ class PooledFusion(nn.Module):
 
 
 def check_kind(kind: str, knob: str) -> None:
+    """ValueError, naming the model's field `knob`, for a kind that PooledFusion does not know."""
     if kind not in KINDS:
         raise ValueError(f"model.{knob}={kind!r} is unknown; use {', '.join(KINDS)}")

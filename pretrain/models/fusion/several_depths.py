@@ -1,5 +1,5 @@
-"""Fusion of several scales: the words ask a picture's rows at several depths of its encoder, as BridgeTower's layers do
-(arXiv 2206.08657, 3.3). One file; the parts below it are the house's.
+"""Fusion at several depths: the words attend to a picture's rows behind several blocks of its encoder, as in
+BridgeTower (arXiv 2206.08657, 3.3).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pretrain.models.fusion.text_queries_image import TextQueriesImage, TextQuer
 
 @dataclass(frozen=True)
 class SeveralDepths(TextQueriesImage):
-    """TextQueriesImage whose fusion block i asks the rows behind block `image_at[i]` of the ViT, counted from 1, each
-    depth through a norm of its own. A picture alone is what it is there: the last block's rows."""
+    """TextQueriesImage whose fusion block i attends to the rows behind block `image_at[i]` of the ViT, counted from 1,
+    each depth through a norm of its own. A picture alone has the rows of the last block, as in TextQueriesImage."""
 
     image_at: tuple[int, ...] = ()
-    shares_pictures = False  # rows of kind images are of one depth
+    shares_pictures = False  # rows of kind images are of the last depth only
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_at", tuple(self.image_at))  # a list in config.json
@@ -44,12 +44,12 @@ class SeveralDepths(TextQueriesImage):
 
 
 class SeveralDepthsEncoder(TextQueriesImageEncoder):
-    """See contracts.Encoder. Texts are computed with their padding, which nothing sees."""
+    """See contracts.Encoder. Texts are computed with their padding, which no other row sees."""
 
     def __init__(self, cfg: SeveralDepths, layers: Layers = PLAIN, *, checkpointing: int = 0):
         super().__init__(cfg, layers, checkpointing=checkpointing)
         self.at = cfg.image_at
-        # The last depth's is the ViT's own.
+        # The last depth goes through the ViT's own final norm.
         self.depth_norms = nn.ModuleList(nn.LayerNorm(cfg.dim, eps=cfg.image_norm_eps) for _ in cfg.image_at[:-1])
 
     def forward(self, batch: Batch, needed: Kinds | None = None, pictures: Tensor | None = None) -> Kinds:
@@ -65,7 +65,7 @@ class SeveralDepthsEncoder(TextQueriesImageEncoder):
         return Kinds(alone, fused[:, :1], fused[:, : layout.pair_len], texts[:, : layout.text_len])
 
     def _depths(self, batch: Batch) -> list[Tensor]:
-        """The pictures' rows at each depth, behind its norm: [images + pairs, image_len, dim] each."""
+        """The pictures' rows at each depth, after its norm: [images + pairs, image_len, dim] each."""
         cfg, layout = self.image.cfg, batch.layout
         only = Layout(images=layout.images + layout.pairs, patches=cfg.patches)
         if not only.images:  # an evaluation of texts

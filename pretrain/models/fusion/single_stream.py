@@ -1,5 +1,5 @@
-"""Fusion from the first block on: words and a picture's features in a single stream of BERT's blocks, as VL-BERT (arXiv
-1908.08530) and UNITER (arXiv 1909.11740) have it. One file; the parts below it are the house's.
+"""Fusion from the first block on: words and a picture's features in a single stream of BERT's blocks, as in VL-BERT
+(arXiv 1908.08530) and UNITER (arXiv 1909.11740).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from pretrain.models.multiway.shape import MultiwayShape
 
 @dataclass(frozen=True)
 class SingleStream(Model):
-    """`dim`, `heads`, `ffn_dim`: of the stream, `depth` blocks of a BERT. A picture comes in as the rows of a ViT of
-    `vit_depth` blocks, `vit_dim` wide, where UNITER has a detector's regions: a linear layer and a norm make features
-    of them. What tells features from words, a learned row in the papers, is that norm's bias.
+    """`dim`, `heads`, `ffn_dim` are the sizes of the stream, `depth` blocks of a BERT. A picture comes in as the rows
+    of a ViT of `vit_depth` blocks, `vit_dim` wide, where UNITER has a detector's regions; a linear layer and a norm
+    turn them into features. The norm's bias distinguishes features from words, as a learned row does in the papers.
 
     A picture or a text alone goes through the stream alone. Row 0 of a pair's picture stands for the pair.
     """
@@ -52,18 +52,18 @@ class SingleStream(Model):
     def __post_init__(self) -> None:
         if self.depth < 1:
             raise ValueError(f"model.depth={self.depth} is below 1; use 1 or more")
-        assert self.shape and self.text_shape  # they refuse what does not go together
+        assert self.shape and self.text_shape  # their constructors refuse sizes that do not go together
 
     @property
     def shape(self) -> MultiwayShape:
-        """Of the ViT."""
+        """The shape of the ViT."""
         return streams.vit_shape(
             self, dim=self.vit_dim, depth=self.vit_depth, heads=self.vit_heads, ffn_dim=4 * self.vit_dim
         )
 
     @property
     def text_shape(self) -> MultiwayShape:
-        """Of the stream, and of its text embedding."""
+        """The shape of the stream and of its text embedding."""
         sizes: Any = {"dim": self.dim, "heads": self.heads, "ffn_dim": self.ffn_dim, "depth": self.depth}
         return replace(self.shape, text_norm=True, norm_eps=self.text_norm_eps, **sizes)
 
@@ -95,12 +95,12 @@ class SingleStream(Model):
 
 
 class SingleStreamEncoder(nn.Module):
-    """See contracts.Encoder. Texts are computed with their padding, which nothing sees."""
+    """See contracts.Encoder. Texts are computed with their padding, which no other row sees."""
 
     def __init__(self, cfg: SingleStream, layers: Layers = PLAIN, *, checkpointing: int = 0):
         super().__init__()
         self.cfg, self.checkpointing = cfg, checkpointing
-        # Its own rows only: it has no part in the sharing of rows, which is for Multiway models.
+        # Without `layers`: sequence ranks share the rows of Multiway models only.
         self.vit = MultiwayEncoder(cfg.shape, ("vision",), checkpointing=checkpointing)
         self.feature = Linear(cfg.vit_dim, cfg.dim, std=cfg.init_std, cut=math.inf)
         self.feature_norm = nn.LayerNorm(cfg.dim, eps=cfg.text_norm_eps)
@@ -118,7 +118,7 @@ class SingleStreamEncoder(nn.Module):
         pairs = torch.cat([paired, paired_words], 1)
         seen_pairs, seen_texts = seen.split([layout.pairs, layout.texts])
         seen_pairs = F.pad(seen_pairs, (layout.image_len, 0), value=True)
-        for block in self.stream:  # on none of a kind too, so that no two ranks differ
+        for block in self.stream:  # also where a kind has no rows: every rank must call the same modules
             alone, pairs, texts = run(block, alone, None), run(block, pairs, seen_pairs), run(block, texts, seen_texts)
         image, text = pairs.split([layout.image_len, pairs.shape[1] - layout.image_len], 1)
         return Kinds(alone, image, text[:, : layout.pair_len], texts[:, : layout.text_len])

@@ -1,5 +1,5 @@
-"""What encoders with a stream for pictures and one for words share: how a batch's rows come into each, how weights of
-other sizes are made to fit, and what no such encoder can be trained on."""
+"""What the encoders of this room share: how a batch's pictures and words become rows, how weights of other sizes are
+made to fit, their FLOPs, and why a stage cannot train one."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _SOME = Layout(images=2, pairs=2, texts=2, patches=1, pair_len=3, text_len=3, du
 
 
 def pictures(encoder: MultiwayEncoder, batch: Batch, known: Tensor | None = None) -> Tensor:
-    """A batch's pictures through a vision encoder: [images + pairs, image_len, dim]. `known` [n, image_len, dim]: what
-    it made of the first n pairs' pictures before, which are not encoded again."""
+    """A batch's pictures through a vision encoder -> [images + pairs, image_len, dim]. `known` [n, image_len, dim]: the
+    rows of the first n pairs' pictures from an earlier pass, which are not encoded again."""
     layout, first = batch.layout, 0 if known is None else len(known)
     assert not (first and layout.images), layout
     only = Layout(images=layout.images + layout.pairs - first, patches=encoder.cfg.patches)
     if only.images:
         rows = encoder(pictures_alone(only, batch, first)).images
-    else:  # an evaluation of texts, or of pictures that are known
+    else:  # an evaluation of texts alone, or all pictures are known
         rows = encoder.blocks[0].norm["shared"].weight.new_zeros(0, only.image_len, encoder.cfg.dim)
     return rows if known is None else torch.cat([known, rows])
 
 
 def pictures_alone(only: Layout, batch: Batch, first: int = 0) -> Batch:
-    """A batch's pictures from the one with number `first` on, as images of the layout `only`. Its index is made on the
-    host, where nothing waits for the device."""
+    """A batch's pictures from number `first` on, as images of the layout `only`. The index is made on the host, so that
+    nothing waits for the device."""
     own, host = (
         make_batch(only, images=each.images[first:], image_masks=each.image_masks[first:])
         for each in (batch, batch.on_host)
@@ -50,8 +50,8 @@ def pictures_alone(only: Layout, batch: Batch, first: int = 0) -> Batch:
 
 
 def words(embed: TextEmbedding, batch: Batch) -> tuple[Tensor, Tensor]:
-    """A batch's texts, those of pairs first, padded to one length L: [pairs + texts, L, dim], and which of their words
-    are no padding, bool [pairs + texts, 1, 1, L]."""
+    """A batch's texts, those of pairs first, padded to one length L -> their rows [pairs + texts, L, dim], and a mask
+    for attention, bool [pairs + texts, 1, 1, L], False at padding."""
     length = max(batch.layout.pair_len, batch.layout.text_len, 1)
     rows = torch.cat([F.pad(part, (0, 0, 0, length - part.shape[1])) for part in embed(batch)])
     seen = torch.cat([F.pad(part, (0, length - part.shape[1])) for part in batch.keys_seen])
@@ -64,26 +64,30 @@ def run(block: nn.Module, *inputs: Any, recompute: bool) -> Any:
 
 
 def vit_shape(model: Any, *, dim: int, depth: int, heads: int, ffn_dim: int) -> MultiwayShape:
-    """Of a model's vision encoder."""
+    """The shape of a model's vision encoder; what is not given comes from the model's fields of the same names."""
     names = ("image_size", "patch_size", "vocab_size", "max_text_len", "init_std")
     own: dict[str, Any] = {name: getattr(model, name) for name in names}
     return MultiwayShape(dim=dim, depth=depth, heads=heads, ffn_dim=ffn_dim, norm_eps=model.image_norm_eps, **own)
 
 
 def problems(stage: Any, name: str) -> list[str]:
-    """As Model.problems, of a model called `name`."""
-    found = []
+    """Model.problems of a model called `name` that has no drop path and no causal pass."""
+    problems = []
     if stage.drop_path:
-        found.append(f"drop_path={stage.drop_path}: {name} has none; set it to 0")
-    if any(further.layout.causal for objective in stage.objectives for further in objective.passes(_SOME)):
-        found.append(f"captioning: {name} sees whole texts; take the objective out")
-    return found
+        problems.append(f"drop_path={stage.drop_path}: {name} has none; set it to 0")
+    for objective in stage.objectives:
+        if any(further.layout.causal for further in objective.passes(_SOME)):
+            problems.append(
+                f"the objective {objective.name} predicts words from those before them, and in {name} each word sees "
+                "the whole text; take the objective out, or use a Multiway model or EncoderDecoder"
+            )
+    return problems
 
 
 def patch_problems(stage: Any, name: str) -> list[str]:
-    """As Model.problems, of a model called `name` whose pairs have one row beside their words'."""
+    """Model.problems of a model called `name` whose pairs have no rows of patches."""
     return [
-        f"the objective {objective.name} reads the patches of fused pairs, of which {name} gives none; take that out "
+        f"the objective {objective.name} reads the patches of fused pairs, which {name} does not fuse; take it out "
         "(matching: set alignment=0), or use CoAttention, SingleStream or a Multiway model"
         for objective in stage.objectives
         if objective.reads_patches
@@ -91,7 +95,7 @@ def patch_problems(stage: Any, name: str) -> list[str]:
 
 
 def flops(layout: Layout, image: MultiwayShape, text: MultiwayShape) -> int:
-    """Of the pictures' and the words' own blocks, as Model.flops."""
+    """The part of Model.flops in the pictures' and the words' own blocks."""
     pictures = Layout(images=layout.images + layout.pairs, patches=layout.patches)
     sizes = {"dim": image.dim, "depth": image.depth, "ffn_dim": image.ffn_dim}
     total = encoder_flops(pictures, patch_inputs=3 * image.patch_size**2, **sizes)
@@ -101,8 +105,8 @@ def flops(layout: Layout, image: MultiwayShape, text: MultiwayShape) -> int:
     return total
 
 
-def asking_flops(layout: Layout, dim: int) -> int:
-    """Of one attention in which the words of pairs ask their pictures' rows, both `dim` wide."""
+def cross_attention_flops(layout: Layout, dim: int) -> int:
+    """The FLOPs of one attention of the words of pairs to their pictures' rows, both `dim` wide."""
     words, rows = layout.pairs * layout.pair_len, layout.pairs * layout.image_len
     products = product_flops([Product(round(2 * words), dim, dim), Product(2 * rows, dim, dim)])
     return products + round(3 * 2 * 2 * words * layout.image_len * dim)
@@ -111,8 +115,8 @@ def asking_flops(layout: Layout, dim: int) -> int:
 def fitted(
     state: State, old: MultiwayShape, new: MultiwayShape, wanted: Mapping[str, tuple[int, ...]], *, last: int = 0
 ) -> State:
-    """As Model.adapt: positions of another grid, fewer words, more words in the vocabulary, whose `last` ids stay the
-    last."""
+    """Model.adapt for positions of another grid, for fewer text positions, and for a larger vocabulary, whose `last`
+    ids stay its last."""
     adapted = {}
     for name, value in state.items():
         if name.endswith("vision_embed.positions"):

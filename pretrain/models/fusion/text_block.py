@@ -1,6 +1,6 @@
-"""A block of BERT (arXiv 1810.04805), its norms behind each branch; where wanted with attention to a picture's rows.
+"""A block of BERT (arXiv 1810.04805), with a norm behind each branch and, if wanted, attention to a picture's rows.
 
-Shapes: N sequences, L words, M rows of a picture, D width.
+Shapes: N sequences, L words, M rows of a picture, D width, H heads, C width of a head.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pretrain.layers import Linear
 
 
 class TextBlock(nn.Module):
-    """`cross`: between self-attention and feed-forward network the words ask a picture's rows, as in ALBEF's upper
-    layers (arXiv 2107.07651, 3.1) and all of BLIP's."""
+    """`cross`: between self-attention and feed-forward network the words attend to a picture's rows, as in ALBEF's
+    upper layers (arXiv 2107.07651, 3.1) and all of BLIP's."""
 
     def __init__(self, dim: int, heads: int, ffn_dim: int, *, eps: float, std: float, cross: bool = False):
         super().__init__()
@@ -29,7 +29,7 @@ class TextBlock(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=eps)
 
     def forward(self, x_NLD: Tensor, seen: Tensor | None, picture_NMD: Tensor | None = None) -> Tensor:
-        """`seen`: bool [N, 1, 1, L], the words that are no padding; None: all rows are seen."""
+        """-> [N, L, D]. `seen`: bool [N, 1, 1, L], False at padding; None: all rows are seen."""
         x_NLD = self.own_norm(x_NLD + self.own(x_NLD, x_NLD, seen))
         if self.cross is not None and self.cross_norm is not None:
             assert picture_NMD is not None
@@ -38,27 +38,28 @@ class TextBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Of one kind of rows, `dim` wide, to another of width `asked` (None: the same), or to themselves. All heads
-    together are `inner` wide (None: as `dim`)."""
+    """Attention of rows `dim` wide to the rows of a context, `context_dim` wide (None: `dim`); self-attention where the
+    context is the rows themselves. All heads together are `inner` wide (None: `dim`)."""
 
-    def __init__(self, dim: int, heads: int, *, std: float, asked: int | None = None, inner: int | None = None):
+    def __init__(self, dim: int, heads: int, *, std: float, context_dim: int | None = None, inner: int | None = None):
         super().__init__()
         linear = partial(Linear, std=std, cut=math.inf)
-        self.heads, asked, inner = heads, asked or dim, inner or dim
-        self.q, self.k, self.v = linear(dim, inner), linear(asked, inner), linear(asked, inner)
+        self.heads, context_dim, inner = heads, context_dim or dim, inner or dim
+        self.q, self.k, self.v = linear(dim, inner), linear(context_dim, inner), linear(context_dim, inner)
         self.out = linear(inner, dim)
 
-    def forward(self, asking: Tensor, asked: Tensor, seen: Tensor | None = None) -> Tensor:
-        """[N, L, dim], [N, M, asked], bool that broadcasts to [N, 1, L, M] or None for all -> [N, L, dim]"""
-        return self.ask(asking, *self.keys(asked), seen)
+    def forward(self, rows: Tensor, context: Tensor, seen: Tensor | None = None) -> Tensor:
+        """rows [N, L, dim], context [N, M, context_dim] -> [N, L, dim]. `seen`: which rows of the context each row may
+        see, bool that broadcasts to [N, 1, L, M]; None: all."""
+        return self.attend(rows, *self.keys(context), seen)
 
-    def keys(self, asked: Tensor) -> tuple[Tensor, Tensor]:
-        """[N, M, asked] -> their keys and values, [N, H, M, C] each, which a decoder keeps."""
-        return self._heads(self.k(asked)), self._heads(self.v(asked))
+    def keys(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, M, context_dim] -> its keys and values, [N, H, M, C] each, which a decoder caches."""
+        return self._heads(self.k(context)), self._heads(self.v(context))
 
-    def ask(self, asking: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None = None) -> Tensor:
-        """As `forward`, of keys and values that are there."""
-        q = self._heads(self.q(asking))
+    def attend(self, rows: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None = None) -> Tensor:
+        """As `forward`, with the context's keys and values."""
+        q = self._heads(self.q(rows))
         return self.out(F.scaled_dot_product_attention(q, keys, values, seen).transpose(1, 2).flatten(2))
 
     def _heads(self, rows: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""Fusion in the middle: a vision and a text encoder, and above them blocks in which the words ask the picture (ALBEF,
-arXiv 2107.07651, 3.1). One file; the parts below it are the house's.
+"""Fusion in the middle: a vision and a text encoder, and above them blocks in which the words attend to the picture
+(ALBEF, arXiv 2107.07651, 3.1).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pretrain.models.multiway.shape import MultiwayShape
 
 @dataclass(frozen=True)
 class TextQueriesImage(Model):
-    """`image_depth` blocks of a ViT; `text_depth` blocks of a BERT, and `fusion_depth` more that ask the picture. All
-    of one width. What stands for a pair is the fused row of BOS: `pair_images` of the encoder is that row alone.
+    """`image_depth` blocks of a ViT; `text_depth` blocks of a BERT, and `fusion_depth` more that attend to the picture.
+    All are of one width. The fused row of BOS stands for a pair: the encoder's `pair_images` is that row alone.
     """
 
     dim: int
@@ -46,11 +46,11 @@ class TextQueriesImage(Model):
         for name in ("text_depth", "fusion_depth", "image_depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name}={getattr(self, name)} is below 1; use 1 or more")
-        assert self.shape  # it refuses what does not go together
+        assert self.shape  # its constructor refuses sizes that do not go together
 
     @property
     def shape(self) -> MultiwayShape:
-        """Of the vision encoder, and of the text embedding."""
+        """The shape of the vision encoder; the text embedding differs by its norm."""
         return streams.vit_shape(self, dim=self.dim, depth=self.image_depth, heads=self.heads, ffn_dim=self.ffn_dim)
 
     def build(
@@ -62,7 +62,8 @@ class TextQueriesImage(Model):
         problems = streams.problems(stage, "TextQueriesImage") + streams.patch_problems(stage, "TextQueriesImage")
         if stage.masking is not None and "pairs" in stage.mix and stage.masking.ratios("pairs")[0]:
             problems.append(
-                "pair_image_ratio: TextQueriesImage fuses no patches, so none of a pair's can be told; set 0"
+                f"pair_image_ratio={stage.masking.ratios('pairs')[0]}: TextQueriesImage fuses no patches, so a pair's "
+                "hidden patches cannot be predicted; set it to 0"
             )
         return problems
 
@@ -73,7 +74,7 @@ class TextQueriesImage(Model):
         total = streams.flops(layout, self.shape, replace(self.shape, depth=self.text_depth))
         sizes = {"dim": self.dim, "ffn_dim": self.ffn_dim}
         total += int(layout.pairs * flops_per_sequence(layout.pair_len, depth=self.fusion_depth, **sizes))
-        return total + self.fusion_depth * streams.asking_flops(layout, self.dim)
+        return total + self.fusion_depth * streams.cross_attention_flops(layout, self.dim)
 
     def adapt(self, state: State, stored: Any, wanted: Mapping[str, tuple[int, ...]]) -> State:
         """As MultiwayConfig's: positions of another grid, fewer words, more words in the vocabulary."""
@@ -83,12 +84,12 @@ class TextQueriesImage(Model):
 
 
 class TextQueriesImageEncoder(nn.Module):
-    """See contracts.Encoder. Texts are computed with their padding, which nothing sees."""
+    """See contracts.Encoder. Texts are computed with their padding, which no other row sees."""
 
     def __init__(self, cfg: TextQueriesImage, layers: Layers = PLAIN, *, checkpointing: int = 0):
         super().__init__()
-        # Its own rows only: it has no part in the sharing of rows, which is for Multiway models.
         self.cfg, self.checkpointing = cfg, checkpointing
+        # Without `layers`: sequence ranks share the rows of Multiway models only.
         self.image = MultiwayEncoder(cfg.shape, ("vision",), checkpointing=checkpointing)
         self.text_embed = TextEmbedding(_with_norm(cfg), layers)
         sizes = (cfg.dim, cfg.heads, cfg.ffn_dim)
@@ -103,7 +104,7 @@ class TextQueriesImageEncoder(nn.Module):
         for block in self.text:
             words = streams.run(block, words, seen, recompute=recompute)
         fused, texts = words.split([layout.pairs, layout.texts])
-        for block in self.fusion:  # on no pair too: ZeRO mixes up gradients of modules that are skipped
+        for block in self.fusion:  # also without pairs: ZeRO mixes up gradients of modules that are skipped
             fused = streams.run(block, fused, seen[: layout.pairs], paired, recompute=recompute)
         return Kinds(alone, fused[:, :1], fused[:, : layout.pair_len], texts[:, : layout.text_len])
 

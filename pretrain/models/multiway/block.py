@@ -27,6 +27,7 @@ class Multiway(nn.ModuleDict):
         super().__init__({name: make() for name in names})
 
     def forward(self, x_TD: Tensor, rows: Layout | Rows) -> Tensor:
+        """`rows` says how many of the T rows each kind has."""
         modules = list(self.values())
         if len(modules) == 1:
             return modules[0](x_TD)
@@ -50,6 +51,7 @@ class Attention(nn.Module):
     def forward(
         self, x_TD: Tensor, layout: Layout, padding: Padding, bias: Bias, own: Rows | None, read: Rows | None
     ) -> Tensor:
+        """[T, D] -> [T, D], or only the rows `read`; the arguments are those of MultiwayBlock."""
         # -1 and not cfg.heads: under tensor parallelism this rank holds only some heads.
         q, k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in self.project(x_TD, own or layout))
         y_TD = self.attend(q, k, v, layout, padding, bias).flatten(-2)
@@ -59,7 +61,7 @@ class Attention(nn.Module):
         return self.out(y_TD if self.inner_norm is None else self.inner_norm(y_TD, rows), rows)
 
     def project(self, x_TD: Tensor, rows: Layout | Rows) -> Sequence[Tensor]:
-        """Queries, keys and values, [T, D of this rank] each; by one product where that gains something."""
+        """Queries, keys and values, [T, width of this rank's heads] each; by a single product where that is faster."""
         sets = [(self.q[name], self.k[name], self.v[name]) for name in self.q]
         if not (gains_by_fusing(x_TD) and all(map(can_fuse, sets))):
             return [projection(x_TD, rows) for projection in (self.q, self.k, self.v)]
@@ -69,21 +71,21 @@ class Attention(nn.Module):
 
 
 def gains_by_fusing(x_TD: Tensor) -> bool:
-    """Whether fewer and larger products are worth the joined weights, which the backward pass keeps. On a CPU they are
-    not: benchmarks/results/calls.json."""
+    """Whether fewer and larger products are worth the memory of the joined weights, which is held until the backward
+    pass. On a CPU they are not: benchmarks/results/calls.json."""
     return x_TD.is_cuda
 
 
 def can_fuse(linears: Sequence[nn.Module]) -> bool:
-    """Whether one product may take the place of theirs: none is split over ranks (Megatron's layers, ZeRO-3's `ds_id`),
-    and they are trained together or not at all."""
+    """Whether one product may replace those of `linears`: none of them is split over ranks (Megatron's layers, ZeRO-3's
+    `ds_id`), and either all are trained or none is."""
     plain = all(type(one) is Linear and not hasattr(one.weight, "ds_id") for one in linears)
     return plain and len({parameter.requires_grad for one in linears for parameter in one.parameters()}) == 1
 
 
 def _fused(x_TD: Tensor, linears: Sequence[Any]) -> Tensor:
-    """[T, D] -> [T, outputs of all]. The weights are joined anew in each pass, so that each stays a parameter with its
-    own name."""
+    """[T, D] -> [T, sum of the linears' outputs]. The weights are joined anew in each pass, so that each stays a
+    parameter with its own name."""
     biases = [one.weight.new_zeros(len(one.weight)) if one.bias is None else one.bias for one in linears]
     return nn.functional.linear(x_TD, torch.cat([one.weight for one in linears]), torch.cat(biases))
 
@@ -100,11 +102,14 @@ class Expert(nn.Module):
         self.down = layers.row(cfg.ffn_dim, cfg.dim, std=std.down, cut=cut)
 
     def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D] -> [T, D], without the residual connection."""
         y = nn.functional.gelu(self.up(self.norm(x_TD)))
         return self.down(y if self.inner_norm is None else self.inner_norm(y))
 
 
 class _Stds(NamedTuple):
+    """The standard deviations of the normal distributions from which a block's weights are drawn."""
+
     query_key: float
     value: float
     out: float
@@ -113,7 +118,7 @@ class _Stds(NamedTuple):
 
     @classmethod
     def of(cls, cfg: MultiwayShape, layer: int) -> _Stds:
-        """Of the normal distributions from which the weights of block `layer`, counted from 1, are drawn."""
+        """Those of block `layer`, counted from 1."""
         if cfg.init == "scaled":
             small = cfg.init_std / math.sqrt(2 * layer)
             return cls(cfg.init_std, cfg.init_std, small, cfg.init_std, small)
@@ -124,7 +129,7 @@ class _Stds(NamedTuple):
 
 
 def _cut(cfg: MultiwayShape) -> float:
-    """Where these distributions end, see layers.draw: Magneto's do not."""
+    """Where these distributions are cut, as layers.draw counts it; Magneto's are not."""
     return 1.0 if cfg.init == "scaled" else math.inf
 
 
@@ -154,8 +159,9 @@ class MultiwayBlock(nn.Module):
         read: Rows | None = None,
         factors: Tensor | None = None,
     ) -> Tensor:
-        """[T, D] -> [T, D]. With `own` x_TD holds only these rows of the pass; with `read` (for the last block) only
-        these of them come out. `factors` [T, 2] are drop path's for attention and expert; None: nothing is dropped."""
+        """[T, D] -> [T, D]. With `own`, x_TD holds only these rows of the pass; with `read` (for the last block), only
+        these rows of x_TD come out. `factors` [T, 2]: drop path's, for attention and expert; None: nothing is dropped.
+        """
         attended = self.attention(self.norm(x_TD, own or layout), layout, padding, bias, own, read)
         x = x_TD
         if read is not None:
@@ -166,6 +172,7 @@ class MultiwayBlock(nn.Module):
 
 
 def _add(x: Tensor, branch: Tensor, scale: Tensor | None, factor: Tensor | None) -> Tensor:
+    """x + branch * scale * factor: LayerScale's [D], and drop path's [T, 1]."""
     branch = branch if scale is None else branch * scale
     return x + branch if factor is None else torch.addcmul(x, branch, factor)
 
@@ -178,12 +185,12 @@ def attention_names(cfg: MultiwayShape, experts: Sequence[str]) -> tuple[str, ..
 
 
 def drop_path_factor(rate: float, draws: Tensor) -> Tensor:
-    """Stochastic depth: 0 where `draws` in [0, 1) fell below `rate`, and 1 / (1 - rate) elsewhere."""
+    """Stochastic depth (arXiv 1603.09382): 0 where `draws` in [0, 1) is below `rate`, and 1 / (1 - rate) elsewhere."""
     return (draws >= rate) / (1 - rate)
 
 
 def sequence_of_row(layout: Layout, device: torch.device) -> Tensor:
-    """int64 [T]: to which of the layout's sequences a row belongs. A pair's image and its text are one."""
+    """int64 [T]: the number of the sequence to which each row belongs. A pair's image and text are one sequence."""
     numbers = torch.arange(layout.sequences, device=device).split([layout.images, layout.pairs, layout.texts])
     kinds = zip((numbers[0], numbers[1], *numbers[1:]), layout.shapes, strict=True)
     return torch.cat([own.unsqueeze(1).expand(-1, length).flatten() for own, (_, length) in kinds])

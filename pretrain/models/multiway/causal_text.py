@@ -1,7 +1,7 @@
-"""Texts behind their pictures a few words at a time, as generation reads them: the keys and values of the picture and
-of the words before are kept, so that a word costs one row and not a whole pass.
+"""Generation a few words at a time: the keys and values of a picture and of the words before are cached, so that a word
+costs one row and not a whole pass.
 
-The numbers are those of a pass with `Layout.causal`, where no row sees a later one.
+The numbers are those of a pass with `Layout.causal`, where no word sees a later one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 class CausalText:
     """N pictures and `width` texts behind each: N * width texts, those of a picture together. `encoder` is a
-    MultiwayEncoder with everything on one device; it runs without drop path."""
+    MultiwayEncoder with everything on one device; it runs without drop path. `images` uint8 [N, 3, H, W]; `longest`:
+    the most ids of a text."""
 
     def __init__(self, encoder: Any, images: Tensor, longest: int):
         self.encoder, self.width = encoder, 1
@@ -46,7 +47,7 @@ class CausalText:
 
     def read(self, ids: Tensor, keep: int | None = None) -> Tensor:
         """The next words of each text, int64 [N * width, L] -> their rows after the final norm [N * width, L, D]. Only
-        the first `keep` of them (None: all) are remembered as read."""
+        the first `keep` of them (None: all) enter the cache."""
         first, layout = self._words[0][0].shape[1], Layout(pairs=len(ids), pair_len=ids.shape[1])
         start, end = self._image_len + first, self._image_len + first + ids.shape[1]
         x_TD = self.encoder.text_embed.at(ids, first).flatten(0, 1)
@@ -65,13 +66,14 @@ class CausalText:
         return self.encoder.norm(x_TD, layout).unflatten(0, ids.shape)
 
     def choose(self, places: Tensor, width: int) -> None:
-        """Goes on with the texts at `places`, int64 [N * width], of which each lies behind its own picture."""
+        """Goes on with the texts at `places`, int64 [N * width], and with `width` texts behind each picture: texts
+        number n * width to (n + 1) * width - 1 must belong to picture n."""
         self._words = [(k.index_select(0, places), v.index_select(0, places)) for k, v in self._words]
         self.width = width
 
 
 def _through(block: MultiwayBlock, x_TD: Tensor, layout: Layout, sequences: int, attend: Attend) -> Tensor:
-    """The rows of one kind through a block, whose attention is `attend` ([n, L, H, C] each)."""
+    """The rows of one kind, x_TD, through a block with `attend` ([sequences, L, H, C] each) as its attention."""
     attention: Any = block.attention
     projected = attention.project(block.norm(x_TD, layout), layout)
     q, k, v = (x.unflatten(-1, (-1, attention.head_dim)).unflatten(0, (sequences, -1)) for x in projected)

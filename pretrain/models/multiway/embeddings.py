@@ -1,4 +1,4 @@
-"""From pictures and token ids to rows: what stands before the first block."""
+"""From pictures and token ids to rows: the layers before the first block, and VLMo's relative positions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class VisionEmbedding(nn.Module):
         return x if self.positions is None else x + self.positions
 
     def _cut(self, images: Tensor) -> Tensor:
-        """[N, 3, H, W] -> normalised patches [N, P, 3 * patch_size**2]; bytes are cut before they grow to floats."""
+        """[N, 3, H, W] -> normalised patches [N, P, 3 * patch_size**2]; bytes are cut before they become floats."""
         n, g, p = len(images), self.grid, self.patch_size
         if n == 0:
             return self.mask_token.new_zeros(0, g * g, 3 * p * p)
@@ -57,7 +57,8 @@ class TextEmbedding(nn.Module):
         self.norm = nn.LayerNorm(cfg.dim, eps=cfg.norm_eps) if cfg.text_norm else None
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """-> [pairs, pair_len, dim], [texts, text_len, dim]; rows of padding are zero."""
+        """-> [pairs, pair_len, dim], [texts, text_len, dim]; rows of padding are zero. ValueError for a text longer
+        than `max_text_len`."""
         ids = (batch.pair_inputs, batch.text_inputs)
         longest = max(i.shape[1] for i in ids)
         if longest > self.max_text_len:
@@ -72,7 +73,7 @@ class TextEmbedding(nn.Module):
         return pairs.masked_fill(ids[0][..., None] == PAD, 0), texts.masked_fill(ids[1][..., None] == PAD, 0)
 
     def at(self, ids: Tensor, first: int) -> Tensor:
-        """Words int64 [N, L], none of them padding, that stand at the positions from `first` on -> [N, L, dim]."""
+        """Words int64 [N, L] without padding, at the positions from `first` on -> [N, L, dim]."""
         return self._place(self.tokens(ids), first)
 
     def _place(self, x_NLD: Tensor, first: int = 0) -> Tensor:
@@ -82,14 +83,14 @@ class TextEmbedding(nn.Module):
 
 
 class RelativePosition(nn.Module):
-    """A learned number per head, layer and offset that is added to the attention scores, instead of positions in the
-    embedding. As VLMo's (unilm vlmo/modules/vlmo_module.py, build_relative_position_embed): one table for all layers,
-    its rows in the order
+    """Relative position bias: a learned number per head, layer and offset is added to the attention scores, instead of
+    positions in the embedding. As in VLMo (unilm vlmo/modules/vlmo_module.py, build_relative_position_embed) there is
+    one table for all layers, its rows in the order
 
         (2 g - 1)^2 offsets of two patches | 3 from, to and within the class row | 2 text to image, image to text
         | 2 L - 3 offsets of two words | 3 from, to and within BOS            (g patches a side, L max_text_len)
 
-    so that its first rows can be taken from a BEiT checkpoint. "A to B" is a query of A that looks at a key of B."""
+    so that its first rows can be taken from a BEiT checkpoint. "A to B" is a query of A with a key of B."""
 
     def __init__(self, cfg: MultiwayShape, layers: Layers = PLAIN):
         super().__init__()
@@ -99,7 +100,7 @@ class RelativePosition(nn.Module):
         self.table = nn.Parameter(torch.zeros(self.image_rows + 2 + 2 * cfg.max_text_len, cfg.depth * cfg.heads))
 
     def forward(self, layout: Layout) -> list[Bias]:
-        """The bias of every block, for this rank's heads and the kinds of sequences in `layout`."""
+        """The bias of every block, for this rank's heads and for the kinds of sequences that `layout` has."""
         table = self.own_heads(self.table.unflatten(1, (self.depth, -1))).flatten(1)
         image, text = image_index(self.grid, self.table.device), self._text_index(layout.text_len)
         pairs = texts = None
@@ -116,7 +117,7 @@ class RelativePosition(nn.Module):
         return [Bias(*each) for each in zip(*kinds, strict=True)]
 
     def _look_up(self, table: Tensor, index_LL: Tensor) -> tuple[Tensor, ...]:
-        """-> [heads, L, L] per layer."""
+        """int64 [L, L] -> float [heads, L, L] per layer."""
         return F.embedding(index_LL, table).permute(2, 0, 1).contiguous().chunk(self.depth)
 
     def _text_index(self, length: int) -> Tensor:
@@ -138,23 +139,24 @@ def image_index(grid: int, device: torch.device) -> Tensor:
 
 
 def text_index(length: int, longest: int, image_rows: int, device: torch.device) -> Tensor:
-    """The same of a text of `length` words, of `longest` at the most; `image_rows`: those of the table for pictures."""
+    """int64 [length, length]: the same for a text of `length` words, in a table for `longest` words. `image_rows`: the
+    number of its rows for pictures."""
     place = torch.arange(max(length - 1, 0), device=device)
     offset = place - place[:, None] + longest - 2 + image_rows + 2
     return _with_first_row(offset, image_rows + 2 + 2 * longest)
 
 
 def pair_index(image: Tensor, text: Tensor, image_rows: int) -> Tensor:
-    """[query, key] of a picture and its text. VLMo puts the text first and we the image: the same numbers, blocks in
-    another place."""
+    """int64 [query, key]: the same for a pair, from its `image_index` and its `text_index`. VLMo puts the text first
+    and we the image: the same four blocks in another order."""
     to_image = image.new_full((text.shape[0], image.shape[0]), image_rows)
     above, below = torch.cat([image, to_image.T + 1], 1), torch.cat([to_image, text], 1)
     return torch.cat([above, below])
 
 
 def _with_first_row(offset: Tensor, end: int) -> Tensor:
-    """An index of offsets [n, n] -> [n + 1, n + 1], with the three rows before `end` for what has no offset: from, to
-    and within the class row, or BOS."""
+    """An index of offsets [n, n] -> [n + 1, n + 1], with a class row or BOS before it, which has no offset: it uses the
+    three rows of the table before `end`, for from, to and within it."""
     n = offset.shape[0]  # len() would be a constant to torch.export
     first = torch.cat([offset.new_full((1, 1), end - 1), offset.new_full((1, n), end - 3)], 1)
     return torch.cat([first, torch.cat([offset.new_full((n, 1), end - 2), offset], 1)])

@@ -28,13 +28,13 @@ ALL = slice(None)
 
 
 class MultiwayEncoder(nn.Module):
-    """Embeddings, blocks and the final norm. Builds only what a stage with `experts` needs; a batch with rows for which
-    nothing was built is a ValueError.
+    """Embeddings, blocks and the final norm. Builds only what a stage with `experts` needs, and raises ValueError for a
+    batch with rows of another kind.
 
-    `drop_path` is the rate of the last block and rises linearly from 0. With `checkpointing` n > 0, every n-th block's
-    input is what the backward pass keeps. `keep` is asked for each part by its name (vision_embed, blocks.3, norm ...):
-    a part that a pipe stage does not hold is built all the same and let go, so that the others begin with the numbers
-    that they have in the whole.
+    `drop_path` is the rate of the last block; the rate rises linearly from 0 in the first. With `checkpointing` n > 0
+    only the input of every n-th block is held for the backward pass. `keep(name)` says whether a pipe stage holds a
+    part (vision_embed, blocks.3, norm ...). A part that it does not hold is built all the same and dropped, so that the
+    others draw the same numbers as in the whole model.
     """
 
     def __init__(
@@ -70,17 +70,17 @@ class MultiwayEncoder(nn.Module):
         self.norm = cast(Multiway, build("norm", norm))
 
     def forward(self, batch: Batch, needed: Kinds | None = None) -> Kinds:
-        """See contracts.Encoder: the last block leaves out the rows that are not `needed`, and they come out zero."""
+        """See contracts.Encoder. The last block leaves out the rows that are not `needed`, which come out as zeros."""
         x_TD = self.rows(batch, None if needed is None else needed.pack())
         return Kinds.split(x_TD, batch.layout)
 
     def rows(self, batch: Batch, needed: Tensor | None = None) -> Tensor:
-        """-> x_TD [layout.rows, dim] after the final norm, rows in the order of `batch.Layout`; `needed`: bool
-        [layout.rows], asked without a wait where it lies on the host. Padding comes out as anything."""
+        """-> x_TD [layout.rows, dim] after the final norm, in the order of `batch.Layout`. `needed`: bool
+        [layout.rows]; if it lies on the host, reading it waits for no device. Rows of padding may hold anything."""
         return self.finish(self.embed(batch), batch, needed)
 
     def embed(self, batch: Batch) -> Tensor:
-        """The rows that go into the first block."""
+        """The rows [layout.rows, dim] that go into the first block, padding among them."""
         layout, parts = batch.layout, []
         check_layout(layout, self.cfg, self.expert_names)
         if self.vision_embed is not None:
@@ -91,22 +91,23 @@ class MultiwayEncoder(nn.Module):
         return torch.cat(parts)
 
     def finish(self, x_TD: Tensor, batch: Batch, needed: Tensor | None = None) -> Tensor:
-        """Everything of `rows` after the embedding."""
+        """The part of `rows` after the embedding."""
         batch = batch.indexed()
         own, read, join = self.share(batch, needed)
         x_TD = self._blocks(x_TD if own is None else take(x_TD, own.places), batch, own, read)
         return join(self.norm(x_TD, read or own or batch.layout))
 
     def run(self, x_TD: Tensor, batch: Batch) -> Tensor:
-        """All rows of the pass through the blocks that are here, for a pipe stage; padding comes out as zeros. Of the
-        batch only its layout, the places of padding and the draws for drop path are read."""
+        """All rows of the pass, [layout.rows, dim] -> the same, through the blocks that a pipe stage holds; padding
+        comes out as zeros. Only the batch's layout, its places of padding and its draws for drop path are read."""
         batch = batch.indexed()
         own, _, join = self.share(batch, None)
         return join(self._blocks(x_TD if own is None else take(x_TD, own.places), batch, own, None))
 
     def depths(self, batch: Batch, after: Sequence[int]) -> list[Tensor]:
-        """The rows [layout.rows, dim] behind each of these blocks, whose numbers rise from 1, without the final norm;
-        padding comes out as zeros. The last number must be the last block's: each module runs on every call."""
+        """The rows [layout.rows, dim] behind each of the blocks `after`, rising numbers counted from 1, without the
+        final norm; padding comes out as zeros. The last number must be the last block's, since every module must run on
+        every call."""
         assert after and after[-1] == self.cfg.depth, after
         batch, rows = batch.indexed(), []
         own, _, join = self.share(batch, None)
@@ -118,7 +119,7 @@ class MultiwayEncoder(nn.Module):
         return rows
 
     def _blocks(self, x_TD: Tensor, batch: Batch, own: Rows | None, read: Rows | None, some: slice = ALL) -> Tensor:
-        """Through the blocks that are here, or `some` of them; `own` and `read` as for a block."""
+        """The rows `own` through the blocks that this rank holds, or through `some` of them; `read` as for a block."""
         steps = self._steps(batch, own, read, x_TD.dtype)[some]
         packed = self.relative_position is None and can_pack(x_TD, batch.layout, self.cfg.head_width)
         padding = padding_of(batch, packed=packed)
@@ -130,7 +131,7 @@ class MultiwayEncoder(nn.Module):
         return x_TD
 
     def _steps(self, batch: Batch, own: Rows | None, read: Rows | None, dtype: torch.dtype) -> list[Step]:
-        """What each block that is here works with beside the rows."""
+        """One Step for each block that this rank holds."""
         biases = None if self.relative_position is None else self.relative_position(batch.layout)
         draws = self._drop_path_draws(batch)
         sequences = sequence_of_row(batch.layout, batch.images.device) if draws is not None else None
@@ -147,7 +148,8 @@ class MultiwayEncoder(nn.Module):
         return steps
 
     def _drop_path_draws(self, batch: Batch) -> Sequence[Tensor] | None:
-        """Each block's [sequences, 2] for drop path: the batch's own, else torch's; None where nothing is dropped."""
+        """Each block's random numbers [sequences, 2] for drop path: the batch's own, else torch's; None if nothing is
+        dropped."""
         if not self.training or self.drop_path == 0:
             return None
         draws = batch.draws.get(DROP_PATH)
@@ -170,9 +172,9 @@ class MultiwayEncoder(nn.Module):
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Compile every block, in place and at first use; names and weights stay as they are.
 
-        Blocks of one kind share their code: a model compiles three or four times whatever its depth (drop path drops
-        nothing in the first block, the top ones may have a third expert, and the last leaves rows out) and whatever its
-        masks and lengths: what they change of the shapes is marked, so that no new number compiles again.
+        Blocks of one kind share their code, so that a model compiles three or four times whatever its depth: drop path
+        drops nothing in the first block, the top ones may have a third expert, and the last leaves rows out. Masks and
+        lengths change the numbers of rows, which `mark_changing` marks, so that they do not compile again.
         """
         self.compiled = True
         for block in self.blocks:
@@ -180,7 +182,7 @@ class MultiwayEncoder(nn.Module):
 
 
 class Step(NamedTuple):
-    """One block, and what it works with beside the rows."""
+    """One block, and its arguments beside the rows."""
 
     block: nn.Module
     bias: Bias
@@ -200,7 +202,7 @@ def _run(steps: list[Step], x_TD: Tensor, layout: Layout, padding: Padding, own:
 def mark_changing(
     layout: Layout, x_TD: Tensor, factors: Tensor | None, padding: Padding, own: Rows | None, read: Rows | None
 ) -> None:
-    """Tell the compiler whose numbers of rows change from batch to batch."""
+    """Tell the compiler which tensors have numbers of rows that change from batch to batch."""
     rows: list[Tensor | None] = [padding.pair_places, padding.text_places]
     rows += [padding.packing.joined] if padding.packing is not None else []
     for some in (own, padding.rows, read):
@@ -209,6 +211,6 @@ def mark_changing(
             rows += [part for part, count in zip(some.by_kind, layout.counts, strict=True) if len(part) != count]
     rows += [x_TD, factors] if own is not None else []
     for value in rows:
-        if value is not None and len(value) > 1:  # the compiler takes 0 and 1 as they are
-            # `maybe`: where sequence ranks exchange rows, the compiler may take a number as it is.
+        if value is not None and len(value) > 1:  # the compiler always treats 0 and 1 as constants
+            # `maybe`: where sequence ranks exchange rows, the compiler may treat a number as a constant.
             torch._dynamo.maybe_mark_dynamic(value, 0)

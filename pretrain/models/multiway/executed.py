@@ -1,8 +1,8 @@
-"""The FLOPs of a Multiway encoder that a step really computes: those of flops.py without what it leaves out.
+"""The FLOPs of a Multiway encoder that a step really computes: those of flops.py without the products that it skips.
 
-Left out are the gradients of frozen weights, gradients below the lowest weight that is trained, and behind the last
-block's attention the rows that no head reads. There is still no credit for recomputation, nor for teachers and visual
-tokenizers.
+A step skips the gradients of frozen weights, gradients below the lowest weight that is trained, and, behind the last
+block's attention, the rows that no head reads. As in flops.py, recomputation, teachers and visual tokenizers do not
+count.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pretrain.models.multiway.shape import MultiwayShape
 def executed_flops(
     cfg: MultiwayShape, layout: Layout, experts: Sequence[str], read: float, trained: frozenset[str]
 ) -> float:
-    """Of one micro-batch of which heads read `read` rows, about: they are taken to be spread evenly over the kinds.
-    `trained`: names of the encoder's parameters that are."""
+    """The FLOPs for one micro-batch of which heads read `read` rows. An approximation: these rows are taken to be
+    spread evenly over the kinds. `trained`: names of the encoder's parameters that are not frozen."""
     opened = _prefixes(trained)
     patches = Product((layout.images + layout.pairs) * layout.patches, 3 * cfg.patch_size**2, cfg.dim)
     total = executed_product(patches, weight="vision_embed.proj" in opened, inputs=False)
@@ -46,7 +46,8 @@ def _attention(
     opened: frozenset[str],
     flows: bool,
 ) -> tuple[float, bool]:
-    """(FLOPs, whether gradients flow through what comes next); `share` of the rows goes on behind the attention."""
+    """(FLOPs, whether gradients flow through what comes next). `share`: the part of the rows that goes on behind the
+    attention; `flows`: whether gradients flow through the block's input."""
     d, heads, prefix = cfg.dim, cfg.attention_dim, f"{block}.attention"
     by_name = {"shared": layout.rows, "vision": layout.vision_rows, "language": layout.language_rows}
     flows |= f"{block}.norm" in opened
@@ -75,6 +76,7 @@ def _experts(
     opened: frozenset[str],
     flows: bool,
 ) -> tuple[float, bool]:
+    """As `_attention`, for a block's experts."""
     names: tuple[str, ...] = ("vision", "fusion", "language") if fusion else ("vision", "language")
     counts = layout.split(fusion=fusion)
     if cfg.ffn == "shared":
@@ -91,6 +93,6 @@ def _experts(
 
 @cache
 def _prefixes(names: frozenset[str]) -> frozenset[str]:
-    """Everything that stands before a dot of the names, and the names: what has a parameter that is trained."""
+    """The names, and every prefix of one that ends before a dot: all modules with a parameter that is trained."""
     parts = [name.split(".") for name in names]
     return frozenset(".".join(part[:end]) for part in parts for end in range(1, len(part) + 1))

@@ -1,4 +1,4 @@
-"""Less of a trained Multiway encoder: matrices with zeros where they were smallest, or blocks with fewer heads."""
+"""Pruning of a trained Multiway encoder: zeros for the smallest entries of its matrices, or fewer heads in a block."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ TABLE = "encoder.relative_position.table"
 
 
 def zero_smallest(state: Mapping[str, Tensor], share: float) -> State:
-    """The tensors with the smallest `share` of each block's matrices at 0, each matrix by itself (magnitude pruning,
-    arXiv 1506.02626). They have the same size, and no kernel here skips zeros: what it saves, it saves in a file that
-    is compressed. ValueError for no share."""
+    """The tensors, with the smallest `share` of the entries of each of the blocks' matrices set to 0 (magnitude
+    pruning, arXiv 1506.02626). Their sizes stay, and no kernel here skips zeros: this saves space only in a compressed
+    file. ValueError for a `share` that is not between 0 and 1."""
     if not 0 < share < 1:
         raise ValueError(f"--zeros {share} is no share of the weights; use more than 0 and less than 1, such as 0.5")
     pruned = dict(state)
@@ -31,9 +31,10 @@ def zero_smallest(state: Mapping[str, Tensor], share: float) -> State:
 
 
 def keep_heads(state: Mapping[str, Tensor], cfg: MultiwayConfig, heads: int) -> tuple[State, MultiwayConfig]:
-    """The tensors of the same model with `heads` heads in each block, those that can change its rows most: the largest
-    by the norm of what a head's values become behind the output projection. Where vision and language have projections
-    of their own, a head goes from both, since they attend together. ValueError for a number that the model has not."""
+    """The tensors and the configuration of the same model with `heads` heads in each block. The heads that stay are
+    those that can change the rows most: with the largest norm of value projection times output projection. Where vision
+    and language have projections of their own, a head is removed from both, since their rows attend to each other.
+    ValueError for a number of heads that is not below the model's."""
     if not 0 < heads < cfg.heads:
         raise ValueError(f"--heads {heads} is wrong: the model has {cfg.heads}; use 1 to {cfg.heads - 1}")
     pruned, table = dict(state), []
@@ -54,7 +55,7 @@ def keep_heads(state: Mapping[str, Tensor], cfg: MultiwayConfig, heads: int) -> 
 
 
 def _largest(state: Mapping[str, Tensor], prefix: str, cfg: MultiwayConfig, heads: int) -> Tensor:
-    """int64 [heads], rising."""
+    """int64 [heads], rising: the numbers of the heads to keep in one block."""
     norms = torch.zeros(cfg.heads)
     for name, value in state.items():
         if re.fullmatch(re.escape(prefix) + r"v\.\w+\.weight", name):

@@ -1,4 +1,4 @@
-"""Weights for another number of patches or of words than they were trained with."""
+"""Makes weights fit another number of patches or of words than they were trained with."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def resize_patch_positions(table: Tensor, grid: int, new_grid: int) -> Tensor:
 
 
 def resize_relative_positions(table: Tensor, grid: int, new_grid: int) -> Tensor:
-    """The same for RelativePosition's table: its first (2 grid - 1)**2 rows are the offsets of two patches. Bicubic, as
-    for positions; BEiT's own code interpolates on a geometric grid instead."""
+    """The same for RelativePosition's table, whose first (2 grid - 1)**2 rows are the offsets of two patches. Bicubic,
+    as for positions; BEiT's own code interpolates on a geometric grid instead."""
     offsets = (2 * grid - 1) ** 2
     patches, rest = table.float().split([offsets, len(table) - offsets])
     return torch.cat([resize_square(patches, 2 * new_grid - 1), rest]).to(table.dtype).contiguous()
@@ -30,7 +30,7 @@ def grow_vocabulary(table: Tensor, size: int) -> Tensor:
 
 
 def resize_square(rows: Tensor, side: int) -> Tensor:
-    """[old_side**2, D] -> [side**2, D], row by row of a square."""
+    """[old_side**2, D] -> [side**2, D]: bicubic interpolation of rows that stand for a square, in raster order."""
     old = round(len(rows) ** 0.5)
     square = rows.T.reshape(1, -1, old, old)
     return F.interpolate(square, size=(side, side), mode="bicubic", align_corners=False).flatten(2)[0].T

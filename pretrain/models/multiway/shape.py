@@ -1,4 +1,4 @@
-"""The shape of a Multiway encoder, and what a user can get wrong about it."""
+"""The shape of a Multiway encoder, and the checks of what a user can get wrong about it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MultiwayShape:
     vocab_size: int
     max_text_len: int = 196
     # shared: one attention and one attention norm for all rows, experts own their norm (the paper, VLMo).
-    # per_modality: projections and every norm apart for vision and language rows (the released BEiT-3).
+    # per_modality: vision and language rows have projections and norms of their own (the released BEiT-3).
     attention: Literal["shared", "per_modality"] = "shared"
     fusion_layers: int = 0  # the top blocks in which pairs have an expert of their own
     sub_norm: bool = False  # a second norm before the output projections (Magneto, arXiv 2210.06423)
@@ -33,14 +33,15 @@ class MultiwayShape:
     text_norm: bool = False  # a norm behind the text embedding (BERT, VLMo)
     key_bias: bool = True
     norm_eps: float = 1e-5
-    final_norm: bool = True  # False: the released classifiers and answerers have none behind the last block
-    # scaled: normal of init_std that is cut at it, layer l's output matrices / sqrt(2 l) (BEiT-3, footnote 4: "within
-    # a small range"; BEiT's code). sub_norm: the blocks' matrices are Magneto's, Xavier normal without a cut.
+    final_norm: bool = True  # a norm behind the last block; the released classification and VQA models have none
+    # scaled: a normal distribution of init_std that is cut at init_std, layer l's output matrices / sqrt(2 l) (BEiT-3,
+    # footnote 4: "within a small range"; BEiT's code). sub_norm: Magneto's for the blocks' matrices, Xavier normal
+    # without a cut.
     init: Literal["scaled", "sub_norm"] = "scaled"
     init_std: float = 0.02
-    # per_modality: a feed-forward expert for each kind of rows. shared: one for all, as a single stream has it (ViLT)
+    # per_modality: a feed-forward expert for each kind of rows. shared: one for all rows, as in ViLT.
     ffn: Literal["per_modality", "shared"] = "per_modality"
-    head_dim: int | None = None  # width of a head; None: dim / heads. Where heads were pruned they no longer fill dim
+    head_dim: int | None = None  # width of a head; None: dim / heads. Pruned models have fewer heads than fill dim
 
     def __post_init__(self) -> None:
         for name in (
@@ -97,13 +98,14 @@ class MultiwayShape:
 
     @property
     def patches(self) -> int:
-        """Of one image, without its class row."""
+        """The rows of one image without its class row."""
         return self.grid**2
 
 
 def check_experts(experts: Sequence[str]) -> None:
+    """ValueError for experts that no Multiway encoder has, or not in this combination."""
     if unknown := [name for name in experts if name not in EXPERTS]:
-        raise ValueError(f"experts={tuple(experts)} holds {unknown[0]!r}, which is none of {', '.join(EXPERTS)}")
+        raise ValueError(f"experts={tuple(experts)} holds {unknown[0]!r}, which is unknown; use {', '.join(EXPERTS)}")
     if not {"vision", "language"} & set(experts):
         raise ValueError(f"experts={tuple(experts)} is wrong because it needs vision, language or both")
     if "fusion" in experts and not {"vision", "language"} <= set(experts):
@@ -111,6 +113,7 @@ def check_experts(experts: Sequence[str]) -> None:
 
 
 def check_layout(layout: Layout, cfg: MultiwayShape, experts: Sequence[str]) -> None:
+    """ValueError for a micro-batch that an encoder of shape `cfg` with these experts cannot read."""
     if layout.rows == 0:
         raise ValueError("the batch is empty: its layout has no rows; give it images, pairs or texts")
     for name, rows in (("vision", layout.vision_rows), ("language", layout.language_rows)):

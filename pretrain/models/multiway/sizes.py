@@ -1,4 +1,5 @@
-"""The published sizes. What was not published says so; a recipe changes what it needs with `dataclasses.replace`."""
+"""The published sizes, with their sources; where nothing was published, a comment says so. A recipe changes single
+fields with `dataclasses.replace`."""
 
 from __future__ import annotations
 
@@ -27,10 +28,10 @@ BEIT3_BASE = replace(BEIT3_GIANT, dim=768, depth=12, heads=12, ffn_dim=3072, pat
 BEIT3_LARGE = replace(BEIT3_GIANT, dim=1024, depth=24, heads=16, ffn_dim=4096, patch_size=16)
 
 # BEiT-3 as released: unilm beit3/modeling_utils.py (_get_base_config, _get_large_config) over torchscale 0.3.0's
-# defaults (subln, 1024 positions of which texts use 1022, layernorm_eps 1e-5). How it was initialised for pretraining
-# was not published: Magneto's is taken here for the blocks' matrices (arXiv 2210.06423, 3.3: Xavier normal, gain
-# sqrt(ln 2N); torchscale's subln has the gain over Xavier uniform and torch's default), and BEiT's for what is outside
-# of them, as in the released fine-tuning code.
+# defaults (subln, 1024 positions of which texts use 1022, layernorm_eps 1e-5). Its initialisation for pretraining was
+# not published. Here the blocks' matrices have Magneto's (arXiv 2210.06423, 3.3: Xavier normal, gain sqrt(ln 2N);
+# torchscale's subln has the gain over Xavier uniform and torch's default), and all other weights BEiT's, as in the
+# released fine-tuning code.
 BEIT3_BASE_RELEASED = replace(
     BEIT3_BASE, attention="per_modality", fusion_layers=0, sub_norm=True, init="sub_norm", max_text_len=1022
 )
@@ -41,9 +42,9 @@ BEIT3_LARGE_RELEASED = replace(
 # VLMo (arXiv 2111.02358) as in unilm vlmo/vlmo: modules/multiway_transformer.py (sizes, vlffn_start_layer_index 10, 21
 # and 21, LayerScale 0.1, norm eps 1e-6, no bias on keys), config.py (BERT's vocabulary, bias tables for
 # 196 words), vlmo_module.py (no absolute positions where there are relative ones, a norm behind the text embedding).
-# Left out: token types (two vectors, which the patch bias and that norm's bias can take the place of), and that norm's
-# own eps, BERT's 1e-12. Its initial weights are BEiT-3's here (`init`); VLMo draws all matrices with std 0.02 and no
-# cut, and begins at BEiT's weights.
+# Left out: token types (two vectors, which the patch bias and that norm's bias can replace), and that norm's own eps,
+# BERT's 1e-12. Initial weights are BEiT-3's here (`init`); VLMo draws all matrices with std 0.02 and no cut, and begins
+# with BEiT's weights.
 VLMO_BASE = MultiwayConfig(
     dim=768,
     depth=12,

@@ -1,8 +1,8 @@
 """ViLT's single stream (arXiv 2102.03334) as a Multiway encoder: one feed-forward network for all rows.
 
-What tells its words and patches apart are two learned rows, one added to all words behind their norm, the other to all
-patches; they are sums with our text norm's bias and our patches' positions, and become a part of these. So does BERT's
-row for the first of two texts, which is a part of every word's position.
+ViLT distinguishes words from patches by two learned rows, one added to all words behind their norm, the other to all
+patches. Both are constants: the first is added to our text norm's bias, the second to our patches' positions. BERT's
+row for the first of two texts is a constant too, and is added to every word's position.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BLOCK = {
 
 
 def vilt_config(config: Any, vocabulary: int) -> MultiwayConfig:
-    """Of transformers.ViltConfig; `vocabulary` counts our ids."""
+    """The model of a transformers.ViltConfig; `vocabulary` counts our ids."""
     return MultiwayConfig(
         dim=config.hidden_size,
         depth=config.num_hidden_layers,
@@ -46,8 +46,9 @@ def vilt_config(config: Any, vocabulary: int) -> MultiwayConfig:
 
 
 def from_vilt(state: State, config: Any, own_ids: Sequence[int]) -> State:
-    """Tensors of a transformers.ViltModel -> ours, for the encoder of `vilt_config`. `own_ids`: which row of its word
-    table each of our ids is, -1 for one that is new and begins as the mean. KeyError where one is missing."""
+    """Tensors of a transformers.ViltModel -> ours, for the encoder of `vilt_config`. `own_ids`: for each of our ids its
+    row in ViLT's word table, -1 for a new id, which begins as the mean of all rows. KeyError where a tensor is missing.
+    """
     words, types = "embeddings.text_embeddings.", state["embeddings.token_type_embeddings.weight"]
     table, order = state[f"{words}word_embeddings.weight"], torch.tensor(own_ids)
     chosen = torch.where(order.unsqueeze(1) < 0, table.mean(0, keepdim=True), table[order.clamp(min=0)])

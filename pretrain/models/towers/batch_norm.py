@@ -11,9 +11,9 @@ Gather = Callable[[Tensor], tuple[Tensor, int]]
 
 
 class GlobalBatchNorm(nn.BatchNorm2d):
-    """nn.BatchNorm2d whose statistics in training are those of every data rank's pictures, of which each rank has as
-    many; `gather` as Layers.gather. torch's SyncBatchNorm does that on GPUs only. It takes over the weights and running
-    statistics of `norm`, by their names."""
+    """nn.BatchNorm2d whose training statistics are those of all data ranks' pictures, of which every rank must have the
+    same number; `gather` as Layers.gather. torch's SyncBatchNorm does that on GPUs only. It takes over the weights and
+    running statistics of `norm`, under their names."""
 
     def __init__(self, norm: nn.BatchNorm2d, gather: Gather):
         super().__init__(norm.num_features, norm.eps, norm.momentum, affine=False)
@@ -26,7 +26,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         wide = x.float()
-        # Two collectives: the mean first and deviations from it then, which is as exact as one process over all.
+        # Two collectives, the mean first and then the deviations from it: as exact as one process over all pictures.
         mean = self._everywhere(wide.mean((0, 2, 3)))
         centred = wide - mean.view(-1, 1, 1)
         variance = self._everywhere(centred.square().mean((0, 2, 3)))
@@ -50,7 +50,7 @@ class GlobalBatchNorm(nn.BatchNorm2d):
 
 
 def over_all_ranks(module: nn.Module, gather: Gather) -> None:
-    """Puts a GlobalBatchNorm in the place of every nn.BatchNorm2d inside `module`."""
+    """Replaces every nn.BatchNorm2d inside `module` by a GlobalBatchNorm, in place."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.BatchNorm2d:

@@ -1,4 +1,4 @@
-"""Two towers side by side: a picture's vector and a text's, which an objective such as contrastive compares."""
+"""Two towers side by side, for pictures and for texts, whose vectors an objective such as contrastive compares."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from pretrain.models.towers.tower import (
 
 @dataclass(frozen=True)
 class DualTowers(Model):
-    """A vision and a text encoder of transformers, of any width each. What comes out is one row for each picture and
-    text: nothing reads words or patches, and no pair is fused.
+    """A vision and a text encoder of transformers, of any width each. They return one row for each picture and text, so
+    that no objective can read words or patches, and they fuse no pair.
 
-    `patch_size` of a convolutional tower is its stride (32 for the published ones). `vocab_size` counts our ids: a
-    tokenizer's own and what it lacks of BOS, PAD, EOS, UNK and the mask.
+    `patch_size` of a convolutional tower is its stride (32 for the published ones). `vocab_size` counts our ids: the
+    tokenizer's own, and those of BOS, PAD, EOS, UNK and <mask> that it lacks.
     """
 
     vision: Tower
@@ -74,7 +74,7 @@ class DualTowers(Model):
             if objective.masking is not None or any(further.layout.pairs for further in objective.passes(layout)):
                 problems.append(
                     f"the objective {objective.name} reads patches, words or fused pairs, and DualTowers give one row "
-                    "for each picture and text; take it out, or use a model with fusion"
+                    "for each picture and text; take the objective out, or use a model with fusion"
                 )
         return problems
 
@@ -91,7 +91,7 @@ class DualTowers(Model):
         return int(images + layout.texts * (flops_per_sequence(length, **sizes) if layout.texts else 0))
 
     def sizes_of(self, name: str) -> dict[str, Any]:
-        """What the tower's configuration takes from the model's fields."""
+        """The settings of transformers' configuration of the tower `name` that follow from the model's fields."""
         if name == "text":
             length = self.max_text_len + POSITIONS_BEFORE.get(self.text.kind, 0) - (not self.text.bos)
             return {"vocab_size": self.vocab_size, "max_position_embeddings": length}
@@ -101,7 +101,7 @@ class DualTowers(Model):
         return {"image_size": self.image_size} | patch
 
     def adapt(self, state: State, stored: Any, wanted: Mapping[str, tuple[int, ...]]) -> State:
-        """Positions of pictures are interpolated for another grid, those of texts cut to fewer."""
+        """Interpolates pictures' positions for another grid, and cuts texts' positions for shorter texts."""
         if not isinstance(stored, DualTowers):
             return state
         adapted = {}
@@ -116,7 +116,7 @@ class DualTowers(Model):
 
 
 class Towers(nn.Module):
-    """See contracts.Encoder; each kind comes out as [n, 1, width]."""
+    """See contracts.Encoder. Each kind has one row, [n, 1, width]."""
 
     def __init__(self, cfg: DualTowers, layers: Layers = PLAIN, *, checkpointing: bool = False):
         super().__init__()
@@ -128,7 +128,7 @@ class Towers(nn.Module):
         layout = batch.layout
         if layout.pairs:
             raise ValueError(f"{layout.pairs} pairs came to DualTowers, which fuse nothing; give them as dual")
-        # A kind of which an evaluation has nothing is left out; in training both are there, as the mix says.
+        # Only an evaluation may lack pictures or texts; in training every micro-batch has what the mix says.
         images = self.vision.images(batch.images[: layout.images]) if layout.images else self._none("images")
         texts = self._texts(batch.text_inputs)
         return Kinds(images.unsqueeze(1), images[:0].unsqueeze(1), texts[:0].unsqueeze(1), texts.unsqueeze(1))
@@ -140,16 +140,17 @@ class Towers(nn.Module):
         if ids.shape[1] > self.cfg.max_text_len:
             raise ValueError(
                 f"a text of {ids.shape[1]} tokens is longer than model.max_text_len={self.cfg.max_text_len}; set it "
-                "to that or shorten the source's text_len"
+                f"to {ids.shape[1]} or shorten the source's text_len"
             )
         return self.text.texts(ids)
 
     def _none(self, kind: str) -> Tensor:
+        """[0, width]: the rows of a kind without sequences."""
         return torch.zeros(0, self.cfg.width(kind), dtype=self.vision._dtype, device=self.vision.mean.device)
 
 
 class _Key:
-    """A model, to be asked for once: its settings are dictionaries, which have no hash."""
+    """A model as the key of a cache: its settings are dictionaries, which have no hash."""
 
     def __init__(self, model: DualTowers):
         self.model = model
@@ -164,8 +165,8 @@ class _Key:
 
 @lru_cache(maxsize=64)
 def _picture_flops(key: _Key) -> int:
-    """FLOPs of one picture, forward and backward: those of the products that torch counts in a forward pass on no
-    device, three times."""
+    """FLOPs of one picture, forward and backward: three times those that torch counts in a forward pass on the meta
+    device."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model = key.model

@@ -1,4 +1,4 @@
-"""A tower's learned positions for another picture or text length than they were trained with."""
+"""Makes a tower's learned positions fit another picture size or text length than they were trained with."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pretrain.models.multiway.resize import resize_square
 
 
 def resize_positions(table: Tensor, grid: int, first: int) -> Tensor:
-    """[..., first + old grid * old grid, dim] -> [..., first + grid * grid, dim]: bicubic, row by row of the square;
-    `first` rows (a class row's) stay."""
+    """[..., first + old_grid**2, dim] -> [..., first + grid**2, dim], by bicubic interpolation; the `first` rows (a
+    class row's position) stay."""
     flat = table.reshape(-1, table.shape[-1])
     stays, patches = flat[:first], flat[first:].float()
     if len(patches) == grid * grid:
@@ -20,5 +20,5 @@ def resize_positions(table: Tensor, grid: int, first: int) -> Tensor:
 
 
 def cut_positions(table: Tensor, length: int) -> Tensor:
-    """[rows, dim] -> the first `length` of them."""
+    """[positions, dim] -> [length, dim]: the first ones."""
     return table[:length].contiguous()

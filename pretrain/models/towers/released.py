@@ -1,8 +1,8 @@
-"""Weights that others trained, from a directory of transformers: our tensors, and the model that they are of.
+"""Released weights from a directory of transformers -> our tensors, and the DualTowers that they belong to.
 
-A directory holds config.json, *.safetensors and, of a text encoder, tokenizer.json. Pickled weights and code in the
-directory are not read. Of what a tokenizer's Python class does to a text before (SigLIP's takes capitals and
-punctuation away) a tokenizer.json knows nothing.
+A directory holds config.json, *.safetensors and, for a text encoder, tokenizer.json. Pickled weights and code in the
+directory are not read. A tokenizer.json does not hold what a tokenizer's Python class does to a text beforehand:
+SigLIP's removes capitals and punctuation.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from pretrain.models.towers.tower import (
     read_directory,
 )
 
-# Kinds: the class, and what stands for a picture and for a text.
+# Kind of a directory with both towers -> transformers' class, and the pooling of pictures and of texts.
 WHOLE = {
     "clip": ("CLIPModel", "class", "eos"),
     "siglip": ("SiglipModel", "attention", "last"),
     "align": ("AlignModel", "mean", "class"),
 }
-# The pictures of each kind are seen so by their own processors.
+# The mean and deviation by which each kind's own processor normalises pictures.
 CLIP_LOOK: dict[str, Any] = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
 IMAGENET_LOOK: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 LOOKS = {"clip_vision_model": CLIP_LOOK, "resnet": IMAGENET_LOOK, "efficientnet": IMAGENET_LOOK}
 STRIDE = 32  # of convolutional towers
-ALIGN_SIZE = 288  # it was trained at 289 pixels, whatever its config says (arXiv 2102.05918, 5)
+ALIGN_SIZE = 288  # ALIGN was trained at 289 pixels, whatever its config says (arXiv 2102.05918, 5)
 SIGLIP_POOL = {"attention.out_proj": "out", "layernorm": "norm", "mlp.fc1": "up", "mlp.fc2": "down"}
 
 
 def read_whole(directory: Path, own_ids: Sequence[int]) -> tuple[State, DualTowers]:
-    """A CLIP, SigLIP or ALIGN directory. `own_ids`: which row of its embedding each of our ids is, -1 for none.
-    ValueError for an incomplete directory, and a tokenizer that does not fit."""
+    """A CLIP, SigLIP or ALIGN directory. `own_ids`: for each of our ids its row in the released embedding, -1 for a new
+    id. ValueError for an incomplete directory, and for a tokenizer that does not fit."""
     kind = kind_of(directory)
     name, seen, pooling = WHOLE[kind]
     state, read = read_directory(directory, name)
     siglip = kind == "siglip"
-    if siglip:  # it pads by its end of text, and sees that
+    if siglip:  # it pads with its EOS, and reads that padding like words
         own_ids = [own_ids[BOS], own_ids[EOS], *own_ids[EOS:]]
     vision = _tower(read.vision_config, f"{kind}_vision_model", seen)
     text = _tower(read.text_config, f"{kind}_text_model", pooling, bos=not siglip)
@@ -76,7 +76,8 @@ def read_whole(directory: Path, own_ids: Sequence[int]) -> tuple[State, DualTowe
 
 
 def read_pair(vision: Path, text: Path, own_ids: Sequence[int]) -> tuple[State, DualTowers]:
-    """Two directories, of a vision and of a text encoder, which nobody has trained together."""
+    """Two directories, a vision and a text encoder's, that were not trained together. `own_ids` and ValueError as in
+    `read_whole`."""
     (state, seen), (words, read) = (read_directory(path, None) for path in (vision, text))
     for path, config, kinds in ((vision, seen, VISION), (text, read, TEXT)):
         if config.model_type not in kinds:
@@ -89,7 +90,7 @@ def read_pair(vision: Path, text: Path, own_ids: Sequence[int]) -> tuple[State, 
 
 
 def _tower(config: Any, kind: str, pooling: str, *, bos: bool = True) -> Tower:
-    """With what differs from transformers' defaults and is a plain value."""
+    """The Tower of a configuration; its settings are those that differ from transformers' defaults."""
     plain, own = type(config)().to_dict(), config.to_dict()
     ignored = (
         *OWNED,
@@ -111,17 +112,19 @@ def _tower(config: Any, kind: str, pooling: str, *, bos: bool = True) -> Tower:
 def _model(vision: Tower, text: Tower, seen: Any, read: Any, vocabulary: int) -> DualTowers:
     length = read.max_position_embeddings - POSITIONS_BEFORE.get(text.kind, 0) + (not text.bos)
     size = getattr(seen, "image_size", 224)
-    if vision.kind in CONVOLUTIONAL:  # any size will do
+    if vision.kind in CONVOLUTIONAL:  # it reads any multiple of its stride
         size = ALIGN_SIZE if vision.kind == "align_vision_model" else max(size // STRIDE, 1) * STRIDE
     return DualTowers(vision, text, size, getattr(seen, "patch_size", STRIDE), vocabulary, length)
 
 
 def _named(state: State, theirs: str, ours: str) -> State:
+    """The tensors whose names begin with `theirs`, which becomes `ours`."""
     return {ours + name.removeprefix(theirs): value for name, value in state.items() if name.startswith(theirs)}
 
 
 def _siglip(state: State) -> State:
-    """Its text head is our projection, its pooling head our AttentionPool, whose query, key and value are apart."""
+    """SigLIP's text head becomes our projection, and its pooling head our AttentionPool, with separate query, key and
+    value."""
     ours: State = {}
     pool, head = "encoder.vision.model.head.", "encoder.text.model.head."
     for name, value in state.items():
@@ -142,7 +145,7 @@ def _siglip(state: State) -> State:
 
 
 def _reordered(state: State, own_ids: Sequence[int], directory: Path) -> State:
-    """The rows of the text embedding in the order of our ids; one that is new begins as the mean of the others."""
+    """The rows of the text embedding in the order of our ids; a new id's row begins as the mean of all others."""
     name = next(name for name in state if name.endswith(("token_embedding.weight", "word_embeddings.weight")))
     table, order = state[name], torch.tensor(own_ids)
     check_words(directory, table, own_ids)
@@ -154,13 +157,13 @@ def check_words(directory: Path, table: Tensor, own_ids: Sequence[int]) -> None:
     """ValueError where a tokenizer has more ids than the embedding has rows."""
     if len(table) <= max(own_ids):
         raise ValueError(
-            f"{directory}: its tokenizer.json has ids up to {max(own_ids)}, and its weights have {len(table)} words, "
-            "so it does not fit; give the tokenizer that they were trained with"
+            f"{directory}: its tokenizer.json has ids up to {max(own_ids)}, and its weights have {len(table)} words; "
+            "give the tokenizer that the weights were trained with"
         )
 
 
 def _checked(state: State, model: DualTowers, directory: Path) -> State:
-    """What the model has of them, all there and of its shapes. ValueError otherwise."""
+    """The tensors of the model's towers, and of heads. ValueError if one is missing or has another shape."""
     with torch.device("meta"):
         towers = {name: TowerModule(getattr(model, name), model.sizes_of(name)) for name in ("vision", "text")}
     wanted = {f"encoder.{name}.{own}": v for name, tower in towers.items() for own, v in tower.state_dict().items()}

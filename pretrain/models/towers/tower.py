@@ -1,7 +1,7 @@
-"""One Hugging Face encoder as a tower: its rows, made one by pooling, and a projection behind them where wanted.
+"""One Hugging Face encoder as a tower: its rows are pooled to one, and a projection may follow.
 
-The door to transformers: only its model classes are used, with a configuration that stands in the recipe. No code, name
-or weight comes from elsewhere; released weights come in by `pretrain.export from-hf`.
+Only transformers' model classes are used, with a configuration that stands in the recipe: no code and no weights are
+loaded from a hub. Released weights come in by `pretrain.export from-hf`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pretrain.layers import PLAIN, Layers
 from pretrain.models.towers.batch_norm import over_all_ranks
 from pretrain.tensors import check_finite
 
-# transformers' model_type -> its class. Their rows: patches in raster order, with a class row before them or without.
+# transformers' model_type -> its class. Its rows are patches in raster order, behind a class row or without one.
 VISION = {
     "clip_vision_model": "CLIPVisionModel",
     "siglip_vision_model": "SiglipVisionModel",
@@ -41,51 +41,57 @@ TEXT = {
 KINDS = VISION | TEXT
 CONVOLUTIONAL = ("resnet", "efficientnet", "align_vision_model")
 WITHOUT_CLASS_ROW = ("siglip_vision_model", *CONVOLUTIONAL)
-# RoBERTa's positions begin behind the number of its padding.
+# RoBERTa leaves its first positions unused, up to the id of padding.
 POSITIONS_BEFORE = {"roberta": PAD + 1}
 POOLINGS = ("class", "mean", "attention")
 TEXT_POOLINGS = (*POOLINGS, "eos", "last")
-# What the model's own fields say.
+# Settings that follow from the model's own fields.
 OWNED = ("image_size", "patch_size", "vocab_size", "max_position_embeddings", "bos_token_id", "pad_token_id",
          "eos_token_id")  # fmt: skip
-POOL_HEADS = 8  # behind a convolutional tower
+POOL_HEADS = 8  # of an AttentionPool behind a convolutional tower
 
 
 @dataclass(frozen=True)
 class Tower:
-    """`kind`: transformers' model_type; `settings`: fields of its configuration, the others have transformers'
-    defaults. Dropout is off: its random numbers would not be the samples' own.
+    """`kind`: transformers' model_type; `settings`: fields of its configuration, all others have transformers'
+    defaults. Dropout is off: its random numbers would not come from the samples' own generators.
 
-    `pooling`: class, the first row; mean, of the patches or of all words but padding; eos, the row of EOS (CLIP); last,
-    the last row, where the tower reads padding like words (SigLIP); attention, of one learned query (SigLIP's head).
+    `pooling`: class, the first row; mean, of the patches, or of all words but padding; eos, the row of EOS (CLIP);
+    last, the last row, of a tower that reads padding like words (SigLIP); attention, by one learned query (SigLIP's
+    head).
     """
 
     kind: str
     settings: dict[str, Any] = field(default_factory=dict)
     pooling: str = "class"
     projection: int = 0  # width of a linear layer with a bias behind the pooling; 0: none
-    bos: bool = True  # of texts; False: the tower does not see BOS, as SigLIP's
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of pictures, as their processor has it
+    bos: bool = True  # False: BOS is cut off before the tower reads a text, as for SigLIP's
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # by which pictures are normalised, as in their processor's config
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"tower.kind={self.kind!r} is not known; use {', '.join(KINDS)}")
+            raise ValueError(f"tower.kind={self.kind!r} is unknown; use {', '.join(KINDS)}")
         allowed = TEXT_POOLINGS if self.kind in TEXT else POOLINGS
         if self.pooling not in allowed:
             raise ValueError(f"tower.pooling={self.pooling!r} does not go with {self.kind}; use {', '.join(allowed)}")
         if self.pooling == "class" and self.kind in WITHOUT_CLASS_ROW:
             raise ValueError(f"tower.pooling='class': {self.kind} has no class row; use mean or attention")
         if twice := [name for name in OWNED if name in self.settings]:
-            raise ValueError(f"tower.settings.{twice[0]} is a field of the model or its tokenizer's; take it out there")
+            raise ValueError(
+                f"tower.settings.{twice[0]} follows from the model's fields and its tokenizer; take it out"
+            )
         if self.projection < 0:
-            raise ValueError(f"tower.projection={self.projection} is no width; use 0 for none")
+            raise ValueError(f"tower.projection={self.projection} is negative; use a width, or 0 for none")
         if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
-            raise ValueError(f"tower.mean={self.mean}, tower.std={self.std} are not three colours each")
+            raise ValueError(
+                f"tower.mean={self.mean}, tower.std={self.std} must be three numbers each, std's above 0; use those of "
+                "the tower's preprocessor_config.json"
+            )
 
     @property
     def rows_width(self) -> int:
-        """Of the encoder's rows."""
+        """The width of the encoder's rows."""
         config = settings_of(self)
         if self.kind == "align_vision_model":
             return _rounded(config.out_channels[-1] * config.width_coefficient, config.depth_divisor)
@@ -94,13 +100,13 @@ class Tower:
 
     @property
     def width(self) -> int:
-        """Of what stands for a sequence."""
+        """The width of the row that stands for a sequence."""
         return self.projection or self.rows_width
 
 
 class TowerModule(nn.Module):
-    """`own`: the sizes that the model says (see OWNED). Under ZeRO-3 the tower is built whole and split afterwards:
-    transformers draws its weights when all are there."""
+    """`own`: the settings that follow from the model's fields (see OWNED). Under ZeRO-3 the tower is built whole and
+    split afterwards, because transformers draws the weights once all of them exist."""
 
     def __init__(self, tower: Tower, own: dict[str, Any], layers: Layers = PLAIN, *, checkpointing: bool = False):
         super().__init__()
@@ -136,13 +142,13 @@ class TowerModule(nn.Module):
         if self.tower.pooling == "last":
             return self._finish(rows[:, -1])
         if self.tower.pooling == "eos":
-            # A text always has one: what is cut still ends with EOS.
+            # Every text has an EOS: one that was cut still ends with it.
             places = (ids == EOS).int().argmax(-1)
             return self._finish(rows[torch.arange(ids.shape[0], device=ids.device), places])
         return self._finish(self._pool(rows, real))
 
     def _pool(self, rows: Tensor, real: Tensor | None = None) -> Tensor:
-        """[N, L, width], int64 [N, L]: which rows are no padding -> [N, width]."""
+        """rows [N, L, width], real int64 [N, L] (0 at padding) -> [N, width]."""
         if self.pool is not None:
             return self.pool(rows, real)
         if self.tower.pooling == "class":
@@ -163,14 +169,14 @@ class TowerModule(nn.Module):
 
 
 def _rounded(channels: float, divisor: int) -> int:
-    """An EfficientNet's channels times its width, as multiples of `divisor` and never 10 % less (arXiv 1905.11946's
-    code, transformers' round_filters)."""
+    """`channels` of an EfficientNet, already times its width coefficient, rounded to a multiple of `divisor` but never
+    down by more than 10 % (the code of arXiv 1905.11946, transformers' round_filters)."""
     near = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return near if near >= 0.9 * channels else near + divisor
 
 
 def _pool_sizes(tower: Tower) -> tuple[int, int, int]:
-    """(width, heads, feed-forward width), as the tower's own layers have them."""
+    """(width, heads, feed-forward width) of its AttentionPool, those of the tower's own layers."""
     config, width = settings_of(tower), tower.rows_width
     heads = getattr(config, "num_attention_heads", POOL_HEADS)
     if width % heads:
@@ -181,18 +187,18 @@ def _pool_sizes(tower: Tower) -> tuple[int, int, int]:
 
 
 def build_model(tower: Tower, own: dict[str, Any]) -> Any:
-    """transformers' module with fresh weights, without what no pooling of ours reads."""
+    """transformers' module with fresh weights, without its own pooling layers. `own`: see TowerModule."""
     import transformers
 
     options = {"add_pooling_layer": False} if tower.kind in ("vit", "bert", "roberta", "align_text_model") else {}
     model = getattr(transformers, KINDS[tower.kind])(_config(tower, own), **options)
     if tower.kind == "siglip_text_model":
-        model.head = nn.Identity()  # Tower.projection is it
+        model.head = nn.Identity()  # Tower.projection takes its place
     return model
 
 
 def settings_of(tower: Tower) -> Any:
-    """transformers' configuration, but for the sizes that the model says."""
+    """transformers' configuration of a tower, without the settings that follow from the model's fields."""
     return _cached(tower.kind, json.dumps(tower.settings, sort_keys=True))
 
 
@@ -226,9 +232,9 @@ def _config(tower: Tower, own: dict[str, Any]) -> Any:
 
 
 class AttentionPool(nn.Module):
-    """One learned query over all rows, then a feed-forward network: SigLIP's pooling head (transformers'
-    SiglipMultiheadAttentionPoolingHead). Its projections are layers that are called: what a module reads of another's
-    weights ZeRO-3 does not put together."""
+    """One learned query attends to all rows, then a feed-forward network: SigLIP's pooling head (transformers'
+    SiglipMultiheadAttentionPoolingHead). Every projection is a layer that is called, because ZeRO-3 gathers a layer's
+    weights only when it is called, and not when another module reads them."""
 
     def __init__(self, width: int, heads: int, ffn_dim: int, eps: float = 1e-6):
         super().__init__()
@@ -239,7 +245,7 @@ class AttentionPool(nn.Module):
         self.up, self.down = nn.Linear(width, ffn_dim), nn.Linear(ffn_dim, width)
 
     def forward(self, rows: Tensor, real: Tensor | None = None) -> Tensor:
-        """[N, L, width], int64 [N, L]: which rows are no padding -> [N, width]."""
+        """rows [N, L, width], real int64 [N, L] (0 at padding) -> [N, width]."""
         seen = None if real is None else real.bool()[:, None, None]
         asked = self.query(self.probe.to(rows.dtype)).expand(rows.shape[0], -1, -1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (asked, self.key(rows), self.value(rows)))
@@ -255,8 +261,8 @@ def kind_of(directory: Path) -> str:
 
 
 def read_directory(directory: Path, name: str | None) -> tuple[dict[str, Tensor], Any]:
-    """The tensors of a directory of transformers by the names of its class `name` (None: what its config.json says, one
-    of KINDS), and its configuration. ValueError, in one sentence, for one that is no such model or is incomplete."""
+    """The tensors of a directory of transformers, by the names of its class `name` (None: the class that config.json
+    says, one of KINDS), and its configuration. ValueError for a directory of another model or an incomplete one."""
     kind = kind_of(directory)
     if not any(directory.glob("*.safetensors")):
         raise ValueError(f"{directory} holds no *.safetensors (pickled weights are not read); download them there")
@@ -264,7 +270,7 @@ def read_directory(directory: Path, name: str | None) -> tuple[dict[str, Tensor]
         raise ValueError(f"{directory} holds a {kind}; give one of {', '.join(KINDS)}")
     import transformers
 
-    # It reports each weight that is not wanted here, and shows a bar.
+    # transformers would report each weight that is not wanted here, and show a progress bar.
     loud, bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -282,8 +288,8 @@ def read_directory(directory: Path, name: str | None) -> tuple[dict[str, Tensor]
     missing = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
     if missing or report["mismatched_keys"]:
         raise ValueError(
-            f"{directory} is no whole {name or kind}: its weights lack {len(missing)} and misfit "
-            f"{len(report['mismatched_keys'])} of its tensors ({[*missing, *report['mismatched_keys']][0]}); "
+            f"{directory} is no whole {name or kind}: of its tensors {len(missing)} are missing and "
+            f"{len(report['mismatched_keys'])} have another shape (first {[*missing, *report['mismatched_keys']][0]}); "
             "download it again"
         )
     state = {key: value for key, value in model.state_dict().items() if not key.startswith("pooler.")}

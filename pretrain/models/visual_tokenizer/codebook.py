@@ -1,7 +1,7 @@
-"""The codebook of the visual tokenizer: unit vectors that follow what they stand for, without a gradient.
+"""The codebook of the visual tokenizer: unit vectors that follow the vectors they stand for, without a gradient.
 
-Source: BEiT v2, arXiv 2208.06366, section 2.1, and what its reference code does where the paper is silent (k-means
-start, l2-normalised moving average, codes without vectors stay). Ours sums exactly and can restart dead codes.
+Source: BEiT v2, arXiv 2208.06366, section 2.1, and its reference code where the paper is silent (k-means start,
+l2-normalised moving average, codes without vectors stay). Ours sums exactly and can restart dead codes.
 
 n vectors, K codes, C width of a code.
 """
@@ -20,12 +20,12 @@ from pretrain.distributed import gather_rows
 # Optimizer steps over which `Codebook.use` counts codes.
 USE_WINDOW = 100
 KMEANS_ROUNDS = 10
-# Sums of unit vectors are kept in whole units of 2^-32: integer addition has no order, so no number of ranks, of
-# micro-batches and no atomic add on a GPU changes a bit of them; 2^31 vectors fit.
+# Sums of unit vectors are counted in units of 2^-32. The order of integer additions does not matter, so neither the
+# number of ranks and micro-batches nor atomic adds on a GPU change a bit of them; 2^31 vectors fit.
 FIXED_POINT = 2.0**32
-# Similarities that exist at one time: 256 MiB on a GPU; on a CPU what its caches hold.
+# Similarities that are held at once: 256 MiB on a GPU; on a CPU what its caches hold.
 SIMILARITIES_CUDA, SIMILARITIES_CPU = 2**26, 2**20
-NEVER = -(2**40)
+NEVER = -(2**40)  # the step in which a code was last used, if it never was
 
 
 def nearest(vectors: Tensor, codebook_KC: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,8 +51,9 @@ def mean_directions(tally: Tensor) -> Tensor:
 
 
 def draw_far_vectors(similarity: Tensor, count: int, seed: int) -> Tensor:
-    """Numbers of `count` vectors drawn without replacement, each as likely as it is far from its code: the draw of
-    k-means++ (Arthur and Vassilvitskii 2007), all at once by Gumbel noise. Deterministic; the same on CPU and GPU."""
+    """The numbers of `count` vectors, drawn without replacement in proportion to their distance from their codes: the
+    draw of k-means++ (Arthur and Vassilvitskii 2007), all at once by Gumbel noise. `similarity` [n] to each vector's
+    code. Deterministic, and the same on CPU and GPU."""
     noise = torch.rand(len(similarity), generator=torch.Generator().manual_seed(seed), device="cpu").to(similarity)
     gumbel = -(-noise.clamp(1e-20, 1 - 1e-7).log()).log()
     distance = (1 - similarity).clamp_min(1e-12)
@@ -60,8 +61,9 @@ def draw_far_vectors(similarity: Tensor, count: int, seed: int) -> Tensor:
 
 
 def spherical_kmeans(vectors: Tensor, codes: int, *, refill: bool, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """k-means by cosine from a random choice of the unit vectors [n, C] -> means [codes, C] and how many vectors each
-    had in the last round [codes]. An empty mean stays where it is (BEiT v2), or with `refill` moves to a far vector."""
+    """k-means by cosine, starting from a random choice of the unit vectors [n, C] -> means [codes, C] and how many
+    vectors each had in the last round [codes]. A mean without vectors stays where it is (BEiT v2), or with `refill`
+    moves to a far vector."""
     order = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(seed), device="cpu")
     means = vectors[order.repeat(math.ceil(codes / len(vectors)))[:codes].to(vectors.device)]
     counts = vectors.new_zeros(codes, dtype=torch.long)
@@ -80,7 +82,10 @@ def spherical_kmeans(vectors: Tensor, codes: int, *, refill: bool, seed: int = 0
 
 class Codebook(nn.Module):
     """K unit vectors that follow, by a moving average, the mean direction of the vectors they stand for. No gradient
-    reaches them. Its buffers keep their types when DeepSpeed casts the model to bf16, and its arithmetic is fp32."""
+    reaches them. Its buffers keep their types when DeepSpeed casts the model to bf16, and its arithmetic is fp32.
+
+    `decay`: of the moving average, per optimizer step. `restart_after`: steps without use after which a code moves to a
+    far vector; None: never."""
 
     vectors: Tensor
     steps: Tensor
@@ -93,7 +98,7 @@ class Codebook(nn.Module):
         super().__init__()
         self.codes, self.decay, self.restart_after = codes, decay, restart_after
         # A generator of its own: every rank begins with the same codes. `.float()` and the copy: zero.Init casts what
-        # torch's constructors make, and leaves on the CPU what is not made on its device.
+        # torch's constructors make, and a tensor made on the CPU would stay there.
         start = torch.randn(codes, code_dim, generator=torch.Generator().manual_seed(0), device="cpu")
         vectors = torch.empty(codes, code_dim).float()
         self.register_buffer("vectors", vectors.copy_(F.normalize(start.float(), dim=-1)))
@@ -101,7 +106,7 @@ class Codebook(nn.Module):
         self.register_buffer("last_used", torch.full((codes,), NEVER, dtype=torch.long))
         self.register_buffer("restarted", torch.zeros(codes, dtype=torch.long))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
-        # Of the optimizer step that is under way: nothing that a checkpoint needs.
+        # Belongs to the optimizer step that is under way, so that no checkpoint needs it.
         self.register_buffer("tally", torch.zeros(codes, code_dim + 1, dtype=torch.long), persistent=False)
         self.seen: list[Tensor] = []
 
@@ -115,8 +120,8 @@ class Codebook(nn.Module):
         return self
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors fp32 [..., C] -> their codes' vectors [..., C] (no gradient) and the codes int64 [...].
-        While training it also notes the vectors for `after_step`."""
+        """Unit vectors fp32 [..., C] -> their codes' vectors [..., C] (no gradient) and the codes int64 [...]. In
+        training the vectors are also tallied for `after_step`."""
         flat = z.detach().reshape(-1, z.shape[-1])
         codes, _ = nearest(flat, self.vectors)
         if self.training and torch.is_grad_enabled():
@@ -128,7 +133,7 @@ class Codebook(nn.Module):
 
     @property
     def use(self) -> Tensor:
-        """Fraction of the codes that were used within the last USE_WINDOW optimizer steps, as of the last one."""
+        """The fraction of the codes that were used within the last USE_WINDOW optimizer steps."""
         return (self.steps - self.last_used < USE_WINDOW).float().mean()
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
-"""Teachers of the visual tokenizer: what a code must predict of its patch.
+"""Teachers of the visual tokenizer: they say what its codes must predict for each patch.
 
-A recipe names a teacher by one of the small configs `Pixels`, `Clip` and `Stage`. What their `build` returns is a plain
+A recipe names a teacher by one of the small configs `Pixels`, `Clip` and `Encoder`. Their `build` returns a plain
 object, called with images (uint8, or float in [-1, 1]) [N, 3, H, W] -> fp32 [N, grid * grid, dim], with `dim` and
-`distill` for the tokenizer's config. It is frozen, and no module: nothing of it is trained or saved.
+`distill` for the tokenizer's config. It is frozen and not a module, so that nothing of it is trained or saved.
 """
 
 from __future__ import annotations
@@ -22,23 +22,25 @@ from pretrain.models.visual_tokenizer.vqkd import VQKDConfig, centred, to_patche
 from pretrain.settings import fill_variables
 from pretrain.tensors import check_finite, load_tensors
 
-# What OpenAI trained CLIP with; a directory's preprocessor_config.json goes before it.
+# What OpenAI trained CLIP with; a directory's preprocessor_config.json takes precedence.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# (name of weights, knob that names them) -> (their tensors, the model that they are of)
+# (name of weights, knob that names them) -> (their tensors, the model that they belong to)
 ReadWeights = Callable[[str, str], tuple[dict[str, Tensor], Any]]
 
 
 class Teacher(Protocol):
-    distill: str
-    dim: int
+    """What the configs build; see the top of this file."""
+
+    distill: str  # the loss, as VQKDConfig.distill
+    dim: int  # width of the target for one patch
 
     def __call__(self, images: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """The colours of each patch, averaged over `cells` x `cells` squares: needs no weights."""
+    """See PixelTeacher: the colours of each patch, averaged over `cells` x `cells` squares."""
 
     cells: int = 4
 
@@ -51,7 +53,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Clip:
-    """A Hugging Face CLIP in `directory` ($VARIABLES are expanded), as BEiT v2's teacher."""
+    """A Hugging Face CLIP in `directory` ($VARIABLES are expanded), as BEiT v2's teacher; see ClipTeacher."""
 
     directory: str
 
@@ -64,7 +66,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoder with a vision expert: `weights` is a stage of this run directory, or a weights.safetensors."""
+    """An encoder of ours with a vision expert; `weights`: a stage of this run directory, or a weights.safetensors."""
 
     weights: str
 
@@ -88,10 +90,10 @@ class Encoder:
 class PixelTeacher:
     """The colours of each patch, averaged over `cells` x `cells` squares: a teacher that needs no weights.
 
-    Its loss is the squared error. A cosine, which suits features, would not see brightness: a black patch and a white
-    one have the same direction, and a grey one has none. One fixed scale for all patches (colours of unit variance, so
-    that the loss begins near 1, as a cosine's does, and `beta` keeps its meaning) and not MAE's normalisation of each
-    patch, which would wipe out the colour of a plain one.
+    Its loss is the squared error. A cosine, which suits features, would not see brightness: a dark grey
+    patch has the direction of a black one, and a mid-grey one has none. All patches have one fixed scale, which gives
+    colours about unit variance: the loss then begins near 1, as a cosine's does, and `beta` keeps its meaning. MAE's
+    normalisation of each patch would wipe out the colour of a plain one.
     """
 
     distill = "mse"
@@ -122,9 +124,9 @@ class PixelTeacher:
 class ClipTeacher:
     """A Hugging Face CLIP's patch rows in the space it shares with text (BEiT v2's teacher is CLIP ViT-B/16).
 
-    Reads a local directory: config.json, safetensors, and preprocessor_config.json where it is there. Pictures are
-    resized to CLIP's own size, and its patches brought onto the tokenizer's grid where the two differ. Raises
-    ValueError for a directory that holds no such model."""
+    Reads a local directory: config.json, *.safetensors, and preprocessor_config.json if it exists. Pictures are resized
+    to CLIP's own size, and its patches brought onto the tokenizer's grid where the two differ. Raises ValueError for a
+    directory that holds no such model."""
 
     distill = "cosine"
 
@@ -148,7 +150,7 @@ class ClipTeacher:
 
 
 class EncoderTeacher:
-    """The final patch rows of one of our own encoders, vision route, on the tokenizer's grid."""
+    """The final patch rows of one of our own encoders, from images alone, on the tokenizer's grid."""
 
     distill = "cosine"
 
@@ -168,15 +170,15 @@ class EncoderTeacher:
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Square float pictures [N, 3, H, H] -> [N, 3, size, size], bicubic as CLIP's own; it can overshoot their range."""
+    """Square float pictures [N, 3, H, H] -> [N, 3, size, size], bicubic as in CLIP; this can overshoot their range."""
     if images.shape[-1] == size:
         return images
     return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
 
 
 def onto_grid(rows: Tensor, grid: int) -> Tensor:
-    """Patch rows [N, g * g, D] -> [N, grid * grid, D]: the mean of whole patches where each new one covers some, and
-    bilinear between their middles elsewhere (means of the patches that a new one touches would repeat and blur)."""
+    """Patch rows [N, g * g, D] -> [N, grid * grid, D]: means of whole patches where g is a multiple of `grid`, and else
+    bilinear between the patches' centres (means of all patches that a new one touches would repeat and blur)."""
     own = round(rows.shape[1] ** 0.5)
     if own == grid:
         return rows
@@ -203,11 +205,11 @@ def _load_clip(directory: Path) -> Any:
     from transformers.utils import logging
 
     loud = logging.get_verbosity()
-    logging.set_verbosity_error()  # it reports each text weight of a whole CLIP, which is not wanted here
+    logging.set_verbosity_error()  # it would report each text weight of a whole CLIP, which is not wanted here
     try:
         config: Any = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         if config.model_type == "clip":
-            # A whole CLIP's own width stands on top, and its vision part may say another.
+            # The projection's width stands in a whole CLIP's config; that of its vision part may differ.
             config.vision_config.projection_dim = config.projection_dim
             config = config.vision_config
         if config.model_type != "clip_vision_model":
@@ -230,14 +232,15 @@ def _load_clip(directory: Path) -> Any:
     # Without this another model's directory would give a teacher of random weights and one warning.
     if report["missing_keys"] or report["mismatched_keys"]:
         raise ValueError(
-            f"teacher={directory} is no whole CLIP vision model: its weights lack {len(report['missing_keys'])} and "
-            f"misfit {len(report['mismatched_keys'])} of its tensors; use one such as openai/clip-vit-base-patch16"
+            f"teacher={directory} is no whole CLIP vision model: of its tensors {len(report['missing_keys'])} are "
+            f"missing and {len(report['mismatched_keys'])} have another shape; use one such as "
+            "openai/clip-vit-base-patch16"
         )
     return model.eval().requires_grad_(False)
 
 
 def _check_clip_tensors(directory: Path, model: nn.Module) -> None:
-    """transformers casts what it reads."""
+    """ValueError for stored types that would lose digits, which transformers casts silently, and for NaN."""
     from safetensors import safe_open
 
     for path in sorted(directory.glob("*.safetensors")):
@@ -251,6 +254,7 @@ def _check_clip_tensors(directory: Path, model: nn.Module) -> None:
 
 
 def _clip_statistics(directory: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and deviation by which the directory's CLIP normalises pictures."""
     path = directory / "preprocessor_config.json"
     if not path.is_file():
         return CLIP_MEAN, CLIP_STD

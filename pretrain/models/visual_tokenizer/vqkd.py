@@ -1,7 +1,7 @@
 """The visual tokenizer: vector-quantised knowledge distillation (VQ-KD, BEiT v2, arXiv 2208.06366, section 2.1).
 
-A small ViT looks at an image, each patch becomes the nearest of `codes` unit vectors, and a decoder must predict from
-those vectors alone what a teacher sees in the image. The codes are then the targets of masked image modeling.
+A small ViT encodes an image, each patch is replaced by the nearest of `codes` unit vectors, and a decoder must predict
+from those vectors alone a teacher's features of the image. The codes are then the targets of masked image modeling.
 
 N images, P patches of one image (without its class row), D width, K codes, C width of a code.
 
@@ -31,7 +31,7 @@ from pretrain.flops import encoder_flops
 from pretrain.layers import normal
 from pretrain.models.visual_tokenizer.codebook import Codebook, nearest
 
-IMAGES_AT_ONCE = 256  # of `encode`
+IMAGES_AT_ONCE = 256  # that `encode` holds activations of
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,9 @@ class VQKDConfig(Model):
 
     @property
     def init_std(self) -> float:
-        """Of the normal distribution of every matrix behind the embeddings: BEiT v2's 0.02 at its width, and as strong
-        a signal at any other. With 0.02 at width 32 a tokenizer of coloured blocks needed 250 steps for what takes 50
-        with this."""
+        """The standard deviation of every matrix behind the embeddings: BEiT v2's 0.02 at its width, and scaled to give
+        as strong a signal at any other. With 0.02 at width 32 a tokenizer of coloured blocks needed 250 steps for what
+        takes 50 with this."""
         return 0.02 * math.sqrt(768 / self.dim)
 
     def build(self, experts: Sequence[str] = (), *_: Any, **__: Any) -> VQKD:
@@ -115,19 +115,19 @@ class VQKDConfig(Model):
         return self.encoder_flops(layout.images, self.depth + self.decoder_depth)
 
     def encoder_flops(self, images: int, depth: int | None = None) -> int:
-        """Of a forward and backward pass through so many blocks; None: those of the encoder."""
+        """The FLOPs of a forward and backward pass of `images` through `depth` blocks; None: the encoder's."""
         pictures, depth = Layout(images=images, patches=self.patches), self.depth if depth is None else depth
         inputs = 3 * self.patch_size**2
         return encoder_flops(pictures, dim=self.dim, depth=depth, ffn_dim=4 * self.dim, patch_inputs=inputs)
 
 
 def centred(images: Tensor) -> Tensor:
-    """Pictures as float [N, 3, H, W] in [-1, 1]: uint8 ones are scaled, float ones are taken to be so already."""
+    """Pictures [N, 3, H, W] as floats in [-1, 1]: uint8 ones are scaled, float ones must be in that range already."""
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
 def to_patches(images: Tensor, size: int) -> Tensor:
-    """[N, 3, g * size, g * size] -> [N, g * g, 3 * size * size], row by row, as a convolution of that stride."""
+    """[N, 3, g * size, g * size] -> [N, g * g, 3 * size * size], in raster order, as a convolution of that stride."""
     N, _, height, width = images.shape
     cut = images.reshape(N, 3, height // size, size, width // size, size)
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(N, -1, 3 * size * size)
@@ -170,7 +170,8 @@ class Transformer(nn.Module):
 
     def __init__(self, cfg: VQKDConfig, *, inputs: int, depth: int):
         super().__init__()
-        self.embed = nn.Linear(inputs, cfg.dim)  # torch's own start: a code's 32 numbers must not drown in positions
+        # With torch's initial weights, which are larger: a code's 32 numbers must not drown in the positions.
+        self.embed = nn.Linear(inputs, cfg.dim)
         cut = 1.0 if cfg.init == "cut" else math.inf
         self.class_row = normal(1, 1, cfg.dim, std=0.02, cut=cut)
         self.positions = normal(1, cfg.patches, cfg.dim, std=0.02, cut=cut)
@@ -192,7 +193,7 @@ def task_head(cfg: VQKDConfig, outputs: int) -> nn.Sequential:
 
 
 class VQKD(nn.Module):
-    """The visual tokenizer: images to codes, and codes to what a teacher would say. The teacher is no part of it."""
+    """The visual tokenizer: images to codes, and codes to a teacher's targets. The teacher is no part of it."""
 
     def __init__(self, cfg: VQKDConfig):
         super().__init__()
@@ -213,7 +214,7 @@ class VQKD(nn.Module):
         `loss` = `distill` + beta * `commit`, and `codebook_use` as of the last `after_step`."""
         z = self.features(images)
         quantised, _ = self.codebook(z)
-        # Straight-through: the decoder reads the code, its gradient goes to the encoder's vector.
+        # Straight-through estimator: the decoder reads the code's vector, and its gradient goes to the encoder's.
         prediction = self._decode(z + (quantised - z).detach())
         targets = targets.float()
         if self.cfg.distill == "cosine":
@@ -225,7 +226,8 @@ class VQKD(nn.Module):
         return {"loss": loss, "distill": distill, "commit": commit, "codebook_use": self.codebook.use}
 
     def features(self, images: Tensor) -> Tensor:
-        """The unit vectors fp32 [N, P, C] that are quantised. Raises ValueError for pictures of another size."""
+        """The encoder's unit vectors fp32 [N, P, C], before they are quantised. ValueError for pictures of another
+        size."""
         size = self.cfg.image_size
         if images.shape[1:] != (3, size, size):
             raise ValueError(
@@ -238,23 +240,23 @@ class VQKD(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images as `forward` takes them -> codes int64 [N, P]. The network has no dropout, so training and evaluation
-        mode give the same codes, and nothing is noted for `after_step`."""
+        """Images as `forward` takes them -> codes int64 [N, P]. There is no dropout, so training and evaluation mode
+        give the same codes, and nothing is tallied for `after_step`."""
         vectors = self.codebook.vectors
         codes = [nearest(self.features(part).flatten(0, 1), vectors)[0] for part in images.split(IMAGES_AT_ONCE)]
         return torch.cat(codes).view(len(images), self.cfg.patches)
 
     @torch.no_grad()
     def decode_codes(self, codes: Tensor) -> Tensor:
-        """Codes int64 [N, P] -> what the decoder predicts from them, fp32 [N, P, target_dim]; a `PixelTeacher` draws
-        them by its `picture`."""
+        """Codes int64 [N, P] -> the decoder's predictions, fp32 [N, P, target_dim], which `PixelTeacher.picture` draws
+        if it was the teacher."""
         return self._decode(F.embedding(codes, self.codebook.vectors))
 
     @torch.no_grad()
     def start_codebook(self, batches: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
-        """k-means start of the codes from all ranks' images of one global batch; does nothing if they have started.
-        `batches` are this rank's micro-batches in order: the ranks' pictures in rank order are the global batch, so
-        every number of ranks gives the same codes. Each rank holds all vectors: N * P * C * 4 bytes."""
+        """Starts the codes by k-means over all ranks' images of one global batch; does nothing if they have started.
+        `batches` are this rank's micro-batches in order. The ranks' pictures in rank order are the global batch, so
+        that every number of ranks gives the same codes. Each rank holds all vectors: N * P * C * 4 bytes."""
         if self.started:
             return
         self.codebook.start(torch.cat([self.features(images).flatten(0, 1) for images in batches]), group)

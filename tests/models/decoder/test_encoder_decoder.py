@@ -176,7 +176,10 @@ STAGE = Stage(mix={"pairs": PAIRS}, batch=BatchSize(pairs=4), optim=Optim(), ste
     ("changes", "said"),
     [
         ({"drop_path": 0.1}, r"drop_path=0\.1: EncoderDecoder has none; set it to 0"),
-        ({"objectives": (MaskedData(text_ratio=0.1),)}, r"fuses no patches, so none of a pair's can be told; set 0"),
+        (
+            {"objectives": (MaskedData(text_ratio=0.1),)},
+            r"no patches, so a pair's hidden patches .*; set it to 0",
+        ),
     ],
 )
 def test_stages_that_it_refuses(changes, said):
@@ -201,8 +204,8 @@ def test_a_tokenizer_that_leaves_no_room_for_its_own_ids(tmp_path):
             {},
             "holds a BlipForQuestionAnswering of the kind blip; give",
         ),
-        ({}, {"hidden_size": 24}, "its vision encoder has hidden_size=24 and its text encoder 16; those of one size"),
-        ({}, {"hidden_act": "relu"}, "its activations are relu and gelu; gelu is read"),
+        ({}, {"hidden_size": 24}, "its vision encoder has hidden_size=24 and its text encoder 16; give a BLIP whose"),
+        ({}, {"hidden_act": "relu"}, "its activations are relu and gelu; give a BLIP with gelu"),
     ],
 )
 def test_directories_that_it_refuses(config, vision, said, tmp_path, capsys):

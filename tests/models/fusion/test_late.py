@@ -126,7 +126,7 @@ def test_a_stage_that_hides_words_or_drops_paths_is_refused():
     ("changes", "said"),
     [
         ({"kind": "sum"}, r"model\.kind='sum' is unknown; use mlp, gated, bilinear"),
-        ({"pair_dim": -1}, r"model\.pair_dim=-1 is no width; use 0 for the vision tower's"),
+        ({"pair_dim": -1}, r"model\.pair_dim=-1 is negative; use a width, or 0 for the vision tower's"),
     ],
 )
 def test_shapes_that_it_refuses(changes, said):

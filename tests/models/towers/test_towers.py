@@ -177,10 +177,10 @@ def test_unlike_widths_need_a_projection():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Tower("gpt2"), r"tower\.kind='gpt2' is not known; use clip_vision_model, "),
+        (lambda: Tower("gpt2"), r"tower\.kind='gpt2' is unknown; use clip_vision_model, "),
         (lambda: Tower("resnet", pooling="class"), r"resnet has no class row; use mean or attention"),
         (lambda: Tower("vit", pooling="eos"), r"pooling='eos' does not go with vit; use class, mean, attention"),
-        (lambda: Tower("bert", {"vocab_size": 3}), r"settings\.vocab_size is a field of the model"),
+        (lambda: Tower("bert", {"vocab_size": 3}), r"settings\.vocab_size follows from the model's fields"),
         (lambda: replace(MODEL, text=Tower("vit")), r"model\.text\.kind='vit' is no text tower; use clip_text_model"),
         (lambda: replace(MODEL, image_size=30), r"image_size=30 is no multiple of model\.patch_size=8; use 24"),
         (lambda: Tower("bert", {"hidden": 3}).width, r"tower\.settings\.hidden is no setting of bert"),
