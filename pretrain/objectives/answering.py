@@ -1,6 +1,6 @@
 """Answers to questions about a picture, as BEiT-3 is fine-tuned for VQAv2 (arXiv 2208.10442, 3.1.1; unilm
-beit3/modeling_finetune.py, BEiT3ForVisualQuestionAnswering): a choice among the most frequent answers, each judged by
-itself."""
+beit3/modeling_finetune.py, BEiT3ForVisualQuestionAnswering): multi-label classification over the most frequent answers.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pretrain.objectives.classification import first_rows, two_layers
 
 @dataclass(frozen=True)
 class Answering(Objective):
-    """Pictures and questions of the mix's `pairs`, from QuestionShards whose vocabulary has so many `answers`."""
+    """For pictures and questions of the mix's `pairs`, from QuestionShards. `answers`: the size of their vocabulary."""
 
     answers: int = 3129  # those that people gave at least nine times in VQAv2 (unilm beit3/datasets.py)
     name = "answering"
@@ -62,8 +62,8 @@ class AnsweringHead(nn.Module):
         return self.answer(self.pool(self.norm(encoded.first.pair_images)).tanh())
 
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder | None = None) -> dict[str, Tensor]:
-        """-> the binary cross-entropy summed over the answers, and what the best answers score. ValueError where the
-        vocabulary has another length."""
+        """-> `loss`, the binary cross-entropy summed over the answers, and `accuracy/answers`, the mean VQA score of
+        the most likely answers. ValueError if the vocabulary has another length."""
         logits, targets = self.logits(encoded).float(), batch.extra[SCORES]
         if targets.shape != logits.shape:
             raise ValueError(

@@ -1,7 +1,7 @@
-"""Language modelling of a pair's text behind its picture: each word from the picture and the words before it.
+"""Language modelling of a pair's text behind its picture: each word is predicted from the picture and the words before.
 
-BLIP (arXiv 2201.12086, 3.2) adds it to contrast and matching, each counting the same, and smooths its targets by 0.1;
-CoCa (arXiv 2205.01917, 3.2) counts it twice beside a contrast.
+BLIP (arXiv 2201.12086, 3.2) adds it to contrast and matching with equal weights, and smooths its targets by 0.1; CoCa
+(arXiv 2205.01917, 3.2) gives it twice the weight of its contrast.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pretrain.rows import sent
 
 @dataclass(frozen=True)
 class Captioning(Objective):
-    """Predict each word and the end of the texts of pairs, and of dual pairs, which are fused for it. The picture is
-    whole and sees itself; the text sees the picture and the text before. Beside objectives that look both ways this is
-    a pass of its own, from clean words."""
+    """Predict each word and EOS of the texts of pairs, and of dual pairs, which are fused for it. No patch is hidden
+    and the picture sees only itself; a word sees the picture and the words before it. It reads a causal pass of its
+    own, over clean words."""
 
-    smoothing: float = 0.0  # share of each target that the whole vocabulary has in equal parts
-    mean_over: str = "sequences"  # or targets, each word; as MaskedData's
-    tied_text_head: bool = False  # its matrix is the text embedding's, as MaskedData's
-    # A linear layer, gelu and a norm before the words: the head of BERT, and so of BLIP's decoder.
+    smoothing: float = 0.0  # share of each target that is spread evenly over the vocabulary
+    mean_over: str = "sequences"  # or "targets"; as MaskedData's
+    tied_text_head: bool = False  # the head's matrix is the text embedding's, as MaskedData's
+    # A linear layer, gelu and a norm before the classifier, as in the heads of BERT and of BLIP's decoder.
     transform: bool = False
     name = "captioning"
     first_pass = False
@@ -73,14 +73,14 @@ class Captioning(Objective):
         return [Pass(own, again=own.pairs if layout.dual == own.pairs else 0)]
 
     def products(self, layout: Layout, model: Any) -> list[Product]:
-        """About: the last row of a text has no target, and how much is padding depends on the texts."""
+        """An upper bound: the last row of a text has no target, and how much is padding depends on the texts."""
         rows, width = caption_layout(layout).pair_text_rows, model.width("pair_texts")
         transform = [Product(rows, width, width)] if self.transform else []
         return [*transform, Product(rows, width, model.vocab_size, classes=True)]
 
 
 def caption_layout(layout: Layout) -> Layout:
-    """The pass of a batch's pairs and dual pairs."""
+    """The layout of the causal pass over a batch's pairs and dual pairs."""
     length = max(layout.pair_len if layout.pairs else 0, layout.text_len if layout.dual else 0)
     return Layout(pairs=layout.pairs + layout.dual, patches=layout.patches, pair_len=length, causal=True)
 
@@ -100,12 +100,12 @@ class CaptioningHead(nn.Module):
         self.words, self.transform, self.smoothing, self.mean_over = words, transform, smoothing, mean_over
 
     def needed_rows(self, batch: Batch) -> Kinds:
-        """None of the first pass."""
+        """No row of the first pass."""
         return Kinds.rows_of(batch.layout, batch.images.device)
 
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder) -> dict[str, Tensor]:
-        """-> `loss`, over sequences the mean over a text's words, or as `mean_over` says; `loss/caption` the same, and
-        `accuracy/caption` of all words."""
+        """-> `loss`, the mean over sequences of the mean over a text's words (or as `mean_over` says), the same as
+        `loss/caption`, and `accuracy/caption` over all words."""
         captions = caption_batch(batch)
         host = captions.on_host
         asked = has_next(host.pair_tokens)
@@ -125,7 +125,7 @@ class CaptioningHead(nn.Module):
         return {"loss": loss, **report}
 
     def logits(self, rows: Tensor) -> Tensor:
-        """[..., width] -> [..., words]: of the word behind each."""
+        """[..., width] -> [..., vocab_size]: for the word that follows each row."""
         return WordHead(self.words, self.transform).logits(rows)
 
     def _scored(self, rows: Tensor, *rest: Tensor) -> Any:
@@ -136,17 +136,18 @@ class CaptioningHead(nn.Module):
 
 
 def following(tokens: Tensor) -> Tensor:
-    """int64 [n, L] -> [n, L]: behind each word the next one, PAD behind the last."""
+    """int64 [n, L] -> [n, L]: at each place the next word, and PAD at the last."""
     return F.pad(tokens[:, 1:], (0, 1), value=PAD)
 
 
 def has_next(tokens: Tensor) -> Tensor:
-    """bool [n, L]: which rows predict something."""
+    """int64 [n, L] -> bool [n, L]: the rows that predict a word."""
     return (tokens != PAD) & (following(tokens) != PAD)
 
 
 def caption_batch(batch: Batch) -> Batch:
-    """The pass of `caption_layout`: whole pictures and clean words, with an index that waits for no device."""
+    """The batch of `caption_layout`: whole pictures and clean words, with an index that is made without waiting for a
+    device."""
     host = _captions(batch.on_host).indexed()
     if batch.on_host is batch:
         return host
@@ -162,7 +163,7 @@ def _captions(batch: Batch) -> Batch:
     widened = [F.pad(ids, (0, own.pair_len - ids.shape[1]), value=PAD) for ids in texts if len(ids)]
     draws = {}
     if (drawn := batch.draws.get(DROP_PATH)) is not None:
-        # A dual pair has two; its picture's serve the fused pair.
+        # A dual pair has two sets of numbers; the fused pair uses its picture's.
         draws[DROP_PATH] = torch.cat([drawn[layout.images : layout.images + layout.pairs], drawn[pictures[1]]])
     dual = torch.arange(layout.images, device=batch.images.device)[pictures[1]]
     return make_batch(

@@ -17,14 +17,14 @@ from pretrain.data.mixing import OTHER, SHARE
 from pretrain.flops import Product
 from pretrain.layers import HEAD_STD, PLAIN, Layers, Linear
 
-SCALE = 0.001  # of the last layer's first weights, there
+SCALE = 0.001  # by which unilm multiplies the last layer's initial weights
 
 
 @dataclass(frozen=True)
 class ImageClassification(Objective):
-    """Pictures of the mix's `images`, from LabelledShards of as many `classes`. `smoothing`: share of each target that
-    all classes have in equal parts. A model with final_norm=False is what unilm's checkpoints are of; with the
-    encoder trained too it matters little, and a linear probe (trainable=("objectives.*",)) wants the norm."""
+    """For pictures of the mix's `images`, from LabelledShards with as many `classes`. `smoothing`: the share of each
+    target that is spread evenly over all classes. unilm's checkpoints are of models with final_norm=False; where the
+    encoder is trained too that matters little, but a linear probe (trainable=("objectives.*",)) needs the norm."""
 
     classes: int = 1000
     smoothing: float = 0.1
@@ -52,6 +52,8 @@ class ImageClassification(Objective):
 
 
 class ClassificationHead(nn.Module):
+    """A norm and a linear layer on the mean of the patches' rows."""
+
     def __init__(self, width: int, classes: int, smoothing: float):
         super().__init__()
         self.norm = nn.LayerNorm(width)
@@ -59,6 +61,7 @@ class ClassificationHead(nn.Module):
         self.smoothing = smoothing
 
     def needed_rows(self, batch: Batch) -> Kinds:
+        """The patches of images."""
         rows = Kinds.rows_of(batch.layout, batch.images.device)
         rows.images[:, 1:] = True
         return rows
@@ -68,10 +71,12 @@ class ClassificationHead(nn.Module):
         return self.classes(self.norm(encoded.images[:, 1:].mean(1)))
 
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder | None = None) -> dict[str, Tensor]:
+        """-> `loss`, the cross-entropy with blended targets where pictures are blended, and `accuracy/classification`
+        against each picture's own class."""
         logits, label = self.logits(encoded).float(), batch.extra["label"]
         accuracy = (logits.detach().argmax(-1) == label).float().mean()
         if OTHER in batch.extra:
-            # Targets blended as the pictures are; smoothing blends both alike.
+            # The targets are blended like the pictures, each of the two smoothed.
             share, other = batch.extra[SHARE].float(), batch.extra[OTHER]
             own = F.cross_entropy(logits, label, label_smoothing=self.smoothing, reduction="none")
             partner = F.cross_entropy(logits, other, label_smoothing=self.smoothing, reduction="none")
@@ -85,14 +90,14 @@ class ClassificationHead(nn.Module):
 
 
 def two_layers(inputs: int, hidden: int, outputs: int, *, scale: float = 1.0) -> nn.Sequential:
-    """Linear, norm, GELU, linear: what answers and two pictures are judged by; `scale` of the first weights."""
+    """Linear, norm, GELU, linear: the head of Answering and Reasoning. `scale` multiplies the initial weights."""
     std, cut = HEAD_STD * scale, math.inf
     first = Linear(inputs, hidden, std=std, cut=cut), nn.LayerNorm(hidden), nn.GELU()
     return nn.Sequential(*first, Linear(hidden, outputs, std=std, cut=cut))
 
 
 def answered(logits: Tensor, label: Tensor, name: str) -> dict[str, Tensor]:
-    """Cross-entropy and accuracy of logits [n, classes] against int64 [n]."""
+    """`loss`, the cross-entropy of logits [n, classes] against int64 [n], and `accuracy/NAME`."""
     accuracy = (logits.detach().argmax(-1) == label).float().mean()
     return {"loss": F.cross_entropy(logits.float(), label), f"accuracy/{name}": accuracy}
 

@@ -20,26 +20,27 @@ from pretrain.objectives.pairwise_sigmoid import pairwise_sigmoid
 
 MAX_SCALE = 100.0  # CLIP (arXiv 2103.00020, 2.5): "clipped to prevent scaling the logits by more than 100"
 CLIP_TEMPERATURE = 0.07
-# SigLIP begins near the prior that nearly every image and text are no pair; its scale has no bound (released ones end
-# above 100).
+# SigLIP begins near the prior that almost no image and text of a batch are a pair. Its scale is not bounded: those of
+# released models are above 100.
 SIGMOID_SCALE, SIGMOID_BIAS = 10.0, -10.0
 
 
 @dataclass(frozen=True)
 class Contrastive(Objective):
-    """Contrast of class rows and BOS rows; `embed_dim` None keeps the model's width, as BEiT-3 does. `loss`: softmax
-    over the batch, or sigmoid, which asks of each image and text by themselves whether they are a pair (SigLIP).
-    `project` False compares the rows as they are, which must be of one width."""
+    """Contrast of class rows and BOS rows. `embed_dim` None keeps the model's width, as BEiT-3 does. `loss`: softmax
+    over the batch, or sigmoid, which decides for each image and text separately whether they are a pair (SigLIP).
+    `project` False compares the rows as they are, which must then be of one width."""
 
     embed_dim: int | None = None
-    temperature: float = CLIP_TEMPERATURE  # of the softmax at the start; learned. The sigmoid begins as SigLIP's
+    temperature: float = CLIP_TEMPERATURE  # the softmax's initial one; it is learned. The sigmoid begins as SigLIP's
     loss: str = "softmax"
     project: bool = True
-    # Of the sigmoid at the start; learned. SigLIP's is near -log of its batch, 32k: as rarely as that are a picture and
-    # a text of the batch a pair. A small batch wants its own: far from it the first steps make all pictures alike.
+    # The sigmoid's initial bias; it is learned. SigLIP's is near -log(32k), for its batch of 32k, in which one of 32k
+    # texts belongs to a picture. A small batch wants -log of its own size: far from it, the first steps make all
+    # pictures' vectors alike.
     bias: float = SIGMOID_BIAS
-    projection_bias: bool = False  # of the projections: ALBEF's and BLIP's have one
-    smoothing: float = 0.0  # of the softmax: the share of each target that all have in equal parts; ALIGN's is 0.1
+    projection_bias: bool = False  # whether the projections have a bias, as ALBEF's and BLIP's
+    smoothing: float = 0.0  # the share of a softmax target that is spread evenly over all; ALIGN's is 0.1
     name = "contrastive"
 
     def __post_init__(self) -> None:
@@ -105,9 +106,9 @@ class Contrastive(Objective):
 
 
 class ContrastiveHead(nn.Module):
-    """Linear projections (without bias, as unilm's beit3 BEiT3ForRetrieval, unless it is wanted) and a learned logit
-    scale; for the sigmoid
-    a learned logit bias too, which begins at `bias`. `widths`: of image rows and text rows."""
+    """Linear projections (without bias, as in unilm's beit3 BEiT3ForRetrieval, unless `projection_bias`) and a learned
+    logit scale; for the sigmoid, where `bias` is not None, also a learned logit bias that begins there. `widths`: of
+    image rows and of text rows."""
 
     def __init__(
         self,
@@ -134,7 +135,7 @@ class ContrastiveHead(nn.Module):
         self.logit_bias = nn.Parameter(torch.full((1,), bias)) if bias is not None else None
 
     def needed_rows(self, batch: Batch) -> Kinds:
-        """The class row of each image and the first row of each text that belong to a dual pair."""
+        """The class row of each image and the first row of each text of a dual pair."""
         layout = batch.layout
         rows = Kinds.rows_of(layout, batch.images.device)
         rows.images[layout.images - layout.dual :, :1] = True
@@ -155,8 +156,8 @@ class ContrastiveHead(nn.Module):
         return F.normalize(self.language(encoded.first.texts).float(), dim=-1)
 
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder | None = None) -> dict[str, Tensor]:
-        """-> loss and in-batch accuracy of this rank's dual pairs against all ranks' pairs; of the sigmoid's, which
-        never has all images beside a text, only from image to text."""
+        """-> loss and in-batch accuracy of this rank's dual pairs against all ranks' pairs. The sigmoid never holds all
+        images beside a text, so it reports the accuracy from image to text only."""
         images, texts = self.embed(encoded, batch.layout)
         return self._softmax(images, texts) if self.logit_bias is None else self._sigmoid(images, texts)
 
@@ -174,7 +175,7 @@ class ContrastiveHead(nn.Module):
         }
 
     def _scale(self) -> Tensor:
-        # The value is clamped and the gradient is not: a scale that has grown too far must find its way back.
+        # The value is clamped but the gradient is not: a scale that has grown too far must be able to come back.
         learned = self.logit_scale.float()
         return (learned + (learned.clamp(max=math.log(MAX_SCALE)) - learned).detach()).exp()
 

@@ -1,5 +1,5 @@
-"""What a frozen teacher says of a batch, as a student learns it: how alike each picture finds every text and the
-reverse, and the teacher's own vectors (CLIP-KD, arXiv 2307.12732: contrastive relational and feature distillation)."""
+"""A student learns from a frozen teacher: the teacher's similarities of each picture with every text and the reverse,
+and its vectors (CLIP-KD, arXiv 2307.12732: contrastive relational and feature distillation)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PARTS = {"vision": "objectives.contrastive.vision.weight", "language": "objectiv
 
 @dataclass(frozen=True)
 class Distillation(Objective):
-    """Stands beside Contrastive, whose vectors it moves towards the teacher's. `teacher`: a stage of this run directory
-    or weights with a head of contrast, for pictures of the same size and the same tokenizer. The loss is `relations`
-    times the mean divergence (KL) of the student's similarities from the teacher's, both at the teacher's temperature,
-    plus `features` times the squared distance of their vectors, which must then be of one width. The teacher's pass is
-    not counted among the step's FLOPs."""
+    """Stands beside Contrastive and moves its vectors towards the teacher's. `teacher`: a stage of this run directory,
+    or weights, with a contrastive head, for pictures of the same size and the same tokenizer. The loss is `relations`
+    times the mean KL divergence of the student's similarities from the teacher's, both at the teacher's temperature,
+    plus `features` times the squared distance of their vectors, which must then be of one width. The step's FLOPs do
+    not count the teacher's pass."""
 
     teacher: str = "retrieval"
     relations: float = 1.0
@@ -86,12 +86,13 @@ def _teacher(cfg: Distillation, state: Mapping[str, Tensor], model: Any, head: D
 
 
 def _stored(key: str) -> str:
+    """The name, in a stage's weights, of a tensor of the teacher module."""
     return key.replace("head.", "objectives.contrastive.", 1) if key.startswith("head.") else key
 
 
 class DistillationHead(nn.Module):
-    """No parameters. `student` holds the stage's head of contrast and `teacher` what teaches, each in a tuple, so that
-    it is no part of this one: neither trained nor saved, and whole on every rank under ZeRO."""
+    """It has no parameters. `student` holds the stage's contrastive head and `teacher` the teacher, each in a tuple, so
+    that they are not submodules: the teacher is neither trained nor saved, and whole on every rank under ZeRO."""
 
     student: tuple[Any, ...] = ()
     teacher: tuple[Any, ...] = ()
@@ -104,7 +105,7 @@ class DistillationHead(nn.Module):
         return self.student[0].needed_rows(batch)
 
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder | None = None) -> dict[str, Tensor]:
-        """-> loss, and its two parts."""
+        """-> `loss` and its two parts. ValueError if `features` compares vectors of two widths."""
         own = self.student[0].embed(encoded, batch.layout)
         taught = self._teach(batch)
         if self.cfg.features and own[0].shape != taught[0].shape:
@@ -121,7 +122,7 @@ class DistillationHead(nn.Module):
         return {"loss": loss, "distillation/relations": relations.detach(), "distillation/features": features.detach()}
 
     def _relations(self, own: tuple[Tensor, Tensor], taught: tuple[Tensor, Tensor]) -> Tensor:
-        """The mean KL of this rank's rows against all ranks' texts and pictures."""
+        """The mean KL divergence for this rank's pictures and texts, each against all ranks' texts or pictures."""
         scale = self.teacher[0].head._scale()
         everyone = [self.layers.gather(each)[0] for each in (*own, *taught)]
         both = []
@@ -133,7 +134,7 @@ class DistillationHead(nn.Module):
 
     @torch.no_grad()
     def _teach(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The teacher's unit vectors of the dual pairs, nothing of them hidden: fp32 [N, E] each."""
+        """The teacher's unit vectors of the dual pairs, with no patch or word hidden: fp32 [N, E] each."""
         teacher: Any = self.teacher[0].to(batch.images.device)
         layout, count = batch.layout, batch.layout.dual
         paired = Layout(images=count, texts=count, patches=layout.patches, text_len=layout.text_len, dual=count)
@@ -145,4 +146,4 @@ class DistillationHead(nn.Module):
             return teacher.head.embed(teacher.encoder(dual, needed=needed), paired)
 
     def after_step(self) -> None:
-        """The teacher stands still."""
+        """Nothing moves between steps."""

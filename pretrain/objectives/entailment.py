@@ -21,7 +21,7 @@ from pretrain.objectives.classification import answered
 
 @dataclass(frozen=True)
 class Entailment(Objective):
-    """Pictures and sentences of the mix's `pairs`, from LabelledPairShards of as many `classes`."""
+    """For pictures and sentences of the mix's `pairs`, from LabelledPairShards with as many `classes`."""
 
     classes: int = 3
     name = "entailment"
@@ -46,7 +46,7 @@ class Entailment(Objective):
 
 
 class EntailmentHead(AnsweringHead):
-    """The layers of AnsweringHead; of its classes exactly one is right."""
+    """The layers of AnsweringHead, with a softmax over classes of which exactly one is right."""
 
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder | None = None) -> dict[str, Tensor]:
         return answered(self.logits(encoded), batch.extra[LABEL], Entailment.name)

@@ -22,21 +22,21 @@ from pretrain.rows import take
 
 @dataclass(frozen=True)
 class MaskedData(Masking, Objective):
-    """Predict the visual tokenizer's codes of hidden patches and the ids of hidden words. The ratios are `Masking`'s:
-    the loader hides, this scores. There are up to four terms: pictures and texts, alone and in pairs. Their weights are
-    not published; here every sequence counts the same. What unilm's code does elsewhere (BEiT-2, VLMo: each term the
-    mean of its targets, terms added) is mean_over="targets", terms="sum"."""
+    """Predict the visual tokenizer's codes of hidden patches and the ids of hidden words. The fields of `Masking` say
+    what the loader hides. There are up to four terms: pictures and texts, alone and in pairs. BEiT-3's weights of the
+    terms are not published; here every sequence counts the same. unilm's code for BEiT-2 and VLMo, where each term is
+    the mean over its targets and the terms are added, is mean_over="targets", terms="sum"."""
 
-    tied_text_head: bool = False  # its matrix is the text embedding's, as BERT's; the released BEiT-3 has its own
+    tied_text_head: bool = False  # the head's matrix is the text embedding's, as in BERT; the released BEiT-3 unties it
     image_codes: int = 8192  # classes of the image head: the visual tokenizer's codes (BEiT v2, section 3.1)
-    # What counts the same in a term. sequences: each is the mean of its targets, so that a word of a short caption
-    # weighs more than one of a long text. targets: each hidden patch or word; how many a micro-batch has is random, so
-    # other layouts of ranks and micro-batches, whose means differ, no longer give the same numbers.
+    # What has equal weight in a term. sequences: each sequence, with the mean over its targets, so that a word of a
+    # short caption weighs more than one of a long text. targets: each hidden patch or word. Their number in a
+    # micro-batch is random, so that another number of ranks or micro-batches no longer gives the same loss.
     mean_over: str = "sequences"
-    # mean: the terms' means weighted by what they were taken over, so that the loss is one mean. sum: they are added;
-    # with four terms of equal size four times as much, to which optim.clip and optim.eps are not indifferent.
+    # mean: one mean over the sequences (or targets) of all terms. sum: the terms' means are added, which with four of
+    # them makes gradients four times as large; optim.clip and optim.eps notice that.
     terms: str = "mean"
-    # A linear layer, gelu and a norm before the words: the head of BERT, and so of ALBEF, VLMo and ViLT.
+    # A linear layer, gelu and a norm before the classifier, as in the heads of BERT, ALBEF, VLMo and ViLT.
     transform: bool = False
     name = "masked"
 
@@ -74,7 +74,7 @@ class MaskedData(Masking, Objective):
         return heads
 
     def _parts(self, experts: Sequence[str]) -> tuple[str, ...]:
-        """The kinds of rows that are hidden from a model with these experts."""
+        """The terms that a model with these experts has: those of whose rows some are hidden."""
         vision, language = "vision" in experts, "language" in experts
         ratios = {
             "image": vision and self.image_ratio,
@@ -98,7 +98,7 @@ class MaskedData(Masking, Objective):
         return []
 
     def products(self, layout: Layout, model: Any) -> list[Product]:
-        """About: how many rows are hidden is random."""
+        """The expected ones: how many rows are hidden is random."""
         whole = 0 if self.dual else layout.dual
         images, texts = layout.images - whole, layout.texts - whole
         image = (images * self.image_ratio + layout.pairs * self.pair_image_ratio) * layout.patches
@@ -116,13 +116,13 @@ class MaskedData(Masking, Objective):
 
 
 def transform_rows(width: int, std: float) -> nn.Sequential:
-    """What stands before BERT's words (transformers' BertPredictionHeadTransform; its norm's eps is 1e-12)."""
+    """The layers before BERT's classifier (transformers' BertPredictionHeadTransform; its norm's eps is 1e-12)."""
     return nn.Sequential(Linear(width, width, std=std, cut=math.inf), nn.GELU(), nn.LayerNorm(width, eps=1e-12))
 
 
 class WordHead:
-    """A head over the vocabulary behind the `transform` of its rows, if any, as one: it is called and asked like a
-    layers.Classifier."""
+    """A layers.Classifier over the vocabulary with the `transform` of its rows, if any, before it; its calls are those
+    of a layers.Classifier."""
 
     def __init__(self, words: Any, transform: nn.Module | None):
         self.words, self.transform = words, transform
@@ -141,19 +141,19 @@ class WordHead:
 
 
 class Part(NamedTuple):
-    """What one kind of sequences is asked: n sequences of L rows."""
+    """One term of the loss: the rows of one kind, n sequences of L rows, and their targets."""
 
     rows: Tensor  # [n, L, width]
     places: Tensor  # int64 [targets]: where a target stands among the n * L rows, rising
     targets: Tensor  # int64 [targets]
-    per_sequence: Tensor  # int64 [n]: targets of each
-    sequences: int  # how many of them count
+    per_sequence: Tensor  # int64 [n]: how many targets each sequence has
+    sequences: int  # how many sequences may have a target; the mean over sequences divides by it
 
 
 class MaskedDataHeads(nn.Module):
-    """One linear head per vocabulary, run on masked rows only. `parts` are the kinds of rows that are hidden: image,
-    pair_image, pair_text, text; of images and texts the dual pairs' count only if `dual`. A head without a part is not
-    built: AdamW would move it all the same. A tied text head waits for its `weight`."""
+    """One linear head for codes and one for words, run on masked rows only. `parts` are the terms of the loss: image,
+    pair_image, pair_text, text; rows of dual pairs count among images and texts only if `dual`. A head without a term
+    is not built: AdamW would move it all the same. The builder of a tied text head sets its `weight`."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class MaskedDataHeads(nn.Module):
         report: dict[str, Tensor] = {}
         losses = []
         for head, parts in heads:
-            # What each target's loss counts in the objective's.
+            # The weight of each target in the objective's loss.
             shares = {
                 name: weighed[name][0] / (whole if self.terms == "mean" else max(weighed[name][1], 1)) for name in parts
             }
@@ -203,14 +203,14 @@ class MaskedDataHeads(nn.Module):
 
     @property
     def words(self) -> WordHead | None:
-        """What says the hidden words of rows [..., width]; None for a stage that hides none."""
+        """The head that predicts words from rows [..., width]; None for a stage that hides none."""
         return None if self.text is None else WordHead(self.text, self.transform)
 
     def after_step(self) -> None:
         """Nothing moves between steps."""
 
     def _heads(self, encoded: Kinds, batch: Batch) -> list[tuple[Any, dict[str, Part]]]:
-        """Each head that is built, with the parts that it answers."""
+        """Each head that is built, with its parts by their names."""
         batch = batch.indexed()
         layout, hidden = batch.layout, batch.hidden
         whole = 0 if self.dual else layout.dual  # the last images and the first texts, of which nothing is hidden
@@ -232,7 +232,8 @@ class MaskedDataHeads(nn.Module):
         ]
 
     def _places(self, batch: Batch) -> list[Tensor]:
-        """Where the targets that count stand among the rows of each kind, int64 [targets] each."""
+        """The places of the targets among the rows of each kind, int64 [targets] each; without those of dual pairs
+        unless `dual`."""
         index = batch.index
         assert index is not None
         images, dual_images, pair_images, pair_texts, dual_texts, texts = index.hidden.split(list(index.hidden_counts))
@@ -242,7 +243,7 @@ class MaskedDataHeads(nn.Module):
         return [own - start for own, start in zip((images, pair_images, pair_texts, texts), starts, strict=False)]
 
     def _image_codes(self, batch: Batch) -> Tensor:
-        """int64 [N, image_len]: the class row has a place and no target."""
+        """int64 [N, image_len]: the codes, with a 0 in the place of the class row, which has no target."""
         codes = batch.image_codes
         if codes is None:
             assert self.image is None or batch.index is None or not any(batch.index.hidden_counts[:3]), (
@@ -253,8 +254,8 @@ class MaskedDataHeads(nn.Module):
 
 
 def weigh(part: Part, mean_over: str) -> tuple[Tensor, int]:
-    """The weight of each target in its part's loss, fp32 [targets], and by what their sum is divided: sequences or
-    targets."""
+    """The weight of each target in its part's loss, fp32 [targets], and the number by which the weighted sum is
+    divided: of sequences, or of targets."""
     # A sequence's targets share its weight of one, so long and short sequences count the same.
     weights = (1 / part.per_sequence.clamp(min=1)).index_select(0, part.places // max(part.rows.shape[1], 1))
     if mean_over == "targets":
@@ -268,9 +269,9 @@ def score(
     weighed: dict[str, tuple[Tensor, int]],
     shares: dict[str, Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The head's share of the loss, and what to report of its parts. `weighed`: of each part what `weigh` says;
-    `shares`: what each target's loss counts in the objective's. One matrix product for all of them, on zero rows if
-    nothing is masked: a head must run on every micro-step, or ZeRO mixes up gradients."""
+    """The head's share of the objective's loss, and `loss/PART` and `accuracy/PART`. `weighed`: for each part what
+    `weigh` returns; `shares`: the weight of each target in the objective's loss. There is one matrix product for all
+    parts, on zero rows if nothing is masked: a head must run on every micro-step, or ZeRO mixes up gradients."""
     rows = torch.cat([take(part.rows.flatten(0, 1), part.places) for part in parts.values()])
     targets = torch.cat([part.targets for part in parts.values()])
     scored = head(rows, targets, torch.cat([shares[name] for name in parts]))

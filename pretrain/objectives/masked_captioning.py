@@ -1,5 +1,5 @@
 """BEiT-3's fine-tuning for captions (arXiv 2208.10442, 3.1.3; unilm beit3/modeling_finetune.py, BEiT3ForCaptioning):
-hidden words of a text that sees its picture and what stands before; its picture sees only itself."""
+predict hidden words of a text, each from the picture and the words before it; the picture sees only itself."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from pretrain.rows import sent
 
 @dataclass(frozen=True)
 class MaskedCaptioning(Objective):
-    """On the mix's `pairs`; every hidden word counts the same. Its head is that of masked words, from which it goes on
-    and which pretrain.caption uses. Left out of unilm's: the worst fifth of the words is not dropped after 12,000
-    steps, and `smoothing` gives the other words' share to all words."""
+    """For the mix's `pairs`; every hidden word counts the same. Its head is MaskedData's head of words, with whose
+    weights it begins and which pretrain.caption uses. It differs from unilm's code in two ways: the fifth of the words
+    with the highest loss is not dropped after 12,000 steps, and `smoothing` spreads its share over all words, the
+    target among them."""
 
     mask_ratio: float = 0.7  # unilm beit3/get_started/get_started_for_captioning.md
     smoothing: float = 0.1  # its default
@@ -53,7 +54,7 @@ class MaskedCaptioning(Objective):
         return [Pass(causal_layout(layout))]
 
     def products(self, layout: Layout, model: Any) -> list[Product]:
-        """About: how many words are hidden is random."""
+        """The expected ones: how many words are hidden is random."""
         rows = round(layout.pair_text_rows * self.mask_ratio)
         return [Product(rows, model.width("pair_texts"), model.vocab_size, classes=True)]
 
@@ -75,10 +76,11 @@ class MaskedCaptioningHead(nn.Module):
         return self.text
 
     def needed_rows(self, batch: Batch) -> Kinds:
-        """None of the first pass, in which a word would see those behind it."""
+        """No row of the first pass, in which a word would see those behind it."""
         return Kinds.rows_of(batch.layout, batch.images.device)
 
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder) -> dict[str, Tensor]:
+        """-> `loss`, the mean over hidden words, the same as `loss/caption`, and `accuracy/caption`."""
         captions = derived(batch, _captions)
         host = captions.on_host
         needed = Kinds.rows_of(host.layout, host.images.device)._replace(pair_texts=host.pair_masked)

@@ -1,5 +1,5 @@
-"""Image-text matching with hard negatives (ALBEF, arXiv 2107.07651, 3.2; over all ranks as VLMo, arXiv 2111.02358): do
-a picture and a text belong together? The wrong partners are those that the contrast finds the most alike."""
+"""Image-text matching with hard negatives (ALBEF, arXiv 2107.07651, 3.2; over all ranks as in VLMo, arXiv 2111.02358):
+do a picture and a text belong together? Wrong partners are drawn among those that the contrast finds similar."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ NEGATIVES = ("global", "local", "random")
 
 @dataclass(frozen=True)
 class Matching(Objective):
-    """Each dual pair fused, its picture with a wrong text, and its text with a wrong picture: true or not. `negatives`:
-    global, drawn among all data ranks' pairs in proportion to the contrast's softmax (VLMo); local, among this rank's
-    (ALBEF), which gives other numbers on other numbers of ranks; random, all ranks' pairs with equal chances, for which
-    no contrast is needed (ViLT). `alignment`: the weight of how far words and patches lie apart in true pairs, less so
-    in wrong ones (UNITER and ViLT, with 0.1; see alignment.py). `random_steps`: in so many first steps all have equal
-    chances. From fresh weights matching hardly begins with hard ones (benchmarks.claims); ALBEF and VLMo begin
-    with pretrained weights."""
+    """Fuses each dual pair, its picture with a wrong text, and its text with a wrong picture, and predicts which of
+    these pairs are true. `negatives`: "global" draws the wrong partners among all data ranks' pairs in proportion to
+    the contrast's softmax (VLMo); "local" among this rank's (ALBEF), so that the numbers depend on how many ranks there
+    are; "random" among all ranks' pairs with equal chances, which needs no contrast (ViLT). `alignment`: the weight of
+    the transport distance between words and patches in true pairs minus that in wrong ones (0.1 in UNITER and ViLT; see
+    alignment.py). `random_steps`: in this many first steps all partners have equal chances. From fresh weights matching
+    hardly begins with hard negatives (benchmarks.claims); ALBEF and VLMo begin with pretrained weights."""
 
     negatives: str = "global"
     alignment: float = 0.0
@@ -92,16 +92,17 @@ class Matching(Objective):
 
 
 def fused(layout: Layout) -> Layout:
-    """One pass for all three: ALBEF and VLMo make two or three, which compute the same."""
+    """The layout of one pass over all three kinds of pairs. ALBEF and VLMo make two or three passes, which compute the
+    same."""
     return Layout(pairs=3 * layout.dual, patches=layout.patches, pair_len=layout.text_len)
 
 
 class MatchingHead(nn.Module):
-    """A linear head with two answers on the class row of a fused pair. `contrast` holds the contrast's head, in a
-    tuple, so that it is no part of this one."""
+    """A linear head with two classes, wrong and true, on the class row of a fused pair. `contrast` holds the
+    contrastive head, in a tuple, so that it is not a submodule."""
 
     contrast: tuple[Any, ...] = ()
-    steps: Tensor  # that were done; only where there are random ones
+    steps: Tensor  # int64 []: steps so far; exists only if random_steps > 0
 
     def __init__(
         self,
@@ -120,14 +121,14 @@ class MatchingHead(nn.Module):
         self.negatives, self.gather, self.visit = negatives, layers.gather, layers.visit
 
     def needed_rows(self, batch: Batch) -> Kinds:
-        """Those of the contrast; of random partners none."""
+        """The rows that the contrast reads; none if partners are random."""
         if self.negatives == "random":
             return Kinds.rows_of(batch.layout, batch.images.device)
         return self.contrast[0].needed_rows(batch)
 
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder) -> dict[str, Tensor]:
-        """-> loss and accuracy over three fused pairs of each dual pair. On a GPU it waits once for the device: how
-        long the wrong texts are is not known before."""
+        """-> loss and accuracy over the three fused pairs of each dual pair. On a GPU it waits once for the device,
+        since the lengths of the wrong texts are not known earlier."""
         layout, count = batch.layout, batch.layout.dual
         pictures, texts = slice(layout.images - count, layout.images), slice(0, count)
         images, tokens = batch.images[pictures], batch.text_tokens[texts]
@@ -151,10 +152,11 @@ class MatchingHead(nn.Module):
         return self._aligned(report, fused_rows, pairs, label) if self.alignment else report
 
     def _aligned(self, report: dict[str, Tensor], rows: Kinds, pairs: Batch, label: Tensor) -> dict[str, Tensor]:
-        """With the distances of true pairs, less those of wrong ones, over all pairs in the loss
-        [ChenRocks/UNITER pretrain.py]; `distance/true` and `distance/wrong` are the means."""
+        """Adds to the loss `alignment` times the mean over all pairs of the transport distance, positive for true and
+        negative for wrong pairs (ChenRocks/UNITER pretrain.py), and reports the means `distance/true` and
+        `distance/wrong`."""
         counts = words(pairs)
-        texts = rows.pair_texts.where(counts.unsqueeze(-1), 0)  # the others come out as anything
+        texts = rows.pair_texts.where(counts.unsqueeze(-1), 0)  # other rows may hold anything, also NaN
         apart = alignment.distance(texts, rows.pair_images[:, 1:], counts)
         loss = report["loss"] + self.alignment * (apart * (2 * label - 1)).mean()
         true, wrong = apart.detach().tensor_split([len(label) // 3])
@@ -162,8 +164,8 @@ class MatchingHead(nn.Module):
 
     @torch.no_grad()
     def draw(self, encoded: Kinds, batch: Batch) -> tuple[Tensor, Tensor]:
-        """For each picture of a dual pair a wrong text, and for each text a wrong picture: int64 [N] each, how far they
-        lie behind this rank's first pair in the order of all ranks' pairs. ValueError where there is none."""
+        """A wrong text for each picture of a dual pair, and a wrong picture for each text: int64 [N] each, their places
+        in the order of all ranks' pairs, counted from this rank's first pair. ValueError if there is none."""
         picture_draws, text_draws = _own(batch, Matching.name, (0, 1))
         if self.negatives == "random":
             everyone, first = self.gather(picture_draws)
@@ -188,39 +190,41 @@ class MatchingHead(nn.Module):
         return wrong_text - first, wrong_image - first
 
     def _again(self, batch: Batch, wrong_image: Tensor) -> Tensor:
-        """See Batch.again. What may be another rank's picture is not among them: how many are would depend on ranks."""
+        """See Batch.again. Pictures that may be another rank's are left out, since how many are own ones would depend
+        on the number of ranks."""
         layout = batch.layout
         own = torch.arange(layout.images - layout.dual, layout.images, device=batch.images.device)
         return torch.cat([own, own, *([own[wrong_image]] if self.negatives == "local" else [])])
 
     def _fetch(self, rows: Tensor, wanted: Tensor) -> Tensor:
-        """The rows [N, ...] at the places `wanted` [N] behind this rank's first one; one rank's are held at once."""
+        """All ranks' rows [N, ...] at the places `wanted` int64 [N], counted from this rank's first one. Never are more
+        than one rank's rows held."""
         if self.negatives == "local":
             return rows[wanted]
-        found = rows.clone()
+        fetched = rows.clone()
 
         def see(shown: Tensor, distance: int) -> None:
             place = wanted - distance
             inside = (place >= 0) & (place < len(shown))
             theirs = shown[place.clamp(0, len(shown) - 1)]
-            found.copy_(torch.where(inside.view(-1, *[1] * (rows.dim() - 1)), theirs, found))
+            fetched.copy_(torch.where(inside.view(-1, *[1] * (rows.dim() - 1)), theirs, fetched))
 
         self.visit(rows, see)
-        return found
+        return fetched
 
     def after_step(self) -> None:
-        """Counts the steps, where the first ones are others."""
+        """Counts the steps, if the first ones draw random partners."""
         if self.random_steps:
             self.steps += 1
 
 
 def words(pairs: Batch) -> Tensor:
-    """bool [pairs, pair_len]: what is a word, and neither padding nor BOS or EOS, which stand for a whole text."""
+    """bool [pairs, pair_len]: the rows of words, without padding, BOS and EOS."""
     return (pairs.pair_tokens != PAD) & (pairs.pair_tokens != BOS) & (pairs.pair_tokens != EOS)
 
 
 def _own(batch: Batch, name: str, which: Sequence[int]) -> list[Tensor]:
-    """The draws of the dual pairs' pictures (0) or texts (1): [N, n] each."""
+    """The draws called `name` of the dual pairs' pictures (0) or texts (1), as `which` lists them: [N, n] each."""
     layout, drawn = batch.layout, batch.draws[name]
     images, _, texts = drawn.split([layout.images, layout.pairs, layout.texts])
     both = images[layout.images - layout.dual :], texts[: layout.dual]
@@ -228,10 +232,10 @@ def _own(batch: Batch, name: str, which: Sequence[int]) -> list[Tensor]:
 
 
 def _pick(scores: Tensor, first: int, uniform: Tensor) -> Tensor:
-    """For each row of `scores` [n, N] one of the columns in proportion to exp(score), but never the row's own, which is
-    `first` columns further: where the running sum of the shares passes the row's number in [0, 1). In fp64, or rounding
-    would decide where other ranks give other last bits."""
+    """int64 [n]: for each row of `scores` [n, N] a column drawn in proportion to exp(score), but never the row's own
+    column, `first` + its number: the one at which the cumulative probability passes the row's number `uniform` in
+    [0, 1). In fp64: with another number of ranks the scores' last bits differ, which must not change the draw."""
     own = torch.arange(first, first + len(scores), device=scores.device)
     shares = scores.double().scatter(1, own.unsqueeze(1), -torch.inf).softmax(-1).cumsum(-1)
-    # `<=`: a column without a share is passed over, also by a number of 0.
+    # `<=`, so that a column of probability 0 is never chosen, even if `uniform` is 0.
     return (shares <= uniform.double().unsqueeze(1) * shares[:, -1:]).sum(-1).clamp(max=scores.shape[1] - 1)

@@ -1,5 +1,5 @@
-"""Contrast against a momentum teacher's vectors, those of the batch and of a queue of earlier ones: MoCo (arXiv
-1911.05722), BriVL (2103.06561), and with soft targets ALBEF (2107.07651, 3.2 and 3.3)."""
+"""Contrast against a momentum teacher's vectors, of this batch and of earlier ones in a queue: MoCo (arXiv 1911.05722),
+BriVL (2103.06561), and with soft targets ALBEF (2107.07651, 3.2 and 3.3)."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from pretrain.settings import near
 
 @dataclass(frozen=True)
 class MomentumContrast(Objective):
-    """Each picture against the teacher's texts of all data ranks and of the queue, and each text against its pictures.
-    The answer is the own partner, and to a share of `alpha` what the teacher itself finds alike; `alpha` rises linearly
-    over the first `ramp_steps` steps. alpha=0 is MoCo's and BriVL's contrast. It stands in the place of the objective
-    contrastive, for matching and retrieval too."""
+    """Contrasts each picture with the teacher's vectors of all data ranks' texts and of the queue's, and each text with
+    those of pictures. The target is the true partner with the share 1 - `alpha`, and the teacher's own softmax with the
+    share `alpha`, which rises linearly over the first `ramp_steps` steps. alpha=0 is MoCo's and BriVL's contrast. It
+    replaces the objective contrastive and has its name, also for matching and retrieval."""
 
     embed_dim: int | None = None
-    temperature: float = 0.07  # at the start; learned
-    momentum: float = 0.995  # of the teacher's weights that stay in each step
-    queue: int = 65_536  # vectors of each kind
+    temperature: float = 0.07  # the initial one; it is learned
+    momentum: float = 0.995  # in each step the teacher's weights are momentum * theirs + (1 - momentum) * the student's
+    queue: int = 65_536  # vectors of pictures, and as many of texts
     alpha: float = 0.4
     ramp_steps: int = 0
     projection_bias: bool = False  # as Contrastive's
@@ -87,8 +87,8 @@ def _paired(layout: Layout) -> Layout:
 
 
 class MomentumHead(ContrastiveHead):
-    """The contrast's head with a teacher and a queue. `student` holds the encoder, in a tuple, so that it is no part of
-    this one."""
+    """The contrastive head with a teacher and a queue. `student` holds the encoder, in a tuple, so that it is not a
+    submodule."""
 
     student: tuple[Any, ...] = ()
 
@@ -100,14 +100,14 @@ class MomentumHead(ContrastiveHead):
             heads = ContrastiveHead(widths, cfg.embed_dim, cfg.temperature, projection_bias=cfg.projection_bias)
             parts = {"encoder": model.build(experts, layers), "vision": heads.vision, "language": heads.language}
             self.teacher = Teacher(layers.gathered, **parts)
-            # As ALBEF begins: random directions. A generator of its own: every rank begins with the same ones.
+            # Random directions at first, as in ALBEF. A generator of its own: every rank begins with the same ones.
             made = torch.Generator().manual_seed(0)
             start = [torch.randn(cfg.queue, self.width, generator=made, device="cpu") for _ in range(2)]
             self.queue = Queue(*(F.normalize(each, dim=-1) for each in start))
         self._pending: tuple[Tensor, Tensor] | None = None
 
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder | None = None) -> dict[str, Tensor]:
-        """-> loss, in-batch accuracy as of the contrast, and the share of the teacher's targets."""
+        """-> loss, in-batch accuracy and logit scale as ContrastiveHead's, and the current `alpha`."""
         images, texts = self.embed(encoded, batch.layout)
         taught_images, taught_texts = self._teach(batch, images.dtype)
         scale = self._scale()
@@ -131,7 +131,7 @@ class MomentumHead(ContrastiveHead):
 
     @torch.no_grad()
     def _teach(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The teacher's unit vectors of the dual pairs, nothing of them hidden: fp32 [N, E] each."""
+        """The teacher's unit vectors of the dual pairs, with no patch or word hidden: fp32 [N, E] each."""
         layout, count = batch.layout, batch.layout.dual
         images, texts = batch.images[layout.images - count : layout.images], batch.text_tokens[:count]
         parts: Any = self.teacher.parts
@@ -144,6 +144,7 @@ class MomentumHead(ContrastiveHead):
         return taught_images, taught_texts
 
     def follow(self, share: float) -> None:
+        """See Teacher.follow."""
         students = {"encoder": self.student[0], "vision": self.vision, "language": self.language}
         self.teacher.follow(students, share)
 
@@ -156,7 +157,7 @@ class MomentumHead(ContrastiveHead):
 
 
 class Queue(KeepsTypes):
-    """The teacher's vectors of earlier steps, fp32 [Q, E] of each kind, the same on every rank."""
+    """The teacher's vectors of earlier steps, fp32 [Q, E] of pictures and of texts, the same on every rank."""
 
     images: Tensor
     texts: Tensor
@@ -169,14 +170,15 @@ class Queue(KeepsTypes):
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def alpha(self, cfg: MomentumContrast) -> Tensor:
-        """The share of the teacher's targets in this step."""
+        """fp32 []: the share of the teacher's softmax in this step's targets."""
         risen = self.steps.float() / max(cfg.ramp_steps, 1)
         return cfg.alpha * (risen.clamp(max=1) if cfg.ramp_steps else torch.ones_like(risen))
 
     @torch.no_grad()
     def take(self, images: Tensor, texts: Tensor) -> None:
-        """All ranks' vectors of a step [N, E], N a divisor of Q. What is not finite, of a step that is skipped, is left
-        out: it would stay in every loss until it is overwritten."""
+        """Puts all ranks' vectors of a step, [N, E] each with N a divisor of Q, in the place of the oldest. Vectors
+        that are not finite, from a step that will be skipped, are left out: they would spoil every loss until they
+        are overwritten."""
         if len(self.images):
             places = (self.steps * len(images) + torch.arange(len(images), device=images.device)) % len(self.images)
             for queue, new in ((self.images, images), (self.texts, texts)):

@@ -1,5 +1,5 @@
-"""SigLIP's loss (arXiv 2303.15343, section 3.2): each image with each text is a question of its own, answered yes or
-no, so that no sum over the whole batch is needed and its texts can be seen a chunk at a time."""
+"""SigLIP's loss (arXiv 2303.15343, section 3.2): whether an image and a text are a pair is a binary classification of
+its own, so that no sum over the whole batch is needed and texts can be processed a chunk at a time."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ class Answered(NamedTuple):
     """What `pairwise_sigmoid` returns."""
 
     loss: Tensor  # []: the mean over own images of the sum over all ranks' texts
-    best: Tensor  # int64 [N]: of each image, how far its nearest text lies behind this rank's first one
+    best: Tensor  # int64 [N]: for each image the place of the most similar text, counted from this rank's first one
 
 
 def pairwise_sigmoid(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, visit: Visit) -> Answered:
-    """Unit vectors fp32 [N, E] of this rank's pairs, `scale` and `bias` fp32 [1]; `visit` as Layers.visit. Over data
-    ranks the losses' mean is the loss of the whole batch, and the texts' gradients have come back to their ranks. No
-    more than one rank's texts and CHUNK logits are held at once."""
+    """The loss of this rank's pairs, unit vectors fp32 [N, E]; `scale` and `bias` fp32 [1]; `visit` as Layers.visit.
+    The mean of the ranks' losses is the loss of the whole batch, and each rank gets the gradients of its own texts from
+    all ranks. The texts of one rank and CHUNK logits are held at once, no more."""
     return Answered(*_PairwiseSigmoid.apply(images, texts, scale, bias, visit, torch.is_grad_enabled()))
 
 
 class _PairwiseSigmoid(torch.autograd.Function):
-    """The gradients are made beside the loss: otherwise the backward pass would need every rank's texts again."""
+    """Computes the gradients along with the loss: otherwise the backward pass would need every rank's texts again."""
 
     @staticmethod
     def forward(

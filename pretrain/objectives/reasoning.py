@@ -1,6 +1,6 @@
 """Is a sentence true of two pictures? As BEiT-3 is fine-tuned for NLVR2 (arXiv 2208.10442, 3.1.2; unilm
-beit3/modeling_finetune.py, BEiT3ForVisualReasoning): the sentence is fused with each of them, and a head judges the
-four first rows."""
+beit3/modeling_finetune.py, BEiT3ForVisualReasoning): the sentence is fused with each picture, and a head reads the
+first rows of both pictures and both copies of the sentence."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from pretrain.objectives.classification import answered, first_rows, two_layers
 
 @dataclass(frozen=True)
 class Reasoning(Objective):
-    """Pictures and sentences of the mix's `pairs`, from TwoPictureShards; the second picture is a pass of its own.
-    `scale` of the head's first weights: unilm's 0.001 wants its long warm-up. In a few hundred steps of a small model
-    nothing is learned from there (benchmarks/README.md), as the norm behind these weights hides what is so small."""
+    """For pictures and sentences of the mix's `pairs`, from TwoPictureShards; the second picture needs a further pass.
+    `scale` multiplies the head's initial weights. unilm's 0.001 needs its long warm-up: in a few hundred steps a small
+    model learns nothing with it (benchmarks/README.md), because the norm behind weights so small hides their changes.
+    """
 
     scale: float = 0.001
     name = "reasoning"
@@ -51,10 +52,13 @@ class Reasoning(Objective):
 
 
 def second_layout(layout: Layout) -> Layout:
+    """The layout of the pass over the pairs with their second pictures."""
     return Layout(pairs=layout.pairs, patches=layout.patches, pair_len=layout.pair_len)
 
 
 class ReasoningHead(nn.Module):
+    """A norm and two layers on the four first rows."""
+
     def __init__(self, images: int, texts: int, scale: float):
         super().__init__()
         width = 2 * (images + texts)

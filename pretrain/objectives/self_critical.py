@@ -1,8 +1,8 @@
 """CIDEr optimisation: self-critical training of captions (Rennie et al., arXiv 1612.00563). Texts are drawn from the
-model, and each becomes more likely by as much as its CIDEr-D is above that of a baseline.
+model, and the log-probability of each is raised in proportion to how far its CIDEr-D is above a baseline's.
 
-BEiT-3 was fine-tuned without it (arXiv 2208.10442, 3.1.3), so no setting of it is published for this model. Texts are
-written as MaskedCaptioning's are, a <mask> where each next word will stand; Oscar and VinVL do the same
+BEiT-3 was fine-tuned without it (arXiv 2208.10442, 3.1.3), so that no settings are published for this model. Texts are
+written as MaskedCaptioning's are, with a <mask> where the next word will stand; Oscar and VinVL do the same
 (microsoft/Oscar, oscar/modeling/modeling_bert.py).
 """
 
@@ -28,13 +28,14 @@ BASELINES = ("greedy", "mean")
 
 @dataclass(frozen=True)
 class SelfCritical(Objective):
-    """On the mix's `pairs`, from RewardShards. Its head is that of masked words, with which a stage of MaskedCaptioning
-    ends. `samples` texts are drawn for each picture; the baseline of each is the most likely text (`greedy`, Rennie's)
-    or the mean of the picture's others (`mean`; Luo, arXiv 2003.09971). The encoder runs without drop path."""
+    """For the mix's `pairs`, from RewardShards. Its head is MaskedData's head of words, which a stage of
+    MaskedCaptioning trains. `samples` texts are drawn for each picture. The baseline of each is the score of the
+    most likely text ("greedy", Rennie's) or the mean score of the picture's other texts ("mean"; Luo, arXiv
+    2003.09971). The encoder runs without drop path."""
 
     samples: int = 1
     baseline: str = "greedy"
-    max_words: int = 20  # ids, with the end
+    max_words: int = 20  # ids, counting EOS but not BOS
     name = "masked"
     first_pass = False
 
@@ -76,7 +77,7 @@ class SelfCritical(Objective):
         return problems
 
     def passes(self, layout: Layout) -> list[Pass]:
-        """About: two rows for each word, its own and that of the <mask> before it, and no text is shorter."""
+        """An upper bound: two rows for each word, its own and that of its <mask>, and texts of full length."""
         length, drawn = 2 * self.max_words, layout.pairs * self.samples
         written = drawn + layout.pairs * (self.baseline == "greedy")
         plain = Layout(pairs=written, patches=layout.patches, pair_len=length, causal=True)
@@ -88,23 +89,24 @@ class SelfCritical(Objective):
 
 
 class SelfCriticalHead(nn.Module):
-    """A linear head over the vocabulary. `encoder`, `tokenizer` and `known` come from SelfCritical."""
+    """A linear head over the vocabulary. `encoder`, `tokenizer` and `known` are set by SelfCritical's `join` and
+    `prepare`."""
 
-    encoder: tuple[Any]  # no part of it
+    encoder: tuple[Any]  # in a tuple, so that it is not a submodule
     tokenizer: Any
-    known: Frequencies
+    known: Frequencies  # CIDEr's document frequencies
 
     def __init__(self, how: SelfCritical, text: Any):
         super().__init__()
         self.how, self.text = how, text
 
     def needed_rows(self, batch: Batch) -> Kinds:
-        """None of the first pass."""
+        """No row of the first pass."""
         return Kinds.rows_of(batch.layout, batch.images.device)
 
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder | None = None) -> dict[str, Tensor]:
-        """-> `loss`, the mean over the drawn texts of -(CIDEr-D - baseline) * log-probability, and in percent what the
-        drawn texts and the baseline score."""
+        """-> `loss`, the mean over the drawn texts of -(CIDEr-D - baseline) * log-probability, and the scores of the
+        drawn texts and of the baseline, in percent."""
         layout, samples = batch.layout, self.how.samples
         images = batch.images[layout.images :]
         longest = min(self.how.max_words, layout.pair_len - 1)
@@ -123,7 +125,7 @@ class SelfCriticalHead(nn.Module):
         return {"loss": loss, "CIDEr/drawn": 100 * rewards.mean(), "CIDEr/baseline": 100 * baseline.mean()}
 
     def _reader(self, batch: Batch, width: int, longest: int) -> NextWord:
-        """Of `width` texts behind each picture."""
+        """Reads `width` texts of at most `longest` words behind each picture."""
         images = batch.images[batch.layout.images :]
         reader = text_reader(self.encoder[0], images, batch.layout.patches, longest + 1)
         places = torch.arange(len(images), device=images.device).repeat_interleave(width)
@@ -132,16 +134,17 @@ class SelfCriticalHead(nn.Module):
         return NextWord(reader, self.text.logits, mask_id, mask_id)
 
     def _write(self, batch: Batch, how: Writing, drawn: Tensor | None) -> Tensor:
-        """int64 [pairs * width, length], those of a picture together; `drawn` [pairs * width, max_words]."""
+        """Texts int64 [pairs * width, length], those of a picture together: the most likely one of each picture
+        (`drawn` None, width 1), or `samples` of each by the uniform numbers `drawn` [pairs * width, max_words]."""
         width = 1 if drawn is None else self.how.samples
         next_word = self._reader(batch, width, how.max_words)
         return write(next_word, batch.layout.pairs * width, how, drawn, batch.images.device)
 
     def log_probabilities(self, batch: Batch, ids: Tensor) -> Tensor:
-        """Of whole texts [pairs * samples], among all that can be written; with gradient."""
+        """The log-probability of each whole text in `ids`, fp32 [pairs * samples], with gradient."""
         next_word, total = self._reader(batch, self.how.samples, ids.shape[1] - 1), []
         for place in range(ids.shape[1] - 1):
-            # Renormalised, as words are drawn: what is never written has no share.
+            # Normalised over the ids that may be written, as when words are drawn.
             scores = next_word(ids[:, place : place + 1]).log_softmax(-1)
             word = ids[:, place + 1]
             own = scores.gather(1, word.where(word != PAD, EOS)[:, None]).squeeze(1)
@@ -149,7 +152,8 @@ class SelfCriticalHead(nn.Module):
         return torch.stack(total).sum(0)
 
     def _rewards(self, ids: Tensor, batch: Batch, width: int) -> Tensor:
-        """float32 [pairs, width]: CIDEr-D with the end as a word, about 1 for a caption like those of people."""
+        """float32 [pairs, width]: each text's CIDEr-D, in which its end counts as a word; about 1 for a caption as
+        people write them."""
         texts = [self.tokenizer.decode(row) for row in ids.tolist()]
         references = [given for given in batch.extra[REFERENCES] for _ in range(width)]
         ended = (ids == EOS).any(1).tolist()

@@ -1,6 +1,6 @@
-"""A picture's parts learn what a momentum teacher sees in the whole, and hidden patches what the teacher sees there:
-SILC's local-to-global loss (arXiv 2310.13355) and SigLIP 2's masked prediction (arXiv 2502.14786, 2.3), by DINO's head
-and its centred targets (arXiv 2104.14294).
+"""Self-distillation of pictures: crops learn to predict a momentum teacher's output for the whole picture, and hidden
+patches its output there. These are SILC's local-to-global loss (arXiv 2310.13355) and SigLIP 2's masked prediction
+(arXiv 2502.14786, 2.3), with DINO's head and centred targets (arXiv 2104.14294).
 
 Shapes: N pictures of a micro-batch, V local views of each, P patches, m of them hidden, D width, K prototypes.
 """
@@ -25,24 +25,26 @@ from pretrain.layers import PLAIN, Head, Layers
 from pretrain.objectives.teacher import KeepsTypes, Teacher
 
 ASPECT = (3 / 4, 4 / 3)  # of a local view, as RandomResizedCrop's
-DRAWS_PER_VIEW = 4  # its share of the picture, its aspect, and where it lies
+DRAWS_PER_VIEW = 4  # for its area, its aspect ratio, and its place in both directions
 
 
 @dataclass(frozen=True)
 class SelfDistillation(Objective):
-    """Of the pictures that stand alone (images, and those of dual pairs). The teacher sees them whole; the student
-    `views` local views of each, crops of `area` of the picture at its full size, and the picture with the share
-    `masked_ratio` of its patches hidden. SigLIP 2: 8 views, half of the patches, weights of 1 and `masked_weight`, in
-    the last fifth of training, which is a stage of its own here. SILC: views of 5 to 40 % of the picture, a momentum
-    that does not rise. DINO: the head's sizes and the temperatures.
+    """For pictures that stand alone: images, and those of dual pairs. The teacher sees them whole. The student sees
+    `views` local views of each, which are crops of `area` of the picture resized to its full size, and the picture with
+    the share `masked_ratio` of its patches hidden.
+
+    From SigLIP 2: 8 views, half of the patches, weights of 1 and `masked_weight`; there in the last fifth of training,
+    which is a stage of its own here. From SILC: views of 5 to 40 % of the picture, a momentum that does not rise. From
+    DINO: the head's sizes and the temperatures.
 
     The student's pass has V + 1 times the pictures' rows, and (V + m) N rows of K logits are held."""
 
     views: int = 8
     area: tuple[float, float] = (0.05, 0.4)
     masked_ratio: float = 0.5
-    masked_weight: float = 0.25  # 0: local views alone, for towers that give one row for each picture
-    momentum: float = 0.996  # of the teacher's weights that stay in each step: where DINO's begins
+    masked_weight: float = 0.25  # 0: local views alone, for towers that return one row for each picture
+    momentum: float = 0.996  # of the teacher's weights, as MomentumContrast's: the value with which DINO begins
     prototypes: int = 65_536
     hidden_dim: int = 2048
     bottleneck_dim: int = 256
@@ -75,7 +77,7 @@ class SelfDistillation(Objective):
         return DRAWS_PER_VIEW * self.views + 1  # the last one chooses the hidden patches
 
     def hidden(self, patches: int) -> int:
-        """How many of a picture's patches."""
+        """How many of a picture's patches are hidden."""
         return min(max(round(self.masked_ratio * patches), 1), patches) if self.masked_weight else 0
 
     def build(
@@ -104,7 +106,7 @@ class SelfDistillation(Objective):
         return problems
 
     def seen(self, layout: Layout) -> Layout:
-        """Of the student's pass: the local views, view by view, and behind them the pictures with hidden patches."""
+        """The layout of the student's pass: the local views, view by view, then the pictures with hidden patches."""
         return Layout(images=layout.images * (self.views + bool(self.masked_weight)), patches=layout.patches)
 
     def passes(self, layout: Layout) -> list[Pass]:
@@ -121,8 +123,8 @@ def _whole(layout: Layout) -> Layout:
 
 
 class Prototypes(nn.Linear):
-    """Cosines with K learned directions, by a layer that reads its own weight: what another one reads of it ZeRO-3 does
-    not put together."""
+    """Cosines with K learned directions. The layer reads its own weight, because ZeRO-3 gathers a weight only when the
+    layer that owns it is called."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
@@ -132,15 +134,15 @@ class Prototypes(nn.Linear):
 
 
 def _projector(width: int, cfg: SelfDistillation) -> nn.Sequential:
-    """DINO's head, its last layer of weights of length 1."""
+    """DINO's head; the weights of its last layer are normalised to length 1."""
     first, second = Head(width, cfg.hidden_dim), Head(cfg.hidden_dim, cfg.hidden_dim)
     last = Head(cfg.hidden_dim, cfg.bottleneck_dim)
     return nn.Sequential(first, nn.GELU(), second, nn.GELU(), last, Prototypes(cfg.bottleneck_dim, cfg.prototypes))
 
 
 class Centers(KeepsTypes):
-    """The running means of the teacher's logits, fp32 [2, K]: of pictures and of patches. They are taken off its
-    logits, or it would call all pictures alike. The same on every rank."""
+    """The running means of the teacher's logits, fp32 [2, K]: of pictures and of patches. They are subtracted from its
+    logits; otherwise its output would collapse to one for all pictures. They are the same on every rank."""
 
     mean: Tensor
 
@@ -150,21 +152,22 @@ class Centers(KeepsTypes):
 
     @torch.no_grad()
     def follow(self, means: Tensor, share: float) -> None:
-        """Moves by `share` of the way to a step's `means`; one that is not finite, of a step that is skipped, is left
-        out."""
+        """Moves by `share` of the way to a step's `means`. Means that are not finite, from a step that will be skipped,
+        are left out."""
         if means.isfinite().all():
             self.mean.lerp_(means, share)
 
 
 class Views(NamedTuple):
-    """What a micro-batch's draws say, on the host."""
+    """The crops and the hidden patches of a micro-batch, on the host."""
 
-    boxes: Tensor  # fp32 [V * N, 4], view by view: width and height as shares of the picture, left and upper edge
-    hidden: Tensor  # int64 [N, m], rising: patches
+    boxes: Tensor  # fp32 [V * N, 4], view by view: width, height, left and upper edge, as shares of the picture
+    hidden: Tensor  # int64 [N, m], rising: numbers of patches
 
 
 class SelfDistillationHead(nn.Module):
-    """`student` holds the encoder, in a tuple, so that it is no part of this one."""
+    """The student's projector, the teacher and the centers. `student` holds the encoder, in a tuple, so that it is not
+    a submodule."""
 
     student: tuple[Any, ...] = ()
 
@@ -179,11 +182,12 @@ class SelfDistillationHead(nn.Module):
         self._pending: list[Tensor] = []
 
     def needed_rows(self, batch: Batch) -> Kinds:
+        """No row of the first pass."""
         return Kinds.rows_of(batch.layout, batch.images.device)
 
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder) -> dict[str, Tensor]:
-        """-> loss, its two parts, and the entropy of the teacher's targets for whole pictures: near 0 or log K it has
-        collapsed."""
+        """-> loss, its two parts, and the mean entropy of the teacher's targets for whole pictures: if that is near 0
+        or log K, the teacher has collapsed."""
         cfg, count, device = self.cfg, batch.layout.images, batch.images.device
         views = draw_views(cfg, batch.on_host.draws[cfg.name][:count], batch.layout.patches)
         pictures = batch.images[:count]
@@ -193,7 +197,7 @@ class SelfDistillationHead(nn.Module):
         targets, entropy = self._targets(batch, pictures, hidden)
         local, masked = said.split([cfg.views * count, hidden.numel()])
         whole, patches = targets.split([count, hidden.numel()])
-        # Views lie view by view, so that the pictures' targets repeat.
+        # The rows are in the order of views, so that the pictures' targets repeat for each view.
         losses = [_cross_entropy(local.unflatten(0, (cfg.views, count)), whole)]
         losses += [_cross_entropy(masked, patches)] if cfg.masked_weight else []
         report = {"self_distillation/local": losses[0].detach(), "self_distillation/entropy": entropy}
@@ -257,10 +261,11 @@ class SelfDistillationHead(nn.Module):
         return torch.cat(soft), torch.special.entr(soft[0]).sum(-1).mean()
 
     def follow(self, share: float) -> None:
+        """See Teacher.follow."""
         self.teacher.follow({"encoder": self.student[0], "project": self.project}, share)
 
     def after_step(self) -> None:
-        """The teacher follows, and the centers what its micro-steps said."""
+        """The teacher follows the student, and the centers follow the teacher's logits of the step's micro-batches."""
         self.follow(1 - self.cfg.momentum)
         if self._pending:
             self.centers.follow(torch.stack(self._pending).mean(0), 1 - self.cfg.center_momentum)
@@ -268,17 +273,17 @@ class SelfDistillationHead(nn.Module):
 
 
 def _cross_entropy(said: Tensor, wanted: Tensor) -> Tensor:
-    """Log-probabilities and probabilities [..., K]: the mean over all rows."""
+    """The mean cross-entropy over all rows of log-probabilities `said` and probabilities `wanted`, [..., K] each."""
     return -(wanted * said).sum(-1).mean()
 
 
 def _patches(rows: Tensor, hidden: Tensor) -> Tensor:
-    """[N, 1 + P, D], int64 [N, m] -> the rows of these patches, [N * m, D]."""
+    """The rows of the hidden patches: [N, 1 + P, D], int64 [N, m] -> [N * m, D]."""
     return rows.take_along_dim(1 + hidden.unsqueeze(-1), 1).flatten(0, 1) if hidden.numel() else rows[:0, 0]
 
 
 def draw_views(cfg: SelfDistillation, drawn: Tensor, patches: int) -> Views:
-    """`drawn`: uniform numbers [N, cfg.draws], on the host."""
+    """The Views of a micro-batch from its uniform numbers `drawn` [N, cfg.draws], on the host."""
     each = drawn[:, :-1].unflatten(1, (cfg.views, DRAWS_PER_VIEW)).transpose(0, 1).flatten(0, 1).double()
     area = cfg.area[0] + each[:, 0] * (cfg.area[1] - cfg.area[0])
     low, high = (math.log(side) for side in ASPECT)
@@ -286,7 +291,7 @@ def draw_views(cfg: SelfDistillation, drawn: Tensor, patches: int) -> Views:
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
     boxes = torch.stack([width, height, each[:, 2] * (1 - width), each[:, 3] * (1 - height)], 1).float()
     count = cfg.hidden(patches)
-    # A generator for each picture: its patches are the same on every number of ranks.
+    # A generator for each picture, so that its patches do not depend on the number of ranks.
     chosen = [torch.randperm(patches, generator=_seeded(own))[:count].sort().values for own in drawn[:, -1].tolist()]
     return Views(boxes, torch.stack(chosen) if chosen else torch.zeros(0, count, dtype=torch.long))
 
@@ -296,10 +301,10 @@ def _seeded(uniform: float) -> torch.Generator:
 
 
 def crop(pictures: Tensor, boxes: Tensor) -> Tensor:
-    """float [n, 3, S, S], boxes as Views has them [n, 4] -> each box at the pictures' size, bilinear."""
+    """Pictures float [n, 3, S, S] and `boxes` [n, 4] as in Views -> each picture's box, resized bilinearly to S."""
     width, height, left, top = boxes.unbind(1)
     zero = torch.zeros_like(width)
-    # In affine_grid's numbers a picture goes from -1 to 1.
+    # In affine_grid's coordinates a picture extends from -1 to 1.
     theta = torch.stack([width, zero, 2 * left + width - 1, zero, height, 2 * top + height - 1], 1).unflatten(1, (2, 3))
     grid = F.affine_grid(theta, list(pictures.shape), align_corners=False)
     sample = partial(F.grid_sample, mode="bilinear", padding_mode="border", align_corners=False)

@@ -1,5 +1,5 @@
-"""A momentum teacher: a second encoder without gradient whose weights follow those of the one that is trained (MoCo,
-arXiv 1911.05722, 3.2)."""
+"""A momentum teacher: a second encoder without gradient whose weights follow those of the trained one (MoCo, arXiv
+1911.05722, 3.2)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-TOGETHER = 32  # parameters that ZeRO-3 puts together at once
+TOGETHER = 32  # parameters that ZeRO-3 gathers at once
 
 
 class KeepsTypes(nn.Module):
-    """Its buffers, and those of its parts, stay in their types when DeepSpeed casts the model to bf16: what moves by a
-    two-hundredth of a difference would stand still there."""
+    """Its buffers, and those of its submodules, keep their types when DeepSpeed casts the model to bf16: a buffer that
+    moves by a two-hundredth of a difference would stand still in bf16."""
 
     def _apply(self, fn, recurse: bool = True):
         before = {id(module): dict(module._buffers) for module in self.modules()}
@@ -30,10 +30,11 @@ class KeepsTypes(nn.Module):
 
 
 class Teacher(KeepsTypes):
-    """`parts` by name, as they were built: their parameters become buffers, whole on every rank, so that no optimizer,
-    no ZeRO stage and no freezing knows them, and a checkpoint has them.
+    """Modules `parts` by name, freshly built. Their parameters become buffers, whole on every rank, so that neither the
+    optimizer nor ZeRO nor freezing touches them, but a checkpoint holds them.
 
-    Every rank has the same students after a step, so every rank moves its copy in the same way."""
+    Every rank has the same students after a step, so every rank moves its copy in the same way. `gathered`: as
+    Layers.gathered."""
 
     def __init__(self, gathered: Callable[[Sequence[Any]], AbstractContextManager[Any]], **parts: nn.Module):
         super().__init__()
@@ -47,8 +48,8 @@ class Teacher(KeepsTypes):
 
     @torch.no_grad()
     def follow(self, students: Mapping[str, nn.Module], share: float) -> None:
-        """Moves every weight by `share` of the way to its student's; `students` have the names of `parts`. Under
-        ZeRO-3, whose ranks hold a part of each student, a collective of every rank."""
+        """Moves every weight by `share` of the way to its student's; `students` have the names of `parts`. Every rank
+        must call it: under ZeRO-3, whose ranks hold a part of each student, it is a collective."""
         own = dict(self.parts.named_buffers())
         theirs = ((f"{name}.{key}", p) for name, student in students.items() for key, p in student.named_parameters())
         pairs = iter([(own[name], value) for name, value in theirs])

@@ -1,5 +1,5 @@
-"""Several objectives in one stage: what each one's loss weighs, what share of the gradient each has, and a warning when
-one of them starves."""
+"""Several objectives in one stage: the weights of their losses, the share of the gradient that each has, and a warning
+when one of them starves."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from pretrain.batch import Kinds
 log = logging.getLogger("pretrain")
 
 GRADIENT, SHARE = "gradient/", "share/"
-# An objective starves when it has less than this share of the gradients in so many lines of metrics.jsonl in a row.
+# An objective starves if it has less than the share STARVING of the gradient in PATIENCE lines of metrics.jsonl in a
+# row.
 STARVING, PATIENCE = 0.02, 20
 
 
 @dataclass(frozen=True)
 class Ramp:
-    """A weight that goes in a line from `start` to `end` over the first `steps` steps."""
+    """A weight that goes linearly from `start` to `end` over the first `steps` steps."""
 
     start: float
     end: float
@@ -38,6 +39,7 @@ Weights = Mapping[str, float | Ramp]
 
 
 def weight_problems(weights: Weights, names: Sequence[str]) -> list[str]:
+    """What is wrong with `weights` for a stage whose objectives are called `names`; as Objective.problems."""
     problems = [
         f"task.weights.{name} is of no objective of this stage; it has {', '.join(names)}"
         for name in weights
@@ -50,8 +52,9 @@ def weight_problems(weights: Weights, names: Sequence[str]) -> list[str]:
 
 
 class LossWeights(nn.Module):
-    """From losses to the loss of a step: their weighted sum. `learned`: each is a task whose uncertainty is learned
-    (Kendall et al., arXiv 1705.07115, equation 10): exp(-s) loss + s / 2, where s is the log of its variance."""
+    """The loss of a step is the weighted sum of the objectives' losses. `learned`: each weight follows from a learned
+    uncertainty (Kendall et al., arXiv 1705.07115, equation 10): exp(-s) loss + s / 2, where s is the log of its
+    variance."""
 
     steps: Tensor
 
@@ -62,11 +65,11 @@ class LossWeights(nn.Module):
         own = {name: nn.Parameter(torch.zeros(1)) for name in names} if learned else {}
         self.log_variances = nn.ParameterDict(own)
         self.ramps = any(isinstance(value, Ramp) for value in self.weights.values())
-        if self.ramps:  # a part of checkpoints only where it is needed
+        if self.ramps:  # else checkpoints stay as they were before there were ramps
             self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def forward(self, losses: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Named scalars -> what each adds to the loss, and `weight/NAME` of those that change."""
+        """Losses by name -> the term that each adds to the step's loss, and `weight/NAME` of weights that change."""
         parts, report = {}, {}
         for name, loss in losses.items():
             weight: Any = self.weights[name]
@@ -86,8 +89,8 @@ class LossWeights(nn.Module):
 
 
 def watched(rows: Kinds, square: Tensor) -> Kinds:
-    """The same rows for one objective alone: its backward pass adds to `square` [] the squares of its gradient at them.
-    Nothing is computed twice, and no step waits for the device."""
+    """The same rows, for one objective alone: its backward pass adds the squared norm of its gradient at these rows to
+    `square` []. Nothing is computed twice, and no step waits for the device."""
     return Kinds(*(_alias(kind, square) for kind in rows))
 
 
@@ -104,8 +107,8 @@ def _alias(rows: Tensor, square: Tensor) -> Tensor:
 
 
 def with_shares(line: dict[str, Any]) -> dict[str, Any]:
-    """Of a line of metrics, with `share/NAME` in the place of `gradient/NAME`: each objective's norm of the gradient at
-    the encoder's outputs, as a share of the sum of all."""
+    """A line of metrics with `gradient/NAME` replaced by `share/NAME`: the norm of each objective's gradient at the
+    encoder's outputs, as a share of the sum of all norms."""
     norms = {key.removeprefix(GRADIENT): math.sqrt(line[key]) for key in line if key.startswith(GRADIENT)}
     whole = sum(norms.values())
     shares = {f"{SHARE}{name}": norm / whole for name, norm in norms.items() if whole > 0}
@@ -113,7 +116,7 @@ def with_shares(line: dict[str, Any]) -> dict[str, Any]:
 
 
 class Starvation:
-    """Warns once of each objective that starves."""
+    """Warns of each objective that starves, once until it recovers."""
 
     def __init__(self) -> None:
         self.in_a_row: dict[str, int] = {}

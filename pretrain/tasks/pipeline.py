@@ -1,10 +1,9 @@
 """The part of a PretrainTask that one pipe stage holds, and where the blocks are cut.
 
-Between pipe stages travels one tensor of a fixed shape [T + E, D]: the packed rows x_TD, and below them a sheet of
-zeros and ones (exact in bf16) with what later stages need and cannot know, since only the first and the last one load
-data:
+Pipe stages hand on one tensor of a fixed shape [T + E, D]: the packed rows x_TD, and below them a sheet of zeros and
+ones (exact in bf16) with what the stages in the middle cannot know, since only the first and the last one load data:
 
-    pair text rows that are no padding | text-only rows that are none | branches that drop path keeps | zeros to fill up
+    pair text rows: 1, padding 0 | text-only rows likewise | branches that drop path keeps: 1 | zeros to fill a row
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ log = logging.getLogger(__name__)
 
 
 class PipelineTask(PretrainTask):
-    """What pipe stage `stage` holds: the blocks bounds[stage] .. bounds[stage + 1] - 1 (counted from 0), the first
-    stage also the embeddings, the last the final norm and the objectives. Names and initial numbers are those of a
+    """What pipe stage `stage` holds: the blocks bounds[stage] .. bounds[stage + 1] - 1 (counted from 0), in the first
+    stage also the embeddings, in the last the final norm and the objectives. Names and initial numbers are those of a
     PretrainTask from the same seed; every micro-batch has `layout`.
 
-    `shared` are the names of weights that several stages hold alike (a tied text head, the table of relative positions)
-    and their stages: the gradients add up.
+    `shared`: {name of a weight that several stages hold: these stages}, for a tied text head and the table of relative
+    positions; its gradients are summed over them.
     """
 
-    watches = False  # what is reported leaves before the backward pass comes
+    watches = False  # the report is sent before the backward pass, which would fill in the gradients' squares
 
     def __init__(
         self,
@@ -60,15 +59,14 @@ class PipelineTask(PretrainTask):
         self.layout, self.stage, self.stages = layout, stage, len(bounds) - 1
         self.last = stage == self.stages - 1
         blocks = [f"blocks.{number}" for number in range(bounds[stage], bounds[stage + 1])]
-        # A rank holds at most one part that is another stage's, or two: the last keeps the text embedding till the
-        # heads have seen it.
+        # The last stage keeps the text embedding until the heads are built, one of which may tie itself to it.
         first = ["vision_embed", "text_embed"] if stage == 0 else []
         last = ["text_embed", "norm"] if self.last else []
         own = {*first, "relative_position", *blocks, *last}
         options: dict[str, Any] = {"drop_path": drop_path, "checkpointing": checkpointing}
         self.encoder = MultiwayEncoder(model, experts, layers, **options, keep=own.__contains__)
         text = self.encoder.text_embed
-        # A stand-in tells other stages whether an objective ties itself to the text embedding.
+        # A stand-in for the table, so that every stage learns whether an objective ties itself to it.
         table = self.encoder.token_table
         tokens = nn.Parameter(torch.empty(0)) if table is None else table
         self.objectives, tied = nn.ModuleDict(), False
@@ -87,8 +85,8 @@ class PipelineTask(PretrainTask):
             self.shared["encoder.relative_position.table"] = tuple(range(self.stages))
 
     def forward(self, arrived: Tensor | None, batch: Batch | None = None) -> Any:  # type: ignore[override]
-        """`arrived` [T + E, D] from the stage before, None on the first; the `batch` on the first and the last.
-        -> [T + E, D] for the next stage; on the last what PretrainTask returns."""
+        """`arrived`: [T + E, D] from the stage before, None on the first; `batch`: on the first and the last.
+        -> [T + E, D] for the next stage; on the last, what PretrainTask returns."""
         assert batch is None or batch.layout == self.layout, (batch.layout, self.layout)
         if arrived is None:
             assert batch is not None
@@ -98,7 +96,7 @@ class PipelineTask(PretrainTask):
             x_TD, sheet_ED = arrived.split([self.layout.rows, len(arrived) - self.layout.rows])
         sheet_ED = sheet_ED.detach()
         known = self._read_sheet(sheet_ED)
-        if batch is not None:  # it knows where padding is without a wait for the device
+        if batch is not None:  # its index is known without waiting for the device, the sheet is not
             batch = known = batch.indexed().with_tensors({f"draws/{name}": own for name, own in known.draws.items()})
         if not self.last:
             return torch.cat([self.encoder.run(x_TD, known), sheet_ED])
@@ -107,6 +105,7 @@ class PipelineTask(PretrainTask):
         return self.score(Kinds.split(rows, self.layout), batch)
 
     def _write_sheet(self, batch: Batch, x_TD: Tensor) -> Tensor:
+        """The sheet [E, D] of a batch; see the top of this file."""
         flags = [(ids != PAD).flatten() for ids in (batch.pair_inputs, batch.text_inputs)]
         if self._draw_count:
             depth, draws = self.encoder.cfg.depth, batch.draws.get(DROP_PATH)
@@ -118,7 +117,7 @@ class PipelineTask(PretrainTask):
         return F.pad(written, (0, -len(written) % x_TD.shape[1])).view(-1, x_TD.shape[1])
 
     def _read_sheet(self, sheet_ED: Tensor) -> Batch:
-        """A batch that knows where padding is and what drop path drops, and nothing else."""
+        """A batch without content that has the padding and the draws for drop path which the sheet says."""
         layout = self.layout
         sizes = [layout.pair_text_rows, layout.text_rows, self._draw_count]
         pairs, texts, draws = sheet_ED.flatten()[: sum(sizes)].split(sizes)
@@ -127,7 +126,7 @@ class PipelineTask(PretrainTask):
             images=sheet_ED.new_zeros(layout.images + layout.pairs, 3, 1, 1, dtype=torch.uint8),
             pair_tokens=torch.where(pairs > 0, UNK, PAD).view(layout.pairs, layout.pair_len),
             text_tokens=torch.where(texts > 0, UNK, PAD).view(layout.texts, layout.text_len),
-            # Draws of 1 and 0: a block drops what falls below its rate.
+            # The flags serve as draws: a block drops a branch whose draw is below its rate, so 0 is dropped, 1 is not.
             draws={DROP_PATH: draws.view(layout.sequences, -1)} if self._draw_count else {},
         )
 
@@ -142,8 +141,8 @@ class PipelineTask(PretrainTask):
 def pipeline_bounds(
     model: MultiwayConfig, objectives: Sequence[Objective], layout: Layout, stages: int, *, checkpointing: int = 0
 ) -> tuple[int, ...]:
-    """Bounds [stages + 1] of the pipe stages' blocks, so that they have about the same number of FLOPs; logs a small
-    table. There are no more stages than blocks (see parallel/legal.py)."""
+    """The bounds [stages + 1] of the pipe stages' blocks, chosen so that all stages have about the same FLOPs; logs a
+    small table. There must not be more stages than blocks, which parallel/legal.py checks."""
     costs = block_flops(model, objectives, layout, checkpointing=checkpointing)
     bounds = cut(costs, stages)
     flops, total = stage_costs(costs, bounds), sum(costs)
@@ -158,8 +157,8 @@ def pipeline_bounds(
 def block_flops(
     model: MultiwayConfig, objectives: Sequence[Objective], layout: Layout, *, checkpointing: int = 0
 ) -> list[float]:
-    """FLOPs of each block, as flops.py counts them; the first with the embeddings, the last with the heads and without
-    the rows that no head reads."""
+    """The FLOPs of each block, as flops.py counts them; the first includes the embeddings, and the last the heads, but
+    not the rows that no head reads."""
     size = {"dim": model.dim, "ffn_dim": model.ffn_dim}
     costs = [float(encoder_flops(layout, depth=1, **size))] * model.depth
     products = head_products(objectives, layout, model)

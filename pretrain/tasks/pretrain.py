@@ -21,9 +21,9 @@ from pretrain.tasks.balance import GRADIENT, LossWeights, Weights, watched, weig
 
 @dataclass(frozen=True)
 class Pretrain(Task):
-    """One encoder, the sum of the stage's objectives. `weights`: what a loss counts in it, by its objective's name: a
-    number, or a Ramp; 1 for those that it does not name. `learned`: they are learned besides, by each loss's
-    uncertainty (see balance.py)."""
+    """Train one encoder on the weighted sum of the stage's objectives. `weights`: the weight of a loss, a number or a
+    Ramp, by its objective's name; 1 for objectives that it does not name. `learned`: each is also multiplied by a
+    learned factor, from the loss's uncertainty (see balance.py)."""
 
     weights: dict[str, Any] = field(default_factory=dict)
     learned: bool = False
@@ -86,22 +86,23 @@ class Pretrain(Task):
 
 
 def all_passes(objectives: Sequence[Objective], layout: Layout) -> list[Pass]:
-    """Through the encoder, for a micro-batch of this layout: its own if it is read, and what objectives ask for."""
+    """All passes through the encoder for a micro-batch of this layout: over the batch itself, if an objective reads
+    that, and the further ones that objectives ask for."""
     first = [Pass(layout)] if any(objective.first_pass for objective in objectives) else []
     return first + [further for objective in objectives for further in objective.passes(layout)]
 
 
 def shares_pictures(model: Model, objectives: Sequence[Objective]) -> bool:
-    """Whether further passes take the rows that the first pass made of the same pictures: those of dual pairs, if
-    nothing of them was hidden. It is the same function of the weights, so losses and gradients are those of encoding
-    them again, to rounding."""
+    """Whether further passes reuse the rows of dual pairs' pictures from the first pass, which is right if no patch of
+    them was hidden. Losses and gradients equal, to rounding, those of encoding the pictures again."""
     first = any(objective.first_pass for objective in objectives)
     hidden = any(each.masking is not None and each.masking.ratios("dual")[0] for each in objectives)
     return first and not hidden and model.shares_pictures
 
 
 def pass_layouts(each: Pass, *, shared: bool) -> list[tuple[int, Layout]]:
-    """What a pass computes, as a sum: its layout, less (if `shared`) its pictures that were encoded before."""
+    """What a pass computes, as a sum of (sign, layout): its own layout minus, if `shared`, the pictures that were
+    encoded before."""
     known = [(-1, Layout(images=each.again, patches=each.layout.patches))] if shared and each.again else []
     return [(1, each.layout), *known]
 
@@ -112,16 +113,16 @@ def head_products(objectives: Sequence[Objective], layout: Layout, model: Model)
 
 
 def layer_of(model: Model) -> Callable[[str], int]:
-    """For layer decay: the layer of a parameter of a PretrainTask, by its name; heads stand at the top."""
+    """For layer decay: a function from the name of a PretrainTask's parameter to its layer; heads are at the top."""
     prefix = "encoder."
     return lambda name: model.layer_of(name.removeprefix(prefix)) if name.startswith(prefix) else model.layers
 
 
 class PretrainTask(nn.Module):
-    """The encoder and a stage's objectives; `drop_path` and `checkpointing` are the encoder's, `weights` and `learned`
-    as Pretrain's."""
+    """The encoder and the heads of a stage's objectives. `drop_path` and `checkpointing` are the encoder's, `weights`
+    and `learned` as Pretrain's."""
 
-    watches = True  # each objective's share of the gradient
+    watches = True  # measures each objective's gradient, where there are several
 
     def __init__(
         self,
@@ -149,16 +150,16 @@ class PretrainTask(nn.Module):
             objective.join(heads[objective.name], heads)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """-> `loss` (the sum of the objectives'), and what each objective reports, all scalars. `gradient/NAME` is
-        filled by the backward pass: the squares of an objective's gradient at the encoder's outputs."""
+        """-> `loss` (the weighted sum of the objectives'), and what each objective reports, all scalars. The backward
+        pass fills in `gradient/NAME`, the squared norm of an objective's gradient at the encoder's outputs."""
         batch = batch.indexed()
         if not any(objective.first_pass for objective in self._configs):
-            return self.score(Kinds.rows_of(batch.layout, batch.images.device), batch)  # as many rows, for no one
-        # Asked of the host: the number of rows that are read would be a wait for the device.
+            return self.score(Kinds.rows_of(batch.layout, batch.images.device), batch)  # a stand-in that no head reads
+        # On the host: counting the rows that are read would wait for the device.
         return self.score(self.encoder(batch, needed=self.needed_rows(batch.on_host)), batch)
 
     def score(self, encoded: Kinds, batch: Batch) -> dict[str, Tensor]:
-        """What `forward` returns, from the encoder's rows."""
+        """The result of `forward`, from the rows of the first pass."""
         losses: dict[str, Tensor] = {}
         report: dict[str, Tensor] = {}
         several = len(self.objectives) > 1
@@ -170,7 +171,7 @@ class PretrainTask(nn.Module):
             own = head(rows, batch, encode)
             losses[name] = own.pop("loss")
             report |= own
-        if several:  # the one objective's loss is the loss
+        if several:  # a single objective's loss is `loss` already
             report |= {f"loss/{name}": loss.detach() for name, loss in losses.items()}
         if self.loss_weights is not None:
             losses, weights = self.loss_weights(losses)
@@ -180,14 +181,14 @@ class PretrainTask(nn.Module):
     def _encode(
         self, batch: Batch, needed: Kinds | None = None, *, first: Kinds, square: Tensor | None = None
     ) -> Kinds:
-        """A further pass behind the `first`, watched if there is a `square`."""
+        """A further pass, which reuses pictures' rows of the `first` one where it may; with `square`, see `watched`."""
         known = batch.again is not None and self._shares
         own = {"pictures": first.images.index_select(0, batch.again)} if known else {}
         rows = self.encoder(batch, needed=needed, **own)
         return rows if square is None else watched(rows, square)
 
     def needed_rows(self, batch: Batch) -> Kinds:
-        """bool [n, length] per kind: what any of the objectives reads."""
+        """bool [n, length] per kind: the rows that any of the objectives reads."""
         needed: list[Any] = [head.needed_rows(batch) for head in self._heads()]
         return Kinds(*(torch.stack(kind).any(0) for kind in zip(*needed, strict=True)))
 

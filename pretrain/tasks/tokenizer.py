@@ -17,8 +17,9 @@ from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
 
 @dataclass(frozen=True)
 class TrainTokenizer(Task):
-    """Learn codes from which a frozen teacher's patch targets can be predicted; `teacher` is one of Pixels, Clip and
-    Encoder in models/visual_tokenizer/teachers.py. The stage's model is a VQKDConfig, and it has no objectives."""
+    """Train a visual tokenizer, whose codes must predict a frozen teacher's patch targets. `teacher` is one of Pixels,
+    Clip and Encoder in models/visual_tokenizer/teachers.py. The stage's model is a VQKDConfig, and it has no
+    objectives."""
 
     teacher: Any = field(default_factory=Pixels)
     evaluates_loss = True  # evals/reconstruction.py
@@ -38,7 +39,7 @@ class TrainTokenizer(Task):
         return problems
 
     def build(self, model: VQKDConfig, stage: Any, layers: Layers, read: Any) -> TokenizerTask:
-        if read is None:  # only names and shapes are asked for
+        if read is None:  # only names and shapes are wanted
             return TokenizerTask(model, None)
         teacher = self.teacher.build(model, read)
         if teacher.dim != model.target_dim or teacher.distill != model.distill:
@@ -49,7 +50,7 @@ class TrainTokenizer(Task):
         return TokenizerTask(model, teacher)
 
     def flops(self, model: VQKDConfig, stage: Any, layout: Layout) -> float:
-        """Of encoder and decoder; the teacher's forward pass is not counted."""
+        """Those of encoder and decoder; the teacher's forward pass is not counted."""
         return model.flops(layout)
 
     def reads(self) -> dict[str, str]:
@@ -57,7 +58,7 @@ class TrainTokenizer(Task):
 
 
 class TokenizerTask(nn.Module):
-    """The tokenizer and its teacher, which is no submodule: it is neither trained nor saved."""
+    """The tokenizer and its teacher, which is not a submodule: it is neither trained nor saved."""
 
     def __init__(self, model: VQKDConfig, teacher: Teacher | None):
         super().__init__()
@@ -71,11 +72,11 @@ class TokenizerTask(nn.Module):
         return {"loss": report["loss"]} | {_report_name(k): v for k, v in report.items() if k != "loss"}
 
     def before_training(self, batches: list[Batch]) -> None:
-        """Start the codebook by k-means on the first global batch."""
+        """Starts the codebook by k-means on the first global batch."""
         self.tokenizer.start_codebook([batch.images for batch in batches])
 
     def after_step(self) -> None:
-        """Move the codebook by what all micro-steps and ranks assigned to it."""
+        """Moves the codes towards the vectors that all micro-steps and ranks assigned to them."""
         self.tokenizer.after_step()
 
 
