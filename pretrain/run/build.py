@@ -1,4 +1,4 @@
-"""From a recipe's stage to the objects that run it: `build_run` is what pretrain.train and the benchmarks call."""
+"""From a recipe's stage to the objects that run it, by `build_run`, which pretrain.train and the benchmarks call."""
 
 from __future__ import annotations
 
@@ -66,18 +66,18 @@ class Run:
     loader: Loader
     add_targets: Callable[[Batch], Batch]
     ds_config: dict[str, Any]
-    identity: dict[str, str]  # names its settings and its inputs, for checkpoints
-    done: int  # steps that a checkpoint already holds
-    init_file: Path | None  # what init_from names
+    identity: dict[str, str]  # hashes of its settings and its inputs, for checkpoints
+    done: int  # steps that the checkpoint holds from which it goes on
+    init_file: Path | None  # the weights that init_from names
     lock: Lock | None = None  # rank 0's, on the directory
-    begun: int = 0  # the step at which it began, without a checkpoint of its own
+    begun: int = 0  # the step at which it began, before it had a checkpoint of its own
     rollbacks: tuple[Rollback, ...] = ()
     unfreezing: Unfreezing | None = None
     norms: deque[float] = field(default_factory=deque)  # of the last steps' gradients, for run/step.Judge
-    copies: Copies | None = None  # on the nodes
+    copies: Copies | None = None  # of checkpoints, on the nodes' own disks
 
     def step(self, micro_batches: list[Batch], *, first: bool = False) -> dict[str, Tensor]:
-        """One optimizer step; the mean of what the task reported. `first`: it is the first step of a run."""
+        """One optimizer step -> the means over its micro-batches of the task's report. `first`: it is a run's first."""
         if self.unfreezing is not None:
             self.unfreezing.begin_step()
         if self.mesh.pipe.size > 1:
@@ -89,14 +89,14 @@ class Run:
         return report
 
     def whole_state(self, *, last: bool = False) -> dict[str, Tensor]:
-        """What the stage has to show, whole on rank 0: its weights, or their average where it makes one; `last`: the
-        weights all the same. A collective."""
+        """The stage's weights, whole on rank 0: their average if the stage keeps one, unless `last` asks for the last
+        step's. A collective of every rank."""
         averaged = self.stage.ema is not None and not last
         with average_in_place(self.engine) if averaged else nullcontext():
             return full_state(self.engine, self.mesh)
 
     def flops(self, micro_batches: list[Batch]) -> StepFlops:
-        """Of one step on this rank's `micro_batches`; zero on a pipe stage that has none."""
+        """The FLOPs of one step on this rank's `micro_batches`; zero on a pipe stage that has none."""
         stage, model = self.stage, self.recipe.model_of(self.stage)
         real = [batch.real_layout for batch in micro_batches]
         whole = sum(stage.task.flops(model, stage, batch.layout) for batch in micro_batches)
@@ -110,12 +110,12 @@ class Run:
 
     @property
     def rows(self) -> int:
-        """Rows of one step on this rank's data."""
+        """The rows of one step, with padding, on this rank's data."""
         return self.loader.layout.rows * self.stage.batch.accumulation
 
     def weights_config(self, name: str) -> dict[str, Any]:
-        """What config.json beside weights.safetensors says: enough to build the model again, and to look at pictures
-        as its evaluations do, without the recipe."""
+        """The content of config.json beside weights.safetensors: enough to build the model again without the recipe,
+        and to prepare pictures as its evaluations do. `name`: the stage's."""
         model, evaluation = to_json(self.recipe.model_of(self.stage)), getattr(self.stage.transform, "evaluation", None)
         config = {"recipe": self.recipe.name, "stage": name, "recipe_hash": self.identity["recipe_hash"]}
         lora = {} if self.stage.lora is None else {LORA: to_json(self.stage.lora)}
@@ -134,8 +134,8 @@ def build_run(
 ) -> Run:
     """Everything that a stage needs for its steps, on this rank; goes on from the newest checkpoint in `directory`.
     `settings` is the identity of the run there (continuation.start_identity); `run_dir` holds the stages that it names.
-    Without a directory nothing is written and nothing resumed. Raises ValueError for what a user can get wrong, before
-    the ranks talk where that can be known.
+    Without a directory nothing is written and nothing resumed. Raises ValueError for a user's mistake, wherever
+    possible before the ranks communicate.
     """
     set_numerics(recipe)
     place = place_of(stage.parallel, rank(), world_size())
@@ -149,7 +149,7 @@ def build_run(
         "data_digest": inputs_digest(loader.digests, others := other_inputs(recipe, stage, run_dir)),
     }
     add_targets = image_targets(recipe, stage, run_dir, device())
-    # From here on the ranks talk: what a user can get wrong has been said.
+    # From here on the ranks communicate: every mistake that one rank can see by itself has been reported.
     watch.start(recipe.timeout_s)
     init_distributed(watch.outlast_s)
     watch.join()
@@ -185,7 +185,7 @@ def build_run(
 
 
 def check_model(recipe: Recipe, stage: Stage) -> None:
-    """Raises ValueError for what a user can get wrong about the model, without building it."""
+    """Raises ValueError for a user's mistake about the model, without allocating it."""
     model = recipe.model_of(stage)
     if any(kind != "texts" for kind in stage.mix) and stage.transform.size != model.image_size:
         raise ValueError(f"transform.size={stage.transform.size} but model.image_size={model.image_size}; use one size")
@@ -202,8 +202,8 @@ def build_task(
     trains: bool = True,
 ) -> nn.Module:
     """The stage's task with fresh weights, on the CPU; only what the stage trains or needs is built, inside `context`
-    (engine.partitioned_init, which splits each parameter at once). `trains` False: it will only be evaluated, which
-    asks for no teacher's weights, unless the task's evaluations need its loss."""
+    (engine.partitioned_init, which splits each parameter as soon as it is made). `trains` False: the task will only be
+    evaluated, so that no teacher's weights are read, unless the task's evaluations compute its loss."""
     check_model(recipe, stage)
     torch.manual_seed(recipe.seed)
     learns = trains or stage.task.evaluates_loss
@@ -237,7 +237,8 @@ def build_part(recipe: Recipe, stage: Stage, mesh: Mesh, layers: Layers, layout:
 
 
 def compiles(task: Any, stage: Stage, ds_config: dict[str, Any]) -> bool:
-    """What stage.compile says; None: whether there is a GPU, and blocks that nothing cuts up or compiles already."""
+    """Whether blocks are to be compiled: what stage.compile says, or, where it is None, whether there is a GPU and the
+    task has blocks that neither ZeRO-3 nor tensor or sequence ranks split and that DeepCompile does not compile."""
     if stage.compile is not None:
         return stage.compile
     whole = zero_stage(ds_config) < 3 and stage.parallel.tensor == stage.parallel.sequence == 1
@@ -246,6 +247,7 @@ def compiles(task: Any, stage: Stage, ds_config: dict[str, Any]) -> bool:
 
 
 def compile_blocks(task: Any, model: Any) -> None:
+    """Compiles the encoder's blocks, in place. ValueError for a `model` without blocks."""
     compile_ = getattr(getattr(task, "encoder", None), "compile_blocks", None)
     if compile_ is None:
         raise ValueError(f"compile=true: {type(model).__name__} has no blocks to compile; set compile=false")
@@ -274,13 +276,13 @@ def _engine(task: Any, recipe: Recipe, stage: Stage, mesh: Mesh, ds_config: dict
 def stage_ds_config(
     path: str, recipe: Recipe, stage: Stage, *, world: int | None = None, node: int | None = None
 ) -> dict[str, Any]:
-    """The DeepSpeed JSON with what the stage and the number of ranks derive. `world` and `node`: the ranks, and those
-    of each node, of a run that starts elsewhere; by default what the launcher of this one says. Raises ValueError with
-    the first reason why recipe, JSON and ranks do not go together."""
+    """The DeepSpeed JSON with the keys that follow from the stage and the number of ranks. `world` and `node`: the
+    number of ranks, and of ranks on each node, of a run that starts elsewhere; by default those of this process's
+    launcher. Raises ValueError with the first reason why recipe, JSON and ranks do not go together."""
     world = world or world_size()
     node = node or int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None
     accumulation = stage.batch.accumulation
-    # The ranks over which DeepSpeed splits a step: sequence ranks count as data ranks to it.
+    # The ranks over which DeepSpeed divides a step's batch; it counts sequence ranks as data ranks.
     copies = max(world // (stage.parallel.tensor * stage.parallel.pipe), 1)
     config = load_ds_config(
         path,

@@ -1,8 +1,8 @@
 """A run that goes on where another one stopped: for more steps, or with other rates (pretrain.train --continue-from).
 
-It is a run of its own, in a directory of its own, whose identity names its parent. It begins at a checkpoint of the
-parent with all that this holds, so that the order of the data and the number of the step go on, and takes over the
-parent's metrics up to there.
+It is a run of its own, in a directory of its own, and its identity names its parent. It begins with everything that a
+checkpoint of the parent holds, so that the order of the data and the count of steps go on, and it takes over the
+parent's metrics up to that step.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ log = logging.getLogger("pretrain")
 
 MAY_CHANGE = ("steps", "optim")
 CHECKPOINTS = "checkpoints"
-GENERATIONS = 1000  # of runs that continue one another; more are a circle
+GENERATIONS = 1000  # of runs that continue one another; more would mean a circle
 
 
 def start_identity(directory: Path, recipe: Recipe, stage: Stage, parent: Path | None) -> dict[str, Any]:
-    """The identity of the run in `directory`, which continues the stage's directory or the checkpoint `parent`, if
-    there is one. Raises ValueError as run_identity, where parent and run do not go together, and where the list of
-    either one's rollbacks is damaged."""
+    """The identity of the run in `directory`. `parent`: the stage's directory, or a checkpoint, that it continues, or
+    None. Raises ValueError as run_identity does, where parent and run do not go together, and where either one's list
+    of rollbacks is damaged."""
     read_rollbacks(directory)
     if parent is None:
         return run_identity(directory, recipe, stage)
@@ -56,12 +56,12 @@ def start_identity(directory: Path, recipe: Recipe, stage: Stage, parent: Path |
         )
     identity = identity_of(recipe, as_begun(stage, before))
     if as_begun(stage, before) is not stage:
-        del identity["transform"]["antialias"]  # as in the parent, by which later starts know how it began
+        del identity["transform"]["antialias"]  # as in the parent's, so that later starts know how it began
     return identity | {CONTINUES: {"from": str(place), "run": hash_of(before), "step": step}}
 
 
 def inputs_dir(run_dir: Path, identity: Any) -> Path:
-    """The run directory whose stages the settings name: that of the run with which it began."""
+    """The run directory whose stages the settings name: that of the first run, which continues no other."""
     for _ in range(GENERATIONS):
         parent = _continues(identity).get("from")
         if not isinstance(parent, str):
@@ -71,24 +71,25 @@ def inputs_dir(run_dir: Path, identity: Any) -> Path:
 
 
 def parent_checkpoint(identity: dict[str, Any], find: Callable[..., Checkpoint | None]) -> Checkpoint | None:
-    """The parent's checkpoint at which the run begins; None for a run without a parent. `find`: checkpoint.save.newest
-    with this run's precision and data. Every rank must call it. Raises ValueError where the checkpoint is gone or
-    damaged, or where data or precision are not the parent's."""
+    """The parent's checkpoint with which the run begins; None for a run without a parent. `find`:
+    checkpoint.save.newest with this run's precision and data. Every rank must call it. Raises ValueError if the
+    checkpoint is missing or damaged, or if data or precision differ from the parent's."""
     if not (parent := _continues(identity)):
         return None
     directory, step = Path(parent["from"]) / CHECKPOINTS, parent["step"]
     checkpoint = find(directory, recipe_hash=parent["run"], step=step, own=False)
     if checkpoint is None:
         raise ValueError(
-            f"--continue-from: the checkpoint of step {step} in {directory} is damaged or gone; give another one, such "
+            f"--continue-from: the checkpoint of step {step} in {directory} is damaged or missing; give another, such "
             f"as --continue-from {directory / 'step_00001000'}"
         )
     return checkpoint
 
 
 def take_over_rollbacks(identity: dict[str, Any], directory: Path) -> None:
-    """Which batches the parent passes over, into the directory of a run that has no checkpoint of its own: before this
-    start reads the list, on which the order of its data depends. For one rank."""
+    """Copies the parent's list of rollbacks (the batches that it passes over) into the directory of a run that has no
+    checkpoint of its own. It must come before this start reads the list, on which the order of its data depends. Called
+    on one rank."""
     parent = _continues(identity).get("from")
     begun = (directory / ROLLBACKS).exists() or any((directory / CHECKPOINTS).glob("step_*"))
     if parent is None or begun:  # a run that has gone back itself has them in its own list
@@ -98,19 +99,19 @@ def take_over_rollbacks(identity: dict[str, Any], directory: Path) -> None:
 
 
 def take_over(identity: dict[str, Any], directory: Path) -> None:
-    """The parent's metrics.jsonl and evals.jsonl into the directory of a run that begins; MetricsLog and Progress drop
-    what is beyond its start. For one rank."""
+    """Copies the parent's metrics.jsonl and evals.jsonl into the directory of a run that begins; MetricsLog and Progress
+    drop the lines behind its start. Called on one rank."""
     parent = Path(_continues(identity)["from"])
     with suppress(FileNotFoundError):  # not every run evaluates itself
         write_file(directory / EVALS, (parent / EVALS).read_bytes())
     try:
         write_file(directory / FILE, (parent / FILE).read_bytes())
     except FileNotFoundError:
-        log.warning("%s is not there: the curves begin with this run", parent / FILE)
+        log.warning("%s does not exist: the curves begin with this run", parent / FILE)
 
 
 def parents(directory: Path) -> Iterator[Path]:
-    """The directories of the run that the one in `directory` continues, of the one that that one does, and so on."""
+    """The directories of the runs that the one in `directory` continues: its parent's, its parent's parent's, ..."""
     for _ in range(GENERATIONS):
         before = _continues(read_recipe(directory).get("identity")).get("from")
         if not isinstance(before, str):
@@ -120,12 +121,13 @@ def parents(directory: Path) -> Iterator[Path]:
 
 
 def begins_at(identity: Any) -> int:
-    """The step at which the run begins where it has no checkpoint of its own."""
+    """The step at which a run of this identity begins: the parent's, or 0."""
     step = _continues(identity).get("step")
     return step if isinstance(step, int) else 0
 
 
 def _continues(identity: Any) -> dict[str, Any]:
+    """The part of an identity that names the parent: {from, run, step}; {} without one."""
     parent = identity.get(CONTINUES) if isinstance(identity, dict) else None
     return parent if isinstance(parent, dict) else {}
 

@@ -1,4 +1,4 @@
-"""What a stage's directory says of the run in it: its settings, whether it is finished, and what it was made from."""
+"""The run in a stage's directory: its settings, whether it is finished, its lock, and digests of what it reads."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ log = logging.getLogger("pretrain")
 
 RECIPE = "recipe.json"
 SHOWN = 4  # changed settings that an error names
-SEEN_S = 60.0  # an NFS client may remember for so long that a name was not there
+SEEN_S = 60.0  # how long an NFS client may remember that a name did not exist
 
 
 def run_identity(directory: Path, recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    """The identity of the run in `directory`: what was noted at its first start, else that of a run which starts now.
-    Raises ValueError when the directory holds a run with other settings, naming those that differ. What is only about
-    logging or saving may change between two starts."""
+    """The identity of the run in `directory`: the one that was noted at its first start, else that of a run which
+    starts now. Raises ValueError if the directory holds a run with other settings, naming those that differ. Settings
+    that are only about logging or saving may change between two starts."""
     if (noted := noted_identity(directory)) is None:
         return identity_of(recipe, stage)
     if changed := differences(noted, recipe, stage):
@@ -49,7 +49,7 @@ def run_identity(directory: Path, recipe: Recipe, stage: Stage) -> dict[str, Any
 
 
 def noted_identity(directory: Path) -> dict[str, Any] | None:
-    """What was noted of a run that has saved something, or has gone back; None where there is none."""
+    """The identity of a run that has saved something, or has gone back; None if the directory holds no such run."""
     noted = read_recipe(directory).get("identity")
     begun = any((directory / name).exists() for name in (WEIGHTS, ROLLBACKS))
     begun = begun or any((directory / "checkpoints").glob("step_*"))
@@ -57,16 +57,16 @@ def noted_identity(directory: Path) -> dict[str, Any] | None:
 
 
 def finished(directory: Path, identity: dict[str, Any]) -> bool:
-    """`is_finished`; what a kill left undone behind the final weights rank 0 does now."""
+    """As `is_finished`; rank 0 also writes the config.json beside the final weights if a kill prevented that."""
     if not is_finished(directory, identity):
         return False
     if rank() == 0 and mend_config(directory / WEIGHTS):
-        log.info("%s: wrote %s again, which a kill had prevented", directory.name, directory / CONFIG)
+        log.info("%s: wrote %s, as a kill had prevented it", directory.name, directory / CONFIG)
     return True
 
 
 def is_finished(directory: Path, identity: dict[str, Any]) -> bool:
-    """Whether the directory holds the final weights of this very run; its checkpoints need not be there any more.
+    """Whether the directory holds the final weights of the run with this identity; its checkpoints may be gone by then.
     Raises ValueError for final weights of another run."""
     path = directory / WEIGHTS
     if not path.exists():
@@ -78,9 +78,9 @@ def is_finished(directory: Path, identity: dict[str, Any]) -> bool:
 
 
 def take_directory(directory: Path) -> Lock | None:
-    """Makes the stage's directory this job's own, before anything is written; the lock is rank 0's. Every rank calls
-    it. Raises ValueError on all of them when another job writes there, or when one rank cannot write or sees another
-    directory than rank 0."""
+    """Locks the stage's directory for this job, before anything is written -> the lock on rank 0, None elsewhere. Every
+    rank must call it. Raises ValueError on all of them if another job writes there, if a rank cannot write, or if a
+    rank sees another directory than rank 0."""
     lock, problem = None, None
     if rank() == 0:
         try:
@@ -96,7 +96,8 @@ def take_directory(directory: Path) -> Lock | None:
 
 
 def _check_shared(directory: Path) -> None:
-    """As a save does it: rank 0 makes a directory, and every rank writes a file into it."""
+    """Tries what a save will do: rank 0 makes a directory, and every rank writes a file into it. ValueError on every
+    rank if that fails."""
     place = directory / gather_objects(f".start_{secrets.token_hex(4)}{WRITING}")[0]
     try:
         refuse_together(_try_writing(place.mkdir, directory) if rank() == 0 else None)
@@ -107,7 +108,7 @@ def _check_shared(directory: Path) -> None:
 
 
 def _try_writing(write: Callable[[], object], directory: Path) -> str | None:
-    """What is wrong with the directory for this rank."""
+    """Calls `write` -> what is wrong with the directory for this rank, or None."""
     here, end = f"rank {rank()} on {socket.gethostname()}", time.monotonic() + SEEN_S
     while True:
         try:
@@ -126,18 +127,18 @@ def _try_writing(write: Callable[[], object], directory: Path) -> str | None:
 
 
 def note_recipe(directory: Path, recipe: Recipe, identity: dict[str, Any], command: dict[str, Any]) -> None:
-    """Write recipe.json: for readers, for `pretrain.evaluate`, and for the next start of the same run."""
+    """Writes recipe.json: for people, for `pretrain.evaluate`, and for the next start of the same run."""
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / RECIPE, to_json(recipe) | {"command": command, "identity": identity})
 
 
 def read_recipe(directory: Path) -> dict[str, Any]:
-    """What `note_recipe` wrote; {} where there is nothing readable."""
+    """The content of a directory's recipe.json; {} if it is missing or unreadable."""
     return read_json(directory / RECIPE)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; {} where there is nothing readable."""
+    """The JSON object in a file; {} if it is missing or unreadable."""
     try:
         return read_object(path)
     except (OSError, ValueError):
@@ -145,13 +146,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def inputs_digest(shards: dict[str, str], others: list[str]) -> str:
-    """Names everything that a run reads: `shards`, kind -> digest, and what `other_inputs` gives."""
+    """One text that names the content of everything a run reads: `shards`, {kind: digest}, and `other_inputs`."""
     return " ".join([*(f"{kind}:{digest}" for kind, digest in shards.items()), *others])
 
 
 def other_inputs(recipe: Recipe, stage: Stage, run_dir: Path) -> list[str]:
-    """The digests of the text tokenizer, of further files that sources read, of the weights that a run starts from, the
-    visual tokenizer and its teacher. ValueError for what is not there."""
+    """The digests of the text tokenizer, of further files that sources read, and of the weights that a run starts or
+    learns from: init_from, the visual tokenizer, teachers. ValueError for one that does not exist."""
     parts = []
     for kind, source in stage.mix.items():
         for name in getattr(source, "files", ()):

@@ -1,4 +1,4 @@
-"""The numbers that one watches while a stage runs."""
+"""Shows how far a running stage is, and its numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS, ROWS = 80, 24
 
 
 class Display:
-    """A bar where there is a terminal, elsewhere a plain line every few seconds."""
+    """A progress bar on a terminal, and elsewhere a plain line every few seconds."""
 
     def __init__(self, name: str, start: int, steps: int):
         self.steps, self.last_shown = steps, 0.0
@@ -36,8 +36,8 @@ class Display:
 
 
 def _size() -> dict[str, int]:
-    """For a terminal that says that it has no columns or rows, as some under docker and srun do: tqdm would show
-    nothing there. Otherwise tqdm looks itself."""
+    """tqdm's size for a terminal that claims to have no columns or rows, as some under docker and srun do, where tqdm
+    would show nothing. Empty for any other: tqdm asks the terminal itself."""
     try:
         columns, rows = os.get_terminal_size(sys.stderr.fileno())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Which evaluation a stage's is: its own, in eval.json, or another one, which has a name and a file of its own."""
+"""Which file an evaluation belongs into: eval.json for the stage's own, eval-NAME.json for one with other settings."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ OF_RECIPE = ("text_tokenizer", "seed", "loading")
 OWN = "eval.json"
 PICTURES = ("ImageShards", "LabelledShards")
 TEXTS = ("PairShards", "CaptionShards", "TextShards", "QuestionShards", "TwoPictureShards", "ReferenceShards")
-# Fields that came later, with the value under which everything is as before: the hash of an evaluation leaves them out
-# then, so that one of an earlier program stays what it is.
+# Fields that were added later, with the value that means what was there before. The hash of an evaluation leaves out a
+# field with this value, so that evaluations by earlier programs keep their hash.
 LATER: dict[tuple[str, str], Any] = {
     ("MultiwayConfig", "final_norm"): True,
     ("MultiwayConfig", "ffn"): "per_modality",
@@ -63,8 +63,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class Asked:
-    """An evaluation that is to be made. `marks` (flat, for its file): what it reads, by hashes; `differs`: {dotted
-    key: (the stage's own value, the value here)}; `pictures`: the directory for samples.json and samples/."""
+    """An evaluation that is to be made, into the file `path`. `marks`: the hashes of what it reads, which the file
+    holds too; `differs`: {dotted key: (the stage's own value, the value here)}; `pictures`: the directory for
+    samples.json and samples/."""
 
     path: Path
     pictures: Path
@@ -73,6 +74,7 @@ class Asked:
 
     @property
     def made(self) -> bool:
+        """Whether its file holds this very evaluation already."""
         done = read_json(self.path)
         return all(done.get(key) == value for key, value in self.marks.items())
 
@@ -87,10 +89,10 @@ def asked_evaluation(
     given: bool,
     name: str,
 ) -> Asked:
-    """Where the evaluation `asked` of the stage in `directory` goes. The stage's own evaluation is the one that
-    recipe.json notes, or that of `plain`, the recipe without this command's changes, where it notes none; anything
-    else never takes its place. `weights` names their content; `given`: they are not the stage's own. `name`: the
-    user's choice, or "". Raises ValueError for a name that is none, or that another evaluation has."""
+    """The evaluation `asked` of the stage in `directory`, with the file that it goes to. The stage's own evaluation is
+    the one in recipe.json or, if that has none, in `plain`, the recipe without this command's changes; no other one
+    ever takes its place. `weights`: the digest of the weights; `given`: these are not the stage's own. `name`: the
+    user's choice, or "". Raises ValueError for an unusable name, and for one that another evaluation has."""
     recipe, stage = asked
     noted = read_recipe(directory)
     inputs = inputs_dir(directory.parent, noted.get("identity"))
@@ -99,14 +101,14 @@ def asked_evaluation(
     differs = differences(noted, stage_name, recipe, stage)
     marks = {"weights": weights, **_marks(recipe, stage, inputs)}
     own = read_json(directory / OWN)
-    # One of before 2026-11-28 has no mark of its data: it is made again.
+    # An evaluation from before 2026-11-28 has no hash of its data: it is made again.
     changed = [key for key in ("data", "evals") if "data" in own and own.get(key) != marks[key]]
     if not differs and changed:
         differs = {changed[0]: (own.get(changed[0]), marks[changed[0]])}
     if not (differs or given or name):
         return Asked(directory / OWN, directory, marks, {})
     if name and not NAME.fullmatch(name):
-        raise ValueError(f"--name={name!r} is no name; use letters, digits, '.', '_' and '-', such as coco-5k")
+        raise ValueError(f"--name={name!r} is not usable; use letters, digits, '.', '_' and '-', such as coco-5k")
     path = directory / f"eval-{name or _default_name(marks, bool(differs), given)}.json"
     there = read_json(path)
     keys = ("evals", "data", *(("weights",) if given else ()))
@@ -116,7 +118,8 @@ def asked_evaluation(
 
 
 def differences(noted: dict[str, Any], name: str, recipe: Recipe, stage: Stage) -> dict[str, tuple[Any, Any]]:
-    """{dotted key: (value then, value now)} of what changes an evaluation's numbers, against what recipe.json says."""
+    """{dotted key: (value then, value now)} for the settings that an evaluation's numbers depend on and that differ
+    from `noted`, the content of recipe.json."""
     then = noted["stages"][name]
     changes: dict[str, tuple[Any, Any]] = {}
     for key, now in _parts(recipe, stage).items():
@@ -149,17 +152,18 @@ def _marks(recipe: Recipe, stage: Stage, run_dir: Path) -> dict[str, str]:
     if (text := text_tokenizer(recipe, stage)) is not None:
         inputs.append(hashlib.sha256(text.path.read_bytes()).hexdigest())
     if stage.visual_tokenizer is not None:
-        with suppress(ValueError):  # it may be gone where no evaluation asks for codes
+        with suppress(ValueError):  # it may be missing if no evaluation needs codes
             inputs.append(input_digest(stage.visual_tokenizer, run_dir, "visual_tokenizer"))
     return {"evals": evals_hash(recipe, stage), "data": _hash(inputs)}
 
 
 def evals_hash(recipe: Recipe, stage: Stage) -> str:
-    """Names all that the numbers of the stage's evaluations depend on, apart from data and weights."""
+    """The hash of all settings that the numbers of the stage's evaluations depend on, apart from data and weights."""
     return _hash(_as_before(to_json(_parts(recipe, stage))))
 
 
 def _as_before(value: Any) -> Any:
+    """JSON values of configs without the fields of LATER that have the value listed there."""
     if isinstance(value, list):
         return [_as_before(each) for each in value]
     if not isinstance(value, dict):
@@ -170,7 +174,7 @@ def _as_before(value: Any) -> Any:
 
 
 def sources(value: Any) -> Iterator[Any]:
-    """The sources in the configs of evaluations, wherever they stand in them."""
+    """The sources inside configs of evaluations, or in tuples and dictionaries of these, at any depth."""
     if hasattr(value, "shards"):
         yield value
         return

@@ -25,10 +25,12 @@ from pretrain.run.progress import Progress
 
 
 def hand_over(run: Run, path: Path, progress: Progress) -> None:
-    """Write the whole model for the next stage: what was trained, or the best of it where the stage ended early, and
-    untouched what was frozen or not built; with their average in the place of the weights, and adapters added to their
-    layers, where the stage has them, and then these apart too. Beside it the text tokenizer, so that the directory can
-    be used by itself."""
+    """Writes the whole model for the next stage to `path`, a weights.safetensors.
+
+    It holds the trained weights, or their average if the stage keeps one (then the last step's go into LAST); of a
+    stage that ended early, those of its best checkpoint. Adapters are added to their layers, and also written by
+    themselves into ADAPTERS. Weights that were frozen or not built are passed on unchanged. The text tokenizer is
+    copied beside it, so that the directory can be used by itself. Every rank must call it."""
     best = progress.best_checkpoint() if progress.ended else None
     state, config = {} if best else run.whole_state(), run.weights_config(path.parent.name)
     last = run.whole_state(last=True) if run.stage.ema is not None else {}

@@ -1,4 +1,4 @@
-"""Models of transformers, from a directory that others published, as a start for our stages."""
+"""Released models of transformers, as initial weights for our stages."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from pretrain.models.towers.tower import kind_of, read_directory
 
 
 def from_huggingface(directory: Path, text: Path | None, out: Path) -> None:
-    """Towers, a ViLT or a BLIP of transformers with the names, the order of ids and the tokenizer that our stages read.
-    ValueError for a directory of another kind, or an incomplete one."""
+    """Writes towers, a ViLT or a BLIP from a directory of transformers into `out`, with the names and the order of ids
+    that our stages read, and its tokenizer. `text`: the directory of a text encoder, if `directory` is only a vision
+    encoder's. ValueError for a directory of another kind, or an incomplete one."""
     kind = kind_of(directory)
     if text is None and kind not in (whole := (*WHOLE, "vilt", "blip")):
         raise ValueError(

@@ -1,7 +1,7 @@
-"""What makes two starts the same run: the settings that its numbers depend on.
+"""A run's identity: the settings that its numbers depend on, which decide whether two starts are of the same run.
 
-A run's identity is written into recipe.json at its first start and stays. A program that knows more fields goes on
-under it, as long as what it would compute is the same; checkpoints carry the hash of it.
+It is written into recipe.json at the first start and stays. A later program that knows more fields goes on under it as
+long as it would compute the same; checkpoints carry its hash.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pretrain.data.transforms import ImageTransform
 OPERATIONAL = (
     *("log_every", "save_every", "keep", "keep_every", "save_in_background", "copy_every"),
     *("trace_samples", "max_skipped_steps", "rollback", "profile_steps", "timeout_s"),
-    *("tf32", "deterministic"),  # as the precision of the DeepSpeed JSON: the same run, to rounding
+    *("tf32", "deterministic"),  # they change rounding only, like the precision in the DeepSpeed JSON
 )
 OPERATIONAL_OF_STAGE = (
     *("evals", "evals_every", "best", "patience"),
@@ -38,13 +38,13 @@ def hash_of(identity: dict[str, Any]) -> str:
 
 
 def stage_hash(recipe: Recipe, stage: Stage) -> str:
-    """Of a run that starts now."""
+    """The hash of the identity of a run that starts now."""
     return hash_of(identity_of(recipe, stage))
 
 
 def differences(noted: dict[str, Any], recipe: Recipe, stage: Stage) -> dict[str, tuple[Any, Any]]:
-    """{dotted key: (value then, value now)} of all that differs from a noted identity. A field that the noting program
-    did not know had its default."""
+    """{dotted key: (value then, value now)} of all settings that differ from a noted identity. A field that is not in
+    it, because an earlier program wrote it, counts as having its default."""
     noted = _modern(noted)
     if as_begun(stage, noted) is not stage:
         stage, noted = as_begun(stage, noted), noted | {"transform": noted["transform"] | {"antialias": False}}
@@ -59,7 +59,8 @@ def differences(noted: dict[str, Any], recipe: Recipe, stage: Stage) -> dict[str
 
 
 def as_begun(stage: Stage, noted: dict[str, Any]) -> Stage:
-    """The stage, with the pixels of its run: one that was noted before `antialias` began without."""
+    """The stage with antialias=False if the noted identity does not know the field: its run began before there was
+    antialiasing, and must go on seeing the same pixels."""
     transform = noted.get("transform")
     if stage.transform is None or not isinstance(transform, dict) or "antialias" in transform:
         return stage
@@ -78,8 +79,8 @@ def _parts(recipe: Recipe, stage: Stage) -> dict[str, Any]:
 
 
 def compare(key: str, then: Any, now: Any, changes: dict[str, tuple[Any, Any]]) -> None:
-    """Puts into `changes` {dotted key: (then, now)} where `now`, a config or a part of one, differs from the noted JSON
-    value `then`; a field that it did not know had its default."""
+    """Puts {dotted key: (then, now)} into `changes` wherever `now`, a config or a part of one, differs from the noted
+    JSON value `then`. A field of `now` that is missing in `then` counts as having its default there."""
     if is_dataclass(now) and isinstance(then, dict) and then.get("class") == type(now).__name__:
         known = {f.name: f for f in fields(now)}
         for name, f in known.items():
@@ -101,8 +102,9 @@ def _default(f: Field) -> Any:
 
 
 def _modern(noted: dict[str, Any]) -> dict[str, Any]:
-    """The identity of a run that began before 2026-11-28, in today's terms: the visual tokenizer was a field of the
-    stage, its teacher a word, the image head's size a field of the model, which had two knobs that did nothing."""
+    """The identity of a run that began before 2026-11-28, in today's terms. At that time the visual tokenizer was a
+    field of the stage, its teacher a string, the image head's size a field of the model, and the model had two fields
+    without effect."""
     if "teacher" not in noted:
         return noted
     now = {name: value for name, value in noted.items() if name not in ("tokenizer", "teacher")}
@@ -116,6 +118,7 @@ def _modern(noted: dict[str, Any]) -> dict[str, Any]:
 
 
 def _training(teacher: str) -> dict[str, Any]:
+    """The task of a stage that trained a visual tokenizer, from that time's name of its teacher."""
     if teacher == "pixels":
         config: dict[str, Any] = {"class": "Pixels", "cells": 4}
     elif teacher.startswith("clip:"):

@@ -1,4 +1,4 @@
-"""The targets of masked image modeling: the frozen visual tokenizer's codes, stored or made in training."""
+"""The targets of masked image modeling: the frozen visual tokenizer's codes, stored or computed in training."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from pretrain.tensors import load_tensors
 
 
 def image_targets(recipe: Recipe, stage: Stage, run_dir: Path, device: torch.device) -> Callable[[Batch], Batch]:
-    """A function that adds the frozen visual tokenizer's codes to a batch, on the device. Codes that the loader read
-    stay; raises ValueError if they are another tokenizer's."""
+    """A function that adds the frozen visual tokenizer's codes to a batch, on `device`. Codes that the loader read are
+    kept. Raises ValueError if these are another tokenizer's."""
     if not (hidden := _hidden(stage)):
         return lambda batch: batch
     stored = {kind for kind in hidden & set(stage.mix) if getattr(stage.mix[kind], "codes", None)}
     for kind in stored:
         _check_stored(kind, stage, run_dir)
-    # Held-out pictures have no stored codes, so that an evaluation may need what training does not.
+    # Held-out pictures have no stored codes, so that an evaluation may need the tokenizer even if training does not.
     online = bool(hidden & set(stage.mix) - stored) or not hidden & set(stage.mix)
     tokenizer = load_visual_tokenizer(recipe, stage, run_dir).to(device) if online else None
 
@@ -40,7 +40,7 @@ def image_targets(recipe: Recipe, stage: Stage, run_dir: Path, device: torch.dev
             codes = torch.zeros_like(batch.image_masks, dtype=torch.long)
         if spans:
             tokenizer = tokenizer or load_visual_tokenizer(recipe, stage, run_dir).to(device)
-            # In one call: what lies between belongs to a kind whose codes are stored, or never asked for.
+            # In one call over all spans: pictures between them have stored codes or need none.
             first, last = min(span.start for span in spans), max(span.stop for span in spans)
             made = picture_codes(tokenizer, batch.images[first:last])
             for span in spans:
@@ -51,12 +51,12 @@ def image_targets(recipe: Recipe, stage: Stage, run_dir: Path, device: torch.dev
 
 
 def predicts_codes(stage: Stage) -> bool:
-    """Whether pictures of its mix are hidden, so that training needs their codes."""
+    """Whether patches of its mix's pictures are hidden, so that training needs their codes."""
     return bool(_hidden(stage) & set(stage.mix))
 
 
 def _hidden(stage: Stage) -> set[str]:
-    """The kinds whose pictures are hidden, of a stage that sees pictures."""
+    """The kinds of which patches are hidden; none in a stage that does not build the vision expert."""
     if (masking := stage.masking) is None or "vision" not in stage.experts:
         return set()
     return {kind for kind in ("images", "dual", "pairs") if masking.ratios(kind)[0]}
@@ -73,8 +73,8 @@ def _pictures(layout: Layout) -> dict[str, slice]:
 
 
 def picture_codes(tokenizer: VQKD, images: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, 3, H, W] -> int64 [N, P], in bf16 on a GPU: both what pretrain.encode_images stores and what is made
-    in training, so that they are equal."""
+    """uint8 [N, 3, H, W] -> int64 [N, P], in bf16 on a GPU. pretrain.encode_images and training both call it, so that
+    stored codes equal those that training would compute."""
     device = images.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         return tokenizer.encode(images)
@@ -93,6 +93,7 @@ def _check_stored(kind: str, stage: Stage, run_dir: Path) -> None:
 
 
 def load_visual_tokenizer(recipe: Recipe, stage: Stage, run_dir: Path) -> VQKD:
+    """The frozen visual tokenizer that the stage names. ValueError if it is missing or does not fit the stage."""
     name = _named(stage)
     state, cfg = read_model(name, "visual_tokenizer", run_dir=run_dir, recipe=recipe)
     check_tokenizer(cfg, name, recipe, stage)
@@ -104,7 +105,7 @@ def load_visual_tokenizer(recipe: Recipe, stage: Stage, run_dir: Path) -> VQKD:
 
 
 def check_tokenizer(cfg: Model, name: str, recipe: Recipe, stage: Stage) -> None:
-    """ValueError where the model behind visual_tokenizer=`name` does not fit what the stage predicts."""
+    """ValueError if the model `cfg` that visual_tokenizer=`name` stands for does not fit what the stage predicts."""
     if not isinstance(cfg, VQKDConfig):
         raise ValueError(f"visual_tokenizer={name} holds no visual tokenizer but a {type(cfg).__name__}; name one")
     classes, patch_size = _image_codes(stage), recipe.model_of(stage).patch_size
@@ -116,7 +117,7 @@ def check_tokenizer(cfg: Model, name: str, recipe: Recipe, stage: Stage) -> None
 
 
 def _image_codes(stage: Stage) -> int:
-    """Classes of the stage's image head."""
+    """The number of classes of the stage's image head; 0 without one."""
     return max((getattr(objective, "image_codes", 0) for objective in stage.objectives), default=0)
 
 

@@ -29,7 +29,7 @@ def build_loader(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Pl
     traces into `stage_dir`. Raises ValueError for data that cannot be read, and where this node has too little memory
     for it."""
     loader = open_data(recipe, stage, stage_dir, place)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of the launcher
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks on this node; the launcher sets it
     if recipe.loading.workers is None:
         log.info("data workers: %d, a CPU each (loading.workers)", recipe.loading.processes)
     check_memory(loader, max(here // (stage.parallel.tensor * stage.parallel.sequence), 1))
@@ -37,7 +37,7 @@ def build_loader(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Pl
 
 
 def open_data(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Place) -> Loader:
-    """The same, wherever the ranks will be."""
+    """As `build_loader`, without the check of memory: for a rank that may be on another machine."""
     if place.tensor or place.sequence or place.pipe:
         stage_dir = None
     model = recipe.model_of(stage)
@@ -56,7 +56,7 @@ def open_data(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Place
 
 
 def check_memory(loader: Loader, loaders: int) -> None:
-    """Raises ValueError where the batches that `loaders` ranks of this node make ahead do not fit into its memory: the
+    """Raises ValueError if the batches that `loaders` ranks of this node prefetch do not fit into its memory: the
     kernel would kill one worker after another."""
     need = loader.bytes_ahead * loaders
     if need > (free := free_memory()):
@@ -68,7 +68,8 @@ def check_memory(loader: Loader, loaders: int) -> None:
 
 
 def free_memory() -> int:
-    """Bytes that this node can give, and that the process's control group may have; 2**63 where nothing says so."""
+    """Bytes of memory that this node has available and that this process's control group may use; 2**63 if neither is
+    known."""
     free = 2**63
     with suppress(OSError, StopIteration):
         line = next(line for line in MEMORY.read_text().splitlines() if line.startswith("MemAvailable:"))
@@ -84,14 +85,16 @@ def free_memory() -> int:
 def evaluation_loader(
     recipe: Recipe, stage: Stage, mix: Mapping[str, Source], counts: Mapping[str, int], masking: Masking | None
 ) -> Loader:
-    """Held-out batches: pictures as `transform.evaluation` says, one rank, the order and masks of a fixed seed."""
+    """Held-out batches for one rank, with pictures prepared as `transform.evaluation` says, and the order and masks of
+    the recipe's seed."""
     look = replace(stage.transform, train=False)
     view = View(text_tokenizer(recipe, stage), look, masking, recipe.model_of(stage).patch_size, draws=stage.draws)
     return Loader(Mixture(mix, counts, seed=recipe.seed, loading=recipe.loading), view)
 
 
 def text_tokenizer(recipe: Recipe, stage: Stage) -> AnyTokenizer | None:
-    """The recipe's, for a stage that reads texts. Raises ValueError where it is missing or too large for the model."""
+    """The recipe's text tokenizer; None for a stage that reads no texts. Raises ValueError if it is missing, or has
+    more ids than the model."""
     if not any(kind != "images" for kind in stage.mix):
         return None
     if recipe.text_tokenizer is None:

@@ -1,5 +1,5 @@
-"""Whether the sets of a stage call their classes by the same numbers, and whether the answers that a stage can give are
-those of its questions: where they are not, nothing but a bad score would tell."""
+"""Checks that a stage's labelled sources number their classes alike, and that its vocabulary of answers has answers of
+its questions. Nothing but a bad score would show it otherwise."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pretrain.json_files import read_json
 from pretrain.run.evaluation import sources
 from pretrain.settings import fill_variables
 
-LOOKED_AT = 200  # questions
-LABELS = "labels.json"  # of data_tools.from_table, beside the shards or above the splits
+LOOKED_AT = 200  # questions of each shard
+LABELS = "labels.json"  # written by data_tools.from_table, beside the shards or in the directory above the splits
 
 
 def check_labels(stage: Any) -> None:
-    """ValueError where the label names of two labelled sources differ, or no question's answer is in the vocabulary, as
-    far as this lies on a disk beside the shards."""
+    """ValueError if the label names of two labelled sources differ, or if no question's answer is in the vocabulary.
+    Only sources with shards in a directory, and not by URL, are checked."""
     known: tuple[Path, list[str]] | None = None
     for source in sources((stage.mix, stage.evals)):
         if isinstance(source, QuestionShards):
@@ -39,6 +39,7 @@ def check_labels(stage: Any) -> None:
 
 
 def _labels_of(source: Any) -> Iterable[tuple[Path, list[str]]]:
+    """The files of label names of a labelled source, and the names in the order of the class numbers."""
     if not isinstance(source, LabelledShards):
         return
     for place in _places(source):
@@ -51,15 +52,15 @@ def _labels_of(source: Any) -> Iterable[tuple[Path, list[str]]]:
 
 
 def _places(source: Any) -> Iterator[Path]:
-    """Directories of its shards, as far as they are some on a disk."""
+    """Those of a source's shards that are directories."""
     for shards in [source.shards] if isinstance(source.shards, str) else source.shards:
-        with suppress(ValueError):  # a variable that is not set: whoever reads the shards says so
+        with suppress(ValueError):  # a variable that is not set is reported when the shards are read
             if (place := Path(fill_variables(shards, "shards")).expanduser()).is_dir():
                 yield place
 
 
 def _check_answers(source: QuestionShards) -> None:
-    """ValueError where none of the first questions' answers can be given."""
+    """ValueError if the vocabulary has none of the answers of the first questions."""
     asked, given = 0, set[str]()
     for place in _places(source):
         if not (place / MANIFEST).is_file():
@@ -80,6 +81,7 @@ def _check_answers(source: QuestionShards) -> None:
 
 
 def _first_difference(names: list[str], others: list[str]) -> tuple[int, str, str]:
+    """The first class number whose names differ, and both names."""
     longer = max(len(names), len(others))
     padded = ([*map(repr, some), *["nothing"] * (longer - len(some))] for some in (names, others))
     return next((n, a, b) for n, (a, b) in enumerate(zip(*padded, strict=True)) if a != b)

@@ -1,4 +1,4 @@
-"""A device whose memory is full: what a user reads."""
+"""Turns a GPU's out-of-memory error into one sentence with the knobs that help."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pretrain.config import Stage
 
 @contextmanager
 def memory_suffices(stage: Stage) -> Iterator[None]:
-    """ValueError where the device's memory does not."""
+    """Raises ValueError, with the stage's knobs, if the GPU's memory is exhausted inside."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        what = str(error).split(". ")[:2]  # then come torch's own figures, and advice that is set in launch/
+        what = str(error).split(". ")[:2]  # torch's further figures, and advice that launch/ follows already, are cut
         raise ValueError(
             f"the GPU's memory is full ({'. '.join(what)}): batch.accumulation={stage.batch.accumulation} and "
             f"activation_checkpointing={int(stage.activation_checkpointing)}; raise batch.accumulation, which makes "

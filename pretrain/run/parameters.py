@@ -1,4 +1,4 @@
-"""Which parameters a stage builds, trains, and trains later; and what a user can get wrong about them."""
+"""Which parameters a stage builds, trains, and trains later, and the checks of the patterns that name them."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ from pretrain.models.lora import is_adapter
 
 
 def parameter_names(recipe: Recipe, stage: Stage) -> list[str]:
-    """Of the whole task, whatever part of it a rank holds; nothing is allocated."""
+    """The parameters of the whole task, whatever part of it this rank holds; nothing is allocated."""
     with torch.device("meta"):
         task = stage.task.build(recipe.model_of(stage), stage, PLAIN, None)
     return [name for name, _ in task.named_parameters()]
 
 
 def frozen_names(recipe: Recipe, stage: Stage) -> set[str]:
-    """The parameters that the stage leaves as they are."""
+    """The parameters that the stage builds but does not train."""
     return {name for name in parameter_names(recipe, stage) if not stage.trains(name)}
 
 
 def waiting(task: nn.Module, stage: Stage) -> dict[str, int]:
-    """The trainable parameters that stage.unfreeze holds back, and the step in which each is trained first."""
+    """{trainable parameter that stage.unfreeze holds back: the first step that trains it}."""
     firsts = {name: stage.first_step(name) for name, value in task.named_parameters() if value.requires_grad}
     return {name: first for name, first in firsts.items() if first > 1}
 
 
 def freeze(task: nn.Module, stage: Stage) -> nn.Module:
+    """Sets `requires_grad` of every parameter to whether the stage trains it, in place."""
     for name, parameter in task.named_parameters():
         parameter.requires_grad_(stage.trains(name))
     return task
 
 
 def check_patterns(recipe: Recipe, stage: Stage) -> None:
-    """Raises ValueError for a pattern that matches nothing, and for a stage that trains nothing of what it asks for."""
+    """Raises ValueError for a pattern that matches no parameter, for adapters none of which is trained, and for an
+    `unfreeze` that leaves nothing to train in the first step."""
     names = parameter_names(recipe, stage)
     trained = [name for name in names if stage.trains(name)]
     asked = {"trainable": (stage.trainable, names), "unfreeze": (stage.unfreeze, trained)}

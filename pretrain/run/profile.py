@@ -1,4 +1,4 @@
-"""Where the time of some steps goes: a trace for a browser, a snapshot of a GPU's memory, and the dearest lines."""
+"""Where the time of some steps goes: a trace for a browser, a snapshot of a GPU's memory, the costliest operators."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pretrain.files import written_in_one_step
 log = logging.getLogger("pretrain")
 
 LINES = 5
-ALLOCATIONS = 100_000  # of which the snapshot remembers where they were made
+ALLOCATIONS = 100_000  # the last ones, whose stack traces the snapshot holds
 
 
 class Profile:
-    """Rank 0's steps FIRST:LAST as `asked` (Recipe.profile_steps), all of them in one trace,
+    """Profiles the steps FIRST:LAST that `asked` names (Recipe.profile_steps) on rank 0, into one trace,
     `directory`/profile/trace_FIRST_LAST.json.gz (for chrome://tracing or ui.perfetto.dev), and on a GPU
-    memory_FIRST_LAST.pickle (for pytorch.org/memory_viz; nothing here reads it). Other ranks, and an empty `asked`, do
-    nothing. The profiler slows down the steps that it sees and changes none of their numbers."""
+    memory_FIRST_LAST.pickle (for pytorch.org/memory_viz; nothing here reads it). On other ranks, and with an empty
+    `asked`, it does nothing. The profiler slows down the steps that it sees and changes none of their numbers."""
 
     def __init__(self, asked: str, directory: Path):
         self.steps = profiled_steps(asked) if rank() == 0 else None
@@ -35,7 +35,7 @@ class Profile:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around step `number`."""
+        """A context around step `number`."""
         if self.steps is not None and self._running is None and self.steps[0] <= number <= self.steps[1]:
             self._begin(number)
         yield
@@ -45,8 +45,8 @@ class Profile:
                 self.close()
 
     def close(self) -> None:
-        """Writes what was profiled so far, if anything was. A profile is worth less than the run: what goes wrong with
-        its files is a warning."""
+        """Writes what was profiled so far, if anything was. An OSError is only a warning: a profile is worth less than
+        the run."""
         running, self._running = self._running, None
         if running is None:
             return
@@ -80,7 +80,7 @@ class Profile:
 
 
 def dearest(averages: Any, steps: int) -> list[str]:
-    """The LINES operators that took most of the device's own time (without a GPU: of the CPU's)."""
+    """The LINES operators with the most self time on the GPU (without a GPU: on the CPU), a line of text each."""
 
     def own(event: Any) -> float:
         return event.self_device_time_total if on_gpu else event.self_cpu_time_total

@@ -1,11 +1,12 @@
-"""Evaluations of a stage while it trains: what they say, which step is the best so far, and whether it goes on.
+"""Evaluations of a stage while it trains: their figures, which step is the best so far, and whether the stage ends
+early.
 
-Rank 0 evaluates the whole model, built once more from the weights after the step, so that the figures are those of
-`pretrain.evaluate` on a checkpoint of that step; the other ranks wait for it. Nothing of the training is touched, and
-the generators are put back: a run has the same numbers with evaluations and without.
+Rank 0 builds the whole model once more from the weights after the step and evaluates it, so that the figures are those
+of `pretrain.evaluate` on a checkpoint of that step; the other ranks wait for it. It touches nothing of the training and
+restores the random generators: a run has the same numbers with evaluations and without.
 
-The figures are lines of evals.jsonl. Which step is best and whether the stage ends early follow from these lines alone;
-a run that goes on from a checkpoint has those up to it, and so takes the decisions that it would have taken.
+The figures are lines of evals.jsonl. Which step is best and whether the stage ends early follow from these lines alone.
+A run that goes on from a checkpoint has the lines up to it, so that it decides as it would have without the stop.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ Figures = dict[str, float]
 
 
 class Progress:
-    """Of the run in `directory`, which goes on from step run.done; `inputs` holds the stages that its settings name.
-    A collective, as is `evaluate`."""
+    """The evaluations of the run in `directory`, which goes on from step run.done. `inputs`: the run directory with the
+    stages that its settings name. Every rank must construct it, and call `evaluate`, together."""
 
     def __init__(self, run: Run, inputs: Path, directory: Path):
         self.run, self.stage, self.inputs, self.directory = run, run.stage, inputs, directory
@@ -52,34 +53,36 @@ class Progress:
         self._problem = ""
 
     def due(self, step: int) -> bool:
+        """Whether the stage is to be evaluated after `step` and has not been."""
         every = self.stage.evals_every
         return bool(every and step and step % every == 0 and step not in self.history)
 
     @property
     def best(self) -> int | None:
-        """The first step whose figure no other one's exceeds; None where no figure is asked for, or none is finite."""
+        """The first step with the best value of the figure `stage.best`; None if no figure is named or none is
+        finite."""
         return best_step(self.history, self.stage.best)
 
     @property
     def ended(self) -> bool:
-        """Whether `patience` evaluations in a row brought no better figure."""
+        """Whether the last `patience` evaluations or more brought no better figure."""
         after = [step for step in self.history if self.best is not None and step > self.best]
         return bool(self.stage.patience) and len(after) >= self.stage.patience
 
     @property
     def why(self) -> str:
-        """Why it ended."""
+        """Why the stage ended early, for the log."""
         return f"as no later evaluation than that after step {self.best} gave a better {self.stage.best}"
 
     def catch_up(self, metrics: MetricsLog) -> None:
-        """Evaluates the step from which the run goes on, where a signal came before that."""
+        """Evaluates the step from which the run goes on, if a signal stopped it between saving and evaluating."""
         own = place_of(self.directory / "checkpoints", self.run.done)
         if gather_objects(self.due(self.run.done) and own.is_dir())[0]:
             self.evaluate(self.run.done, metrics)
 
     def evaluate(self, step: int, metrics: MetricsLog) -> bool:
-        """After `step`; whether its checkpoint is wanted. Raises ValueError on every rank where an evaluation refuses
-        what it is given, OSError where the figures cannot be written."""
+        """Evaluates the model after `step` -> whether a checkpoint of it is to be saved. Raises ValueError on every
+        rank if an evaluation refuses its data or settings, OSError if the figures cannot be written."""
         start = time.monotonic()
         state, figures, problem = self.run.whole_state(), Figures(), None
         try:
@@ -105,13 +108,14 @@ class Progress:
         return step == self.best or bool(self._problem)
 
     def check(self) -> None:
-        """ValueError on every rank where `best` is no figure; its first evaluation is over and saved by then."""
+        """ValueError on every rank if `best` names no figure of the evaluations. Called after the first evaluation,
+        whose checkpoint is saved by then."""
         if self._problem:
             raise ValueError(f"{self._problem}; the run is saved, start it with another one")
 
     def best_checkpoint(self) -> Path | None:
-        """Of a stage that ended early, in its own directory or in that of a run which it continues; None on every rank,
-        with a warning, where it is gone."""
+        """The best checkpoint of a stage that ended early, in its own directory or in that of a run that it continues;
+        None on every rank, with a warning, if it is gone."""
         assert self.best is not None
         step = self.best
         places = [place_of(run / CHECKPOINTS, step) for run in (self.directory, *parents(self.directory))]
@@ -127,7 +131,7 @@ class Progress:
         for name, value in named_state(task).items():
             fill(value, state[name])
         task.to(device()).eval()
-        with TemporaryDirectory() as pictures:  # which nobody looks at
+        with TemporaryDirectory() as pictures:  # only pretrain.evaluate keeps pictures
             trained = trained_stage(recipe, stage, self.inputs, Path(pictures), task, self.run.add_targets)
             return said("evals", evaluate(stage, trained)[0])
 
@@ -142,7 +146,7 @@ class Progress:
 
 
 def _cut(path: Path, done: int) -> dict[int, Figures]:
-    """The figures up to step `done`; what stands beyond it, or is damaged, is taken out of the file."""
+    """{step: its figures} up to step `done`; later and damaged lines are removed from the file."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -161,7 +165,7 @@ def _cut(path: Path, done: int) -> dict[int, Figures]:
 
 @contextmanager
 def _same_generators() -> Iterator[None]:
-    """What is drawn inside changes nothing outside."""
+    """Restores the random generators at the end."""
     state = random_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: metrics.jsonl, the display, the profile and warnings."""
+"""What a run reports while it trains: metrics.jsonl, the display, the profile and warnings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pretrain.tasks.balance import Starvation
 
 
 class Record:
-    """Of the run in `directory`. Raises OSError on every rank where one of them cannot write."""
+    """The reports of the run in `directory`. Raises OSError on every rank if one of them cannot write."""
 
     def __init__(self, run: Run, directory: Path):
         self.metrics = fail_together(lambda: MetricsLog(directory, run.done, every=run.recipe.log_every))
@@ -26,8 +26,8 @@ class Record:
         self._starvation = Starvation()
 
     def write(self, step: int, line: dict[str, Any]) -> None:
-        """`line` of the step, with what the meter says of the steps since the last one. A collective; raises OSError on
-        every rank."""
+        """Writes and shows the metrics `line` of a step, with the meter's figures for the steps since the last line. A
+        collective of every rank; raises OSError on every rank if one cannot write."""
         line |= self.meter.read()
         fail_together(partial(self.metrics.write, step, line))
         self.display.show(step, line)

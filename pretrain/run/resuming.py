@@ -1,4 +1,4 @@
-"""Where a start of a run goes on."""
+"""From where a start of a run goes on: the checkpoint, the rollbacks, the copies on the nodes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pretrain.run.rollback import finish_rollback, rollbacks_of
 
 
 class Start(NamedTuple):
-    """`checkpoint` None: the run begins. `copies`: of a run that makes some on its nodes."""
+    """From where a start goes on."""
 
-    checkpoint: Checkpoint | None = None
+    checkpoint: Checkpoint | None = None  # None: the run begins at step 0
     rollbacks: tuple[Rollback, ...] = ()
-    copies: Copies | None = None
+    copies: Copies | None = None  # None: the run makes no copies of checkpoints on its nodes
 
 
 def find_start(
@@ -32,9 +32,9 @@ def find_start(
     data_digest: str,
     names_digest: str,
 ) -> Start:
-    """Of the run in `directory`, whose lock rank 0 has: from its own newest checkpoint, if it is `copied` also of those
-    on its nodes; else from its parent's, with the metrics up to there. Every rank must call it. Raises ValueError as
-    `newest` and `open_copies`."""
+    """Where the run in `directory`, whose lock rank 0 holds, goes on: from its own newest checkpoint, which, if the run
+    is `copied`, may be a copy on its nodes; else from its parent's, whose metrics up to there are taken over. Every
+    rank must call it. Raises ValueError as `newest` and `open_copies` do."""
     fail_together(lambda: take_over_rollbacks(settings, directory) if rank() == 0 else None)
     finish_rollback(directory)
     rollbacks = rollbacks_of(directory)

@@ -1,8 +1,8 @@
-"""Going back when a run diverges: the decision, which ends this life of the run, and what the next one begins with.
+"""Going back when a run diverges: the decision, which ends this life of the run, and the clean-up at the next start.
 
-The process ends, for a launcher to start the same line again, instead of filling its live engine from the checkpoint:
-a start is one path that is right for every ZeRO stage, tensor and pipeline ranks, teachers, queues and codebooks, and
-for a run that has saved nothing yet.
+The process ends, so that a launcher starts the same command again, instead of loading the checkpoint into its live
+engine: a start is the one path that is right for every ZeRO stage, tensor and pipeline ranks, teachers, queues and
+codebooks, and for a run that has saved nothing yet.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ log = logging.getLogger("pretrain")
 
 
 class RolledBack(Exception):
-    """This life ends; the next one begins at an earlier step."""
+    """This life of the run ends; the next one begins at an earlier step."""
 
 
 def roll_back(directory: Path, begun: int, rule: RollbackRule, before: tuple[Rollback, ...], why: Diverged) -> NoReturn:
-    """Notes where the run in `directory` goes back to and which batches it passes over from there on. `begun`: the step
-    at which it began without a checkpoint of its own; `before`: its rollbacks so far. Every rank calls it. Raises
-    RolledBack; `why`, where the rule allows no more; OSError on every rank where rank 0 cannot write."""
+    """Notes the step to which the run in `directory` goes back, and the batches that it passes over from there on.
+    `begun`: the step at which the run began, before it had checkpoints of its own; `before`: its rollbacks so far.
+    Every rank must call it. Always raises: RolledBack; `why` itself if the rule allows no further rollback; OSError on
+    every rank if rank 0 cannot write."""
     if len(before) >= rule.most:
         if before:
             what = f"{why.what}, also after {len(before)} of {rule.most} rollbacks"
@@ -51,16 +52,16 @@ def roll_back(directory: Path, begun: int, rule: RollbackRule, before: tuple[Rol
 
 
 def target(saved: list[int], begun: int, good: int, before: int) -> int:
-    """The step to go back to: that of the newest of the `saved` checkpoints which is `before` steps older than the last
-    `good` step, else of the oldest one up to there, else `begun`."""
+    """The step to go back to: of the newest of the `saved` checkpoints that is at least `before` steps older than the
+    last `good` step; else of the oldest one up to that step; else `begun`."""
     usable = [step for step in saved if step <= good]
     old = [step for step in usable if step <= good - before]
     return max(old) if old else min(usable, default=begun)
 
 
 def finish_rollback(directory: Path) -> None:
-    """Does what is left to do of the last rollback: no checkpoint stays that was made of batches which the run passes
-    over. May be killed at any moment and called again. Every rank calls it; rank 0 has the lock."""
+    """Completes the last rollback: removes the checkpoints behind the step to which the run goes back. May be killed at
+    any moment and called again. Every rank must call it; rank 0 holds the lock."""
 
     def finish() -> None:
         *before, newest = read_rollbacks(directory) or (None,)
@@ -74,5 +75,5 @@ def finish_rollback(directory: Path) -> None:
 
 
 def rollbacks_of(directory: Path) -> tuple[Rollback, ...]:
-    """Those of the run in `directory`, the same on every rank. Every rank calls it."""
+    """The rollbacks of the run in `directory`, the same on every rank. Every rank must call it."""
     return gather_objects(read_rollbacks(directory) if rank() == 0 else ())[0]

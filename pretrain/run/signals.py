@@ -1,4 +1,4 @@
-"""Signals by which a scheduler asks a run to save and end."""
+"""The signals by which a scheduler asks a run to save and end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 
 class Stopped(BaseException):
-    """A signal came while there was nothing to finish."""
+    """A signal asked for a stop while there was no step to finish."""
 
 
 class StopSignals:
@@ -22,31 +22,31 @@ class StopSignals:
         self.asked, self._at_once = False, True
         self._since: float | None = None
         self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        # Python runs a handler when the main thread comes back from C++, which may wait for other ranks: the byte that
-        # is written at once tells `seconds`.
+        # Python runs a handler only when the main thread comes back from C++, where it may wait for other ranks. The
+        # byte that is written to this pipe at once tells `seconds` the true time of the signal.
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def seconds(self) -> float:
-        """Since a signal asked for the end; 0 before."""
+        """How long ago a signal asked for the end; 0 if none did."""
         return 0.0 if self._since is None else time.monotonic() - self._since
 
     def restore(self) -> None:
-        """Signals are again what they were before."""
+        """Puts back the handlers from before."""
         signal.set_wakeup_fd(-1)
         os.close(self._writing)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def begin(self) -> None:
-        """Steps begin, and a signal waits for their ends."""
+        """From now on a signal waits for the end of the step."""
         self._at_once = False
 
     @contextmanager
     def at_once(self, allowed: bool) -> Iterator[None]:
-        """Inside, a signal raises Stopped where that is `allowed`."""
+        """If `allowed`, a signal raises Stopped inside, also one that came before."""
         self._at_once = allowed
         try:
             if allowed and self.asked:

@@ -1,4 +1,4 @@
-"""The weights that a stage begins with, or goes on with."""
+"""Loads the weights with which a stage begins or goes on."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ log = logging.getLogger("pretrain")
 def load_start(
     task: nn.Module, recipe: Recipe, stage: Stage, run_dir: Path, checkpoint: Checkpoint | None, mesh: Mesh
 ) -> Path | None:
-    """Fill the task from the checkpoint, else from `stage.init_from`; each choice is one log line. Returns the file
-    that init_from names, for what it holds besides."""
+    """Fills the task from the checkpoint, else from `stage.init_from`, and logs the choice. Returns the file that
+    init_from names, whose other tensors the stage will pass on."""
     init = weights_path(stage.init_from, run_dir, "init_from") if stage.init_from is not None else None
     path = checkpoint.weights if checkpoint is not None else init
     if path is None:
@@ -50,8 +50,8 @@ def load_start(
 
 
 def _refuse_another_kind(recipe: Recipe, stage: Stage, path: Path) -> None:
-    """ValueError for weights of which nothing fits, unless they are of the stage's kind of model: with attention per
-    modality, vision and language share no names, and such a stage only passes the weights on."""
+    """ValueError for weights of another class of model, of which no tensor fits. For weights of the same class that is
+    no mistake: with attention per modality, vision and language share no names, and the stage passes the others on."""
     own, stored = recipe.model_of(stage), model_in(weights_header(path).get("config", {}), path, classes_of(recipe))
     if type(stored) is not type(own):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""One optimizer step, and the judgement of it."""
+"""One optimizer step, and the judgement whether the run has diverged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ log = logging.getLogger("pretrain")
 def train_step(
     engine, micro_batches: list[Batch], add_targets: Callable[[Batch], Batch], *, first: bool = False
 ) -> dict[str, Tensor]:
-    """Returns this rank's mean of what the task reported. `first`: it is the first step of a run."""
+    """One optimizer step -> this rank's means over its micro-batches of the scalars that the task reports. `first`: it
+    is a run's first step."""
     if first:
         engine.module.before_training(micro_batches)
     total: dict[str, Tensor] = {}
@@ -38,7 +39,7 @@ def train_step(
 
 
 class Diverged(ValueError):
-    """The run has diverged in the steps `first` to `step`, in the way that `what` says."""
+    """The run has diverged in the steps `first` to `step`; `what` describes how."""
 
     def __init__(self, first: int, step: int, what: str, way_out: str):
         super().__init__(f"step {step}: {what}; the run has diverged: {way_out}")
@@ -46,6 +47,7 @@ class Diverged(ValueError):
 
 
 def way_out(rule: RollbackRule, directory: Path) -> str:
+    """What a user can do after the run in `directory` has diverged; the end of Diverged's message."""
     back = "" if rule.most else ", or let it go back and pass over those batches by rollback.most=3"
     return (
         f"its checkpoints in {directory / 'checkpoints'} are from before; use a lower optim.lr or a longer "
@@ -54,38 +56,41 @@ def way_out(rule: RollbackRule, directory: Path) -> str:
 
 
 class Judge:
-    """Says that a run diverges: when more than `allowed` steps in a row were skipped because their gradients were not
-    finite, or when rule.spikes steps in a row had a gradient norm above rule.spike times the median of the last
-    rule.window that were no spikes (`norms`, to which the judge adds; before there are so many, nothing is one). A step
-    is judged when the next one has been launched, so that no step waits for the device; `settle` judges it at once. All
-    ranks have the same norms, and so the same judgement."""
+    """Decides whether a run has diverged: if more than `allowed` steps in a row were skipped because their gradients
+    were not finite, or if rule.spikes steps in a row were spikes. A spike is a gradient norm above rule.spike times the
+    median of `norms`, the last rule.window norms that were no spikes; until there are as many, no norm is one. The
+    judge adds to `norms`.
+
+    A step is judged when the next one has been launched, so that no step waits for the device; `settle` judges it at
+    once. All ranks have the same norms and come to the same judgement."""
 
     def __init__(self, allowed: int, rule: RollbackRule, way_out: str, norms: deque[float] | None = None):
         self.allowed, self.rule, self.way_out = allowed, rule, way_out
         self.norms: deque[float] = deque(maxlen=rule.window) if norms is None else norms
-        self.in_a_row = 0  # steps that were skipped, up to the one that was judged last
-        self.spikes = 0  # the same, of spikes
+        self.in_a_row = 0  # how many steps in a row were skipped, up to the one that was judged last
+        self.spikes = 0  # how many were spikes, likewise
         self._pending: _Pending | None = None
 
     @property
     def calm(self) -> bool:
-        """Whether the step that was judged last was a good one: what it left is worth saving."""
+        """Whether the step that was judged last was neither skipped nor a spike, so that its weights are worth
+        saving."""
         return not self.in_a_row and not self.spikes
 
     def note(self, step: int, norm: Tensor | float, report: dict[str, Tensor]) -> None:
-        """Step `step` is launched; `norm` of its gradients and what the task reported may still lie on the device.
-        Raises Diverged as `settle` does for the step before."""
+        """Notes that `step` has been launched; the `norm` of its gradients and the task's report may still lie on the
+        device. First judges the step before, and raises Diverged as `settle` does."""
         self.settle()
         read = None
         if isinstance(norm, Tensor) and norm.is_cuda:
-            # A plain read would wait for all that was launched since.
+            # A plain read would also wait for everything that is launched until then.
             norm = torch.empty(norm.shape, pin_memory=True).copy_(norm, non_blocking=True)
             read = torch.cuda.Event()
             read.record()
         self._pending = _Pending(step, norm, read, report)
 
     def settle(self) -> None:
-        """Judges the step that was noted last. A collective of every rank where it was skipped. Raises Diverged, which
+        """Judges the step that was noted last; a collective of every rank if it was skipped. Raises Diverged, which
         names the step and the losses that were not finite."""
         pending, self._pending = self._pending, None
         if pending is None:
@@ -127,6 +132,8 @@ class Judge:
 
 
 class _Pending(NamedTuple):
+    """A step that has been launched but not judged."""
+
     step: int
     norm: Tensor | float
     read: torch.cuda.Event | None  # when `norm` has arrived on the host

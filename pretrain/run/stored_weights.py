@@ -1,4 +1,4 @@
-"""Weights that a recipe names: where they are, and which model they are of."""
+"""Weights that a recipe names: where they are, and to which model they belong."""
 
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
 from pretrain.settings import fill_variables
 
-# The class of each section of config.json where it does not say so itself: before 2026-11-28 a tokenizer had its own.
+# The model's section of config.json, and its class if the section does not name one. Before 2026-11-28 a visual
+# tokenizer had a section of its own.
 SECTIONS = {"model": MultiwayConfig, "tokenizer": VQKDConfig}
 OURS = (*SECTIONS.values(), EncoderDecoder)  # can be loaded without a recipe
-# Fields that stood there and moved: the image head's size to its objective, the others to the stage.
+# Fields that were once in the model's section: the image head's size moved to its objective, the others to the stage.
 MOVED = ("image_codes", "drop_path", "activation_checkpointing")
 
 
 def weights_path(name: str, run_dir: Path, knob: str) -> Path:
-    """The weights that a stage's name or a file's path stands for. Raises ValueError if they are not there."""
+    """The weights.safetensors that `name`, a stage of `run_dir` or the path of a file or directory, stands for. Raises
+    ValueError, naming `knob`, if it does not exist."""
     path = run_dir / name / WEIGHTS
     if path.is_file():
         return path
@@ -40,7 +42,8 @@ def weights_path(name: str, run_dir: Path, knob: str) -> Path:
 
 
 def input_digest(name: str, run_dir: Path, knob: str) -> str:
-    """Names the content of what a knob names: weights, or a directory of another program's (a Hugging Face model)."""
+    """A digest of the content of what a knob names: weights, or a directory of another program (a Hugging Face
+    model)."""
     directory = Path(fill_variables(name, knob)).expanduser()
     if (run_dir / name / WEIGHTS).is_file() or not directory.is_dir() or (directory / WEIGHTS).is_file():
         return weights_digest(weights_path(name, run_dir, knob))[:16]
@@ -52,22 +55,24 @@ def input_digest(name: str, run_dir: Path, knob: str) -> str:
 
 
 def read_model(name: str, knob: str, *, run_dir: Path, recipe: Recipe) -> tuple[State, Model]:
-    """The tensors of the weights that a knob names, and their model. Raises ValueError as weights_path and model_in."""
+    """The tensors of the weights that a knob names, and their model. Raises ValueError as weights_path and model_in
+    do."""
     path = weights_path(name, run_dir, knob)
     state, config = read_weights(path)
     return state, model_in(config, path, classes_of(recipe))
 
 
 def classes_of(recipe: Recipe) -> set[type]:
+    """The classes of all models that the recipe names."""
     return {type(recipe.model), *(type(stage.model) for stage in recipe.stages.values() if stage.model is not None)}
 
 
 def model_in(config: dict[str, Any], where: Path, known: Iterable[type] = ()) -> Model:
-    """The model that config.json beside weights (or their header) describes. Its class is one of ours or one of
-    `known`: a name in a file imports nothing. Raises ValueError, naming `where`, for another one."""
+    """The model that `config`, the config.json beside weights or their header, describes. Its class must be one of OURS
+    or `known`, since a name in a file must not import code. Raises ValueError, naming `where`, for any other."""
     section = next((name for name in SECTIONS if isinstance(config.get(name), dict)), None)
     if section is None:
-        raise ValueError(f"{where} does not say which model its weights are of; give weights that a stage wrote")
+        raise ValueError(f"{where} does not say to which model its weights belong; give weights that a stage wrote")
     values = {key: value for key, value in config[section].items() if key != "class"}
     classes = {each.__name__: each for each in (*OURS, *known)}
     name = config[section].get("class", SECTIONS[section].__name__)

@@ -1,12 +1,12 @@
 """Which rank makes the others wait.
 
 In synchronous training every step takes all ranks equally long: the fast ones wait for the slow one in a collective,
-which no clock around the step tells from work. So a rank times what it does before it needs another one: its wait for
-its own data, and the first pass of the encoder in each step, with which nothing is exchanged under ZeRO-0, 1 and 2.
-Under ZeRO-3, and where tensor, sequence or pipe ranks share a model, the encoder exchanges weights or rows all the
-time: there it times a product of two matrices of its own after every fifth step, which shows a slow chip and nothing
-else. On a GPU what is timed lies between two events, which are read when they have long passed: nothing waits for the
-device.
+which a clock around the step cannot distinguish from work. So each rank times what it does before it needs another one:
+the wait for its own data, and the encoder's first pass in each step, in which nothing is exchanged under ZeRO-0, 1 and
+2. Under ZeRO-3, and where tensor, sequence or pipe ranks share a model, the encoder exchanges weights or rows all the
+time; there each rank times matrix products of its own after every fifth step instead, which show a slow chip and
+nothing else. On a GPU times are taken by pairs of events, which are read long after they have passed, so that nothing
+waits for the device.
 """
 
 from __future__ import annotations
@@ -32,30 +32,31 @@ log = logging.getLogger("pretrain")
 
 EVERY = 50  # steps over which times are compared
 WARM = 5
-SLOW = 0.15  # above the median rank, as a share of its time
-LEAST = 0.02  # of a step: what is less than that above the median holds nobody up
-# Where the encoder cannot be timed: steps between two products, how many are timed together, and their sides: less than
-# a millisecond of a core, or of a GPU, of which they take 16 MiB.
+SLOW = 0.15  # a rank is slow if it takes this share longer than the median rank
+LEAST = 0.02  # of a step: a rank that is above the median by less than that holds nobody up
+# Where the encoder cannot be timed: the steps between two timings, how many matrix products are timed together, and
+# their sides. They take less than a millisecond of a core or a GPU, and 16 MiB of a GPU's memory.
 PRODUCT_EVERY, PRODUCTS, SIDE, SIDE_ON_GPU = 5, 4, 192, 2048
 
 
 class Slow(NamedTuple):
-    """A rank that others wait for: `share` of the median rank's pass longer in its own, or of the step in its wait for
-    data."""
+    """A rank for which others wait."""
 
     rank: int
-    doing: str
-    share: float
+    doing: str  # "compute" or "data"
+    share: float  # how much longer its pass takes, of the median rank's; or its wait for data, of the step
 
-    def told(self, nodes: Sequence[str]) -> str:
+    def sentence(self, nodes: Sequence[str]) -> str:
+        """For the log; `nodes`: the host of each rank."""
         if self.doing == "data":
             return f"rank {self.rank} on {nodes[self.rank]} waits {self.share:.0%} of the step longer for its data"
         return f"rank {self.rank} on {nodes[self.rank]} computes {self.share:.0%} longer"
 
 
 def slow_ranks(passes: Sequence[float], waits: Sequence[float], step_s: float, least: float = LEAST) -> list[Slow]:
-    """`passes`, `waits`: seconds a step of each rank; `step_s`: of the whole step, of which a pass must be `least`
-    above the median. The median is the lower one, so that of two ranks the slower can be named."""
+    """The slow ranks, the slowest first. `passes`, `waits`: seconds per step of each rank; `step_s`: seconds of a whole
+    step. A pass counts as slow only if it is also above the median by `least` of a step. Of an even number of ranks the
+    lower median is taken, so that the slower of two can be named."""
     usual, usual_wait = statistics.median_low(passes), statistics.median_low(waits)
     bound = max((1 + SLOW) * usual, usual + least * step_s)
     slow = [Slow(n, "compute", own / usual - 1) for n, own in enumerate(passes) if usual and own > bound]
@@ -65,12 +66,12 @@ def slow_ranks(passes: Sequence[float], waits: Sequence[float], step_s: float, l
 
 
 class RankTimes:
-    """Times this rank's steps, and compares all ranks' every EVERY of them. `module`: the task; `apart`: nothing is
-    exchanged in a pass of its encoder; else products are timed in its place. The first WARM steps, which compile and
-    start workers, do not count."""
+    """Times this rank's steps, and compares all ranks' times every EVERY steps. `module`: the task; `apart`: its
+    encoder's pass exchanges nothing with other ranks; if it does, matrix products are timed instead. The first WARM
+    steps, in which blocks compile and workers start, do not count."""
 
     def __init__(self, module: nn.Module, directory: Path, *, apart: bool, start: int = 0):
-        """`start`: the step that was done last."""
+        """`start`: the last step that is done."""
         self.directory, self._apart, self._step = directory, apart, start
         self._on_gpu = device().type == "cuda"
         self._steps, self._seconds, self._waited, self._mark = -WARM, 0.0, 0.0, time.perf_counter()
@@ -86,7 +87,7 @@ class RankTimes:
             encoder.register_forward_hook(lambda *_: self._leave())
 
     def tick(self, waited: float) -> None:
-        """A step is launched, for whose data the rank waited so many seconds."""
+        """Called when a step has been launched; `waited`: seconds that the rank waited for its data."""
         now = time.perf_counter()
         self._seconds, self._mark = self._seconds + now - self._mark, now
         self._step, self._steps = self._step + 1, self._steps + 1
@@ -99,14 +100,14 @@ class RankTimes:
             self._clear()
 
     def skip(self) -> None:
-        """Forget the time since the last step: it went into something else, such as saving."""
+        """Forgets the time since the last step, which went into something else, such as saving."""
         self._mark = time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        """For metrics.jsonl, where EVERY steps have passed since the last time, else {}: pass_spread and wait_spread,
-        how much longer than the median the slowest rank's pass (as a share of that) and wait for data (as a share of
-        the step) are, and slow_rank, the number of the slowest where it is slow. A collective of every rank; rank 0
-        names the slow ones in the log, and in the life of the run, when they are others than before."""
+        """Figures for metrics.jsonl if EVERY steps have passed since the last ones, else {}. pass_spread: how much
+        longer than the median the slowest rank's pass is, as a share of the median; wait_spread: the same for its wait
+        for data, as a share of the step; slow_rank: the slowest rank, if one is slow. A collective of every rank. Rank
+        0 names the slow ranks in the log and in lives.jsonl whenever they change."""
         if world_size() == 1 or self._steps < EVERY:
             return {}
         own = [self._pass_s(), self._waited / self._steps, self._seconds / self._steps]
@@ -128,7 +129,7 @@ class RankTimes:
         if who == self._told:
             return
         self._told = who
-        text = "; ".join(each.told(self._nodes) for each in slow[:3])
+        text = "; ".join(each.sentence(self._nodes) for each in slow[:3])
         if slow:
             log.warning("step %d: %s than the median rank, over %d steps; the others wait", self._step, text, EVERY)
         else:
@@ -160,7 +161,7 @@ class RankTimes:
         return event
 
     def _pass_s(self) -> float:
-        """The median of the passes; those that the GPU has not done yet are left out."""
+        """The median seconds of the timed passes; those that the GPU has not finished are left out."""
         if self._on_gpu:
             done = [begin.elapsed_time(end) / 1e3 for begin, end in self._passes if end.query()]
         else:
@@ -173,7 +174,7 @@ class RankTimes:
 
 
 class RankMeter(Throughput):
-    """The run's meter, which compares the ranks too."""
+    """The run's throughput meter, which also compares the ranks."""
 
     def __init__(self, data_ranks: int, times: RankTimes):
         super().__init__(device(), data_ranks)
@@ -198,6 +199,7 @@ class RankMeter(Throughput):
 
 
 def meter_of(run: Run, directory: Path) -> RankMeter:
+    """The meter of the run in `directory`."""
     apart = run.stage.parallel.model == 1 and run.engine.zero_optimization_stage() < 3
     times = RankTimes(run.engine.module, directory, apart=apart, start=run.done)
     return RankMeter(run.mesh.data.size, times)

@@ -1,4 +1,4 @@
-"""A stage's trained model as its evaluations see it, and what they say of it."""
+"""A stage's trained model as its evaluations see it, and their numbers."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ log = logging.getLogger("pretrain")
 
 
 def evaluate(stage: Stage, trained: Trained) -> tuple[dict[str, float], dict[str, list]]:
-    """-> (numbers for eval.json, what samples.json holds). Figures of a second evaluation that have the names of an
-    earlier one's, such as retrieval on another set, become retrieval#2/...; pictures are the first one's."""
+    """Runs the stage's evaluations -> (numbers for eval.json, samples for samples.json). Where a later evaluation's
+    numbers have names that are taken, such as retrieval on a second set, they become retrieval#2/...; samples of each
+    class of evaluation come from the first one."""
     metrics: dict[str, float] = {}
     samples: dict[str, list] = {}
     kinds = set[type]()
@@ -42,7 +43,7 @@ def evaluate(stage: Stage, trained: Trained) -> tuple[dict[str, float], dict[str
 
 
 def _beside(taken: dict[str, float], values: dict[str, float]) -> dict[str, float]:
-    """The figures under names that are free, all with one number."""
+    """`values` under names that are not `taken`: where one is, all get the same number."""
     number, named = 1, values
     while named.keys() & taken.keys():
         number += 1
@@ -52,7 +53,7 @@ def _beside(taken: dict[str, float], values: dict[str, float]) -> dict[str, floa
 
 
 def said(stage: str, values: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers among the values of `evaluate`; a line of the log says of each that is missing why."""
+    """The numbers among the values of `evaluate`; for each that is missing the log says why."""
     for name, value in values.items():
         if value is None:
             log.warning("%s: %s is missing: %s", stage, name, values.get(f"{name}/missing"))
@@ -67,7 +68,8 @@ def trained_stage(
     task: nn.Module,
     add_targets: Callable[[Batch], Batch] | None = None,
 ) -> Trained:
-    """The task with everything that evaluations ask for. `add_targets`: image_targets, where they are made already."""
+    """The task with everything that evaluations need. `add_targets`: the result of image_targets, if it exists
+    already."""
     return Trained(
         task=task,
         device=device(),
@@ -82,7 +84,7 @@ def trained_stage(
 
 
 def _painter(recipe: Recipe, stage: Stage, run_dir: Path, task: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """Codes -> pictures, where the visual tokenizer learned pixels; None where it learned features."""
+    """A function from codes to pictures if the visual tokenizer learned pixels; None if it learned features."""
     tokenizer: Any
     if hasattr(task, "tokenizer"):
         tokenizer = task.tokenizer

@@ -1,4 +1,4 @@
-"""Before a stage starts: what is wrong with the recipe's other stages, which would be met days later otherwise."""
+"""Checks, before a stage starts, the recipe's later stages, whose mistakes would otherwise show days later."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pretrain.settings import nearest
 
 
 def check_other_stages(recipe: Recipe, current: str, run_dir: Path, *, changed: bool) -> None:
-    """Raises ValueError for a mistake in a stage that is neither `current` nor finished. Neither their data nor the
-    weights that a stage before them makes need be there. `changed`: current has settings that the recipe's file does
-    not know, so that the numbers of others may be changed to fit it when their time comes."""
+    """Raises ValueError for a mistake in a stage that is neither `current` nor finished. Their data, and weights that
+    an earlier stage will write, need not exist. `changed`: `current` has settings that differ from the recipe's file;
+    then the others' image codes are not compared with it, since they may be changed to fit when their time comes."""
     for name, stage in recipe.stages.items():
         if name == current or (run_dir / name / WEIGHTS).is_file():
             continue
@@ -31,7 +31,8 @@ def check_other_stages(recipe: Recipe, current: str, run_dir: Path, *, changed: 
 
 
 def _check_names(recipe: Recipe, name: str, stage: Stage, run_dir: Path) -> None:
-    """Of stages or files. Teachers by a path may be gone when their tokenizer comes from elsewhere."""
+    """ValueError for a knob that names no stage of the recipe and no weights. Teachers given by a path are not checked:
+    they may be missing if their tokenizer was trained elsewhere."""
     teachers = {knob: value for knob, value in stage.reads.items() if not set(value) & {"/", "$"}}
     named = {"init_from": stage.init_from, "visual_tokenizer": stage.visual_tokenizer, **teachers}
     for knob, value in named.items():
@@ -47,7 +48,7 @@ def _check_names(recipe: Recipe, name: str, stage: Stage, run_dir: Path) -> None
 
 
 def _made_here(value: str, recipe: Recipe, run_dir: Path) -> bool:
-    """Whether it is the path of what a stage of this run directory will have written."""
+    """Whether `value` is the path of weights that a stage of this run directory will write."""
     path = Path(value).expanduser().resolve()
     homes = {(run_dir / name).resolve() for name in recipe.stages}
     return path in homes or (path.name == WEIGHTS and path.parent in homes)

@@ -55,7 +55,7 @@ def test_the_newest_checkpoint_or_the_one_that_is_named(parent, tmp_path):
         assert parent_checkpoint(identity, partial(newest, precision="fp32", data_digest="d")).step == step
         assert inputs_dir(tmp_path, identity) == tmp_path / "base"
     (chosen / "MANIFEST.json").write_text("{")
-    with pytest.raises(ValueError, match=r"step 2 .* is damaged or gone; give another one"):
+    with pytest.raises(ValueError, match=r"step 2 .* is damaged or missing; give another, such"):
         parent_checkpoint(identity, partial(newest, precision="fp32", data_digest="d"))
     with pytest.raises(ValueError, match="data_digest=d and this run has other"):
         parent_checkpoint(

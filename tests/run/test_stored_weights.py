@@ -43,7 +43,7 @@ def test_a_config_json_names_its_model(config, model):
         ({"model": {"class": "Tower"}}, "holds a Tower, which is no model of this recipe; name a recipe that uses it"),
         ({"model": {"class": "this.Popen", "args": "x"}}, "holds a this.Popen, which is no model"),
         ({"model": to_json(PAPER) | {"rotary": True}}, "MultiwayConfig has no rotary"),
-        ({"vqkd": {}}, "does not say which model its weights are of"),
+        ({"vqkd": {}}, "does not say to which model its weights belong"),
         ({}, "does not say which model"),
         ({"model": {"class": ["MultiwayConfig"]}}, "is no model of this recipe"),
         ({"model": to_json(PAPER) | {"dim": "x"}}, "its config is no MultiwayConfig"),
