@@ -1,5 +1,5 @@
-"""A running average of the weights in training. Each rank averages the fp32 masters that its optimizer holds, so it is
-split as they are; it lies among the optimizer's state, and checkpoints have it as they have the moments."""
+"""A running average of the weights in training. Each rank averages the fp32 master weights that its optimizer holds, so
+that the average is split as they are. It is part of the optimizer's state, and is saved with the moments."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pretrain.parallel.moments import AVERAGE, flats
 
 @dataclass(frozen=True)
 class Ema:
-    """Of each step's weights 1 - `decay` goes into the average. 0.9999 is the default of unilm's run_beit3_finetuning
-    (--model_ema_decay); DeiT has 0.99996 (arXiv 2012.12877, table 9). `warmup`: at first the decay is
-    (1 + step) / (10 + step), as TensorFlow's ExponentialMovingAverage has it, so that the weights with which a stage
-    began do not stay in the average of a short one."""
+    """An exponential moving average: in each step, average = `decay` * average + (1 - `decay`) * weights. 0.9999 is the
+    default of unilm's run_beit3_finetuning (--model_ema_decay); DeiT has 0.99996 (arXiv 2012.12877, table 9). `warmup`:
+    the decay is at most (1 + step) / (10 + step), as in TensorFlow's ExponentialMovingAverage, so that a short stage's
+    average does not keep the weights with which it began."""
 
     decay: float = 0.9999
     warmup: bool = True
@@ -27,26 +27,27 @@ class Ema:
             raise ValueError(f"ema.decay={self.decay} must lie between 0 and 1; use 0.999 to 0.9999")
 
     def share(self, step: int) -> float:
-        """Of the weights after `step` in the average."""
+        """The share of the weights after `step` in the average, 1 - decay."""
         return 1 - (min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay)
 
 
 @torch.no_grad()
 def begin_average(engine) -> None:
-    """For an engine that was just built: the average is its weights."""
+    """Sets the average of a new engine to its weights."""
     for flat, state in flats(engine):
         state[AVERAGE] = flat.detach().clone()
 
 
 @torch.no_grad()
 def follow(engine, share: float) -> None:
+    """Moves the average by `share` of the way to the weights."""
     for flat, state in flats(engine):
         state[AVERAGE].lerp_(flat.detach(), share)
 
 
 @contextmanager
 def average_in_place(engine) -> Iterator[None]:
-    """Inside, the average stands where the weights are read from (parallel/state.py), and they where it was."""
+    """Exchanges average and weights inside, so that parallel/state.py reads the average."""
     _swap(engine)
     try:
         yield

@@ -1,8 +1,8 @@
-"""What each rank is doing, where all of them can see it: signs of life in the store of the process group.
+"""Signs of life of all ranks, in the store of the process group, where every rank can read them.
 
-Collectives say no more than that somebody is missing. Once a second each rank posts what it is doing, from a thread of
-its own, so that a rank which waits in gloo or NCCL does it too. From these signs follows which rank hangs, and which
-ones only wait for it.
+A collective that fails says only that some rank is missing. So each rank posts once a second what it is doing, from a
+thread of its own, which works also while the main thread waits in gloo or NCCL. These signs show which rank hangs, and
+which ones only wait for it.
 """
 
 from __future__ import annotations
@@ -22,31 +22,29 @@ import torch.distributed as dist
 from pretrain.distributed import rank, world_size
 
 BEAT_S = 1.0
-# Ranks that read all signs all the time; the others do it when their own part takes too long.
+# How many ranks read all signs all the time; the others do so when their own part takes too long.
 LOOKERS = 4
-ANSWER_S = 10.0  # of the store
+ANSWER_S = 10.0  # how long the store may take to answer
 HANG = "watch/hang"
-# Describes a group whose calls are made behind the steps: in it no rank has to be as far as another.
+# The description of a process group whose collectives run in the background, where ranks need not be equally far.
 BEHIND = "behind"
 
 
 class Sign(NamedTuple):
-    """What a rank says of itself. `part`: how many parts of the run it has entered, the same on every rank; `left_s`:
-    until it thinks itself that this part takes too long; `silent_s`: how long it may say nothing in this part; `calls`:
-    how many collectives of each group it has begun."""
+    """What a rank posts about itself."""
 
-    beat: int
-    part: int
-    doing: str
-    left_s: float
-    silent_s: float
+    beat: int  # counts its signs
+    part: int  # how many parts of the run it has entered; every rank enters the same ones
+    doing: str  # the name of the part
+    left_s: float  # seconds until it finds itself that this part takes too long
+    silent_s: float  # for how long it may post nothing in this part
     host: str
-    process: Sequence[int]  # its number, and when it was started
-    calls: dict[str, int]
+    process: Sequence[int]  # its process number, and when it was started; see `started`
+    calls: dict[str, int]  # how many collectives of each process group it has begun
 
 
 class Verdict(NamedTuple):
-    """Which rank hangs (-1: none is behind the others), on which host, and what shows it."""
+    """Which rank hangs (-1: none is behind the others), on which host, and the evidence."""
 
     rank: int
     host: str
@@ -57,8 +55,8 @@ class Verdict(NamedTuple):
 
 
 def silent_rank(signs: Sequence[Sign | None], silent_s: Sequence[float]) -> Verdict | None:
-    """The rank that has said nothing for the longest time, of those that should have: it is stopped, or its node is
-    gone."""
+    """Of the ranks that have been silent for longer than they may, the one that has been so for the longest: it is
+    stopped, or its node is gone. None if there is none."""
     over = [number for number, sign in enumerate(signs) if sign is not None and silent_s[number] > sign.silent_s]
     if not over:
         return None
@@ -69,8 +67,8 @@ def silent_rank(signs: Sequence[Sign | None], silent_s: Sequence[float]) -> Verd
 
 
 def slow_rank(signs: Sequence[Sign | None]) -> Verdict | None:
-    """The rank for which the others wait, by the signs of all; None while it may still need its time, or a rank has not
-    come yet."""
+    """The rank for which the others wait, by the signs of all; None while that rank is within its own limit, or if a
+    rank has posted nothing yet."""
     known = [sign for sign in signs if sign is not None]
     if len(known) < len(signs):
         return None
@@ -90,8 +88,8 @@ def slow_rank(signs: Sequence[Sign | None]) -> Verdict | None:
 
 
 def _missing_in_collectives(signs: Sequence[Sign]) -> list[int]:
-    """Ranks that began fewer collectives of a group than another member, and wait in none themselves: a rank that is
-    ahead in one group may be missing in the next only because it waits."""
+    """The ranks that have begun fewer collectives than other members in each uneven group of theirs. A rank that is
+    ahead in one group waits there itself, which is why it may be missing in another."""
     most: dict[str, int] = {}
     for sign in signs:
         for group, count in sign.calls.items():
@@ -110,8 +108,8 @@ def _missing_in_collectives(signs: Sequence[Sign]) -> list[int]:
 
 
 class Board:
-    """The signs of all ranks. `own` gives `part`, `doing`, `left_s` and `silent_s` of this rank's. Raises
-    dist.DistError where the store does not answer."""
+    """Posts this rank's sign once a second, and reads all ranks'. `own` returns `part`, `doing`, `left_s` and
+    `silent_s` of this rank's sign. Raises dist.DistError if the store does not answer."""
 
     def __init__(self, own: Callable[[], tuple[int, str, float, float]]):
         self._own, self._beat, self._rounds = own, 0, 0
@@ -131,28 +129,28 @@ class Board:
 
     @property
     def rounds(self) -> int:
-        """How often the store has answered: a watch sees by it whether it still does."""
+        """How many rounds the store has answered; a Watch sees by it whether the store still does."""
         return self._rounds
 
     def accuse(self, verdict: Verdict) -> None:
-        """Tells all ranks, in the next round: the store may not answer, and who ends must not wait for it. Whoever
-        comes first is heard."""
+        """Posts a verdict for all ranks, in the next round and without waiting: the store may not answer, and a rank
+        that ends must not wait for it. The first verdict in the store counts."""
         self._accusation = verdict
 
     def post_now(self) -> None:
-        """Before a part in which this rank may be silent for longer, and after it."""
+        """Posts a sign at once: called before a part in which this rank may be silent for longer, and after it."""
         self._wake.set()
 
     def close(self) -> None:
         self._over.set()
 
     def signal_accused(self, verdict: Verdict, number: int) -> None:
-        """Sends a signal to the process that hangs, if it is another one on this node."""
+        """Sends the signal `number` to the process that hangs, if that is another one on this node."""
         sign = self.signs[verdict.rank] if verdict.rank >= 0 else None
         if sign is None or sign.host != node_name() or verdict.rank == rank():
             return
         process, since = sign.process
-        if since == started(process):  # it is the same process still
+        if since == started(process):  # the number still belongs to the same process
             with suppress(OSError):
                 os.kill(process, number)
 
@@ -183,11 +181,11 @@ class Board:
     def _look(self) -> None:
         names = self._names
         there = range(len(names)) if self._store.check(names) else [n for n in range(len(names)) if self._has(n)]
-        for number, said in zip(there, self._store.multi_get([names[n] for n in there]), strict=True):
-            sign = Sign(*json.loads(said))
+        for number, text in zip(there, self._store.multi_get([names[n] for n in there]), strict=True):
+            sign = Sign(*json.loads(text))
             before = self.signs[number]
             fresh = before is None or before.beat != sign.beat
-            # Counted by this thread's own rounds: a job that is suspended as a whole has not been silent.
+            # Counted in this thread's own rounds, so that a job that is suspended as a whole is not taken for silent.
             self.silent_s[number] = 0.0 if fresh else self.silent_s[number] + BEAT_S
             self.signs[number] = sign
 
@@ -196,13 +194,13 @@ class Board:
 
 
 def node_name() -> str:
-    """As SLURM calls it, else the host."""
+    """This node's name in SLURM, else the host's name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def started(process: int) -> int:
-    """When a process was started, in the kernel's ticks; 0 where that is not known. No other process has the same
-    number and the same start."""
+    """When a process was started, in the kernel's clock ticks since boot; 0 if that is not known. Number and start
+    together identify a process, since numbers are reused."""
     try:
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
@@ -210,7 +208,7 @@ def started(process: int) -> int:
 
 
 def _calls() -> dict[str, int]:
-    """{group: collectives that this rank has begun}, of the groups that count them and are no BEHIND."""
+    """{group: how many collectives this rank has begun}, for the groups that count them, without BEHIND's."""
     calls = {}
     for group, name in list(dist.distributed_c10d._world.pg_names.items()):
         if group.group_desc == BEHIND:

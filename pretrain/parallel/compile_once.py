@@ -1,7 +1,7 @@
-"""One rank of a node compiles a C++ extension, the others wait for it; and a killed one leaves nothing to wait for.
+"""One rank of a node compiles a C++ extension while the others wait, and a killed compilation blocks no later start.
 
-torch's own lock is a file in the directory of the build. A process that is killed while it compiles leaves it there,
-and every later start waits for ever, without a word.
+torch's own lock is a file in the build directory. A process that is killed while it compiles leaves it there, and then
+every later start waits for ever, without a word.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ RECORD, TORCHS = "imglish.lock", "lock"
 
 @contextmanager
 def one_compiles(extension: str) -> Iterator[None]:
-    """Inside, no other process of ours builds `extension` into the same directory (TORCH_EXTENSIONS_DIR), and torch's
-    lock of one that was killed is gone. A lock of another program's stays: it may be at work."""
+    """Inside, no other process of ours builds `extension` into the same directory (TORCH_EXTENSIONS_DIR). A lock of
+    torch's that a killed process of ours left there is removed; another program's stays, as it may be compiling."""
     from torch.utils import cpp_extension  # it imports setuptools
 
     folder = Path(cpp_extension._get_build_directory(extension, verbose=False))
@@ -28,10 +28,10 @@ def one_compiles(extension: str) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)  # the kernel's: it ends with its process
-        except OSError:  # a file system without locks: as without this
+        except OSError:  # a file system without locks: only torch's lock protects the build
             yield
             return
-        if os.pread(handle, 1, 0):  # one of ours did not come to its end
+        if os.pread(handle, 1, 0):  # a process of ours was killed before it could empty the file
             (folder / TORCHS).unlink(missing_ok=True)
         os.pwrite(handle, this_process().encode(), 0)
         yield

@@ -1,5 +1,5 @@
-"""From the loader to the device: on a GPU each step's batches are copied, and their pictures jittered where the loader
-leaves that to it, while the step before them computes."""
+"""From the loader to the device. On a GPU the batches of each step are copied, and their pictures flipped and jittered
+where the loader leaves that to the GPU, while the step before computes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ U = TypeVar("U")
 
 def copied(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[list[Batch]]:
     """The micro-batches of each step on the device. On a GPU they are read one step ahead and copied on a stream of
-    their own; an error of `steps` is raised when its step is asked for."""
+    their own; an error that `steps` raises surfaces with the step that it belongs to."""
     if device.type != "cuda":
         yield from ([finished(batch.to(device)) for batch in step] for step in steps)
         return
@@ -32,12 +32,12 @@ def copied(steps: Iterator[list[Batch]], device: torch.device) -> Iterator[list[
         computing.wait_event(done)
         for batch in batches:
             for value in batch.every_tensor():
-                value.record_stream(computing)  # so that its memory is not given away before that stream is through
+                value.record_stream(computing)  # so that its memory is not reused before that stream has read it
         yield batches
 
 
 def one_ahead(items: Iterator[T], start: Callable[[T], U]) -> Iterator[U]:
-    """What `start` makes of each item; before one is handed over, the next is started. An error comes in its turn."""
+    """start(item) for each item, the next one before the last is yielded. An error surfaces in its item's turn."""
 
     def begin() -> tuple[U] | Exception:
         try:

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: read, checked, and completed with what the recipe owns. Imports no deepspeed."""
+"""The DeepSpeed JSON: read, checked, and completed with the keys that the recipe owns. Does not import deepspeed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SECTIONS: dict[str, set[str] | None] = {
     "timers": None,
     "compile": {"deepcompile"},
 }
-# Keys of DeepSpeed's that belong to the recipe, or to nobody here, and where to turn instead.
+# DeepSpeed's keys that must not stand in the JSON, and what to use instead.
 OWNED_ELSEWHERE = {
     "train_batch_size": "the recipe's batch (images, pairs, texts, dual) owns it",
     "train_micro_batch_size_per_gpu": "the recipe's batch and batch.accumulation own it",
@@ -69,7 +69,7 @@ OWNED_ELSEWHERE = {
     "torch_autocast": 'use {"bf16": {"enabled": true}}',
 }
 
-# The same, inside a section.
+# The same for keys inside a section.
 OWNED_INSIDE = {
     ("bf16", "check_grad_overflow"): "it is derived, and the recipe's max_skipped_steps says what may be skipped",
     ("pipeline", "stages"): "the recipe's parallel.pipe owns it",
@@ -78,16 +78,16 @@ OWNED_INSIDE = {
     ("pipeline", "activation_checkpoint_interval"): "the recipe's activation_checkpointing owns it",
 }
 
-# DeepSpeed's defaults that would cost time in each step, unless the JSON asks for them: its throughput timer waits for
-# the device twice a micro-step, and pretrain/metrics.py measures the same.
+# Switched off unless the JSON asks for them: DeepSpeed's defaults would cost time in each step. Its throughput timer
+# waits for the device twice a micro-step, and pretrain/metrics.py measures the same.
 PINNED = {"timers": {"throughput": {"enabled": False}}, "wall_clock_breakdown": False, "memory_breakdown": False}
 
 
 def load_ds_config(
     path: str | Path, *, micro: int, accumulation: int, world: int, clip: float, **derived: Any
 ) -> dict[str, Any]:
-    """The JSON at `path` with the batch (`micro` sequences of a rank's micro-step, `accumulation` of them, `world` data
-    ranks), `clip` and whatever else is derived, as deepspeed.initialize takes it.
+    """The JSON at `path`, completed with the batch (`micro` sequences in a rank's micro-step, `accumulation`
+    micro-steps, `world` data ranks), `clip` and any other `derived` keys, as deepspeed.initialize takes it.
 
     Raises ValueError that names the file, the key and the way out for: a missing or broken file, an unknown key, a key
     that the recipe owns, fp16, bf16 without ZeRO, and offload that its ZeRO stage does not have.
@@ -112,11 +112,12 @@ def load_ds_config(
             "train_micro_batch_size_per_gpu": micro,
             "gradient_accumulation_steps": accumulation,
             "train_batch_size": micro * accumulation * world,
-            # ZeRO-0 measures the norm only when it clips, and metrics.jsonl wants it: a bound that nothing reaches.
+            # ZeRO-0 computes the norm, which metrics.jsonl holds, only if it clips: without clipping, at a bound that
+            # no norm reaches.
             "gradient_clipping": clip if clip > 0 else 1e30,
             "steps_per_print": None,
             "zero_allow_untested_optimizer": True,
-            # Our torch AdamW is right under offload too; engine.build_engine swaps in DeepSpeed's where that is faster.
+            # torch's AdamW is correct under offload too; engine.build_engine uses DeepSpeed's where that is faster.
             "zero_force_ds_cpu_optimizer": False,
         }
         | derived
@@ -124,9 +125,9 @@ def load_ds_config(
 
 
 def _bf16(config: dict[str, Any]) -> dict[str, Any]:
-    """The section of a bf16 run. DeepSpeed's check for gradients that are not finite makes more than half of the calls
-    of a step, waits for the device and holds the schedule; pretrain/parallel/skipping.py does without. Only offload
-    keeps it: there the optimizer is DeepSpeed's, on the host, which waits for every gradient anyway."""
+    """The section `bf16` of a bf16 run; {} in fp32. DeepSpeed's check for gradients that are not finite makes more than
+    half of a step's calls, waits for the device and stops the schedule; pretrain/parallel/skipping.py replaces
+    it. It stays on under offload, where DeepSpeed's optimizer on the host waits for every gradient anyway."""
     if precision(config) == torch.float32:
         return {}
     return {"bf16": config["bf16"] | {"check_grad_overflow": offloads(config)}}
@@ -142,6 +143,7 @@ def precision(config: dict[str, Any]) -> torch.dtype:
 
 
 def precision_name(config: dict[str, Any]) -> str:
+    """ "fp32" or "bf16", as checkpoints note it."""
     return "fp32" if precision(config) == torch.float32 else "bf16"
 
 
@@ -177,11 +179,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _known(path: str | Path, key: str, known: list[str], inside: str = "") -> None:
+    """ValueError, with the nearest known key, for one that is not `known`."""
     if key not in known:
         raise ValueError(f"{path}: unknown key {inside}{key}{nearest(key, known)}")
 
 
 def _section(path: str | Path, name: str, section: Any, known: set[str]) -> None:
+    """ValueError for a section that is no object, and for a key that is unknown or belongs to the recipe."""
     if not isinstance(section, dict):
         raise ValueError(f"{path}: {name}={json.dumps(section)} must be an object {{...}}")
     for key, value in section.items():
@@ -233,7 +237,7 @@ def _check_zero(path: str | Path, config: dict[str, Any]) -> None:
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage={json.dumps(stage)} is wrong; use 0, 1, 2 or 3")
     if zero.get("round_robin_gradients"):
-        # DeepSpeed's access to a parameter's master and moments counts on the other order of the gradients.
+        # DeepSpeed's functions that read a parameter's master and moments assume the order without round robin.
         raise ValueError(f"{path}: zero_optimization.round_robin_gradients=true mixes up checkpoints; remove it")
     group = zero.get("zero_hpz_partition_size", 1)
     if isinstance(group, bool) or not isinstance(group, int) or group < 1:

@@ -1,4 +1,5 @@
-"""The door to DeepSpeed: process group, parameters that are split as they are made, and the engine."""
+"""The process group, DeepSpeed's engine, and parameters that ZeRO-3 splits as they are made. With pipeline.py and
+state.py one of the files that use deepspeed."""
 
 from __future__ import annotations
 
@@ -28,9 +29,9 @@ log = logging.getLogger(__name__)
 
 
 def init_distributed(timeout_s: float = 1800.0) -> None:
-    """Joins the process group that torchrun, deepspeed or srun describes (NCCL on GPUs, gloo elsewhere); alone, makes a
-    group of one that opens no port, whose calls fail after `timeout_s`. Raises TimeoutError when another rank does not
-    come (meeting.py), or the group does not form."""
+    """Joins the process group that torchrun, deepspeed or srun describes (NCCL on GPUs, gloo elsewhere). A process
+    alone makes a group of one, which opens no port. Collectives fail after `timeout_s`. Raises TimeoutError if another
+    rank does not come (meeting.py), or if the group does not form."""
     adopt_launcher()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if backend == "nccl":
@@ -59,12 +60,12 @@ def init_distributed(timeout_s: float = 1800.0) -> None:
 
 
 def _take_device() -> None:
-    """This rank's GPU, also for DeepSpeed, which takes the one with the number LOCAL_RANK: where a launcher shows each
-    rank only its own (srun --gpus-per-task=1, --gpu-bind=single:1), that is number 0 on every rank."""
+    """Selects this rank's GPU, also for DeepSpeed, which takes the GPU with the number LOCAL_RANK. Where a launcher
+    shows each rank only its own GPU (srun --gpus-per-task=1, --gpu-bind=single:1), that must be 0 on every rank."""
     own = device()
     torch.cuda.set_device(own)
     for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):
-        if name == "LOCAL_RANK" or name in os.environ:  # DeepSpeed wants mpirun's to be the same
+        if name == "LOCAL_RANK" or name in os.environ:  # DeepSpeed requires mpirun's to be the same
             os.environ[name] = str(own.index)
 
 
@@ -73,10 +74,10 @@ def build_engine(
 ):
     """DeepSpeed's engine around `task`, on this rank's device.
 
-    `factor(steps done)` times each group's lr is the rate of the coming step; `config` is load_ds_config's. Weights are
-    loaded into `task` before this call. Every `engine.backward(loss)` is followed by `engine.step()`; the optimizer
-    moves after `gradient_accumulation_steps` of them, and losses are averaged over those and over the ranks. A step
-    whose gradients are not finite moves nothing; see skipping.py.
+    `factor(steps done)` times a group's lr is the rate of the next step; `config` is load_ds_config's. Weights must be
+    loaded into `task` before this call. Every `engine.backward(loss)` is followed by `engine.step()`; every
+    `gradient_accumulation_steps` of them the optimizer moves, and losses are averaged over those and over the ranks. A
+    step whose gradients are not finite moves nothing; see skipping.py.
     """
     scalars = [name for name, value in task.named_parameters() if value.ndim == 0]
     assert not scalars, f"DeepSpeed cannot broadcast 0-d parameters; give {scalars} the shape (1,)"
@@ -99,8 +100,8 @@ def build_engine(
 
 
 def check_deepcompile(config: dict[str, Any]) -> None:
-    """Raises ValueError where the JSON asks for DeepCompile and this machine, or its DeepSpeed, has none: DeepSpeed
-    would end with a traceback, or go on without it. Builds its extension, a minute at first use."""
+    """Raises ValueError if the JSON asks for DeepCompile and this machine, or its DeepSpeed, lacks it: DeepSpeed itself
+    would end with a traceback, or go on without it. Builds its extension, which takes a minute at first use."""
     if not deepcompiles(config):
         return
     asked, way_out = "compile.deepcompile=true in the JSON", "remove compile from the JSON"
@@ -114,17 +115,17 @@ def check_deepcompile(config: dict[str, Any]) -> None:
     try:
         with one_compiles("dc"):
             builder.load()
-    except Exception as error:  # whatever a compiler, or the lack of one, may say
-        said = f"{type(error).__name__}: {str(error)[:200]}".splitlines()[0]
+    except Exception as error:  # a compiler, or the lack of one, may raise anything
+        reason = f"{type(error).__name__}: {str(error)[:200]}".splitlines()[0]
         raise ValueError(
             f"{asked}: deepspeed {version} could not build its extension, which takes ninja, a C++ compiler and CUDA's "
-            f"headers ({said}); install them, or {way_out}"
+            f"headers ({reason}); install them, or {way_out}"
         ) from error
 
 
 def _exact_weights(task: nn.Module) -> dict[str, Tensor]:
-    """Copies, on the host, of the trainable weights before they are rounded to bf16; of a parameter that is already
-    split this rank's part, which is rounded here: DeepSpeed takes parts as they are."""
+    """Copies of the trainable weights, on the host, before they are rounded to bf16. Of a parameter that zero.Init has
+    split, this rank's part is copied, and then rounded here, since DeepSpeed takes such parts as they are."""
     exact = {}
     for name, value in task.named_parameters():
         own: Any = getattr(value, "ds_tensor", value)
@@ -136,8 +137,8 @@ def _exact_weights(task: nn.Module) -> dict[str, Tensor]:
 
 
 def _restore_masters(engine, exact: dict[str, Tensor]) -> None:
-    """DeepSpeed makes its fp32 masters from weights that it has rounded to bf16 first: a stage would begin with less
-    than the stage before handed over."""
+    """Sets DeepSpeed's fp32 master weights to the `exact` ones. DeepSpeed makes them from weights that it has rounded
+    to bf16, so that a stage would begin with less than the stage before handed over."""
     if not exact:
         return
     fragment = importlib.import_module("deepspeed.utils.tensor_fragment")
@@ -149,50 +150,50 @@ def _restore_masters(engine, exact: dict[str, Tensor]) -> None:
             if not hasattr(value, "ds_id"):
                 fragment.safe_set_full_fp32_param(value, weight)
                 continue
-            was_whole = weight.shape == value.ds_shape  # the engine has cut it
+            was_whole = weight.shape == value.ds_shape  # it was split by the engine, not by zero.Init
             fragment.safe_set_local_fp32_param(value, zero3_part(value, weight) if was_whole else weight)
 
 
 def set_progress(engine, step: int) -> None:
-    """Counters and learning rates as they are after `step` optimizer steps."""
+    """Sets the engine's counters and learning rates to what they are after `step` optimizer steps."""
     engine.global_steps = step
     engine.global_samples = step * engine.train_batch_size()
     engine.micro_steps = step * engine.gradient_accumulation_steps()
     engine.lr_scheduler.last_epoch = step - 1
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that no optimizer step came before
+        warnings.simplefilter("ignore")  # torch warns that no optimizer step came before
         engine.lr_scheduler.step()
 
 
 @contextmanager
 def partitioned_init(config: dict[str, Any], mpu=None) -> Iterator[None]:
-    """Under ZeRO-3 each parameter that is made inside is split over the ranks at once, so that no rank ever holds the
-    whole model; otherwise nothing. In fp32, and with the numbers that one process would draw."""
+    """Under ZeRO-3, each parameter that is made inside is split over the ranks at once, so that no rank ever holds the
+    whole model; it is fp32 and has the numbers that one process would draw. Otherwise this does nothing."""
     if zero_stage(config) < 3:
         yield
         return
     init_distributed()
-    # By its overrides DeepSpeed would draw in bf16, or on the GPU: other numbers.
+    # With its overrides DeepSpeed would draw in bf16, or on the GPU, and so draw other numbers.
     options: dict[str, Any] = {"tensor_overrides": []}
-    if mpu is not None:  # by itself it would split over the whole world
+    if mpu is not None:  # by default it splits over the whole world
         options |= {"mpu": mpu, "data_parallel_group": mpu.get_data_parallel_group()}
     with _deepspeed().zero.Init(config_dict_or_path=config, **options):
         yield
 
 
 def preload() -> None:
-    """Imports what the first engine of this process will need, which takes longer than all else of a start: for a
+    """Imports what the first engine of this process will need, which takes longer than the rest of a start; for a
     process that forks ranks. It touches no GPU."""
     _deepspeed()
     if not torch.version.cuda:
-        # What deepspeed.initialize imports brings torch's compiler, which on GPUs starts a pool of processes.
+        # deepspeed.initialize imports torch's compiler, which would start a pool of processes.
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 @contextmanager
 def whole_init() -> Iterator[None]:
-    """Inside `partitioned_init`, a part that is built whole; see Layers.whole. The engine splits it when it begins."""
+    """Suspends `partitioned_init`: what is built inside is whole until the engine splits it; see Layers.whole."""
     zero = importlib.import_module("deepspeed.runtime.zero.partition_parameters")
     zero.shutdown_init_context()
     try:
@@ -210,7 +211,7 @@ def gathered(parameters: Sequence[Any]) -> AbstractContextManager[Any]:
 def _deepspeed():
     """The package, imported quietly and without a compiler run."""
     if not torch.cuda.is_available():
-        # Set here, so that DeepSpeed neither guesses nor warns that there is no GPU.
+        # So that DeepSpeed neither guesses nor warns that there is no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     deepspeed = importlib.import_module("deepspeed")
@@ -219,8 +220,8 @@ def _deepspeed():
     # A C++ shared-memory all-reduce that only inference calls; building it takes 20 to 50 s of the first start, and a
     # killed rank leaves 69 MB of it in /dev/shm.
     comm.build_shm_op = lambda: None
-    # `initialize` imports DeepSpeed's Muon, which nothing here uses; compiling it as it is imported brings all of
-    # torch's compiler, a second of every start.
+    # `initialize` imports DeepSpeed's Muon, which nothing here uses and which compiles a function when it is imported.
+    # That would import torch's compiler, a second of every start.
     compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
     compiler.compile = lambda: compiler.dummy_decorator
     logger = logging.getLogger("DeepSpeed")
@@ -232,7 +233,7 @@ def _deepspeed():
 
 
 def _clip(engine) -> None:
-    """DeepSpeed's own step, keeping the norm that it throws away without ZeRO."""
+    """DeepSpeed's own clipping without ZeRO, but it stores the norm, which DeepSpeed discards."""
     clip = importlib.import_module("deepspeed.runtime.utils").clip_grad_norm_
     engine._global_grad_norm = clip(engine.module.parameters(), engine.gradient_clipping(), mpu=engine.mpu)
 

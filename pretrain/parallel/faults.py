@@ -1,9 +1,9 @@
-"""A rank that dies or hangs: every other one ends within the configured time, with one sentence and a code of its own.
+"""If a rank dies or hangs, every other one ends within the configured time, with one sentence and an exit code.
 
-The connections of a dead rank close, and the next call of its peers fails: gloo raises at once; under NCCL torch's own
-watchdog ends the process, with lines of its own. A rank that hangs closes nothing, and for it there is `Watch`: it
-learns from a run's own steps how long a part of it may take (patience.py), and finds by what all ranks say of
-themselves (board.py) which one the others wait for.
+The connections of a dead rank close, and its peers' next collective fails: gloo raises at once; under NCCL torch's own
+watchdog ends the process, with messages of its own. A rank that hangs closes nothing, and for it there is `Watch`. It
+learns from the run's own steps how long a part of it may take (patience.py), and sees from the signs that all ranks
+post (board.py) for which one the others wait.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ log = logging.getLogger("pretrain")
 # EX_UNAVAILABLE of sysexits.h: another rank, or the data, did not answer. A failure for every launcher.
 LOST = 69
 TICK_S = 0.25
-# Between the naming of a rank that hangs and the end: all ranks write their stacks meanwhile.
+# The time between naming a rank that hangs and the end, in which all ranks write their stacks.
 DUMP_S = 3.0
-# So long a rank may give no sign of life (its watch needs no more than Python's lock for a moment), in a step and
-# elsewhere, where large files are read; and so long the first rank, which holds the signs, may not answer.
+# How long a rank may give no sign of life (its watch needs only Python's lock, for a moment): in a step, and elsewhere,
+# where large files are read. Also how long the first rank, which holds the store, may not answer.
 SILENT_S, SILENT_ELSEWHERE_S = 15.0, 60.0
-# How long, once the time is over, it may take to see for which rank the others wait.
+# How long, once a limit is over, it may take to see for which rank the others wait.
 JUDGE_S = 5.0
-# EX_TEMPFAIL of sysexits.h: stopped by a signal; a launcher may start the same line again.
+# EX_TEMPFAIL of sysexits.h: stopped by a signal; a launcher may start the same command again.
 STOPPED = 75
-# So long a run that was asked to end may wait for its data or, at its start, for other ranks.
+# How long a run that a signal asked to end may wait for its data or, at its start, for other ranks.
 GRACE_S = 20.0
 WAY_OUT = "checkpoints are intact, start the same line again"
 
 
 class Watch:
-    """Ends this process with LOST when a rank hangs, or this one's data do not come. It is a thread of its own, as the
-    main one may wait for the others in gloo, NCCL or CUDA; and it counts time by its own ticks, so that a job that is
-    suspended as a whole and goes on later is not ended for it.
+    """Ends this process with LOST if a rank hangs, or if this rank's data do not come. It runs in a thread of its own,
+    since the main one may wait for the others in gloo, NCCL or CUDA. It counts time by its own ticks, so that it does
+    not end a job that was suspended as a whole and goes on.
 
-    A part of the run that takes longer than it ever did raises the question which rank the others wait for. One that is
-    silent, or over its own limit, is named, all ranks write their stacks, and the run ends; one that may still need its
-    time (it saves, or fetches a shard) is waited for, up to `timeout_s`. `asked_s`: seconds since a signal asked for
-    the end; what waits is then ended with STOPPED."""
+    If a part of the run takes longer than it should, the watch looks for the rank that the others wait for. If that
+    rank is silent or over its own limit, it is named, all ranks write their stacks, and the run ends. If it may still
+    need its time (it saves, or fetches a shard), it is waited for, up to `timeout_s`. `asked_s` returns the seconds
+    since a signal asked for the end; a process that waits then ends with STOPPED."""
 
     def __init__(self, asked_s: Callable[[], float] = lambda: 0.0) -> None:
         self.timeout_s = self._limit = self._soft = self._waited = 0.0
@@ -66,39 +66,42 @@ class Watch:
         self._over = threading.Event()
 
     def start(self, timeout_s: float) -> None:
-        """Count from now on. A process alone waits for nothing but its data."""
+        """Starts the watch. A process alone waits for nothing but its data."""
         self.timeout_s = timeout_s
         self.enter("the start", patient=True)
         self._starting = True
-        # C code writes the stacks of all threads: it needs no lock of Python's, which a rank that hangs may hold.
+        # faulthandler writes the stacks from C, without Python's lock, which a thread that hangs may hold.
         faulthandler.register(signal.SIGUSR2, file=2)
         threading.Thread(target=self._count, name="watch", daemon=True).start()
 
     def join(self) -> None:
-        """The process group is formed: from now on the ranks see what each of them does."""
+        """Called when the process group is formed: from now on the ranks see each other's signs."""
         if world_size() > 1 and "MASTER_ADDR" in os.environ:
             try:
                 self._board = Board(self._sign)
             except (dist.DistError, RuntimeError) as error:
-                log.warning("%s sees no signs of the others (%s); it waits %.0f s", place(), error, self.timeout_s)
+                log.warning(
+                    "%s cannot see the other ranks' signs of life (%s); it waits up to %.0f s for them",
+                    *(place(), error, self.timeout_s),
+                )
 
     def enter(self, doing: str, *, patient: bool = False) -> None:
-        """The next part of the run; every rank enters the same ones. `patient`: one that may take PATIENCE_S, and from
-        whose like nothing is learned about those that are not."""
+        """Begins the next part of the run, called `doing`; every rank enters the same parts. `patient`: it may take
+        PATIENCE_S, and its time says nothing about parts of the same name that are not patient."""
         if self._part:
             self._patience.note(self._doing, self._patient, self._waited)
-        self._waited = 0.0  # before the limits: the time of the last part must not meet those of the next
+        self._waited = 0.0  # before the limits change: the last part's time must not be held against the next one's
         self._limit = max(self.timeout_s, PATIENCE_S) if patient else self.timeout_s
         self._soft = min(self._limit, self._patience.limit_s(doing, patient))
         news = patient or self._patient
         self._doing, self._patient, self._part = doing, patient, self._part + 1
         self.waits_for_data, self._starting = False, False
-        # Steps may be shorter than a beat: without it the others would have the first one's patience with a later one.
+        # Steps may be shorter than a beat, and the others must know at once whether this part is patient.
         if news and self._board is not None:
             self._board.post_now()
 
     def extend(self) -> None:
-        """The part that the run is in takes longer, as a patient one."""
+        """Makes the current part a patient one."""
         self.enter(self._doing, patient=True)
 
     def stop(self) -> None:
@@ -108,16 +111,17 @@ class Watch:
 
     @property
     def outlast_s(self) -> float:
-        """For the collectives' own timeouts, which speak less clearly: longer than this watch ever waits."""
+        """A timeout for collectives that is longer than this watch ever waits, since their own messages say less."""
         return 1.5 * max(self.timeout_s, PATIENCE_S)
 
     def outlast_all(self) -> None:
-        """Gives every process group that time: DeepSpeed makes its groups with torch's default (NCCL: 10 minutes)."""
+        """Gives every process group that timeout: DeepSpeed makes its groups with torch's default (NCCL: 10
+        minutes)."""
         for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.outlast_s), group)
 
     def explain(self, error: Exception) -> str | None:
-        """The sentence for an error that means that another process is gone; None for any other error."""
+        """One sentence for an error which means that another process is gone; None for any other error."""
         text = str(error)
         if worker_died(error):
             how = text.splitlines()[0].rstrip(". ")
@@ -127,7 +131,7 @@ class Watch:
         sentence = (
             f"{place()}: another rank died or hung up (in {self._doing}; see what it wrote, if it could); {WAY_OUT}"
         )
-        # This rank's own error, if it met the lost rank while it handled that.
+        # This rank's own error, if the other rank was lost while it handled that.
         cause = error.__context__
         return sentence if cause is None else f"{sentence} (after {type(cause).__name__}: {cause})"
 
@@ -149,7 +153,7 @@ class Watch:
                 self._give_up("another rank did not answer", self._limit)
 
     def _judge(self, board: Board) -> None:
-        """Ends this process where a rank hangs, by the signs of all."""
+        """Ends this process if the signs of all ranks show that one hangs."""
         self._unanswered = 0.0 if board.rounds != self._rounds else self._unanswered + TICK_S
         self._rounds = board.rounds
         late = self._waited > self._soft
@@ -173,7 +177,7 @@ class Watch:
         faulthandler.dump_traceback(file=2)
         board.signal_accused(verdict, signal.SIGUSR2)
         self._over.wait(DUMP_S)
-        # One that was stopped writes its stack when it goes on, and ends as the others are gone.
+        # A process that was stopped writes its stack when it goes on, and then ends because the others are gone.
         board.signal_accused(verdict, signal.SIGCONT)
         _end_now(LOST)
 
@@ -182,7 +186,7 @@ class Watch:
         return min(SILENT_ELSEWHERE_S if self._patient else SILENT_S, self.timeout_s)
 
     def _sign(self) -> tuple[int, str, float, float]:
-        """For the board."""
+        """This rank's `part`, `doing`, `left_s` and `silent_s`, for the board."""
         limit = self._limit if self._waited > self._soft and has_reason_to_wait() else self._soft
         return self._part, self._doing, limit - self._waited, self._silent_s
 
@@ -193,13 +197,13 @@ class Watch:
 
 
 def worker_died(error: Exception) -> bool:
-    """Whether torch says that a data worker was killed or has ended, for which it has no exception class. What is
-    raised in a worker ("Caught KeyError in DataLoader worker ...") is another matter."""
+    """Whether an error is torch's for a data worker that was killed or has ended, for which it has no exception class.
+    An error that was raised in a worker ("Caught KeyError in DataLoader worker ...") is not one."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def _likely_cause(how: str) -> str:
-    """Of a data worker's end, by the signal in torch's words or ours."""
+    """Why a data worker has ended, by the signal that `how`, torch's text or ours, names."""
     if "Killed" in how or "SIGKILL" in how:
         return "most likely killed because the memory was full; use less loading.workers or loading.prefetch"
     if "Bus error" in how or "SIGBUS" in how:
@@ -212,9 +216,9 @@ def place() -> str:
 
 
 def leave(code: int) -> int:
-    """`code`, for a process alone. One of several ends here: what Python and torch take down at their end may wait for
-    ranks that are no more, and has aborted pipeline runs that were done (some 2 of 50 on gloo; why is not known). The
-    others wait for this one until its connections close."""
+    """Ends the data workers. A process alone gets `code` back, to exit with; one of several ranks exits here at once.
+    The usual end of Python and torch may wait for ranks that are gone, and has aborted pipeline runs that were complete
+    (about 2 of 50 on gloo, for an unknown reason). The other ranks notice this one's end by its closed connections."""
     if world_size() == 1:
         # torch's handler would raise "DataLoader worker is killed" for these too, wherever this thread is by then.
         handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -226,7 +230,7 @@ def leave(code: int) -> int:
 
 
 def _kill_workers() -> list[BaseProcess]:
-    # Those of the data loader; they are deaf to gentler signals.
+    # The data loader's; they ignore gentler signals.
     workers = [process for process in multiprocessing.active_children() if process.daemon]
     for worker in workers:
         worker.kill()

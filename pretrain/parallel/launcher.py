@@ -1,4 +1,4 @@
-"""What torchrun, deepspeed or srun says about this process's place, checked before anyone asks for the rank."""
+"""This process's rank and world size, as torchrun, deepspeed or srun set them, checked before they are used."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ WAY_OUT = "start by torchrun, deepspeed or srun, which set it, or unset it to ru
 
 
 def adopt_launcher() -> None:
-    """`srun python -m ...` tells each task its place by SLURM_*; torch wants RANK and its kin. Raises ValueError for
-    numbers that do not go together: ranks would wait for others that never come, or take themselves for alone."""
+    """Sets RANK, WORLD_SIZE and LOCAL_RANK from SLURM's variables under a plain `srun python -m ...`, and checks them
+    under any launcher. Raises ValueError for numbers that do not go together, with which ranks would wait for others
+    that never come, or each train alone."""
     if dist.is_initialized():
         return
     if "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ:
@@ -60,20 +61,20 @@ def _adopt_slurm() -> None:
 
 
 def _tasks_here() -> int | None:
-    """Tasks of the step on this node, from a list such as 8(x3),4 and the node's place in it; None where SLURM does
-    not say."""
+    """The number of the step's tasks on this node, from SLURM's list, such as 8(x3),4, and the node's place in it; None
+    if SLURM does not say."""
     text = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE", "")
     counts: list[int] = []
     for part in text.split(","):
-        if (found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)) is None:
+        if (match := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)) is None:
             return None
-        counts += [int(found[1])] * int(found[2] or 1)
+        counts += [int(match[1])] * int(match[2] or 1)
     place = _number("SLURM_NODEID", 0)
     return counts[place] if place < len(counts) else None
 
 
 def _several_tasks() -> str:
-    """The variable that says that the step has more than one task; "" where none does."""
+    """A variable, with its value, which shows that the step has more than one task; "" if none does."""
     for name, alone in (
         ("SLURM_PROCID", "0"),
         ("SLURM_STEP_NUM_TASKS", "1"),
@@ -86,6 +87,7 @@ def _several_tasks() -> str:
 
 
 def _number(name: str, default: int, least: int = 0) -> int:
+    """A whole number from the environment. ValueError for anything else, or one below `least`."""
     text = os.environ.get(name)
     if text is None:
         return default

@@ -1,4 +1,5 @@
-"""Why sizes, model, batch, JSON and world do not fit together: one sentence each, before any process group is made."""
+"""Whether parallel sizes, model, batch, JSON and world fit together: one sentence for each reason why they do not,
+before any process group is made."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from pretrain.layers import padded
 from pretrain.parallel.ds_config import deepcompiles, zero_stage
 from pretrain.parallel.sizes import Parallel, world_problem
 
-# What Megatron pads vocabularies to at least; tensor cores like multiples of 8 as well.
+# Suggested vocabulary sizes are multiples of this, which tensor cores prefer.
 VOCABULARY_MULTIPLE = 8
 
 
@@ -34,11 +35,12 @@ def problems(
     compiled: bool = False,
     node: int | None = None,
 ) -> list[str]:
-    """Every reason against this run, each a sentence with the knob, its value and the way out; [] if there is none.
+    """Every reason why this run is not possible, each a sentence with the knob, its value and the way out.
 
-    `config` is the DeepSpeed JSON (as a file holds it, or completed), `counts` the sequences of each kind in one
-    optimizer step over all ranks, `model` None for one that is split over data ranks only, `classes` the sizes of heads
-    by the name of their field, `node` the ranks of a node where that is known, `compiled` the stage's `compile`.
+    `config`: the DeepSpeed JSON, as in a file or completed; `counts`: the sequences of each kind in one optimizer step
+    over all ranks; `model`: None for one that cannot be split over tensor, sequence and pipe ranks; `classes`: the
+    sizes of heads by the names of their fields; `node`: the number of ranks on a node, if known; `compiled`: the
+    stage's `compile`.
     """
     misfit = world_problem(parallel, world)
     reasons = [misfit] if misfit else []
@@ -65,7 +67,7 @@ def _data_parallel_only(parallel: Parallel) -> list[str]:
 
 
 def _splits(parallel: Parallel, model: ModelSizes, classes: Mapping[str, int]) -> list[str]:
-    """What the tensor and sequence ranks divide among them."""
+    """Sizes that do not divide over the tensor and sequence ranks."""
     reasons, split = [], parallel.tensor * parallel.sequence
     if model.heads % parallel.tensor:
         reasons.append(
@@ -100,7 +102,7 @@ def _pipe_stages(parallel: Parallel, model: ModelSizes) -> list[str]:
 
 
 def _zero(parallel: Parallel, config: Mapping[str, Any]) -> list[str]:
-    """What a pipeline rules out."""
+    """ZeRO stages and offload that a pipeline rules out."""
     reasons: list[str] = []
     stage = zero_stage(dict(config))
     if parallel.pipe == 1:
@@ -112,7 +114,7 @@ def _zero(parallel: Parallel, config: Mapping[str, Any]) -> list[str]:
             "zero1_bf16.json, or parallel.pipe=1"
         )
     if stage == 0:
-        # Measured (1.3e-4 with tied weights): it counts weights that two stages share twice in the norm.
+        # It counts weights that two stages share twice in the norm (measured: off by 1.3e-4 with tied weights).
         reasons.append(
             f"parallel.pipe={parallel.pipe} with zero_optimization.stage=0 clips by a wrong gradient norm; "
             "use ds_configs/zero1.json or zero1_bf16.json"
@@ -135,7 +137,8 @@ def _compiled(config: Mapping[str, Any]) -> list[str]:
         ]
     if zero_stage(dict(config)) < 3:
         return []
-    # Measured with three blocks: the same numbers, but 98 pieces and not 2, and torch stops at its limit of them.
+    # Measured with three blocks: the numbers are right, but there are 98 graphs instead of 2, and torch gives up at its
+    # limit of recompilations.
     return [
         "compile=true does not go with zero_optimization.stage=3, whose hooks at every layer cut a block into small "
         "pieces that gain nothing; use ds_configs/zero2.json or zero2_bf16.json, or set compile=false"
@@ -143,11 +146,11 @@ def _compiled(config: Mapping[str, Any]) -> list[str]:
 
 
 def _json(parallel: Parallel, config: Mapping[str, Any], world: int, node: int | None) -> list[str]:
-    """Keys of the JSON that other sizes of the run contradict."""
+    """Keys of the JSON that do not go with the run's sizes."""
     reasons, zero = [], config.get("zero_optimization", {})
     if "pipeline" in config and parallel.pipe == 1:
         reasons.append(
-            "the JSON's section pipeline has nothing to say with parallel.pipe=1; remove it, or set parallel.pipe"
+            "the JSON's section pipeline has no effect with parallel.pipe=1; remove it, or set parallel.pipe"
         )
     if deepcompiles(config) and parallel.model > 1:
         name, size = next((name, size) for name, size in vars(parallel).items() if size > 1)
@@ -160,7 +163,8 @@ def _json(parallel: Parallel, config: Mapping[str, Any], world: int, node: int |
 
 
 def _second_copy(parallel: Parallel, stage: int, group: int, world: int, node: int | None) -> list[str]:
-    """hpZ (ZeRO++, arXiv 2306.10209): consecutive ranks of the world hold a second copy of the parameters."""
+    """What is wrong with hpZ (ZeRO++, arXiv 2306.10209), by which each `group` of consecutive ranks holds a second copy
+    of the parameters."""
     name, reasons = f"zero_optimization.zero_hpz_partition_size={group}", []
     if stage != 3:
         reasons.append(f"{name} needs zero_optimization.stage=3, not {stage}; remove it from the JSON")

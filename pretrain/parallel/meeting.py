@@ -1,6 +1,6 @@
-"""The ranks meet before they form a process group: one that does not come is named with its node, and soon.
+"""The ranks meet before they form a process group, so that one that does not come is named, with its node, and soon.
 
-What forms the group can only say that somebody is missing, after the time that its calls may take, which is long.
+torch itself can only say that some rank is missing, and only after the long time that its collectives may take.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ SHOWN = 4  # ranks that are named
 
 
 def meet(number: int, world: int, limit_s: float) -> dist.Store:
-    """The store that a process group of `world` ranks forms by, when all have come to it. Raises TimeoutError on all
-    that have, where one does not come within `limit_s` of the first rank's coming, or the first one does not at all."""
+    """The store for a process group of `world` ranks, once all ranks have connected to it; `number` is this rank's.
+    Raises TimeoutError on every rank that has, if another one does not within `limit_s` after rank 0, or if rank 0
+    itself does not."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     of_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds a store itself
     try:
@@ -33,7 +34,7 @@ def meet(number: int, world: int, limit_s: float) -> dist.Store:
         store.set(f"meeting/{number}", node_name())
         if number == 0:
             return _gather(store, world, limit_s)
-        # The first rank may have come later than this one, and waits from then on.
+        # Rank 0 may have come later than this rank, and its time counts from then.
         store.wait(["meeting/verdict"], timedelta(seconds=2 * limit_s))
         verdict = store.get("meeting/verdict").decode()
         store.set(f"meeting/heard/{number}", "")
@@ -48,14 +49,15 @@ def meet(number: int, world: int, limit_s: float) -> dist.Store:
 
 
 def limit_s() -> float:
-    """How long to wait for the others: by how long this process has lived, as they read and import what it did."""
+    """How long to wait for the others, in seconds: a multiple of the time since this process started, since they have
+    to import the same."""
     ticks = started(os.getpid())
     lived = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK") if ticks else 0.0
     return max(OTHER_S, FACTOR * lived)
 
 
 def _gather(store: dist.Store, world: int, limit: float) -> dist.Store:
-    """For the first rank, with which the store ends: those that came must have heard why."""
+    """Rank 0's part of `meet`. The store ends with this process, so it waits until the others have read the verdict."""
     verdict, came = _wait_for_all(store, world, limit)
     store.set("meeting/verdict", verdict)
     if not verdict:
@@ -66,30 +68,29 @@ def _gather(store: dist.Store, world: int, limit: float) -> dist.Store:
 
 
 def _wait_for_all(store: dist.Store, world: int, limit: float) -> tuple[str, list[int]]:
-    """Who does not come ("" where all did), and the ranks that did."""
+    """A sentence that names the ranks which did not come ("" if all did), and the ranks that did."""
     end, names = time.monotonic() + limit, [f"meeting/{number}" for number in range(world)]
     while not store.check(names):
         if time.monotonic() > end:
             hosts = [store.get(name).decode() if store.check([name]) else None for name in names]
             if missing := [number for number, host in enumerate(hosts) if host is None]:
                 others = ", ".join(map(str, missing[1 : SHOWN + 1])) + (" ..." if len(missing) > SHOWN + 1 else "")
-                said = (
+                verdict = (
                     f"rank {missing[0]} {_place(missing[0], hosts)} does not come to the start within {limit:.0f} s"
                     f"{others and f', nor do {len(missing) - 1} others ({others})'}; see its log, and that it reaches "
                     f"MASTER_ADDR={os.environ['MASTER_ADDR']}"
                 )
-                return said, [number for number in range(world) if number not in missing]
+                return verdict, [number for number in range(world) if number not in missing]
         time.sleep(LOOK_S)
     return "", list(range(world))
 
 
 def _place(number: int, hosts: Sequence[str | None]) -> str:
-    """On which node a rank must be that has not said it: with those that have its place among the nodes, or as the
-    batch script says."""
+    """The node of a rank that did not come: that of the other ranks of the same node, or as the batch script says."""
     each = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if not each:
         return f"of {len(hosts)}"
     node = number // each
-    said = [host for host in hosts[node * each : (node + 1) * each] if host is not None]
-    names = said or os.environ.get("IMGLISH_NODES", "").split()[node : node + 1]
+    neighbours = [host for host in hosts[node * each : (node + 1) * each] if host is not None]
+    names = neighbours or os.environ.get("IMGLISH_NODES", "").split()[node : node + 1]
     return f"on {names[0]}" if names else f"of {len(hosts)}"

@@ -1,7 +1,7 @@
 """Megatron's split layers with the calls, parameter names and initial numbers of pretrain/layers.py.
 
-Each draws the whole matrix, as the layer on one device does, and keeps its slice. Unlike Megatron's modules they return
-one tensor, and have no `_extra_state` in their state_dict.
+Each layer draws the whole matrix, as the layer on one device does, and keeps this rank's slice. Unlike Megatron's
+modules they return one tensor, and have no `_extra_state` in their state_dict.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pretrain.layers import draw, draw_first, draw_head, mark_padded, padded
 from pretrain.parallel.mesh import Axis
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of optimizers that we do not use, and their missing Apex
+    warnings.simplefilter("ignore")  # Megatron warns that Apex is missing, for optimizers that we do not use
     from megatron.core import ModelParallelConfig
     from megatron.core.tensor_parallel import (
         ColumnParallelLinear,
@@ -31,11 +31,12 @@ with warnings.catch_warnings():
         linear_with_grad_accumulation_and_async_allreduce,
     )
 
-# It asks for CUDA_DEVICE_MAX_CONNECTIONS=1, which orders kernels for Megatron's own overlap, and against ZeRO's.
+# It would ask for CUDA_DEVICE_MAX_CONNECTIONS=1, which suits Megatron's own overlap of kernels but prevents ZeRO's.
 linear_with_grad_accumulation_and_async_allreduce.warned = True
 
 
 def layer_config(tensor_size: int) -> Any:
+    """Megatron's configuration of the layers below."""
     # "cpu": weights are drawn where torch.empty puts them (zero.Init: on the GPU), by torch's generator.
     return ModelParallelConfig(
         tensor_model_parallel_size=tensor_size, use_cpu_initialization=True, gradient_accumulation_fusion=False
@@ -43,8 +44,8 @@ def layer_config(tensor_size: int) -> Any:
 
 
 class _Plain:
-    """In Megatron's linear layers: no extra state, and the gradient of a bias whose weight is frozen. No nn.Module
-    itself: zero.Init would give it a constructor that hides Megatron's."""
+    """Removes the extra state from Megatron's linear layers, and computes a bias's gradient also if the weight is
+    frozen. It is not an nn.Module itself: zero.Init would give it a constructor that hides Megatron's."""
 
     get_extra_state = nn.Module.get_extra_state
     set_extra_state = nn.Module.set_extra_state

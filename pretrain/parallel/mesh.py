@@ -1,8 +1,9 @@
-"""Which ranks talk to which: the process groups of data, sequence, tensor and pipeline parallelism. The only file that
-touches Megatron's parallel_state.
+"""The process groups of data, sequence, tensor and pipeline parallelism. The only file that touches Megatron's
+parallel_state.
 
-Tensor ranks are neighbours, then sequence, then data, and pipeline stages lie furthest apart: the order of Megatron
-(tp-cp-dp-pp) and of DeepSpeed's PipeModelDataParallelTopology, in which the ranks that talk most share a node.
+Tensor ranks are neighbours, then come sequence ranks, then data ranks, and pipe stages lie furthest apart: the order of
+Megatron (tp-cp-dp-pp) and of DeepSpeed's PipeModelDataParallelTopology. So the ranks that communicate most share a
+node.
 """
 
 from __future__ import annotations
@@ -18,21 +19,23 @@ from pretrain.parallel.sizes import Parallel, world_problem
 class Axis(NamedTuple):
     """One kind of parallelism as this rank sees it."""
 
-    group: dist.ProcessGroup | None  # None: every rank of the world; not to be asked where size is 1
-    rank: int
+    group: dist.ProcessGroup | None  # None: every rank of the world; must not be used if size is 1
+    rank: int  # of this rank in the group
     size: int
 
 
 class Mesh(NamedTuple):
-    tensor: Axis  # splits each matrix
-    sequence: Axis  # splits the rows of a micro-batch
-    data: Axis  # other micro-batches
-    pipe: Axis  # other blocks
-    copies: Axis  # data x sequence: the ranks that hold the same weights, and over which ZeRO parts them
+    """All kinds of parallelism as this rank sees them."""
+
+    tensor: Axis  # its ranks split each matrix
+    sequence: Axis  # its ranks split the rows of a micro-batch
+    data: Axis  # its ranks have other micro-batches
+    pipe: Axis  # its ranks have other blocks
+    copies: Axis  # data x sequence: the ranks that hold the same weights, and over which ZeRO splits its state
 
 
 class Place(NamedTuple):
-    """Where a rank stands, before there is any process group."""
+    """A rank's numbers in each kind of parallelism, known before there is any process group."""
 
     tensor: int
     sequence: int
@@ -42,7 +45,8 @@ class Place(NamedTuple):
 
 
 def place_of(parallel: Parallel, rank: int, world: int) -> Place:
-    """Raises ValueError when `world` ranks do not split into copies of the model."""
+    """The place of rank `rank` in a world of `world` ranks. Raises ValueError if these do not divide into copies of the
+    model."""
     if problem := world_problem(parallel, world):
         raise ValueError(problem)
     data_size = world // parallel.model
@@ -54,9 +58,9 @@ def place_of(parallel: Parallel, rank: int, world: int) -> Place:
 
 def create_mesh(parallel: Parallel, timeout_s: float = 1800.0) -> Mesh:
     """The groups of `parallel` in the initialised world; a collective of every rank. Plain data parallelism needs no
-    Megatron. A call of a group that waits longer than `timeout_s` fails (NCCL ends the process, gloo raises).
+    Megatron. A collective that waits longer than `timeout_s` fails (NCCL ends the process, gloo raises).
 
-    Raises ValueError when the sizes do not fit the world, or megatron-core is not installed.
+    Raises ValueError if the sizes do not fit the world, or if megatron-core is not installed.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     place = place_of(parallel, rank, world)
@@ -85,16 +89,16 @@ def create_mesh(parallel: Parallel, timeout_s: float = 1800.0) -> Mesh:
 
 
 def mpu_of(mesh: Mesh) -> ModelParallelUnit | None:
-    """What `deepspeed.initialize(mpu=)` and `zero.Init(mpu=)` want; None where DeepSpeed needs none: without tensor and
-    sequence ranks, or under a pipeline, whose topology says the same."""
+    """The argument `mpu` of `deepspeed.initialize` and `zero.Init`; None where DeepSpeed needs none: without tensor and
+    sequence ranks, or under a pipeline, which gets the same from its topology."""
     if mesh.pipe.size > 1 or mesh.tensor.size == mesh.sequence.size == 1:
         return None
     return ModelParallelUnit(mesh)
 
 
 class ModelParallelUnit:
-    """Megatron's `mpu`, as far as DeepSpeed calls it. Sequence ranks hold the same weights as data ranks and have other
-    rows, so to DeepSpeed they are data ranks: gradients are averaged, and ZeRO parts, over both."""
+    """The part of Megatron's `mpu` that DeepSpeed calls. Sequence ranks hold the same weights as data ranks and have
+    other rows, so to DeepSpeed they are data ranks: it averages gradients, and splits ZeRO's state, over both."""
 
     def __init__(self, mesh: Mesh):
         self._tensor, self._copies = mesh.tensor, mesh.copies
@@ -113,7 +117,7 @@ class ModelParallelUnit:
     get_tensor_model_parallel_group = get_model_parallel_group
 
     def get_tensor_model_parallel_src_rank(self) -> int:
-        """The first of this rank's tensor ranks, by its number in the world."""
+        """The first rank of this rank's tensor group, by its number in the world."""
         return dist.get_rank() - self._tensor.rank
 
     def get_data_parallel_rank(self) -> int:
@@ -133,7 +137,7 @@ def _axis(group: dist.ProcessGroup) -> Axis:
 def _parallel_state(parallel: Parallel) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of optimizers that we do not use, and their missing Apex
+            warnings.simplefilter("ignore")  # Megatron warns that Apex is missing, for optimizers that we do not use
             from megatron.core import parallel_state
     except ImportError as error:
         raise ValueError(

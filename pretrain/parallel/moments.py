@@ -1,7 +1,7 @@
-"""The optimizer's state in a checkpoint: each rank writes its own part, and any layout assembles what it needs.
+"""The optimizer's state in a checkpoint: each rank writes its own part, and a run under any layout reads what it needs.
 
-The moments stay in the pieces in which ZeRO, tensor and pipeline parallelism cut them, each with its name and place. So
-saving needs no communication, and a run goes on under the same layout or another.
+The moments are stored in the pieces into which ZeRO, tensor and pipeline parallelism cut them, each with its name and
+place. So saving needs no communication, and a run goes on under the same layout or another.
 """
 
 from __future__ import annotations
@@ -25,43 +25,44 @@ if TYPE_CHECKING:
     from pretrain.parallel.mesh import Mesh
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, the optimizer of every recipe
-AVERAGE = "average"  # of the weights, where a stage asks for it (average.py): cut and stored like a moment
+AVERAGE = "average"  # of the weights, if the stage keeps one (average.py); cut and stored like a moment
 HEADER = "imglish"
 
 
 class _Share(NamedTuple):
-    """What this rank's optimizer holds of one parameter: a run of its flattened (tensor-parallel) part."""
+    """The part of one parameter that this rank's optimizer holds: a contiguous run of the flattened parameter, or of
+    this tensor rank's slice of it."""
 
     parameter: Any
-    flat: Any  # the tensor that the optimizer knows: the parameter itself, or one with many parameters' parts
-    start: int
+    flat: Any  # the tensor that the optimizer knows: the parameter itself, or one with the runs of many parameters
+    start: int  # where the run begins in the flattened parameter
     length: int
-    state: dict[str, Any]  # of the flat tensor in which the run lies, from `offset` on
-    offset: int
+    state: dict[str, Any]  # the optimizer's, of `flat`
+    offset: int  # where the run begins in `flat`
 
     def moment(self, name: str) -> Tensor:
         return self.state[name].view(-1).narrow(0, self.offset, self.length)
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Of the state, what is stored."""
+        """The names in the state that are stored."""
         return (*MOMENTS, AVERAGE) if AVERAGE in self.state else MOMENTS
 
     def set_steps(self, steps: int) -> None:
-        """So many steps of the optimizer have moved it."""
+        """Sets AdamW's count of the steps that have moved it."""
         step = self.state["step"]
         self.state["step"] = torch.full_like(step, steps) if isinstance(step, Tensor) else steps
 
 
 class Moments(NamedTuple):
-    """This rank's share: fp32 runs of flattened parameters as "exp_avg/NAME", and where each belongs."""
+    """This rank's part of a checkpoint: fp32 runs of flattened parameters as "exp_avg/NAME", and where each belongs."""
 
     tensors: dict[str, Tensor]
     header: dict[str, Any]
 
 
 def own_moments(engine, mesh: Mesh | None) -> Moments:
-    """This rank's share as it is in the optimizer: the next step overwrites these tensors."""
+    """This rank's moments. They are the optimizer's own tensors, which the next step overwrites."""
     tensors: dict[str, Tensor] = {}
     places, steps = {}, 0
     for name, share in _shares(engine, create=True):  # DeepSpeed may have skipped every step so far
@@ -75,15 +76,15 @@ def own_moments(engine, mesh: Mesh | None) -> Moments:
 
 
 def read_moments(engine, mesh: Mesh | None, files: list[Path]) -> None:
-    """Fills this rank's share from the files of all ranks of a run that may have had another layout. Raises ValueError
-    when a part of a parameter is in none of them."""
+    """Fills this rank's moments from the files of all ranks of a run, which may have had another layout. Raises
+    ValueError if a part of a parameter is in none of them."""
     rank, size = (mesh.tensor.rank, mesh.tensor.size) if mesh is not None else (0, 1)
     with ExitStack() as opened:
         saved = _Saved(files, opened)
         for name, share in _shares(engine, create=True):
             share.set_steps(saved.steps_of.get(name, saved.steps))
             split, end = split_dim(share.parameter), share.start + share.length
-            if split is None:  # whole on this rank, but perhaps not on theirs
+            if split is None:  # whole on this rank, but perhaps split in the files
                 split = saved.splits.get(name)
             vocabulary = _vocabulary(share.parameter, mesh, size)
             for key in share.keys:
@@ -99,11 +100,11 @@ def read_moments(engine, mesh: Mesh | None, files: list[Path]) -> None:
 
 
 class _Vocabulary(NamedTuple):
-    """Sizes of a parameter that is padded: numbers with and without padding, and tensor ranks that share them."""
+    """The sizes of a parameter whose rows are padded."""
 
-    padded: int
-    real: int
-    parts: int
+    padded: int  # its numbers with padding
+    real: int  # and without
+    parts: int  # the tensor ranks over which it is split
 
 
 def _vocabulary(parameter: Any, mesh: Mesh | None, size: int) -> _Vocabulary | None:
@@ -114,7 +115,8 @@ def _vocabulary(parameter: Any, mesh: Mesh | None, size: int) -> _Vocabulary | N
 
 
 def _shares(engine, *, create: bool) -> Iterator[tuple[str, _Share]]:
-    """Name and share of each trainable parameter of which this rank's optimizer holds something."""
+    """Name and share of each trainable parameter of which this rank's optimizer holds a part. `create`: make the
+    optimizer's state where it does not exist yet."""
     stage, seen = engine.zero_optimization_stage(), set()
     for name, value in named_state(engine.module).items():
         if not isinstance(value, nn.Parameter) or not value.requires_grad or id(value) in seen:
@@ -127,7 +129,7 @@ def _shares(engine, *, create: bool) -> Iterator[tuple[str, _Share]]:
 
 
 def flats(engine) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Each tensor that this rank's optimizer moves, fp32, with its state."""
+    """Each fp32 tensor that this rank's optimizer moves, with its state."""
     seen = set()
     for _, share in _shares(engine, create=True):
         if id(share.flat) not in seen:
@@ -136,15 +138,16 @@ def flats(engine) -> Iterator[tuple[Tensor, dict[str, Any]]]:
 
 
 def restart(engine, names: Collection[str]) -> None:
-    """AdamW counts the steps of these parameters from here on. Others do not share their groups."""
+    """Sets AdamW's count of steps to 0 for these parameters. No others may share their groups."""
     for name, share in _shares(engine, create=True):
         if name in names:
             share.set_steps(0)
 
 
 def read_average(files: list[Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The average in the files of all ranks of a checkpoint, whole, of each trained parameter; `shapes`: on one device,
-    of all. {} where the stage made none. Raises ValueError when a part of a parameter is in none of them."""
+    """The whole average of each trained parameter, from the files of all ranks of a checkpoint; {} if the stage kept no
+    average. `shapes`: the shapes on one device of all parameters. Raises ValueError if a part of a parameter is in none
+    of the files."""
     with ExitStack() as opened:
         saved = _Saved(files, opened)
         average = {}
@@ -170,14 +173,14 @@ def _place(engine, value: Any, stage: int) -> tuple[int, int, Any, int]:
     mapping = value._hp_mapping
     if mapping is None:
         return 0, 0, None, 0
-    # The second is the name that the pipeline's bf16 optimizer gives them.
+    # The second name is that of the pipeline's bf16 optimizer.
     flats = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
     here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
     return here.start, here.numel, flats[mapping.param_group_index], there.start
 
 
 def _state_of(optimizer: torch.optim.Optimizer, flat: Tensor, create: bool) -> dict[str, Any]:
-    """AdamW's state of one tensor; before its first step there is none."""
+    """AdamW's state of one tensor, which does not exist before the first step; `create` makes it then."""
     state = optimizer.state[flat]
     if create and "exp_avg" not in state:
         step = torch.zeros((), dtype=torch.float32, device=flat.device)
@@ -188,7 +191,7 @@ def _state_of(optimizer: torch.optim.Optimizer, flat: Tensor, create: bool) -> d
 
 
 def _writes(parameter: Any, engine, mesh: Mesh | None) -> bool:
-    """Whether this rank writes it: of several ranks with the same values, the first one does."""
+    """Whether this rank writes the parameter's moments: the first of the ranks that hold the same values does."""
     first_copy = dist.get_rank() == 0 if mesh is None else mesh.copies.rank == 0
     if engine.zero_optimization_stage() == 0 and not first_copy:
         return False
@@ -196,8 +199,8 @@ def _writes(parameter: Any, engine, mesh: Mesh | None) -> bool:
 
 
 def write_moments(moments: Moments, file: Any) -> None:
-    """A safetensors file into `file` (anything with `write`), one tensor in host memory at a time (the format: 8 bytes
-    of length, a JSON of types, shapes and offsets, then the numbers)."""
+    """Writes a safetensors file into `file` (anything with `write`), with one tensor in host memory at a time. (The
+    format: 8 bytes of length, a JSON of types, shapes and offsets, then the numbers.)"""
     tensors = moments.tensors
     about: dict[str, Any] = {"__metadata__": {HEADER: json.dumps(moments.header, sort_keys=True)}}
     end = 0
@@ -216,10 +219,10 @@ class _Saved:
     """The moments of a checkpoint, whatever layout wrote them."""
 
     def __init__(self, files: list[Path], opened: ExitStack):
-        # (name, tensor rank) -> [(first number, one behind the last, file)]
+        # (name, tensor rank) -> [(start, end, file)], in numbers of the flattened parameter
         self.pieces: dict[tuple[str, int], list[tuple[int, int, Any]]] = defaultdict(list)
         self.splits: dict[str, int | None] = {}  # the dimension that was split over tensor ranks
-        self.steps_of: dict[str, int] = {}  # of those that say so: since 2026-11-29
+        self.steps_of: dict[str, int] = {}  # AdamW's count for each parameter; checkpoints have it since 2026-11-29
         self.keys: set[str] = set()
         self.steps, self.tensor_size = 0, 1
         for path in files:
@@ -238,7 +241,7 @@ class _Saved:
             run.sort(key=lambda piece: piece[:2])
 
     def run(self, key: str, name: str, index: int, start: int, end: int) -> Tensor:
-        """Numbers start .. end of a flattened parameter's part on tensor rank `index`."""
+        """The numbers start .. end - 1 of a flattened parameter's slice on tensor rank `index`."""
         parts, at = [], start
         for first, last, file in self.pieces[name, index]:
             if first <= at < min(last, end):
@@ -246,23 +249,24 @@ class _Saved:
                 at = min(last, end)
         if at < end:
             raise ValueError(
-                f"the checkpoint holds {key} of {name} only in part; remove it, and the one before it is used"
+                f"the checkpoint holds only a part of {key} of {name}; remove it, and the one before it is used"
             )
         return torch.cat(parts)
 
     def numbers(self, name: str) -> int:
-        """Of a parameter, on all tensor ranks."""
+        """How many numbers of a parameter all tensor ranks hold together."""
         return sum(run[-1][1] for (each, _), run in self.pieces.items() if each == name)
 
     def vocabulary(self, key: str, name: str, wanted: _Vocabulary) -> Tensor:
-        """A vocabulary's moment, flat, that was saved with other padding, or none: runs from before 2026-11-29."""
+        """A vocabulary's moment, flattened and padded as `wanted`, that was saved with other padding or, before
+        2026-11-29, with none."""
         indices = sorted(index for each, index in self.pieces if each == name)
         parts = [self.run(key, name, index, 0, self.pieces[name, index][-1][1]) for index in indices]
         whole = torch.cat(parts)[: wanted.real]
         return torch.cat([whole, whole.new_zeros(wanted.padded - len(whole))])
 
     def whole(self, key: str, name: str, split: int, shape: tuple[int, ...]) -> Tensor:
-        """A parameter's moment from all tensor ranks."""
+        """The whole moment of a parameter of this `shape`, which tensor ranks had split along `split`."""
         own = [size // self.tensor_size if dim == split else size for dim, size in enumerate(shape)]
         parts = [self.run(key, name, index, 0, math.prod(own)).view(own) for index in range(self.tensor_size)]
         return torch.cat(parts, split)

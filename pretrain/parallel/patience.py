@@ -1,4 +1,4 @@
-"""How long a part of a run may take before somebody asks whether it hangs: learned from how long it took before."""
+"""How long a part of a run may take before it is suspected to hang, learned from how long such parts took before."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ import threading
 from collections import deque
 from pathlib import Path
 
-# Before enough is known, and at the start and the end of a run, which load, compile and write.
+# The limit before enough is known, and at the start and the end of a run, which load, compile and write.
 PATIENCE_S = 600.0
-# After so many parts of a kind the limit is FACTOR times the longest of the last RECENT ones, but never below a floor.
+# After KNOWN parts of a kind the limit is FACTOR times the longest of the last RECENT ones, but never below a floor.
 KNOWN, RECENT, FACTOR = 3, 50, 3.0
-# A step may be lengthened by a busy network or file system for seconds; a shard may have to be fetched, and a full
-# file system be waited for: a new start would help neither.
+# The floors. A busy network or file system may lengthen a step by seconds, and a shard may have to be downloaded: a new
+# start would not help.
 STEP_S, READING_S, OTHER_S = 20.0, 300.0, 120.0
 FLOORS_S = {"step": STEP_S, "the reading of step": READING_S}
-# Where torch compiles; what it has compiled runs elsewhere.
+# Files in which torch compiles; compiled code runs elsewhere.
 COMPILING = ("torch/_dynamo/convert_frame.py", "torch/_inductor/compile_fx.py")
 
 
 class Patience:
-    """The limits of one rank. A part is known by its name without numbers; one that is announced as `patient`, such as
-    the first step, which compiles, is another part than its like."""
+    """The limits of one rank. Parts are of the same kind if their names without numbers are equal and both or neither
+    are `patient`, as the first step is, which compiles."""
 
     def __init__(self) -> None:
         self._took: dict[tuple[str, bool], deque[float]] = {}
 
     def note(self, doing: str, patient: bool, seconds: float) -> None:
-        """The part `doing` is over, and took so long."""
+        """Notes that the part `doing` is over and took `seconds`."""
         self._took.setdefault(_kind(doing, patient), deque(maxlen=RECENT)).append(seconds)
 
     def limit_s(self, doing: str, patient: bool) -> float:
+        """How long the part `doing` may take, in seconds."""
         kind = _kind(doing, patient)
         took = self._took.get(kind, ())
         if len(took) < KNOWN:
@@ -44,16 +45,17 @@ def _kind(doing: str, patient: bool) -> tuple[str, bool]:
 
 
 def has_reason_to_wait() -> bool:
-    """Whether the main thread waits for a disk or a file system over the network (state D of Linux), or a thread
-    compiles: what takes long then is no hang, and to start again would not help."""
+    """Whether the main thread waits for a disk or a network file system (state D of Linux), or any thread compiles:
+    then it does not hang, and a new start would not help."""
     try:
-        told = Path(f"/proc/self/task/{threading.main_thread().native_id}/stat").read_text()
+        stat = Path(f"/proc/self/task/{threading.main_thread().native_id}/stat").read_text()
     except OSError:
-        told = ""
-    return told.rpartition(")")[2].split()[:1] == ["D"] or _compiles()
+        stat = ""
+    return stat.rpartition(")")[2].split()[:1] == ["D"] or _compiles()
 
 
 def _compiles() -> bool:
+    """Whether a thread of this process is inside torch's compiler."""
     for frame in sys._current_frames().values():
         while frame is not None:
             if frame.f_code.co_filename.endswith(COMPILING):

@@ -1,9 +1,9 @@
 """Family B: a pipe stage's part of the task inside DeepSpeed's PipelineModule, and the step of all stages (1F1B).
 
-DeepSpeed would number layers and rename their parameters. Here each rank hands it one part whose names are those of
-the model on one device, and the loss is made inside the part's forward: DeepSpeed prepares its bf16 optimizer for a
-backward pass when the gradient reaches what `forward` returned, and gradients that a loss_fn had added before would
-be lost.
+By itself DeepSpeed would number layers and rename their parameters. Here each rank gives it one part, whose names are
+those of the model on one device. The loss is computed inside the part's `forward` and not by a loss_fn: DeepSpeed
+prepares its bf16 optimizer for a backward pass when the gradient reaches the output of `forward`, so that gradients
+from behind it would be lost.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class Part(Protocol):
 
     stage: int
     stages: int
-    # Weights that several stages hold alike: {name: the stages, in rising order}; the same on every rank.
+    # {name of a weight that several stages hold: these stages, in rising order}; the same on every rank.
     shared: dict[str, tuple[int, ...]]
 
     def __call__(self, arrived: Tensor | None, batch: Batch | None) -> Tensor | dict[str, Tensor]:
-        """`arrived` is what the stage before returned (None on the first stage), `batch` is given to the first and the
-        last stage -> one tensor, of the same shape on every micro-step; on the last stage named losses with `loss`."""
+        """`arrived`: the output of the stage before, None on the first stage; `batch`: None except on the first and the
+        last stage. -> one tensor, of the same shape in every micro-step; on the last stage named losses with `loss`."""
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]: ...
 
     def after_step(self) -> None:
-        """After the optimizer's step."""
+        """Called after each step of the optimizer."""
 
 
 def build_pipeline_engine(
@@ -51,8 +51,9 @@ def build_pipeline_engine(
     factor: Callable[[int], float],
     config: dict[str, Any],
 ):
-    """`build_engine` for the `Part` of this rank's stage; a collective of every rank. Weights are loaded into `part`
-    and frozen before. `make_optimizer` gets DeepSpeed's module around it, whose parameters have the same names."""
+    """`build_engine` for the `Part` of this rank's stage; a collective of every rank. Weights must be loaded into
+    `part`, and frozen, before. `make_optimizer` gets DeepSpeed's module around the part, with the same parameter names.
+    """
     init_distributed()
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
@@ -61,7 +62,8 @@ def build_pipeline_engine(
     with redirect_stdout(io.StringIO()):  # it prints seeds and topology
         module = _stage_module()(part, topology)
     optimizer = make_optimizer(module)
-    # DeepSpeed sums the norms over the stages group by group: if one of them had a group more, all would wait for ever.
+    # DeepSpeed sums the norms over the stages for each parameter group: if one stage had more groups than another, all
+    # would wait for ever.
     groups = torch.tensor(len(optimizer.param_groups), device=device())
     dist.all_reduce(groups, op=dist.ReduceOp.MAX)
     for _ in range(int(groups) - len(optimizer.param_groups)):
@@ -72,10 +74,10 @@ def build_pipeline_engine(
 def pipeline_step(
     engine, micro_batches: Sequence[Batch], add_targets: Callable[[Batch], Batch] = lambda batch: batch
 ) -> dict[str, Tensor]:
-    """One optimizer step; returns the mean over the micro-steps of what the task reported, the same on every stage.
+    """One optimizer step -> the means over the micro-steps of the task's report, the same on every stage.
 
-    `micro_batches`, `gradient_accumulation_steps` of them, are read on the first and the last stage, which must see the
-    same; other stages may pass none. `add_targets` is called on the last stage only.
+    The first and the last stage need the same `micro_batches`, `gradient_accumulation_steps` of them; other stages may
+    pass none. `add_targets` is called on the last stage only.
     """
     module = engine.module
     if module.ends:
@@ -87,25 +89,25 @@ def pipeline_step(
 
 @cache
 def _stage_module() -> Callable[[Part, Any], Any]:
-    """The class is made at first use: deepspeed is imported where it is needed."""
+    """The class of a stage's module, made at first use so that deepspeed is imported only where it is needed."""
     from deepspeed.runtime.pipe.module import PipelineModule
 
     class StageModule(PipelineModule):
-        """One stage. Its parameters have the names of the whole model; loss_fn is None, so the loss is what `forward`
-        returns on the last stage."""
+        """One stage. Its parameters have the names of the whole model. loss_fn is None, so that the output of `forward`
+        on the last stage is the loss."""
 
         def __init__(self, part: Part, topology: Any):
             super().__init__([part] * part.stages, topology=topology)
             assert self.stage_id == part.stage, (self.stage_id, part.stage)
-            self.forward_funcs = [part]  # what DeepSpeed's own checkpoints save
-            self.ends = part.stage in (0, part.stages - 1)
+            self.forward_funcs = [part]  # DeepSpeed's name for a stage's layers
+            self.ends = part.stage in (0, part.stages - 1)  # the stages that need batches
             self._batches: deque[Batch] = deque()
-            self.reports: list[dict[str, Tensor]] = []  # of the last stage, since they were last read
+            self.reports: list[dict[str, Tensor]] = []  # on the last stage: one for each micro-step of this step
             self.report_names: list[str] = []  # known on every stage after the first step
             for name, child in part.named_children():
                 self.add_module(name, child)
             self._shared = _shared_weights(self, part, self._grid)
-            self.idle = nn.ParameterList()  # zeros that stay zero, for what DeepSpeed cannot do without
+            self.idle = nn.ParameterList()  # zeros that stay zero, where DeepSpeed needs a trainable parameter
             self.frozen = not any(value.requires_grad for value in self.parameters())
             if self.frozen:
                 self.add_idle()
@@ -124,30 +126,30 @@ def _stage_module() -> Callable[[Part, Any], Any]:
 
         def forward(self, arrived: Tensor) -> Tensor:
             (part,) = self.forward_funcs
-            # DeepSpeed loads a micro-batch right before it asks for its forward pass, on the first and the last stage.
+            # On the first and the last stage DeepSpeed calls `feed`'s iterator right before each forward pass.
             batch = self._batches.popleft() if self.ends else None
             out = part(None if part.stage == 0 else arrived, batch)
             if isinstance(out, dict):
                 self.reports.append({name: value.detach() for name, value in out.items()})
                 out = out["loss"]
-            # With nothing to train behind it the output would have no backward pass, which DeepSpeed starts anyway.
+            # DeepSpeed starts a backward pass in any case, which an output without trainable parameters would not have.
             return out + 0 * self.idle[0].to(out.dtype).squeeze() if self.frozen else out
 
         def feed(self, batches: Sequence[Batch], add_targets: Callable[[Batch], Batch]) -> Iterator:
-            """What DeepSpeed iterates over: it wants (tensor, tensor), so the batches travel beside it."""
+            """The iterator for DeepSpeed, which expects pairs of tensors; `forward` takes the batches from a queue."""
             for batch in batches if self.ends else ():
                 self._batches.append(add_targets(batch) if self.stage_id == self.num_stages - 1 else batch)
                 yield torch.zeros(1), torch.zeros(1)
 
         def get_tied_weights_and_groups(self) -> list[tuple[nn.Parameter, dist.ProcessGroup]]:
-            """DeepSpeed adds up their gradients before it averages over the data ranks."""
+            """The weights whose gradients DeepSpeed sums over stages before it averages them over the data ranks."""
             return self._shared
 
     return StageModule
 
 
 def _mean_report(module: Any) -> dict[str, Tensor]:
-    """The mean of the last stage's reports, sent to its whole pipeline."""
+    """The mean of the last stage's reports, which it sends to all stages of its pipeline."""
     grid = module.mpu()
     group, source = grid.get_pipe_parallel_group(), grid.stage_to_global(module.num_stages - 1)
     reports, module.reports = module.reports, []
@@ -163,12 +165,14 @@ def _mean_report(module: Any) -> dict[str, Tensor]:
 
 
 def _without_idle(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    """A hook that leaves `idle` out of the state_dict."""
     for name in [name for name in state if name.startswith(f"{prefix}idle.")]:
         del state[name]
 
 
 def _shared_weights(module: nn.Module, part: Part, grid: Any) -> list[tuple[nn.Parameter, Any]]:
-    """This stage's trainable weights that other stages hold too, each with the group of its holders."""
+    """This stage's trainable weights that other stages hold too, each with the process group of the ranks that hold
+    it."""
     weights: dict[str, nn.Parameter] = dict(module.named_parameters())
     shared: list[tuple[nn.Parameter, Any]] = []
     for name, stages in sorted(part.shared.items()):
@@ -176,7 +180,7 @@ def _shared_weights(module: nn.Module, part: Part, grid: Any) -> list[tuple[nn.P
             ranks = [grid.stage_to_global(stage, data=data, model=model) for stage in stages]
             group = dist.new_group(ranks)  # a collective of every rank
             if dist.get_rank() in ranks:
-                # One of them counts in the norm of the gradient.
+                # Only the first of these stages counts it in the gradient norm.
                 weights[name].ds_pipe_replicated = part.stage != stages[0]
                 if weights[name].requires_grad:
                     shared.append((weights[name], group))

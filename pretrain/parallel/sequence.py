@@ -1,13 +1,13 @@
 """Sequence parallelism (DeepSpeed-Ulysses, arXiv 2309.14509): each rank carries its share of a packed pass's rows.
 
-Every rank of the group sees the same micro-batch, embeds it, and takes its share: an equal run, to a row, of each kind
-of rows, so that ranks have like work in every expert. Norms, projections and experts see these rows only; for attention
-the ranks change shares, from their rows of all heads to all rows of their heads, and back. At the end the rows that
-heads read come together on every rank, and each computes the whole loss.
+Every rank of the group sees the same micro-batch, embeds it, and takes its share: of each kind of rows a run of equal
+length, to one row, so that all ranks have the same work in every expert. Norms, projections and experts see these rows
+only. For attention the ranks exchange their rows of all heads for all rows of their heads, and back. At the end the
+rows that heads read are gathered on every rank, and each computes the whole loss.
 
 So a rank holds 1/size of the blocks' activations, and all of the embedding's and the heads'. Its gradients are those of
-the sum of all ranks' losses with respect to what the rank did; averaged over the group, as DeepSpeed does by
-ModelParallelUnit, they are the gradients of one device.
+the sum of all ranks' losses, through the part of the work that this rank did; averaged over the group, as DeepSpeed
+does by ModelParallelUnit, they are the gradients of one device.
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ def over_rows(layers: Layers, sequence: Axis) -> Layers:
     return layers._replace(
         share=partial(share_pass, sequence=sequence),
         attention=lambda attend: partial(attend_by_heads, attend, sequence=sequence),
-        # Of this rank's heads among the tensor ranks. The gradient is zero for the others: the average over the ranks
-        # has every head's, as it has every row's.
+        # A share of this tensor rank's heads. The gradient is zero for the other heads; the average over the sequence
+        # ranks has every head's, as it has every row's.
         own_heads=lambda values: layers.own_heads(values).chunk(sequence.size, -1)[sequence.rank],
     )
 
 
 class Cut(NamedTuple):
-    """How a packed pass lies on the ranks of a group."""
+    """How the rows of a packed pass are divided among the ranks of a group."""
 
-    own: Rows
-    sizes: list[int]  # rows of each rank
-    by_rank: Tensor  # int64 [rows]: the rows' places in the pass, the first rank's first
-    back: Tensor  # int64 [rows]: where each row of the pass stands in that order
+    own: Rows  # this rank's
+    sizes: list[int]  # how many rows each rank has
+    by_rank: Tensor  # int64 [rows]: the rows' places in the pass, in the order of ranks
+    back: Tensor  # int64 [rows]: the inverse permutation, where each row of the pass stands in that order
 
     @classmethod
     def of(cls, rows: Counted, sequence: Axis, device: torch.device) -> Cut:
+        """Of the pass over `rows`, with its tensors on `device`."""
         return _cut(rows.counts, sequence.rank, sequence.size, device)
 
 
@@ -57,7 +58,7 @@ def _cut(counts: tuple[int, ...], rank: int, ranks: int, device: torch.device) -
     kinds = torch.arange(sum(counts)).split(list(counts))
     # tensor_split would give the remainders of every kind to the first ranks.
     shares = [[kind[r * len(kind) // ranks : (r + 1) * len(kind) // ranks] for kind in kinds] for r in range(ranks)]
-    with torch.inference_mode(False):  # cached tensors must also serve training if an evaluation made them
+    with torch.inference_mode(False):  # tensors that an evaluation puts into the cache must serve training too
         by_rank = torch.cat([run for share in shares for run in share])
         own = Rows.of(torch.cat(shares[rank]), [len(run) for run in shares[rank]]).to(device)
         back = by_rank.argsort()
@@ -65,7 +66,7 @@ def _cut(counts: tuple[int, ...], rank: int, ranks: int, device: torch.device) -
 
 
 def share_pass(batch: Batch, needed: Tensor | None, *, sequence: Axis) -> Share:
-    """See `Layers.share`; the ranks share the rows without padding."""
+    """See `Layers.share`: the rows without padding are divided among the ranks."""
     index, layout = batch.on_host.index, batch.layout
     assert index is not None
     device, host = batch.images.device, batch.on_host.images.device
@@ -86,7 +87,7 @@ def share_pass(batch: Batch, needed: Tensor | None, *, sequence: Axis) -> Share:
 def _join(rows: Tensor, *, places: Tensor, sizes: list[int], length: int, axis: Axis) -> Tensor:
     """[own rows, D] -> [length, D]: the rows of all ranks, `sizes` of each, at their `places`."""
     assert len(rows) == sizes[axis.rank], (rows.shape, sizes)
-    # The same rows go to each rank. In the backward pass the gradients of all ranks' losses add up.
+    # Every rank gets the same rows. In the backward pass the gradients of all ranks' losses are summed.
     copies = rows.repeat(axis.size, 1)
     return put_at(_Exchange.apply(copies, [len(rows)] * axis.size, sizes, axis), places=places, length=length)
 
@@ -94,8 +95,8 @@ def _join(rows: Tensor, *, places: Tensor, sizes: list[int], length: int, axis: 
 def attend_by_heads(
     attend: Attend, q: Tensor, k: Tensor, v: Tensor, layout: Layout, padding: Any = None, *more: Any, sequence: Axis
 ) -> Tensor:
-    """`attend` for [own rows, H, C] each: all rows of H / size heads go through it. -> [own rows, H, C]. `padding.rows`
-    are all ranks' rows together, None: all of the pass."""
+    """`attend` for this rank's rows, [own rows, H, C] each -> [own rows, H, C]: it is called on all rows of H / size
+    heads. `padding.rows`: all ranks' rows together; None: all of the pass."""
     assert q.shape[1] % sequence.size == 0, (q.shape, sequence.size)
     cut = Cut.of(getattr(padding, "rows", None) or layout, sequence, q.device)
     own = [len(q)] * sequence.size
@@ -111,7 +112,8 @@ def attend_by_heads(
 
 
 class _Exchange(torch.autograd.Function):
-    """To rank r the r-th piece of `sent` rows each, from it `received` rows. Backwards the way back."""
+    """All-to-all: sends the next sent[r] of the rows to each rank r, and receives received[r] rows from it; the
+    backward pass sends gradients the other way."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], axis: Axis) -> Tensor:
@@ -130,7 +132,8 @@ def _exchange(rows: Tensor, sent: list[int], received: list[int], axis: Axis) ->
 
 
 class _Reorder(torch.autograd.Function):
-    """Rows in the order `places`, a permutation whose way back is known: autograd would add them up among zeros."""
+    """Rows in the order `places`, a permutation with the inverse `back`, by which the backward pass is a copy; autograd
+    alone would add gradients up into zeros."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, places: Tensor, back: Tensor) -> Tensor:

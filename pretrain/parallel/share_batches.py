@@ -1,8 +1,8 @@
-"""Tensor and sequence ranks of one model copy see the same micro-batches: the first of them loads and sends.
+"""The tensor and sequence ranks of one model copy see the same micro-batches: the first of them loads and sends them.
 
-In a pipeline the first and the last stage each have a rank that loads, and the stages between none. What is sent is one
-tensor of bytes per step, and a header that says what is in it. It goes by the groups' own collectives in the main
-thread: NCCL must see the collectives of a group in the same order on every rank.
+In a pipeline the first and the last stage each have a rank that loads, and the stages between have none. Each step is
+sent as one tensor of bytes, with a header that describes it, by the groups' own collectives in the main thread: NCCL
+must see the collectives of a group in the same order on every rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pretrain.parallel.copy_ahead import copied
 from pretrain.parallel.faults import Watch
 from pretrain.parallel.mesh import Axis, Mesh
 
-# What a loader may raise: ShardError, ValueError, OSError; TimeoutError when a store has trouble; RuntimeError when a
+# What a loader may raise: ShardError (a ValueError), OSError, TimeoutError if a store has trouble, RuntimeError if a
 # data worker was killed.
 LOADING = (ValueError, OSError, RuntimeError)
 
@@ -32,8 +32,8 @@ def loads(mesh: Mesh) -> bool:
 
 
 def share_batches(load: Callable[[], Iterator[list[Batch]]], mesh: Mesh, watch: Watch) -> Iterator[list[Batch]]:
-    """The micro-batches of each step on this rank's device, from `load()` of the rank that loads; [] on a pipeline's
-    middle stages. Every rank of the group asks for as many steps. An error of `load()` is raised on all of
+    """The micro-batches of each step on this rank's device, from `load()` on the rank that loads; [] on a pipeline's
+    middle stages. Every rank of the group must take the same number of steps. An error of `load()` is raised on all of
     them, with the same text."""
     if mesh.pipe.rank not in (0, mesh.pipe.size - 1):
         while True:
@@ -61,7 +61,8 @@ def share_batches(load: Callable[[], Iterator[list[Batch]]], mesh: Mesh, watch: 
 
 
 def _pass_on(axes: list[Axis], parcel: tuple[bytes, Tensor] | None) -> tuple[bytes, Tensor]:
-    """The header and the bytes [n] that the first rank of all the axes gave, from axis to axis."""
+    """The header and the bytes [n] of the first rank of all `axes`, which gives them as `parcel`, broadcast along one
+    axis after another."""
     for axis in axes:
         source = dist.get_global_rank(axis.group, 0)
         sizes = torch.tensor([0, 0] if parcel is None else [len(part) for part in parcel], device=device())
@@ -80,6 +81,7 @@ def _pass_on(axes: list[Axis], parcel: tuple[bytes, Tensor] | None) -> tuple[byt
 
 
 def _pack(step: list[Batch]) -> tuple[bytes, Tensor]:
+    """A step's batches as a header and the bytes of all tensors; see `_unpack`."""
     about = [
         {
             "layout": vars(batch.layout),
@@ -110,14 +112,14 @@ def _unpack(header: bytes, content: Tensor) -> list[Batch]:
         own = {name: value for name, value in tensors.items() if "/" not in name}
         extra = {name: tuple(value) for name, value in about["extra"].items()}
         batch = Batch(layout=Layout(**about["layout"]), keys=tuple(about["keys"]), extra=extra, **own)
-        # Here, and not in the step: it asks the device.
+        # Here, and not in the step, since it waits for the device.
         batches.append(batch.with_tensors(tensors).indexed())
     return batches
 
 
 def _order(about: list[dict[str, Any]]) -> list[tuple[int, str, torch.dtype, list[int]]]:
-    """(batch, name, dtype, shape) of each tensor as they lie in the bytes: wide numbers first, so that all stand at a
-    multiple of their width."""
+    """(batch, name, dtype, shape) of each tensor, in the order of the bytes: wide numbers first, so that all are
+    aligned to their width."""
     every = [
         (place, name, getattr(torch, dtype), shape)
         for place, batch in enumerate(about)
@@ -127,5 +129,6 @@ def _order(about: list[dict[str, Any]]) -> list[tuple[int, str, torch.dtype, lis
 
 
 def _failure(error: Exception) -> bytes:
+    """The header for an error of the rank that loads."""
     kind = "process" if isinstance(error, RuntimeError) else "store" if isinstance(error, TimeoutError) else ""
     return json.dumps({"error": str(error), "kind": kind}).encode()

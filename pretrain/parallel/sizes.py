@@ -1,4 +1,4 @@
-"""How many ranks share one copy of the model, and in which way."""
+"""How many ranks share one copy of the model, and in which ways."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pretrain.settings import near
 class Parallel:
     """Sizes of the groups beside data parallelism; the world is their product times the data ranks.
 
-    Family A: ZeRO-0 to 3 with `tensor` and `sequence`; family B: ZeRO-1 with `tensor` and `pipe`. They change where a
-    number is computed, and nothing but its rounding.
+    Family A: ZeRO-0 to 3 with `tensor` and `sequence`; family B: ZeRO-1 with `tensor` and `pipe`. They change where
+    numbers are computed, and of the numbers only the rounding.
     """
 
     tensor: int = 1  # ranks that split each matrix (Megatron, arXiv 1909.08053, section 3)
@@ -31,12 +31,12 @@ class Parallel:
 
     @property
     def model(self) -> int:
-        """Ranks that together work on one micro-batch."""
+        """How many ranks work together on one micro-batch."""
         return self.tensor * self.pipe * self.sequence
 
 
 def world_problem(parallel: Parallel, world: int) -> str:
-    """Why `world` ranks do not divide into copies of the model; "" if they do."""
+    """Why `world` ranks cannot be divided into copies of the model; "" if they can."""
     if world % parallel.model == 0:
         return ""
     sizes = " * ".join(f"parallel.{name}" for name, size in vars(parallel).items() if size > 1)

@@ -1,6 +1,6 @@
-"""Whole weights out of the parts that ZeRO, tensor and pipeline ranks hold, and back into such parts.
+"""Assembles whole weights from the parts that ZeRO, tensor and pipe ranks hold, and splits them into such parts.
 
-Names and shapes are those of the model on one device."""
+Names and shapes of whole weights are those of the model on one device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def dense_shape(value: Tensor, mesh: Mesh | None = None) -> tuple[int, ...]:
 
 
 def padded_shape(value: Tensor, mesh: Mesh | None) -> tuple[int, ...]:
-    """The same with the rows of padding that a vocabulary has in memory."""
+    """The shape on one device, with the rows of padding that a vocabulary has in memory."""
     shape = list(getattr(value, "ds_shape", value.shape))
     split = split_dim(value)
     if split is not None and mesh is not None:
@@ -41,7 +41,7 @@ def padded_shape(value: Tensor, mesh: Mesh | None) -> tuple[int, ...]:
 
 
 def fill(value: Any, whole: Tensor, mesh: Mesh | None = None) -> None:
-    """Puts this rank's part of a tensor in its place, before the engine is built."""
+    """Fills a parameter or buffer with this rank's part of the tensor `whole`, before the engine is built."""
     if real_rows(value) is not None:
         padding = padded_shape(value, mesh)[0] - len(whole)
         whole = torch.cat([whole, whole.new_zeros(padding, *whole.shape[1:])])
@@ -56,15 +56,15 @@ def fill(value: Any, whole: Tensor, mesh: Mesh | None = None) -> None:
 
 
 def stream_state(engine, mesh: Mesh | None = None, copy: Copy | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Name and whole tensor of each parameter and persistent buffer, in state_dict order (pipeline stages one after
-    another): fp32 on the CPU on rank 0 (integers stay integers), an empty tensor elsewhere. A collective of every rank;
-    holds one tensor at a time. `copy(name, value)` gives the copy on the CPU; by default memory of its own."""
+    """Name and whole tensor of each parameter and persistent buffer, in state_dict order (pipe stages one after
+    another): on rank 0 fp32 on the CPU (integers stay integers), elsewhere an empty tensor. A collective of every rank,
+    which holds one tensor at a time. `copy(name, value)` makes the copy on the CPU; by default in new memory."""
     mine = _whole(engine, mesh)
     if mesh is None or mesh.pipe.rank == 0:
         yield from ((name, _on_rank_0(name, value, copy)) for name, value in mine)
     if mesh is None or mesh.pipe.size == 1:
         return
-    # Later stages pass theirs along the line of ranks that begins at rank 0; other lines hold the same, and are silent.
+    # Later stages send theirs along rank 0's pipeline; other pipelines hold the same weights and send nothing.
     in_line = mesh.copies.rank == 0 and mesh.tensor.rank == 0
     for stage in range(1, mesh.pipe.size):
         if stage == mesh.pipe.rank:
@@ -86,7 +86,7 @@ def full_state(engine, mesh: Mesh | None = None, copy: Copy | None = None) -> di
 
 
 def _whole(engine, mesh: Mesh | None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of this rank's pipeline stage, each whole on every rank of it."""
+    """The tensors of this rank's pipe stage, each whole on every rank of the stage."""
     fragment = importlib.import_module("deepspeed.utils.tensor_fragment")
     zero = importlib.import_module("deepspeed.runtime.zero")
     for name, value in named_state(engine.module).items():
@@ -105,7 +105,7 @@ def _whole(engine, mesh: Mesh | None) -> Iterator[tuple[str, Tensor]]:
 
 
 def _join(value: Tensor, part: Tensor, mesh: Mesh | None) -> Tensor:
-    """All tensor ranks' parts side by side, without padding."""
+    """All tensor ranks' parts joined, without padding."""
     if split_dim(value) is not None and mesh is not None and mesh.tensor.size > 1:
         part = torch.cat(all_gather(part, mesh.tensor.group), split_dim(value))
     rows = real_rows(value)
@@ -123,7 +123,8 @@ def _on_rank_0(name: str, value: Tensor, copy: Copy | None) -> Tensor:
 
 
 def _pass_on(mine: tuple[str, Tensor] | None, stage: int, mesh: Mesh) -> tuple[str, Tensor] | None:
-    """One tensor of pipeline stage `stage`: its owner gives it, or None when there is no more; the others get that."""
+    """Broadcasts one tensor of pipe stage `stage` along the pipeline: its owner passes it as `mine`, or None when there
+    are no more; every rank returns it."""
     source = dist.get_global_rank(mesh.pipe.group, stage)
     about: list[Any] = [None if mine is None else (mine[0], tuple(mine[1].shape), mine[1].dtype)]
     dist.broadcast_object_list(about, source, group=mesh.pipe.group, device=device())
@@ -139,18 +140,18 @@ def _pass_on(mine: tuple[str, Tensor] | None, stage: int, mesh: Mesh) -> tuple[s
 
 
 def split_dim(value: Any) -> int | None:
-    """The dimension that tensor parallelism splits; None for what every tensor rank holds whole."""
+    """The dimension along which tensor ranks split a parameter; None if each of them holds it whole."""
     return value.partition_dim if getattr(value, "tensor_model_parallel", False) else None
 
 
 def real_rows(value: Any) -> Any:
-    """Of a padded vocabulary, its rows without padding (layers.mark_padded); None for any other tensor."""
+    """How many rows of a padded vocabulary are real (layers.mark_padded); None for any other tensor."""
     return getattr(value, "real_rows", None)
 
 
 def zero3_part(value: Any, whole: Tensor) -> Tensor:
-    """This rank's share of a tensor as ZeRO-3 cuts it: equal parts of the flattened whole, zeros behind its end.
-    (DeepSpeed's own setter of whole tensors fails where the parts are not equal without those zeros.)"""
+    """This rank's part of a tensor as ZeRO-3 splits it: equal parts of the flattened whole, with zeros behind its end.
+    (DeepSpeed's own setter of whole tensors fails if they do not divide equally.)"""
     length = value.ds_tensor.ds_numel
     start = dist.get_rank(value.ds_process_group) * length
     flat = whole.flatten()[start : start + length]

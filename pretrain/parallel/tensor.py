@@ -1,9 +1,9 @@
-"""Tensor parallelism (Megatron-LM, arXiv 1909.08053, section 3): each matrix in parts, one per rank of the group.
+"""Tensor parallelism (Megatron-LM, arXiv 1909.08053, section 3): each matrix is split into one part per rank.
 
 The linear layers and the embedding are Megatron's (megatron_layers.py), the cross-entropy is that of one device
-(pretrain/cross_entropy.py); here is what Megatron lacks: the norm over a dimension that is split, and a split of values
-by heads. Between the split layers every rank of the group holds the same rows, so what it computes there, and the
-gradients of what is not split, are the same numbers on all of them.
+(pretrain/cross_entropy.py). This file has what Megatron lacks: a norm over a split dimension, and a split of values by
+heads. Between the split layers every rank of the group holds the same rows, so that activations there, and gradients of
+parameters that are not split, are the same numbers on all of them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from pretrain.parallel.sequence import over_rows
 
 
 def parallel_layers(mesh: Mesh) -> Layers:
-    """The layers of a model on `mesh`: split over its tensor ranks, their rows shared among its sequence ranks, with
-    contrast over its data ranks. Every split parameter says so by Megatron's attributes `tensor_model_parallel` and
-    `partition_dim`."""
+    """The layers of a model on `mesh`: split over its tensor ranks, with rows divided among its sequence ranks, and
+    `gather` and `visit` over its data ranks. A split parameter is marked by Megatron's attributes
+    `tensor_model_parallel` and `partition_dim`."""
     group = mesh.data.group
     layers = Layers(gather=_alone, visit=_visit_alone, whole=whole_init, gathered=gathered)
     if mesh.data.size > 1:
@@ -65,8 +65,8 @@ class SplitNorm(nn.Module):
 
 
 class _SplitNorm(torch.autograd.Function):
-    """One collective each way. Slices' means and squared deviations are put together as Chan et al. do (1983, equation
-    1.5), which is as exact as two passes over the whole row; sums of squares are not."""
+    """One collective in each pass. The slices' means and variances are combined as in Chan et al. (1983, equation 1.5),
+    which is as exact as two passes over the whole row; adding up sums of squares would not be."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, tensor: Axis) -> Tensor:
@@ -97,7 +97,8 @@ class _SplitNorm(torch.autograd.Function):
 
 
 def own_heads(values: Tensor, *, tensor: Axis) -> Tensor:
-    """[..., heads], the same on every rank -> [..., heads of this rank]; the gradient of the whole is made whole."""
+    """[..., heads], the same on every rank -> [..., heads of this rank]; the backward pass gathers all ranks'
+    gradients."""
     return _OwnHeads.apply(values, tensor)
 
 
@@ -113,7 +114,8 @@ class _OwnHeads(torch.autograd.Function):
 
 
 def mark_split(parameter: nn.Parameter, dim: int) -> nn.Parameter:
-    """With Megatron's attributes: DeepSpeed counts it in the gradient norm of every tensor rank."""
+    """Marks a parameter as split along `dim`, by Megatron's attributes; so DeepSpeed counts it in the gradient norm on
+    every tensor rank."""
     marked: Any = parameter
     marked.tensor_model_parallel, marked.partition_dim, marked.partition_stride = True, dim, 1
     return parameter

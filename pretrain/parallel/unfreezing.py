@@ -1,8 +1,8 @@
-"""Parameters that are trained from a later step on, as if the optimizer met them then.
+"""Parameters that are trained from a later step on, as if the optimizer were given them only then.
 
-They are in the engine from the beginning, for ZeRO cannot take them in later. Until their step their gradients are
-zeros, for clipping too, and their rate is zero, so that neither moments nor weight decay move them; at their step
-AdamW begins to count for them. What this saves is no memory and no time.
+They are in the engine from the beginning, because ZeRO cannot add them later. Until their step their gradients are set
+to zero, for clipping too, and their rate is zero, so that neither moments nor weight decay move them; at their step
+AdamW begins to count steps for them. This saves neither memory nor time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pretrain.parallel.moments import restart
 
 
 class Unfreezing:
-    """`first_steps`: of the parameters that wait, by name, the step in which each is trained first."""
+    """`first_steps`: {parameter that waits: the first step that trains it}."""
 
     def __init__(self, engine: Any, first_steps: Mapping[str, int]):
         self.engine, self.first_steps = engine, first_steps
@@ -30,14 +30,14 @@ class Unfreezing:
         return torch.zeros_like(gradient) if self.engine.global_steps + 1 < first else None
 
     def begin_step(self) -> None:
-        """Before the passes of each step."""
+        """Must be called before the passes of each step."""
         step = self.engine.global_steps + 1
         if names := {name for name, first in self.first_steps.items() if first == step}:
             restart(self.engine, names)
 
 
 def rates(groups: list[dict[str, Any]], factor: Callable[[int], float]) -> list[Callable[[int], float]]:
-    """Each optimizer group's factor, for LambdaLR, which asks with the number of steps done."""
+    """Each optimizer group's factor, a function of the number of steps done, for LambdaLR."""
     return [partial(_rate, group.get("first_step", 1), factor) for group in groups]
 
 
