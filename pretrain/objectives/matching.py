@@ -66,6 +66,10 @@ class Matching(Objective):
     def join(self, head: Any, heads: Mapping[str, nn.Module]) -> None:
         head.contrast = (heads["contrastive"],) if self.negatives != "random" else ()
 
+    def begin(self, head: Any) -> None:
+        if self.random_steps:
+            head.steps.zero_()  # those of the stage before came with its weights
+
     def problems(self, stage: Any) -> list[str]:
         problems, names = [], [objective.name for objective in stage.objectives]
         if self.negatives != "random" and "contrastive" not in names:

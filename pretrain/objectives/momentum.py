@@ -16,7 +16,7 @@ from pretrain.contracts import Encoder, Objective, Pass
 from pretrain.flops import Product
 from pretrain.layers import PLAIN, Layers
 from pretrain.objectives.contrastive import Contrastive, ContrastiveHead
-from pretrain.objectives.teacher import KeepsTypes, Teacher
+from pretrain.objectives.teacher import NO_ADAPTERS, KeepsTypes, Teacher
 from pretrain.settings import near
 
 
@@ -59,6 +59,7 @@ class MomentumContrast(Objective):
 
     def begin(self, head: Any) -> None:
         head.follow(1.0)
+        head.queue.steps.zero_()  # those of the stage before came with its weights
 
     def problems(self, stage: Any) -> list[str]:
         problems = self._plain.problems(stage)
@@ -72,6 +73,8 @@ class MomentumContrast(Objective):
                 f"{stage.parallel} does not go with a momentum teacher, which every rank holds whole; set "
                 "parallel.tensor=1 and parallel.sequence=1"
             )
+        if stage.lora is not None:
+            problems.append(NO_ADAPTERS.format("the objective contrastive"))
         return problems
 
     def passes(self, layout: Layout) -> list[Pass]:

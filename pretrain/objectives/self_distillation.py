@@ -22,7 +22,7 @@ from pretrain.batch import DROP_PATH, Batch, Kinds, Layout, derived, make_batch
 from pretrain.contracts import Encoder, Objective, Pass
 from pretrain.flops import Product
 from pretrain.layers import PLAIN, Head, Layers
-from pretrain.objectives.teacher import KeepsTypes, Teacher
+from pretrain.objectives.teacher import NO_ADAPTERS, KeepsTypes, Teacher
 
 ASPECT = (3 / 4, 4 / 3)  # of a local view, as RandomResizedCrop's
 DRAWS_PER_VIEW = 4  # for its area, its aspect ratio, and its place in both directions
@@ -103,6 +103,8 @@ class SelfDistillation(Objective):
                 f"{stage.parallel} does not go with self_distillation, whose teacher every rank holds whole; set "
                 "parallel.tensor, parallel.sequence and parallel.pipe to 1"
             )
+        if stage.lora is not None:
+            problems.append(NO_ADAPTERS.format(self.name))
         return problems
 
     def seen(self, layout: Layout) -> Layout:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 TOGETHER = 32  # parameters that ZeRO-3 gathers at once
+NO_ADAPTERS = "lora does not go with {}, whose momentum teacher has no adapters to follow with; leave one of them out"
 
 
 class KeepsTypes(nn.Module):

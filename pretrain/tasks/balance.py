@@ -54,7 +54,8 @@ def weight_problems(weights: Weights, names: Sequence[str]) -> list[str]:
 class LossWeights(nn.Module):
     """The loss of a step is the weighted sum of the objectives' losses. `learned`: each weight follows from a learned
     uncertainty (Kendall et al., arXiv 1705.07115, equation 10): exp(-s) loss + s / 2, where s is the log of its
-    variance."""
+    variance. A weight counts for both terms: for the loss alone s would outgrow it, without end where a ramp begins at
+    0."""
 
     steps: Tensor
 
@@ -76,12 +77,17 @@ class LossWeights(nn.Module):
             if isinstance(weight, Ramp):
                 risen = (self.steps.float() / weight.steps).clamp(max=1)
                 report[f"weight/{name}"] = weight = weight.start + (weight.end - weight.start) * risen
-            parts[name] = loss if isinstance(weight, float) and weight == 1 else weight * loss
             if name in self.log_variances:
                 variance = self.log_variances[name].float().squeeze()
-                parts[name] = (-variance).exp() * parts[name] + variance / 2
+                loss = (-variance).exp() * loss + variance / 2
                 report[f"weight/{name}"] = (weight * (-variance).exp()).detach()
+            parts[name] = loss if isinstance(weight, float) and weight == 1 else weight * loss
         return parts, report
+
+    def begin(self) -> None:
+        """Before the first step of a stage, which may have the weights of one before, and with them its steps."""
+        if self.ramps:
+            self.steps.zero_()
 
     def after_step(self) -> None:
         if self.ramps:

@@ -194,6 +194,8 @@ class PretrainTask(nn.Module):
 
     def before_training(self, batches: list[Batch]) -> None:
         """See Objective.begin."""
+        if self.loss_weights is not None:
+            self.loss_weights.begin()
         for objective in self._configs:
             objective.begin(self.objectives[objective.name])
 

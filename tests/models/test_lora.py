@@ -15,6 +15,7 @@ from pretrain.config import BatchSize, Recipe, Stage, to_json
 from pretrain.data.sources import ImageShards, PairShards, TextShards
 from pretrain.data.transforms import ImageTransform
 from pretrain.models.lora import Lora, LoraLinear, add_adapters, is_adapter, merged
+from pretrain.objectives.self_distillation import SelfDistillation
 from pretrain.optim import Optim
 from pretrain.parallel.sizes import Parallel
 from pretrain.run.build import build_task, check_model
@@ -150,6 +151,7 @@ def test_zero_0_to_3_train_adapters_as_one_process_does():
         (lambda: Lora(targets=()), r"lora\.targets is empty"),
         (lambda: replace(STAGE, init_from=None), "it begins at random; set init_from"),
         (lambda: replace(STAGE, parallel=Parallel(tensor=2)), r"does not go with Parallel\(tensor=2"),
+        (lambda: replace(STAGE, objectives=(SelfDistillation(),)), "lora does not go with self_distillation, whose"),
         (
             lambda: check_model(RECIPE, replace(STAGE, trainable=("objectives.*",))),
             "leaves no adapter of lora to train",

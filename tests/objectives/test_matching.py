@@ -181,6 +181,9 @@ def test_the_first_steps_have_random_partners(negatives):
     resumed.load_state_dict(own.state_dict())
     resumed.contrast = own.contrast
     assert partners(resumed) == hard and "steps" not in MatchingHead(4).state_dict()
+    Matching(negatives, random_steps=2).begin(resumed)  # a stage that begins with the weights of such a one
+    assert partners(resumed) == random
+    Matching(negatives).begin(plain.objectives["matching"])
 
 
 CONTRAST = (Contrastive(), Matching())

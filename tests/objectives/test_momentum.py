@@ -13,6 +13,7 @@ from pretrain.config import BatchSize, Stage
 from pretrain.data.sources import PairShards
 from pretrain.distributed import world_size
 from pretrain.layers import PLAIN, Layers
+from pretrain.models.lora import Lora
 from pretrain.objectives.matching import Matching
 from pretrain.objectives.momentum import MomentumContrast, Queue
 from pretrain.optim import Optim, build_optimizer, schedule
@@ -90,6 +91,18 @@ def test_a_step_moves_teacher_and_queue():
     task.eval()(dual_batch(2))
     task.after_step()
     assert head.queue.images[:DUAL].equal(taught) and int(head.queue.steps) == 1, "an evaluation leaves the queue alone"
+
+
+def test_a_stage_that_goes_on_from_another_ones_weights_counts_its_own_steps():
+    """As a hand-over gives them: teacher, queue and the steps so far, which the ramp of alpha goes by."""
+    before, task = build(), build()
+    for _ in range(5):
+        before.objectives["contrastive"].queue.take(torch.eye(DUAL, 12), torch.eye(DUAL, 12))
+    task.load_state_dict(before.state_dict())
+    head = task.objectives["contrastive"]
+    assert int(head.queue.steps) == 5
+    task.before_training([])
+    assert int(head.queue.steps) == 0 and head.queue.images.equal(before.objectives["contrastive"].queue.images)
 
 
 def test_the_queue_forgets_the_oldest_and_takes_no_nan():
@@ -177,6 +190,10 @@ def test_its_pass_is_the_dual_pairs_alone():
         (
             {"batch": BatchSize(dual=8), "parallel": Parallel(tensor=2)},
             r"momentum teacher, which every rank holds whole",
+        ),
+        (
+            {"batch": BatchSize(dual=8), "lora": Lora(), "init_from": "x"},
+            r"lora does not go with the objective contrastive, whose momentum teacher has no adapters",
         ),
     ],
 )

@@ -37,6 +37,11 @@ def test_fixed_scheduled_and_learned_weights():
     assert seen == [0, 0.5, 1, 1.5, 2, 2]
     assert "steps" in scheduled.state_dict() and not LossWeights(["a"], {}).state_dict()
 
+    later = LossWeights(["a", "b"], {"a": Ramp(0.0, 2.0, 4)})
+    later.load_state_dict(scheduled.state_dict())  # the weights of the stage before have its steps
+    later.begin()
+    assert float(later(LOSSES)[1]["weight/a"]) == 0
+
     learned = LossWeights(["a", "b"], {"b": 0.5}, learned=True)
     with torch.no_grad():
         learned.log_variances["a"].fill_(math.log(4))
@@ -46,6 +51,21 @@ def test_fixed_scheduled_and_learned_weights():
     torch.stack(list(parts.values())).sum().backward()
     # At the best variance, twice the loss, there is no gradient.
     torch.testing.assert_close(learned.log_variances["a"].grad, torch.tensor([-2 / 4 + 0.5]))
+
+
+def test_a_learned_weight_does_not_outgrow_a_fixed_one():
+    """At its best variance a loss weighs half of its inverse, times what the recipe says; while a ramp says 0 there is
+    nothing to learn."""
+    module = LossWeights(["a", "b"], {"a": 0.25, "b": Ramp(0.0, 1.0, 9)}, learned=True)
+    parts, _ = module(LOSSES)
+    torch.stack(list(parts.values())).sum().backward()
+    assert float(module.log_variances["b"].grad) == 0
+    with torch.no_grad():
+        module.log_variances["a"].fill_(math.log(2 * 2.0))
+    module.zero_grad()
+    parts, report = module(LOSSES)
+    parts["a"].backward()
+    assert abs(float(module.log_variances["a"].grad)) < 1e-7 and float(report["weight/a"]) == pytest.approx(0.25 / 4)
 
 
 def build(**options) -> PretrainTask:
