@@ -16,7 +16,7 @@ from pretrain.contracts import Encoder, Objective
 from pretrain.layers import PLAIN, Layers
 from pretrain.objectives.contrastive import Contrastive, ContrastiveHead
 
-PARTS = {"vision": "objectives.contrastive.vision.weight", "language": "objectives.contrastive.language.weight"}
+HEAD = "objectives.contrastive."  # the names of a teacher's head of contrast begin so
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,19 @@ class Distillation(Objective):
 def _teacher(cfg: Distillation, state: Mapping[str, Tensor], model: Any, head: DistillationHead) -> nn.Module:
     """The teacher with its weights, on the host. ValueError for one that does not go with the student."""
     knob = f"distillation.teacher={cfg.teacher}"
-    if missing := [name for name in PARTS.values() if name not in state]:
-        raise ValueError(f"{knob} has no {missing[0]}; name a stage that was trained by Contrastive()")
+    if f"{HEAD}logit_scale" not in state:
+        raise ValueError(f"{knob} has no {HEAD}logit_scale; name a stage that was trained by Contrastive()")
     for name in ("image_size", "vocab_size"):
         own, theirs = getattr(head.model, name), getattr(model, name)
         if own != theirs:
             raise ValueError(f"{knob} has model.{name}={theirs} and the student {own}; use one number")
-    vision, language = (state[name] for name in PARTS.values())
+    weight = state.get(f"{HEAD}vision.weight")  # of its projection, which not every contrast has
+    widths, embed_dim = (model.width("images"), model.width("texts")), None if weight is None else len(weight)
+    options: Any = {"project": weight is not None, "projection_bias": f"{HEAD}vision.bias" in state}
     with head.layers.whole():
         teacher = nn.Module()
         teacher.encoder = model.build(("vision", "language"))
-        teacher.head = ContrastiveHead((vision.shape[1], language.shape[1]), len(vision), 1.0)
+        teacher.head = ContrastiveHead(widths, embed_dim, 1.0, **options)
         own = {key: state.get(_stored(key)) for key in teacher.state_dict()}
         if lacking := sorted(key for key, value in own.items() if value is None):
             raise ValueError(f"{knob} lacks {_stored(lacking[0])}; it is incomplete")
@@ -87,7 +89,7 @@ def _teacher(cfg: Distillation, state: Mapping[str, Tensor], model: Any, head: D
 
 def _stored(key: str) -> str:
     """The name, in a stage's weights, of a tensor of the teacher module."""
-    return key.replace("head.", "objectives.contrastive.", 1) if key.startswith("head.") else key
+    return key.replace("head.", HEAD, 1) if key.startswith("head.") else key
 
 
 class DistillationHead(nn.Module):
@@ -140,7 +142,7 @@ class DistillationHead(nn.Module):
         paired = Layout(images=count, texts=count, patches=layout.patches, text_len=layout.text_len, dual=count)
         images = batch.images[layout.images - count : layout.images]
         dual = make_batch(paired, images=images, text_tokens=batch.text_tokens[:count])
-        low = self.student[0].vision.weight.dtype == torch.bfloat16
+        low = self.student[0].logit_scale.dtype == torch.bfloat16
         with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
             needed = teacher.head.needed_rows(dual.indexed().on_host)
             return teacher.head.embed(teacher.encoder(dual, needed=needed), paired)

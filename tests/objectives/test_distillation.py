@@ -81,6 +81,22 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn():
     assert task(dual_batch(1))["loss/distillation"].abs() < 1e-5
 
 
+@pytest.mark.parametrize("options", [{"projection_bias": True}, {"project": False}, {"loss": "sigmoid"}])
+def test_a_teacher_with_any_projection_is_its_whole_self(options):
+    torch.manual_seed(5)
+    other = PretrainTask(TEACHER, EXPERTS, (Contrastive(**options),)).eval()
+    with torch.no_grad():
+        for value in other.objectives.parameters():
+            value.add_(torch.randn_like(value) * 0.1)
+    stage = replace(STAGE, objectives=(Contrastive(project=False), Distillation("teacher", features=0.0)))
+    task, batch = build(read=lambda name, knob: (other.state_dict(), TEACHER), stage=stage), dual_batch(1)
+    with torch.no_grad():
+        wanted = other.objectives["contrastive"].embed(other.encoder(batch), batch.layout)
+    for own, want in zip(task.objectives["distillation"]._teach(batch), wanted, strict=True):
+        torch.testing.assert_close(own, want)
+    assert task(batch)["loss"].isfinite()
+
+
 def test_the_teacher_is_neither_trained_nor_saved():
     task = build()
     assert {name.split(".")[0] for name in task.state_dict()} == {"encoder", "objectives"}
@@ -150,7 +166,7 @@ def test_a_student_is_evaluated_where_its_teacher_is_gone(tmp_path):
     [
         (
             (None, TEACHER),
-            r"teacher=teacher has no objectives\.contrastive\.vision\.weight; name a stage",
+            r"teacher=teacher has no objectives\.contrastive\.logit_scale; name a stage",
         ),
         ((12, replace(TEACHER, vocab_size=40)), r"has model\.vocab_size=40 and the student 32; use one number"),
         ((12, replace(TEACHER, image_size=32)), r"has model\.image_size=32 and the student 16"),
