@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,6 +25,7 @@ from pretrain.parallel.mesh import Axis, Mesh
 # What a loader may raise: ShardError (a ValueError), OSError, TimeoutError if a store has trouble, RuntimeError if a
 # data worker was killed.
 LOADING = (ValueError, OSError, RuntimeError)
+ARRAY = "array"  # how the header marks one
 
 
 def loads(mesh: Mesh) -> bool:
@@ -86,7 +88,7 @@ def _pack(step: list[Batch]) -> tuple[bytes, Tensor]:
         {
             "layout": vars(batch.layout),
             "keys": batch.keys,
-            "extra": {name: value for name, value in batch.extra.items() if not isinstance(value, Tensor)},
+            "extra": {name: _plain(value) for name, value in batch.extra.items() if not isinstance(value, Tensor)},
             "tensors": {name: (str(t.dtype).removeprefix("torch."), t.shape) for name, t in batch.tensors()},
         }
         for batch in step
@@ -110,11 +112,22 @@ def _unpack(header: bytes, content: Tensor) -> list[Batch]:
     batches = []
     for about, tensors in zip(message["batches"], contents, strict=True):
         own = {name: value for name, value in tensors.items() if "/" not in name}
-        extra = {name: tuple(value) for name, value in about["extra"].items()}
+        extra = {name: tuple(map(_restored, value)) for name, value in about["extra"].items()}
         batch = Batch(layout=Layout(**about["layout"]), keys=tuple(about["keys"]), extra=extra, **own)
         # Here, and not in the step, since it waits for the device.
         batches.append(batch.with_tensors(tensors).indexed())
     return batches
+
+
+def _plain(values: tuple[Any, ...]) -> list[Any]:
+    """For JSON: arrays of several shapes, which are no tensor, as lists beside their types."""
+    return [
+        {ARRAY: each.dtype.str, "values": each.tolist()} if isinstance(each, np.ndarray) else each for each in values
+    ]
+
+
+def _restored(value: Any) -> Any:
+    return np.array(value["values"], np.dtype(value[ARRAY])) if isinstance(value, dict) and ARRAY in value else value
 
 
 def _order(about: list[dict[str, Any]]) -> list[tuple[int, str, torch.dtype, list[int]]]:

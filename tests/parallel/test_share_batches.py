@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -42,6 +43,8 @@ def micro_batch(step: int, data: int, number: int) -> Batch:
     layout = Layout(images, pairs, texts, patches=4, pair_len=3, text_len=7)
     drawn = {name: torch.rand(layout.sequences, 4, generator=made) for name in ("drop_path", "mine")}
     rest: dict = {"draws": drawn, "extra": {"labels": torch.arange(pairs), "words": ("é",) * pairs}} if number else {}
+    if number and step == 1:  # some pictures have more captions than others
+        rest["extra"]["captions"] = tuple(torch.randint(9, (2 + n, 3), generator=made).numpy() for n in range(images))
     pixels = torch.randint(256, (images + pairs, 3, 4, 4), generator=made, dtype=torch.uint8)
     if step == 3:
         rest |= {"image_codes": torch.randint(20, (images, 4), generator=made)}
@@ -88,7 +91,9 @@ def shared(sizes: dict[Parallel, list[int]]) -> list[bool]:
 def same(a: Batch, b: Batch) -> bool:
     one, two = dict(a.tensors()), dict(b.tensors())
     equal = all(one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]) for name in two)
-    words = a.extra.get("words") == b.extra.get("words")
+    words = a.extra.get("words") == b.extra.get("words") and a.extra.keys() == b.extra.keys()
+    several = zip(a.extra.get("captions", ()), b.extra.get("captions", ()), strict=True)
+    words = words and all(one.dtype == two.dtype and np.array_equal(one, two) for one, two in several)
     return equal and words and one.keys() == two.keys() and (a.layout, a.keys) == (b.layout, b.keys)
 
 
