@@ -176,7 +176,7 @@ class MicroBatches:
         for _ in range(MAX_ATTEMPTS):
             try:
                 members = self._read(feed, stand_in)
-                number = ref.epoch % (getattr(feed.source, "crops", 0) or 1)
+                number = feed.order.turn(ref) % (getattr(feed.source, "crops", 0) or 1)
                 codes = feed.codes.read(stand_in.shard, stand_in.sample, number) if feed.codes else None
                 raw, look, rng = self._decode(feed, ref, members, place, self.jitter_later)
                 key = f"{feed.kind}/{feed.names[stand_in.shard]}/{members['__key__'].decode('utf-8', 'replace')}"
@@ -208,7 +208,7 @@ class MicroBatches:
         rng = own = sample_rng(self.seed, ref.epoch, feed.order.number(ref), feed.stream)
         if crops := getattr(feed.source, "crops", 0):
             # Seeded by the sample that is read: its stored codes belong to its own looks.
-            own = look_rng(self.seed, members["__key__"], ref.epoch % crops)
+            own = look_rng(self.seed, members["__key__"], feed.order.turn(ref) % crops)
         placing = None if place is None else _Placing(self.view.transform, place, later)
         raw = feed.source.decode(members, placing or self.view.transform, self.view.tokenizer, own)
         if place is None or placing is None or placing.look is None:

@@ -220,6 +220,11 @@ class Order:
         """The sample's number within the source, counted in manifest order; per-sample seeds use it."""
         return int(self._firsts[ref.shard]) + ref.sample
 
+    def turn(self, ref: SampleRef) -> int:
+        """Which of a sample's fixed looks comes here, before it is taken modulo their number: one further in each
+        epoch."""
+        return ref.epoch
+
     def replacement(self, ref: SampleRef, attempt: int, skip_shards: int = 0) -> SampleRef:
         """The replacement of `ref` when it cannot be decoded: a pure function of its arguments.
 

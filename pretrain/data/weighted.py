@@ -125,6 +125,10 @@ class WeightedOrder(Order):
         self._rank[by_class] = before - firsts[classes.number[by_class]]
         self._offset = np.cumsum(classes.sizes) - classes.sizes - self._firsts[classes.shard]
 
+    def turn(self, ref: SampleRef) -> int:
+        # Not its number, which rises by `most` in an epoch: a sample with one look would see only every so manieth.
+        return sum(divmod(ref.epoch, self.most))
+
     def rows(self, step: int, size: int) -> np.ndarray:
         """int64 [size, 3]: look, shard and sample."""
         places = super().rows(step, size)

@@ -108,6 +108,22 @@ def test_balance_gives_every_class_as_many_looks_and_keeps_the_epoch():
     np.testing.assert_allclose(half / half.sum(), np.sqrt(sizes) / np.sqrt(sizes).sum())
 
 
+@pytest.mark.parametrize("weight", [1.0, 1.5, 4.0])
+def test_every_fixed_look_has_its_turn_whatever_the_weights(weight):
+    """A picture with `crops` looks, beside others that come `most` times in an epoch."""
+    order, crops = WeightedOrder([5, 5], classes_of_shards([5, 5], [0, 1]), [weight, 4.0], **HOW), 4
+    turns: dict[int, list[int]] = {}
+    for step in range(1, 4 * crops + 1):
+        for ref in order.batch(step, order.samples):
+            if ref.shard == 0:
+                turns.setdefault(ref.sample, []).append(order.turn(ref) % crops)
+    assert len(turns) == 5 and all(set(seen) == set(range(crops)) for seen in turns.values())
+    if weight == 1:
+        plain = Order([5], **HOW)
+        assert [plain.turn(ref) for ref in plain.batch(1, 15)] == [0] * 5 + [1] * 5 + [2] * 5
+        assert all(seen == [0, 1, 2, 3] * 4 for seen in turns.values())
+
+
 def test_what_leaves_nothing_is_refused():
     with pytest.raises(ValueError, match=r"weights=\[0\.0\] leave no look"):
         WeightedOrder([3], classes_of_shards([3], [0]), [0.0], **HOW)
