@@ -53,7 +53,7 @@ def crops_of(word: str) -> int:
 def plan_codes(recipe: str, given: Sequence[str], run_dir: Path, behind: Sequence[str], crops: int) -> Plan:
     """For the stages `behind` the word. Raises ValueError where they hide no pictures, or cannot share their codes."""
     settings: dict[str, list[str]] = {}
-    directories: dict[str, None] = {}
+    directories: dict[Path, str] = {}  # one that has two names, such as images -> pairs, once
     shared: tuple[Recipe, str, Stage] | None = None
     for name in behind:
         whole, stage = load_recipe(recipe, name, list(given))
@@ -61,7 +61,8 @@ def plan_codes(recipe: str, given: Sequence[str], run_dir: Path, behind: Sequenc
         if not kinds:
             continue
         settings[name] = [part for kind in kinds for part in (f"mix.{kind}.crops={crops}", f"mix.{kind}.codes={WORD}")]
-        directories |= dict.fromkeys(part for kind in kinds for part in _directories(kind, stage))
+        for place in (place for kind in kinds for place in _directories(kind, stage)):
+            directories.setdefault(Path(place).resolve(), place)
         _check_same(shared, name, stage)
         shared = shared or (whole, name, stage)
     if shared is None:
@@ -74,7 +75,8 @@ def plan_codes(recipe: str, given: Sequence[str], run_dir: Path, behind: Sequenc
     path = str(run_dir / tokenizer) if tokenizer in whole.stages else fill_variables(tokenizer, "visual_tokenizer")
     arguments = ["--tokenizer", path, "--crops", str(crops), "--recipe", recipe, "--stage", name]
     arguments += [word for setting in given for word in ("--set", setting)]
-    return Plan(settings, Storing(tuple(directories), path, (*directories, *arguments)))
+    places = tuple(directories.values())
+    return Plan(settings, Storing(places, path, (*places, *arguments)))
 
 
 def is_stored(storing: Storing, crops: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pretrain.launch.codes import plan_codes
 from tests.test_launch import slurm  # noqa: F401
 
 WORDS = ["data/pairs", "--tokenizer", "runs/my base/tokenizer", "--crops", "4"]
@@ -35,3 +36,13 @@ def test_a_mistake_ends_the_job_with_its_code(job):
 def test_before_its_time_limit_it_puts_itself_back_into_the_queue(job):
     done, calls = job(0, SIGNAL="USR1")
     assert "srun got TERM" in calls and "requeue 41" in calls and done.returncode == 143, done.stderr
+
+
+def test_a_directory_that_has_two_names_is_encoded_once(tmp_path, monkeypatch):
+    """Whoever has pairs alone links images to them: two jobs' ranks would write one file."""
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "images").symlink_to("pairs")
+    monkeypatch.setenv("DATA", str(tmp_path))
+    settings, storing = plan_codes("beit3_base", [], tmp_path / "run", ["pretrain"], 4)
+    assert len(settings["pretrain"]) == 4, "both kinds read them"
+    assert storing.directories == storing.arguments[:1] == (str(tmp_path / "images"),)
