@@ -1,8 +1,7 @@
-"""Answers to questions as VQA counts them: the official normalisation, and how right an answer is among those of ten
-people.
+"""VQA's answers: the official normalisation, and the accuracy of an answer among those of ten people.
 
-Source: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py (v2.0), whose results these functions give,
-its peculiarities included.
+Source: GT-Vision-Lab/VQA, PythonEvaluationTools/vqaEvaluation/vqaEval.py (v2.0), whose results these functions
+reproduce, its peculiarities included.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6"}
 NUMBERS |= {"seven": "7", "eight": "8", "nine": "9", "ten": "10"}
 ARTICLES = ("a", "an", "the")
-# What a word becomes that lacks one of its apostrophes.
+# A word that equals one of these but for a missing apostrophe becomes it.
 CONTRACTIONS = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
     "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've "
@@ -33,11 +32,11 @@ WITHOUT = {
 } | {"somebody'd": "somebodyd"}
 _GROUPED = re.compile(r"\d,\d")
 _PERIOD = re.compile(r"\.(?!\d)")
-_MOST_PERIODS = int(re.UNICODE)  # the official code passes this flag where the number of replacements stands
+_MOST_PERIODS = int(re.UNICODE)  # the official code passes this flag as the number of replacements
 
 
 def normalised(answer: str) -> str:
-    """Without punctuation, articles and capitals, numbers as digits, apostrophes where they belong."""
+    """The answer without punctuation, articles and capitals, with numbers as digits and missing apostrophes added."""
     text = answer
     grouped = _GROUPED.search(answer) is not None
     for mark in PUNCTUATION:
@@ -49,8 +48,8 @@ def normalised(answer: str) -> str:
 
 
 def accuracy(answer: str, given: Sequence[str]) -> float:
-    """The official accuracy of one answer among those that people gave: the mean over each of them of min(matches among
-    the others / 3, 1). Where all people agree, nothing is normalised."""
+    """The official accuracy of one answer, given those of people: the mean over the people of min(matches among the
+    others / 3, 1). If all people agree, nothing is normalised."""
     plain = [" ".join(re.split(r"[\n\t]", text)).strip() for text in given]
     own = " ".join(re.split(r"[\n\t]", answer)).strip()
     if len(set(plain)) > 1:
@@ -61,5 +60,5 @@ def accuracy(answer: str, given: Sequence[str]) -> float:
 
 def scores(given: Sequence[str]) -> dict[str, float]:
     """{normalised answer: its target in training}: 0.3 for each person who gave it, at most 1 (unilm beit3/datasets.py,
-    get_score, which counts the answers as they were written)."""
+    get_score, which counts the answers without normalising them)."""
     return {answer: min(0.3 * count, 1.0) for answer, count in Counter(map(normalised, given)).items()}

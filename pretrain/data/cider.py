@@ -1,8 +1,7 @@
-"""CIDEr-D, by which captions are compared with what people wrote (Vedantam et al., arXiv 1411.5726, 3 and 6), as
-pycocoevalcap computes it: term frequencies of one to four words, weighed by how rare they are among the references,
-their clipped cosine, and a Gaussian of the difference of lengths; times ten. Without Java: words are what is left of a
-text in small letters without punctuation, where pycocoevalcap calls Stanford's tokenizer, so texts whose words are
-joined by punctuation differ."""
+"""CIDEr-D, which compares captions with those of people (Vedantam et al., arXiv 1411.5726, 3 and 6), as pycocoevalcap
+computes it: term frequencies of one to four words, weighted by how rare they are among the references, their clipped
+cosine, and a Gaussian of the difference of lengths; times ten. It needs no Java: words are split by a regular
+expression, where pycocoevalcap calls Stanford's tokenizer, so that scores differ for words joined by punctuation."""
 
 from __future__ import annotations
 
@@ -20,27 +19,28 @@ from pretrain.json_files import read_object
 from pretrain.settings import fill_variables
 
 LONGEST, SIGMA = 4, 6.0
-END = "</s>"  # of a text where that counts as a word
+END = "</s>"  # the end of a text, where it counts as a word
 MAX_BYTES = 2**30  # of a file of frequencies; COCO's training captions make about 30 MB
 _WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 Counts = Counter[tuple[str, ...]]
 
 
 def words_of(text: str) -> list[str]:
+    """A text's words in lower case, without punctuation."""
     return _WORD.findall(text.lower())
 
 
 @dataclass(frozen=True)
 class Frequencies:
-    """In the references of how many of `pictures` one to four words, and the end, stand together. A gram that is not
-    noted counts as one that stands with a single picture, as in pycocoevalcap."""
+    """Document frequencies: for each n-gram of one to four words, the end among them, in the references of how many of
+    `pictures` it occurs. An n-gram that is not listed counts as occurring with one picture, as in pycocoevalcap."""
 
     pictures: int
     grams: dict[tuple[str, ...], int]
 
     @classmethod
     def of(cls, references: Iterable[Sequence[str]]) -> Frequencies:
-        """Of the references of each picture; those that stand with a single one are left out."""
+        """From the references of each picture; n-grams that occur with a single picture are left out."""
         counts, pictures = Counts(), 0
         for texts in references:
             counts.update(set().union(*(_counts([*words_of(text), END]) for text in texts)))
@@ -48,16 +48,17 @@ class Frequencies:
         return cls(pictures, {gram: count for gram, count in counts.items() if count > 1})
 
     def rarity(self, gram: tuple[str, ...]) -> float:
+        """The inverse document frequency, as a logarithm."""
         return math.log(self.pictures) - math.log(self.grams.get(gram, 1))
 
     def write(self, path: Path) -> None:
-        """As JSON, the most frequent first."""
+        """Writes them as JSON, the most frequent first."""
         often = sorted((-count, " ".join(gram)) for gram, count in self.grams.items())
         write_json(path, {"pictures": self.pictures, "grams": {gram: -count for count, gram in often}})
 
     @classmethod
     def read(cls, name: str) -> Frequencies:
-        """What `write` wrote. ValueError."""
+        """Reads the file `name`, in which $VARIABLES are expanded. ValueError if it is missing or of another kind."""
         return _read(Path(fill_variables(name, "frequencies")).expanduser())
 
 
@@ -88,10 +89,10 @@ def cider(
     known: Frequencies | None = None,
     ended: Sequence[bool] | None = None,
 ) -> list[float]:
-    """The score of each caption against its own references, from 0 to 10. How rare words are `known` says, or else
-    these references: with a single picture every word is as rare as any, and all scores are 0. `ended`, for rewards:
-    the end counts as a word, which these captions have and all references. Otherwise what is rewarded is to stop in the
-    middle of a phrase (Hu et al., arXiv 2305.12254)."""
+    """The score of each caption against its own references, from 0 to 10. `known`: document frequencies; by default
+    those of these references, by which all scores are 0 if there is a single picture. `ended`, for rewards: the end
+    counts as a word, which all references have, and the captions for which this is True. Without it, stopping in the
+    middle of a phrase would be rewarded (Hu et al., arXiv 2305.12254)."""
     if len(captions) != len(references) or not all(references):
         raise ValueError(f"{len(captions)} captions and {len(references)} lists of references; give one to each")
     end, ends = [] if ended is None else [END], ended or [False] * len(captions)
@@ -104,7 +105,7 @@ def cider(
         for gram, count in counts.items():
             vectors[len(gram) - 1][gram] = count * rarity(gram)
         norms = [math.sqrt(sum(value**2 for value in vector.values())) for vector in vectors]
-        # Its length counts pairs of words, as there.
+        # As in pycocoevalcap, the length is the number of bigrams.
         return vectors, norms, sum(count for gram, count in counts.items() if len(gram) == 2)
 
     scores = []

@@ -48,7 +48,7 @@ class Coding:
     """Everything that determines a picture's codes, besides the picture and its key."""
 
     tokenizer: str  # sha256 of the visual tokenizer's weights
-    transform: dict[str, Any]  # from `plain`
+    transform: dict[str, Any]  # as `plain` returns it
     seed: int
     crops: int
     patches: int
@@ -58,19 +58,20 @@ class Coding:
         return self.crops * self.patches * DTYPE.itemsize
 
     def differences(self, other: Coding, owner: str) -> str:
-        """Where `other`, which is `owner`'s, differs, in words; "" if nowhere."""
+        """How `other`, which is `owner`'s, differs, in words; "" if it does not."""
         mine, theirs = _flatten(self), _flatten(other)
         changed = [key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]
         return ", ".join(f"{key}={mine.get(key)} ({owner} has {theirs.get(key)})" for key in changed)
 
 
 def plain(transform: ImageTransform) -> dict[str, Any]:
-    """What decides a transform's crops in training, as JSON gives it back."""
+    """The fields of a transform that decide its crops in training, as they come back from JSON."""
     fields = asdict(transform)
     del fields["evaluation"]
-    if not fields["antialias"]:  # as codes that were stored before there was a choice
+    # Codes that were stored before a field existed lack it, and must still compare equal.
+    if not fields["antialias"]:
         del fields["antialias"]
-    for name in ("rand_augment", "erase", "cover"):  # the same
+    for name in ("rand_augment", "erase", "cover"):
         if fields[name] == getattr(ImageTransform, name):
             del fields[name]
     return json.loads(json.dumps(fields))
@@ -82,8 +83,8 @@ def _flatten(coding: Coding) -> dict[str, Any]:
 
 
 def file_heads(coding: Coding, index: ShardIndex) -> tuple[bytes, ...]:
-    """The first line of a shard's codes file; a file with another one holds other codes. The last is how it began when
-    indexes had no checksums."""
+    """The possible first lines of a shard's codes file; a file that begins otherwise holds other codes. The last one is
+    that of files from before indexes had checksums."""
     return tuple(
         json.dumps({"version": VERSION} | place | {"coding": asdict(coding)}, sort_keys=True).encode() + b"\n"
         for known in dict.fromkeys((index.data, index.places))

@@ -1,6 +1,6 @@
-"""Signs that a part of a picture is missing where its decoder fills it up and raises nothing.
+"""Detects that a part of a picture is missing where its decoder fills it in and raises no error.
 
-libjpeg fills with grey and says so on the standard error stream of the process, which is the only sign. Pillow reads a
+libjpeg fills missing parts with grey; a message on the process's standard error stream is the only sign. Pillow reads a
 PNG whose data end early as if the rest were black.
 """
 
@@ -16,7 +16,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-# What libjpeg says of missing or damaged data. Its other warnings (revisions, colour transforms) cost no pixel.
+# How libjpeg's messages about missing or damaged data begin. Its other warnings (revisions, colour transforms) are
+# about no pixel.
 _DAMAGE = (b"Corrupt JPEG data", b"Premature end of JPEG file")
 _HARMLESS = b"bad ICC marker"
 # Adam7: first column and row of each pass, and the steps from there.
@@ -32,7 +33,7 @@ class _Stderr:
         self.lock, self.file = threading.Lock(), -1
 
     def capture(self) -> int:
-        """Lets descriptor 2 lead into the file; returns what `release` needs."""
+        """Redirects descriptor 2 into the file -> the argument for `release`."""
         if self.file < 0:
             self.file = os.memfd_create("libjpeg")
         try:
@@ -43,7 +44,7 @@ class _Stderr:
         return own
 
     def release(self, own: int) -> bytes:
-        """What was written since `capture`."""
+        """Ends the redirection -> what was written since `capture`."""
         if own < 0:
             os.close(2)
         else:
@@ -58,7 +59,8 @@ class _Stderr:
         return text
 
     def renew(self) -> None:
-        """A forked process would share the file's position, and perhaps a lock that nobody gives back."""
+        """Starts anew after a fork: the child would share the file's position, and perhaps a lock that is never
+        released."""
         if self.file >= 0:
             os.close(self.file)
         self.lock, self.file = threading.Lock(), -1
@@ -69,8 +71,8 @@ os.register_at_fork(after_in_child=_STDERR.renew)
 
 
 def imdecode(data: bytes, flags: int) -> tuple[np.ndarray | None, str]:
-    """A JPEG by OpenCV as BGR, None if it cannot, and what libjpeg says of missing data ("": nothing). All else that is
-    written to the standard error stream meanwhile goes there afterwards."""
+    """Decodes a JPEG by OpenCV -> (BGR or None, libjpeg's message about missing data or ""). Everything else that is
+    written to the standard error stream meanwhile is passed on afterwards."""
     text = b""
     with _STDERR.lock:
         own = _STDERR.capture()
@@ -90,13 +92,14 @@ def imdecode(data: bytes, flags: int) -> tuple[np.ndarray | None, str]:
 
 
 def jpeg_damage(data: bytes) -> str:
-    """What libjpeg says of missing data in a JPEG that Pillow has decoded, which may lack its end marker."""
+    """libjpeg's message about missing data in a JPEG that Pillow has decoded, which may lack its end marker; or ""."""
     return imdecode(data + b"\xff\xd9", cv2.IMREAD_REDUCED_GRAYSCALE_8)[1]
 
 
 def png_damage(data: bytes, image: Image.Image) -> str:
-    """Whether rows are missing in a PNG that Pillow has decoded. Only where one of the last two rows is black, as those
-    are that were never filled (the last odd one, if it is interlaced), the data are unpacked once more."""
+    """What is missing of a PNG that Pillow has decoded; "" if nothing is. Rows that were never filled are black, so the
+    data are unpacked once more only if one of the last two rows is (two, since in an interlaced picture only every
+    other row may be missing)."""
     width, height = image.size
     last = np.asarray(image.crop((0, max(height - 2, 0), width, height)))
     if all(row.any() for row in last):
@@ -109,7 +112,7 @@ def png_damage(data: bytes, image: Image.Image) -> str:
 
 
 def _packed_bytes(data: bytes) -> int:
-    """Bytes of all rows, each with its filter's byte, by the header."""
+    """The bytes of all rows, each with its filter byte, by the header."""
     width, height, bits, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
     total = 0
     for x, y, right, down in _PASSES if interlaced else ((0, 0, 1, 1),):
@@ -119,7 +122,7 @@ def _packed_bytes(data: bytes) -> int:
 
 
 def _unpacked_bytes(data: bytes, enough: int) -> int:
-    """Bytes that the IDAT chunks hold, as far as they can be unpacked, counted until they are `enough`."""
+    """The bytes that the IDAT chunks hold, as far as they can be unpacked; stops counting at `enough`."""
     unpacker, total, place = zlib.decompressobj(), 0, 8
     try:
         while place + 8 <= len(data):

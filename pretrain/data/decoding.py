@@ -1,8 +1,8 @@
 """Bytes of a picture -> pixels: the header is judged before a pixel is decoded.
 
-Decoding is what a loader spends its time on. JPEGs go through simplejpeg where it is installed, else through OpenCV, at
-half, a quarter or an eighth of their size where enough pixels remain; everything unusual goes through Pillow. Pictures
-are untrusted: only JPEG, PNG and WebP are opened at all.
+Decoding takes most of a loader's time. JPEGs go through simplejpeg if it is installed, else through OpenCV, and are
+decoded at half, a quarter or an eighth of their size if enough pixels remain; everything unusual goes through Pillow.
+Pictures are untrusted: only JPEG, PNG and WebP are opened at all.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ cv2.setNumThreads(0)
 # Larger pictures are decompression bombs, or useless for a crop of 224. A side is limited too (to what a JPEG's can
 # be): Pillow keeps two pointers for each row, so that a column of 60M pixels takes 1.5 GB.
 MAX_PIXELS, MAX_SIDE = 64 * 2**20, 65535
-# What a decoder may take at its peak, the result included; and its bytes for a pixel, as measured for each kind.
+# The memory that a decoder may take at its peak, the result included; and its bytes per pixel, measured for each kind.
 MAX_BYTES = 12 * MAX_PIXELS
 PLAIN_BYTES, OTHER_BYTES, TRANSPARENT_WEBP_BYTES = 12, 20, 26
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -63,7 +63,7 @@ class Header:
 
     @property
     def memory(self) -> int:
-        """What decoding takes at its peak, at full size."""
+        """The bytes that decoding takes at its peak, at full size."""
         webp, plain = self.image.format == "WEBP", self.image.mode in ("RGB", "L", "1")
         if self.image.has_transparency_data:
             each = TRANSPARENT_WEBP_BYTES if webp else OTHER_BYTES
@@ -87,7 +87,7 @@ class OrdinaryJpeg:
 
 
 def judged_header(data: bytes) -> Header | OrdinaryJpeg:
-    """As `read_header`, which says more, and at once for most JPEGs."""
+    """As `read_header`, but at once for most JPEGs, by a header that says less."""
     width, height = ordinary_jpeg_size(data) or (0, 0)
     if 0 < width * height <= MAX_PIXELS and max(width, height) <= MAX_SIDE:  # which is below MAX_BYTES
         return OrdinaryJpeg(width, height)
@@ -116,7 +116,7 @@ def read_header(data: bytes, formats: tuple[str, ...] = FORMATS) -> Header:
     header = Header(image, width, height, orientation)
     if header.memory > MAX_BYTES:
         kind = f"{width} x {height} pixels of a {image.format} of mode {image.mode}"
-        raise BadSample(f"{kind} take {header.memory >> 20} MiB to decode; at most {MAX_BYTES >> 20} MiB are given")
+        raise BadSample(f"{kind} take {header.memory >> 20} MiB to decode; the limit is {MAX_BYTES >> 20} MiB")
     return header
 
 
@@ -152,7 +152,7 @@ def decode(data: bytes, header: Header | OrdinaryJpeg, min_side: int | None) -> 
 
 
 def _decode_sound_jpeg(data: bytes, size: tuple[int, int], reduction: int) -> np.ndarray | None:
-    """By simplejpeg; None without it, and where libjpeg has anything to say, which `_decode_jpeg` then judges."""
+    """The picture by simplejpeg; None without it, and if libjpeg reports anything, which `_decode_jpeg` then judges."""
     if simplejpeg is None:
         return None
     width, height = (-(-side // reduction) for side in size)

@@ -10,7 +10,7 @@ from typing import Any
 from pretrain.batch import BOS, EOS, PAD, UNK
 from pretrain.json_files import read_bytes
 
-# What the published tokenizers call the four that stand first here, and the mask, which stands last.
+# The names in published tokenizers of the four specials that are our first ids, and of the mask, our last one.
 NAMES = {
     BOS: ("[CLS]", "<s>", "<|startoftext|>"),
     PAD: ("[PAD]", "<pad>"),
@@ -21,14 +21,14 @@ MASK_NAMES = ("[MASK]", "<mask>")
 FIRST_WORD = len(NAMES)
 MISSING = -1
 MAX_IDS = 2_000_000
-# As in text_tokenizer.py: the beginning of a text is enough for so many ids.
+# As in text_tokenizer.py: as many characters are enough for an id.
 CHARACTERS_PER_ID = 64
 
 
 class JsonTokenizer:
-    """A tokenizer.json with ids as TextTokenizer has them: BOS 0, PAD 1, EOS 2, UNK 3, then its other ids in their own
-    order, the mask last. `own_ids` says which of its ids each of ours is, MISSING for one that it lacks (CLIP's has no
-    padding and no mask). RoBERTa's layout is ours already. ValueError for a file that is missing or of another kind.
+    """A tokenizer.json in TextTokenizer's layout of ids: BOS 0, PAD 1, EOS 2, UNK 3, then its other ids in their own
+    order, the mask last. `own_ids`: for each of our ids the tokenizer's, MISSING if it lacks one (CLIP's has no padding
+    and no mask). RoBERTa's layout is ours already. ValueError for a file that is missing or of another kind.
 
     Text is only text: a "[MASK]" or "</s>" in a caption never becomes a control id.
     """
@@ -50,7 +50,7 @@ class JsonTokenizer:
             self._own: Any = Tokenizer.from_str(read_bytes(self.path).decode())
         except OSError:
             raise
-        except Exception as error:  # of the library, which knows one kind of error, and of what is no text
+        except Exception as error:  # the library raises plain Exceptions; decode() raises for what is not UTF-8
             first = str(error).splitlines()[0][:200]
             raise ValueError(f"tokenizer={self.path} is no tokenizer.json ({first}); {wanted}") from None
         self._own.no_truncation()
@@ -60,15 +60,16 @@ class JsonTokenizer:
         self._ours = {own: ours for ours, own in enumerate(self.own_ids) if own != MISSING}
 
     def _layout(self) -> list[int]:
+        """`own_ids`. ValueError for a vocabulary of no usable size, or without BOS and EOS."""
         vocabulary: dict[str, int] = self._own.get_vocab(with_added_tokens=True)
         count = max(vocabulary.values(), default=MISSING) + 1
         if not 0 < count <= MAX_IDS:
-            raise ValueError(f"tokenizer={self.path} has {count} ids; 1 to {MAX_IDS:,} are read")
+            raise ValueError(f"tokenizer={self.path} has {count} ids; give one with 1 to {MAX_IDS:,}")
         special = [self._find(vocabulary, names) for names in NAMES.values()]
         if MISSING in (special[BOS], special[EOS]) and special[BOS] == special[EOS]:
             raise ValueError(
-                f"tokenizer={self.path} has none of {', '.join(NAMES[BOS] + NAMES[EOS])}, so it does not fit: texts "
-                "begin and end with a token of their own"
+                f"tokenizer={self.path} has none of {', '.join(NAMES[BOS] + NAMES[EOS])}, with which texts begin and "
+                "end; give another one"
             )
         mask = self._find(vocabulary, MASK_NAMES)
         taken = {*special, mask}
@@ -91,7 +92,8 @@ class JsonTokenizer:
         return len(self.own_ids) - 1
 
     def encode(self, text: str, max_len: int | None = None) -> list[int]:
-        """BOS, the text's ids, EOS; cut to `max_len` ids in all, and then only the beginning of the text is read."""
+        """BOS, the text's ids, EOS; with `max_len`, cut to so many ids in all, and only the text's beginning is
+        read."""
         if max_len is None:
             return [BOS, *self.pieces(text), EOS]
         return [BOS, *self.pieces(text[: max_len * CHARACTERS_PER_ID])[: max_len - 2], EOS]
@@ -113,5 +115,5 @@ class JsonTokenizer:
         return specials[index] if index in specials else self.own_name(index)
 
     def own_name(self, index: int) -> str:
-        """What the tokenizer itself calls one of our ids, which it must not lack."""
+        """The tokenizer's own name for one of our ids, which it must not lack."""
         return str(self._own.id_to_token(self.own_ids[index]))

@@ -1,5 +1,5 @@
-"""Sources of fine-tuning tasks, from shards as data_tools.from_table writes them: pictures with labels, questions with
-answers, sentences about two pictures, sentences that a picture entails or not, captions to compare with."""
+"""Sources for fine-tuning tasks, from shards as data_tools.from_table writes them: pictures with labels, questions with
+answers, sentences about two pictures, sentences that a picture entails or not, reference captions."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ SECOND_PICTURE = "jpe"  # the member of a sample's second picture
 
 @dataclass(frozen=True)
 class LabelledShards(ImageShards):
-    """Pictures with the number of a class each, `label` in a sample's JSON -> extra["label"].
+    """Pictures with a class number each, `label` in a sample's JSON -> extra["label"].
 
-    `balance`: 1 gives every class as many looks in an epoch as any other, 0 every picture one, and what lies between
-    a class of N pictures N ** (1 - balance) of them; all labels are read at the start. `mixing` blends pictures in
-    training; see mixing.py."""
+    `balance`: with 1 every class gets as many looks in an epoch as any other, with 0 every picture gets one, and in
+    between a class of N pictures gets looks in proportion to N ** (1 - balance); all labels are read at the start.
+    `mixing` blends pictures in training; see mixing.py."""
 
     classes: int = 1000
     balance: float = 0.0
@@ -43,7 +43,8 @@ class LabelledShards(ImageShards):
             raise ValueError(f"images.balance={self.balance} does not go with images.weights={self.weights}; use one")
 
     def class_of(self, members: Mapping) -> int:
-        """For `balance`. A sample whose label cannot be used counts as one of class 0, until it is replaced."""
+        """A sample's class, for `balance`. One whose label is unusable counts as class 0; when it is read it will be
+        replaced."""
         try:
             return label_in(members, self.classes)
         except BadSample:
@@ -60,9 +61,9 @@ class LabelledShards(ImageShards):
 
 @dataclass(frozen=True)
 class QuestionShards(PairShards):
-    """Pictures with a question each (txt) and what people answered (`answers` in the JSON): VQAv2. `vocabulary` is a
-    JSON list of the answers that can be given (data_tools.answers makes one) -> extra["scores"], float32 [answers],
-    what each of them would score; extra["answers"], what people said."""
+    """Pictures with a question each (txt) and people's answers (`answers` in the JSON): VQAv2. `vocabulary`: a JSON
+    list of the possible answers (data_tools.answers makes one). -> extra["scores"], float32 [answers], the score of
+    each possible answer; extra["answers"], people's answers."""
 
     vocabulary: str = "$DATA/answers.json"
 
@@ -89,8 +90,8 @@ class QuestionShards(PairShards):
 
 @dataclass(frozen=True)
 class TwoPictureShards(PairShards):
-    """A sentence (txt) about two pictures, true (`label` 1) or not: NLVR2. The second picture is the member "jpe" ->
-    extra["second"], uint8 [3, size, size], and extra["label"]."""
+    """A sentence (txt) about two pictures, true (`label` 1) or not (0): NLVR2. The second picture is the member "jpe".
+    -> extra["second"], uint8 [3, size, size], and extra["label"]."""
 
     pictures: ClassVar[int] = 2
 
@@ -108,8 +109,8 @@ class TwoPictureShards(PairShards):
 
 @dataclass(frozen=True)
 class LabelledPairShards(PairShards):
-    """A picture and a sentence (txt) with one class for both: visual entailment, SNLI-VE -> extra["label"], and
-    extra["label_name"], the class's name ("" where its JSON has none)."""
+    """A picture and a sentence (txt) with one class for both: visual entailment, SNLI-VE. -> extra["label"], and
+    extra["label_name"], the class's name ("" if the JSON has none)."""
 
     classes: int = 3
 
@@ -125,8 +126,8 @@ class LabelledPairShards(PairShards):
 
 @dataclass(frozen=True)
 class ReferenceShards(PairShards):
-    """Pictures with the texts that a caption is compared with: `captions` of a sample's JSON, else its txt ->
-    extra["references"], a tuple of texts."""
+    """Pictures with reference captions: `captions` in a sample's JSON, else its txt. -> extra["references"], a tuple of
+    texts."""
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -139,8 +140,8 @@ class ReferenceShards(PairShards):
 
 @dataclass(frozen=True)
 class RewardShards(ReferenceShards):
-    """The same for SelfCritical. `frequencies`: how rare words are in the training captions, a file of
-    data_tools.caption_frequencies."""
+    """ReferenceShards for SelfCritical. `frequencies`: a file of data_tools.caption_frequencies, with CIDEr's document
+    frequencies of the training captions."""
 
     frequencies: str = "$DATA/frequencies.json"
 
@@ -150,7 +151,7 @@ class RewardShards(ReferenceShards):
 
 
 def references_of(members: Mapping) -> tuple[str, ...]:
-    """A sample's `captions`, else its txt. BadSample where there is neither."""
+    """A sample's `captions`, else its txt. BadSample if there is neither."""
     texts = metadata(members).get(CAPTIONS) if METADATA in members else None
     if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
         return tuple(texts)
@@ -158,7 +159,7 @@ def references_of(members: Mapping) -> tuple[str, ...]:
 
 
 def metadata(members: Mapping) -> dict[str, Any]:
-    """A sample's JSON object. BadSample where there is none."""
+    """A sample's JSON object. BadSample if there is none."""
     if METADATA not in members:
         raise BadSample("it has no json")
     try:
@@ -171,7 +172,7 @@ def metadata(members: Mapping) -> dict[str, Any]:
 
 
 def label_in(members: Mapping, classes: int) -> int:
-    """BadSample for a label that is none of the classes'."""
+    """A sample's class number, below `classes`. BadSample for any other label."""
     label = metadata(members).get(LABEL)
     if type(label) is not int or not 0 <= label < classes:
         raise BadSample(f"its label {str(label)[:40]!r} is no number from 0 to {classes - 1}")
@@ -179,8 +180,8 @@ def label_in(members: Mapping, classes: int) -> int:
 
 
 def read_vocabulary(name: str) -> dict[str, int]:
-    """{answer: its number}, of a JSON list, or of unilm's answer2label.txt: {"answer", "label"} in each line.
-    ValueError."""
+    """{answer: its number} from a JSON list, or from unilm's answer2label.txt, which has {"answer", "label"} in each
+    line. ValueError if the file is missing, of another kind, or has an answer twice."""
     return _read_vocabulary(Path(fill_variables(name, "vocabulary")).expanduser())
 
 

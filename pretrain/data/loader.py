@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 # The log names this many replaced samples; the quarantine file lists all of them.
 LOGGED = 10
-# Of a row besides its pixels: ids and targets of 8 bytes, masks, random numbers.
+# The bytes of a row besides its pixels: ids and targets of 8 bytes, masks, random numbers.
 ROW_BYTES = 24
 
 
@@ -62,7 +62,7 @@ class Loader:
         self._trace_file: Lines | None = None
         self._passed: Sequence[tuple[int, int]] = ()
         self.replaced = 0  # samples of this rank, so far
-        # Seconds so far in which `batches` waited for the making of a batch: until its bytes were read, and the rest.
+        # Seconds so far in which `batches` waited for batches: for the reading of their bytes, and for all the rest.
         self.waited_read_s = self.waited_decode_s = 0.0
         self.layout = layout_of(mixture, view, ranks * mixture.accumulation)
         self.feeds = [_feed(kind, mixture, view, self.layout.patches) for kind in KINDS if kind in mixture.mix]
@@ -72,7 +72,7 @@ class Loader:
 
     @property
     def bytes_ahead(self) -> int:
-        """Of the memory that the micro-batches fill which the workers have made ahead."""
+        """The bytes of memory that micro-batches fill which the workers have prefetched."""
         micro = int(np.prod(self._work.pictures)) + ROW_BYTES * self.layout.rows
         return self.loading.processes * self.loading.prefetch * micro
 
@@ -83,12 +83,12 @@ class Loader:
 
     @property
     def digests(self) -> dict[str, str]:
-        """What the order depends on besides seed and step; compared on resume."""
+        """{kind: digest of its shards}, on which the order depends besides seed and step; compared on resume."""
         return {feed.kind: feed.reader.manifest.digest for feed in self.feeds}
 
     @property
     def names_digests(self) -> dict[str, str]:
-        """The same as it was before shards had hashes."""
+        """The digests of the time before shards had hashes."""
         return {feed.kind: feed.reader.manifest.names_digest for feed in self.feeds}
 
     def pass_over(self, batches: Sequence[tuple[int, int]]) -> None:
@@ -113,7 +113,7 @@ class Loader:
                 trace.close()
 
     def _results(self, start: int, stop: int) -> Generator[Made | Failure, None, None]:
-        """What the workers make of each micro-step, or this process where there are none."""
+        """The result of each micro-step, from the workers, or from this process if there are none."""
         first, last = (batch_number(step, self._passed) for step in (start + 1, stop))
         with LookAhead(self.feeds, self._work.share, first - 1, last) as ahead:
 
@@ -130,7 +130,8 @@ class Loader:
                 yield from pinned(pool, items()) if torch.cuda.is_available() else pool.results(items())
 
     def _next(self, results: Iterator[Made | Failure]) -> Made | Failure:
-        """The next result; the wait for it is split as the time was that its making took."""
+        """The next result. The wait for it is divided between reading and the rest as the time was that it took to
+        make."""
         start = time.monotonic()
         made = next(results)
         if isinstance(made, Made):
@@ -140,11 +141,12 @@ class Loader:
         return made
 
     def sync(self) -> None:
-        """The trace, as far as it is written, survives the loss of the node."""
+        """Makes sure that the trace, as far as it is written, survives the loss of this node."""
         if self._trace_file is not None:
             self._trace_file.sync()
 
     def _accept(self, step: int, made: Made | Failure) -> Batch:
+        """A result's batch; logs replaced samples, and raises a worker's error."""
         if isinstance(made, Failure):
             raise made.error from None
         replaced = made.replaced
@@ -155,12 +157,13 @@ class Loader:
                 log.warning("sample %d of %s replaced: %s%s", bad.sample, bad.shard, bad.error, more)
         if replaced and self.quarantine is not None:
             self.quarantine.parent.mkdir(parents=True, exist_ok=True)
-            with closing(Lines(self.quarantine)) as file:  # which the ranks share
+            with closing(Lines(self.quarantine)) as file:  # all ranks append to it
                 for bad in replaced:
                     file.write(_json_line({"step": step, "rank": self.rank, **bad._asdict()}))
         return made.batch
 
     def _open_trace(self, start: int) -> Lines | None:
+        """This rank's trace, after cutting all traces of an earlier start off behind step `start`."""
         if self.trace is None:
             return None
         self.trace.mkdir(parents=True, exist_ok=True)
@@ -169,7 +172,7 @@ class Loader:
             number = path.name.removeprefix("samples.rank").removesuffix(".jsonl")
             if number.isdigit() and int(number) % self.ranks == self.rank:
                 last = _cut_trace(path, start)
-                if last < start and int(number) == 0:  # in every layout there is this one
+                if last < start and int(number) == 0:  # rank 0's trace exists under every layout
                     log.warning(
                         "%s ends at step %d, not %d: lost with a node, or trace_samples was off", path, last, start
                     )
@@ -177,7 +180,7 @@ class Loader:
 
 
 def _ends_with_jitter(view: View, feeds: Sequence[Feed]) -> bool:
-    """Whether nothing else is done to a picture after flip and jitter."""
+    """Whether flip and jitter are the last things that are done to a picture."""
     transform = view.transform
     if transform is None or not transform.train or transform.rand_augment or transform.erase:
         return False

@@ -1,7 +1,8 @@
-"""Remote shards come into the cache before a worker waits for them: a process beside the workers reads the order ahead.
+"""A process beside the workers reads the order ahead and fetches remote shards into the cache before a worker needs
+them.
 
-Whatever happens to it costs time alone, since a worker that misses a shard fetches it itself; a shard is fetched once
-whoever is first, by the cache's locks.
+If it fails, that costs only time: a worker that misses a shard fetches it itself. By the cache's locks a shard is
+fetched once, whoever comes first.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ from pretrain.data.micro_batches import Feed, Share
 from pretrain.data.pool import ignore_signals
 from pretrain.data.shards.reader import ShardReader
 
-# So many steps ahead, as long as the shards of these steps fit into half of this rank's part of the cache.
+# How many steps ahead, as long as the shards of these steps fit into half of this rank's part of the cache.
 STEPS = 256
-FETCHES = 4  # at once
+FETCHES = 4  # downloads at a time
 _TICK_S = 0.25
-Place = tuple[int, int]  # a feed's number, a shard's
+Place = tuple[int, int]  # (a feed's number, a shard's number)
 
 
 class LookAhead:
-    """Fetches what the steps up to `stop` need, ahead of the one that was `reached`. Use it as a context; it does
-    nothing where no shard is remote."""
+    """Fetches the shards of the steps up to `stop`, ahead of the last step that was `reached`. Use it as a context; it
+    does nothing if no shard is remote."""
 
     def __init__(self, feeds: Sequence[Feed], share: Share, start: int, stop: int):
         remote = [feed for feed in feeds if feed.reader.cache is not None]
@@ -47,16 +48,16 @@ class LookAhead:
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
-            self._process.kill()  # the cache takes over what it has begun
+            self._process.kill()  # the cache's next user takes over its unfinished downloads
             self._process.join(1)
 
     def reached(self, step: int) -> None:
-        """The workers begin with this step."""
+        """Must be called when the workers begin with `step`."""
         self._step.value = step
 
 
 def _run(feeds: list[Feed], share: Share, step: Any, stop: int, parent: int) -> None:
-    """The process."""
+    """The body of the process."""
     ignore_signals(parent)
     pulse.begin([0], 0)
     here = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)  # ranks that share the cache
@@ -69,7 +70,9 @@ def _run(feeds: list[Feed], share: Share, step: Any, stop: int, parent: int) -> 
     def fetch(place: Place) -> None:
         own = readers.get()
         try:
-            with suppress(ValueError, OSError):  # the worker that needs it meets the same, and tells it
+            with suppress(
+                ValueError, OSError
+            ):  # the worker that needs the shard will meet the same error and report it
                 own[place[0]].fetch(place[1])
         finally:
             readers.put(own)
@@ -84,10 +87,10 @@ def _run(feeds: list[Feed], share: Share, step: Any, stop: int, parent: int) -> 
 
 
 def places_ahead(feeds: list[Feed], share: Share, step: Any, stop: int, room: int) -> Iterator[Place | None]:
-    """The shards to fetch, in their order, each once while it is needed; None: there is nothing to do now. `step.value`
-    is where the workers are, and `room` the bytes that the steps ahead may take together."""
+    """The shards to fetch, in the order in which they are needed, each once while it is needed; None: nothing to do
+    now. `step.value`: the step that the workers have reached; `room`: bytes that the shards ahead may take together."""
     ahead: deque[tuple[int, list[Place]]] = deque()
-    needed: Counter[Place] = Counter()  # steps ahead that need it
+    needed: Counter[Place] = Counter()  # how many of the steps ahead need each shard
     used, coming = 0, step.value + 1
     while coming <= stop:
         while ahead and ahead[0][0] <= step.value:
@@ -113,7 +116,7 @@ def _size(feeds: list[Feed], place: Place) -> int:
 
 
 def _shards(feed: Feed, share: Share, step: int) -> list[int]:
-    """Those that this rank reads in a step, in the order of its micro-steps."""
+    """The shards that this rank reads in a step, in the order of its micro-steps."""
     size = feed.total // share.ranks
     rows = feed.order.rows(step, feed.total)[share.rank * size : (share.rank + 1) * size]
     return list(dict.fromkeys(rows[:, 1].tolist()))

@@ -56,7 +56,7 @@ class Masking:
 
 
 def combine(maskings: Sequence[Masking]) -> Masking | None:
-    """What the loader hides for several objectives: for each modality, the largest ratio among them."""
+    """The masking for several objectives: for each modality the largest ratio among theirs; None without any."""
     if len(maskings) < 2:
         return maskings[0] if maskings else None
     ratios = {name: max(getattr(masking, name) for masking in maskings) for name in RATIOS}
@@ -65,8 +65,8 @@ def combine(maskings: Sequence[Masking]) -> Masking | None:
 
 
 def mask_image(grid: int, ratio: float, rng: Generator) -> np.ndarray:
-    """bool [grid * grid], row by row, True where hidden: rectangles as long as they fit, then single patches,
-    so that the count is exact: round(ratio * patches), at least one."""
+    """bool [grid * grid] in raster order, True where hidden: rectangles while they fit, then single patches, so that
+    the count is exact: round(ratio * patches), at least one."""
     mask = np.zeros((grid, grid), dtype=bool)
     remaining = target = count_masked(grid * grid, ratio)
     least = max(1, round(MIN_BLOCK * grid * grid / ON_PATCHES))

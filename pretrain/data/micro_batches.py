@@ -1,4 +1,4 @@
-"""What the loader's workers do: (step, micro-step) -> one whole Batch of this rank."""
+"""The work of the loader's workers: (step, micro-step) -> one whole Batch of this rank."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pretrain.data.sources import Raw
 from pretrain.data.transforms import sample_rng
 from pretrain.jitter import AS_IT_IS, LOOK
 
-# This many bad samples in a row are no accident.
+# As many bad samples in a row cannot be an accident.
 MAX_ATTEMPTS = 1000
 
 
@@ -39,6 +39,8 @@ class Replaced(NamedTuple):
 
 
 class _Sample(NamedTuple):
+    """One sample, decoded and masked."""
+
     key: str
     raw: Raw
     image_mask: np.ndarray | None  # bool [P]
@@ -46,12 +48,12 @@ class _Sample(NamedTuple):
     inputs: np.ndarray | None  # int64 [L], what the encoder reads
     masked: np.ndarray | None  # bool [L]
     draws: np.ndarray  # float32 [sequences of this sample, numbers]
-    look: Sequence[float]  # what its picture still lacks: a row of Batch.looks
+    look: Sequence[float]  # flip and jitter that its picture still lacks: a row of Batch.looks
 
 
 class _Placing:
-    """A transform whose first picture is made at its place in the batch, and not copied there; with `later` that one
-    lacks flip and jitter, which `look` then has."""
+    """A transform whose first picture is made directly in its `place` in the batch. With `later` that picture lacks
+    flip and jitter, and `look` has their random numbers."""
 
     def __init__(self, transform: Any, place: np.ndarray, later: bool):
         self._transform, self._later = transform, later
@@ -104,8 +106,8 @@ class Made(NamedTuple):
     batch: Batch
     replaced: list[Replaced]
     read_s: float
-    decode_s: float  # all the rest: decoding, transforms, tokens, masks
-    done: float  # when, by the monotonic clock, which processes share
+    decode_s: float  # for the rest: decoding, transforms, tokens, masks
+    done: float  # when it was done, by the monotonic clock, which all processes share
 
 
 class MicroBatches:
@@ -125,14 +127,15 @@ class MicroBatches:
         return self.layout.images + self.layout.pairs, 3, size, size
 
     def make(self, item: tuple[int, int], pictures: np.ndarray) -> Made | Failure:
-        """`pictures`: empty memory, which becomes the batch's `images`."""
+        """The micro-batch of `item`, (step, micro-step). `pictures`: memory to fill, which becomes the batch's
+        `images`."""
         start, self._read_s = time.monotonic(), 0.0
         try:
             replaced: list[Replaced] = []
             samples = {feed.kind: self._samples(feed, *item, replaced, pictures) for feed in self.feeds}
             batch = self._stack(samples, pictures)
         except Unreachable as error:
-            return Failure(TimeoutError(str(error)))  # no mistake of the user's: a later start may succeed
+            return Failure(TimeoutError(str(error)))  # not the user's mistake: a later start may succeed
         except (ShardError, ValueError, OSError) as error:
             return Failure(error)
         done = time.monotonic()
@@ -154,7 +157,7 @@ class MicroBatches:
         return self._mixed(feed, samples, rows)
 
     def _mixed(self, feed: Feed, samples: list[_Sample], rows: np.ndarray) -> list[_Sample]:
-        """Partners blended, where the source asks for it in training; see mixing.py."""
+        """The samples with partners' pictures blended, if the source has `mixing` and trains; see mixing.py."""
         mixing = getattr(feed.source, "mixing", None)
         if mixing is None or not (self.view.transform and self.view.transform.train):
             return samples
@@ -169,9 +172,9 @@ class MicroBatches:
         return mixed
 
     def _sample(self, feed: Feed, ref: SampleRef, replaced: list[Replaced], place: np.ndarray | None) -> _Sample:
-        """The sample, or the replacement that Order.replacement chooses; its picture is made in `place`."""
+        """The sample, or the one that Order.replacement chooses instead; its picture is made in `place`."""
         attempt = skipped = 0
-        tried = [ref.shard]  # shards of the stream so far, beginning with the sample's own
+        tried = [ref.shard]  # the shards of the stream that were tried, the sample's own first
         problem, stand_in = "", ref
         for _ in range(MAX_ATTEMPTS):
             try:
@@ -191,7 +194,7 @@ class MicroBatches:
             replaced.append(Replaced(feed.kind, redact(shard.url), stand_in.sample, problem))
             try:
                 stand_in = feed.order.replacement(ref, attempt, skipped)
-            except ValueError:  # there is no other sample
+            except ValueError:  # no other sample is left
                 break
             if stand_in.shard != tried[-1]:
                 tried.append(stand_in.shard)
@@ -203,7 +206,8 @@ class MicroBatches:
     def _decode(
         self, feed: Feed, ref: SampleRef, members: dict[str, bytes], place: np.ndarray | None, later: bool
     ) -> tuple[Raw, Sequence[float], np.random.Generator]:
-        """The sample, what its picture still lacks, and the generator that masks and draws go on with."""
+        """The decoded sample, the flip and jitter that its picture still lacks (a row of Batch.looks), and the
+        generator for its masks and draws."""
         # Seeded by the requested sample, so that its replacement, if also read on its own, has another crop.
         rng = own = sample_rng(self.seed, ref.epoch, feed.order.number(ref), feed.stream)
         if crops := getattr(feed.source, "crops", 0):
@@ -215,7 +219,7 @@ class MicroBatches:
             return raw, AS_IT_IS, rng
         if placing.calls == 1 and raw.image is not None and _same(raw.image, place):
             return raw, placing.look, rng
-        # The source made something of it that the device could not finish.
+        # The source has changed the picture, so that the device cannot finish it: once more, with flip and jitter.
         return self._decode(feed, ref, members, place, later=False)
 
     def _read(self, feed: Feed, ref: SampleRef) -> dict[str, bytes]:
@@ -226,6 +230,7 @@ class MicroBatches:
             self._read_s += time.monotonic() - start
 
     def _mask(self, kind: str, key: str, raw: Raw, codes: np.ndarray | None, rng: np.random.Generator) -> _Sample:
+        """Chooses what is hidden of a sample, and draws its random numbers."""
         view, image_mask, inputs, masked = self.view, None, None, None
         image_ratio, text_ratio = view.masking.ratios(kind) if view.masking else (0.0, 0.0)
         if raw.image is not None:
@@ -239,11 +244,12 @@ class MicroBatches:
         return _Sample(key, raw, image_mask, codes, inputs, masked, draws, AS_IT_IS)
 
     def _stack(self, samples: dict[str, list[_Sample]], pixels: np.ndarray) -> Batch:
+        """One batch of all samples; `pixels` is the memory of the pictures that were made in place."""
         everything = [sample for kind in KINDS for sample in samples.get(kind, [])]
         images, pairs, dual, texts = (samples.get(kind, []) for kind in ("images", "pairs", "dual", "texts"))
         pictures, words, layout = images + dual + pairs, dual + texts, self.layout
         shown = [sample.raw.image for sample in pictures]
-        # What a source made itself, or of several looks, is not.
+        # Pictures that a source made itself, or from several looks, are not in place.
         in_place = all(image is not None and _same(image, pixels[n]) for n, image in enumerate(shown))
         return make_batch(
             layout,
@@ -269,7 +275,7 @@ class MicroBatches:
         return _tensor([none if p.codes is None else p.codes for p in pictures], np.int64, patches)
 
     def _draws(self, sequences: list[np.ndarray]) -> dict[str, Tensor]:
-        """Each user's [sequences, numbers], in the order of the layout: images, pairs, texts."""
+        """Batch.draws: [sequences, numbers] for each name, in the order of the layout: images, pairs, texts."""
         widths = list(self.view.draws.values())
         whole = _tensor(sequences, np.float32, sum(widths))
         parts = (part.contiguous() for part in whole.split(widths, dim=1))
@@ -291,7 +297,7 @@ def _extras(samples: list[_Sample]) -> dict[str, Any]:
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether they are one array: the same bytes in the same memory."""
+    """Whether they are one array: the same memory, shape and type."""
     of_a, of_b = a.__array_interface__, b.__array_interface__
     return all(of_a[name] == of_b[name] for name in ("data", "shape", "typestr", "strides"))
 

@@ -1,7 +1,8 @@
-"""Mixup (arXiv 1710.09412) and CutMix (1905.04899) of labelled pictures, as timm's Mixup in its mode "pair" has it.
+"""Mixup (arXiv 1710.09412) and CutMix (1905.04899) of labelled pictures, as in timm's Mixup with mode "pair".
 
 The places 2 i and 2 i + 1 of a global batch are partners, and each is blended with the other by one share, which the
-generator of the first of them draws: a batch of an even number of pictures a micro-step is the same on any ranks.
+generator of the first of them draws. If every micro-step has an even number of pictures, the batch does not depend on
+the number of ranks.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import numpy as np
 from numpy.random import Generator
 
 LABEL = "label"
-OTHER, SHARE = "other_label", "label_share"  # in a batch's extra: the partner's label, and what the own one counts
+OTHER, SHARE = "other_label", "label_share"  # in a batch's extra: the partner's label, and the weight of the own one
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """`mixup` and `cutmix` are the alphas of the Beta distributions of the shares, 0 for never; where both are set, a
-    pair is cut with the probability `switch`. The defaults are unilm's for ImageNet (get_started_for_image_
-    classification.md: 0.8 and 1.0; run_beit3_finetuning.py: probabilities 1.0 and 0.5)."""
+    """`mixup` and `cutmix`: the alphas of the Beta distributions of the shares, 0 for never. A pair is blended with the
+    probability `probability`; if both are set, by CutMix with the probability `switch`, else by Mixup. The defaults are
+    unilm's for ImageNet (get_started_for_image_classification.md: 0.8 and 1.0; run_beit3_finetuning.py: probabilities
+    1.0 and 0.5)."""
 
     mixup: float = 0.8
     cutmix: float = 1.0
@@ -38,7 +40,7 @@ class Mixing:
                 raise ValueError(f"mixing.{name}={getattr(self, name)} is not a probability; use 0 to 1")
 
     def blend(self, first: np.ndarray, second: np.ndarray, rng: Generator) -> float:
-        """Two pictures, uint8 [3, size, size], are blended in place -> the share of its own label that each keeps."""
+        """Blends two pictures, uint8 [3, size, size], in place -> the weight of its own label for each."""
         mix, cut = rng.random(2).tolist()
         if mix >= self.probability:
             return 1.0
@@ -54,15 +56,15 @@ class Mixing:
 
 
 def _swap_box(first: np.ndarray, second: np.ndarray, share: float, rng: Generator) -> float:
-    """A box of the area 1 - share around any point, cut off at the edges (CutMix, section 3.1); what is really left of
-    the area counts, as in timm."""
+    """Exchanges a box of the area 1 - share around a random point, cut off at the edges (CutMix, section 3.1) -> the
+    share of the area that is really left, which counts as in timm."""
     height, width = first.shape[1:]
     ratio = math.sqrt(1 - share)
     cut_h, cut_w = int(height * ratio), int(width * ratio)
     y, x = int(rng.integers(height)), int(rng.integers(width))
     rows = slice(max(y - cut_h // 2, 0), min(y + cut_h // 2, height))
     columns = slice(max(x - cut_w // 2, 0), min(x + cut_w // 2, width))
-    kept = first[:, rows, columns].copy()
+    box = first[:, rows, columns].copy()
     first[:, rows, columns] = second[:, rows, columns]
-    second[:, rows, columns] = kept
+    second[:, rows, columns] = box
     return 1 - (rows.stop - rows.start) * (columns.stop - columns.start) / (height * width)

@@ -1,4 +1,4 @@
-"""What a loader reads, in which order, and how it is seen; and what a user can get wrong about it."""
+"""What a loader reads, in which order, and how samples become tensors; with the checks of a user's mistakes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pretrain.data.transforms import ImageTransform
 KINDS = ("images", "pairs", "dual", "texts")
 
 
-# More workers per rank only where a recipe says so: each holds `prefetch` micro-batches.
+# A rank gets more workers only if a recipe says so: each holds `prefetch` micro-batches.
 MOST_WORKERS = 16
 
 
@@ -25,14 +25,14 @@ class Loading:
     """How samples are fetched. Only `streams`, `block_shards` (the order) and `skip_bad_shards` change what a step
     sees.
 
-    `jitter_on_device`: a picture leaves its worker without flip and jitter, and the device does them with the same
-    random numbers: equal to rounding (one level of 255, rarely). It saves a worker a fifth of its time on a small
-    picture, and costs the device some; for runs whose data_wait names /decode. Where RandAugment or mixing come behind
-    them the workers do all. A source of your own that does more to a picture than to hand it on is asked again for a
-    finished one, but must not look at its pixels.
+    `jitter_on_device`: workers leave flip and jitter to the device, which uses the same random numbers; the pictures
+    are equal to rounding (rarely one level of 255). This saves a worker a fifth of its time on a small picture, and
+    costs the device some; it is for runs whose data_wait is mostly decoding. If RandAugment or mixing follow, workers
+    do everything. A source of your own must not look at the pixels that the transform returns to it; if it changes the
+    picture, its sample is decoded again with flip and jitter.
     """
 
-    workers: int | None = None  # None: a worker for each CPU of this rank but one; 0: the run's own process loads
+    workers: int | None = None  # None: one fewer than this rank's CPUs; 0: the run's own process loads
     streams: int = 64
     block_shards: int = 8
     cache_dir: str | None = None
@@ -50,13 +50,13 @@ class Loading:
 
     @property
     def processes(self) -> int:
-        """How many workers there are."""
+        """The number of workers."""
         return min(max(cpus_of_rank() - 1, 1), MOST_WORKERS) if self.workers is None else self.workers
 
 
 def cpus_of_rank() -> int:
-    """The CPUs that this rank may use. Ranks that are no SLURM tasks of their own, as under torchrun, share those of
-    their node or task."""
+    """The number of CPUs that this rank may use. Ranks that are not SLURM tasks of their own, as under torchrun, share
+    those of their node or task."""
     cpus, here = len(os.sched_getaffinity(0)), _number("LOCAL_WORLD_SIZE", 1)
     tasks, ranks = _number("SLURM_NTASKS", 1), _number("WORLD_SIZE", 1)
     if given := _number("SLURM_CPUS_PER_TASK", 0):
@@ -65,7 +65,7 @@ def cpus_of_rank() -> int:
 
 
 def _number(name: str, default: int) -> int:
-    """Of the environment; what is no number there is somebody else's to complain about."""
+    """A number from the environment. Anything else counts as the default: parallel/launcher.py reports it."""
     text = os.environ.get(name, "")
     return int(text) if text.isdecimal() and int(text) else default
 
@@ -98,6 +98,7 @@ class View:
 
 
 def check_mixture(mixture: Mixture, view: View, ranks: int) -> None:
+    """Raises ValueError for a user's mistake in a mixture, its view, or its batch for so many data ranks."""
     mix, counts, transform = mixture.mix, mixture.counts, view.transform
     if unknown := sorted(set(mix) - set(KINDS)):
         raise ValueError(f"mix.{unknown[0]} is wrong because there is no such kind; use {', '.join(KINDS)}")
@@ -132,7 +133,7 @@ def check_mixture(mixture: Mixture, view: View, ranks: int) -> None:
 
 
 def layout_of(mixture: Mixture, view: View, parts: int) -> Layout:
-    """One micro-batch of one rank."""
+    """The layout of one micro-batch of one rank; a global batch has `parts` of them."""
     return micro_layout(mixture.mix, mixture.counts, view.grid**2, parts)
 
 

@@ -1,4 +1,4 @@
-"""Batches on their way to a GPU: a thread copies them into pinned memory, from where they go without a wait."""
+"""A thread copies batches into pinned memory, from where the copy to a GPU does not block."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _READY = 2
 def pinned(
     pool: Pool, items: Iterator[Item], pin: Callable[[Made | Failure], Made | Failure] | None = None
 ) -> Generator[Made | Failure, None, None]:
-    """The pool's results in their order, each after `pin` in a thread of its own; an error comes in its turn."""
+    """The pool's results in their order, each after `pin` in a thread of its own; an error is raised in its turn."""
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(_READY)
     pin, over = pin or _pinner(), threading.Event()
 
@@ -59,7 +59,7 @@ def _pinner() -> Callable[[Made | Failure], Made | Failure]:
     device = torch.cuda.current_device()
 
     def pin(result: Made | Failure) -> Made | Failure:
-        torch.cuda.set_device(device)  # of this thread
+        torch.cuda.set_device(device)  # CUDA keeps a device for each thread
         return result if isinstance(result, Failure) else result._replace(batch=result.batch.pin_memory())
 
     return pin

@@ -1,9 +1,9 @@
-"""Processes that make batches ahead, in the order of their items. One that dies or hangs is replaced, and what it had
-to do is made again: an item alone decides its batch, so nobody sees a difference but the log.
+"""Processes that prefetch batches. A worker that dies or hangs is replaced, and its batches are made again: a batch
+depends on its item alone, so that only the log shows a difference.
 
-torch's DataLoader ends the run in both cases: its handler of SIGCHLD raises in whatever the main thread does, and it
-waits for ever for a worker that hangs. It also copies each batch into shared memory, where here it is made; and takes
-new memory for each, where here a worker has as much as there were batches at one time.
+torch's DataLoader fails in both cases: its handler of SIGCHLD raises in whatever the main thread does, and it waits for
+ever for a worker that hangs. It also makes each batch in private memory, copies it into shared memory, and allocates
+that anew for each; here a batch is made in shared memory, which is used again.
 """
 
 from __future__ import annotations
@@ -35,46 +35,46 @@ from pretrain.data.parcel import ONCE, Opened, Parcel
 
 log = logging.getLogger(__name__)
 
-# A worker without a sign of life for so long hangs: beats come with every sample and each second of a transfer. One
-# that has not begun yet imports its modules, perhaps from a slow file system.
+# A worker hangs if it gives no sign of life for HANG_S: beats come with every sample and each second of a transfer. One
+# that has not begun yet has START_S, since it imports its modules, perhaps from a slow file system.
 HANG_S, START_S = 20.0, 300.0
-_WORK_S = 0.1  # of CPU time: more than an idle worker takes within HANG_S
+_WORK_S = 0.1  # CPU seconds: more than an idle worker takes within HANG_S
 TICK_S = 0.25
-# Time in which the main process does something else, or is suspended, counts so much at most.
+# The most that a stretch counts in which the main process does something else, or is suspended.
 _MOST_S = 1.0
-# So many workers may die in a row at one item before the run ends.
+# How many workers may die in a row at one item before the run ends.
 MOST_DEATHS = 3
-# As many items as a socket holds with room to spare: the main process must never wait to hand one over.
+# A socket holds more items than this, so that the main process never blocks when it sends one.
 _MOST_AHEAD = 128
-# An item, and the number of a parcel that the worker may fill again; ONCE: none. A parcel: its number, where its pickle
-# begins and ends.
+# The messages. To a worker: an item, and the number of a parcel that it may fill again, or ONCE for none. From a
+# worker: a parcel's number, and where its pickle begins and ends.
 _ITEM, _PARCEL = struct.Struct("<qqq"), struct.Struct("<qqq")
 Item = tuple[int, int]  # step, micro-step
 
 
 class Work(Protocol):
-    """What the workers do. It may be forked or pickled."""
+    """The workers' work. It is forked or pickled."""
 
     @property
     def pictures(self) -> tuple[int, ...]:
         """The shape of an item's pictures, uint8."""
 
     def make(self, item: Item, pictures: np.ndarray) -> Any:
-        """The item's result, which can be pickled; `pictures`, empty memory, may be a part of it."""
+        """The item's result, which must be picklable. `pictures`: memory to fill, which may be a part of it."""
 
 
 class WorkerDied(RuntimeError):
-    """Workers that are killed again and again."""
+    """Workers die again and again at one item."""
 
 
 class _Bug(NamedTuple):
-    """An exception that nobody foresaw, with its traceback."""
+    """The traceback of an unexpected exception in a worker."""
 
     text: str
 
 
 class Pool:
-    """`workers` processes that do `work`, each of which is up to `ahead` items ahead. Use it as a context."""
+    """`workers` processes that do `work`, each up to `ahead` items ahead. Use it as a context."""
 
     def __init__(self, work: Work, workers: int, ahead: int):
         assert workers >= 1 and ahead >= 1, (workers, ahead)
@@ -83,7 +83,7 @@ class Pool:
         self._pulses = self._context.RawArray(ctypes.c_uint64, workers)
         self._clock, self._looked = 0.0, time.monotonic()
         self._closing = threading.Event()
-        self._deaths: tuple[Item | None, int] = None, 0  # the item at which workers died, how many
+        self._deaths: tuple[Item | None, int] = None, 0  # the item at which workers died last, and how many
         self._workers = [_Worker(self, number) for number in range(workers)]
 
     def __enter__(self) -> Pool:
@@ -94,7 +94,7 @@ class Pool:
             worker.kill()
 
     def stop(self) -> None:
-        """For another thread: `results` ends soon, whatever it waits for."""
+        """Makes `results` end soon, whatever it waits for; may be called from another thread."""
         self._closing.set()
 
     def results(self, items: Iterator[Item]) -> Iterator[Any]:
@@ -135,14 +135,14 @@ class Pool:
         worker.process.join(1)
         item, (last, deaths) = worker.items[0], self._deaths
         self._deaths = item, deaths + 1 if item == last else 1
-        # As torch words it, so that one place explains both.
+        # In torch's words, so that parallel/faults.py can explain both.
         how = f"DataLoader worker (pid {worker.process.pid}) {_end(worker.process.exitcode)}"
         if self._deaths[1] >= MOST_DEATHS:
             raise WorkerDied(f"{how}, {MOST_DEATHS} times in a row at step {item[0]}")
         log.warning("%s; another one makes its batches again, from step %d on", how, item[0])
 
     def _look(self) -> None:
-        """Replaces the workers that hang."""
+        """Replaces workers that hang."""
         now = time.monotonic()
         self._clock += min(now - self._looked, _MOST_S)
         self._looked = now
@@ -162,7 +162,7 @@ class _Worker:
 
     def __init__(self, pool: Pool, number: int):
         self._pool, self._number = pool, number
-        self.items = deque[Item]()  # given, and not received yet
+        self.items = deque[Item]()  # sent to it, and whose results have not come yet
         self._start()
 
     def _start(self) -> None:
@@ -182,24 +182,24 @@ class _Worker:
 
     def _send(self, item: Item) -> None:
         freed = self._parcels.freed
-        with suppress(BrokenPipeError, ConnectionResetError):  # it died, which the next receiving sees
+        with suppress(BrokenPipeError, ConnectionResetError):  # it died, which the next `receive` will see
             self.connection.send(_ITEM.pack(*item, freed.popleft() if freed else ONCE))
 
     def ready(self, seconds: float) -> bool:
-        """Whether it sends something, or dies, within so long."""
-        waiting = select.poll()  # select.select knows no descriptors above 1023
+        """Whether it sends something, or dies, within so many seconds."""
+        waiting = select.poll()  # select.select cannot take descriptors above 1023
         waiting.register(self.connection, select.POLLIN)
         return bool(waiting.poll(1000 * seconds))
 
     def receive(self) -> tuple[Any, bool]:
-        """(the next result, True), or (None, False) where the worker is dead."""
+        """(the next result, True), or (None, False) if the worker is dead."""
         try:
             message, fds, *_ = socket.recv_fds(self.connection, _PARCEL.size, 1)
         except ConnectionResetError:
             message, fds = b"", []
         if not message:
             return None, False
-        if not fds:  # which the kernel drops without an error
+        if not fds:  # the kernel drops a descriptor without an error if there are too many
             raise OSError(errno.EMFILE, "too many open files to take a batch from a data worker; raise ulimit -n")
         try:
             return self._parcels.open(fds[0], *_PARCEL.unpack(message)), True
@@ -207,9 +207,9 @@ class _Worker:
             os.close(fds[0])
 
     def hangs(self, clock: float) -> bool:
-        """Whether it has shown no sign of life for HANG_S: no beat, and no work. One that computes may be slow, on a
-        huge picture and a busy machine; one that the kernel holds waits for storage, which would not answer another one
-        either."""
+        """Whether it has shown no sign of life for HANG_S: neither a beat nor CPU time. A worker that uses CPU time may
+        just be slow, with a huge picture on a busy machine; one in the kernel's state D waits for storage, which would
+        not answer another worker either."""
         pulse, spent = self._pool._pulses[self._number], _cpu_s(self.process.pid)
         if pulse != self._pulse or spent > self._spent + _WORK_S:
             self._pulse, self._spent, self._since = pulse, spent, clock
@@ -223,10 +223,10 @@ class _Worker:
             self._send(item)
 
     def kill(self) -> None:
-        """No gentler signal: it has nothing to save, and may not hear one."""
+        """Kills the worker: it has nothing to save, and might ignore a gentler signal."""
         self.connection.close()
         self.process.kill()
-        self.process.join(1)  # longer only in the kernel's hands
+        self.process.join(1)  # takes longer only if the kernel holds it
 
 
 def _end(code: int | None) -> str:
@@ -236,8 +236,8 @@ def _end(code: int | None) -> str:
 
 
 def _cpu_s(pid: int | None) -> float:
-    """Seconds of CPU time that a process has spent; 0 for one that is gone. The clock's number is that of Linux's
-    clock_getcpuclockid."""
+    """The CPU time that a process has used, in seconds; 0 for one that is gone. The clock's number is computed as in
+    Linux's clock_getcpuclockid."""
     try:
         return time.clock_gettime(~pid << 3 | 2) if pid else 0.0
     except OSError:
@@ -245,7 +245,7 @@ def _cpu_s(pid: int | None) -> float:
 
 
 def _state(pid: int | None) -> str:
-    """As ps shows it: R, S, T, D (uninterruptible) ...; "" where that is not known."""
+    """A process's state as ps shows it: R, S, T, D (uninterruptible) ...; "" if that is not known."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
@@ -253,7 +253,7 @@ def _state(pid: int | None) -> str:
 
 
 def _run(work: Work, connection: socket.socket, pulses: Any, number: int, parent: int) -> None:
-    """A worker."""
+    """The body of a worker process."""
     ignore_signals(parent)
     torch.set_num_threads(1)  # there is a worker for each core
     pulse.begin(pulses, number)
@@ -289,6 +289,7 @@ def _run(work: Work, connection: socket.socket, pulses: Any, number: int, parent
 
 
 def _hand_over(connection: socket.socket, parcel: Parcel, message: bytes) -> None:
+    """Sends a parcel to the main process; ends this process if that is gone."""
     while True:
         pulse.beat()
         try:
@@ -299,7 +300,7 @@ def _hand_over(connection: socket.socket, parcel: Parcel, message: bytes) -> Non
         except (BrokenPipeError, ConnectionResetError):
             os._exit(0)
         except OSError as error:
-            # So many files of this user are on their way; the main process takes them as it goes.
+            # Too many descriptors of this user are in flight; the main process will receive some.
             if error.errno != errno.ETOOMANYREFS:
                 raise
             time.sleep(TICK_S)

@@ -1,7 +1,7 @@
 """A data worker's sign of life: whatever it does, it calls `beat` at least every few seconds, unless it hangs.
 
-The main process compares the counts (pool.py). A function and no argument, because the beats come from deep inside a
-transfer as well as from the loop over samples; outside a worker it does nothing.
+The main process compares the counts (pool.py). `beat` is a module's function and not an argument, because the beats
+come from deep inside a transfer as well as from the loop over samples; outside a worker it does nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _number = _parent = 0
 
 
 def begin(counts: MutableSequence[int], number: int) -> None:
-    """This process is worker `number`; `counts` has a place for each worker."""
+    """Makes this process worker `number`; `counts` has a place for each worker."""
     global _counts, _number, _parent
     # The main process, or the server that forks for it and ends with it.
     _counts, _number, _parent = counts, number, os.getppid()
@@ -26,7 +26,7 @@ def begin(counts: MutableSequence[int], number: int) -> None:
 
 
 def beat() -> None:
-    """This worker goes on; it ends where its main process is gone."""
+    """Counts one sign of life of this worker; ends it if its main process is gone."""
     if _counts is None:
         return
     if os.getppid() != _parent:

@@ -1,7 +1,8 @@
 """RandAugment (arXiv 1909.13719) as BEiT-3 is fine-tuned with it (unilm beit3/randaug.py and datasets.py: two of ten
 operations, each with the probability 1/2, at strength 7 of 10). Pictures are uint8 [size, size, 3], RGB.
 
-Tables follow Pillow's ImageOps and ImageEnhance to the digit; what is moved in is grey, and moves are bilinear.
+Look-up tables equal Pillow's ImageOps and ImageEnhance to the digit; geometric operations are bilinear and fill with
+grey.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-MOST = 10.0  # the strength at which each operation is as strong as it gets
+MOST = 10.0  # the highest strength
 GREY = (128, 128, 128)
-SHEAR, SHIFT, TURN = 0.3, 10.0, 30.0  # of a side, pixels, degrees: at that strength
+SHEAR, SHIFT, TURN = 0.3, 10.0, 30.0  # share of a side, pixels, degrees, at the highest strength
 SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow's ImageFilter.SMOOTH
 
 
@@ -57,7 +58,7 @@ def sharpness(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 
 def rotate(pixels: np.ndarray, degrees: float) -> np.ndarray:
-    """Against the clock, around the middle."""
+    """Counter-clockwise, around the centre."""
     height, width = pixels.shape[:2]
     return _moved(pixels, cv2.getRotationMatrix2D((width / 2, height / 2), degrees, 1))
 
@@ -76,7 +77,7 @@ def _moved(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return cv2.warpAffine(pixels, matrix, size, flags=cv2.INTER_LINEAR, borderValue=GREY)
 
 
-# (a picture, the strength as a share of the most, a sign) -> the picture; in the order of unilm's list.
+# (picture, strength as a share of MOST, sign) -> picture; in the order of unilm's list.
 OPERATIONS: dict[str, Callable[[np.ndarray, float, int], np.ndarray]] = {
     "identity": lambda pixels, share, sign: pixels,
     "autocontrast": lambda pixels, share, sign: autocontrast(pixels),
@@ -93,7 +94,8 @@ OPERATIONS: dict[str, Callable[[np.ndarray, float, int], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class RandAugment:
-    """`count` of the `operations` in turn, drawn anew for each; one may come twice."""
+    """Applies `count` of the `operations` in turn, each drawn anew, so that one may come twice, and each with the
+    `probability`."""
 
     count: int = 2
     strength: float = 7.0

@@ -22,7 +22,7 @@ from pretrain.data.text_noise import TextNoise, files_of, noisy
 from pretrain.data.text_tokenizer import AnyTokenizer
 
 TEXT, METADATA, CAPTIONS = "txt", "json", "captions"
-# Only a stretch of a long document is tokenised: four times what English needs for a window (4 letters per id).
+# Only a stretch of a long document is tokenised: four times as long as English needs for a window (4 letters per id).
 WINDOW_CHARACTERS_PER_ID = 16
 
 # (encoded picture, the sample's generator) -> uint8 [3, size, size]: a transforms.ImageTransform.
@@ -92,7 +92,7 @@ class PairShards(Source):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What else it reads: a run notes their content."""
+        """Other files that it reads; a run notes a digest of their content."""
         return files_of(self.noise)
 
     def decode(
@@ -133,7 +133,7 @@ class CaptionShards(PairShards):
 
 @dataclass(frozen=True)
 class TextShards(Source):
-    """Documents. From one longer than `text_len` ids, each epoch takes another stretch. `weights` and `noise` as for
+    """Documents. Of one longer than `text_len` ids, each epoch takes another stretch. `weights` and `noise` as for
     PairShards."""
 
     shards: str | tuple[str, ...]

@@ -1,5 +1,5 @@
-"""Words that are left out or replaced, anew in each epoch, by the sample's own generator: random deletion and synonym
-replacement of EDA (arXiv 1901.11196, section 2), whose rates are 0.1 for texts as short as captions."""
+"""Random deletion and synonym replacement of words, as in EDA (arXiv 1901.11196, section 2), whose rates are 0.1 for
+texts as short as captions. The sample's own generator decides, anew in each epoch."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pretrain.settings import fill_variables
 MAX_BYTES = 2**28
 OWN_STREAM = np.array([0, 1 << 63], np.uint64)
 WORD = re.compile(r"\S+")
-EDGES = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)  # a word with what stands around it
+EDGES = re.compile(r"^(\W*)(.*?)(\W*)$", re.DOTALL)  # a word, and the punctuation before and behind it
 
 
 @dataclass(frozen=True)
 class TextNoise:
-    """`drop`: the share of words left out, never all; `replace`: of those that `synonyms` has, the share that it
-    replaces: a JSON file of {word in lower case: [words]}. Another kind of noise is a dataclass with `__call__` and
-    `files`."""
+    """`drop`: the share of words that are left out, though never all of a text. `replace`: the share, of the words in
+    `synonyms`, that are replaced by one of their synonyms. `synonyms`: a JSON file of {word in lower case: [words]}. A
+    noise of your own is a dataclass with `__call__` and `files`."""
 
     drop: float = 0.1
     replace: float = 0.0
@@ -48,7 +48,7 @@ class TextNoise:
         # Three numbers a word, used or not: what one word becomes changes no other.
         draws = _own(rng).random((len(words), 3)).tolist()
         known = read_synonyms(self.synonyms) if self.synonyms else {}
-        kept = []
+        remaining = []
         for word, (drop, replace, which) in zip(words, draws, strict=True):
             if drop < self.drop:
                 continue
@@ -56,15 +56,16 @@ class TextNoise:
             others = known.get(inner.lower(), ())
             if others and replace < self.replace:
                 word = before + others[int(which * len(others))] + after
-            kept.append(word)
-        if not kept and words:
-            kept = [words[min(range(len(words)), key=lambda place: -draws[place][0])]]
-        return " ".join(kept)
+            remaining.append(word)
+        if not remaining and words:
+            remaining = [words[min(range(len(words)), key=lambda place: -draws[place][0])]]
+        return " ".join(remaining)
 
 
 def _own(rng: Generator) -> Generator:
-    """One beside the sample's, which goes on as it would without noise: the crop of its picture stays the one whose
-    codes are stored. The streams of the kinds are small numbers (transforms.sample_rng)."""
+    """A generator beside the sample's, which goes on as it would without noise, so that the crop of its picture stays
+    the one whose codes are stored. OWN_STREAM cannot collide with the kinds' streams, which are small numbers
+    (transforms.sample_rng)."""
     state = rng.bit_generator.state["state"]
     return Generator(Philox(key=state["key"] ^ OWN_STREAM, counter=state["counter"]))
 
@@ -78,7 +79,7 @@ def files_of(noise: TextNoise | None) -> tuple[str, ...]:
 
 
 def read_synonyms(name: str) -> dict[str, tuple[str, ...]]:
-    """ValueError for a file that is none."""
+    """{word in lower case: its synonyms} from a JSON file. ValueError if it is missing or of another kind."""
     return _read(Path(fill_variables(name, "noise.synonyms")).expanduser())
 
 

@@ -84,5 +84,6 @@ AnyTokenizer = TextTokenizer | JsonTokenizer
 
 
 def open_tokenizer(path: str | os.PathLike[str]) -> AnyTokenizer:
-    """A tokenizer.json by its ending, else a SentencePiece model."""
+    """The tokenizer in a file: a tokenizer.json if its name ends in .json, else a SentencePiece model. ValueError for a
+    file that is missing or of another kind."""
     return JsonTokenizer(path) if Path(path).suffix == ".json" else TextTokenizer(path)

@@ -2,8 +2,8 @@
 random_erasing.py; unilm beit/run_class_finetuning.py and beit3/run_beit3_finetuning.py: `--aa rand-m9-mstd0.5-inc1`,
 `--reprob 0.25 --remode pixel --recount 1`). Pictures are uint8 [size, size, 3], RGB.
 
-timm works on Pillow's pictures, and so does this: operations are Pillow's to the digit, moves are bicubic and what is
-moved in is grey.
+timm works on Pillow's pictures, and so does this file: results equal Pillow's to the digit; geometric operations are
+bicubic and fill with grey.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageEnhance, ImageOps
 
-MOST = 10.0  # the strength at which each operation is as strong as it gets
+MOST = 10.0  # the highest strength
 GREY = (128, 128, 128)  # timm: the mean of BEiT's normalisation
-ATTEMPTS = 10  # at a rectangle that fits
+ATTEMPTS = 10  # to find a rectangle that fits into the picture
 
 
 def _moved(image: Image.Image, *matrix: float) -> Image.Image:
@@ -27,7 +27,7 @@ def _moved(image: Image.Image, *matrix: float) -> Image.Image:
 
 
 def _posterize(image: Image.Image, bits: int) -> Image.Image:
-    """Pillow's ImageOps.posterize, and black for the 0 bits that timm asks for at the most and newer Pillows refuse."""
+    """Pillow's ImageOps.posterize, and black for 0 bits, timm's strongest, which newer Pillows refuse."""
     return image.point([value & 0xFF << 8 - bits for value in range(256)] * 3)
 
 
@@ -36,12 +36,12 @@ def _solarize_add(image: Image.Image, add: int) -> Image.Image:
 
 
 def _factor(share: float, sign: int) -> float:
-    """Of an enhancement, as far from 1, where it changes nothing, as the strength says."""
+    """The factor of an enhancement: 1, which changes nothing, plus or minus an amount that grows with the strength."""
     return max(0.1, 1.0 + sign * 0.9 * share)
 
 
-# (a picture, the strength as a share of the most, a sign) -> the picture. timm's _RAND_INCREASING_TRANSFORMS, in its
-# order: all become stronger with the strength.
+# (picture, strength as a share of MOST, sign) -> picture: timm's _RAND_INCREASING_TRANSFORMS, in its order. The effect
+# of each grows with the strength.
 INCREASING: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
     "auto_contrast": lambda image, share, sign: ImageOps.autocontrast(image),
     "equalize": lambda image, share, sign: ImageOps.equalize(image),
@@ -63,9 +63,9 @@ INCREASING: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
 
 @dataclass(frozen=True)
 class TimmRandAugment:
-    """timm's RandAugment, "rand-m9-mstd0.5-inc1" by default: `count` of the operations, drawn anew for each, each done
-    with the `probability` and a strength that is normal around `strength` with the deviation `deviation`, cut to 0 to
-    10. timm's random numbers come from two global generators; here all are the sample's."""
+    """timm's RandAugment, "rand-m9-mstd0.5-inc1" by default: `count` of the operations, each drawn anew and applied
+    with the `probability`, at a strength from a normal distribution around `strength` with the deviation `deviation`,
+    clipped to 0 to 10. timm's random numbers come from two global generators, here from the sample's."""
 
     count: int = 2
     strength: float = 9.0
@@ -102,10 +102,10 @@ class TimmRandAugment:
 
 @dataclass(frozen=True)
 class RandomErasing:
-    """A rectangle of noise (arXiv 1708.04896; timm's mode "pixel", one rectangle), of `area` of the picture, with a
-    ratio of height and width between `ratio` and its inverse. The noise of each value is standard normal where the
-    model reads it, from -1 to 1; a byte says no more than that, so a third of it is cut off there, which timm's is
-    not."""
+    """A rectangle of noise (arXiv 1708.04896; timm's mode "pixel", one rectangle), with a share of the picture's area
+    between the two of `area`, and a ratio of height and width between `ratio` and its inverse. As in timm, the noise is
+    standard normal in the normalised picture. But a byte can only hold values from -1 to 1 there, so that a third of
+    the values are clipped, which timm's are not."""
 
     probability: float = 0.25
     area: tuple[float, float] = (0.02, 1 / 3)
@@ -120,9 +120,9 @@ class RandomErasing:
             raise ValueError(f"erase.ratio={self.ratio} is wrong; use more than 0 and at most 1, such as 0.3")
 
     def __call__(self, pixels: np.ndarray, rng: Generator) -> np.ndarray:
-        """Not in place."""
+        """uint8 [H, W, 3] -> the same shape; `pixels` is not changed."""
         height, width = pixels.shape[:2]
-        # All are drawn, used or not; noise of any size comes from a generator of its own.
+        # All numbers are drawn, used or not; noise, whose size varies, comes from a generator of its own.
         chance, top, left = rng.random(3).tolist()
         areas = rng.uniform(*self.area, size=ATTEMPTS).tolist()
         ratios = np.exp(rng.uniform(math.log(self.ratio), -math.log(self.ratio), size=ATTEMPTS)).tolist()

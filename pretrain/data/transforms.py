@@ -15,8 +15,8 @@ from pretrain.data.rand_augment import RandAugment
 from pretrain.data.timm_augment import RandomErasing, TimmRandAugment
 from pretrain.jitter import AS_IT_IS
 
-# The linear filter reads two pixels a side, after the blur four: enough up to here. Beyond, all pixels are averaged,
-# which costs five times as much.
+# Up to this reduction the linear filter suffices, which reads two pixels a side, or four after the blur. Beyond it all
+# pixels are averaged, which costs five times as much.
 MOST_LINEAR = 2.25
 EVALUATIONS = ("crop", "squash")
 
@@ -45,15 +45,15 @@ class ImageTransform:
     """Random resized crop, flip and colour jitter in training.
 
     In evaluation either the centre square, resized ("crop"), or the whole picture, whatever its shape, resized by
-    Pillow's bicubic filter ("squash"), which is what the published numbers of BEiT-3 and VLMo were measured with.
+    Pillow's bicubic filter ("squash"), with which BEiT-3's and VLMo's published numbers were measured.
 
     The defaults are BEiT-3's (paper, Table 11: RandomResizedCrop, flip, jitter 0.4), except for the crop's scale, which
     was not published. Turn `flip` off if captions say left and right.
 
-    `cover`: a JPEG is decoded at 1/2, 1/4 or 1/8 where that leaves the training crop's shorter side at least so many
-    times `size` pixels. 1 loses no detail, and of pictures of 512 pixels hardly ever lets 224 be made of half of them.
-    0.75 nearly always does, in little more than half of the time, and blurs the picture as if it had been three
-    quarters as large at the worst.
+    `cover`: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the training crop's shorter side then still has at
+    least `cover` * `size` pixels. 1 loses no detail, but for `size` 224 it hardly ever allows to decode pictures of 512
+    pixels at half their size. 0.75 nearly always does, which takes little more than half the time, and at worst blurs
+    the crop as if it had been three quarters as large.
     """
 
     size: int = 224
@@ -63,8 +63,8 @@ class ImageTransform:
     jitter: float = 0.4  # brightness, contrast and saturation are each scaled by a factor in [1 - jitter, 1 + jitter]
     train: bool = True
     evaluation: str = "crop"  # or "squash"
-    rand_augment: RandAugment | TimmRandAugment | None = None  # of what the flip and the jitter leave, in training
-    erase: RandomErasing | None = None  # after all else, in training
+    rand_augment: RandAugment | TimmRandAugment | None = None  # after flip and jitter, in training
+    erase: RandomErasing | None = None  # after everything else, in training
     antialias: bool = True  # False: without the blur in `_resize`, for runs that began before 2026-11-28
     cover: float = 1.0
 
@@ -101,8 +101,8 @@ class ImageTransform:
         return self.finish(self._crop_of(data, rng), rng, out)
 
     def unfinished(self, data: bytes, rng: Generator, out: np.ndarray) -> list[float]:
-        """As in training, but without flip and jitter, which pretrain.jitter then does as the result says: a row of
-        Batch.looks."""
+        """Writes a training picture without flip and jitter to `out` -> a row of Batch.looks, by which pretrain.jitter
+        does them on the device. Raises BadSample."""
         cv2.split(_resize(self._crop_of(data, rng), self.size, self.antialias), list(out))
         return self._look(rng)
 
@@ -195,14 +195,15 @@ def _resize(crop: np.ndarray, size: int, antialias: bool) -> np.ndarray:
 
 
 def _sigma(ratio: float) -> float:
-    """Of the Gaussian with taps t, 1 - 2 t, t for a side that becomes `ratio` times smaller: t grows to a quarter."""
+    """The sigma of the Gaussian with the taps t, 1 - 2 t, t, for a side that becomes `ratio` times smaller; t grows
+    with it, up to a quarter."""
     t = min(0.25, max(0.25 * (ratio - 1) / 0.7, 0.001))
     return math.sqrt(-0.5 / math.log(t / (1 - 2 * t)))
 
 
 def _jitter(pixels: np.ndarray, factors_and_order: list[float]) -> np.ndarray:
-    """Brightness, contrast and saturation, each blended by its own factor, in the order of the last three numbers. In
-    place: a copy for each takes half as long again."""
+    """Brightness, contrast and saturation, each blended by its own factor, in the order of the last three numbers.
+    Works in place, since copies would take half as long again."""
     for step in factors_and_order[3:]:
         f = factors_and_order[int(step)]
         if step == 0:

@@ -1,12 +1,12 @@
-"""An order in which samples come as often as their weights say: a pure function too, with one more count of looks.
+"""An order in which samples occur as often as their weights say; a pure function too, over looks at samples.
 
 Samples of one weight form a class: those of a pattern of shards, or those with one label. A class of N samples and
-weight w gives T = round(w N) looks to each epoch: every sample floor(T / N) of them, and one more to the T mod N
-samples that a Bresenham line picks in this epoch. So each epoch has the same size, any E epochs show each sample
-E T / N times (to one look), and the extra looks of an epoch lie evenly in the shards.
+weight w has T = round(w N) looks in each epoch: floor(T / N) for every sample, and one more for the T mod N samples
+that a Bresenham line picks in this epoch. So each epoch has the same size, any E epochs show each sample E T / N times
+(to within one look), and the extra looks of an epoch are spread evenly over the shards.
 
-A look is numbered (epoch * most + copy), `most` being the most looks that a sample has in an epoch, and takes the place
-of the epoch in a sample's seed: two looks at a picture are two crops.
+A look has the number epoch * most + copy, where `most` is the highest number of looks that a sample has in an epoch. It
+replaces the epoch in a sample's seed, so that two looks at a picture are two crops.
 """
 
 from __future__ import annotations
@@ -19,28 +19,27 @@ import numpy as np
 from pretrain.data.order import Order, SampleRef
 from pretrain.data.shards.reader import ShardReader, load_manifest
 
-LABELS = "json"  # the member that has them
-MOST_SAMPLES = 2**31  # of a class: products of two such numbers fit into 64 bits
+LABELS = "json"  # the member that holds a sample's label
+MOST_SAMPLES = 2**31  # of a class, so that products of two such numbers fit into 64 bits
 
 
 class Classes(NamedTuple):
-    """Which samples have one weight. Block b is the part of class `number[b]` in `shard[b]`, `sizes[b]` samples; blocks
-    are sorted by shard. `members`: int32 [all samples], each shard's sample numbers in the order of its blocks; None:
-    each shard is one block."""
+    """Which samples form each class. Block b is the part of one class in one shard; blocks are sorted by shard."""
 
-    shard: np.ndarray
-    number: np.ndarray
-    sizes: np.ndarray
+    shard: np.ndarray  # int64 [blocks]
+    number: np.ndarray  # int64 [blocks]: the number of the class
+    sizes: np.ndarray  # int64 [blocks], in samples
+    # int32 [all samples]: each shard's sample numbers in the order of its blocks; None: each shard is one block.
     members: np.ndarray | None = None
 
 
 def classes_of_shards(counts: Sequence[int], number: Sequence[int] | np.ndarray) -> Classes:
-    """Whole shards: `number` [shards] says each one's class."""
+    """Classes of whole shards; `number` [shards]: each shard's class."""
     return Classes(np.arange(len(counts)), np.asarray(number, np.int64), np.asarray(counts, np.int64))
 
 
 def classes_of_samples(labels: Sequence[np.ndarray]) -> Classes:
-    """`labels` [shards] of int [samples of the shard]: each sample's class."""
+    """Classes by samples; `labels` [shards] of int [samples of the shard]: each sample's class."""
     shards, numbers, counts, members = [], [], [], []
     for shard, own in enumerate(labels):
         number, count = np.unique(own, return_counts=True)
@@ -54,7 +53,8 @@ def classes_of_samples(labels: Sequence[np.ndarray]) -> Classes:
 
 def balanced(classes: Classes, balance: float) -> np.ndarray:
     """The weight of each class [classes]: with `balance` 1 every class has as many looks as any other, with 0 every
-    sample one look, and between them N ** (1 - balance) decides. An epoch stays as long as it was."""
+    sample has one look, and in between the looks of a class are proportional to N ** (1 - balance). The length of an
+    epoch stays the same."""
     sizes = _sizes(classes).astype(np.float64)
     there = sizes > 0
     wanted = np.where(there, np.maximum(sizes, 1) ** (1 - balance), 0)
@@ -66,7 +66,8 @@ def _sizes(classes: Classes) -> np.ndarray:
 
 
 def order_of(source: Any, reader: ShardReader, **how: int) -> Order:
-    """The order of a source, by its `weights` or its `balance` where it has them. `how`: as Order's. ValueError."""
+    """The order of a source, by its `weights` or its `balance` if it has one. `how`: the other arguments of Order.
+    ValueError as Order, and for a `balance` of remote shards."""
     counts, weights = reader.manifest.counts, getattr(source, "weights", ())
     if weights:
         patterns = (source.shards,) if isinstance(source.shards, str) else source.shards
@@ -92,8 +93,8 @@ def _label(source: Any, reader: ShardReader, shard: int, sample: int) -> int:
 
 
 class WeightedOrder(Order):
-    """`counts`, `seed`, `streams` and `block_shards` as Order's; `weights` [classes]: looks at each sample of a class
-    in an epoch, on average. ValueError where no look remains."""
+    """`counts`, `seed`, `streams` and `block_shards` as Order's; `weights` [classes]: the mean number of looks at each
+    sample of a class in an epoch. ValueError if no look remains."""
 
     def __init__(
         self,
@@ -139,7 +140,7 @@ class WeightedOrder(Order):
         return np.concatenate(parts)
 
     def _at(self, epoch: int, shard: np.ndarray, place: np.ndarray) -> np.ndarray:
-        """[n, 3] at places of the shards in an epoch, all [n]."""
+        """int64 [n, 3], look, shard and sample, of the places [n] in the shards [n] in an epoch."""
         looks = self._looks(epoch)
         ends, shards = np.cumsum(looks), self._classes.shard
         begins = np.searchsorted(shards, shard)  # the first block of each shard
@@ -161,7 +162,7 @@ class WeightedOrder(Order):
         return np.stack([epoch * self.most + copy, shard, sample], axis=1)
 
     def _looks(self, epoch: int) -> np.ndarray:
-        """[blocks]: looks of an epoch."""
+        """int64 [blocks]: how many looks each block has in an epoch."""
         first = self._rank + epoch
         line = [(at * self._extra) // self._size for at in (first, first + self._classes.sizes)]
         return self._classes.sizes * self._whole + line[1] - line[0]

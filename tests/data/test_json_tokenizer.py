@@ -41,10 +41,10 @@ def test_a_text_holds_no_control_ids(text, tmp_path):
         (b"no json", "is no tokenizer.json"),
         (b"{}", "is no tokenizer.json"),
         (b"\xff\xfe\x00", "is no tokenizer.json"),
-        (b'{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}', "does not fit"),
+        (b'{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}', "begin and end;"),
         (
             b'{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"<s>": 4000000000}, "unk_token": "x"}}',
-            "ids; 1 to 2,000,000 are read",
+            "ids; give one with 1 to 2,000,000",
         ),
     ],
 )  # fmt: skip

@@ -44,7 +44,7 @@ def test_a_config_json_names_its_model(config, model):
         ({"model": {"class": "this.Popen", "args": "x"}}, "holds a this.Popen, which is no model"),
         ({"model": to_json(PAPER) | {"rotary": True}}, "MultiwayConfig has no rotary"),
         ({"vqkd": {}}, "does not say to which model its weights belong"),
-        ({}, "does not say which model"),
+        ({}, "does not say to which model"),
         ({"model": {"class": ["MultiwayConfig"]}}, "is no model of this recipe"),
         ({"model": to_json(PAPER) | {"dim": "x"}}, "its config is no MultiwayConfig"),
         ({"model": to_json(PAPER) | {"heads": []}}, "its config is no MultiwayConfig"),

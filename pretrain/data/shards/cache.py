@@ -30,16 +30,17 @@ log = logging.getLogger(__name__)
 
 GIB = 2**30
 # Attempts per download, and the pause after the first one in seconds; each further pause is three times as long, up to
-# the longest: some four minutes together, in which most troubles of a store are over.
+# the longest: about four minutes together, after which most of a store's troubles are over.
 ATTEMPTS, PAUSE_S, LONGEST_S = 8, 1.0, 60.0
-# Of a file whose size no manifest gives: an index or codes. Ten thousand samples take one and tens of MB.
+# The most bytes of a file whose size is in no manifest, an index or codes: ten thousand samples take 1 MB and tens of
+# MB.
 MOST_BYTES = GIB
 # Evicting a file that was read this recently means that the cache is smaller than the set of shards in use.
 _RECENT_S = 60.0
 _LOCK_S = 0.1  # between two attempts at a lock
 _GROWING = (WRITING, ".tmp")  # .tmp: of an earlier version
 _FAILED = ".failed"  # holds the kind and the message of the last failed download
-_DICE = random.SystemRandom()  # no generator that decides about samples
+_DICE = random.SystemRandom()  # for pauses only; it decides nothing about samples
 
 
 def fetch(url: str, limit: int) -> bytes:
@@ -180,8 +181,8 @@ def _lock(file: BinaryIO) -> bool:
 
 
 def _failure_since(start: float, failed: Path) -> ShardError | None:
-    """With what another process failed to fetch the file while this one waited for it; None: none did. Otherwise each
-    of many workers would wait for a server that stalls, one after the other."""
+    """The error with which another process failed to fetch the file while this one waited for it; None if none did.
+    Without it many workers would wait one after another for a server that stalls."""
     with suppress(FileNotFoundError):
         if failed.stat().st_mtime > start:
             kind, _, text = failed.read_text().partition("\n")
@@ -190,7 +191,7 @@ def _failure_since(start: float, failed: Path) -> ShardError | None:
 
 
 def _remove_orphan(path: str) -> bool:
-    """Removes a temporary file that no process has locked, because its owner is dead. -> whether it did."""
+    """Removes a temporary file if no process has locked it, since then its owner is dead -> whether it did."""
     with open(path, "r+b") as file:
         if not _lock(file):
             return False
@@ -200,7 +201,7 @@ def _remove_orphan(path: str) -> bool:
 
 def _copy(url: str, file: BinaryIO, size: int | None, most: int | None = None) -> None:
     """Copies all of `url` into `file`, in up to ATTEMPTS attempts; exactly `size` bytes if that is given, otherwise at
-    most `most` (None: MOST_BYTES). Refusal for what another attempt would not bring, else Unreachable."""
+    most `most` (None: MOST_BYTES). Raises Refusal if further attempts would be useless, else Unreachable."""
     most = MOST_BYTES if most is None else most
     for attempt in range(ATTEMPTS):
         try:
@@ -236,8 +237,8 @@ def _copy_once(url: str, file: BinaryIO, size: int | None, most: int) -> None:
 
 
 def _pause(attempt: int) -> None:
-    """Up to half as long again as the schedule says: the workers of a thousand nodes, which a store has failed in the
-    same moment, shall not all come back in the same moment."""
+    """Waits as long as the schedule says and a random part more, up to half: if a store fails the workers of a thousand
+    nodes at the same moment, they must not all come back at the same moment."""
     left = min(PAUSE_S * 3**attempt, LONGEST_S) * (1 + _DICE.random() / 2)
     while left > 0:
         beat()

@@ -1,8 +1,8 @@
 """Binds an index to the content of its shard: a CRC-32 of each member, and a SHA-256 of the whole.
 
-Names and sizes alone do not tell two shards apart: with other pictures of the same sizes, or the same members in
-another order, a run would go on over other data than it began with. The reader checks the CRC-32 of whatever it reads;
-the manifest's digest, and `data_tools.verify`, use the SHA-256. Neither is signed: who can rewrite the manifest and the
+Names and sizes alone do not identify a shard: with other pictures of the same sizes, or the same members in another
+order, a run would go on with other data than it began with. The reader checks the CRC-32 of whatever it reads; the
+manifest's digest, and `data_tools.verify`, use the SHA-256. Neither is signed: whoever can rewrite the manifest and the
 indexes together can give a run any data.
 """
 
@@ -45,6 +45,7 @@ def with_checksums(path: Path, index: ShardIndex) -> tuple[ShardIndex, str]:
 
 
 def _take(file: BinaryIO, length: int, use: Callable[[bytes], None]) -> None:
+    """Passes the next `length` bytes to `use`, in chunks. ShardError if the file ends before."""
     while length > 0:
         data = file.read(min(length, _CHUNK))
         if not data:

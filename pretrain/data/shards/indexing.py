@@ -42,9 +42,9 @@ class IndexResult:
 def complete_shards(directory: Path) -> tuple[list[Path], list[Path]]:
     """(complete, partial) tars of a directory, sorted by name. ValueError, with the way out, if none is complete.
 
-    A tar is partial if it lacks the _stats.json that others of its numbering have: the rest of a killed download of
-    img2dataset. A .tar that cannot be read at all, such as a link to nothing, counts as complete, so that whoever
-    reads it says so.
+    A tar is partial, left by a killed download of img2dataset, if it lacks the _stats.json that others of its numbering
+    have. A .tar that cannot be read at all, such as a dangling link, counts as complete, so that reading it raises an
+    error.
     """
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; give the one that contains 00000.tar, 00001.tar, ...")
@@ -57,21 +57,21 @@ def complete_shards(directory: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _numbering(tar: Path) -> str:
-    """What stands before a tar's number: "" for 00000.tar, "train-" for train-00000.tar."""
+    """The part of a tar's name before its number: "" for 00000.tar, "train-" for train-00000.tar."""
     return tar.stem.rstrip("0123456789")
 
 
 def check_writable(directory: Path) -> None:
-    """Raises ValueError, with the way out, where nothing can be written beside the shards of a directory."""
+    """Raises ValueError, with the way out, if nothing can be written beside the shards of a directory."""
     if not os.access(directory, os.W_OK | os.X_OK):
         raise ValueError(
-            f"{directory} cannot be written to, but what is made for shards is stored beside them; work in a directory "
-            f"of links to them: mkdir links && ln -s {directory.resolve()}/* links/"
+            f"{directory} cannot be written to, but files about shards are stored beside them; work in a directory of "
+            f"links to them: mkdir links && ln -s {directory.resolve()}/* links/"
         )
 
 
 def write_beside(path: Path, data: bytes) -> None:
-    """Writes a file that lies beside shards, unless it has this content: a directory may be read-only then."""
+    """Writes a file beside shards, unless it has this content already; then the directory may be read-only."""
     try:
         if path.read_bytes() == data:
             return
@@ -82,6 +82,7 @@ def write_beside(path: Path, data: bytes) -> None:
 
 
 def stats_path(tar: Path) -> Path:
+    """The file that img2dataset writes when a shard is complete."""
     return tar.with_name(f"{tar.stem}_stats.json")
 
 
@@ -133,7 +134,7 @@ def _index_one(job: tuple[Path, Shard | None, bool]) -> tuple[Shard, bool] | str
         return previous, False
     check_writable(path.parent)
     try:
-        size = path.stat().st_size if path.is_file() else 0  # what is no file, the scan refuses by name
+        size = path.stat().st_size if path.is_file() else 0  # scan_shard refuses anything but a file
         index, left_out = scan_shard(path)
         index, sha256 = with_checksums(path, index)
         if path.stat().st_size != size:
@@ -148,6 +149,7 @@ def _index_one(job: tuple[Path, Shard | None, bool]) -> tuple[Shard, bool] | str
 
 
 def _up_to_date(path: Path, previous: Shard | None) -> bool:
+    """Whether a shard and its index are those that the manifest lists; reads the shard only if times cannot tell."""
     index = path.with_suffix(".idx")
     try:
         tar, idx = path.stat(), index.stat()
@@ -155,14 +157,15 @@ def _up_to_date(path: Path, previous: Shard | None) -> bool:
             return False
         if sha256_of(index) != previous.index_sha256:
             return False
-        # rsync and cp -p set a shard's mtime, not its ctime; a file of the same instant may still be another.
+        # rsync and cp -p set a shard's mtime, but not its ctime. If both times are equal, the tar may have been changed
+        # right after its index was written.
         if idx.st_mtime_ns > tar.st_ctime_ns:
             return True
         if sha256_of(path) != previous.sha256:
             return False
     except (FileNotFoundError, ValueError):
         return False
-    with suppress(OSError):  # it only spares the next call the reading
+    with suppress(OSError):  # this only saves the next call the reading
         os.utime(index)
     return True
 

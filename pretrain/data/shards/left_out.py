@@ -1,4 +1,4 @@
-"""Why members of a tar belong to no sample, in words that a manifest keeps and a user reads."""
+"""The reasons why members of a tar belong to no sample, as a manifest stores them and as a user reads them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pretrain.data.shards.tar_members import BEHIND, LINK, SPARSE, SPECIAL, TarMember
 
 HIDDEN, NO_ENDING, DOTS, REPLACED, OTHER_ENDING = "hidden", "no ending", "dots", "replaced", "other endings"
-# Formats that are pictures, but that training does not open: each decoder is one more that hostile bytes reach.
+# Formats of pictures that training does not open: every further decoder would be exposed to hostile bytes.
 OTHER_PICTURES = frozenset(
     ("avif", "bmp", "gif", "heic", "heif", "jp2", "jxl", "pgm", "ppm", "svg", "tga", "tif", "tiff")
 )
@@ -25,13 +25,13 @@ _WORDS = {
     REPLACED: "followed by another of the same key and ending, which is used",
     OTHER_ENDING: "other endings",
 }
-# Endings come from outside: plain ones are counted one by one, up to this many of them in a shard.
+# Endings are untrusted: only plain ones are counted by themselves, up to MOST_ENDINGS of them in a shard.
 _PLAIN = re.compile(r"[a-z0-9_-]{1,16}(\.[a-z0-9_-]{1,16})?", re.ASCII)
 MOST_ENDINGS = 50
 
 
 def why_left_out(member: TarMember, key: str, extension: str, usable: Collection[str]) -> str:
-    """One of the names above, or an ending with its dot; "" for a member of a sample. `usable`: the extensions that
+    """One of the reasons above, or an ending with its dot; "" for a member of a sample. `usable`: the extensions that
     training reads."""
     if member.kind in _WORDS:
         return member.kind
@@ -47,7 +47,8 @@ def why_left_out(member: TarMember, key: str, extension: str, usable: Collection
 
 
 def count(left_out: Counter[str], reason: str) -> str:
-    """Counts one more member -> the reason under which it is counted. There are few, whatever a tar contains."""
+    """Counts one more member -> the reason under which it is counted. The number of reasons is bounded, whatever a tar
+    contains."""
     known = reason in left_out or reason in _WORDS or len(left_out) < MOST_ENDINGS
     counted = reason if known else OTHER_ENDING
     left_out[counted] += 1
@@ -55,6 +56,7 @@ def count(left_out: Counter[str], reason: str) -> str:
 
 
 def is_reason(text: object) -> bool:
+    """Whether `why_left_out` can return this text."""
     return isinstance(text, str) and (text in _WORDS or (text[:1] == "." and bool(_PLAIN.fullmatch(text[1:]))))
 
 

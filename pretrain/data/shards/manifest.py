@@ -35,7 +35,9 @@ _REMOTE_NAME = re.compile(r"[\w.,=+@~-]+", re.ASCII)
 
 
 class Shard(NamedTuple):
-    url: str  # a local path, or what transfer.py fetches
+    """One shard, as its manifest lists it."""
+
+    url: str  # a local path, or a URL or pipe: that transfer.py fetches
     samples: int
     bytes: int
     sha256: str = ""  # of the tar; "": indexed by an earlier version
@@ -71,7 +73,7 @@ class Manifest:
 
     @property
     def counts(self) -> list[int]:
-        """Samples of each shard: what `Order` takes."""
+        """The samples of each shard, for `Order`."""
         return [shard.samples for shard in self.shards]
 
     @cached_property
@@ -122,7 +124,7 @@ def read_manifest(data: bytes, prefix: str, suffix: str = "") -> Manifest:
                 raise ValueError(f"{name} has a negative count or size")
             hashes = {field: typed(entry, field, str) if hashed else "" for field in ("sha256", "index_sha256")}
             if hashed and not all(_SHA256.fullmatch(value) for value in hashes.values()):
-                raise ValueError(f"{name} has a SHA-256 that is none")
+                raise ValueError(f"{name} has an invalid SHA-256")
             left_out = _left_out(entry.get("left_out"))
             shards.append(Shard(f"{prefix}{name}{suffix}", samples, size, left_out=left_out, **hashes))
         manifest = Manifest(tuple(shards))
@@ -136,7 +138,8 @@ def read_manifest(data: bytes, prefix: str, suffix: str = "") -> Manifest:
 
 
 def _left_out(pairs: Any) -> tuple[tuple[str, int], ...] | None:
-    """As a manifest says it; None for one of an earlier version, and for anything that no index writes."""
+    """Shard.left_out from a manifest's JSON; None for a manifest of an earlier version, and for anything that
+    data_tools.index does not write."""
     try:
         counts = {reason: number for reason, number in pairs if is_reason(reason) and type(number) is int}
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Files of a directory of shards that look like shards and are none, and what to do about them."""
+"""Files in a directory of shards that look like shards but are not, and what to do about them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _COMPRESSED = {
 
 
 def overlooked(directory: Path) -> list[tuple[str, str]]:
-    """(name, why) of each file that looks like a shard, or like a part of one, and is none."""
+    """(name, why) of each file that looks like a shard, or like a part of one, but is not one."""
     names = sorted(path.name for path in directory.iterdir())
     present = set(names)
-    found = []
+    reasons = []
     for name in names:
         plain, command = _decompressed(name)
         if plain and plain not in present:
@@ -36,12 +36,12 @@ def overlooked(directory: Path) -> list[tuple[str, str]]:
             why = f"its tar is missing; restore {name.removesuffix('_stats.json')}.tar, or remove this file too"
         else:
             continue
-        found.append((name, why))
-    return found
+        reasons.append((name, why))
+    return reasons
 
 
 def _decompressed(name: str) -> tuple[str, str]:
-    """What a compressed shard is called when it is a plain tar, and the command for that; ("", "") for others."""
+    """The name of the plain tar that a compressed shard becomes, and the command for that; ("", "") for other files."""
     for endings, command in _COMPRESSED.items():
         for ending in endings:
             if name.lower().endswith(ending) and not name.startswith("."):
@@ -50,7 +50,7 @@ def _decompressed(name: str) -> tuple[str, str]:
 
 
 def no_tar(directory: Path) -> str:
-    """Why a directory without a .tar is no source of shards, and what to do."""
+    """Why a directory has no .tar in it, and what to do about that."""
     nothing, folder = f"{directory} contains no .tar file", shlex.quote(str(directory))
     packed = [name for name, why in overlooked(directory) if why.startswith("compressed")]
     if packed:

@@ -61,8 +61,9 @@ class _Open(NamedTuple):
 class ShardReader:
     """Reads samples by (shard, sample). One per process and thread; it may be forked or pickled.
 
-    Whatever is read is what was indexed, to the byte. ShardError: the shard is missing, was changed after indexing, is
-    truncated, or cannot be fetched. BadSample: a member is too large. Remote shards need `cache_dir`, see `ShardCache`.
+    It returns exactly the bytes that were indexed, or raises ShardError: the shard is missing, was changed after
+    indexing, is truncated, or cannot be fetched; BadSample: a member is too large. Remote shards need `cache_dir`, see
+    `ShardCache`.
     """
 
     def __init__(self, manifest: Manifest, cache_dir: str | Path | None = None, cache_gib: float = 50.0):
@@ -70,7 +71,7 @@ class ShardReader:
         self._cache_at = cache_dir, cache_gib
         self._open = OpenFiles[int, _Open]()
         self._failures: dict[int, ShardError] = {}  # of remote shards, so that each is tried only once
-        self.cache: ShardCache | None = None  # where a shard is remote
+        self.cache: ShardCache | None = None  # None: no shard is remote
         remote = next((shard.url for shard in manifest.shards if is_remote(shard.url)), None)
         if remote is not None:
             if cache_dir is None:
@@ -101,7 +102,7 @@ class ShardReader:
         return content
 
     def again(self) -> ShardReader:
-        """Another one like it, for another thread."""
+        """A new reader of the same shards, for another thread."""
         return ShardReader(self.manifest, *self._cache_at)
 
     def fetch(self, shard: int) -> None:
@@ -110,8 +111,8 @@ class ShardReader:
             os.close(self._open_remote(shard))
 
     def check_some(self) -> None:
-        """Reads a few samples of a few local shards, spread over all of them: most changes since the indexing stop a
-        run at its start then, not when it comes to the sample. The same on every rank. ShardError"""
+        """Reads a few samples of a few local shards, spread over all of them and the same on every rank, so that most
+        changes since indexing stop a run at its start and not later. Raises ShardError."""
         local = [n for n, shard in enumerate(self.manifest.shards) if shard.samples and not is_remote(shard.url)]
         for shard in _spread(local, CHECKED_SHARDS):
             for sample in _spread(range(self.manifest.shards[shard].samples), CHECKED_SAMPLES):
@@ -201,7 +202,7 @@ class ShardReader:
 
 
 def _spread(items: Sequence[int], most: int) -> list[int]:
-    """At most so many of them, the first and the last included."""
+    """At most `most` of the items, evenly spread, the first and the last among them."""
     last = len(items) - 1
     return [items[place] for place in sorted({last * n // (most - 1) for n in range(most)})] if items else []
 

@@ -47,7 +47,7 @@ class ShardIndex:
 
     def __init__(self, data: bytes, where: str):
         self._where = where
-        # What says where the members are: all that an index of an earlier version has.
+        # The lines with the members' places; an index of an earlier version has nothing else.
         self.places, _, sums = data.partition(b"\n" + _SUMS)
         if sums:
             self.places += b"\n"
@@ -137,11 +137,11 @@ class Part(NamedTuple):
     key: str
     extension: str  # in lower case
     member: TarMember
-    left_out: str  # why it belongs to no sample, see left_out.py; "": it does
+    left_out: str  # why it belongs to no sample, see left_out.py; "": it belongs to one
 
 
 def shard_parts(path: str | Path) -> Iterator[Part]:
-    """Every member of a tar but its folders. ShardError if the tar is truncated, damaged or not a plain one."""
+    """Every member of a tar except folders. ShardError if the tar is truncated, damaged or not a plain one."""
     for member in tar_members(path):
         if member.kind != FOLDER:
             key, extension = split_name(member.name)

@@ -1,8 +1,8 @@
 """The members of a tar, from its headers alone: V7, ustar, pax and GNU tars with long names, large sizes, sparse files.
 
-Python's tarfile would do for honest tars. It follows headers that describe the next one by recursion, reads whatever
-size they claim, searches them in quadratic time, keeps every member in memory, and ends without a word at a bad header,
-at the end of a file that lost its last members, and at the first end mark.
+Python's tarfile would do for honest tars. But it follows headers that describe the next one by recursion, reads
+whatever size they claim, searches them in quadratic time and holds every member in memory; and it ends silently at a
+bad header, at the end of a file that lost its last members, and at the first end mark.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from pretrain.data.shards.cache import ShardError
 from pretrain.files import open_regular
 
 BLOCK = 512
-# A header that describes the next one holds a path and some attributes; a member has one, seldom three of them.
+# Limits for headers that describe the next one: such a header holds a path and some attributes, and a member has one of
+# them, seldom three.
 MAX_EXTRA_BYTES, MAX_EXTRAS = 2**20, 16
 
 FILE, FOLDER, LINK, SPARSE, SPECIAL = "file", "folder", "link", "sparse", "special"
-BEHIND = "behind"  # whatever stands behind the first end mark, where readers of tars stop
+BEHIND = "behind"  # anything behind the first end mark, where readers of tars stop
 _KINDS = {b"0": FILE, b"\0": FILE, b"7": FILE, b"1": LINK, b"2": LINK, b"5": FOLDER, b"S": SPARSE}
 _WITHOUT_CONTENT = b"123456"  # types that have none, whatever size they claim
 _LONG_NAME, _LONG_LINK, _GLOBAL, _PAX = b"L", b"K", b"g", b"xX"
 _GNU_SPARSE = b"GNU.sparse."
 _WAY_OUT = "write or download it again, or remove it"
-# The first bytes of what is often called .tar: what it is, and the ending and the command that make a tar of it.
+# The first bytes of compressed files, which are often called .tar too: the format, its ending, and the command that
+# makes a plain tar of it.
 _COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gz", "gunzip"),
     b"BZh": ("bzip2", "bz2", "bunzip2"),
@@ -45,8 +47,8 @@ class TarMember(NamedTuple):
 
 
 def tar_members(path: str | Path) -> Iterator[TarMember]:
-    """Every member of a plain tar in its order, and what stands behind its end mark. Memory does not grow with the tar.
-    ShardError, naming the byte, where it is truncated or damaged, and for what is no tar."""
+    """Every member of a plain tar in order, and members behind its end mark as BEHIND. Memory does not grow with the
+    tar. ShardError, naming the byte, if it is truncated or damaged, or not a tar."""
     with _open(path) as file:
         tar, at, kind = _Tar(file, str(path), os.fstat(file.fileno()).st_size), 0, ""
         while True:
@@ -81,12 +83,12 @@ class _Header(NamedTuple):
     name: str
     type: bytes
     size: int
-    goes_on: bool  # with further blocks, which say where a sparse file has its holes
+    goes_on: bool  # further blocks follow, which say where a sparse file has its holes
 
 
 @dataclass
 class _Extras:
-    """What the headers in front of a member say of it. Of several that say the same the first counts."""
+    """The attributes of a member that the headers before it give. If several give the same one, the first counts."""
 
     name: str | None = None
     size: int | None = None
@@ -143,7 +145,7 @@ class _Tar:
         self._fail(f"is damaged at byte {start}: more than {MAX_EXTRAS} headers describe one member")
 
     def data_behind(self, end: int) -> int | None:
-        """The first block behind `end` that is not zero."""
+        """The place of the first block behind `end` that is not all zeros; None if there is none."""
         self.file.seek(end)
         while chunk := self.file.read(2**20):
             if rest := len(chunk.lstrip(b"\0")):

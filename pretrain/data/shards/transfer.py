@@ -1,7 +1,7 @@
 """The bytes of a remote file, from the command-line tool for its scheme: curl, aws, gsutil, or a command of the user's.
 
-The tools run in sessions of their own, so that nothing of one is left behind; no tool may stall, and no message holds
-what may be secret. webdataset's `gopen` opens the rarer schemes.
+Each tool runs in a session of its own, so that all its processes can be ended; a transfer that stalls is ended, and no
+message holds what may be secret. webdataset's `gopen` opens the rarer schemes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 from pretrain.data.pulse import beat
 
 _CHUNK = 2**20
-# A transfer that brings less than RATE over STALL_S has stalled. Time in which we do not read does not count.
+# A transfer slower than RATE over STALL_S has stalled. Time in which we do not read does not count.
 STALL_S, RATE = 60.0, 64 * 2**10  # seconds, bytes per second
-_TICK_S = 1.0  # a wait counts at most so much at once: the job may have been suspended meanwhile
+_TICK_S = 1.0  # the most that a single wait counts: the job may have been suspended meanwhile
 _CURL = ("http", "https", "ftps", "sftp", "scp")
-# By its own limit curl also ends where we were killed in the middle of a transfer that stalls.
+# curl has a limit of its own, by which it also ends if this process was killed during a transfer that stalls.
 _CURL_OPTIONS = "--globoff --fail --silent --show-error --no-buffer --location --connect-timeout 30"
 _CURL_OPTIONS += " --speed-limit 1 --speed-time 300"
 _CURL_CODES = {
@@ -39,9 +39,9 @@ _CURL_CODES = {
     56: "the connection was lost",
     60: "its server's certificate is not valid",
 }
-_BUSY = (408, 425, 429)  # the HTTP errors below 500 that pass by themselves
-_CLOSED_EARLY = 141  # a shell's, with pipefail, where the reader of a pipe has what it wants
-_WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""")  # of a command, with its quoted parts
+_BUSY = (408, 425, 429)  # the HTTP errors below 500 that may pass by themselves
+_CLOSED_EARLY = 141  # a shell's exit code, with pipefail, if the reader of a pipe closes it early
+_WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""")  # a word of a command, with its quoted parts
 _FILE = re.compile(r"([\w.,+@~{}/-]*/)?[\w.,+@~{}*-]+\.[a-z0-9_]{1,12}|[\w.,+@~{}/-]*/")
 _PASSWORD_WITH_SLASH = re.compile(r"[^/?#@]*:[^/?#@\d\]][^/?#@]*/.*@")
 
@@ -51,20 +51,21 @@ class ShardError(ValueError):
 
 
 class Unreachable(ShardError):
-    """A shard whose store has trouble; a later attempt may bring it."""
+    """A shard whose store has trouble; a later attempt may succeed."""
 
 
 class Refusal(ShardError):
-    """A shard that another attempt would not bring either."""
+    """A shard for which another attempt would fail too."""
 
 
 def is_remote(url: str) -> bool:
+    """Whether this is a URL or a pipe:COMMAND, and not a local path."""
     return url.startswith("pipe:") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url) is not None
 
 
 def redact(url: str) -> str:
-    """The URL without user, password and query, which may be secrets; of a pipe: only its program and file. For
-    messages."""
+    """For messages: the URL without user, password and query, which may be secrets; of a pipe only its program and
+    file."""
     if url.startswith("pipe:"):
         words = [word.strip("'\"") for word in _WORD.findall(url[len("pipe:") :]) if "=" not in word.split("/")[0]]
         program, *words = [*words, ""]
@@ -86,8 +87,8 @@ class _Source(NamedTuple):
 
 
 def chunks(url: str) -> Iterator[bytes]:
-    """The file at `url` in parts of at most 1 MiB. ShardError if it cannot be fetched, is incomplete or stalls; where
-    another attempt is useless, it is a Refusal."""
+    """The file at `url` in parts of at most 1 MiB. ShardError if it cannot be fetched, is incomplete or stalls; a
+    Refusal if another attempt would be useless."""
     source = _start(url)
     try:
         # A Pipe of webdataset has its stream inside.
@@ -101,7 +102,7 @@ def chunks(url: str) -> Iterator[bytes]:
 def _read(fd: int, url: str) -> Iterator[bytes]:
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    waited, got = 0.0, 0  # since the transfer was last known to go on
+    waited, got = 0.0, 0  # seconds and bytes since the transfer last showed progress
     while True:
         beat()
         start = time.monotonic()
@@ -148,7 +149,7 @@ def _start(url: str) -> _Source:
 
 
 def _command(url: str) -> list[str] | None:
-    """The command that writes the file to its output; None: webdataset knows better."""
+    """The command that writes the file to its output; None: webdataset's `gopen` opens this scheme."""
     from webdataset import utils
     from webdataset.gopen import gopen_schemes
 
@@ -171,7 +172,7 @@ def _command(url: str) -> list[str] | None:
 
 
 def _check_end(process: subprocess.Popen, program: str, url: str) -> None:
-    """Raises ShardError unless the tool ends well."""
+    """Waits for the tool to end; raises ShardError if it fails."""
     code, end = None, time.monotonic() + STALL_S
     while code is None:
         beat()
@@ -185,12 +186,12 @@ def _check_end(process: subprocess.Popen, program: str, url: str) -> None:
     if program != "curl":
         text = f"{program} ended with exit code {code}"
         raise _failure(url, text, "see its own message above, and check the URL and the credentials")
-    said = process.stderr.read(2**16) if process.stderr is not None else b""
-    found = re.search(rb"returned error: (\d{3})", said)
-    if code != 22 or found is None:
+    message = process.stderr.read(2**16) if process.stderr is not None else b""
+    answer = re.search(rb"returned error: (\d{3})", message)
+    if code != 22 or answer is None:
         why = _CURL_CODES.get(code, f"curl ended with exit code {code}")
         raise _failure(url, why, "check the URL, its server and the network", Refusal if code == 3 else ShardError)
-    status = int(found[1])
+    status = int(answer[1])
     words = f"{status} {HTTPStatus(status).phrase}" if status in set(HTTPStatus) else str(status)
     if status >= 500 or status in _BUSY:
         raise _failure(url, f"its server answered {words}", "the server has trouble; try again later")
@@ -202,7 +203,7 @@ def _failure(url: str, why: str, way_out: str, kind: type[ShardError] = ShardErr
 
 
 def _stop(source: _Source) -> None:
-    """Ends the tool with all that it started."""
+    """Ends the tool with all processes that it started."""
     process = source.process
     if process is not None and process.returncode is None:  # not reaped, so the number is still its own
         with suppress(ProcessLookupError):
@@ -212,5 +213,5 @@ def _stop(source: _Source) -> None:
         process.wait()
     for stream in (source.file, None if process is None else process.stderr):
         if stream is not None:
-            with suppress(OSError):  # webdataset's raises again what was already told
+            with suppress(OSError):  # webdataset's stream would raise an error that was already reported
                 stream.close()
