@@ -86,7 +86,7 @@ def test_what_cannot_be_averaged_is_one_sentence_and_nothing_is_written(three, t
     (three[1] / WEIGHTS).write_bytes(data)
     assert "is damaged" in error(three[0], three[1])
     assert "does not exist" in error(three[0], tmp_path / "nowhere")
-    assert "is there already" in refused(capsys, main, "average", *three[::2], "--out", three[0])
+    assert "exists already" in refused(capsys, main, "average", *three[::2], "--out", three[0])
 
 
 def test_what_differs_is_named_the_largest_first(three, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Weights files tensor by tensor, so that memory holds one of each at a time: their mean, and what differs."""
+"""The mean of weights files, and their differences, tensor by tensor, so that memory holds one tensor of each file."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ from pretrain.checkpoint.weights import (
 from pretrain.files import write_json, written_in_one_step
 from pretrain.tensors import check_finite
 
-UNKNOWN = "0" * 64  # stands for the hash, as long as it is not known
+UNKNOWN = "0" * 64  # the hash's place in the header until it is known
 SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 def average(paths: Sequence[Path], out: Path) -> str:
-    """The mean of weights files of one model (model soup: Wortsman et al., arXiv 2203.05482, the uniform one) -> the
-    directory `out`, as write_weights leaves it; returns the content's sha256. Numbers are added in float64. ValueError,
-    naming file and tensor, where the files do not fit each other, are damaged or not finite; SaveError."""
+    """Writes the mean of weights files of one model (the uniform model soup of Wortsman et al., arXiv 2203.05482) into
+    the directory `out`, as write_weights does -> the content's sha256. Numbers are added in float64. ValueError, naming
+    file and tensor, if the files are of different models, damaged or not finite; SaveError if `out` cannot be written.
+    """
     if len(paths) < 2:
         raise ValueError(f"{len(paths)} file has no mean; give two or more")
     if (out / WEIGHTS).exists():
-        raise ValueError(f"{out / WEIGHTS} is there already; give another --out")
+        raise ValueError(f"{out / WEIGHTS} exists already; give another --out")
     with ExitStack() as stack:
         opened = [stack.enter_context(open_weights(path)) for path in paths]
         files, headers = [file for file, _ in opened], [header for _, header in opened]
@@ -68,18 +69,20 @@ def average(paths: Sequence[Path], out: Path) -> str:
 
 
 class Kind(NamedTuple):
+    """A tensor's type and shape."""
+
     type: str  # safetensors' name
     shape: tuple[int, ...]
 
 
 def kinds(file: Any) -> dict[str, Kind]:
-    """What an open weights file holds; no tensor is read."""
+    """Type and shape of each tensor in an open weights file; no tensor is read."""
     slices = {name: file.get_slice(name) for name in sorted(file.keys())}
     return {name: Kind(str(each.get_dtype()), tuple(each.get_shape())) for name, each in slices.items()}
 
 
 def _agree(paths: Sequence[Path], files: Sequence[Any], headers: Sequence[dict]) -> dict[str, Kind]:
-    """What all the files hold. ValueError where one differs from the first."""
+    """The tensors that all files hold. ValueError if a file's tensors or model differ from the first one's."""
     first = kinds(files[0])
     for path, file, header in zip(paths[1:], files[1:], headers[1:], strict=True):
         other = kinds(file)
@@ -89,15 +92,20 @@ def _agree(paths: Sequence[Path], files: Sequence[Any], headers: Sequence[dict])
                 raise ValueError(f"{path} holds {theirs} as {name} and {paths[0]} {ours}; average weights of one model")
         models = [each.get("config", {}).get("model") for each in (headers[0], header)]
         if models[0] != models[1]:
-            raise ValueError(f"{path} is of another model than {paths[0]}: {_first_difference(*models)}; give its like")
+            raise ValueError(
+                f"{path} is of another model than {paths[0]}: {_first_difference(*models)}; give weights of one model"
+            )
     if unknown := sorted({kind.type for kind in first.values()} - SIZES.keys()):
-        raise ValueError(f"{paths[0]} holds numbers of the type {unknown[0]}, which cannot be averaged")
+        raise ValueError(
+            f"{paths[0]} holds numbers of the type {unknown[0]}, which cannot be averaged; give weights that a stage "
+            "wrote"
+        )
     return first
 
 
 def _first_difference(ours: Any, theirs: Any) -> str:
     if not isinstance(ours, dict) or not isinstance(theirs, dict):
-        return "one of them does not say which"
+        return "one of them does not name its model"
     name = next(key for key in sorted(ours.keys() | theirs.keys()) if ours.get(key) != theirs.get(key))
     return f"{name} is {theirs.get(name)} and not {ours.get(name)}"
 
@@ -123,7 +131,7 @@ def _bytes(kind: Kind) -> int:
 
 
 def _offsets(tensors: dict[str, Kind]) -> dict[str, int]:
-    """Where each tensor begins, behind the head: those of larger numbers first, so that all are aligned."""
+    """Where each tensor begins, counted from the end of the header: wider numbers first, so that all are aligned."""
     offsets, end = dict[str, int](), 0
     for name in sorted(tensors, key=lambda name: (-SIZES[tensors[name].type], name)):
         offsets[name], end = end, end + _bytes(tensors[name])
@@ -131,7 +139,7 @@ def _offsets(tensors: dict[str, Kind]) -> dict[str, int]:
 
 
 def _head(tensors: dict[str, Kind], offsets: dict[str, int], config: dict[str, Any]) -> tuple[bytes, int]:
-    """What stands before the numbers in a safetensors file, and where in it the hash is to be written."""
+    """The header of a safetensors file, and the place in it where the hash will be written."""
     metadata = json.dumps({"config": config, "sha256": UNKNOWN}, sort_keys=True)
     listed: dict[str, Any] = {"__metadata__": {HEADER: metadata}}
     for name, begin in offsets.items():
@@ -144,14 +152,16 @@ def _head(tensors: dict[str, Kind], offsets: dict[str, int], config: dict[str, A
 
 
 class Difference(NamedTuple):
+    """How a tensor differs between two weights files a and b."""
+
     name: str
-    what: str  # "" where both have it in one shape and type, and the numbers say the rest
-    largest: float = 0.0  # |a - b|
-    relative: float = 0.0  # the norm of a - b, as a share of that of a
+    what: str  # how shape or type differ; "" if only numbers do
+    largest: float = 0.0  # the largest |a - b|
+    relative: float = 0.0  # the norm of a - b, as a share of the norm of a
 
 
 def differences(a: Path, b: Path) -> tuple[int, list[Difference]]:
-    """How many tensors two weights files have in common to the bit, and the others, those that moved most first."""
+    """How many tensors of two weights files are equal to the bit, and the others, those that moved most first."""
     same, others = 0, list[Difference]()
     with open_weights(a) as (first, _), open_weights(b) as (second, _):
         ours, theirs = kinds(first), kinds(second)

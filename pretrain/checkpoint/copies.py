@@ -1,16 +1,16 @@
-"""Copies of checkpoints on the nodes' own disks or in their memory, between two saves to the directory that all share.
+"""Copies of checkpoints on the nodes' own disks or in their memory, between two saves to the shared directory.
 
-Each rank writes its files into a directory of its node, and sends them to the next node (neighbours.py): a node that is
-lost takes no file away of which there is no other. When all have both, the first rank of each node writes the manifest
-of the whole: as in the shared directory a copy without a valid manifest does not exist. A node holds the files of two
-nodes, of one copy while the next one grows and of the two newest in between. They survive a killed process, and not the
-loss of power: what comes from a neighbour is not synced.
+Each rank writes its files into a directory of its node, and sends them to the next node (neighbours.py), so that every
+file survives the loss of one node. When all ranks have done both, the first rank of each node writes the manifest of
+the whole copy; as in the shared directory, a copy without a valid manifest does not exist. A node holds the files of
+two nodes: of one copy while the next one is being written, of the two newest otherwise. They survive a killed process,
+but not a loss of power: files from a neighbour are not synced.
 
-A start whose newest checkpoint is older than the newest copy of which every file is there, undamaged, on some node
-first writes that into the shared directory (`bring_back`); from there it is read like every other checkpoint.
+If the newest copy that is complete and undamaged, over all nodes together, is newer than the newest checkpoint, a start
+first writes it into the shared directory (`bring_back`), from where it is read like every other checkpoint.
 
-A copy belongs to a run and to the number of its rollbacks: a random name in the stage's directory leads to it. So
-nothing comes back of a run that was removed, or of steps that a rollback took away.
+A copy belongs to a run and to the number of its rollbacks, by a random name in the stage's directory. So nothing comes
+back of a run that was removed, or of steps that a rollback undid.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from pretrain.parallel.board import node_name
 log = logging.getLogger("pretrain")
 
 LOCAL = "IMGLISH_LOCAL"
-NAME = "copies.json"  # in the stage's directory: the run's random name; in the node's: the stage's directory
+NAME = "copies.json"  # in the stage's directory it holds the run's random name, in the node's the stage's directory
 
 
 def local_root() -> Path:
-    """Where a node's copies lie. Raises ValueError where the environment names no place."""
+    """The directory of a node's copies. Raises ValueError if the environment names none."""
     if not (local := os.environ.get(LOCAL)):
         raise ValueError(
             f"copy_every needs a directory on each node's own disk or memory, and {LOCAL} names none; export it (in "
@@ -54,8 +54,9 @@ def local_root() -> Path:
 
 
 def open_copies(directory: Path, rollbacks: int) -> Copies:
-    """Those of the run in the stage's `directory`. A collective; rank 0 has the directory's lock. Raises ValueError on
-    every rank where the place of one cannot be used, OSError where rank 0 cannot write to `directory`."""
+    """The copies of the run in the stage's `directory`, after so many `rollbacks`. A collective; rank 0 holds the
+    directory's lock. Raises ValueError on every rank if one of them cannot use its place, OSError if rank 0 cannot
+    write to `directory`."""
     name = gather_objects(fail_together(lambda: _name_of_run(directory) if rank() == 0 else ""))[0]
     place, problem = Path(), None
     try:
@@ -73,23 +74,25 @@ def open_copies(directory: Path, rollbacks: int) -> Copies:
 
 
 class Copies:
-    """`root`: this run's on this node; `stage`: the directory that all nodes share. A collective."""
+    """`root`: this run's directory on this node; `stage`: the stage's shared directory. Constructing it is a
+    collective."""
 
     def __init__(self, root: Path, nodes: Nodes, stage: Path):
         self.root, self.nodes = root, nodes
         self.first = nodes.is_first(rank())
         self._exchange = Exchange(nodes)
         if self.first:
-            with suppress(OSError):  # the first copy says what is wrong
+            with suppress(OSError):  # the first copy will report what is wrong
                 root.mkdir(exist_ok=True)
                 write_json(root / NAME, {"stage": str(stage.resolve())})
                 sweep(root)
                 _remove_others(root)
-        gather_objects(None)  # nobody writes before that
+        gather_objects(None)  # no rank may write before this is done
 
     def write(self, snapshot: Snapshot, before: Iterable[Callable[[], None]]) -> Entries:
-        """This rank's files, and its neighbour's; the entries of its own. No collective. Raises OSError where a disk or
-        a connection fails, once all was sent and taken. `before` as in Saver.save."""
+        """Writes this rank's files and its neighbour's -> the manifest entries of its own. Not a collective. Raises
+        OSError if a disk or a connection fails, but only after everything was sent and received. `before` as in
+        Saver.save."""
         step, own, problem = snapshot.about["step"], Entries(), ""
         place = beside(place_of(self.root, step))
         try:
@@ -107,23 +110,23 @@ class Copies:
         return own
 
     def publish(self, about: dict[str, Any], shares: list[Entries]) -> None:
-        """By the first rank of each node, when all ranks have written. Raises OSError."""
+        """Writes the manifest: called on the first rank of each node, when all ranks have written. Raises OSError."""
         final = place_of(self.root, about["step"])
         publish(about | {"nodes": list(self.nodes.of_ranks)}, shares, beside(final), final)
 
     def drop(self, step: int) -> None:
-        """What grew of the copy of `step`."""
+        """Removes an incomplete copy of `step`."""
         if self.first:
             shutil.rmtree(beside(place_of(self.root, step)), ignore_errors=True)
 
     def remove(self) -> None:
-        """The stage is finished."""
+        """Removes all copies; called when the stage is finished."""
         if self.first:
             shutil.rmtree(self.root, ignore_errors=True)
 
     def bring_back(self, shared: Path, newer_than: int) -> bool:
-        """Writes the newest whole copy of a later step than that into the directory `shared`; whether there was one. A
-        collective."""
+        """Writes the newest complete copy of a step behind `newer_than` into the directory `shared` -> whether there
+        was one. A collective."""
         own = [manifest for _, manifest in complete(self.root) if manifest["step"] > newer_than] if self.first else []
         known = {json.dumps(each, sort_keys=True): each for lists in gather_objects(own) for each in lists}
         for text in sorted(known, key=lambda text: (-known[text]["step"], text)):
@@ -131,14 +134,14 @@ class Copies:
             holders = _holders(manifest, gather_objects(self._good_files(manifest)), self.nodes)
             if missing := sorted(manifest["files"].keys() - holders.keys()):
                 log.warning(
-                    "the copy of step %d is not whole: no node has %s undamaged", manifest["step"], ", ".join(missing)
+                    "the copy of step %d is incomplete: no node has %s undamaged", manifest["step"], ", ".join(missing)
                 )
             elif self._write_shared(shared, manifest, holders, newer_than):
                 return True
         return False
 
     def _good_files(self, manifest: dict[str, Any]) -> list[str]:
-        """Of this rank's share of its node's."""
+        """The undamaged files among this rank's share of its node's files."""
         place, (own, of) = place_of(self.root, manifest["step"]), self.nodes.place_on_node(rank())
         here = [name for name in sorted(manifest["files"]) if (place / name).is_file()]
         return [name for name in here[own::of] if not damage(place, {name: manifest["files"][name]})]
@@ -168,7 +171,7 @@ class Copies:
 
 
 class _Holder(NamedTuple):
-    """Of a file: the rank that can read it, its node, and the node that wrote it."""
+    """Where a file of a copy is: a rank that can read it, that rank's node, and the node that wrote the file."""
 
     rank: int
     node: str
@@ -180,13 +183,13 @@ class _Holder(NamedTuple):
 
 
 def _holders(manifest: dict[str, Any], good: list[list[str]], nodes: Nodes) -> dict[str, _Holder]:
-    """Of each file that some rank has undamaged: the node that wrote it, before its neighbour."""
+    """A holder for each file that some rank has undamaged, on the node that wrote it rather than on its neighbour."""
     wrote = typed(manifest, "nodes", list)
     holders: dict[str, _Holder] = {}
     for number, names in enumerate(good):
         for name in names:
-            found = re.search(r"_rank(\d{5,})\.", name)  # the weights are rank 0's
-            holder = _Holder(number, nodes.of_ranks[number], str(wrote[int(found[1]) if found else 0]))
+            match = re.search(r"_rank(\d{5,})\.", name)  # the weights are rank 0's
+            holder = _Holder(number, nodes.of_ranks[number], str(wrote[int(match[1]) if match else 0]))
             if name not in holders or (holder.own and not holders[name].own):
                 holders[name] = holder
     return holders
@@ -199,6 +202,7 @@ def _copy_files(names: list[str], source: Path, place: Path) -> None:
 
 
 def _name_of_run(directory: Path) -> str:
+    """The run's random name, made at its first start."""
     path = directory / NAME
     with suppress(OSError, ValueError):
         if re.fullmatch(r"[0-9a-f]{32}", name := typed(read_object(path), "run", str)):
@@ -209,7 +213,7 @@ def _name_of_run(directory: Path) -> str:
 
 
 def _make_own(place: Path) -> None:
-    """OSError where it is another user's, who could put files there."""
+    """Makes a directory below local_root(). OSError if that belongs to another user, who could put files there."""
     top = local_root()
     top.parent.mkdir(parents=True, exist_ok=True)
     top.mkdir(mode=0o700, exist_ok=True)
@@ -219,7 +223,7 @@ def _make_own(place: Path) -> None:
 
 
 def _remove_others(root: Path) -> None:
-    """Copies of this run before a rollback, and of runs that are finished or gone."""
+    """Removes copies of this run from before a rollback, and of runs that are finished or gone."""
     for other in root.parent.iterdir():
         try:
             stage = Path(typed(read_object(other / NAME), "stage", str))

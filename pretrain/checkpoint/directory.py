@@ -1,4 +1,4 @@
-"""A directory of checkpoints: which are complete, which are damaged, which are pruned."""
+"""A directory of checkpoints: which are complete, which are damaged, which may be removed."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ LEFTOVERS = (f".step_*{WRITING}", f"{DELETING}step_*", ".saving_step_*")
 
 
 def prepare(directory: Path, beside: Path) -> None:
+    """Makes the directory `beside`, in which a checkpoint of `directory` will grow, and sweeps."""
     directory.mkdir(parents=True, exist_ok=True)
     sweep(directory)
     beside.mkdir()
 
 
 def sweep(directory: Path) -> None:
-    """Remove the leftovers of a killed save."""
+    """Removes the leftovers of killed saves."""
     for pattern in LEFTOVERS:
         for leftover in directory.glob(pattern):
             log.info("removing %s, the leftover of an interrupted save", leftover)
@@ -40,12 +41,13 @@ def sweep(directory: Path) -> None:
 
 
 def place_of(directory: Path, step: int) -> Path:
+    """The checkpoint of a step."""
     return directory / f"step_{step:08d}"
 
 
 def publish(about: dict[str, Any], shares: list[dict[str, dict]], beside: Path, final: Path) -> None:
-    """`beside`, in which every rank has written and synced its files, becomes the checkpoint `final`. `shares`: each
-    rank's manifest entries by file name. Raises OSError."""
+    """Turns `beside`, in which every rank has written and synced its files, into the checkpoint `final`. `about`: the
+    manifest without its files; `shares`: each rank's manifest entries by file name. Raises OSError."""
     body = about | {"files": {name: entry for share in shares for name, entry in share.items()}}
     for folder in {(beside / name).parent for name in body["files"]} | {beside}:
         sync(folder)
@@ -57,21 +59,20 @@ def publish(about: dict[str, Any], shares: list[dict[str, dict]], beside: Path, 
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest `last`, for good those of every `every`-th step (0: none), and the steps of
-    `best`."""
+    """Which checkpoints stay: the newest `last`, those of every `every`-th step (0: none), and the steps in `best`."""
 
     last: int = 2
     every: int = 0
     best: frozenset[int] = frozenset()
 
     def stays(self, step: int) -> bool:
-        """Whether that of `step` stays though it is not among the newest."""
+        """Whether the checkpoint of `step` stays even if it is not among the newest."""
         return step in self.best or (self.every > 0 and step % self.every == 0)
 
 
 def best_step(history: Mapping[int, Mapping[str, Any]], best: str) -> int | None:
-    """Of {step: figures}: the first step with the highest value of the figure `best`, or with the lowest where it
-    begins with "-"; None where there is none."""
+    """The first step of `history`, {step: figures}, with the highest value of the figure `best`, or with the lowest if
+    `best` begins with "-"; None if no step has the figure."""
     name, sign = best.removeprefix("-"), -1.0 if best.startswith("-") else 1.0
     values: dict[int, Any] = {step: figures.get(name) for step, figures in history.items()}
     numbers = {step: value for step, value in values.items() if type(value) in (int, float) and math.isfinite(value)}
@@ -80,7 +81,7 @@ def best_step(history: Mapping[int, Mapping[str, Any]], best: str) -> int | None
 
 
 def prune(directory: Path, step: int, retention: Retention) -> None:
-    """Removes what need not stay, of the checkpoints up to `step`, which is the newest of this run."""
+    """Removes the checkpoints up to `step`, the newest of this run, that `retention` does not keep."""
     older = sorted((number, path) for path in directory.glob("step_*") if 0 <= (number := _step(path)) <= step)
     for number, path in older[: -max(retention.last, 1)]:
         if retention.stays(number):
@@ -92,7 +93,7 @@ def prune(directory: Path, step: int, retention: Retention) -> None:
 
 
 def drop_beyond(directory: Path, step: int) -> None:
-    """Removes the checkpoints of later steps, the newest first. OSError where one cannot be removed."""
+    """Removes the checkpoints of later steps, the newest first. OSError if one cannot be removed."""
     later = [path for path in directory.glob("step_*") if _step(path) > step]
     for path in sorted(later, key=_step, reverse=True):
         log.info("removing %s: the run goes back to step %d", path, step)
@@ -126,21 +127,21 @@ def complete(directory: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _check_types(manifest: dict[str, Any]) -> None:
-    """ValueError for a manifest that no save writes, though its checksum is right."""
+    """ValueError for a manifest that no save writes, even though its checksum is right."""
     fields(manifest, {"step": int, "world": int, "layout": dict, "files": dict, "extra": dict})
     for entry in manifest["files"].values():
         fields(entry, {"bytes": int, "sha256": str})
 
 
 def damage(path: Path, files: dict[str, dict]) -> list[str]:
-    """One line for each of these files that differs from its manifest entry."""
+    """One line for each of these files of the checkpoint `path` that differs from its manifest entry."""
     lines = []
     for name, entry in files.items():
         try:
             if (size := (path / name).stat().st_size) != entry["bytes"]:
                 lines.append(f"{path / name} has {size} bytes instead of {entry['bytes']}")
                 continue
-            # Until 2026-11-28 the weights' entry had the hash of the whole file, as the other files' have.
+            # Until 2026-11-28 the weights' entry had the hash of the whole file, as the other files' entries still do.
             whole = "header" not in entry
             if not (sha256_of(path / name) == entry["sha256"] if whole else matches_entry(path / name, entry)):
                 lines.append(f"{path / name} is damaged (its hash differs)")

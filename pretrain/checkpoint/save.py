@@ -1,10 +1,9 @@
-"""Save, verify and resume one stage. The hand-over between stages is weights.py.
+"""Saves, verifies and resumes one stage. The hand-over between stages is weights.py.
 
 A checkpoint is a directory, step_00000100, which is first written as .step_00000100.writing: the whole model
-(weights.safetensors) and each rank's part of the optimizer's moments and its random state, all synced, then
-MANIFEST.json with their sizes and hashes, then one rename. `newest` ignores a directory without a valid manifest,
-and files that the manifest does not list are not read.
-Nothing in it depends on the layout of the run that wrote it: any other layout can resume from it.
+(weights.safetensors), each rank's part of the optimizer's moments, and its random state, all synced; then MANIFEST.json
+with their sizes and hashes; then one rename. `newest` ignores a directory without a valid manifest, and files that the
+manifest does not list are not read. A run under any layout can resume from it.
 
 The hashes have no key: they show damage by a disk or a copy, but not intent. Whoever can write to the directory can
 rewrite a file and the manifest together, and nothing here notices.
@@ -70,7 +69,8 @@ def save(
     data_digest: str = "",
     extra: dict[str, Any] | None = None,
 ) -> Path:
-    """Write step_STEP into `directory` (shared by all nodes), then remove what `retention` lets go up to that step.
+    """Writes step_STEP into `directory` (shared by all nodes), then removes the checkpoints up to that step that
+    `retention` does not keep.
 
     Every rank must call it. `weights` is (full_state, config) on rank 0; `extra` is JSON and comes back from `newest`.
     Raises SaveError on every rank if any rank cannot write; earlier checkpoints stay intact.
@@ -87,7 +87,8 @@ def save(
 
 
 def begin(directory: Path, step: int) -> Path:
-    """Where step_STEP grows, the same directory for every rank. A collective. Raises SaveError on every rank."""
+    """Makes the directory in which step_STEP will grow, the same for every rank. A collective. Raises SaveError on
+    every rank."""
     beside = files.beside(place_of(directory, step))
     with together(directory, step):
         fail_together(lambda: prepare(directory, beside) if rank() == 0 else None)
@@ -97,8 +98,8 @@ def begin(directory: Path, step: int) -> Path:
 
 @contextmanager
 def together(directory: Path, step: int) -> Iterator[None]:
-    """Inside, every rank raises the same OSError (`fail_together`): what was written so far is removed, and it becomes
-    a SaveError."""
+    """Inside, every rank must raise the same OSError (`fail_together`). It becomes a SaveError, and the incomplete
+    checkpoint is removed."""
     try:
         yield
     except OSError as error:
@@ -121,8 +122,8 @@ def newest(
     step: int | None = None,
     own: bool = True,
 ) -> Checkpoint | None:
-    """The newest undamaged checkpoint of `directory`, or that of `step`; None where there is none. A damaged one costs
-    a log line, and the previous one is tried. `own`: no other run writes there, so that what killed ones left can be
+    """The newest undamaged checkpoint of `directory`, or that of `step`; None if there is none. A damaged one is
+    logged, and the previous one tried. `own`: the directory is this run's own, so that leftovers of killed saves can be
     removed. Every rank must call it.
 
     Raises ValueError for a checkpoint of another recipe, data or precision ("fp32", "bf16"). `names_digest` is the
@@ -151,8 +152,8 @@ def newest(
 
 
 def resume(engine, checkpoint: Checkpoint, mesh: Mesh | None = None) -> None:
-    """Restore the engine's optimizer and counters and this rank's random generators, before the first step. The engine
-    was built with the weights of `checkpoint.weights`. Every rank must call it."""
+    """Restores the engine's optimizer and counters and this rank's random generators, before the first step. The engine
+    must have been built with the weights of `checkpoint.weights`. Every rank must call it."""
     read_moments(engine, mesh, [checkpoint.path / name for name in checkpoint.files if name.startswith("moments_rank")])
     set_progress(engine, checkpoint.step)
     layout = layout_of(engine, mesh)
@@ -167,12 +168,12 @@ def resume(engine, checkpoint: Checkpoint, mesh: Mesh | None = None) -> None:
 
 
 def newest_weights(directory: Path) -> tuple[int, Path] | None:
-    """Step and weights.safetensors of the newest complete checkpoint in `directory`."""
+    """Step and weights.safetensors of the newest complete checkpoint in `directory`; None if there is none."""
     return next(((manifest["step"], directory / name / WEIGHTS) for name, manifest in complete(directory)), None)
 
 
 def average_in(path: Path) -> dict[str, Tensor]:
-    """The running average in a complete checkpoint, whole, by name; {} where its stage makes none."""
+    """The running average in a complete checkpoint, whole, by name; {} if its stage keeps none."""
     with open_safetensors(path / WEIGHTS) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return read_average(sorted(path.glob("moments_rank*.safetensors")), shapes)

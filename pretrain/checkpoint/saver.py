@@ -1,28 +1,28 @@
 """Checkpoints that are written while training goes on.
 
-A save has three parts. The *snapshot* copies into host memory what each rank writes; for this alone training waits. The
-*write* of each rank's files, and on rank 0 the *publishing* (MANIFEST.json, the rename, the removal of old
+A save has three parts. The *snapshot* copies what each rank will write into host memory; training waits only for this.
+The *write* of each rank's files, and on rank 0 the *publishing* (MANIFEST.json, the rename, the removal of old
 checkpoints), run on a thread of their own.
 
-No collective ever runs on that thread. gloo and NCCL match the calls of the ranks by their order alone: one of a second
-thread would come between two calls of a step on one rank, and between two others on the next. So the ranks meet where
-they meet anyway, in the all-reduce at the end of each step: `state` goes in, and `advance` is given the highest one.
+No collective ever runs on that thread: gloo and NCCL match the ranks' collectives by their order alone, and those of a
+second thread would come between different collectives of a step on each rank. So the ranks agree where they meet
+anyway, in the all-reduce at the end of each step: each contributes its `state`, and `advance` gets the highest one.
 
-- Some rank still writes, or rank 0 publishes: the step ends, and nothing else happens.
-- No rank writes any more: rank 0 begins to publish.
-- A write failed on some rank: every rank waits for its own and raises SaveError, at this same step.
+- If some rank still writes, or rank 0 publishes, nothing happens at this step.
+- If no rank writes any more, rank 0 begins to publish.
+- If a write failed on some rank, every rank waits for its own and raises SaveError, all at the same step.
 
-The names, sizes and hashes of a rank's files come to rank 0 in one more small file, SHARE, which is synced last. So a
-checkpoint can also be completed where the ranks may not call each other any more: when an exception ends one of them,
-each waits for its own write, and rank 0 for the others' files, for GRACE_S at the most. A kill at any moment leaves a
-directory without a manifest, which does not exist for `newest`, as a kill in a plain save does.
+Rank 0 learns the names, sizes and hashes of a rank's files from one more small file, SHARE, which is synced last. So a
+checkpoint can be completed even if collectives are no longer possible: when an exception ends a rank, each waits for
+its own write, and rank 0 for the others' files, for at most GRACE_S. A kill at any moment leaves a directory without a
+manifest, which does not exist for `newest`, as a kill in a plain save does.
 
-One snapshot is in memory at a time: a save that comes while the one before is still being written waits for it. A
-second one would not help a disk that takes longer for a checkpoint than training does to the next.
+There is one snapshot in memory at a time: a save waits until the one before is written. A second snapshot would not
+help if the disk takes longer for a checkpoint than training takes to the next one.
 
-A copy on the nodes (copies.py) goes the same way, but that its entries are gathered where the ranks meet, and that it
-is never waited for by training: where something is still being written it is left out, and where it fails a line says
-so and the run goes on.
+A copy on the nodes (copies.py) works the same way, with two differences. Its entries are gathered where the ranks meet;
+and training never waits for it: if something is still being written the copy is left out, and if it fails a warning
+says so and the run goes on.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("pretrain")
 
-IDLE, BUSY, FAILED = range(3)  # what this rank's thread does
+IDLE, BUSY, FAILED = range(3)  # the states of this rank's thread
 SHARE = ".share_rank{:05d}.json"
-LONG_S = 1.0  # a longer wait for the save before is named in the log
+LONG_S = 1.0  # the log names a longer wait for the save before
 
 
 class Saver:
-    """Saves a run's checkpoints into `directory`; `identity` is recipe_hash and data_digest. `background`: False writes
-    each one before training goes on. Every rank makes one, and calls the same methods at the same steps.
+    """Saves a run's checkpoints into `directory`; `identity` is recipe_hash and data_digest. `background` False: each
+    one is written before training goes on. Every rank makes one, and calls the same methods at the same steps.
 
-    As a context it ends with the last write: without an exception as `finish`, with one without a collective.
+    As a context it ends with the last write: by `finish`, or, after an exception, without a collective.
     """
 
     def __init__(
@@ -78,26 +78,28 @@ class Saver:
     ):
         self.engine, self.directory, self.watch, self.mesh = engine, directory, watch, mesh
         self.identity, self.background, self.copies = identity or {}, background, copies
-        self.step = 0  # of the newest checkpoint or copy that was asked for
+        self.step = 0  # of the newest checkpoint or copy that was begun
         self._copies = HostCopies()
         self._about: dict[str, Any] = {}
         self._retention = Retention()
-        self._pending = self._publishing = False  # on every rank alike: a write, or the publishing, is under way
-        self._copying = False  # and of a copy
+        # Equal on every rank: whether a save or copy is incomplete, whether it is being published, and whether it is a
+        # copy.
+        self._pending = self._publishing = self._copying = False
         self._job: _Job | None = None
-        self._entries: Entries = {}  # of the copy, this rank's
+        self._entries: Entries = {}  # this rank's entries of the copy
 
     @property
     def gib(self) -> float:
-        """Of host memory that this rank's snapshots take."""
+        """The GiB of host memory that this rank's snapshots take."""
         return self._copies.gib
 
     @property
     def state(self) -> int:
+        """IDLE, BUSY or FAILED: of this rank's thread."""
         return IDLE if self._job is None else self._job.state
 
     def advance(self, highest: int) -> None:
-        """At the end of a step, with the highest `state` of all ranks. Raises SaveError on all of them."""
+        """Called at the end of each step, with the highest `state` of all ranks. Raises SaveError on all of them."""
         if not self._pending or highest == BUSY:
             return
         if self._copying:
@@ -117,9 +119,9 @@ class Saver:
         before: Iterable[Callable[[], None]] = (),
         extra: dict[str, Any] | None = None,
     ) -> None:
-        """Takes the snapshot after `step`. A collective. `config`: of the weights; `before`: what is to be on disk
-        before this checkpoint is, such as the lines of metrics up to it; `extra`: JSON that `newest` gives back. Raises
-        SaveError on every rank: for this one, or for the one before."""
+        """Takes the snapshot after `step`, and begins to write it. A collective. `config`: the weights'; `before`:
+        called before this checkpoint is written, such as to sync the metrics up to it; `extra`: JSON that `newest`
+        returns. Raises SaveError on every rank, for this save or for the one before."""
         start = time.monotonic()
         if self.finish() and (waited := time.monotonic() - start) > LONG_S:
             log.info("step %d: waited %.1f s for the checkpoint before, which was still being written", step, waited)
@@ -144,8 +146,8 @@ class Saver:
         before: Iterable[Callable[[], None]] = (),
         extra: dict[str, Any] | None = None,
     ) -> None:
-        """Begins a copy on the nodes after `step`, as `save`; left out where the one before is still being written. A
-        collective."""
+        """Begins a copy on the nodes after `step`, with arguments as `save`; does nothing while something is still
+        being written. A collective."""
         if self.copies is None or self._pending:
             return
         copies = self.copies
@@ -168,12 +170,12 @@ class Saver:
         return snapshot
 
     def _advance_copy(self, highest: int) -> None:
-        """A collective."""
+        """`advance` for a copy; a collective."""
         assert self.copies is not None
         copies, about = self.copies, self._about
         if highest == FAILED:
             problems = gather_objects("" if self._job is None or self._job.error is None else str(self._job.error))
-            number, problem = next((number, said) for number, said in enumerate(problems) if said)
+            number, problem = next((number, text) for number, text in enumerate(problems) if text)
             log.warning("no copy of step %d on the nodes: rank %d: %s", self.step, number, problem)
             copies.drop(self.step)
             self._job, self._pending = None, False
@@ -192,8 +194,8 @@ class Saver:
             self._advance_copy(max(gather_objects(self.state)))
 
     def finish(self) -> bool:
-        """Waits until the newest checkpoint is complete. A collective; whether there was one to wait for. Raises
-        SaveError on every rank."""
+        """Waits until the newest checkpoint or copy is complete -> whether there was one to wait for. A collective.
+        Raises SaveError on every rank."""
         if not self._pending:
             return False
         self.watch.enter(f"the end of the {'copy' if self._copying else 'save'} of step {self.step}", patient=True)
@@ -222,7 +224,7 @@ class Saver:
             self._finish_alone()
 
     def _finish_alone(self) -> None:
-        self.watch.extend()  # what ended the run names the part that it was in
+        self.watch.extend()  # and not `enter`: the error's message names the part of the run in which it came
         try:
             self._wait()
             if not self._publishing and rank() == 0:
@@ -250,8 +252,8 @@ class Saver:
 
 
 class _Job:
-    """An action on a thread of its own. Only OSErrors are expected; any other error is logged with its traceback, and
-    becomes one, so that all ranks hear of it in the same way."""
+    """An action on a thread of its own. Only OSErrors are expected; any other error is logged with its traceback and
+    becomes an OSError, so that all ranks treat it alike."""
 
     def __init__(self, action: Callable[[], None]):
         self.action = action
@@ -269,7 +271,7 @@ class _Job:
         self._thread.join()
 
     def wait(self) -> None:
-        """Raises its OSError."""
+        """Waits for the action, and raises its OSError."""
         self.join()
         if self.error is not None:
             raise self.error
@@ -290,7 +292,7 @@ def _call(actions: Iterable[Callable[[], None]]) -> None:
 
 
 def _write(snapshot: Snapshot, place: Path, before: Iterable[Callable[[], None]]) -> None:
-    """This rank's part, and last its entries for the manifest."""
+    """Writes this rank's files, and last its entries for the manifest."""
     _call(before)
     share = place / SHARE.format(rank())
     write_json(share, write_snapshot(snapshot, place))

@@ -1,7 +1,7 @@
-"""What one rank writes of a checkpoint: taken as a snapshot, then written.
+"""One rank's part of a checkpoint, which is first taken as a snapshot and then written.
 
-A snapshot of a plain save is made of the tensors themselves, and is written before the next step. With `HostCopies` it
-is made of copies in host memory, so that training may go on while it is written.
+The snapshot of a plain save holds the tensors themselves, and must be written before the next step. With `HostCopies`
+it holds copies in host memory, so that training may go on while it is written.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from pretrain.parallel.moments import Moments, own_moments, write_moments
 if TYPE_CHECKING:
     from pretrain.parallel.mesh import Mesh
 
-VERSION = 4  # of the manifest; 3 hashed the weights' file as a whole, 2 had no teacher in data_digest
+VERSION = 4  # of the manifest; version 3 hashed the weights' file as a whole, 2 had no teacher in data_digest
 
 
 class HostCopies:
-    """Host memory for the tensors of a snapshot. It is made at the first one and used again by each later one, whose
-    copies overwrite it; pinned for what comes from a GPU, so that the copies run at the bus's speed."""
+    """Host memory for the tensors of a snapshot. It is allocated for the first snapshot, and each later one overwrites
+    it. For tensors on a GPU it is pinned, so that the copies run at the bus's speed."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def copy(self, name: str, value: Tensor) -> Tensor:
-        """Of a GPU's tensor it is complete after `wait`."""
+        """A copy of `value`, in the memory that belongs to `name`. From a GPU it is complete only after `wait`."""
         buffer = self._buffers.get(name)
         if buffer is None or (buffer.shape, buffer.dtype) != (value.shape, value.dtype):
             buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
@@ -50,8 +50,8 @@ class HostCopies:
 
 
 class Snapshot(NamedTuple):
-    """A rank's part of a checkpoint. `about`: the manifest but for its files; `weights`: the whole model and its config
-    on rank 0."""
+    """A rank's part of a checkpoint. `about`: the manifest without its files; `weights`: the whole model and its config
+    on rank 0, None elsewhere."""
 
     about: dict[str, Any]
     moments: Moments
@@ -66,7 +66,7 @@ def take_snapshot(
     weights: tuple[dict[str, Tensor], dict[str, Any]],
     copies: HostCopies | None = None,
 ) -> Snapshot:
-    """`weights`: (full_state, config), of which only rank 0's count. No collective."""
+    """This rank's part of a checkpoint, now. `weights`: (full_state, config), used on rank 0 only. Not a collective."""
     about = {"version": VERSION, "world": world_size(), **about}
     about |= {"layout": layout_of(engine, mesh), "precision": precision_of(engine)}
     moments = own_moments(engine, mesh)
@@ -78,7 +78,8 @@ def take_snapshot(
 
 
 def write_snapshot(snapshot: Snapshot, place: Path) -> dict[str, dict[str, Any]]:
-    """Writes and syncs this rank's files in the directory `place` -> their manifest entries by name. Raises OSError."""
+    """Writes and syncs this rank's files in the directory `place` -> their manifest entries by file name. Raises
+    OSError."""
     files = {
         f"moments_rank{rank():05d}.safetensors": lambda file: write_moments(snapshot.moments, file),
         f"random_rank{rank():05d}.pt": lambda file: torch.save(snapshot.random, file),

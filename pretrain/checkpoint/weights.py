@@ -21,13 +21,13 @@ from pretrain.models.lora import is_adapter, merged
 from pretrain.parallel.state import dense_shape, fill
 from pretrain.tensors import check_finite, check_type
 
-HEADER = "imglish"  # the one metadata key of our safetensors: several would be written in no fixed order
+HEADER = "imglish"  # the only metadata key of our safetensors files: several would be written in no fixed order
 WEIGHTS, CONFIG = "weights.safetensors", "config.json"
 ADAPTERS = "adapters.safetensors"  # beside the weights of a stage with lora
-LAST = "last.safetensors"  # beside the weights of a stage with ema, which are its average: those of its last step
-LORA = "lora"  # in the config of weights whose adapters stand apart
+LAST = "last.safetensors"  # the last step's weights, beside those of a stage with ema, which are its average
+LORA = "lora"  # in the config of weights whose adapters are not added to their layers
 
-# (tensors of a wrong shape, the header's config, the shapes required) -> tensors
+# (tensors of a wrong shape, the header's config, the required shapes) -> tensors
 Adapt = Callable[[dict[str, Tensor], dict[str, Any], dict[str, tuple[int, ...]]], dict[str, Tensor]]
 
 
@@ -40,8 +40,8 @@ class SaveError(OSError):
 
 @dataclass(frozen=True)
 class Handover:
-    """What `load_handover` did with each name: loaded, missing from the file, or unexpected, that is in the file but
-    not built here. `adapted` are the loaded ones whose shape differs from the file's."""
+    """What `load_handover` did with each name: loaded it; missed it in the file; or left it, unexpected, in the file,
+    because it is not built here. `adapted`: the loaded tensors whose shape differed in the file."""
 
     loaded: list[str]
     missing: list[str]
@@ -51,8 +51,8 @@ class Handover:
 
 
 def write_weights(state: dict[str, Tensor], path: Path, config: dict[str, Any]) -> str:
-    """Write `state` and the config that rebuilds its model to `path` (weights.safetensors) atomically, with config.json
-    beside it; returns the content's sha256. For one rank. Raises SaveError."""
+    """Writes `state` and the config that rebuilds its model to `path` (weights.safetensors) atomically, and config.json
+    beside it -> the content's sha256. Called on one rank. Raises SaveError."""
     digest = write_tensors(state, path, config)
     with _saving(path):
         write_json(path.with_name(CONFIG), config | {"weights_sha256": digest})
@@ -60,7 +60,7 @@ def write_weights(state: dict[str, Tensor], path: Path, config: dict[str, Any]) 
 
 
 def write_tensors(state: dict[str, Tensor], path: Path, config: dict[str, Any]) -> str:
-    """The same without a config.json."""
+    """`write_weights` without a config.json."""
     from safetensors.torch import save_file
 
     state = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
@@ -88,8 +88,8 @@ def _saving(path: Path) -> Iterator[None]:
 
 
 def mend_config(path: Path) -> bool:
-    """Writes config.json beside weights.safetensors again where a kill between the two left none, or an older one;
-    whether it did. The weights' own header has all of it. For one rank."""
+    """Writes config.json beside weights.safetensors, from the weights' own header, if a kill between the two left none
+    or an older one -> whether it did. Called on one rank."""
     header, place = weights_header(path), path.with_name(CONFIG)
     try:
         stored = read_object(place).get("weights_sha256")
@@ -102,9 +102,9 @@ def mend_config(path: Path) -> bool:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All tensors of a weights.safetensors (or of the directory that contains it) and its config; adapters, which a
-    checkpoint of a stage with lora has, are added to their layers. Raises ValueError if it is missing, damaged, not
-    safetensors, or of a run that diverged."""
+    """All tensors of a weights.safetensors (or of the directory that contains it) and its config. Adapters, as in a
+    checkpoint of a stage with lora, are added to their layers. Raises ValueError if the file is missing, damaged, not
+    safetensors, or not finite."""
     state, config = read_apart(path)
     if not isinstance(lora := config.get(LORA), dict):
         return state, config
@@ -115,7 +115,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_apart(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The same with adapters as they are."""
+    """`read_weights` with adapters left as they are."""
     state = {}
     with open_weights(path) as (file, header):
         digest = hashlib.sha256()
@@ -128,7 +128,7 @@ def read_apart(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def check_weights(path: Path) -> None:
-    """ValueError as for `read_weights`. Memory holds one tensor at a time."""
+    """Raises ValueError as `read_weights` does, with one tensor in memory at a time."""
     with open_weights(path) as (file, header):
         digest = hashlib.sha256()
         for name in sorted(file.keys()):
@@ -139,8 +139,8 @@ def check_weights(path: Path) -> None:
 
 
 def with_adapters(base: Path, adapters: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights and the config that a stage with lora handed over, from those that it began from and the
-    adapters.safetensors beside its own. Raises ValueError where these do not belong together."""
+    """The weights and the config that a stage with lora handed over, from the weights with which it began and the
+    adapters.safetensors beside its own. Raises ValueError if the two do not belong together."""
     (state, _), (trained, config) = read_weights(base), read_apart(adapters)
     if not isinstance(lora := config.pop(LORA, None), dict):
         raise ValueError(f"{adapters} holds no adapters; give the {ADAPTERS} of a stage with lora")
@@ -159,20 +159,21 @@ def weights_header(path: Path) -> dict[str, Any]:
 
 
 def weights_digest(path: Path) -> str:
-    """Names the content of a weights.safetensors: the sha256 in our header, or that of a file of other origin."""
+    """The sha256 that identifies a weights.safetensors: the one in our header, or that of the whole file if it is of
+    other origin."""
     if (digest := weights_header(path).get("sha256")) is not None:
         return str(digest)
     return sha256_of(path / WEIGHTS if path.is_dir() else path)
 
 
 def weights_entry(path: Path, digest: str) -> dict[str, Any]:
-    """What a manifest says of the weights that `write_weights` has just written with this digest. It covers names,
-    types, shapes and numbers, and `header` the bytes before them: nothing is hashed, or read, a second time."""
+    """The manifest entry of weights that `write_weights` has just written with this digest. The digest covers names,
+    types, shapes and numbers, and `header` the bytes before the numbers, so that the file need not be read again."""
     return {"bytes": path.stat().st_size, "sha256": digest, "header": _header_hash(path)}
 
 
 def matches_entry(path: Path, entry: dict[str, Any]) -> bool:
-    """Whether the file is the one of `weights_entry`. Raises OSError and ValueError where it cannot be read."""
+    """Whether the file matches its `weights_entry`. Raises OSError and ValueError if it cannot be read."""
     if _header_hash(path) != entry["header"]:
         return False
     with open_weights(path) as (file, _):
@@ -183,7 +184,7 @@ def matches_entry(path: Path, entry: dict[str, Any]) -> bool:
 
 
 def _header_hash(path: Path) -> str:
-    """Of all that stands before the numbers: 8 bytes of length, and a JSON of that length."""
+    """The sha256 of everything before the numbers: 8 bytes of length, and a JSON of that length."""
     with open_regular(path) as file:
         length = file.read(8)
         rest = min(int.from_bytes(length, "little"), path.stat().st_size)
@@ -198,7 +199,7 @@ def load_handover(
     fill: Callable[[Tensor, Tensor], Any] = fill,
     adapt: Adapt | None = None,
 ) -> Handover:
-    """Fill a module's parameters and buffers, or a dictionary of tensors, from a weights.safetensors. Where a rank has
+    """Fills a module's parameters and buffers, or a dictionary of tensors, from a weights.safetensors. If a rank holds
     only parts of tensors, `shape_of(tensor)` is the whole's shape and `fill(tensor, whole)` copies the part. `adapt`
     may change tensors of a wrong shape (see contracts.Model.adapt). Raises ValueError if the file is damaged, if a
     number in it is not finite, if a type would lose digits, or if a shape is still wrong (with its name and both
@@ -208,8 +209,8 @@ def load_handover(
         names = sorted(file.keys())
         if LORA in header.get("config", {}) and not any(is_adapter(name) for name in wanted):
             raise ValueError(
-                f"{path} is a checkpoint of a stage with lora, whose adapters stand apart; give the {WEIGHTS} of that "
-                "stage when it has ended"
+                f"{path} is a checkpoint of a stage with lora, whose adapters are not added to its weights; give the "
+                f"{WEIGHTS} that the stage writes at its end"
             )
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names if name in wanted}
         misfits = {name: shape_of(wanted[name]) for name, shape in shapes.items() if shape != shape_of(wanted[name])}
@@ -238,7 +239,8 @@ def load_handover(
     # With attention per modality, vision and language share no names: such a stage only passes the weights on.
     if not loaded and "model" not in header.get("config", {}):
         raise ValueError(
-            f"{path}: none of its {len(names)} tensors belongs to this stage, such as {next(iter(wanted))}"
+            f"{path}: none of its {len(names)} tensors belongs to this stage, which has names such as "
+            f"{next(iter(wanted))}; give weights that a stage or pretrain.export wrote"
         )
     missing = [name for name in wanted if name not in set(names)]
     unexpected = [name for name in names if name not in wanted]
@@ -246,9 +248,9 @@ def load_handover(
 
 
 def carry_over(state: dict[str, Tensor], path: Path | None, frozen: Collection[str] = ()) -> dict[str, Tensor]:
-    """`state` plus the other tensors of `path`, the file the stage started from, so that experts and heads which this
-    stage did not build reach the next one unchanged. For `frozen` names the file's tensors are taken: in bf16 those in
-    memory are rounded."""
+    """`state` plus the other tensors of `path`, the file with which the stage began, so that experts and heads that
+    this stage did not build reach the next one unchanged. Of `frozen` tensors the file's are taken, since in bf16 those
+    in memory are rounded."""
     if path is None:
         return state
     initial = read_weights(path)[0]
@@ -259,8 +261,9 @@ def carry_over(state: dict[str, Tensor], path: Path | None, frozen: Collection[s
 
 
 class HashedFile:
-    """Hashes what is written to it and stores its first error instead of raising it: torch's zip writer kills the
-    process when its destructor meets one, and a rank that dropped out in the middle of a save would block the rest."""
+    """A file that hashes what is written to it, and stores its first error instead of raising it: torch's zip writer
+    kills the process if its destructor meets an error, and a rank that left in the middle of a save would block the
+    others."""
 
     def __init__(self, path: Path):
         self.bytes, self.digest = 0, hashlib.sha256()
@@ -300,7 +303,8 @@ class HashedFile:
 
 @contextmanager
 def open_weights(path: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """The open safetensors file and our header: {} in files of other origin."""
+    """The open safetensors file, and our header, which is {} in files of other origin. ValueError if it is missing or
+    damaged."""
     from safetensors import SafetensorError
 
     path = path / WEIGHTS if path.is_dir() else path
@@ -327,11 +331,13 @@ def _our_header(path: Path, text: str) -> dict[str, Any]:
 
 
 def hash_tensor(digest, name: str, value: Tensor) -> None:
+    """Adds a tensor's name, type, shape and numbers to `digest`."""
     digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
     digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def check_digest(path: Path, header: dict[str, Any], digest) -> None:
+    """ValueError if `digest`, over all tensors by name, is not the one in our header; a file without one passes."""
     if header.get("sha256", digest.hexdigest()) != digest.hexdigest():
         raise ValueError(
             f"{path} is damaged: its tensors do not match its hash; remove it and run its stage again, which rewrites "

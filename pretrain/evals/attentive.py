@@ -1,5 +1,5 @@
-"""An attentive probe: one learned query looks at a picture's frozen rows, and a linear layer names what it saw (CAE,
-arXiv 2202.03026; V-JEPA, arXiv 2404.08471, whose layer has a feed-forward network too)."""
+"""An attentive probe: one learned query attends to a picture's frozen rows, and a linear layer classifies the result
+(CAE, arXiv 2202.03026; V-JEPA, arXiv 2404.08471, whose probe has a feed-forward network too)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BATCH, RATE, DECAY = 256, 3e-3, 0.05
-MOST_BYTES = 8 << 30  # of all pictures' rows, which are seen again in each epoch
+MOST_BYTES = 8 << 30  # of all pictures' rows, which are held for all epochs
 HEAD_WIDTH = 64
 
 
@@ -54,8 +54,8 @@ class Attentive(nn.Module):
 
 @torch.enable_grad()
 def attentive_answers(train: Rows, test: Tensor, classes: int, epochs: int, seed: int = 0) -> Tensor:
-    """int64 [M]: what the probe says of `test` [M, L, D] after `epochs` of `train`, whose order and first weights are
-    drawn from `seed` alone."""
+    """int64 [M]: the classes that the probe predicts for `test` [M, L, D] after `epochs` epochs of `train`. Its order
+    and its initial weights depend on `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         probe = Attentive(train.rows.shape[-1], classes)

@@ -1,4 +1,4 @@
-"""Captions of held-out pictures against what people wrote, by CIDEr-D (data/cider.py), and some of them to look at."""
+"""Captions of held-out pictures, scored against people's by CIDEr-D (data/cider.py), with a few for the report."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class CaptionScore(Evaluation):
-    """CIDEr-D in percent, so that a caption like those of people has about 100. `writing` as for pretrain.caption. The
-    baseline is what people wrote about the next picture. `more`: what pycocoevalcap computes besides (coco_metrics.py):
-    BLEU, ROUGE, and where there is a Java, METEOR and SPICE. `name`, where a stage has several: of its numbers."""
+    """CIDEr-D in percent, of which people's captions have about 100. `writing` as for pretrain.caption. The baseline is
+    the score of people's captions of the next picture. `more`: further metrics of pycocoevalcap (coco_metrics.py):
+    BLEU, ROUGE, and with a Java METEOR and SPICE. `name` distinguishes the numbers of several CaptionScores."""
 
     pairs: ReferenceShards
     samples: int = 5000
@@ -77,7 +77,7 @@ class CaptionScore(Evaluation):
 
 
 def other_captions(references: Sequence[Sequence[str]]) -> list[float]:
-    """The scores of what people wrote about the next picture: fluent, and about something else."""
+    """The scores of people's captions of the next picture, which are fluent but about something else."""
     first = [texts[0] for texts in references]
     return cider(first[1:] + first[:1], references)
 

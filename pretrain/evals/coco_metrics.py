@@ -1,8 +1,8 @@
-"""BLEU, ROUGE-L, METEOR and SPICE of captions, by pycocoevalcap (an extra of its own) and by nothing else. METEOR and
-SPICE are Java programs, and SPICE wants Stanford's models besides, which are never fetched here.
+"""BLEU, ROUGE-L, METEOR and SPICE of captions, by pycocoevalcap (an optional dependency). METEOR and SPICE are Java
+programs, and SPICE also needs Stanford's models, which are never downloaded here.
 
-Texts come as CIDEr's do: small letters, without punctuation (data/cider.py), where pycocoevalcap's own command calls
-Stanford's tokenizer.
+Texts are prepared as for CIDEr, in lower case and without punctuation (data/cider.py), where pycocoevalcap's own
+command calls Stanford's tokenizer.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Texts = Mapping[int, list[str]]
 
 
 class Missing(Exception):
-    """Why a metric cannot be had, as a sentence with the way out."""
+    """Why a metric cannot be computed, as a sentence with the way out."""
 
 
 def coco_metrics(
     names: Sequence[str], captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> dict[str, float | str | None]:
-    """{"captions/BLEU-4": percent, ...} of METRICS `names`. What cannot be had is None, and captions/NAME/missing says
-    why."""
+    """{"captions/BLEU-4": percent, ...} for `names`, some of METRICS. A metric that cannot be computed is None, and
+    captions/NAME/missing says why."""
     given = {number: [" ".join(words_of(text)) for text in texts] for number, texts in enumerate(references)}
     own = {number: [" ".join(words_of(text))] for number, text in enumerate(captions)}
     values: dict[str, float | str | None] = {}
@@ -73,7 +73,7 @@ def _meteor(given: Texts, own: Texts) -> dict[str, float]:
     _java("METEOR")
     try:
         return {"METEOR": Meteor().compute_score(given, own)[0]}
-    except (OSError, ValueError) as error:  # it died, or said no number
+    except (OSError, ValueError) as error:  # it died, or printed no number
         raise Missing(f"java ran METEOR and it failed ({error}); it needs 2 GB of memory") from None
 
 

@@ -1,5 +1,4 @@
-"""How often a fine-tuned stage is right: classes of pictures, answers to questions, sentences about two pictures or
-about one."""
+"""The accuracy of fine-tuned stages: classes of pictures, answers to questions, sentences about two pictures or one."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ EVERYTHING = 10**9
 
 @dataclass(frozen=True)
 class TopAccuracy(Evaluation):
-    """Percent of pictures whose class is the best one, or among the best five."""
+    """Percent of pictures whose class has the highest logit, or one of the five highest."""
 
     images: LabelledShards
     samples: int = EVERYTHING
@@ -46,7 +45,7 @@ class TopAccuracy(Evaluation):
         for batch in trained.batches({"images": self.images}, min(self.batch, samples), samples):
             logits, label = head.logits(trained.task.encoder(batch)).float(), batch.extra[LABEL]
             own = logits.gather(1, label[:, None])
-            # As for recall: a tie counts against us, and so does NaN.
+            # As in retrieval.first_right, a tie counts against us, and so does NaN.
             ranks.append((~(logits < own)).sum(-1).cpu() - 1 + ~own.isfinite().squeeze(1).cpu() * 10**6)
         rank = torch.cat(ranks)[:samples]
         top = {f"top-{k}": 100 * (rank < k).double().mean().item() for k in (1, 5)}
@@ -55,7 +54,7 @@ class TopAccuracy(Evaluation):
 
 @dataclass(frozen=True)
 class QuestionAccuracy(Evaluation):
-    """VQA's official accuracy of the best answer (data/answers.py), in percent."""
+    """VQA's official accuracy of the most likely answer (data/answers.py), in percent."""
 
     questions: QuestionShards
     samples: int = EVERYTHING
@@ -80,7 +79,7 @@ class QuestionAccuracy(Evaluation):
 
 @dataclass(frozen=True)
 class TwoPictureAccuracy(Evaluation):
-    """Percent of sentences that are judged right; a coin has 50."""
+    """Percent of sentences that are judged right; chance is 50."""
 
     pairs: TwoPictureShards
     samples: int = EVERYTHING
@@ -104,7 +103,7 @@ class TwoPictureAccuracy(Evaluation):
 
 @dataclass(frozen=True)
 class EntailmentAccuracy(Evaluation):
-    """Percent of sentences whose class is found, of all and of each class (`.../accuracy/NAME`)."""
+    """Percent of sentences whose class is predicted right, among all and in each class (`.../accuracy/NAME`)."""
 
     pairs: LabelledPairShards
     samples: int = EVERYTHING

@@ -1,4 +1,4 @@
-"""Masked accuracy on data that was not trained on, beside the baseline of always saying the most frequent answer."""
+"""Masked accuracy on held-out data, beside the baseline of always predicting the most frequent target."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class MaskedAccuracy(Evaluation):
 
     @torch.no_grad()
     def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
-        """-> percentages for eval.json, and what the report shows."""
+        """-> percentages for eval.json, and samples for the report."""
         heads = trained.head("masked")
         predictions: dict[str, list[Tensor]] = {}
         shown: list[dict] = []

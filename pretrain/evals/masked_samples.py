@@ -1,4 +1,4 @@
-"""What the report shows of masked data modeling: pictures and captions as they are, hidden, and as predicted."""
+"""The report's samples of masked data modeling: pictures and captions, whole, hidden, and as predicted."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Predictions = dict[str, tuple[Tensor, Tensor]]
 
 
 def masked_samples(trained: Trained, batch: Batch, predictions: Predictions) -> list[dict]:
-    """A few entries for samples.json: pairs with both their halves, else pictures and texts by themselves."""
+    """A few entries for samples.json: pairs, each with its picture and its text; else pictures and texts alone."""
     layout = batch.layout
     pairs = [*range(layout.images, layout.images + layout.pairs)][:SHOWN]
     images = [*range(layout.images)][:SHOWN]
     if layout.pairs:
-        # Where pairs keep their picture whole, some pictures alone show what is predicted of hidden patches.
+        # If no patch of pairs is hidden, a few pictures alone show the predictions of hidden patches.
         hidden = batch.image_masks[layout.images :].any()
         shown = _words(trained, batch, predictions, "pair")
         for entry, picture in zip(shown, _pictures(trained, batch, predictions, pairs), strict=False):
@@ -31,7 +31,8 @@ def masked_samples(trained: Trained, batch: Batch, predictions: Predictions) -> 
 
 
 def _pictures(trained: Trained, batch: Batch, predictions: Predictions, chosen: list[int]) -> list[dict]:
-    """For each chosen picture: as it is; and if some of it was hidden, as hidden, and with the predictions drawn in."""
+    """Each chosen picture; and, if patches of it were hidden, the picture with them greyed out, and with the
+    predictions drawn in."""
     pictures, drawn = uint8_pictures(batch.images), _drawn(trained, batch, predictions)
     entries = []
     for i in chosen:
@@ -47,7 +48,8 @@ def _pictures(trained: Trained, batch: Batch, predictions: Predictions, chosen: 
 
 
 def _drawn(trained: Trained, batch: Batch, predictions: Predictions) -> Tensor | None:
-    """Every picture from its codes, the hidden ones as predicted: uint8 [N, 3, H, W]. None if codes cannot be drawn."""
+    """Every picture drawn from its codes, with hidden codes as predicted: uint8 [N, 3, H, W]. None if codes cannot be
+    drawn."""
     if trained.draw_codes is None or batch.image_codes is None:
         return None
     codes = batch.image_codes.clone()

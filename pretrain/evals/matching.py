@@ -1,4 +1,4 @@
-"""Does a model tell a picture's own caption from another's? On data that was not trained on."""
+"""Can a model distinguish a picture's own caption from another picture's? On held-out data."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pretrain.evals.trained import Trained, check_counts, missing_head
 
 @dataclass(frozen=True)
 class MatchingAccuracy(Evaluation):
-    """Percent right of the answers to two questions for each picture: with its own caption, and with that of the next
-    picture of the batch (left out where that is the same text). Saying yes or no to everything gives the baseline, near
-    50. `choice`: percent of the pictures whose own caption fits better than the other, whatever the head says of each
-    (chance is 50): after hard negatives it may say no to nearly everything and still know."""
+    """Percent of right decisions, two for each picture: with its own caption, and with that of the next picture of the
+    batch (left out if the two texts are equal). Always deciding the same gives the baseline, near 50. `choice`: percent
+    of pictures whose own caption fits better than the other, whatever is decided on each (chance is 50). After hard
+    negatives the head may reject nearly every pair and still rank captions well."""
 
     pairs: Any
     samples: int = 512
@@ -34,7 +34,7 @@ class MatchingAccuracy(Evaluation):
 
     @torch.no_grad()
     def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
-        """-> percentages for eval.json; nothing for the report's samples."""
+        """-> percentages for eval.json, and no samples."""
         own_margins, other_margins, different = list[Tensor](), list[Tensor](), list[Tensor]()
         samples = min(self.samples, trained.samples_of(self.pairs))
         if samples < 2:
@@ -56,12 +56,12 @@ class MatchingAccuracy(Evaluation):
 
 
 def preferred(own: Tensor, others: Tensor) -> float:
-    """Percent of the margins [N] that are above those of the other captions; a tie counts half."""
+    """Percent of the margins `own` [N] that are above `others` [N]; a tie counts half."""
     return 100 * ((own > others).double() + 0.5 * (own == others).double()).mean().item()
 
 
 def margin(trained: Trained, batch: Batch) -> Tensor:
-    """fp32 [pairs]: the logit that a pair belongs together, less the one that it does not."""
+    """fp32 [pairs]: the logit that a pair belongs together minus the logit that it does not."""
     first = Kinds.rows_of(batch.layout, torch.device("cpu"), first=True)
     needed = first._replace(pair_texts=torch.zeros_like(first.pair_texts))
     rows = trained.task.encoder(batch, needed=needed).first.pair_images

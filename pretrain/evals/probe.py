@@ -1,4 +1,4 @@
-"""What frozen pictures' vectors say of classes: the nearest neighbours' vote, and linear and attentive probes."""
+"""Classification by frozen vectors of pictures: nearest neighbours, and linear and attentive probes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from pretrain.evals.attentive import Rows, attentive_answers, check_size
 from pretrain.evals.trained import Trained, check_counts
 
 ROWS = ("mean", "first")
-CHUNK = 1024  # pictures that look for neighbours at once
+CHUNK = 1024  # pictures whose neighbours are searched at once
 
 
 @dataclass(frozen=True)
 class Probe(Evaluation):
-    """Percent of `test`'s pictures that each gets right from `train`'s. `rows`: the mean of a picture's patches, or its
-    class row. The weight of the linear classifier's penalty is the best of `penalties` on every fifth picture of
-    train. `attentive`: epochs of a probe that attends to all of a picture's rows (evals/attentive.py); 0: none."""
+    """Percent of `test`'s pictures that each method classifies right after learning from `train`. `rows`: a picture's
+    vector is the "mean" of its patches or its "first" row, the class row. The linear classifier's penalty is the best
+    of `penalties` on every fifth picture of train. `attentive`: epochs of a probe that attends to all of a picture's
+    rows (evals/attentive.py); 0: none."""
 
     train: LabelledShards
     test: LabelledShards
@@ -62,7 +63,8 @@ class Probe(Evaluation):
         return {f"probe/{name}": 100 * (said == right).double().mean().item() for name, said in answers.items()}, {}
 
     def _vectors(self, trained: Trained, source: LabelledShards) -> tuple[Tensor, Tensor, Tensor]:
-        """float32 [N, D], int64 [N], and for the attentive probe bf16 [N, L, D], on the host."""
+        """A source's vectors float32 [N, D], classes int64 [N], and rows bf16 [N, L, D] for the attentive probe (L is 0
+        without one), on the host."""
         samples, vectors, labels = min(self.samples, trained.samples_of(source)), list[Tensor](), list[Tensor]()
         rows = list[Tensor]()
         task: Any = trained.task
@@ -79,8 +81,8 @@ class Probe(Evaluation):
 
 
 def nearest_vote(train: Tensor, label: Tensor, test: Tensor, neighbours: int, classes: int) -> Tensor:
-    """int64 [M]: for each of `test` [M, D] the class of its nearest of `train` [N, D] by cosine, each vote weighed by
-    exp(cosine / 0.07) (DINO, arXiv 2104.14294, appendix F.1)."""
+    """int64 [M]: for each of `test` [M, D] the class for which its nearest `neighbours` of `train` [N, D] by cosine
+    vote, each vote weighted by exp(cosine / 0.07) (DINO, arXiv 2104.14294, appendix F.1)."""
     train, answers = F.normalize(train, dim=-1), []
     for some in F.normalize(test, dim=-1).split(CHUNK):
         cosine, place = (some @ train.T).topk(min(neighbours, len(train)))
@@ -92,8 +94,8 @@ def nearest_vote(train: Tensor, label: Tensor, test: Tensor, neighbours: int, cl
 def linear_answers(
     train: Tensor, label: Tensor, test: Tensor, classes: int, penalties: tuple[float, ...] = (1e-3,)
 ) -> Tensor:
-    """int64 [M]: what multinomial logistic regression says of `test` [M, D]; its vectors are standardised by the mean
-    and deviation of `train` [N, D]."""
+    """int64 [M]: the classes that multinomial logistic regression on `train` [N, D] predicts for `test` [M, D]. Vectors
+    are standardised by the mean and deviation of `train`."""
     mean, deviation = train.mean(0), train.std(0).clamp(min=1e-6)
     train, test = (train - mean) / deviation, (test - mean) / deviation
     penalty = penalties[0]

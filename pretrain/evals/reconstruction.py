@@ -1,4 +1,4 @@
-"""What the visual tokenizer keeps of a picture: its loss on held-out data, how its codes are used, and drawings."""
+"""How well the visual tokenizer represents held-out pictures: its loss, the use of its codes, and reconstructions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SHOWN = 8
 
 @dataclass(frozen=True)
 class Reconstruction(Evaluation):
-    """The distillation loss, the percent of codes in use, and their perplexity (as many codes, used evenly, would say
-    as much)."""
+    """The distillation loss, the percent of codes in use, and their perplexity (the number of evenly used codes that
+    would have the same entropy)."""
 
     images: ImageShards
     samples: int = 512
@@ -33,7 +33,7 @@ class Reconstruction(Evaluation):
 
     @torch.no_grad()
     def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
-        """-> numbers for eval.json, and what the report shows."""
+        """-> numbers for eval.json, and samples for the report."""
         tokenizer = trained.task.tokenizer
         counts = torch.zeros(tokenizer.cfg.codes, dtype=torch.double)
         losses: list[float] = []

@@ -18,7 +18,7 @@ SHOWN, RESULTS = 4, 5  # hits and misses shown per direction, results shown per 
 
 
 class Candidates(NamedTuple):
-    """N pictures and the M captions they have together; what is shown lies on the host."""
+    """N pictures and their M captions; `tokens` and `pictures`, which are only shown, lie on the host."""
 
     images: Tensor  # float [N, E]
     texts: Tensor  # float [M, E]
@@ -30,8 +30,8 @@ class Candidates(NamedTuple):
 
 @dataclass(frozen=True)
 class Retrieval(Evaluation):
-    """Every picture of `pairs` against every caption, by the dual encoder. A result is right when it is the query's own
-    partner or carries the very same caption.
+    """Every picture of `pairs` against every caption, by the dual encoder. A result is right if it is the query's own
+    partner, or has the very same caption.
 
     With CaptionShards a picture has several captions, and numbers are those of the published protocol (Karpathy's
     splits): a picture's query is a hit if any of its captions is among the k best, a caption's only if its own picture
@@ -53,7 +53,7 @@ class Retrieval(Evaluation):
 
     @torch.no_grad()
     def run(self, trained: Trained) -> tuple[dict[str, float], dict]:
-        """-> percentages for eval.json, and what the report shows."""
+        """-> percentages for eval.json, and samples for the report."""
         candidates = self._candidates(trained)
         right = own_captions(candidates.owner, len(candidates.images))
         if not isinstance(self.pairs, CaptionShards):
@@ -86,7 +86,7 @@ class Retrieval(Evaluation):
             tokens += [ids.cpu() for ids in rows]
             pictures += uint8_pictures(batch.images).cpu()
             keys += batch.keys
-        # The last batch may begin again, and where a bad sample was replaced a picture comes twice.
+        # The last batch may be filled up from the start, and a picture comes twice if it replaced a bad sample.
         places = list(range(samples))
         if several:
             places = sorted({key: place for place, key in reversed(list(enumerate(keys[:samples])))}.values())
@@ -106,7 +106,7 @@ class Retrieval(Evaluation):
             return []
         captions = [trained.text.decode(row.tolist()) for row in candidates.tokens]
         owner = candidates.owner.tolist()
-        first = [owner.index(place) for place in range(len(candidates.images))]  # caption, where a picture is a result
+        first = [owner.index(place) for place in range(len(candidates.images))]  # each picture's first caption
         pictures, shown = candidates.pictures, []
         for direction, table, good in (("image_to_text", scores, right), ("text_to_image", scores.T, right.T)):
             ranks = first_right(table, good)
@@ -142,8 +142,8 @@ def own_captions(owner: Tensor, pictures: int) -> Tensor:
 
 
 def refuse_repeated_pictures(candidates: Candidates) -> None:
-    """ValueError where one picture is there under two keys with different captions: each right answer but one would
-    count as a miss."""
+    """ValueError if one picture occurs under two keys with different captions: all its right answers but one would
+    count as misses."""
     seen: dict[bytes, int] = {}
     keys, tokens = candidates.keys, candidates.tokens
     for place, picture in enumerate(candidates.pictures):
@@ -158,10 +158,10 @@ def refuse_repeated_pictures(candidates: Candidates) -> None:
 
 
 def first_right(scores: Tensor, right: Tensor) -> Tensor:
-    """For each row of scores [N, M], how many wrong columns score at least as high as its best right one: [N]. A tie
-    counts against us, so a collapsed model scores nothing."""
+    """int64 [N]: for each row of scores [N, M], how many wrong columns score at least as high as its best right one. A
+    tie counts against us, so that a collapsed model scores nothing."""
     best = scores.masked_fill(~right, -torch.inf).max(-1, keepdim=True).values
-    # Not `scores >= best`: no number compares with NaN, and a diverged model must not look perfect.
+    # Not `scores >= best`, which is False for NaN: a diverged model must not look perfect.
     return (~(scores < best) & ~right).sum(-1)
 
 
@@ -172,9 +172,9 @@ def both_ways(scores: Tensor, right: Tensor) -> dict[str, float]:
 
 
 def mean_of_folds(scores: Tensor, right: Tensor, owner: Tensor, folds: int) -> dict[str, float]:
-    """Of scores [N, M] of N pictures and the M captions that they own, in their order: the means of `both_ways` over
-    equal parts of the pictures, each with its own captions; and `candidates`, the pictures of a part. ValueError where
-    the parts are not equal."""
+    """The means of `both_ways` over equal parts of the pictures, each with its own captions; and `candidates`, the
+    number of pictures in a part. scores [N, M]: of N pictures and their M captions, which are in the order of the
+    pictures; `owner` [M]. ValueError if the parts are not equal."""
     pictures, parts = len(scores), list[dict[str, float]]()
     if pictures % folds:
         raise ValueError(f"evals: {pictures} pictures do not make folds={folds} equal parts; use samples that do")

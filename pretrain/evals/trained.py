@@ -17,21 +17,20 @@ from pretrain.batch import Batch
 
 @dataclass(frozen=True)
 class Trained:
-    """`loader(mix, counts, masking)` gives evaluation batches (one rank, a fixed seed); `with_codes` adds
-    the visual tokenizer's codes; pictures go to `directory`/samples."""
+    """The task, and everything that evaluations need beside it."""
 
     task: nn.Module
     device: torch.device
-    directory: Path
-    loader: Callable[..., Any]
-    with_codes: Callable[[Batch], Batch]
-    draw_codes: Callable[[Tensor], Tensor] | None  # codes [N, P] -> uint8 [N, 3, H, W]; None: no picture can be made
-    samples_of: Callable[[Any], int]  # samples of a source
+    directory: Path  # pictures are written into its samples/
+    loader: Callable[..., Any]  # (mix, counts, masking) -> the Loader of held-out batches, for one rank, a fixed seed
+    with_codes: Callable[[Batch], Batch]  # adds the visual tokenizer's codes
+    draw_codes: Callable[[Tensor], Tensor] | None  # codes [N, P] -> uint8 [N, 3, H, W]; None: codes cannot be drawn
+    samples_of: Callable[[Any], int]  # how many samples a source has
     masking: Any  # the masked objective, or None
     text: Any  # the text tokenizer, or None
 
     def head(self, name: str) -> Any:
-        """The objective that an evaluation reads; see `missing_head`."""
+        """The head of the objective `name`; see `missing_head`."""
         task: Any = self.task
         return task.objectives[name]
 
@@ -43,7 +42,7 @@ class Trained:
             yield self.with_codes(batch.to(self.device))
 
     def save_picture(self, image: Tensor, name: str) -> str:
-        """Write uint8 [3, H, W] as a PNG; returns the path as samples.json names it."""
+        """Writes uint8 [3, H, W] as a PNG -> its path as samples.json names it."""
         path = self.directory / "samples" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.ascontiguousarray(image.permute(1, 2, 0).cpu().numpy())).save(path)
@@ -51,7 +50,7 @@ class Trained:
 
 
 def missing_head(stage: Any, name: str) -> list[str]:
-    """The problem of an evaluation that reads an objective which the stage does not train."""
+    """Evaluation.problems of one that reads the head of the objective `name`."""
     names = [objective.name for objective in stage.objectives]
     if name in names:
         return []
@@ -62,7 +61,7 @@ def missing_head(stage: Any, name: str) -> list[str]:
 
 
 def check_counts(**counts: int) -> None:
-    """Of an evaluation's config."""
+    """ValueError for a count in an evaluation's config that is below 1."""
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"evals: {name}={count} is below 1; use 1 or more")

@@ -1,4 +1,5 @@
-"""Classes of pictures by their names alone: the dual encoder's nearest text (CLIP, arXiv 2103.00020, 3.1)."""
+"""Zero-shot classification: a picture's class is the one whose name has the nearest text vector (CLIP, arXiv
+2103.00020, 3.1)."""
 
 from __future__ import annotations
 
@@ -19,13 +20,13 @@ from pretrain.json_files import read_json
 from pretrain.settings import fill_variables
 
 TEMPLATES = ("a photo of a {}.",)  # CLIP's default; its 80 for ImageNet are open_clip.OPENAI_IMAGENET_TEMPLATES
-TEXTS = 256  # in one pass
+TEXTS = 256  # that go through the encoder at once
 
 
 @dataclass(frozen=True)
 class ZeroShot(Evaluation):
-    """Percent of pictures whose class is the nearest one. `names`: a JSON list of the classes' names by number, such as
-    from_table's labels.json; `templates`: texts with {} where a name stands, whose vectors are averaged."""
+    """Percent of pictures whose own class is the nearest. `names`: a JSON list of the classes' names by number, such as
+    from_table's labels.json; `templates`: texts with {} in the place of a name, whose vectors are averaged."""
 
     images: LabelledShards
     names: str
@@ -67,7 +68,7 @@ class ZeroShot(Evaluation):
 def class_vectors(
     embed: Callable[[Sequence[str]], Tensor], names: Sequence[str], templates: Sequence[str] = TEMPLATES
 ) -> Tensor:
-    """[classes, E] of length one: of each name the mean over the templates of its texts' vectors. `embed`: texts ->
+    """Unit vectors [classes, E]: for each name the mean of its texts' vectors over the templates. `embed`: texts ->
     unit vectors. ValueError for a template without {}."""
     texts = class_texts(names, templates)
     vectors = torch.cat([embed(texts[start : start + TEXTS]) for start in range(0, len(texts), TEXTS)])
@@ -75,13 +76,13 @@ def class_vectors(
 
 
 def class_texts(names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> list[str]:
-    """The texts that stand for classes, those of a name one after the other. ValueError as for `class_vectors`."""
+    """The texts for all classes, those of one name together. ValueError as for `class_vectors`."""
     check_templates(templates)
     return [template.replace("{}", name) for name in names for template in templates]
 
 
 def mean_of_templates(vectors: Tensor, names: int) -> Tensor:
-    """Vectors [names * templates, E] of `class_texts` -> [names, E] of length one."""
+    """Vectors [names * templates, E] of `class_texts` -> unit vectors [names, E]."""
     return F.normalize(vectors.unflatten(0, (names, -1)).mean(1), dim=-1)
 
 
@@ -91,7 +92,7 @@ def check_templates(templates: Sequence[str]) -> None:
 
 
 def read_names(name: str) -> list[str]:
-    """A JSON list of names. ValueError."""
+    """The names in a JSON list. ValueError for a file that is missing or of another kind."""
     path = Path(fill_variables(name, "names")).expanduser()
     if not path.is_file():
         raise ValueError(f"names={path} does not exist; give a labels.json of data_tools.from_table")

@@ -103,7 +103,7 @@ def test_merging_changes_no_output(cfg, tmp_path):
     assert config == {"n": 1} and set(read) == before
     assert all(torch.equal(value, whole.state_dict()[name]) for name, value in read.items())
     assert load_handover(layer, tmp_path).missing == []
-    with pytest.raises(ValueError, match="whose adapters stand apart; give the weights"):
+    with pytest.raises(ValueError, match="whose adapters are not added to its weights; give the weights"):
         load_handover(encoder(cfg), tmp_path)
     write_weights({name: v for name, v in state.items() if not name.endswith("up")}, tmp_path / "weights.safetensors",
                   {LORA: to_json(LORA_)})  # fmt: skip
