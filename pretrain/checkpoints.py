@@ -1,12 +1,12 @@
-"""What is in weights files and checkpoints, what differs between two, and the mean of several (a soup).
+"""Shows what weights files and checkpoints hold and how two differ, and averages several (a model soup).
 
     python -m pretrain.checkpoints inspect runs/base/vision runs/base/vision/checkpoints/step_00001000
     python -m pretrain.checkpoints diff runs/base/fusion runs/base/retrieval
     python -m pretrain.checkpoints average runs/base/retrieval/checkpoints/step_* --out runs/soup/retrieval
 
-Each place is a weights.safetensors, or a directory that has one: a stage's, or a checkpoint's. `average` writes a
-directory that pretrain.load and init_from read, with the tokenizer that the others have. `diff` ends with 0 where all
-tensors are the same and with 1 where not. Files are read tensor by tensor, so that memory holds one of each at a time.
+Each PLACE is a weights.safetensors, or a directory that has one: a stage's, or a checkpoint's. `average` writes a
+directory that pretrain.load and init_from read, with the text tokenizer of the others. `diff` exits with 0 if all
+tensors are the same, and with 1 if not. Files are read tensor by tensor, so that memory holds one tensor of each.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def facts(place: Path) -> dict[str, Any]:
-    """What is in a weights file, and what the files around it say of it. ValueError for one that is damaged."""
+    """What a weights file holds, and what the files beside it say about it, by name. ValueError if it is damaged."""
     path = place / WEIGHTS if place.is_dir() else place
     check_weights(path)
     with open_weights(path) as (file, header):
@@ -74,18 +74,18 @@ def facts(place: Path) -> dict[str, Any]:
 
 
 def _around(path: Path, digest: str) -> dict[str, Any]:
-    """The step of a checkpoint, and evaluations of these very weights."""
+    """The step of a checkpoint, and the evaluations of the weights with this digest."""
     about: dict[str, Any] = {}
     if (path.parent / MANIFEST).is_file():
         about["step"] = read_object(path.parent / MANIFEST).get("step")
-    for found in sorted(path.parent.glob("eval*.json")):
-        scores = read_object(found)
+    for evaluation in sorted(path.parent.glob("eval*.json")):
+        scores = read_object(evaluation)
         if scores.get("weights") != digest:
-            about[found.name] = "of other weights"
+            about[evaluation.name] = "of other weights"
             continue
         about.setdefault("step", scores.get("step"))
         numbers = {k: v for k, v in scores.items() if type(v) in (int, float) and k != "step"}
-        about[found.name] = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        about[evaluation.name] = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
     return about
 
 
@@ -111,14 +111,15 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _settings(ours: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    found: list[tuple[str, Any, Any]] = []
+    """(dotted name, ours, theirs) of each setting that differs between two configs."""
+    changes: list[tuple[str, Any, Any]] = []
     for name in sorted(ours.keys() | theirs.keys()):
         a, b = ours.get(name), theirs.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _settings(a, b, f"{prefix}{name}.")
+            changes += _settings(a, b, f"{prefix}{name}.")
         elif a != b:
-            found.append((prefix + name, a, b))
-    return found
+            changes.append((prefix + name, a, b))
+    return changes
 
 
 def _average(args: argparse.Namespace) -> None:

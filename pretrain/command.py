@@ -1,4 +1,4 @@
-"""What every command shares: its parser, and how it ends, with an exit code and one sentence instead of a traceback."""
+"""What all commands share: their parser, and how they end, with an exit code and one sentence and not a traceback."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def add_directories(parser: argparse.ArgumentParser) -> None:
 
 
 def add_workers(parser: argparse._ActionsContainer, most: int = 8) -> None:
-    """`most`: the default on a machine with many cores."""
+    """Adds --workers; `most`: the default on a machine with many cores."""
     cores = min(most, os.cpu_count() or 1)
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help="processes (%(default)s)")
 
 
 def part_of(text: str) -> tuple[int, int]:
-    """--part I/N -> (I, N). ValueError."""
+    """--part I/N -> (I, N). ValueError for any other text."""
     part = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     if part is None or int(part[1]) >= int(part[2]):
         raise ValueError(f"--part {text} is wrong; use 0/N to N-1/N, such as 0/8")
@@ -60,12 +60,11 @@ def part_of(text: str) -> tuple[int, int]:
 
 
 def run(action: Callable[[], int | None], *, state: str) -> int:
-    """The exit code of a command: what `action` returns (None: 0); 2 for wrong input (ValueError, OSError) and for a
-    worker process that was killed; 130 for Ctrl-C; 141 where nobody reads its output any more, as behind `| head`.
-    `state` tells the user what happened to the work so far. Errors of the program itself are raised, with their
-    traceback."""
+    """Runs `action` -> the exit code of a command: what it returns (None: 0); 2 for wrong input (ValueError, OSError)
+    and for a worker process that was killed; 130 for Ctrl-C; 141 where nobody reads its output any more, as behind
+    `| head`. `state` tells the user what became of the work so far. A bug's exception is raised, with its traceback."""
     imported()
-    if logging.lastResort is not None:  # what prints the warnings of a command that starts no log
+    if logging.lastResort is not None:  # it prints the warnings of a command that does not start logging
         logging.lastResort.setFormatter(Formatter("%(message)s"))
     try:
         code = action() or 0
@@ -105,7 +104,8 @@ def _nobody_reads() -> bool:
 
 
 def sentence(error: Exception) -> str:
-    """What a user reads of an error: of a system call on a file what is wrong with its path, and the way out."""
+    """The sentence that a user reads about an error; for an OSError with a path, what is wrong with it and the way
+    out."""
     if not isinstance(error, OSError) or error.filename is None or error.errno not in PATHS:
         return str(error)
     if error.strerror == os.strerror(error.errno):
@@ -116,7 +116,7 @@ def sentence(error: Exception) -> str:
 
 
 def about(module: str, arguments: list[str] | None) -> dict[str, str]:
-    """The command line and the date. `arguments` None: those of this process."""
+    """The command line and the date, for a result file. `arguments` None: those of this process."""
     words = ["python", "-m", module, *(sys.argv[1:] if arguments is None else arguments)]
     return {"command": " ".join(words), "date": date.today().isoformat()}
 

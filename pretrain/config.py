@@ -18,7 +18,7 @@ from pretrain.parallel.sizes import Parallel
 from pretrain.rollbacks import RollbackRule
 from pretrain.tasks.pretrain import Pretrain
 
-MAX_SEED = 2**48  # the loader adds the kind of a sample above these bits
+MAX_SEED = 2**48  # the loader puts the number of a sample's kind into the bits above
 
 
 @dataclass(frozen=True)
@@ -57,24 +57,25 @@ class Stage:
     task: Task = field(default_factory=Pretrain)
     experts: tuple[str, ...] = ("vision", "language", "fusion")
     trainable: tuple[str, ...] = ("*",)  # shell patterns over parameter names
-    lora: Lora | None = None  # the encoder stays as init_from gives it, and adapters beside its layers are trained
+    lora: Lora | None = None  # freezes the encoder's weights and trains adapters beside its layers
     init_from: str | None = None  # a stage of this run directory, or a weights.safetensors
-    visual_tokenizer: str | None = None  # makes the image targets: a stage of this run directory, or weights
+    visual_tokenizer: str | None = None  # gives the image targets: a stage of this run directory, or weights
     transform: ImageTransform = field(default_factory=ImageTransform)
-    # Shell patterns over trainable names, and the step in which each is trained first: {"encoder.*": 500}. The others
-    # are from step 1. See parallel/unfreezing.py.
+    # {shell pattern over trainable names: the first step that trains them}, such as {"encoder.*": 500}. All others are
+    # trained from step 1. See parallel/unfreezing.py.
     unfreeze: dict[str, int] = field(default_factory=dict)
     ema: Ema | None = None  # the stage hands over this running average of its weights
     drop_path: float = 0.0  # of the last block; it rises linearly from 0
-    activation_checkpointing: bool | int = 0  # n: the backward pass keeps every n-th block's input; True is 1
+    activation_checkpointing: bool | int = 0  # n: only every n-th block's input is held for the backward pass; True: 1
     parallel: Parallel = field(default_factory=Parallel)  # ranks that share one copy of the model
-    # The blocks, by torch.compile. None: on a GPU, where ZeRO-3 or ranks that share the blocks do not cut them up.
+    # Whether torch.compile compiles the blocks. None: yes on a GPU, unless ZeRO-3 or ranks that share the blocks split
+    # them.
     compile: bool | None = None
-    # Of two with one figure the second's has a number: retrieval#2/image_to_text/R@1.
+    # If two give a figure of the same name, the second's gets a number: retrieval#2/image_to_text/R@1.
     evals: tuple[Evaluation, ...] = ()
-    evals_every: int = 0  # steps between two evaluations during training; 0: none before its end
-    best: str = ""  # the figure by which the best checkpoint stays, "-" before one that should be low
-    patience: int = 0  # evaluations without a better figure that end the stage, with the best weights; 0: never
+    evals_every: int = 0  # steps between two evaluations during training; 0: only at its end
+    best: str = ""  # the figure whose best checkpoint is kept; with "-" before it if low is good
+    patience: int = 0  # so many evaluations without a better figure end the stage, with the best weights; 0: never
 
     def __post_init__(self) -> None:
         wants = {"batch": BatchSize, "optim": Optim, "transform": ImageTransform, "parallel": Parallel}
@@ -146,7 +147,7 @@ class Stage:
         return problems
 
     def first_step(self, name: str) -> int:
-        """In which a trainable parameter of this name is trained first."""
+        """The first step that trains a trainable parameter of this name."""
         return next((first for pattern, first in self.unfreeze.items() if fnmatch(name, pattern)), 1)
 
     def trains(self, name: str) -> bool:
@@ -157,24 +158,24 @@ class Stage:
 
     @property
     def masking(self) -> Masking | None:
-        """What the loader hides: as the objectives say."""
+        """What the loader hides, for all objectives together."""
         asked: list[Any] = [objective.masking for objective in self.objectives]
         return combine([masking for masking in asked if masking is not None])
 
     @property
     def reads(self) -> dict[str, str]:
-        """The weights that it learns from, {knob: name of a stage, weights file or directory}."""
+        """The weights and files from which task and objectives learn: {knob: name of a stage, file or directory}."""
         parts: list[Task | Objective] = [self.task, *self.objectives]
         return {knob: name for part in parts for knob, name in part.reads().items()}
 
     @property
     def draws(self) -> dict[str, int]:
-        """Random numbers that each objective's head wants for a sequence."""
+        """{objective: how many random numbers its head needs for each sequence}."""
         return {objective.name: objective.draws for objective in self.objectives if objective.draws}
 
     @property
     def head_classes(self) -> dict[str, int]:
-        """The sizes of heads that tensor ranks divide, by the knob that sets them."""
+        """{knob: the size of a head that tensor ranks divide}."""
         return {
             f"objectives.{place}.{name}": size
             for place, objective in enumerate(self.objectives)
@@ -183,7 +184,7 @@ class Stage:
 
 
 def profiled_steps(asked: str) -> tuple[int, int] | None:
-    """The first and the last of the steps that `Recipe.profile_steps` names; None for "". ValueError."""
+    """The first and the last step that `Recipe.profile_steps` names; None for "". ValueError for any other text."""
     if not asked:
         return None
     steps = re.fullmatch(r"(\d{1,12}):(\d{1,12})", asked)
@@ -194,35 +195,35 @@ def profiled_steps(asked: str) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model and the stages that pretrain it. The docstring of a recipe's module says where its numbers come from."""
+    """A model and the stages that pretrain it. The docstring of a recipe's module gives the sources of its numbers."""
 
     name: str
     model: Model
     stages: dict[str, Stage]
-    text_tokenizer: str | None = None  # a SentencePiece model file; $VARIABLES are expanded
+    text_tokenizer: str | None = None  # a SentencePiece model or a tokenizer.json; $VARIABLES are expanded
     seed: int = 0
     loading: Loading = field(default_factory=Loading)
     log_every: int = 10
     save_every: int = 1000
     keep: int = 2  # complete checkpoints to keep; the one before is used if the newest is damaged
-    keep_every: int = 0  # of the steps that this divides checkpoints stay for good
-    # Training waits for a copy in host memory, not for the disk. As long as the run lasts it takes 8 bytes a parameter
-    # over all ranks, and 4 more on rank 0.
+    keep_every: int = 0  # checkpoints of steps that this divides are never removed; 0: none
+    # Training waits only for a copy into host memory, not for the disk. That memory is taken for the whole run: 8 bytes
+    # per parameter over all ranks, and 4 more on rank 0.
     save_in_background: bool = True
-    # Steps between two copies of the same on the nodes' own disks or in their memory (IMGLISH_LOCAL), each node's also
-    # on the next one, for starts after a fault; 0: none. Such a copy waits for no shared disk.
+    # Steps between two copies of the run's state on the nodes' own disks or in their memory (IMGLISH_LOCAL), for starts
+    # after a fault; each node's copy is also sent to the next node. 0: none. A copy needs no shared disk.
     copy_every: int = 0
-    trace_samples: bool = False
-    # Steps in a row whose gradients may be inf or nan: such a step moves nothing and is counted. One more ends the run,
-    # or sends it back to a checkpoint:
+    trace_samples: bool = False  # writes the keys that each rank consumes at each step, samples.rankNNNNN.jsonl
+    # How many steps in a row may have gradients that are inf or NaN; such a step moves nothing and is counted. One more
+    # ends the run, or by `rollback` sends it back to a checkpoint.
     max_skipped_steps: int = 0
     rollback: RollbackRule = field(default_factory=RollbackRule)
     profile_steps: str = ""  # FIRST:LAST, such as 10:15: rank 0 writes a trace of these steps, see run/profile.py
-    # On a GPU: fp32 products by TF32 (10 bits of each factor's mantissa count: errors of 1e-3 instead of 1e-7), on an
-    # A100 up to 8 times as fast. bf16 runs have hardly any fp32 products.
+    # fp32 matrix products on a GPU by TF32, which uses 10 bits of each factor's mantissa (errors of 1e-3 instead of
+    # 1e-7) and is up to 8 times as fast on an A100. bf16 runs have hardly any fp32 products.
     tf32: bool = False
-    deterministic: bool = False  # the same bits from every start on a GPU, at a cost; see run/numerics.py
-    # How long a rank waits for another one, or for its data, at the most: what its own steps took sets a shorter limit.
+    deterministic: bool = False  # the same bits from every start on a GPU, but slower; see run/numerics.py
+    # The most seconds that a rank waits for another one, or for its data; the times of its steps set a shorter limit.
     timeout_s: float = 1800.0
 
     def __post_init__(self) -> None:
@@ -254,7 +255,7 @@ class Recipe:
 
 
 def to_json(config: Any) -> Any:
-    """A config as plain JSON values, each dataclass with its class name, so that a reader can tell what it was."""
+    """A config as plain JSON values; each dataclass has its class's name under "class"."""
     if is_dataclass(config) and not isinstance(config, type):
         return {"class": type(config).__name__} | {f.name: to_json(getattr(config, f.name)) for f in fields(config)}
     if isinstance(config, dict):

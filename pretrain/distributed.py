@@ -1,4 +1,4 @@
-"""Rank, world and the few collectives that are used, the same with and without an initialised process group."""
+"""Rank, world size and the few collectives in use; they work with and without an initialised process group."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def local_rank() -> int:
 
 
 def device() -> torch.device:
-    """This rank's GPU where there is one, otherwise the CPU."""
+    """This rank's GPU if there is one, otherwise the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     # A launcher may show each rank only its own GPU, as number 0.
@@ -40,7 +40,7 @@ def barrier() -> None:
 
 
 def reduce_mean(values: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> dict[str, float]:
-    """The mean over the ranks of each named scalar, in one collective. Every rank passes the same names."""
+    """The mean over the ranks of each named scalar, in one collective. Every rank must pass the same names."""
     names = sorted(values)
     packed = torch.stack([values[name].detach().double().reshape(()) for name in names])
     if dist.is_initialized():
@@ -75,23 +75,23 @@ def fail_together(action: Callable[[], T]) -> T:
 
 
 def refuse_together(problem: str | None) -> None:
-    """ValueError on every rank with the first problem that one of them has, so that they take the same branch."""
+    """Raises ValueError on every rank with the first problem that any rank has, so that all take the same branch."""
     for each in gather_objects(problem):
         if each is not None:
             raise ValueError(each)
 
 
 def highest(values: Sequence[int], on: torch.device) -> list[int]:
-    """Of each value the highest of all ranks, in one collective: all ranks must take the same branch."""
+    """Each value's maximum over all ranks, in one collective on the device `on`."""
     if not dist.is_initialized():
         return list(values)
-    seen = torch.tensor(values, device=on)
-    dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-    return seen.tolist()
+    maxima = torch.tensor(values, device=on)
+    dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+    return maxima.tolist()
 
 
 def all_gather(own: Tensor, group: dist.ProcessGroup | None = None) -> list[Tensor]:
-    """Every rank's tensor, in rank order and without gradients. Every rank passes the same shape."""
+    """Every rank's tensor, in rank order and without gradients. Every rank must pass the same shape."""
     own = own.contiguous()
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, own, group=group)
@@ -114,8 +114,8 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """All ranks' `rows` [n, ...] stacked in rank order [world * n, ...]. The gradient comes back to the rank that
-    owns a row, summed over all ranks that read it. Every rank passes the same shape."""
+    """All ranks' `rows` [n, ...], concatenated in rank order, [world * n, ...]. The gradient of a row goes back to the
+    rank that owns it, summed over all ranks. Every rank must pass the same shape."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return rows
     return _GatherRows.apply(rows, group)
@@ -130,10 +130,10 @@ def gather_own(rows: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Te
 def visit_ranks(
     rows: Tensor, see: Callable[[Tensor, int], Tensor | None], group: dist.ProcessGroup | None = None
 ) -> Tensor | None:
-    """Shows every rank's `rows` [n, ...] to `see(rows, distance)`, one rank's after another's, so that no more than
-    those are held; `distance` is how many rows they lie behind this rank's own in the order of all ranks' rows. What
-    `see` returns about them is added up over all ranks and returned to the rank whose rows they are, without gradients.
-    Every rank passes the same shape, and gets None if `see` returns None."""
+    """Calls `see(rows, distance)` on every rank with every rank's `rows` [n, ...], one rank's after another's, so that
+    only one rank's are held at a time. `distance`: how many rows they lie behind this rank's own in the order of all
+    ranks' rows. The tensors that `see` returns for a rank's rows are summed over all ranks and returned to that rank,
+    without gradients; None if `see` returns None. Every rank must pass the same shape."""
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return see(rows, 0)
     own, back = dist.get_rank(group), None
@@ -141,8 +141,8 @@ def visit_ranks(
         source = number if group is None else dist.get_global_rank(group, number)
         shown = rows.contiguous() if number == own else torch.empty_like(rows, memory_format=torch.contiguous_format)
         dist.broadcast(shown, source, group=group)
-        said = see(shown, (number - own) * len(rows))
-        if said is not None:
-            dist.reduce(said, source, group=group)
-            back = said if number == own else back
+        answer = see(shown, (number - own) * len(rows))
+        if answer is not None:
+            dist.reduce(answer, source, group=group)
+            back = answer if number == own else back
     return back

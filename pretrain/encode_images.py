@@ -50,7 +50,7 @@ from pretrain.run.image_targets import load_visual_tokenizer, picture_codes
 from pretrain.run.stored_weights import weights_path
 from pretrain.visible import visible
 
-AHEAD = 2  # stretches that a worker makes before they are asked for
+AHEAD = 2  # stretches that a worker prefetches
 
 
 class Encoder(NamedTuple):
@@ -113,7 +113,7 @@ class _Looks:
         return [self.transform(data, look_rng(seed, key, look)) for look in range(self.coding.crops)]
 
     def results(self, workers: int) -> Generator[Any, None, None]:
-        """Of each stretch, in their order; 0 `workers`: made by this process."""
+        """The result of each stretch, in order; with 0 `workers` this process makes them."""
         items = ((number, 0) for number in range(len(self.stretches)))
         if not workers:
             yield from (self.make(item, np.empty(self.pictures, np.uint8)) for item in items)
@@ -160,7 +160,7 @@ def encode_directory(
 def _codes(
     reader: ShardReader, todo: list[int], encoder: Encoder, batch: int, workers: int, bar: tqdm
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(shard, uint16 [samples, crops, patches]) of each shard, empty ones included."""
+    """(shard, uint16 [samples, crops, patches]) for each shard, empty ones included."""
     coding, samples = encoder.coding, reader.manifest.counts
     step = max(1, batch // coding.crops)
     stretches = [
@@ -210,7 +210,8 @@ def _refuse_others(directory: Path, encoder: Encoder) -> None:
 
 
 def load_encoder(recipe: Recipe, stage: Stage, tokenizer: str, crops: int, name: str) -> Encoder:
-    """The encoder that makes the codes which the stage would make. Raises ValueError if the arguments do not match."""
+    """The encoder whose codes are those that the stage would compute itself. Raises ValueError if the arguments do not
+    go together."""
     if stage.masking is None:
         raise ValueError("--stage names a stage that predicts no codes; name one that does")
     if not stage.transform.train:

@@ -1,4 +1,5 @@
-"""Files that a kill or a loss of power leaves whole: written beside, synced, renamed, the directory synced."""
+"""Files that stay whole through a kill or a loss of power: written under another name, synced, renamed, and their
+directory synced."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-WRITING = ".writing"  # ends the name of whatever is not whole yet
+WRITING = ".writing"  # the ending of names of incomplete files and directories
 
 
 def open_regular(path: str | Path) -> BufferedReader:
@@ -24,8 +25,8 @@ def open_regular(path: str | Path) -> BufferedReader:
 
 
 def regular_descriptor(path: str | Path) -> int:
-    """The same as a descriptor, which the caller closes. A pipe without a writer would be waited for, for ever and deaf
-    to every signal."""
+    """`open_regular` as a descriptor, which the caller closes. Opening a pipe without a writer would block for ever,
+    and ignore every signal."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
@@ -35,7 +36,7 @@ def regular_descriptor(path: str | Path) -> int:
 
 
 def sha256_of(path: str | Path) -> str:
-    """Of the content of a regular file. ValueError for anything else."""
+    """The SHA-256 of a regular file's content. ValueError for anything else."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -46,12 +47,14 @@ def _file_type(mode: int) -> str:
 
 
 def beside(path: Path, writer: str = "") -> Path:
-    """Where `path` grows: a hidden name in its directory. `writer` tells apart those that may write it at one time."""
+    """The hidden name under which `path` is written, in the same directory. `writer` distinguishes processes that may
+    write it at the same time."""
     return path.with_name(f".{path.name}{writer and '.'}{writer}{WRITING}")
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """The file holds the old content or the new, whatever happens, and however many processes write it at one time."""
+    """Writes a file so that it holds either the old or the new content, whatever happens, also if several processes
+    write it at the same time. OSError with the file's name."""
     try:
         with _in_one_step(path, beside(path, secrets.token_hex(4))) as growing:
             growing.write_bytes(data)
@@ -65,8 +68,8 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def written_in_one_step(path: Path) -> Iterator[Path]:
-    """Gives the name under which to write what `path` is to hold when the block ends; an exception leaves `path` as it
-    was. For one process at a time, which removes what a killed one left."""
+    """Yields the name under which to write; at the end of the block that file becomes `path`, and after an exception
+    `path` is unchanged. Only one process may write `path` at a time; it removes what a killed one left."""
     folder = beside(path)  # for the library's own temporary files too: safetensors leaves .tmpXXXXXX when it is killed
     _remove(folder)
     folder.mkdir()
@@ -81,7 +84,7 @@ def written_in_one_step(path: Path) -> Iterator[Path]:
 def _in_one_step(path: Path, growing: Path) -> Iterator[Path]:
     try:
         growing.touch()
-        mode = growing.stat().st_mode  # by the umask: libraries that write through a temporary file make it 0600
+        mode = growing.stat().st_mode  # as the umask says: libraries that write through a temporary file set 0600
         yield growing
         growing.chmod(mode)
         move(growing, path)
@@ -91,8 +94,8 @@ def _in_one_step(path: Path, growing: Path) -> Iterator[Path]:
 
 
 class Lines:
-    """A file that grows line by line, each of them in one write: a reader never sees half of one in the middle. Raises
-    OSError with the file's name."""
+    """A file to which lines are appended, each by one write, so that a reader never sees an incomplete line in the
+    middle. Raises OSError with the file's name."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -101,12 +104,12 @@ class Lines:
     def write(self, line: bytes) -> None:
         left = memoryview(line)
         with self._named():
-            # A disk that fills takes a part of a write, without an error; the next write tells it.
+            # A disk that becomes full takes a part of a write without an error; only the next write raises one.
             while left:
                 left = left[os.write(self._handle, left) :]
 
     def sync(self) -> None:
-        """What was written survives the loss of the node."""
+        """Makes sure that the lines so far survive the loss of this node."""
         with self._named():
             os.fsync(self._handle)
 
@@ -123,19 +126,19 @@ class Lines:
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
-    """An open safetensors file. Raises OSError where it cannot be read, SafetensorError for a file of another kind."""
+    """An open safetensors file. Raises OSError if it cannot be read, SafetensorError for a file of another kind."""
     from safetensors import safe_open
 
     try:
         file = safe_open(path, framework="pt")
-    except RuntimeError as error:  # of torch, which maps the file, for whatever the disk says
+    except RuntimeError as error:  # torch maps the file, and raises this for any error of the disk
         raise OSError(errno.EIO, f"could not be read: {str(error).splitlines()[0]}", str(path)) from error
     with file:
         yield file
 
 
 def move(path: Path, place: Path) -> None:
-    """A whole file, or a directory of synced files, takes its place in one step."""
+    """Renames a complete file, or a directory of synced files, to `place` in one step, and syncs."""
     sync(path)
     os.replace(path, place)
     sync(place.parent)
@@ -151,7 +154,7 @@ def sync(path: Path) -> None:
 
 
 def sweep(directory: Path) -> None:
-    """Removes what killed processes left half-written; only where no other process writes now."""
+    """Removes incomplete files that killed processes left. No other process may be writing there."""
     for suffix in (WRITING, ".tmp"):  # .tmp: of an earlier version
         for leftover in directory.glob(f".*{suffix}"):
             _remove(leftover)

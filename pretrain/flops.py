@@ -1,4 +1,4 @@
-"""Model FLOPs, as MFU counts them, what of them is executed, and the peak rates of GPUs."""
+"""Model FLOPs, as MFU counts them, the FLOPs that are really executed, and the peak rates of GPUs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 from pretrain.batch import Layout
 
-# Dense tensor-core peak in FLOP/s, bf16 with fp32 accumulation (V100 and T4: fp16, they know no bf16). The first name
-# that is a word of the device's name counts. Source: NVIDIA's data sheet of each.
+# Dense tensor-core peak in FLOP/s, bf16 with fp32 accumulation (V100 and T4: fp16, since they have no bf16). The first
+# entry whose words are all in the device's name counts. Source: NVIDIA's data sheet of each.
 PEAKS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -46,9 +46,9 @@ class Product(NamedTuple):
 class StepFlops(NamedTuple):
     """FLOPs of one step on one rank, forward and backward."""
 
-    padded: float = 0.0  # of all rows of its layouts, padding too
-    real: float = 0.0  # of the rows that are no padding
-    executed: float = 0.0  # of these, what is computed: see Model.executed_flops
+    padded: float = 0.0  # of all rows of its layouts, padding included
+    real: float = 0.0  # of the rows that are not padding
+    executed: float = 0.0  # the part of `real` that is really computed; see Model.executed_flops
 
 
 def product_flops(products: Iterable[Product]) -> int:
@@ -57,7 +57,7 @@ def product_flops(products: Iterable[Product]) -> int:
 
 
 def executed_product(product: Product, *, weight: bool, inputs: bool) -> float:
-    """FLOPs of its forward pass, of its weight's gradient and of its inputs' gradient, where those are computed."""
+    """FLOPs of a product's forward pass, and of the gradients that are computed: the `weight`'s, and the `inputs`'."""
     return 2 * product.rows * product.inputs * product.outputs * (1 + weight + inputs)
 
 
@@ -76,8 +76,8 @@ def encoder_flops(
     layout: Layout, *, dim: int, depth: int, ffn_dim: int, patch_inputs: int = 0, attention_dim: int | None = None
 ) -> int:
     """FLOPs of one micro-batch, forward and backward, as flops_per_sequence counts them. `patch_inputs`: numbers in a
-    patch, 3 * patch_size**2. A row that a frozen module reads counts like any other, and so do the rows that the last
-    block leaves out because no head reads them."""
+    patch, 3 * patch_size**2. Rows of frozen modules count like any others, and so do the rows that the last block
+    leaves out because no head reads them."""
     sequences = (
         (layout.images, layout.image_len),
         (layout.pairs, layout.image_len + layout.pair_len),

@@ -1,7 +1,7 @@
 """Flip and colour jitter of a whole batch on its device, as the loader's workers do them picture by picture.
 
-A worker spends a fifth of its time on them. The numbers are those that each sample's own generator drew, so that who
-computes changes nothing, or by another rounding a value in a hundred thousand by one level of 255.
+A worker spends a fifth of its time on them. Their random numbers come from each sample's own generator in both cases,
+so that the results are equal, except that rounding changes one value in a hundred thousand by one level of 255.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ AS_IT_IS = (0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 2.0)
 _CONTRAST, _SATURATION = 1, 2
 # Rec. 601's weights of red, green and blue in a grey value, in 2**15, as OpenCV rounds them.
 _GREY, _BITS = (9798, 19235, 3735), 15
-# Pictures at once: their values take 8 bytes each, several times over.
+# How many pictures are processed at once: their values take 8 bytes each, several times over.
 _PART = 64
 
 
 def finished(batch: Batch) -> Batch:
-    """The batch with its pictures flipped and jittered as `looks` says, on their device. Waits for no device."""
+    """The batch with its pictures flipped and jittered as `looks` says, on their device, without waiting for it."""
     if batch.looks is None:
         return batch
     parts = zip(batch.images.split(_PART), batch.looks.split(_PART), strict=True)
@@ -39,12 +39,13 @@ def jittered(images: Tensor, looks: Tensor) -> Tensor:
         factor = factors.gather(1, step[:, None])
         rest = 1 - factor
         grey = _grey(images)
-        # The sum of whole numbers is exact in any order.
+        # A sum of whole numbers is exact in any order.
         mean = grey.sum((1, 2, 3))[:, None] / grey[0].numel()
         offset = torch.where((step == _CONTRAST)[:, None], mean * rest, 0)
         share = torch.where((step == _SATURATION)[:, None], rest, 0)
         factor, offset, share = (value.float()[:, :, None, None] for value in (factor, offset, share))
-        # In 64 bits, then rounded to 32 as by a fused multiply-add: of two roundings more, a later factor makes levels.
+        # In 64 bits, then rounded to 32, as by a fused multiply-add: later factors would turn two more roundings into
+        # whole levels.
         blend = (images.double() * factor).add_(grey.float() * share + offset)
         images = blend.float().round_().clamp_(0, 255).to(torch.uint8)
     return images

@@ -1,7 +1,7 @@
-"""JSON from files, which may come from anywhere: a value within bounds, or a ValueError that says why not.
+"""JSON from untrusted files: a value within bounds, or a ValueError that says why not.
 
-Python's own parser fails in other ways too: by recursion for nested lists, and later, where a number of 400 digits or
-one in the wrong place meets arithmetic.
+Python's own parser fails in other ways too: by recursion for nested lists; and a number of 400 digits, or one where a
+text should stand, fails only later.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def read_bytes(path: str | Path, limit: int = MAX_BYTES) -> bytes:
 
 
 def read_json(path: str | Path, limit: int = MAX_BYTES) -> Any:
-    """ValueError, naming the file, if it is not JSON within the bounds; OSError if it cannot be read."""
+    """The value in a JSON file. ValueError, naming the file, if it is not JSON within the bounds; OSError if it cannot
+    be read."""
     data = read_bytes(path, limit)
     try:
         return parse_json(data)
@@ -43,7 +44,7 @@ def read_json(path: str | Path, limit: int = MAX_BYTES) -> Any:
 
 
 def read_object(path: str | Path, limit: int = MAX_BYTES) -> dict[str, Any]:
-    """The same for a file that holds one JSON object."""
+    """The object in a JSON file; errors as `read_json`, and ValueError if it holds another value."""
     content = read_json(path, limit)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {_a(content)}, not a JSON object")
@@ -51,8 +52,8 @@ def read_object(path: str | Path, limit: int = MAX_BYTES) -> dict[str, Any]:
 
 
 def parse_json(data: bytes | str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """ValueError, saying why, for anything that is not JSON, is nested more than MAX_DEPTH deep, or has a whole number
-    of more than MAX_DIGITS digits. `pairs`: json's object_pairs_hook."""
+    """The value of a JSON text. ValueError, saying why, for anything that is not JSON, is nested more than MAX_DEPTH
+    deep, or has a whole number of more than MAX_DIGITS digits. `pairs`: json's object_pairs_hook."""
     try:
         value = json.loads(data, parse_int=_whole_number, object_pairs_hook=pairs)
     except json.JSONDecodeError as error:
@@ -70,7 +71,7 @@ _TOO_DEEP = f"nested more than {MAX_DEPTH} deep"
 
 
 def typed(content: Any, name: str, wanted: type[Wanted]) -> Wanted:
-    """content[name], where it is of this type (a whole number: one of 64 bits). ValueError otherwise."""
+    """content[name], if it is of the type `wanted` (whole numbers must fit into 64 bits). ValueError otherwise."""
     if not isinstance(content, dict):
         raise ValueError(f"{_a(content)} stands where an object with {name} should")
     if name not in content:
@@ -85,14 +86,14 @@ def typed(content: Any, name: str, wanted: type[Wanted]) -> Wanted:
 
 
 def fields(content: Any, kinds: Mapping[str, type]) -> dict[str, Any]:
-    """`content`, an object that has each of these fields with a value of its type. ValueError otherwise."""
+    """`content`, if it is an object that has each of these fields with a value of its type. ValueError otherwise."""
     for name, kind in kinds.items():
         typed(content, name, kind)
     return content if isinstance(content, dict) else {}
 
 
 def whole_numbers(content: dict[str, Any]) -> dict[str, int]:
-    """`content`, where all its values are whole numbers. ValueError otherwise."""
+    """`content`, if all its values are whole numbers. ValueError otherwise."""
     return fields(content, dict.fromkeys(content, int))
 
 
@@ -115,7 +116,7 @@ _NAMES: dict[type, str] = {
 
 
 def _a(value: Any) -> str:
-    """What a value is, with the value itself where that is short."""
+    """What a value is, for a message; short values are shown themselves."""
     if value is None or isinstance(value, bool):
         return str(value)
     return _NAMES[type(value)] if isinstance(value, dict | list) else repr(value)[:40]

@@ -1,7 +1,8 @@
-"""The lives of a stage: lives.jsonl has a line when a job begins to work on it and one when it stops, and says why;
-between them one when other ranks are slow than before.
+"""The lives of a stage: lives.jsonl gets a line when a job begins to work on it, one when it stops, with the reason,
+and between them one whenever the slow ranks change.
 
-A life without a second line was ended from outside: it was killed, lost its node, or waited too long for another rank.
+A life without a line for its end was ended from outside: it was killed, lost its node, or waited too long for another
+rank.
 """
 
 from __future__ import annotations
@@ -25,23 +26,23 @@ KILLED = "killed, or its node or another rank was lost (no end was written)"
 
 @dataclass(frozen=True)
 class Life:
-    """From `begun` to `ended` (seconds since 1970; None: no end was written), from step `start` on. `repeated`: steps
-    that the life before it had done and not saved."""
+    """One job's work on a stage."""
 
-    begun: float
-    start: int
-    repeated: int
+    begun: float  # seconds since 1970
+    start: int  # the last step that was saved before it
+    repeated: int  # steps that the life before had done but not saved
     ranks: int
     host: str
-    job: str  # of SLURM, or ""
-    ended: float | None = None
+    job: str  # SLURM's job, or ""
+    ended: float | None = None  # seconds since 1970; None: no end was written
     reason: str = ""
-    slow: str = ""  # the ranks that the others waited for, as was noted last; "": none
+    slow: str = ""  # the ranks for which the others waited, as noted last; "": none
 
 
 class ThisLife:
-    """Writes the two lines of the life that begins now, on rank 0 only. `reached`: the last step of the life before;
-    `reason`: why this one ends, where no exception says it. OSError where `directory` cannot be written."""
+    """Writes the first and the last line of the life that begins now, on rank 0 only. `reached`: the last step of the
+    life before. The attribute `reason` says why this life ends, unless an exception does. OSError if `directory` cannot
+    be written."""
 
     def __init__(self, directory: Path, start: int, reached: int):
         self._path, self.reason = directory / LIVES, "finished"
@@ -55,7 +56,7 @@ class ThisLife:
         reason = self.reason if kind is None else f"{kind.__name__}: {error}".partition("\n")[0]
         try:
             self._write("ended", reason=reason)
-        except OSError:  # the disk is full or gone: what ends the life says more than a failure to note it
+        except OSError:  # an exception that ends the life says more than a failure to note its end
             if kind is None:
                 raise
 
@@ -65,7 +66,8 @@ class ThisLife:
 
 
 def note_slow(directory: Path, text: str) -> None:
-    """For rank 0, which has named the slow ranks in its log too: a full disk is told by what must be written."""
+    """Notes the slow ranks, on rank 0. An OSError is ignored: the log names them too, and whatever must be written
+    reports a full disk."""
     with suppress(OSError):
         _append(directory / LIVES, "slow", text=text)
 
@@ -80,7 +82,7 @@ def _append(path: Path, event: str, **values: Any) -> None:
 
 
 def read_lives(directory: Path) -> list[Life]:
-    """The lives so far, oldest first; [] where none was noted. Lines that are damaged are left out."""
+    """The lives so far, oldest first; [] if none was noted. Damaged lines are left out."""
     try:
         raw = read_bytes(directory / LIVES)
     except (OSError, ValueError):

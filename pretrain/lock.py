@@ -1,8 +1,8 @@
-"""One process at a time writes to a directory: a lock file that says who, on which node and since when.
+"""Only one process at a time writes to a directory: a lock file names the process, its node and since when.
 
-The kernel's record lock does it, also over NFS and over Lustre mounted with `flock`: it ends with its process, by
-kill -9 too, and no forked worker inherits it. Where a file system has no locks, or has them for each node apart
-(Lustre with `localflock`), the holder's heartbeat in the file does: its record changes every BEAT_S.
+The kernel's record lock ensures it, also over NFS and over Lustre mounted with `flock`: it ends with its process, by
+kill -9 too, and no forked worker inherits it. Where a file system has no locks, or separate ones for each node (Lustre
+with `localflock`), the holder's heartbeat takes its place: the record in the file changes every BEAT_S.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ log = logging.getLogger(__name__)
 
 LOCK = "lock"
 BEAT_S = 5.0
-BEATS = 4  # that a holder may miss before it counts as gone
+BEATS = 4  # how many beats a holder may miss before it counts as gone
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 def try_lock(handle: int, path: Path, lock: Callable[[int, int], object] | None = None) -> bool:
-    """Whether this process now has the lock on the open file at `path`. OSError where the file system has no locks."""
+    """Tries to lock the open file at `path` -> whether this process now has the lock. OSError if the file system has no
+    locks."""
     try:
         (lock or fcntl.lockf)(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(handle), os.stat(path))
@@ -41,8 +42,8 @@ def this_process() -> str:
 
 
 class Lock:
-    """Held from its making until `release`, or the end of the process. Raises ValueError with the holder when another
-    process has it, OSError when `directory` cannot be written."""
+    """The lock on a directory, held from its construction until `release` or the end of the process. Raises ValueError,
+    naming the holder, if another process has it; OSError if `directory` cannot be written."""
 
     def __init__(self, directory: Path):
         self.path, self.name = directory / LOCK, this_process()
@@ -67,7 +68,7 @@ class Lock:
         if not self._over.is_set():
             self._over.set()
             self._beats.join()
-            with suppress(OSError):  # the end of the process says it too
+            with suppress(OSError):  # the end of the process releases it too
                 os.ftruncate(self._handle, 0)
             os.close(self._handle)
 
@@ -80,7 +81,7 @@ class Lock:
                 raise
             locks, free = False, True
         record = self._record()
-        # On this node the kernel knows better than the record, where it knows anything.
+        # About a holder on this node the kernel's lock is right, if there are locks, whatever the record says.
         doubtful = record and not (locks and f" on {socket.gethostname()} since " in record)
         if not free or (doubtful and self._alive(record)):
             holder = record.partition(", beat")[0] or "another process"
@@ -89,7 +90,7 @@ class Lock:
                 "another --run-dir"
             )
         self._write(0)
-        if not locks:  # two that start at one moment: the later record counts
+        if not locks:  # if two processes start at the same moment, the later record counts
             time.sleep(BEAT_S / 5)
             if not (now := self._record()).startswith(self.name):
                 raise ValueError(f"{directory} is in use: {now.partition(', beat')[0]} has just begun to write to it")
@@ -104,13 +105,13 @@ class Lock:
         return False
 
     def _record(self) -> str:
-        # Through an open of its own NFS would look at the server's copy, but its close would drop our record lock.
+        # fsync makes NFS read the server's copy. Opening the file again would too, but closing it would drop our lock.
         os.fsync(self._handle)
         return os.pread(self._handle, 1000, 0).decode(errors="replace").partition("\n")[0]
 
     def _write(self, beat: int) -> None:
         record = f"{self.name}, beat {beat}\n".encode()
-        os.pwrite(self._handle, record, 0)  # over the old one: an empty file would say that nobody holds it
+        os.pwrite(self._handle, record, 0)  # over the old record: an empty file would mean that nobody holds the lock
         os.ftruncate(self._handle, len(record))
         os.fsync(self._handle)
 
@@ -120,5 +121,5 @@ class Lock:
             beat += 1
             try:
                 self._write(beat)
-            except OSError as error:  # a full disk is told by what must be saved
+            except OSError as error:  # a full disk is reported by whatever must be saved
                 log.debug("%s: no heartbeat: %s", self.path, error)

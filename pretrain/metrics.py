@@ -1,4 +1,4 @@
-"""What a run measures and writes down: samples/s, MFU, data wait, memory; metrics.jsonl, TensorBoard, W&B."""
+"""A run's measurements (samples/s, MFU, data wait, memory), and where they go: metrics.jsonl, TensorBoard, W&B."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from pretrain.weights_and_biases import WandbRun, chosen_mode
 log = logging.getLogger(__name__)
 
 FILE, EVALS = "metrics.jsonl", "evals.jsonl"
-_MAX_BYTES = 2**30  # of it that are read
-# Measured by the clock or the allocator: two runs that are equal bit for bit still differ in these.
+_MAX_BYTES = 2**30  # of a metrics.jsonl that is read
+# Measured by the clock or the allocator: even two runs that are equal bit for bit differ in these.
 MEASURED = (
     *("samples_per_s", "tokens_per_s", "real_tokens_per_s"),
     *("mfu", "mfu_real", "mfu_executed", "data_wait", "memory_gib"),
@@ -51,25 +51,25 @@ class Throughput:
         self._flops = StepFlops()
 
     def wait(self, seconds: float, read: float = 0.0, decode: float = 0.0) -> None:
-        """Seconds that the step waited for its data; of these, until they were read and until they were decoded. The
-        rest is the way to the device, which other ranks may share."""
+        """Adds the seconds that the step waited for its data, and how many of them for reading and for decoding. The
+        rest is the transfer to the device, and to other ranks that share the micro-batch."""
         self._waited, self._read, self._decode = self._waited + seconds, self._read + read, self._decode + decode
 
     def tick(self, *, samples: int, tokens: int, real: int, flops: StepFlops) -> None:
-        """A step is done. `samples`: of the global batch; of this rank `tokens` (rows), how many of them are `real` and
-        no padding, and `flops`."""
+        """Counts a step. `samples`: in the global batch; `tokens`: rows of this rank, padding included; `real`: those
+        that are not padding; `flops`: this rank's."""
         self._add_time()
         self._samples, self._tokens, self._real = self._samples + samples, self._tokens + tokens, self._real + real
         self._flops = StepFlops(*map(sum, zip(self._flops, flops, strict=True)))
 
     def skip(self) -> None:
-        """Forget the time since the last call: it went into something else, such as saving."""
+        """Forgets the time since the last call, which went into something else, such as saving."""
         self._mark = time.perf_counter()
 
     def read(self) -> dict[str, float | None]:
-        """Means since the last reading: samples_per_s, tokens_per_s (rows, padding counted) and real_tokens_per_s
-        (without it) of the whole run, the three of `mfu`, data_wait (fraction of the time) with its causes read, decode
-        and transfer, memory_gib (peak: allocated on the GPU, else of the process)."""
+        """Means since the last reading: for the whole run samples_per_s, tokens_per_s (rows, with padding) and
+        real_tokens_per_s (without padding); the three of `mfu`; data_wait (fraction of the time) with its causes read,
+        decode and transfer; memory_gib (peak: allocated on the GPU, else of the process)."""
         self._add_time()
         seconds = max(self._seconds, 1e-9)
         values = {
@@ -87,8 +87,8 @@ class Throughput:
         return values
 
     def mfu(self, flops: StepFlops, seconds: float) -> dict[str, float | None]:
-        """Shares of the peak, None where that is unknown: mfu of the model FLOPs of all rows, padding counted as is
-        usual, mfu_real of those of real rows, and mfu_executed of what of these was computed."""
+        """Shares of the device's peak, None if that is unknown: mfu by the model FLOPs of all rows, padding included as
+        is usual; mfu_real by those of real rows; mfu_executed by the part of these that was computed."""
         rates = [each / seconds / self.peak if self.peak else None for each in flops]
         return dict(zip(("mfu", "mfu_real", "mfu_executed"), rates, strict=True))
 
@@ -110,11 +110,11 @@ def _memory_gib(device: torch.device) -> float:
 
 
 class MetricsLog:
-    """Writes `run_dir`/metrics.jsonl and what shows its figures elsewhere, on rank 0 only. What an earlier run wrote
-    beyond `resume_step` is cut off, so that a step has one line however often a run was killed."""
+    """Writes `run_dir`/metrics.jsonl, and the same figures for TensorBoard and W&B, on rank 0 only. Lines beyond
+    `resume_step` from an earlier life are cut off, so that a step has one line however often a run was killed."""
 
     def __init__(self, run_dir: Path, resume_step: int = 0, every: int | None = None):
-        """`every`: how many steps lie between two lines; a larger hole before `resume_step` is named in the log."""
+        """`every`: the steps from one line to the next; the log names a larger gap before `resume_step`."""
         self._file: Lines | None = None
         if rank() != 0:
             return
@@ -128,7 +128,7 @@ class MetricsLog:
         sync(run_dir)
 
     def write(self, step: int, values: dict[str, float | int | None]) -> None:
-        """One line. Floats are written so that they read back to the same bits; NaN and infinity become null."""
+        """Writes one line. Floats read back to the same bits; NaN and infinity become null."""
         if self._file is None:
             return
         line: dict[str, float | int | None] = {"step": step}
@@ -141,12 +141,12 @@ class MetricsLog:
         self._board.write(step, {name: value for name, value in line.items() if value is not None and name != "step"})
 
     def show(self, step: int, values: dict[str, float]) -> None:
-        """Figures that have a file of their own, such as evals.jsonl: to TensorBoard only."""
+        """Shows figures that have a file of their own, such as evals.jsonl, in TensorBoard and W&B only."""
         if self._file is not None:
             self._board.write(step, values)
 
     def sync(self) -> None:
-        """What was written survives the loss of the node."""
+        """Makes sure that the lines so far survive the loss of this node."""
         if self._file is not None:
             self._file.sync()
 
@@ -164,8 +164,8 @@ class MetricsLog:
 
 
 class _Board:
-    """TensorBoard's file, and the run at Weights & Biases where one is wanted. They have nothing that metrics.jsonl
-    does not have: where one cannot be written, one log line says so, and the run goes on without it."""
+    """TensorBoard's file, and the run at Weights & Biases if one is wanted. metrics.jsonl has all that they have: if
+    one of them cannot be written, the log says so once, and the run goes on without it."""
 
     def __init__(self, run_dir: Path, resume_step: int):
         from torch.utils.tensorboard import SummaryWriter
@@ -190,7 +190,7 @@ class _Board:
         with self._lose():
             if self._writer:
                 self._writer.close()
-            if self._failed and self._writer:  # in what its thread wrote last
+            if self._failed and self._writer:  # the writer's thread failed after the last `write`
                 raise OSError(errno.EIO, "its end is missing")
         threading.excepthook = self._hook
 
@@ -202,17 +202,17 @@ class _Board:
             log.warning("%s cannot be written: %s; metrics.jsonl has all of it", self.directory, error.strerror)
             self._writer = None
 
-    def _thread_ends(self, told: threading.ExceptHookArgs) -> None:
-        """The writer's own thread leaves its error to the next write, which raises it again."""
-        if isinstance(told.exc_value, OSError) and type(told.thread).__module__.startswith("tensorboard."):
+    def _thread_ends(self, args: threading.ExceptHookArgs) -> None:
+        """The excepthook of threads: notes an OSError of TensorBoard's writer, which its next write raises again."""
+        if isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard."):
             self._failed = True
         else:
-            self._hook(told)
+            self._hook(args)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl. A torn last line is left out: the run was killed, or is writing right now. Raises
-    ValueError for any other line that is not a JSON object with a step."""
+    """The lines of a metrics.jsonl. An incomplete last line is left out: the run was killed, or is just writing it.
+    Raises ValueError for any other line that is not a JSON object with a step."""
     lines = []
     for number, raw in enumerate(_whole_lines(read_bytes(path, _MAX_BYTES)), start=1):
         line = _parse(raw)
@@ -223,7 +223,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def last_step(run_dir: Path) -> int:
-    """The step of the newest whole line of `run_dir`/metrics.jsonl; 0 where there is none."""
+    """The step of the last complete line of `run_dir`/metrics.jsonl; 0 if there is none."""
     try:
         with (Path(run_dir) / FILE).open("rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - 2**16, 0))
@@ -248,10 +248,10 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
 
 
 def _name_holes(path: Path, resume_step: int, every: int) -> None:
-    """One log line for steps without a line: after a node was lost with what it had not synced."""
+    """Warns of steps without a line, which a node took with it that was lost before it had synced them."""
     steps = [0, *(line["step"] for line in read_metrics(path))] if path.exists() else [0]
     gaps = list(itertools.pairwise([*steps, resume_step + 1]))
-    # Another log_every before is no hole.
+    # An earlier life may have had a larger log_every, which makes no gap.
     usual = max([every, *([statistics.median_low(b - a for a, b in gaps[:-1])] if gaps[:-1] else [])])
     holes = [f"{before + 1} to {after - 1}" for before, after in gaps if after - before > usual]
     if holes:
@@ -262,7 +262,7 @@ def _name_holes(path: Path, resume_step: int, every: int) -> None:
 
 
 def _cut(path: Path, resume_step: int) -> None:
-    """Drop the lines beyond `resume_step` and what is damaged; all or nothing, also when killed in the middle."""
+    """Drops the lines beyond `resume_step` and damaged ones; in one step, so that a kill changes nothing."""
     if not path.exists():
         return
     data = path.read_bytes()

@@ -11,13 +11,13 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
-SHOWN_GROUPS = 6  # in a log line
+SHOWN_GROUPS = 6  # parameter groups in a log line
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
-# Parts of a parameter's dotted name that keep it from being decayed although it has two or more dimensions: the class
-# and mask tokens, positions and relative position tables. BEiT, BEiT-2, its tokenizer and the released BEiT-3 exempt
+# A parameter with one of these in its dotted name is not decayed, although it has two or more dimensions: the class and
+# mask tokens, positions and relative position tables. BEiT, BEiT-2, its tokenizer and the released BEiT-3 exempt
 # pos_embed, cls_token and embed_positions (their `no_weight_decay()`; BEiT adds the relative position tables with
-# --disable_weight_decay_on_rel_pos_bias). They decay the mask token; that we do not is a choice. VLMo decays what its
-# list of names forgot; we do not follow it there. SigLIP's code (big_vision) decays kernels alone, so not the probe.
+# --disable_weight_decay_on_rel_pos_bias). They decay the mask token; that we do not is our choice. VLMo decays names
+# that its list forgot, in which we do not follow it. SigLIP's code (big_vision) decays kernels alone, so not the probe.
 NOT_DECAYED = ("cls", "class_token", "class_row", "mask_token", "position", "pos_embed", "logit_scale", "pool.probe")
 
 
@@ -31,20 +31,21 @@ class Optim:
     eps: float = 1e-6
     weight_decay: float = 0.05
     warmup_steps: int = 10_000
-    clip: float = 3.0  # of the global gradient norm; 0 switches it off
-    layer_decay: float = 1.0  # each layer below the top learns this much slower than the one above
-    head_factor: float = 1.0  # the objectives' own layers learn this much faster
-    # And parameters whose names match a shell pattern, such as {"encoder.vision*": 0.1}: the first that matches counts.
+    clip: float = 3.0  # bound of the global gradient norm; 0 switches clipping off
+    layer_decay: float = 1.0  # each layer's rate is this times the rate of the layer above
+    head_factor: float = 1.0  # by which the rate of the objectives' own layers is multiplied
+    # {shell pattern over parameter names: factor of their rate}, such as {"encoder.vision*": 0.1}; the first pattern
+    # that matches counts.
     factors: dict[str, float] = field(default_factory=dict)
-    # Or linear, constant, wsd (warmup, stable, decay: constant, then linear over the last decay_steps; MiniCPM, arXiv
-    # 2404.06395); all after a linear warmup. Only constant, and wsd before its decay, do not depend on the steps, so
-    # that a run which goes on with --continue-from equals one that was so long from its beginning.
+    # cosine, linear, constant or wsd (warmup, stable, decay: constant, then linear over the last decay_steps; MiniCPM,
+    # arXiv 2404.06395), all after a linear warmup. Only constant, and wsd before its decay, do not depend on the total
+    # steps, so that a run continued by --continue-from equals one that had as many steps from its beginning.
     schedule: str = "cosine"
     decay_steps: int = 0  # of wsd
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"optim.schedule={self.schedule!r} is not known; use {', '.join(SCHEDULES)}")
+            raise ValueError(f"optim.schedule={self.schedule!r} is unknown; use {', '.join(SCHEDULES)}")
         if (self.decay_steps > 0) != (self.schedule == "wsd") or self.decay_steps < 0:
             raise ValueError(
                 f"optim.decay_steps={self.decay_steps} does not go with optim.schedule={self.schedule!r}; wsd needs 1 "
@@ -69,8 +70,8 @@ class Optim:
 
 
 def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
-    """The rate that step 1, 2, ... `total_steps` uses. Warmup ends at `optim.lr` in step `warmup_steps`, decay ends at
-    `optim.min_lr` in the last step. A warmup longer than the run is cut to the run."""
+    """The rate of step 1, 2, ... `total_steps`. Warmup ends at `optim.lr` in step `warmup_steps`, decay ends at
+    `optim.min_lr` in the last step. A warmup longer than the run is cut to the run's length."""
     warmup = min(optim.warmup_steps, total_steps)
     if step <= warmup:
         return optim.lr * step / warmup
@@ -85,13 +86,13 @@ def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
 
 
 def schedule(optim: Optim, total_steps: int) -> Callable[[int], float]:
-    """For LambdaLR, which asks with the number of steps done for the factor of the step that comes."""
+    """For LambdaLR: a function from the number of steps done to the factor of the next step's rate."""
     return lambda done: learning_rate(optim, done + 1, total_steps) / optim.lr
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay moves this parameter: matrices and kernels, not biases, norms, scales, tokens, positions."""
-    # Under zero.Init a parameter is empty, and ds_shape says what it is.
+    """Whether this parameter is decayed: matrices and kernels are; biases, norms, scales, tokens, positions are not."""
+    # Under zero.Init a parameter is empty, and ds_shape is its shape.
     dims = len(getattr(parameter, "ds_shape", parameter.shape))
     return dims >= 2 and not any(part in name for part in NOT_DECAYED)
 
@@ -104,14 +105,14 @@ def parameter_groups(
     top: int | None = None,
     first_steps: Mapping[str, int] = MappingProxyType({}),
 ) -> list[dict]:
-    """The trainable parameters in as few groups as their decay and rate need (ZeRO flattens and pads each group). Those
-    of a task's objectives have optim.head_factor times the rate, and what optim.factors names its factor. A group that
-    waits for its turn says so as `first_step`: of each parameter in `first_steps`, by name.
+    """The trainable parameters, in as few groups as their decay and rate need (ZeRO flattens and pads each group). The
+    rate is multiplied by optim.head_factor for parameters of objectives, and by the factor in optim.factors.
+    `first_steps`: {parameter: the first step that trains it}; its group has that number as `first_step`.
 
-    With `optim.layer_decay` < 1, `layer_of(name)` is 0 for embeddings, 1, 2, ... for blocks, one more than the last
-    block for heads and the final norm; the rate is lr * layer_decay ** (top - layer), where `top` is the highest layer
-    that the module has, frozen or not (BEiT's LayerDecayValueAssigner); a pipe stage, which lacks some, must pass it.
-    Raises ValueError when nothing is trainable, or when layer decay is asked for and the model has no layers.
+    With `optim.layer_decay` < 1, `layer_of(name)` is 0 for embeddings, 1, 2, ... for blocks, and one more than the last
+    block's for heads and the final norm. The rate is lr * layer_decay ** (top - layer), where `top` is the highest
+    layer of the whole module, frozen or not (BEiT's LayerDecayValueAssigner); a pipe stage, which may lack it, must
+    pass `top`. Raises ValueError if nothing is trainable, or for layer decay in a model without layers.
     """
     layers: dict[str, int] = {}
     if optim.layer_decay < 1:
@@ -133,14 +134,14 @@ def parameter_groups(
         groups.setdefault((decayed, scale, first), group)["params"].append(parameter)
     if not groups:
         raise ValueError("stage.trainable leaves no parameter to train; open at least one pattern, such as '*'")
-    # Sorted, so that the groups do not depend on which kind of parameter the module names first.
-    # The first one's rate is what is reported: optim.lr, and not a head's that is faster.
+    # Sorted, so that the groups do not depend on the order of the module's parameters, and so that the first group's
+    # rate, which DeepSpeed reports, is optim.lr and not a head's higher one.
     order = sorted(groups, key=lambda key: (-key[2], key[0], key[1] if key[1] <= 1 else -key[1]), reverse=True)
     return [groups[key] for key in order]
 
 
 def described(groups: list[dict], optim: Optim) -> str:
-    """What is trained, for a log line: of each group its numbers, its factor on optim.lr, its decay, its first step."""
+    """The groups for a log line: how many numbers each has, its factor on optim.lr, its decay, its first step."""
     parts = []
     for group in groups:
         count = sum(getattr(value, "ds_numel", value.numel()) for value in group["params"])

@@ -1,4 +1,4 @@
-"""What a user may give for a picture, as the bytes that the loader's own decoder reads."""
+"""From anything that a user may give as a picture to the bytes that the loader's own decoder reads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
-Picture: TypeAlias = str | os.PathLike | bytes | np.ndarray | Image.Image | Tensor  # the last: what `look` made
+Picture: TypeAlias = str | os.PathLike | bytes | np.ndarray | Image.Image | Tensor  # a Tensor: the result of `look`
 
 
 def encoded_picture(picture: Picture) -> bytes:
-    """The bytes of a picture, for the loader's own decoder and its limits. ValueError for what is none."""
+    """The bytes of a picture, for the loader's own decoder and its limits. ValueError for anything else."""
     if isinstance(picture, bytes):
         return picture
     if isinstance(picture, str | os.PathLike):
@@ -27,6 +27,6 @@ def encoded_picture(picture: Picture) -> bytes:
     if not isinstance(picture, Image.Image):
         raise ValueError(f"{type(picture).__name__} is no picture; give a path, bytes, a PIL picture or a uint8 array")
     upright, data = ImageOps.exif_transpose(picture), io.BytesIO()
-    keeps = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # what a PNG has; others become RGB
+    keeps = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")  # the modes of a PNG; others become RGB
     (upright if upright.mode in keeps else upright.convert("RGB")).save(data, "PNG", compress_level=0)
     return data.getvalue()

@@ -1,7 +1,7 @@
-"""restarts.jsonl in a stage's directory: a line for each time that its ranks failed, and what the job did then.
+"""restarts.jsonl in a stage's directory: a line for each time that its ranks failed, with what the job did then.
 
-Read by the report and the status page too; without torch, which takes longer to import than all that a job script
-decides with it.
+The report and the status page read it too. This file does not import torch, which takes longer than everything that a
+job script decides with it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ HOW = {"again": "in place", "requeue": "by the queue"}  # the other action: end
 
 @dataclass(frozen=True)
 class Restart:
-    """`reached`: the last step that any life so far had done; `action`: again (in place), requeue or end; `node`: which
-    one the first error names, or ""."""
+    """One failure of a stage's ranks."""
 
     time: float  # seconds since 1970
     job: str
-    code: int
-    reached: int
-    action: str
-    node: str
+    code: int  # the exit code
+    reached: int  # the last step that any life so far had done
+    action: str  # again (in place), requeue or end
+    node: str  # the node that the first error names, or ""
     first: str  # the error that came first
 
     def __str__(self) -> str:
@@ -36,7 +35,7 @@ class Restart:
 
 
 def read_restarts(stage: Path) -> list[Restart]:
-    """Oldest first; [] where there are none. Lines that are damaged are left out."""
+    """The failures so far, oldest first; [] if there are none. Damaged lines are left out."""
     try:
         raw = read_bytes(stage / RESTARTS)
     except (OSError, ValueError):
@@ -55,7 +54,7 @@ def read_restarts(stage: Path) -> list[Restart]:
 
 
 def count_restarts(restarts: Sequence[Restart]) -> str:
-    """Such as "started again 9 times in place, once by the queue"; "" for none."""
+    """A summary such as "started again 9 times in place, once by the queue"; "" for none."""
     counts = Counter(restart.action for restart in restarts)
     times = [f"{'once' if n == 1 else f'{n} times'} {HOW[how]}" for how in HOW if (n := counts[how])]
     return f"started again {', '.join(times)}" if times else ""

@@ -1,8 +1,8 @@
-"""A run that diverges goes back to a checkpoint, and past the batches on which it diverged.
+"""A run that diverges goes back to a checkpoint, and passes over the batches on which it diverged.
 
-rollbacks.json in the stage's directory says when it did, and which batches it passes over: the order of its data is a
-pure function of the manifest, the seed and this list. An entry is written before the run ends for it; what is left to
-do then (removing the checkpoints that came after) the next start does, and says so in the entry.
+rollbacks.json in the stage's directory lists when it did, and which batches it passes over: the order of its data is a
+pure function of the manifest, the seed and this list. An entry is written before the run ends for the rollback; the
+next start removes the later checkpoints, and notes in the entry that it has.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ MOST_BATCHES = 2**48  # no run has so many
 class RollbackRule:
     """When a run goes back, and how far.
 
-    It does after more than max_skipped_steps steps in a row whose gradients or loss are not finite, or after `spikes`
-    steps in a row whose gradient norm is a spike. PaLM (Chowdhery et al. 2022, section 5.1) went back by hand, to a
-    checkpoint some 100 steps before a spike of the loss, and passed over 200 to 500 batches. `window` and `spikes` are
-    those of LLM Foundry's KillLossSpike (patience=4), which compares the loss with twice the mean; here it is the norm,
-    which every rank has anyway, and the median, which a spike does not move.
+    It goes back after more than max_skipped_steps steps in a row whose gradients or loss are not finite, or after
+    `spikes` steps in a row whose gradient norm is a spike. PaLM (Chowdhery et al. 2022, section 5.1) went back by hand,
+    to a checkpoint about 100 steps before a spike of the loss, and passed over 200 to 500 batches. `window` and
+    `spikes` are those of LLM Foundry's KillLossSpike (patience=4), which compares the loss with twice the mean. Here
+    the norm is compared, which every rank knows anyway, and with the median, which a spike does not move.
     """
 
-    most: int = 0  # times that a run may go back; then, and with 0 at once, it ends
-    before: int = 100  # steps before the first bad one whose batches are passed over too
-    after: int = 100  # batches behind the last bad one that are passed over
-    spike: float = 0.0  # a norm above so many times the median of the last `window` others is one; 0: none is
+    most: int = 0  # how often a run may go back; after that, and with 0 at once, it ends
+    before: int = 100  # how many steps before the first bad one are passed over too
+    after: int = 100  # how many batches behind the last bad one are passed over
+    spike: float = 0.0  # a norm above this times the median of the last `window` norms is a spike; 0: none is
     spikes: int = 5
     window: int = 100
 
@@ -47,26 +47,25 @@ class RollbackRule:
 
 @dataclass(frozen=True)
 class Rollback:
-    """From `step`, the last bad one, the run went back to step `to`; from there on it passes over the batches `first`
-    to `last`, as they are numbered where none is passed over. `done`: nothing is left to do."""
+    """One rollback."""
 
-    step: int
-    to: int
-    first: int
+    step: int  # the last bad step
+    to: int  # the step to which the run went back
+    first: int  # from there on it passes over the batches first to last, in numbers of the order of all batches
     last: int
     why: str
     time: float  # seconds since 1970
-    done: bool = False
+    done: bool = False  # whether the later checkpoints have been removed
 
 
 def read_rollbacks(directory: Path) -> tuple[Rollback, ...]:
-    """Oldest first; () where the run never went back. ValueError where the file is damaged: without it the run would
-    read other data."""
+    """The rollbacks of a run, oldest first; () if it never went back. ValueError if the file is damaged: without it the
+    run would read other data."""
     path = directory / ROLLBACKS
     try:
         entries = typed(read_object(path), "rollbacks", list)
         return tuple(_entry(entry) for entry in entries)
-    except (FileNotFoundError, NotADirectoryError):  # what else is wrong with the place is said where it is taken
+    except (FileNotFoundError, NotADirectoryError):  # run/directory.take_directory reports what is wrong with the place
         return ()
     except ValueError as error:
         raise ValueError(
@@ -76,7 +75,7 @@ def read_rollbacks(directory: Path) -> tuple[Rollback, ...]:
 
 
 def write_rollbacks(directory: Path, rollbacks: tuple[Rollback, ...]) -> None:
-    """In one step. OSError."""
+    """Writes the list in one step. OSError."""
     write_json(directory / ROLLBACKS, {"rollbacks": [asdict(each) for each in rollbacks]})
 
 

@@ -17,9 +17,9 @@ LONGEST = 100  # characters of an old value that an error shows
 
 
 def set_values(config: Any, settings: dict[str, str]) -> Any:
-    """A copy of `config` in which the field at each dotted key (fields, dict keys, tuple positions) is its text, read
-    as the field's type. All at once: two changes may be valid only together. Raises ValueError that names the key, and
-    the nearest known one or the type wanted."""
+    """A copy of `config` with new values: `settings` is {dotted key of fields, dict keys or tuple positions: text}, and
+    each text is read as its field's type. All are set at once, since two changes may be valid only together. Raises
+    ValueError that names the key, and the nearest known one or the wanted type."""
     return _change(config, _tree(settings), key="", hint=None)
 
 
@@ -40,8 +40,8 @@ def _tree(settings: dict[str, str]) -> dict[str, Any]:
 
 
 def _change(value: Any, change: dict[str, Any] | str, *, key: str, hint: Any) -> Any:
-    """`value`, which stands at `key` and has the type `hint` where that is known, after a change: a text to read, or
-    the changes of its parts by name."""
+    """`value`, at `key` and of the type `hint` (None: unknown), after `change`: a text to read, or the changes of its
+    parts by name."""
     if isinstance(change, str):
         return _read(change, hint, value, key)
     parts, hints = _parts(value), {}
@@ -66,7 +66,7 @@ def _change(value: Any, change: dict[str, Any] | str, *, key: str, hint: Any) ->
 
 
 def _parts(value: Any) -> dict[str, Any] | None:
-    """What can be set inside a value, by name; None for a value without parts."""
+    """The parts of a value that can be set, by name; None for a value without parts."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
@@ -81,19 +81,21 @@ def _join(key: str, name: str) -> str:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """'; did you mean X?' or '; known: ...', to end an error with the way out."""
+    """'; did you mean X?' or '; known: ...', for the end of an error message."""
     close = get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(sorted(set(known)))}"
 
 
 def near(count: int, multiple: int) -> str:
-    """The multiples around `count`, to end an error: "12 or 16", or the one above where there is none below."""
+    """The multiples around `count`, for the end of an error message: "12 or 16", or only the one above if there is none
+    below."""
     below = count // multiple * multiple
     return " or ".join(str(size) for size in (below, below + multiple) if size > 0)
 
 
 def fill_variables(path: str, knob: str) -> str:
-    """`path` with the environment's $VARIABLES in their places. Raises ValueError for one that is not set."""
+    """`path` with $VARIABLES replaced from the environment. Raises ValueError, naming `knob`, for one that is not
+    set."""
     for name in re.findall(r"\$\{?([A-Za-z_]\w*)\}?", path):
         if name not in os.environ:
             raise ValueError(f"{knob}={path} uses ${name}, which is not set; export {name}=... or write the path")
@@ -101,7 +103,7 @@ def fill_variables(path: str, knob: str) -> str:
 
 
 def _read(text: str, hint: Any, old: Any, key: str) -> Any:
-    """`text` as a value of the type `hint`, or of `old`'s type where there is no hint."""
+    """`text` as a value of the type `hint`, or of `old`'s type if there is no hint."""
     if hint in (None, Any):
         hint = type(old)
     choices = typing.get_args(hint) if isinstance(hint, types.UnionType) or _is_union(hint) else (hint,)

@@ -2,9 +2,9 @@
 
     python -m pretrain.status runs/base
 
-Reads what the run wrote and disturbs nothing; works from any node that sees the directory. The effective training time
-is the share of the time since the first start that went into steps which count: not into starting, saving, waiting in a
-queue, or doing again what a fault had lost.
+It only reads what the run wrote, and works on any node that sees the directory. The effective training time is the
+share of the time since the first start that went into steps which count: not into starting, saving, waiting in a queue,
+or repeating steps that a fault had lost.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from pretrain.report.rows import StageRun, finite, load_run
 from pretrain.restarts import count_restarts
 from pretrain.visible import visible
 
-WORTH_A_WORD = 0.05  # of the time that a run waits for its data
+WORTH_A_WORD = 0.05  # the share of the time waiting for data from which its cause is named
 SHOWN_RESTARTS = 3
-RECENT = 20  # lines of metrics.jsonl whose mean rate is the present one
+RECENT = 20  # the last lines of metrics.jsonl, whose mean is shown as the present rate
 
 
 @dataclass(frozen=True)
 class Status:
-    """One stage. Times in seconds, None: not known."""
+    """The status of one stage. Times are in seconds; None: not known."""
 
     stage: str
     state: str
@@ -42,23 +42,23 @@ class Status:
     samples_per_s: float | None = None
     mfu: float | None = None
     data_wait: float | None = None
-    data_wait_for: str = ""  # its main cause, where it is worth a word
+    data_wait_for: str = ""  # its main cause; "" if it is short
     loss: float | None = None
     saved_step: int | None = None
     saved_age_s: float | None = None
-    checkpoints: tuple[str, ...] = ()  # step of each, newest first, and why it stays
+    checkpoints: tuple[str, ...] = ()  # the step of each, newest first, and why it is kept
     lives: int = 0
     repeated_steps: int = 0
-    effective: float | None = None  # see above, 0 to 1
+    effective: float | None = None  # effective training time, 0 to 1; see the top of this file
     slow: str = ""  # the ranks for which the others wait
-    went_back: str = ""  # how often it diverged and did, and past how many batches
+    went_back: str = ""  # how often it diverged and went back, and how many batches it passed over
     restarted: str = ""  # how often its jobs started its ranks again, and how
-    restarts: tuple[str, ...] = ()  # each of these times, and when a job ended: the error that came first
-    reasons: tuple[str, ...] = ()  # why the lives but the last one ended, and the last one where it is over
+    restarts: tuple[str, ...] = ()  # each of these times, and each end of a job: the error that came first
+    reasons: tuple[str, ...] = ()  # why its lives ended, those that are over
 
 
 def status_of(stage: StageRun, now: float) -> Status:
-    """`now`: seconds since 1970."""
+    """The status of a stage; `now`: seconds since 1970."""
     running = _running(stage.directory, now)
     state = "finished" if stage.finished else "running" if running else "not running" if stage.step else "not begun"
     entries = checkpoints(stage)
@@ -92,7 +92,7 @@ def status_of(stage: StageRun, now: float) -> Status:
 
 
 def _running(directory: Path, now: float) -> bool:
-    """Whether a job has the directory: it writes its lock every BEAT_S, and empties it at its end."""
+    """Whether a job holds the directory: it writes into its lock every BEAT_S, and empties it at its end."""
     try:
         lock = (directory / LOCK).stat()
     except OSError:
@@ -114,7 +114,7 @@ def _wait_for(stage: StageRun) -> str:
         return ""
     shares = {cause: _mean(stage, f"data_wait/{cause}") or 0 for cause in ("read", "decode", "transfer")}
     most = max(shares, key=lambda cause: shares[cause])
-    return most if shares[most] else ""  # a run of before has none of them
+    return most if shares[most] else ""  # runs by earlier versions have none of these figures
 
 
 def _eta(stage: StageRun, rate: float | None) -> float | None:
@@ -125,7 +125,7 @@ def _eta(stage: StageRun, rate: float | None) -> float | None:
 
 
 def lines_of(status: Status) -> list[str]:
-    """What the terminal shows of one stage."""
+    """The lines about one stage for the terminal."""
     of = f" of {status.steps:,}" if status.steps else ""
     share = f" ({100 * status.step / status.steps:.0f} %)" if status.steps else ""
     lines = [f"{status.stage:<12} {status.state}, step {status.step:,}{of}{share}"]
@@ -149,7 +149,7 @@ def lines_of(status: Status) -> list[str]:
     for parts in (now, past):
         if text := ", ".join(part for part in parts if part):
             lines.append(f"{'':<13}{text}")
-    if any(" " in checkpoint for checkpoint in status.checkpoints):  # one stays for another reason than being new
+    if any(" " in checkpoint for checkpoint in status.checkpoints):  # one is kept for another reason than being new
         lines.append(f"{'':<13}checkpoints of step {'; '.join(status.checkpoints)}")
     if status.slow:
         lines.append(f"{'':<13}slow: {status.slow}")

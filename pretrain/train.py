@@ -1,4 +1,4 @@
-"""One stage of pretraining, top to bottom. Also the same line under torchrun, `deepspeed --module` and srun.
+"""One stage of pretraining, top to bottom. The same command works under torchrun, `deepspeed --module` and srun.
 
 python -m pretrain.train --recipe tiny --stage scratch --ds ds_configs/zero1.json --run-dir runs/tiny
 """
@@ -58,13 +58,14 @@ log = logging.getLogger("pretrain")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """-> 0 finished, 1 a bug (its traceback), 2 a user's mistake (one sentence on stderr), 69 another rank or a data
-    worker died or did not answer within timeout_s, or a store did not bring its shards (one sentence), or the run goes
-    back, 75 stopped by a signal after saving (where one of several ranks waits for its data: without), 130 Ctrl-C."""
+    """-> the exit code: 0 finished; 1 a bug (with its traceback); 2 a user's mistake (one sentence on stderr); 69
+    another rank or a data worker died or did not answer within timeout_s, or a store did not deliver its shards (one
+    sentence), or the run rolls back; 75 stopped by a signal after saving (without saving if one of several ranks waits
+    for its data); 130 Ctrl-C."""
     args = parse_args(argv)
     start_logging()
     try:
-        adopt_launcher()  # before anyone asks for the rank
+        adopt_launcher()  # before `rank()` is used
     except ValueError as error:
         log.error("error: %s", error)
         return 2
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         return leave(STOPPED)
     except RolledBack as back:
         log.warning("%s: %s; start the same line again", place(), back)
-        return leave(LOST)  # launchers start a run again in place for it, and not for a signal
+        return leave(LOST)  # for this code launchers start a run again in place; for a signal's they do not
     except KeyboardInterrupt:
         log.info("stopped; checkpoints are intact, start the same line again to go on from the newest")
         return leave(130)
@@ -128,7 +129,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace, stop: StopSignals, watch: Watch) -> int:
-    chosen_mode()  # what is wrong with it is said on every rank
+    chosen_mode()  # raises here, on every rank, for a wrong setting of Weights & Biases
     recipe, stage = load_recipe(args.recipe, args.stage, args.set)
     directory = args.run_dir / args.stage
     identity = start_identity(directory, recipe, stage, args.continue_from)
@@ -136,7 +137,7 @@ def run(args: argparse.Namespace, stop: StopSignals, watch: Watch) -> int:
     if finished(directory, identity):
         log.info("%s: finished before; nothing to do", args.stage)
         return 0
-    stage_ds_config(args.ds, recipe, stage)  # what is wrong with this stage is said first
+    stage_ds_config(args.ds, recipe, stage)  # so that this stage's mistakes are reported before other stages'
     check_other_stages(recipe, args.stage, args.run_dir, changed=bool(args.set))
     with memory_suffices(stage):
         done, ended = run_stage(args, recipe, stage, directory, identity, stop, watch)
@@ -157,13 +158,13 @@ def run_stage(
     stop: StopSignals,
     watch: Watch,
 ) -> tuple[int, bool]:
-    """Builds, trains and hands over; the last step that was done, and whether the stage is finished. Raises RolledBack
-    where the recipe lets a run that diverges go back."""
+    """Builds, trains and hands over -> the last step that was done, and whether the stage is finished. Raises
+    RolledBack if the run diverges and the recipe lets it go back."""
     inputs = inputs_dir(args.run_dir, identity)
     run = build_run(recipe, stage, args.ds, inputs, watch, directory=directory, settings=identity)
     command = {"recipe": _findable(args.recipe), "set": args.set, "ds": run.ds_config, "world": world_size()}
     fail_together(lambda: note_recipe(directory, recipe, identity, command) if rank() == 0 else None)
-    reached = last_step(directory)  # before what was not saved is cut off
+    reached = last_step(directory)  # before the lines of steps that were not saved are cut off
     with run.lock or nullcontext(), fail_together(lambda: ThisLife(directory, run.done, reached)) as life:
         progress = Progress(run, inputs, directory)
         try:
@@ -182,11 +183,11 @@ def run_stage(
 
 
 def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Saver, progress: Progress) -> int:
-    """Steps run.done + 1 to stage.steps; returns the last one done, an earlier one only after SIGTERM or SIGUSR1, or
-    where `progress` ended the stage.
+    """Trains steps run.done + 1 to stage.steps -> the last step that was done, which is an earlier one after SIGTERM or
+    SIGUSR1, or if `progress` ended the stage.
 
-    Raises Diverged when the loss or the gradients are not finite, or spike (see run/step.Judge), before a checkpoint
-    could hold them; OSError on every rank when one of them cannot write.
+    Raises Diverged if the loss or the gradients are not finite, or spike (see run/step.Judge), before a checkpoint
+    could hold their effect; OSError on every rank if one of them cannot write.
     """
     recipe, stage, start, step = run.recipe, run.stage, run.done, run.done
     stop.begin()
@@ -196,7 +197,7 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
     progress.catch_up(record.metrics)
     saved = start
     for step in range(start + 1, 0 if progress.ended else stage.steps + 1):
-        # The first one compiles, and fills caches.
+        # The first step of a life compiles, and fills caches.
         watch.enter(f"the reading of step {step}", patient=step == start + 1)
         if (micro_batches := next_batches(batches, run.loader, record.meter, stop)) is None:
             watch.enter("the save after a signal", patient=True)
@@ -216,19 +217,20 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
         record.meter.tick(samples=stage.batch.total, tokens=run.rows, real=real, flops=run.flops(micro_batches))
         stopping, saves = highest([stop.asked, saver.state], device())
         saver.advance(saves)
-        telling, last = step % recipe.log_every == 0, step == stage.steps
+        logging_step, last = step % recipe.log_every == 0, step == stage.steps
         saving, copying = step % recipe.save_every == 0 or stopping, recipe.copies_at(step)
-        evaluating = progress.due(step) and not stopping  # else the next start does it
-        if telling or saving or copying or last or evaluating:
+        evaluating = progress.due(step) and not stopping  # after a stop, the next start evaluates
+        if logging_step or saving or copying or last or evaluating:
             judge.settle()
             line = metrics_line(run, step, report, directory, skipped=judge.in_a_row > 0)
-            if telling or last:
+            if logging_step or last:
                 record.write(step, line)
         record.display.bar.update()
         if evaluating and judge.calm:
             saving |= evaluate(progress, step, record, watch)
             last |= progress.ended
-        # What a skipped step left outside the optimizer, such as a codebook, may not be finite: a later step is saved.
+        # After a skipped step, state outside the optimizer, such as a codebook, may not be finite: a later one is
+        # saved.
         if saving := (saving and judge.calm) or last:
             save_checkpoint(run, saver, step, record.metrics, progress)
             saved = step
@@ -246,8 +248,8 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
 def next_batches(
     batches: Iterator[list[Batch]], loader: Loader, meter: Throughput, stop: StopSignals
 ) -> list[Batch] | None:
-    """This rank's micro-batches of a step; None where a signal came before they did. Of several ranks each goes on to
-    the step's end with the others."""
+    """This rank's micro-batches of a step; None if a signal came before they did. One of several ranks never returns
+    None, since it must go on to the step's end with the others."""
     waited, read, decode = time.perf_counter(), loader.waited_read_s, loader.waited_decode_s
     try:
         with stop.at_once(world_size() == 1):
@@ -260,9 +262,9 @@ def next_batches(
 
 
 def metrics_line(run: Run, step: int, report: dict[str, Tensor], directory: Path, *, skipped: bool) -> dict[str, Any]:
-    """The mean over the ranks of what the step reported, with rate, gradient norm, samples and the number of steps that
-    were skipped so far. Raises Diverged when the loss of a step that was not `skipped` is not finite; every rank has
-    the same numbers, so all of them end here together."""
+    """The means over the ranks of the step's report, with learning rate, gradient norm, samples and the number of steps
+    skipped so far. Raises Diverged if the loss of a step that was not `skipped` is not finite; every rank has the same
+    numbers, so that all of them raise together."""
     stage = run.stage
     line: dict[str, Any] = with_shares(reduce_mean(report)) | {"lr": learning_rate(stage.optim, step, stage.steps)}
     line |= {"grad_norm": float(gradient_norm(run.engine)), "samples_seen": step * stage.batch.total}
@@ -275,7 +277,7 @@ def metrics_line(run: Run, step: int, report: dict[str, Tensor], directory: Path
 
 
 def evaluate(progress: Progress, step: int, record: Record, watch: Watch) -> bool:
-    """Whether the checkpoint of `step` is wanted."""
+    """Evaluates the model after `step` -> whether a checkpoint of it is to be saved."""
     watch.enter(f"the evaluation after step {step}", patient=True)
     wanted = progress.evaluate(step, record.metrics)
     record.meter.skip()
@@ -289,6 +291,7 @@ def _saver(run: Run, directory: Path, watch: Watch) -> Saver:
 
 
 def save_checkpoint(run: Run, saver: Saver, step: int, metrics: MetricsLog, progress: Progress) -> None:
+    """Begins to save `step`, and decides which checkpoints stay."""
     best = frozenset() if progress.best is None else frozenset([progress.best])
     retention = Retention(run.recipe.keep, run.recipe.keep_every, best)
     config, first, extra = to_save(run, metrics, progress)
@@ -297,14 +300,15 @@ def save_checkpoint(run: Run, saver: Saver, step: int, metrics: MetricsLog, prog
 
 
 def to_save(run: Run, metrics: MetricsLog, progress: Progress) -> tuple[dict[str, Any], Any, dict[str, Any]]:
-    """The config of the weights; what is on disk before they are (a node that is lost later must not take lines of
-    steps that are never done again); what the next start needs besides."""
+    """The arguments `config`, `before` and `extra` of Saver.save. Metrics and traces are synced before a checkpoint is
+    written: if a node is lost later, lines of steps that are never done again must not be lost with it."""
     extra = {"norms": list(run.norms)} if run.norms else {}
     return run.weights_config(progress.directory.name), (metrics.sync, run.loader.sync), extra
 
 
 def _findable(recipe: str) -> str:
-    """A recipe's file by its full path, so that an evaluation finds it from anywhere; a name as it is."""
+    """A recipe's file by its full path, so that an evaluation finds it from anywhere; a built-in recipe's name
+    unchanged."""
     return str(Path(recipe).resolve()) if Path(recipe).is_file() else recipe
 
 

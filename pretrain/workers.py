@@ -1,4 +1,4 @@
-"""Worker processes that end with their parent: with its errors, with Ctrl-C, and with kill -9."""
+"""Worker processes that end with their parent, whether it ends by an error, by Ctrl-C or by kill -9."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-GRACE_S = 0.5  # in which workers remove their temporary files
+GRACE_S = 0.5  # the time that workers get to remove their temporary files
 
 
 @contextmanager
@@ -24,8 +24,8 @@ def worker_pool(
     start: Callable[..., object] | None = None,
     arguments: tuple[Any, ...] = (),
 ) -> Iterator[ProcessPoolExecutor]:
-    """A pool of processes, each of which calls `start(*arguments)` first. An error inside the block takes back what has
-    not begun; Ctrl-C ends the workers too, within about GRACE_S, whatever they do."""
+    """A pool of processes, each of which calls `start(*arguments)` first. An error inside the block cancels jobs that
+    have not begun; Ctrl-C also ends the workers, within about GRACE_S, whatever they are doing."""
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, context, _start, (start, arguments)) as pool:
         try:
@@ -51,7 +51,7 @@ def end_with_parent() -> None:
 
 
 def _start(start: Callable[..., object] | None, arguments: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all, and the parent ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to every process; the parent ends its workers
     signal.signal(signal.SIGTERM, _leave)
     end_with_parent()
     if start is not None:
@@ -59,8 +59,8 @@ def _start(start: Callable[..., object] | None, arguments: tuple[Any, ...]) -> N
 
 
 def _leave(number: int, frame: object) -> None:
-    """What a job writes is removed on the way out. The pool's own code catches this and takes another job; it comes
-    again until there is none."""
+    """Ends a job by an exception, so that it removes what it was writing. The pool's own code catches it and takes the
+    next job, so `_end` sends the signal again until the process is gone."""
     raise SystemExit(1)
 
 
