@@ -229,8 +229,7 @@ def train(run: Run, directory: Path, stop: StopSignals, watch: Watch, saver: Sav
         if evaluating and judge.calm:
             saving |= evaluate(progress, step, record, watch)
             last |= progress.ended
-        # After a skipped step, state outside the optimizer, such as a codebook, may not be finite: a later one is
-        # saved.
+        # After a skipped step, state outside the optimizer (a codebook) may not be finite, so a later step is saved.
         if saving := (saving and judge.calm) or last:
             save_checkpoint(run, saver, step, record.metrics, progress)
             saved = step
