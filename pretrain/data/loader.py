@@ -204,6 +204,7 @@ def _feed(kind: str, mixture: Mixture, view: View, patches: int) -> Feed:
             seed=mixture.seed + (stream << 48),
             streams=loading.streams,
             block_shards=loading.block_shards,
+            skip_bad_shards=loading.skip_bad_shards,
         ),
         reader,
         shard_names([shard.name for shard in manifest.shards]),

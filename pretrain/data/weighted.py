@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pretrain.data.order import Order, SampleRef
-from pretrain.data.shards.reader import ShardReader, load_manifest
+from pretrain.data.shards.reader import BadSample, ShardError, ShardReader, load_manifest
 
 LABELS = "json"  # the member that holds a sample's label
 MOST_SAMPLES = 2**31  # of a class, so that products of two such numbers fit into 64 bits
@@ -65,7 +65,7 @@ def _sizes(classes: Classes) -> np.ndarray:
     return np.bincount(classes.number, weights=classes.sizes).astype(np.int64)
 
 
-def order_of(source: Any, reader: ShardReader, **how: int) -> Order:
+def order_of(source: Any, reader: ShardReader, *, skip_bad_shards: bool = False, **how: int) -> Order:
     """The order of a source, by its `weights` or its `balance` if it has one. `how`: the other arguments of Order.
     ValueError as Order, and for a `balance` of remote shards."""
     counts, weights = reader.manifest.counts, getattr(source, "weights", ())
@@ -83,13 +83,20 @@ def order_of(source: Any, reader: ShardReader, **how: int) -> Order:
         )
     labels = [np.zeros(count, np.int64) for count in counts]
     for shard, own in enumerate(labels):
-        own[:] = [_label(source, reader, shard, sample) for sample in range(len(own))]
+        try:
+            own[:] = [_label(source, reader, shard, sample) for sample in range(len(own))]
+        except ShardError:
+            if not skip_bad_shards:
+                raise
     classes = classes_of_samples(labels)
     return WeightedOrder(counts, classes, balanced(classes, source.balance), **how)
 
 
 def _label(source: Any, reader: ShardReader, shard: int, sample: int) -> int:
-    return source.class_of(reader.read(shard, sample, (LABELS,)))
+    try:
+        return source.class_of(reader.read(shard, sample, (LABELS,)))
+    except BadSample:  # as what class_of cannot use: it is of class 0 until it is replaced
+        return 0
 
 
 class WeightedOrder(Order):

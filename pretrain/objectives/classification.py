@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pretrain.batch import Batch, Kinds, Layout
 from pretrain.contracts import Encoder, Objective
-from pretrain.data.mixing import OTHER, SHARE
+from pretrain.data.mixing import LABEL, OTHER, SHARE
 from pretrain.flops import Product
 from pretrain.layers import HEAD_STD, PLAIN, Layers, Linear
 
@@ -63,7 +63,7 @@ class ClassificationHead(nn.Module):
     def needed_rows(self, batch: Batch) -> Kinds:
         """The patches of images."""
         rows = Kinds.rows_of(batch.layout, batch.images.device)
-        rows.images[:, 1:] = True
+        rows.images[: _alone(batch), 1:] = True
         return rows
 
     def logits(self, encoded: Kinds) -> Tensor:
@@ -73,7 +73,9 @@ class ClassificationHead(nn.Module):
     def forward(self, encoded: Kinds, batch: Batch, encode: Encoder | None = None) -> dict[str, Tensor]:
         """-> `loss`, the cross-entropy with blended targets where pictures are blended, and `accuracy/classification`
         against each picture's own class."""
-        logits, label = self.logits(encoded).float(), batch.extra["label"]
+        # Pictures of dual pairs have no class. Labels of other kinds, if any, come behind those of the images.
+        logits = self.logits(encoded)[: _alone(batch)].float()
+        label = batch.extra[LABEL][: len(logits)]
         accuracy = (logits.detach().argmax(-1) == label).float().mean()
         if OTHER in batch.extra:
             # The targets are blended like the pictures, each of the two smoothed.
@@ -87,6 +89,25 @@ class ClassificationHead(nn.Module):
 
     def after_step(self) -> None:
         """Nothing moves between steps."""
+
+
+def _alone(batch: Batch) -> int:
+    """Pictures of the mix's `images`."""
+    return batch.layout.images - batch.layout.dual
+
+
+def label_problems(stage: Any, kind: str, name: str) -> list[str]:
+    """Why an objective called `name`, which reads the labels of a kind, could take those of another one for its own."""
+    gives = [other for other, source in stage.mix.items() if hasattr(source, "classes") or _says_true(source)]
+    return [
+        f"mix.{other} has labels beside mix.{kind}, whose labels {name} reads; give mix.{other} a source without any"
+        for other in gives
+        if other != kind
+    ]
+
+
+def _says_true(source: Any) -> bool:
+    return getattr(source, "pictures", 1) == 2
 
 
 def two_layers(inputs: int, hidden: int, outputs: int, *, scale: float = 1.0) -> nn.Sequential:

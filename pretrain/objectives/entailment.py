@@ -16,7 +16,7 @@ from pretrain.data.labelled import LABEL
 from pretrain.flops import Product
 from pretrain.layers import PLAIN, Layers
 from pretrain.objectives.answering import Answering, AnsweringHead
-from pretrain.objectives.classification import answered
+from pretrain.objectives.classification import answered, label_problems
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Entailment(Objective):
             return ["entailment needs sentences with labels; give the mix pairs=LabelledPairShards(...)"]
         if there != self.classes:
             return [f"entailment.classes={self.classes} but mix.pairs.classes={there}; use one number"]
-        return []
+        return label_problems(stage, "pairs", self.name)
 
     def products(self, layout: Layout, model: Any) -> list[Product]:
         return Answering(self.classes).products(layout, model)

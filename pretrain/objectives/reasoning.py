@@ -17,7 +17,7 @@ from pretrain.contracts import Encoder, Objective, Pass
 from pretrain.data.labelled import LABEL, SECOND
 from pretrain.flops import Product
 from pretrain.layers import PLAIN, Layers
-from pretrain.objectives.classification import answered, first_rows, two_layers
+from pretrain.objectives.classification import answered, first_rows, label_problems, two_layers
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Reasoning(Objective):
         source = stage.mix.get("pairs")
         if getattr(source, "pictures", 1) != 2:
             return ["reasoning needs sentences about two pictures; give the mix pairs=TwoPictureShards(...)"]
-        return []
+        return label_problems(stage, "pairs", self.name)
 
     def passes(self, layout: Layout) -> list[Pass]:
         return [Pass(second_layout(layout))]

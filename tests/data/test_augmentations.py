@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +22,13 @@ from pretrain.data.loader import Loader
 from pretrain.data.mixing import OTHER, SHARE, Mixing
 from pretrain.data.mixture import Loading, Mixture, View
 from pretrain.data.rand_augment import OPERATIONS, RandAugment
+from pretrain.data.shards import reader
+from pretrain.data.shards.reader import ShardError, ShardReader, load_manifest
 from pretrain.data.sources import PairShards, TextShards
 from pretrain.data.text_noise import TextNoise
 from pretrain.data.timm_augment import INCREASING, RandomErasing, TimmRandAugment
 from pretrain.data.transforms import ImageTransform, sample_rng
+from pretrain.data.weighted import order_of
 from pretrain.objectives.classification import ClassificationHead
 from tests.toys import image_sample, picture, write_source
 
@@ -262,6 +266,20 @@ def test_weights_and_balance_decide_how_often_samples_come(shards):
     # Twelve, six and six of each class: eight looks each in an epoch of 24.
     steps = loaded(LabelledShards(str(shards), classes=3, balance=1.0), 2, size=4, steps=6)
     assert Counter(extra["label"] for step in steps for *_, extra in step) == {0: 8, 1: 8, 2: 8}
+
+
+def test_balance_counts_labels_that_cannot_be_read_as_one_class(shards, tmp_path, monkeypatch):
+    """They are bad samples, which training replaces when it comes to them, and no reason to refuse a run."""
+    gone = shutil.copytree(shards, tmp_path / "gone")
+    (gone / "00002.tar").unlink()
+    source, how = LabelledShards(str(gone), classes=3, balance=1.0), {"seed": 1, "streams": 2, "block_shards": 1}
+    with pytest.raises(ShardError, match=r"00002\.tar"):
+        order_of(source, ShardReader(load_manifest(source.shards)), **how)
+    order = order_of(source, ShardReader(load_manifest(source.shards)), skip_bad_shards=True, **how)
+    assert order.samples == 24
+    monkeypatch.setattr(reader, "MAX_TEXT_BYTES", 1)
+    order = order_of(replace(source, shards=str(shards)), ShardReader(load_manifest(str(shards))), **how)
+    assert order.samples == 24 and order.most == 1, "all of one class"
 
 
 def test_noise_drops_and_replaces_words_and_leaves_the_pictures_generator_alone(tmp_path):

@@ -160,6 +160,20 @@ def test_answers_are_scored_each_by_itself():
         task(replace(batch, extra={"scores": torch.zeros(4, 4)}))
 
 
+def test_classes_beside_other_kinds_are_those_of_the_images_alone():
+    """Pictures of dual pairs have no label, and labels of pairs stand behind those of images."""
+    task, layout = made(ImageClassification(6)), Layout(5, 2, 2, PATCHES, PAIR_LEN, PAIR_LEN, dual=2)
+    drawn = random_batch(layout)
+    texts = {"pair_tokens": drawn.pair_tokens, "text_tokens": drawn.text_tokens}
+    batch, label = make_batch(layout, images=drawn.images, **texts), torch.tensor([5, 0, 3, 1, 1])
+    report = task(replace(batch, extra={"label": label}))
+    alone = make_batch(Layout(images=3, patches=PATCHES), images=batch.images[:3])
+    torch.testing.assert_close(report["loss"], task(replace(alone, extra={"label": label[:3]}))["loss"])
+    with pytest.raises(ValueError, match=r"mix\.images has labels beside mix\.pairs, whose labels entailment reads"):
+        Stage(mix={"images": FOUR, "pairs": LabelledPairShards("x")}, batch=BatchSize(images=4, pairs=4),
+              objectives=(Entailment(),), **COMMON)  # fmt: skip
+
+
 def test_entailment_is_a_choice_by_the_layers_of_answers():
     """They are written under the names of unilm's answerer, and come back as one."""
     task, label = made(Entailment()), torch.tensor([0, 2, 1, 1])
