@@ -40,9 +40,11 @@ def nearest(vectors: Tensor, codebook_KC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_to_tally(tally: Tensor, vectors: Tensor, codes: Tensor) -> None:
-    """Adds to int64 [K, C + 1], per code, the sum of its vectors in FIXED_POINT units and (last column) their count."""
-    fixed = (vectors.double() * FIXED_POINT).round().long()
-    tally.index_add_(0, codes, F.pad(fixed, (0, 1), value=1))
+    """Adds to int64 [K, C + 1], per code, the sum of its vectors in FIXED_POINT units and (last column) their count.
+    Vectors that are not finite, of a step that is skipped, are left out."""
+    finite = vectors.isfinite().all(-1, keepdim=True)
+    fixed = (torch.where(finite, vectors, 0).double() * FIXED_POINT).round().long()
+    tally.index_add_(0, codes, torch.cat([fixed, finite.long()], 1))
 
 
 def mean_directions(tally: Tensor) -> Tensor:
@@ -166,6 +168,7 @@ class Codebook(nn.Module):
         if not len(dead):  # equal on every rank: the tally was all-reduced
             return
         seen = gather_rows(torch.cat(self.seen), group)
+        seen = seen[seen.isfinite().all(-1)]  # the same on every rank
         far = draw_far_vectors(nearest(seen, self.vectors)[1], len(dead), seed=int(self.steps))
         dead = dead[: len(far)]
         self.vectors[dead] = seen[far]

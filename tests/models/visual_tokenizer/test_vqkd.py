@@ -106,6 +106,23 @@ def test_a_dead_code_restarts_where_vectors_are_far_and_off_is_beit_v2():
             assert any(torch.equal(book.vectors[2], vector) for vector in far), "not one of the fifty well served"
 
 
+def test_vectors_that_are_not_finite_move_nothing():
+    """They are those of a step that is skipped; a code in their place would stay one for good."""
+    seen, wrong = unit(6, seed=1), torch.full((6, 8), torch.nan)
+    alone, beside = codebook(restart_after=1), codebook(restart_after=1)
+    for _ in range(3):
+        alone(seen), beside(torch.cat([wrong, seen]))
+        alone.after_step(), beside.after_step()
+    assert torch.equal(beside.vectors, alone.vectors) and torch.equal(beside.restarted, alone.restarted)
+    idle, plain = codebook(restart_after=1), codebook()
+    for book in (idle, plain):
+        before = book.vectors.clone()
+        for _ in range(3):
+            book(wrong)
+            book.after_step()
+        assert torch.equal(book.vectors, before) and int(book.steps) == 3 and book.use == 0
+
+
 def test_codebook_use_counts_a_window():
     book = codebook(4)
     book.vectors.copy_(torch.eye(8)[:4])
