@@ -123,7 +123,7 @@ class WeightedOrder(Order):
         if self.samples == 0:
             raise ValueError(f"weights={list(weights)} leave no look at any sample; raise one of them")
         self._classes, safe = classes, np.maximum(sizes, 1)
-        self._size, self._whole, self._extra = (each[classes.number] for each in (sizes, looks // safe, looks % safe))
+        self._size, self._whole, self._extra = (each[classes.number] for each in (safe, looks // safe, looks % safe))
         self.most = int((self._whole + (self._extra > 0)).max())
         # The place of each block's first sample in its class, and in its shard.
         by_class = np.lexsort((classes.shard, classes.number))

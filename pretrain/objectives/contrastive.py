@@ -163,7 +163,7 @@ class ContrastiveHead(nn.Module):
 
     def _softmax(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
         (all_images, first), (all_texts, _) = self.gather(images), self.gather(texts)
-        scale = self._scale()
+        scale = self.scale()
         own = torch.arange(first, first + len(images), device=images.device)
         to_text, to_image = scale * images @ all_texts.T, scale * texts @ all_images.T
         losses = [F.cross_entropy(each, own, label_smoothing=self.smoothing) for each in (to_text, to_image)]
@@ -174,14 +174,17 @@ class ContrastiveHead(nn.Module):
             "logit_scale": scale.detach().squeeze(),
         }
 
-    def _scale(self) -> Tensor:
-        # The value is clamped but the gradient is not: a scale that has grown too far must be able to come back.
+    def scale(self) -> Tensor:
+        """[1]: the factor by which the loss multiplies cosines; that of the softmax has an upper bound."""
         learned = self.logit_scale.float()
+        if self.logit_bias is not None:
+            return learned.exp()
+        # The value is clamped and the gradient is not: a scale that has grown too far must find its way back.
         return (learned + (learned.clamp(max=math.log(MAX_SCALE)) - learned).detach()).exp()
 
     def _sigmoid(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
         assert self.logit_bias is not None
-        scale, bias = self.logit_scale.float().exp(), self.logit_bias.float()
+        scale, bias = self.scale(), self.logit_bias.float()
         answered = pairwise_sigmoid(images, texts, scale, bias, self.visit)
         own = torch.arange(len(images), device=images.device)
         return {

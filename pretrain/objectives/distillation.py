@@ -76,6 +76,7 @@ def _teacher(cfg: Distillation, state: Mapping[str, Tensor], model: Any, head: D
     weight = state.get(f"{HEAD}vision.weight")  # of its projection, which not every contrast has
     widths, embed_dim = (model.width("images"), model.width("texts")), None if weight is None else len(weight)
     options: Any = {"project": weight is not None, "projection_bias": f"{HEAD}vision.bias" in state}
+    options |= {"bias": 0.0} if f"{HEAD}logit_bias" in state else {}  # the sigmoid's, whose scale has no bound
     with head.layers.whole():
         teacher = nn.Module()
         teacher.encoder = model.build(("vision", "language"))
@@ -125,7 +126,7 @@ class DistillationHead(nn.Module):
 
     def _relations(self, own: tuple[Tensor, Tensor], taught: tuple[Tensor, Tensor]) -> Tensor:
         """The mean KL divergence for this rank's pictures and texts, each against all ranks' texts or pictures."""
-        scale = self.teacher[0].head._scale()
+        scale = self.teacher[0].head.scale()
         everyone = [self.layers.gather(each)[0] for each in (*own, *taught)]
         both = []
         for asking, asked in ((0, 1), (1, 0)):

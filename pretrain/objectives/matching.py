@@ -185,7 +185,7 @@ class MatchingHead(nn.Module):
                 "matching.negatives='local' finds no wrong partner for a rank's only dual pair; use 'global' or a "
                 "larger batch.dual"
             )
-        scale = contrast.logit_scale.float().exp()
+        scale = contrast.scale()
         if self.random_steps:
             scale = scale * (self.steps >= self.random_steps)
         images, texts = vectors

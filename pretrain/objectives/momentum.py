@@ -113,7 +113,7 @@ class MomentumHead(ContrastiveHead):
         """-> loss, in-batch accuracy and logit scale as ContrastiveHead's, and the current `alpha`."""
         images, texts = self.embed(encoded, batch.layout)
         taught_images, taught_texts = self._teach(batch, images.dtype)
-        scale = self._scale()
+        scale = self.scale()
         (all_images, first), (all_texts, _) = self.gather(taught_images), self.gather(taught_texts)
         if self.training and torch.is_grad_enabled():
             self._pending = all_images, all_texts

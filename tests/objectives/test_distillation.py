@@ -95,6 +95,10 @@ def test_a_teacher_with_any_projection_is_its_whole_self(options):
     for own, want in zip(task.objectives["distillation"]._teach(batch), wanted, strict=True):
         torch.testing.assert_close(own, want)
     assert task(batch)["loss"].isfinite()
+    own = task.objectives["distillation"].teacher[0].head
+    with torch.no_grad():
+        own.logit_scale.fill_(117.3).log_()
+    assert own.scale().item() == pytest.approx(117.3 if "loss" in options else 100), "released SigLIP's is above 100"
 
 
 def test_the_teacher_is_neither_trained_nor_saved():

@@ -77,6 +77,23 @@ def test_a_draw_of_zero_never_picks_the_own_partner():
         assert [chosen.tolist() for chosen in head.draw(same, batch)] == [expected] * 2
 
 
+def test_partners_are_drawn_by_the_contrasts_own_scale():
+    """CLIP's stays at 100 however far its parameter has grown; SigLIP's has no bound."""
+    head, batch = MatchingHead(4), dual_batch(1)
+    made = torch.Generator().manual_seed(3)
+    close = Kinds.split(torch.randn(batch.layout.rows, MODEL.dim, generator=made) * 0.02 + 1, batch.layout)
+    drawn = {}
+    for loss in ("softmax", "sigmoid"):
+        contrast = Contrastive(loss=loss, project=False).build(MODEL, EXPERTS)
+        head.contrast = (contrast,)
+        for scale in (100.0, 1e5):
+            with torch.no_grad():
+                contrast.logit_scale.fill_(scale).log_()
+            assert contrast.scale().item() == pytest.approx(100 if loss == "softmax" else scale)
+            drawn[loss, scale] = [chosen.tolist() for chosen in head.draw(close, batch)]
+    assert drawn["softmax", 1e5] == drawn["softmax", 100.0] == drawn["sigmoid", 100.0] != drawn["sigmoid", 1e5]
+
+
 def test_the_more_alike_is_the_more_often_drawn():
     head = MatchingHead(4)
     head.contrast = (Contrastive().build(MODEL, EXPERTS),)
