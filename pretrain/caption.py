@@ -3,12 +3,12 @@
     python -m pretrain.caption runs/base/captioning data/cc12m --out captions/cc12m
     python -m pretrain.caption runs/base/captioning ~/Pictures --out captions/mine --beams 1 --top-p 0.9
 
-The input is a directory of indexed shards, or a folder of pictures (with what lies in its folders). A line of --out
-has the `key`, the `caption`, and `file` and `sample` (its name, and the number there). The weights are those of a stage
-with the objective captioning, or of words that were hidden behind pictures in causal texts (BEiT-3's captioning
-checkpoints); a stage whose words saw both sides writes, but not well. Finished files stay: after a kill, run the same
-command to continue. Several processes share the work with --part 0/8, 1/8, ... What cannot be decoded is left out,
-counted and named.
+The input is a directory of indexed shards, or a folder of pictures (subfolders included). A line of --out has the
+`key`, the `caption`, and `file` and `sample` (the portion's name, and the picture's number in it). The weights are
+those of a stage with the objective captioning, or of one that learned to fill in hidden words of causal texts about
+pictures (BEiT-3's captioning checkpoints); a stage whose words saw the words on both sides writes too, but not well.
+Finished files stay: after a kill, run the same command to continue. Several processes share the work with --part 0/8,
+1/8, ... Pictures that cannot be decoded are left out, counted and named.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ def caption(
     batch: int,
     workers: int,
 ) -> tuple[int, list[str]]:
-    """Writes OUT/NAME.jsonl for each portion -> (pictures captioned, [what was left out and why])."""
+    """Writes OUT/NAME.jsonl for each portion -> (how many pictures have a caption, [what was left out and why])."""
     done, left_out = 0, list[str]()
     numbers = {portion.name: number for number, portion in enumerate(source.portions)}
     with ThreadPoolExecutor(workers) as threads:
         for portion in portions:
             lines = []
             for good in looks(model, source, portion, batch, threads, left_out):
-                # Of each picture its own, so that neither batches nor --part change what is drawn.
-                own = [sample_rng(seed, numbers[portion.name], item.sample).random(how.max_words) for item, _ in good]
+                # Each picture has draws of its own, so that neither --batch nor --part changes its caption.
+                draws = [sample_rng(seed, numbers[portion.name], item.sample).random(how.max_words) for item, _ in good]
                 pixels = torch.stack([look for _, look in good])
-                texts = model.caption_looks(pixels, how, torch.from_numpy(np.stack(own)))
+                texts = model.caption_looks(pixels, how, torch.from_numpy(np.stack(draws)))
                 for (item, _), text in zip(good, texts, strict=True):
                     line = {"key": item.key, "caption": text, "file": portion.name, "sample": item.sample}
                     lines.append(json.dumps(line, ensure_ascii=False))

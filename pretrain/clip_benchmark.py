@@ -1,12 +1,12 @@
-"""The standard benchmarks by their own tool, clip_benchmark (LAION's, and DataComp's 38 sets): a dual encoder of ours
-is a type of models of its command line, whose other options are its own.
+"""The standard benchmarks by their own tool, clip_benchmark (LAION's, and DataComp's 38 sets): --model_type imglish
+makes a dual encoder of ours known to its command line, and all other options are the tool's own.
 
     pip install clip-benchmark
     python -m pretrain.clip_benchmark eval --model_type imglish --model base --pretrained runs/base/retrieval \\
         --task zeroshot_retrieval --recall_k 1 5 10 --dataset wds/mscoco_captions --dataset_root ROOT --output out.json
 
 `--pretrained` is what pretrain.load reads (a stage's directory, a weights.safetensors, a released .pth), and `--model`
-a name for the table. With --no_amp numbers are made in float32, as pretrain.evaluate makes them.
+a name for the table. With --no_amp it computes in float32, as pretrain.evaluate does.
 """
 
 from __future__ import annotations
@@ -26,34 +26,35 @@ TYPE = "imglish"
 
 
 class DualEncoder(nn.Module):
-    """`model` as clip_benchmark calls one: on what `transform` and `tokenizer` made."""
+    """`model` with the methods that clip_benchmark calls, whose inputs `transform` and `tokenizer` make. ValueError for
+    weights without a contrastive head, or without a text tokenizer."""
 
     def __init__(self, model: Pretrained):
         super().__init__()
         self.model = model
-        _ = model.head, model.tokenizer()  # ValueError for weights that cannot be asked
+        _ = model.head, model.tokenizer()  # each raises where there is none
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """uint8 [N, 3, S, S] -> unit vectors [N, E], where the pixels are."""
+        """uint8 [N, 3, S, S] -> unit vectors [N, E], on the device of the pixels."""
         return self.model.embed_looks(pixels.cpu()).to(pixels.device)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """int64 [N, L] -> unit vectors [N, E], where the tokens are."""
+        """int64 [N, L] -> unit vectors [N, E], on the device of the tokens."""
         return self.model.embed_tokens(tokens.cpu()).to(tokens.device)
 
     def transform(self, picture: Image.Image) -> Tensor:
-        """-> uint8 [3, S, S], by the look of the stage's own evaluation."""
+        """-> uint8 [3, S, S], made as in the stage's own evaluation."""
         return self.model.look(picture)
 
     def tokenizer(self, texts: Sequence[str]) -> Tensor:
-        """-> int64 [N, L]."""
+        """-> ids, int64 [N, L], padded with PAD."""
         return self.model.tokens([texts] if isinstance(texts, str) else list(texts))
 
 
 def load_for_benchmark(
     model_name: str, pretrained: str, cache_dir: str | None = None, device: Any = "cpu"
 ) -> tuple[nn.Module, Callable, Callable]:
-    """What clip_benchmark asks a type of models for: (model, transform, tokenizer)."""
+    """(model, transform, tokenizer), which clip_benchmark asks every type of model for."""
     model = DualEncoder(load(pretrained, device=device))
     return model, model.transform, model.tokenizer
 

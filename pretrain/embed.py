@@ -3,11 +3,11 @@
     python -m pretrain.embed runs/base/retrieval data/cc12m --out vectors/cc12m
     python -m pretrain.embed runs/base/retrieval ~/Pictures --out vectors/mine
 
-The input is a directory of indexed shards, or a folder of pictures (with what lies in its folders). A file of --out has
-the columns `key`, `caption` (null where there is none), `file` and `sample` (its name, and the number there), `image`
-and `text`: float32 lists, unit vectors of the dual encoder, so that a product of two is their cosine. Finished files
-stay: after a kill, run the same command to continue. Several processes share the work with --part 0/8, 1/8, ... What
-cannot be decoded is left out, counted and named.
+The input is a directory of indexed shards, or a folder of pictures (subfolders included). A file of --out has the
+columns `key`, `caption` (null where there is none), `file` and `sample` (the portion's name, and the picture's number
+in it), `image` and `text`: float32 lists, unit vectors of the dual encoder, so that a product of two is their cosine.
+Finished files stay: after a kill, run the same command to continue. Several processes share the work with --part 0/8,
+1/8, ... Pictures that cannot be decoded are left out, counted and named.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def embed(
 
 
 def _add(model: Pretrained, good: Good, rows: dict[str, list]) -> None:
+    """Appends the pictures' values to each column of `rows`, except `file`."""
     captions = [item.caption for item, _ in good]
     texts = iter(model.embed_texts([c for c in captions if c is not None], len(good)).numpy()) if model.text else None
     rows["key"] += [item.key for item, _ in good]
@@ -62,13 +63,15 @@ def _add(model: Pretrained, good: Good, rows: dict[str, list]) -> None:
 
 
 def _schema(width: int) -> pa.Schema:
+    """The columns of a file, with vectors of `width` numbers."""
     vector = pa.list_(pa.float32(), width)
     place = [("key", pa.string()), ("caption", pa.string()), ("file", pa.string()), ("sample", pa.int64())]
     return pa.schema([*place, ("image", vector), ("text", vector)])
 
 
 def read_vectors(out: Path) -> tuple[pa.Table, np.ndarray]:
-    """What `embed` wrote so far: (the table, its pictures' vectors as float32 [N, E]). ValueError if there is none."""
+    """What `embed` has written so far: (the table of N rows, its pictures' vectors as float32 [N, E]). ValueError where
+    there is no file, or one that `embed` did not write."""
     paths = sorted(out.glob("*.parquet"))
     if not paths:
         raise ValueError(f"{out} has no .parquet of pretrain.embed; write it with python -m pretrain.embed")

@@ -1,7 +1,7 @@
 """A trained stage -> its evaluations: eval.json and, for the report, samples.json with pictures.
 
-An evaluation that is not the stage's own, of other data, settings or weights, goes into eval-NAME.json, which says what
-differs, with its pictures in eval-NAME/; the report shows it apart.
+An evaluation on other data, or with other settings or weights, is not the stage's own: it goes into eval-NAME.json,
+which says what differs, with its pictures in eval-NAME/, and the report shows it apart.
 """
 
 from __future__ import annotations
@@ -69,18 +69,22 @@ def run(args: argparse.Namespace) -> None:
     digest, given = weights_digest(weights), args.weights is not None
     asked = asked_evaluation(directory, args.stage, (recipe, stage), plain, weights=digest, given=given, name=args.name)
     if asked.differs:
-        log.info("%s: not the stage's own evaluation (%s), so that it has a file of its own", args.stage, _told(asked))
+        log.info(
+            "%s: not the stage's own evaluation (%s), so that it has a file of its own",
+            args.stage,
+            _first_difference(asked),
+        )
     if asked.made:
         log.info("%s: evaluated before; nothing to do (%s)", args.stage, asked.path)
         return
-    apart = LORA in weights_header(weights).get("config", {})  # as in a checkpoint
+    apart = LORA in weights_header(weights).get("config", {})  # adapters lie apart, as in a checkpoint
     check_labels(stage)
     task = build_task(recipe, stage if apart else replace(stage, lora=None), inputs, trains=False)
     handover = load_handover(task, weights)
     if handover.missing:
         raise ValueError(f"{weights} lacks {handover.missing[0]}; it is not this stage's: give the stage that wrote it")
     state, average = named_state(task), average_in(weights.parent) if weights.name == WEIGHTS else {}
-    for name, value in average.items():  # of a checkpoint; a finished stage has handed it over
+    for name, value in average.items():  # only a checkpoint has one; a finished stage's weights are the average
         fill(state[name], value)
     task.to(device()).eval()
     metrics, samples = evaluate(stage, trained_stage(recipe, stage, inputs, asked.pictures, task))
@@ -98,16 +102,16 @@ def run(args: argparse.Namespace) -> None:
     log.info("%s: wrote %s", args.stage, asked.path)
 
 
-def _told(asked: Asked) -> str:
-    """The first of the differences, for a log line."""
+def _first_difference(asked: Asked) -> str:
+    """The first difference from the stage's own evaluation, and how many more there are, for a log line."""
     key, (own, here) = next(iter(asked.differs.items()))
     more = f" and {len(asked.differs) - 1} more" if len(asked.differs) > 1 else ""
     return f"{key}={here} instead of {own}{more}"
 
 
 def _weights(directory: Path, stage: Stage, given: Path | None) -> tuple[int | None, Path]:
-    """What to evaluate, and its step where that is known: what was asked for, else the finished stage, else the newest
-    complete checkpoint."""
+    """(the step, or None where it is not known, the weights to evaluate): those that were given, else the finished
+    stage's, else the newest complete checkpoint's. ValueError where there are none."""
     if given is not None:
         return None, given
     if (finished := directory / WEIGHTS).is_file():
@@ -119,8 +123,9 @@ def _weights(directory: Path, stage: Stage, given: Path | None) -> tuple[int | N
 
 
 def _trained_with(directory: Path, args: argparse.Namespace) -> tuple[str, list[str]]:
-    """The recipe's name and settings: as given, else as pretrain.train noted them. A file that recipe.json names is
-    not run: whoever evaluates somebody else's directory would execute their code."""
+    """The recipe's name and settings: as given, else as pretrain.train noted them in recipe.json. ValueError where
+    recipe.json notes none, and where it names a recipe file: whoever evaluates somebody else's directory would execute
+    their code."""
     noted = read_recipe(directory).get("command", {})
     noted_name, settings = (noted.get("recipe"), noted.get("set", [])) if isinstance(noted, dict) else (None, [])
     name = args.recipe or str(noted_name)

@@ -1,5 +1,5 @@
-"""Converts weights between our directories (weights.safetensors + config.json) and the released BEiT-3's naming, and
-from towers of transformers.
+"""Converts weights between our directories (weights.safetensors and config.json) and other formats: the released
+BEiT-3's, Hugging Face's, open_clip's and ONNX; also prunes, resizes and merges them.
 
     python -m pretrain.export from-released beit3_base_patch16_224.pth runs/beit3_base
     python -m pretrain.export to-released runs/mine/fusion beit3_mine.pth
@@ -12,12 +12,13 @@ from towers of transformers.
     python -m pretrain.export from-hf clip-vit-base-patch16 runs/clip
     python -m pretrain.export from-hf resnet-50 runs/start --text bert-base-uncased
 
-to-hf writes a Hugging Face directory: AutoModel.from_pretrained(DIR, trust_remote_code=True) reads it without this
-package, by three small files of code that lie in it. pretrain/released_weights.py says the released names.
+pretrain/released_names.py lists the released names. to-hf writes a Hugging Face directory, which
+AutoModel.from_pretrained(DIR, trust_remote_code=True) reads without this package, by three small files of code in it.
 to-open-clip writes towers of CLIP's architecture as open_clip.create_model_and_transforms("local-dir:DIR") loads them.
 to-onnx (it needs the extra onnx) writes a graph for pictures, one for texts and one for both fused, as far as the
-weights have their parts. They take any number of pictures and texts, any length of text, and, of Multiway encoders, any
-size of picture that the patches divide; model.json beside them says inputs, outputs, preprocessing and tokenizer.
+weights have their parts. The graphs take any number of pictures and texts, texts of any length, and, from Multiway
+encoders, pictures of any size that the patches divide; model.json beside them describes inputs, outputs, preprocessing
+and tokenizer.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
         beside = args.text_tokenizer or args.directory / TOKENIZER
         if args.text_tokenizer is not None:
             TextTokenizer(beside)  # ValueError for what is none
-            stored_tokenizer(args.directory, beside)  # and for another one
+            stored_tokenizer(args.directory, beside)  # ValueError for another than the weights came with
         text = beside if beside.is_file() else None
         write_directory(state, cfg, args.out, source=args.directory, config=config, text=text)
     elif args.command == "to-open-clip":
@@ -155,7 +156,8 @@ def _to_open_clip(weights: Path, out: Path, text_tokenizer: Path | None) -> None
 
 
 def _bring_tokenizer(directory: Path, out: Path) -> None:
-    """Beside the new weights, where the old ones' is known: another directory has no recipe.json that names it."""
+    """Copies the text tokenizer beside the new weights, if the old weights' is known: the new directory has no
+    recipe.json that would name it."""
     if (text := stored_tokenizer(directory)) is not None:
         write_file(out / BESIDE_WEIGHTS[text.suffix == ".json"], text.read_bytes())
 

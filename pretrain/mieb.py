@@ -31,16 +31,17 @@ from pretrain.pretrained import Pretrained, load
 from pretrain.visible import say
 
 MODALITIES = ("image", "text")
-LANGUAGES = ["eng-Latn"]  # mteb wants to know; nothing here depends on it
+LANGUAGES = ["eng-Latn"]  # mteb asks every model for its languages; nothing here depends on them
 
 
 class Encoder:
-    """`model` as mteb's EncoderProtocol (2.26). `name`: OWNER/NAME, for the table."""
+    """`model` as an encoder of mteb (its EncoderProtocol, version 2.26). `name`: OWNER/NAME, for the table of results.
+    ValueError for weights without a contrastive head, or without a text tokenizer."""
 
     def __init__(self, model: Pretrained, name: str = "imglish/model"):
         self.model, self.name = model, name
-        self.width = model.head.width  # ValueError for weights that cannot be asked
-        model.tokenizer()
+        self.width = model.head.width
+        model.tokenizer()  # raises where there is none
 
     def encode(
         self,
@@ -52,8 +53,8 @@ class Encoder:
         prompt_type: Any = None,
         **options: Any,
     ) -> Tensor:
-        """Batches with `image` (PIL pictures), `text`, or both -> float32 [N, E], unit vectors; of both their sum, as
-        mteb's own CLIP models have it."""
+        """Batches with `image` (PIL pictures), `text`, or both -> float32 [N, E]: unit vectors, or for both the sum of
+        the two, as in mteb's own CLIP models."""
         parts = [self._vectors(batch) for batch in inputs]
         return torch.cat(parts) if parts else torch.zeros(0, self.width)
 
@@ -69,7 +70,7 @@ class Encoder:
         return _units(embeddings1) @ _units(embeddings2).T
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
-        """Cosines [N] of vectors [N, E] each."""
+        """Cosines [N] of the vectors [N, E] and [N, E], row by row."""
         return (_units(embeddings1) * _units(embeddings2)).sum(-1)
 
     @cached_property
@@ -100,13 +101,15 @@ class Encoder:
 
 
 def _units(vectors: Any) -> Tensor:
+    """float32 [N, E] of length 1; one vector [E] becomes [1, E]."""
     return F.normalize(torch.atleast_2d(torch.as_tensor(vectors)).float(), dim=-1)
 
 
 def _imported(name: str) -> Any:
+    """A module of mteb. ValueError where it cannot be imported."""
     try:
         return importlib.import_module(name)
-    except (ImportError, RuntimeError) as error:  # RuntimeError: of a torchvision that does not fit torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not fit torch raises it
         first = str(error).splitlines()[0]
         raise ValueError(f"mteb cannot be imported ({first}); pip install 'mteb[image]'") from None
 

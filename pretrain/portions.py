@@ -31,6 +31,8 @@ ENDINGS = tuple(f".{ending}" for ending in IMAGE_EXTENSIONS)
 
 
 class Item(NamedTuple):
+    """A picture that could be read, though perhaps not decoded."""
+
     sample: int  # its number in the portion
     key: str
     picture: bytes | Path
@@ -38,11 +40,11 @@ class Item(NamedTuple):
 
 
 class Portion(NamedTuple):
-    """What becomes one file."""
+    """The pictures whose results become one file."""
 
-    name: str
+    name: str  # the file's, without its ending
     samples: int
-    place: Any  # number of the shard, or the paths
+    place: Any  # the number of the shard, or the paths of the pictures
 
 
 class Shards:
@@ -70,16 +72,16 @@ class Folder:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        found = sorted(path for path in directory.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
-        if not found:
+        paths = sorted(path for path in directory.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+        if not paths:
             raise ValueError(
                 f"{directory} has neither a {MANIFEST} nor a picture ({', '.join(ENDINGS)}); give a folder with some, "
                 f"or shards, after: python -m data_tools.index {directory}"
             )
-        self.digest = hashlib.sha256("\n".join(map(str, found)).encode(errors="surrogateescape")).hexdigest()
-        starts = range(0, len(found), PER_FILE)
+        self.digest = hashlib.sha256("\n".join(map(str, paths)).encode(errors="surrogateescape")).hexdigest()
+        starts = range(0, len(paths), PER_FILE)
         self.portions = [
-            Portion(f"{n:05d}", len(some), some) for n, s in enumerate(starts) for some in (found[s : s + PER_FILE],)
+            Portion(f"{n:05d}", len(some), some) for n, s in enumerate(starts) for some in (paths[s : s + PER_FILE],)
         ]
 
     def items(self, portion: Portion) -> Iterator[Item | BadSample]:
@@ -87,6 +89,7 @@ class Folder:
             yield Item(sample, str(path.relative_to(self.directory)), path, None)
 
 
+# Pictures that could be decoded, each with what `Pretrained.look` made of it: uint8 [3, S, S].
 Good = list[tuple[Item, torch.Tensor]]
 
 
@@ -98,8 +101,8 @@ def looks(
     threads: ThreadPoolExecutor,
     left_out: list[str],
 ) -> Iterator[Good]:
-    """Up to `batch` pictures of the portion at a time, each with what `Pretrained.look` makes of it; what cannot be
-    used is added to `left_out`, with the reason."""
+    """Up to `batch` pictures of the portion at a time, decoded by `threads`. The keys of the others are added to
+    `left_out`, with the reason."""
     items = source.items(portion)
     with tqdm(total=portion.samples, desc=portion.name, unit=" pictures", disable=None) as bar:
         while some := list(islice(items, batch)):
@@ -124,14 +127,16 @@ def _look(model: Pretrained, item: Item | BadSample) -> torch.Tensor | Exception
 
 
 class Job(NamedTuple):
+    """What a command was asked to do, and how much of it is left."""
+
     model: Pretrained
     source: Shards | Folder
-    mine: list[Portion]  # of --part
-    todo: list[Portion]  # of these, what is not there yet
+    mine: list[Portion]  # those that --part leaves to this process
+    todo: list[Portion]  # those of them whose files are not there yet
 
 
 def add_arguments(parser: argparse.ArgumentParser, batch: int, out: str) -> None:
-    """What both commands take; `batch` is the default, `out` the help of --out."""
+    """Adds the arguments that both commands take; `batch` is the default of --batch, `out` the help of --out."""
     parser.add_argument("weights", type=Path, help="whatever pretrain.load reads, such as a stage's directory")
     parser.add_argument("input", type=Path, help="a directory of indexed shards, or a folder of pictures")
     parser.add_argument("--out", type=Path, required=True, help=out)
@@ -149,9 +154,9 @@ def start(
     settings: dict[str, Any],
     check: Callable[[Pretrained], Any],
 ) -> Job:
-    """The model and what is left to do in --out, whose file `about` says what the results there are of: weights, input
-    and `settings`. ValueError for wrong arguments, for a model that `check` refuses, and where --out holds results of
-    something else."""
+    """The model and what is left to do in --out. The file `about` there notes what the results come from: the weights,
+    the input and `settings`; `ending` is that of a portion's file. ValueError for wrong arguments, for a model that
+    `check` refuses, and where --out holds the results of other weights, input or settings."""
     if not args.input.is_dir():
         raise ValueError(f"{args.input} is not a directory; give shards, or a folder of pictures")
     if args.batch < 1 or args.workers < 1:
@@ -161,14 +166,14 @@ def start(
     dtype = torch.bfloat16 if args.bf16 else torch.float32
     model = load(args.weights, text_tokenizer=args.text_tokenizer, dtype=dtype)
     check(model)
-    of = {"weights": weights_name(args.weights), "input": str(args.input.resolve()), "digest": source.digest}
-    agree(args.out, about, of | settings)
+    origin = {"weights": weights_name(args.weights), "input": str(args.input.resolve()), "digest": source.digest}
+    agree(args.out, about, origin | settings)
     mine = source.portions[part::parts]
     return Job(model, source, mine, [p for p in mine if not (args.out / f"{p.name}{ending}").is_file()])
 
 
 def finish(args: argparse.Namespace, job: Job, done: int, left_out: list[str]) -> None:
-    """Says what was done. ValueError where nothing could be."""
+    """Says what was done. ValueError where there were pictures and none could be used."""
     for line in left_out:
         say(f"left out: {line}", error=True)
     before = len(job.mine) - len(job.todo)
@@ -180,7 +185,7 @@ def finish(args: argparse.Namespace, job: Job, done: int, left_out: list[str]) -
 
 
 def agree(out: Path, name: str, about: dict[str, Any]) -> None:
-    """Notes what the results are of; ValueError where --out holds those of something else."""
+    """Notes `about`, what the results come from, in OUT/NAME. ValueError where that file notes something else."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / name
     try:
@@ -196,7 +201,7 @@ def agree(out: Path, name: str, about: dict[str, Any]) -> None:
 
 
 def weights_name(weights: Path) -> str:
-    """A hash that names weights: what embed.json says."""
+    """A hash that names the weights, as embed.json and caption.json note it."""
     if weights.is_dir() and is_directory(weights) and not (weights / WEIGHTS).is_file():
         weights = weights / HUGGING_FACE
     return weights_digest(weights) if weights.is_dir() or weights.suffix == ".safetensors" else sha256_of(weights)

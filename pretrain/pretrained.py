@@ -24,13 +24,15 @@ from pretrain.stored_model import FURTHER, build_stored, read_stored, stored_tok
 from pretrain.tasks.pretrain import PretrainTask
 
 T = TypeVar("T")
-GAP = "<mask>"  # in a text for fill_mask
+GAP = "<mask>"  # stands for a missing piece in the texts of fill_mask
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Pretrained:
-    """An encoder with the heads that the weights have. Made by `load`; `model` is its configuration, `task` the module,
-    and `transform` how a picture is looked at. Results lie on the host, in float32."""
+    """An encoder with the heads that the weights have, made by `load`. `model` is its configuration, `task` the module,
+    `transform` makes its pixels of a picture, and `text` is its tokenizer, None where the weights came without one.
+    Results lie on the host, in float32. Shapes: N pictures, texts or pairs, S pixels a side, P patches of a picture,
+    L ids of a text, D width, E width of the dual encoder's vectors."""
 
     def __init__(
         self,
@@ -47,22 +49,22 @@ class Pretrained:
     @torch.no_grad()
     def embed_images(self, pictures: Iterable[Picture], batch: int = 64) -> Tensor:
         """Pictures (paths, encoded bytes, PIL pictures, or uint8 arrays [H, W, 3] or [H, W]) -> unit vectors [N, E] of
-        the dual encoder. ValueError for weights without a contrastive head; BadSample, which is one, for a picture that
-        cannot be used, with its number."""
+        the dual encoder. ValueError for weights without a contrastive head; BadSample, a ValueError too, for a picture
+        that cannot be used, with its number."""
         parts = [self.embed_looks(pixels) for pixels in self._looks(pictures, batch)]
         return torch.cat(parts) if parts else torch.zeros(0, self.head.width)
 
     @torch.no_grad()
     def embed_looks(self, pixels: Tensor) -> Tensor:
-        """What `look` made of pictures, uint8 [N, 3, S, S] -> unit vectors [N, E], in one pass."""
+        """Pixels as `look` returns them, uint8 [N, 3, S, S] -> unit vectors [N, E], in one pass."""
         layout = Layout(images=len(pixels), patches=self._patches)
         return self.head.embed_images(self._encode(layout, images=pixels)).cpu()
 
     @torch.no_grad()
     def patches(self, pictures: Iterable[Picture], batch: int = 64) -> Tensor:
-        """-> the rows of each picture's patches after the final norm, by the vision encoder, [N, P, D]: what a picture
-        holds, for classifiers of one's own; embed_images compares class rows. ValueError for towers, which give one row
-        for each picture."""
+        """-> the rows of each picture's patches after the final norm, by the vision encoder, [N, P, D], for classifiers
+        of one's own; embed_images uses the class row instead. ValueError for towers, which give one row for each
+        picture."""
         parts = []
         for pixels in self._looks(pictures, batch):
             layout = Layout(images=len(pixels), patches=self._patches)
@@ -73,15 +75,16 @@ class Pretrained:
         return torch.cat(parts) if parts else torch.zeros(0, self._patches, self.model.width("images"))
 
     def look(self, picture: Picture) -> Tensor:
-        """A picture as the encoder sees it: uint8 [3, S, S], S the model's image_size. BadSample, ValueError. Any
-        number of threads may call it, and each method takes its result for a picture."""
+        """A picture as the encoder sees it: uint8 [3, S, S], S the model's image_size. Any number of threads may call
+        it, and every method takes its result in the place of a picture. BadSample for a picture that cannot be decoded,
+        ValueError for an object that is none."""
         if isinstance(picture, Tensor):
             return picture
         return torch.from_numpy(self.transform(encoded_picture(picture)))
 
     @torch.no_grad()
     def embed_texts(self, texts: Iterable[str | list[int]], batch: int = 64) -> Tensor:
-        """Texts, or the ids of some -> unit vectors [N, E] of the dual encoder. A text is cut at the model's
+        """Texts, or their ids -> unit vectors [N, E] of the dual encoder. A text is cut at the model's
         `max_text_len`. ValueError for weights without a contrastive head, or without a text tokenizer."""
         width = self.head.width
         parts = [self.embed_tokens(self.tokens(some)) for some in _batches(texts, batch)]
@@ -89,7 +92,7 @@ class Pretrained:
 
     @torch.no_grad()
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """What `tokens` made of texts, int64 [N, L] -> unit vectors [N, E], in one pass."""
+        """Ids as `tokens` returns them, int64 [N, L] -> unit vectors [N, E], in one pass."""
         layout = Layout(texts=len(tokens), text_len=tokens.shape[1])
         return self.head.embed_texts(self._encode(layout, text_tokens=tokens)).cpu()
 
@@ -115,24 +118,25 @@ class Pretrained:
     def score_pairs(self, pictures: Sequence[Picture], texts: Sequence[str], batch: int = 64) -> Tensor:
         """Each picture together with its own text -> the probability that they belong together [N], by the head of the
         objective matching. ValueError for weights without it, or as `embed_pairs`."""
-        parts = [self._matched(encoded) for encoded in self._pairs(pictures, texts, batch)]
+        parts = [self._match_probabilities(encoded) for encoded in self._pairs(pictures, texts, batch)]
         return torch.cat(parts) if parts else torch.zeros(0)
 
     @torch.no_grad()
     def score_looks(self, pixels: Tensor, texts: Sequence[str]) -> Tensor:
-        """As `score_pairs`, of what `look` made of pictures, uint8 [N, 3, S, S], in one pass."""
+        """As `score_pairs`, in one pass, from pixels as `look` returns them, uint8 [N, 3, S, S]."""
         tokens = self.tokens(texts)
         layout = Layout(pairs=len(tokens), patches=self._patches, pair_len=tokens.shape[1])
-        return self._matched(self._encode(layout, images=pixels, pair_tokens=tokens))
+        return self._match_probabilities(self._encode(layout, images=pixels, pair_tokens=tokens))
 
-    def _matched(self, encoded: Any) -> Tensor:
+    def _match_probabilities(self, encoded: Any) -> Tensor:
+        """[N]: how likely each picture and its text belong together."""
         head = self._head("matching", "train a stage with Matching(), or compare vectors by similarity")
         return head.match(encoded.first.pair_images).float().softmax(-1)[:, 1].cpu()
 
     @torch.no_grad()
     def class_scores(self, pictures: Iterable[Picture], batch: int = 64) -> Tensor:
         """-> the probability of each class [N, classes], by a stage that was fine-tuned for them (ImageClassification);
-        their names are the labels.json of its data. ValueError for other weights."""
+        labels.json of the stage's data has their names. ValueError for other weights."""
         parts = []
         head = self._head("classification", "fine-tune a stage for classes, or use classify with their names")
         for pixels in self._looks(pictures, batch):
@@ -143,7 +147,7 @@ class Pretrained:
     @torch.no_grad()
     def answer_scores(self, pictures: Sequence[Picture], questions: Sequence[str], batch: int = 64) -> Tensor:
         """Each picture with its own question -> the probability of each answer by itself [N, answers], by a stage that
-        was fine-tuned for them (Answering); the answers are the list of its data. ValueError for other weights."""
+        was fine-tuned for them (Answering); the stage's data lists the answers. ValueError for other weights."""
         head = self._head("answering", "fine-tune a stage on questions with Answering(...)")
         parts = [head.logits(each).float().sigmoid().cpu() for each in self._pairs(pictures, questions, batch)]
         return torch.cat(parts) if parts else torch.zeros(0, head.answer[-1].out_features)
@@ -152,9 +156,10 @@ class Pretrained:
     def fill_mask(
         self, texts: Sequence[str], pictures: Sequence[Picture] | None = None, *, best: int = 5, batch: int = 64
     ) -> list[list[list[tuple[str, float]]]]:
-        """Texts with one "<mask>" or more, each a missing piece of the tokenizer, perhaps with a picture each -> for
-        each text and each of its gaps the `best` pieces and their probabilities among all pieces, the most likely
-        first. ValueError for weights without a head of masked words, and for a text without a gap."""
+        """Texts with one "<mask>" or more, each of which stands for one piece of the tokenizer; `pictures`: one for
+        each text, or none -> for each text and each of its gaps the `best` pieces with their probabilities among all
+        pieces, the most likely first. ValueError for weights without a head of masked words, and for a text without a
+        gap."""
         text = self.tokenizer()
         head = self._head("masked", "load a stage that hides words: language or fusion")
         never = never_written(self.model.vocab_size, text.mask_id, self.device)
@@ -182,8 +187,8 @@ class Pretrained:
     def caption(
         self, pictures: Iterable[Picture], how: Writing | None = None, *, seed: int = 0, batch: int = 16
     ) -> list[str]:
-        """Pictures -> a text for each, by beam search; `how` says otherwise, and picture number n draws its words (for
-        top_p) from (seed, n). ValueError for weights whose head was trained on no words, or that have none."""
+        """Pictures -> a text for each, by beam search unless `how` asks for another way; with top_p, picture number n
+        draws its words from (seed, n). ValueError for weights that have no head of words."""
         how, texts = how or Writing(), list[str]()
         for pixels in self._looks(pictures, batch):
             drawn = [sample_rng(seed, 0, len(texts) + n).random(how.max_words) for n in range(len(pixels))]
@@ -192,8 +197,8 @@ class Pretrained:
 
     @torch.no_grad()
     def caption_looks(self, pixels: Tensor, how: Writing, draws: Tensor | None = None) -> list[str]:
-        """What `look` made of pictures, uint8 [N, 3, S, S] -> their texts. `draws`: for top_p, uniform numbers in [0,
-        1), [N, max_words]. No text gets longer than the model's max_text_len."""
+        """Pixels as `look` returns them, uint8 [N, 3, S, S] -> a text for each picture. `draws`: for top_p, uniform
+        numbers in [0, 1), [N, max_words]. No text gets longer than the model's max_text_len."""
         text = self.tokenizer()
         how = replace(how, max_words=min(how.max_words, self.model.max_text_len - 1))
         logits, mask_id = self.next_word_head(text)
@@ -203,17 +208,17 @@ class Pretrained:
         return [text.decode(row) for row in ids.tolist()]
 
     def next_word_head(self, text: AnyTokenizer) -> tuple[Any, int | None]:
-        """The logits of the next word, and the <mask> that stands in its place, if any. ValueError for weights that
-        write nothing."""
-        found = next_word_head(self.task.objectives, text.mask_id)
-        if found is None:
+        """(the function that makes logits of the next word, the id of the <mask> that stands in that word's place, or
+        None). ValueError for weights that cannot write texts about pictures."""
+        head = next_word_head(self.task.objectives, text.mask_id)
+        if head is None:
             self._head("masked", "load a stage with Captioning(), or one that hides words")
         if not hasattr(self.task.encoder, "causal_text"):
             raise ValueError(f"a {type(self.model).__name__} reads whole texts and writes none; load a Multiway's")
         if "vision" not in self.task.encoder.expert_names:
             raise ValueError("these weights have no vision expert and cannot see a picture; load a fusion stage")
-        assert found is not None
-        return found
+        assert head is not None
+        return head
 
     @property
     def _patches(self) -> int:
@@ -221,19 +226,21 @@ class Pretrained:
 
     @property
     def head(self) -> Any:
-        """Of the objective contrastive. ValueError for weights that have none."""
+        """The head of the objective contrastive. ValueError for weights that have none."""
         return self._head(
             "contrastive",
             "so pictures and texts have no vectors that can be compared; load a retrieval stage, or use embed_pairs",
         )
 
     def _head(self, name: str, way_out: str) -> Any:
+        """The head of an objective. ValueError, which ends with `way_out`, for weights that have none."""
         if name not in self.task.objectives:
             raise ValueError(f"these weights have no {name} head{',' if way_out.startswith('so ') else ';'} {way_out}")
         return self.task.objectives[name]
 
     def _pairs(self, pictures: Sequence[Picture], texts: Sequence[str | list[int]], batch: int) -> Iterator[Any]:
-        """Each picture fused with its own text (or the ids of one), some at a time."""
+        """Each picture fused with its own text (or with the ids of one): the encoder's rows of up to `batch` pairs at a
+        time. ValueError where there are not as many texts as pictures, and for weights that fuse nothing."""
         if len(pictures) != len(texts):
             raise ValueError(f"there are {len(pictures)} pictures and {len(texts)} texts; give one text for each")
         self.model.width("pair_images")  # ValueError where nothing is fused
@@ -243,17 +250,19 @@ class Pretrained:
             yield self._encode(layout, images=pixels, pair_tokens=tokens)
 
     def tokenizer(self) -> AnyTokenizer:
-        """ValueError for weights that came without one."""
+        """The tokenizer of the weights. ValueError for weights that came without one."""
         if self.text is None:
             raise ValueError("these weights came without a text tokenizer; give load(..., text_tokenizer=FILE)")
         return self.text
 
     def _encode(self, layout: Layout, **parts: Tensor) -> Any:
+        """The encoder's rows of one packed pass. `parts`: fields of a Batch of this layout."""
         batch = make_batch(layout, **parts).to(self.device)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.task.encoder(batch)
 
     def _looks(self, pictures: Iterable[Picture], batch: int) -> Iterator[Tensor]:
+        """Up to `batch` pictures at a time, as `look` returns them: uint8 [N, 3, S, S]. BadSample has its number."""
         for number, some in enumerate(_batches(pictures, batch)):
             looks = []
             for place, picture in enumerate(some):
@@ -264,7 +273,7 @@ class Pretrained:
             yield torch.stack(looks)
 
     def tokens(self, texts: Sequence[str | list[int]]) -> Tensor:
-        """Texts, or the ids of some -> int64 [N, L], padded. ValueError for weights without a text tokenizer."""
+        """Texts, or their ids -> int64 [N, L], padded with PAD. ValueError for weights without a text tokenizer."""
         text = self.tokenizer()
         return _padded([text.encode(t, self.model.max_text_len) if isinstance(t, str) else t for t in texts])
 
@@ -303,6 +312,8 @@ def load(
 
 
 def _with_gaps(text: str, tokenizer: AnyTokenizer, longest: int) -> list[int]:
+    """The ids of a text with its gaps, BOS and EOS included. ValueError for a text without a gap, or with more than
+    `longest` ids."""
     parts = text.split(GAP)
     if len(parts) == 1:
         raise ValueError(f"{text[:60]!r} has no {GAP}; write it where a word is missing")
@@ -313,6 +324,7 @@ def _with_gaps(text: str, tokenizer: AnyTokenizer, longest: int) -> list[int]:
 
 
 def _padded(ids: Sequence[list[int]]) -> Tensor:
+    """Ids of N texts -> int64 [N, the longest's length], with PAD behind the shorter ones."""
     tokens = torch.full((len(ids), max(map(len, ids))), PAD)
     for row, own in zip(tokens, ids, strict=True):
         row[: len(own)] = torch.tensor(own)
@@ -320,11 +332,12 @@ def _padded(ids: Sequence[list[int]]) -> Tensor:
 
 
 def _transform(config: dict[str, Any], model: Any) -> ImageTransform:
-    """As the stage's own evaluation looks at pictures; released weights squash them."""
+    """The transform with which the stage's own evaluation looks at pictures; released weights squash them."""
     return ImageTransform(size=model.image_size, train=False, evaluation=evaluation_look(config))
 
 
 def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last of those that are left. ValueError for a size below 1."""
     if size < 1:
         raise ValueError(f"batch={size} is below 1; use 64")
     some: list[T] = []

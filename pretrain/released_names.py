@@ -1,10 +1,10 @@
-"""Our names of tensors, and those of the released BEiT-3: torchscale's, and unilm's for heads."""
+"""Our names of tensors, and those in the released BEiT-3 files: torchscale's for the encoder, unilm's for heads."""
 
 from __future__ import annotations
 
 import re
 
-TEXT_PART = re.compile(r"text_embed|\.B\.")  # of released names
+TEXT_PART = re.compile(r"text_embed|\.B\.")  # in the released names of tensors that only texts use
 MODALITIES = {"A": "vision", "B": "language"}
 # Inside a block, our names -> torchscale's, for layers that exist once per modality; {m}, {M} are the modality.
 BLOCK = {
@@ -41,12 +41,13 @@ FINE_TUNING_HEADS = {
     "reasoning": {"norm": "head.norm1", "judge.0": "head.dense1", "judge.1": "head.norm2", "judge.3": "head.dense2"},
 }
 
-# Heads that are the same layers as another's. They are written under its names, and read back as that one.
+# Objectives whose head has the same layers as another objective's. Its tensors are written under the other's released
+# names, and read back as the other's.
 SAME_LAYERS = {"entailment": "answering"}
 
 
 def head_names() -> dict[str, dict[str, str]]:
-    """Of each fine-tuning objective its tensors: our name -> the released one."""
+    """For each fine-tuning objective the tensors of its head: our name -> the released name."""
     return {
         name: {
             f"objectives.{name}.{ours}.{part}": f"{theirs}.{part}"
@@ -62,8 +63,8 @@ def _same_layers() -> dict[str, dict[str, str]]:
 
 
 def names(depth: int, *, final_norm: bool = True, language: bool = True) -> dict[str, str]:
-    """Our name -> the released name, of every tensor of a released model with `depth` blocks, without its heads.
-    `language`: with the parts of texts."""
+    """Our name -> the released name of every tensor of a released model with `depth` blocks, except its heads'.
+    `language`: whether the tensors that only texts use are among them."""
     table = {
         "vision_embed.proj.weight": "vision_embed.proj.weight",
         "vision_embed.proj.bias": "vision_embed.proj.bias",

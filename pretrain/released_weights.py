@@ -1,9 +1,9 @@
-"""Released weights in and out: the released BEiT-3's names and shapes as ours, and files of tensors, read without
-executing anything.
+"""Converts between the released BEiT-3's names and shapes and ours, and reads and writes files of tensors; reading one
+executes nothing in it.
 
 The released naming is torchscale's (A: vision, B: language) under `beit3.`; the heads have the names of unilm's beit3
-code: `mlm_head`, `mim_head` (pretraining), `language_head`, `vision_head`, `logit_scale` (retrieval), and those of its
-classifier, its answerer of questions and its judge of two pictures.
+code: `mlm_head`, `mim_head` (pretraining), `language_head`, `vision_head`, `logit_scale` (retrieval), and for
+fine-tuning the names in released_names.FINE_TUNING_HEADS.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CONFIG = "config.json"
 RELEASED_HEAD_DIM = 64
 # torchscale's position tables begin with two unused rows (fairseq's padding offset).
 UNUSED_POSITIONS = 2
-# And these texts, for a file without them.
+# Sizes of the released models' text parts, for a file that has none.
 RELEASED_WORDS, RELEASED_POSITIONS = 64010, 1024
 # The tensors whose shape depends on the number of patches.
 POSITIONS = ("encoder.vision_embed.positions", "encoder.relative_position.table")
@@ -110,6 +110,7 @@ def resize_positions(state: State, cfg: MultiwayConfig, image_size: int) -> tupl
 
 
 def _check_expressible(state: State, cfg: MultiwayConfig) -> None:
+    """ValueError for a model that the released architecture has no layers for."""
     if any(".experts.fusion." in key for key in state):
         raise ValueError(
             "the released BEiT-3 has no fusion experts (model.fusion_layers), so these weights cannot be converted"
@@ -160,7 +161,7 @@ def _guess_config(state: State, heads: int | None, where: object) -> MultiwayCon
         attention="per_modality",
         sub_norm="beit3.encoder.layers.0.ffn.A.ffn_layernorm.weight" in state,
         init="sub_norm",
-        # unilm's classifiers and answerers have none.
+        # unilm's models fine-tuned for classes or answers have none.
         final_norm=any(key.startswith("beit3.encoder.layer_norm.") for key in state)
         or not any(key in state for key in ("fc_norm.weight", "pooler.norm.weight")),
     )
@@ -177,7 +178,7 @@ def read_tensors(path: Path) -> State:
     try:
         # unilm's fine-tuning checkpoints contain their command line, a Namespace, which has only plain values.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a pickle's protocol
+            warnings.simplefilter("ignore")  # torch warns of a pickle's protocol
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
@@ -186,7 +187,7 @@ def read_tensors(path: Path) -> State:
             f"{path} is damaged or contains more than tensors, and is not loaded, since that could run its code; get "
             "the published file again, or a .safetensors"
         ) from None
-    for key in ("model", "module"):  # unilm's own, DeepSpeed's
+    for key in ("model", "module"):  # where unilm's own checkpoints and DeepSpeed's have the tensors
         content = content.get(key, content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(
@@ -197,14 +198,15 @@ def read_tensors(path: Path) -> State:
 
 
 def _checked(state: State, path: Path) -> State:
-    """ValueError for numbers that are not finite. Their types matter only where they become weights."""
+    """The state itself. ValueError for numbers that are not finite. Types are checked where tensors become weights."""
     for name, value in state.items():
         check_finite(path, name, value)
     return state
 
 
 def read_model(directory: Path) -> tuple[State, MultiwayConfig, dict]:
-    """A stage's weights, its model's configuration, and the whole config stored with the weights."""
+    """(a stage's weights, its model's configuration, the whole config stored with the weights). ValueError for a
+    directory without them, and for the weights of another model than a Multiway encoder."""
     state, config = read_weights(directory)
     if not config:  # weights of other origin: their config.json lies beside them
         if not (directory / CONFIG).is_file():
@@ -220,7 +222,8 @@ def read_model(directory: Path) -> tuple[State, MultiwayConfig, dict]:
 
 
 def write_tensors(path: Path, state: State) -> None:
-    """Writes a `.safetensors`, or a torch file as unilm's code reads it, atomically."""
+    """Writes a .safetensors, or a torch file that unilm's code can read, in one step. ValueError for a path that cannot
+    be a file's, OSError where writing fails."""
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: it is a directory, or its directory does not exist; give a file's path")
     state = {key: value.contiguous() for key, value in state.items()}

@@ -2,7 +2,7 @@
 
     python -m pretrain.search vectors/mine --weights runs/base/retrieval "a red bus" --html hits.html
 
-Prints key, cosine and caption of the best; --html writes a page with the pictures as well.
+Prints the key, the cosine and the caption of the best pictures; --html writes a page that shows them too.
 """
 
 from __future__ import annotations
@@ -30,23 +30,27 @@ from pretrain.pretrained import load
 from pretrain.report.html import TEMPLATES, render
 from pretrain.visible import say
 
-SIDE = 224  # pixels of a picture on the page
+SIDE = 224  # the longer side of a picture on the page, in pixels
 
 
 class Hit(NamedTuple):
+    """A picture that came near to a query."""
+
     key: str
     score: float  # cosine
     caption: str | None
-    picture: str | None  # a data URI; None: not asked for, or not there any more
+    picture: str | None  # a data URI; None: no page was asked for, or the picture is not there any more
 
 
-class Found(NamedTuple):
+class Result(NamedTuple):
+    """A query, as the user wrote it, and its hits, best first."""
+
     query: str
     hits: list[Hit]
 
 
 class Pictures:
-    """The pictures that were embedded, where they were: `about` is embed.json."""
+    """Reads the pictures that were embedded from where they lay then; `about` is the content of embed.json."""
 
     def __init__(self, about: dict):
         self.place = Path(str(about.get("input")))
@@ -55,7 +59,7 @@ class Pictures:
         self.numbers = {shard.name.removesuffix(".tar"): number for number, shard in enumerate(shards)}
 
     def uri(self, key: str, file: str, sample: int) -> str | None:
-        """A small copy as a data URI; None where it is not there any more."""
+        """A small copy of the picture as a data URI; None where the picture is not there any more."""
         try:
             pixels = decode_image(self._read(key, file, sample))
         except (OSError, ValueError):
@@ -66,6 +70,7 @@ class Pictures:
         return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
     def _read(self, key: str, file: str, sample: int) -> bytes:
+        """The encoded picture. BadSample, a ValueError, or OSError where it cannot be read."""
         if self.reader is not None:
             if file not in self.numbers or not 0 <= sample < self.reader.manifest.shards[self.numbers[file]].samples:
                 raise BadSample("its shard is not there any more")
@@ -86,8 +91,8 @@ def search(out: Path, queries: np.ndarray, k: int) -> tuple[int, list[list[dict]
     for scores in queries @ vectors.T:
         rows = np.argpartition(-scores, min(k, len(scores)) - 1)[:k]
         rows = rows[np.argsort(-scores[rows], kind="stable")]
-        found = table.select(["key", "caption", "file", "sample"]).take(rows).to_pylist()
-        best.append([row | {"score": float(score)} for row, score in zip(found, scores[rows], strict=True)])
+        hits = table.select(["key", "caption", "file", "sample"]).take(rows).to_pylist()
+        best.append([row | {"score": float(score)} for row, score in zip(hits, scores[rows], strict=True)])
     return table.num_rows, best
 
 
@@ -120,20 +125,21 @@ def _run(args: argparse.Namespace) -> None:
         vectors.append(model.embed_images(args.picture).numpy())
     count, best = search(args.vectors, np.concatenate(vectors), args.k)
     pictures = Pictures(about) if args.html else None
-    found = []
+    results = []
     for query, rows in zip([*args.queries, *map(str, args.picture)], best, strict=True):
         uris = [pictures.uri(row["key"], row["file"], row["sample"]) if pictures else None for row in rows]
         hits = [Hit(row["key"], row["score"], row["caption"], uri) for row, uri in zip(rows, uris, strict=True)]
-        found.append(Found(query, hits))
+        results.append(Result(query, hits))
         say(query)
         for hit in hits:
             say(f"  {hit.score:.3f}  {hit.key}  {hit.caption or ''}".rstrip())
     if args.html:
-        write_file(args.html, _page(found, count).encode())
+        write_file(args.html, _page(results, count).encode())
         print(f"wrote {args.html}", file=sys.stderr)
 
 
 def _about(out: Path) -> dict:
+    """The content of embed.json. ValueError where `out` has none that can be read."""
     if not (out / ABOUT).is_file():
         raise ValueError(f"{out} has no {ABOUT}; give the --out of pretrain.embed")
     try:
@@ -142,17 +148,18 @@ def _about(out: Path) -> dict:
         raise ValueError(f"{out / ABOUT} cannot be read ({error}); give the --out of pretrain.embed") from None
 
 
-def _page(found: list[Found], pictures: int) -> str:
+def _page(results: list[Result], pictures: int) -> str:
+    """The HTML page of the results; `pictures`: how many were searched."""
     return render(
         TEMPLATES / "search.html",
         kind="Imglish search",
-        title=", ".join(one.query for one in found),
+        title=", ".join(result.query for result in results),
         series="Imglish",
         about=f"nearest of {pictures:,} pictures, by cosine",
         contents="Queries",
-        links=[(f"query-{number}", one.query) for number, one in enumerate(found)],
+        links=[(f"query-{number}", result.query) for number, result in enumerate(results)],
         tiles=[],
-        queries=found,
+        queries=results,
     )
 
 

@@ -7,9 +7,10 @@
 POST /embed, /similarity, /caption and /predict take JSON with `pictures` (base64 of JPEG, PNG or WebP files), `texts`,
 or `names` of classes; a fine-tuned stage has classes of its own, which --labels names. GET /health says what can be
 asked of the weights, /metrics is Prometheus's, /openapi.json has the bodies. Requests that come together go through the
-model together and get what they would get alone. Everything a client may send is bounded (below); what is refused gets
-{"error": one sentence}: 400 and 413 to 415 for what it sent, 501 for what these weights cannot do, 503 with Retry-After
-when the server is full, 408 and 504 when time is up. SIGTERM and Ctrl-C answer what is at work, then end.
+model together and get the answers that they would get alone. Everything a client may send is bounded (LIMITS). A
+refused request is answered with {"error": one sentence} and a status: 400 and 413 to 415 for what the client sent, 501
+for what these weights cannot do, 503 with Retry-After when the server is full, 408 and 504 when time is up. After
+SIGTERM or Ctrl-C the server answers the requests that it is working on, then ends.
 
 There is no password and no TLS: put it behind a proxy that has them. launch/serve/ has an image and Kubernetes files.
 """
@@ -35,6 +36,7 @@ from pretrain.visible import say, start_logging
 
 PORT = 8000
 
+# What each field of serving.limits.Limits bounds: the help of its option.
 LIMITS = {
     "body": "bytes of a request's body",
     "bodies": "bytes of all bodies that are held at a time",
@@ -86,8 +88,8 @@ def _run(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise ValueError(f"serving needs fastapi and uvicorn ({error}); pip install 'imglish[serve]'") from None
     start_logging()
-    made = bind(args.host, args.port)  # first: a port that is taken should not cost the time of loading
-    with made:
+    listener = bind(args.host, args.port)  # first: a port that is taken should not cost the time of loading
+    with listener:
         dtype = torch.bfloat16 if args.bf16 else torch.float32
         model = load(args.weights, text_tokenizer=args.text_tokenizer, device=_device(args.device), dtype=dtype)
         service = Service(
@@ -100,16 +102,17 @@ def _run(args: argparse.Namespace) -> None:
             batch=args.batch,
             workers=args.workers,
         )
-        host, port = made.getsockname()[:2]
+        host, port = listener.getsockname()[:2]
         can = ", ".join(path for path in PATHS if path not in service.lacks)
-        serve(make_app(service), made, limits, started=lambda: say(f"http://{host}:{port} answers {can}"))
+        serve(make_app(service), listener, limits, started=lambda: say(f"http://{host}:{port} answers {can}"))
     say("all requests are answered")
 
 
 def _device(name: str | None) -> str | None:
+    """`name` itself. ValueError where torch cannot put a tensor on that device."""
     try:
         torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch knows no class of its own for it
+    except (RuntimeError, AssertionError) as error:  # torch has no class of its own for a device that is missing
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used ({reason}); leave it out, or use cpu or cuda:0") from None
     return name

@@ -1,4 +1,4 @@
-"""Weights as files have them (a stage's, or released ones) -> the task that they are of, without a recipe."""
+"""Weights in files (a stage's, or released ones) -> the task that they belong to, without a recipe."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from pretrain.run.stored_weights import model_in
 from pretrain.settings import fill_variables
 from pretrain.tasks.pretrain import PretrainTask
 
-# Encoders beside Multiway's and BLIP's.
+# The encoders that not every command can use; Multiway's and BLIP's every one can.
 FURTHER = (DualTowers, LateFusion, TextQueriesImage, SeveralDepths, CoAttention, SingleStream)
 
 
 def read_stored(path: Path, further: tuple[type, ...] = ()) -> tuple[State, Any, dict[str, Any]]:
-    """-> (tensors by our names, the model, what stands beside them). `further`: those of FURTHER that are good too.
-    ValueError for what is no encoder."""
+    """-> (tensors by our names, the model's configuration, the config that is stored with the weights). `further`:
+    those of FURTHER that the caller can use. ValueError for weights that are no encoder's, or another's."""
     if path.is_dir() and not (path / WEIGHTS).is_file() and is_directory(path):
         return read_directory(path)
     if path.is_dir() or path.suffix == ".safetensors":
@@ -53,13 +53,13 @@ def read_stored(path: Path, further: tuple[type, ...] = ()) -> tuple[State, Any,
 
 
 def experts_in(state: State) -> tuple[str, ...]:
-    """What the weights have parts for."""
+    """The experts (vision, language, fusion) that the weights have parts for."""
     parts = {"vision": ".vision_embed.", "language": ".text_embed.", "fusion": ".experts.fusion."}
     return tuple(name for name, part in parts.items() if any(part in key for key in state))
 
 
 def objectives_in(state: State, model: Any) -> list[Objective]:
-    """Those whose heads the weights have, as far as they can be used without training."""
+    """The objectives whose heads the weights have and that are of use without training."""
     objectives: list[Objective] = []
     if "objectives.contrastive.logit_scale" in state:
         head = state.get("objectives.contrastive.vision.weight")
@@ -68,7 +68,7 @@ def objectives_in(state: State, model: Any) -> list[Objective]:
         bias = "objectives.contrastive.vision.bias" in state
         objectives.append(Contrastive(width, loss=loss, project=head is not None, projection_bias=bias))
     if "objectives.matching.match.weight" in state:
-        objectives.append(Matching("global" if objectives else "random"))  # of which partners, no answer depends
+        objectives.append(Matching("global" if objectives else "random"))  # its partners matter in training alone
     if "objectives.masked.text.bias" in state:
         tied = "objectives.masked.text.weight" not in state  # a pipeline writes it once, under its first name
         own: dict[str, Any] = {"tied_text_head": tied, "transform": "objectives.masked.transform.0.weight" in state}
@@ -88,17 +88,18 @@ def objectives_in(state: State, model: Any) -> list[Objective]:
 
 
 def build_stored(state: State, model: Any, path: Path) -> PretrainTask:
-    """The task that the tensors of `path` are of, filled with them. ValueError as `fill_task`."""
+    """The task that the tensors of `path` belong to, filled with them. ValueError as from `fill_task`."""
     task = PretrainTask(model, experts_in(state), objectives_in(state, model))
     fill_task(task, state, path)
     return task
 
 
 def fill_task(task: PretrainTask, state: State, path: Path) -> None:
-    """Every tensor of the task from the state. ValueError where one is missing or has another shape."""
+    """Copies every tensor of the task from the state. ValueError, naming `path`, where one is missing or has another
+    shape."""
     for name, value in named_state(task).items():
         if value is getattr(task.encoder, "token_table", None) and name not in state and name.startswith("objectives."):
-            continue  # a tied head
+            continue  # a tied head: the encoder's table, which has a name of its own
         shape = dense_shape(value)
         if name not in state or state[name].shape != shape:
             has = f"has {tuple(state[name].shape)} for" if name in state else "lacks"
@@ -107,8 +108,9 @@ def fill_task(task: PretrainTask, state: State, path: Path) -> None:
 
 
 def stored_tokenizer(directory: Path, given: Path | None = None) -> Path | None:
-    """What the user gave; else beside the weights, else where the recipe that trained them has it. ValueError for one
-    that is given and is another than the one beside the weights: their words would have other numbers."""
+    """The text tokenizer's file: the one that the user gave, else the one beside the weights, else the one that the
+    recipe which trained them names; None where there is none. ValueError where the given one differs from the one
+    beside the weights: its words would have other ids."""
     beside = next((directory / name for name in BESIDE_WEIGHTS if (directory / name).is_file()), None)
     if given is not None:
         if beside is not None and given.is_file() and given.read_bytes() != beside.read_bytes():
