@@ -1,9 +1,9 @@
 """Dual towers of CLIP's architecture as open_clip loads them: `create_model_and_transforms("local-dir:DIR")`, and from
 a Hub repository with the same files "hf-hub:OWNER/NAME". Names, shapes and settings are those of open_clip 3.3.
 
-What open_clip cannot express is refused. A Multiway encoder has no towers. SigLIP's vision tower is timm's there, which
-comes in fixed sizes and with the exact GELU, where transformers' and ours have tanh's, so that vectors would differ. Of
-other towers open_clip has classes that fetch a configuration from the Hub.
+Models that open_clip cannot express are refused. A Multiway encoder has no towers. For SigLIP's vision tower open_clip
+uses timm's, which comes in fixed sizes and with the exact GELU, while transformers' and ours approximate it by tanh, so
+vectors would differ. For other towers open_clip has classes that fetch a configuration from the Hub.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pretrain.models.towers.tower import Tower, settings_of
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 HEAD = "objectives.contrastive."
-POOLS = {"class": "tok", "mean": "avg"}
-QUICK = {"quick_gelu": True, "gelu": False}
+POOLS = {"class": "tok", "mean": "avg"}  # our pooling -> open_clip's pool_type
+QUICK = {"quick_gelu": True, "gelu": False}  # hidden_act -> open_clip's quick_gelu
 EPS = 1e-5  # open_clip's default
-# Of a block: our name -> open_clip's.
+# Inside a block: our name -> open_clip's.
 BLOCK = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
@@ -42,9 +42,9 @@ INSTEAD = "use to-onnx, or pretrain.load"
 def write_directory(
     state: State, model: Any, out: Path, *, evaluation: str, text: AnyTokenizer | None, where: object
 ) -> None:
-    """`state`: tensors by our names; `evaluation`: how a picture becomes a square, squash or crop. Beside the weights
-    lies the tokenizer: a tokenizer.json with its own ids, which open_clip's get_tokenizer reads; a SentencePiece model
-    stays as it is, with our ids, and open_clip has no reader for it. ValueError, naming `where`, for what open_clip
+    """`state`: tensors by our names; `evaluation`: how a picture becomes a square, squash or crop. `text` is written
+    beside the weights: a tokenizer.json with its own ids, which open_clip's get_tokenizer reads; or a SentencePiece
+    model as it is, with our ids, which open_clip cannot read. ValueError, naming `where`, for a model that open_clip
     cannot express, and where `out` is not empty."""
     from safetensors.torch import save_file
 
@@ -59,7 +59,7 @@ def write_directory(
         tensors["token_embedding.weight"] = _in_their_order(table, own)
         config["text_cfg"] |= {"vocab_size": max(own) + 1, "eos_id": own[EOS], "hf_tokenizer_name": "."}
         if own[EOS] == max(own):
-            config["text_cfg"]["pool_type"] = "argmax"  # as CLIP's, which older versions know too
+            config["text_cfg"]["pool_type"] = "argmax"  # as for CLIP's own tokenizer; older versions know this too
     with written_in_one_step(out / WEIGHTS) as growing:
         save_file({name: value.contiguous() for name, value in tensors.items()}, growing, metadata={"format": "pt"})
     if isinstance(text, JsonTokenizer):
@@ -128,12 +128,13 @@ def _config(state: State, model: DualTowers) -> dict[str, Any]:
 
 
 def _projection(state: State, side: str, tower: Tower) -> Tensor:
-    """[width, E]; the rows themselves where nothing is projected."""
+    """The projection of a tower's vectors, [width, E]; the identity where the head has none."""
     own = state.get(f"{HEAD}{side}.weight")
     return torch.eye(tower.width) if own is None else own.T
 
 
 def _tensors(state: State, model: DualTowers) -> State:
+    """The tensors by open_clip's names."""
     embeddings = {
         "vision": {
             "embeddings.class_embedding": "class_embedding",
@@ -163,6 +164,7 @@ def _tensors(state: State, model: DualTowers) -> State:
 
 
 def _block(state: State, ours: str, theirs: str) -> State:
+    """The tensors of one block; `ours` and `theirs` are the beginnings of its names."""
     block: State = {}
     for part in ("weight", "bias"):
         block |= {f"{theirs}{name}.{part}": state[f"{ours}{own}.{part}"] for own, name in BLOCK.items()}
@@ -172,7 +174,8 @@ def _block(state: State, ours: str, theirs: str) -> State:
 
 
 def _in_their_order(table: Tensor, own_ids: list[int]) -> Tensor:
-    """The rows of the embedding by the tokenizer's own ids; what no id of ours stands for is 0."""
+    """The rows of the embedding [V, D] in the order of the tokenizer's own ids; 0 where no id of ours stands for
+    one."""
     order = torch.tensor(own_ids)
     new = table.new_zeros(max(own_ids) + 1, table.shape[1])
     new[order[order != MISSING]] = table[: len(own_ids)][order != MISSING]
@@ -180,7 +183,8 @@ def _in_their_order(table: Tensor, own_ids: list[int]) -> Tensor:
 
 
 def _write_tokenizer(text: JsonTokenizer, out: Path) -> None:
-    """The tokenizer.json, which puts BOS before and EOS behind a text, and what transformers wants to know of it."""
+    """Writes tokenizer.json, which puts BOS before and EOS behind a text, and tokenizer_config.json for
+    transformers."""
     content = json.loads(text.path.read_bytes())
     names = {ours: text.own_name(ours) for ours in (BOS, PAD, EOS, UNK) if text.own_ids[ours] != MISSING}
     ends = [{"SpecialToken": {"id": names[each], "type_id": 0}} for each in (BOS, EOS)]
@@ -194,7 +198,7 @@ def _write_tokenizer(text: JsonTokenizer, out: Path) -> None:
         },
     }
     write_json(out / "tokenizer.json", content | {"truncation": None, "padding": None})
-    told = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names[BOS], "eos_token": names[EOS]}
-    # What stands behind EOS is not read; CLIP pads with EOS.
-    told |= {"pad_token": names.get(PAD, names[EOS])} | ({"unk_token": names[UNK]} if UNK in names else {})
-    write_json(out / "tokenizer_config.json", told)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": names[BOS], "eos_token": names[EOS]}
+    # open_clip does not read what stands behind EOS; CLIP pads with EOS.
+    config |= {"pad_token": names.get(PAD, names[EOS])} | ({"unk_token": names[UNK]} if UNK in names else {})
+    write_json(out / "tokenizer_config.json", config)

@@ -1,4 +1,4 @@
-"""What hub/write.py wrote, back as ours."""
+"""Reads a Hugging Face directory that hub/write.py wrote, as weights of ours."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ CONFIG = "config.json"
 
 
 def is_directory(path: Path) -> bool:
-    """Whether a directory looks like one of ours for Hugging Face."""
+    """Whether a directory has the files of one that hub/write.py writes."""
     return (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
 
 
 def is_ours(path: Path) -> bool:
-    """Whether it says that it is."""
+    """Whether the directory's configuration says that it is one of ours."""
     return (path / CONFIG).is_file() and read_object(path / CONFIG).get("model_type") == MODEL_TYPE
 
 
 def read_directory(path: Path) -> tuple[State, MultiwayConfig, dict[str, Any]]:
-    """-> (tensors by our names, the model, what stands beside weights). Nothing of its code is executed. ValueError for
-    a directory of another kind."""
+    """-> (tensors by our names, the model's configuration, the rest of the config that we store with weights). The code
+    in the directory is not executed. ValueError for a directory of another kind."""
     if not is_directory(path):
         raise ValueError(f"{path} has no {WEIGHTS} with a {CONFIG}; give a directory that export to-hf wrote")
     content = read_object(path / CONFIG)

@@ -1,5 +1,5 @@
-"""A Hugging Face directory of trained weights: AutoModel and AutoProcessor read it with its own small code, and need
-nothing of this package."""
+"""Writes trained weights as a Hugging Face directory: AutoModel and AutoProcessor read it by the small code in it, and
+do not need this package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pretrain.models.multiway.config import MultiwayConfig
 CODE = Path(__file__).with_name("files")
 MODULES = ("configuration_multiway", "modeling_multiway", "processing_multiway")
 WEIGHTS, TEXT_MODEL, MODEL_TYPE = "model.safetensors", "text.model", "imglish_multiway"
-# Our tensor -> its name there; the encoder's are the same.
+# Our names of tensors -> those in the directory; the encoder's tensors have the same names in both.
 HEADS = {
     "objectives.contrastive.vision.weight": "vision_head.weight",
     "objectives.contrastive.language.weight": "language_head.weight",
@@ -42,8 +42,9 @@ def write_directory(
     config: dict[str, Any],
     text: Path | None,
 ) -> None:
-    """`state`: tensors by our names; `config`: what stands beside them; `source`: the directory of the stage, for its
-    evaluations; `text`: its SentencePiece model. ValueError where `out` is not empty."""
+    """`state`: tensors by our names; `config`: the config that is stored with them; `source`: the directory of the
+    stage, whose evaluations the model card shows; `text`: its SentencePiece model. ValueError where `out` is not empty,
+    and for a word head that the directory's code cannot compute."""
     from safetensors.torch import save_file
 
     if TRANSFORM in state:
@@ -82,13 +83,14 @@ def write_directory(
 
 
 def evaluation_look(config: dict[str, Any]) -> str:
-    """How the stage's own evaluation makes a picture square, from what stands beside its weights."""
+    """How the stage's own evaluation makes a picture square, squash or crop, from the config stored with its
+    weights."""
     look = config.get("look")
     return str(look.get("evaluation", "squash")) if isinstance(look, dict) else "squash"
 
 
 def card(source: Path, config: dict[str, Any], fields: dict[str, Any]) -> str:
-    """The model card: what it is, what trained it, how it was evaluated, and how to use it."""
+    """The model card: what the model is, how to use it, what trained it, and how it was evaluated."""
     recipe = _read(source / "recipe.json")
     stage_name = str(config.get("stage", "of released weights"))
     stages = recipe.get("stages")
@@ -123,7 +125,7 @@ def card(source: Path, config: dict[str, Any], fields: dict[str, Any]) -> str:
 
 
 def _curve(source: Path) -> list[str]:
-    """The loss at some steps, from the stage's metrics."""
+    """A line of the card with the loss at SHOWN steps, from the stage's metrics; [] where there are none."""
     try:
         text = (source / "metrics.jsonl").read_text()
     except (OSError, UnicodeDecodeError):
@@ -138,12 +140,14 @@ def _curve(source: Path) -> list[str]:
 
 
 def _plain(value: Any) -> str:
+    """A value of recipe.json on one line, without backticks."""
     if isinstance(value, dict):
         return ", ".join(f"{name} {number}" for name, number in value.items() if number and name != "class")
     return re.sub(r"[`\n]", " ", value if isinstance(value, str) else json.dumps(value))
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """The JSON object in the file; {} where it cannot be read."""
     try:
         return read_object(path)
     except (OSError, ValueError):

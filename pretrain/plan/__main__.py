@@ -1,11 +1,11 @@
-"""Before anything is built: every way to spread a stage over GPUs, why it is illegal or too large, and how long a step
-of the others takes on paper.
+"""Lists, before anything is built, every way to spread a stage over GPUs: why it is illegal or too large, or how long a
+step would take on paper.
 
     python -m pretrain.plan --recipe beit3_giant --stage pretrain --gpus 64 --gpu a100-80g
 
 A layout is a DeepSpeed JSON of ds_configs/ (ZeRO stage, precision, offload) with sizes for tensor, pipe and sequence
 ranks, batch.accumulation and activation_checkpointing. Memory is counted (memory.py; a test holds it to 5 % of a
-tiny run's bytes), time is a model with its constants in hardware.py: it ranks, and promises nothing.
+tiny run's bytes). Time comes from a model, whose constants are in hardware.py: it ranks layouts and promises nothing.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from pretrain.plan.time import FULL, Cluster, Lengths, Time, step_time, whole_st
 from pretrain.recipes import load_recipe
 
 CONFIGS = Path(__file__).parents[2] / "ds_configs"
-SIZES = (1, 2, 4, 8, 16)
+SIZES = (1, 2, 4, 8, 16)  # numbers of tensor, pipe and sequence ranks that are tried
 
 
 class Row(NamedTuple):
-    """One layout that is legal."""
+    """A legal layout."""
 
     name: str  # of the DeepSpeed JSON
     cell: Cell
@@ -50,6 +50,8 @@ class Row(NamedTuple):
 
 
 class Plan(NamedTuple):
+    """All layouts of a stage on a cluster, sorted."""
+
     planned: Planned
     cluster: Cluster
     fits: list[Row]  # the fastest first
@@ -64,7 +66,8 @@ def make_plan(
     checkpointing: tuple[int, ...] = (0, 1, 4),
     lengths: Lengths = FULL,
 ) -> Plan:
-    """Raises ValueError when no layout is legal, with a reason."""
+    """Tries every layout with one of the DeepSpeed JSONs `paths`; `checkpointing`: the values of
+    activation_checkpointing that are tried. Raises ValueError, with a reason, where no layout is legal."""
     fits, too_large, illegal = [], [], defaultdict[str, list[str]](list)
     usable = (cluster.gpu.memory - OUTSIDE) * (1 - FRAGMENTS)
     cells = list(_cells(planned, cluster, paths, checkpointing, illegal))
@@ -76,7 +79,7 @@ def make_plan(
             too_large.append(Row(name, cell, memory, None))
     reasons = {reason: (len(each), each[0]) for reason, each in illegal.items()}
     if not fits and not too_large:
-        _, sentence = next(iter(reasons.values()))  # of the plainest layout
+        _, sentence = next(iter(reasons.values()))  # the first one tried has no parallel ranks, and is the plainest
         raise ValueError(f"no layout is legal on {cluster.gpus} GPUs: {sentence}")
     fits.sort(key=lambda row: (row.time.step, row.memory.total) if row.time else (0.0, 0.0))
     too_large.sort(key=lambda row: row.memory.total)
@@ -86,7 +89,7 @@ def make_plan(
 def _cells(
     planned: Planned, cluster: Cluster, paths: list[Path], checkpointing: tuple[int, ...], illegal: dict[str, list[str]]
 ) -> Iterator[tuple[str, Cell]]:
-    """The legal layouts; notes the others' reasons."""
+    """The legal layouts, each with the name of its DeepSpeed JSON. Adds the others' reasons to `illegal`."""
     stage, counts = planned.stage, planned.stage.batch.counts()
     sizes = [s for s in SIZES if s <= cluster.gpus]
     for path, tensor, pipe, sequence in product(paths, sizes, sizes, sizes):
@@ -123,14 +126,14 @@ def _cells(
 def _objections(stage: Stage, parallel: Parallel, accumulation: int) -> list[str]:
     """What the stage's objectives say against this layout."""
     batch = replace(stage.batch, accumulation=accumulation)
-    # A Stage itself would refuse to be made.
+    # replace(stage, ...) would raise for a layout that its objectives refuse.
     changed = SimpleNamespace(**vars(stage) | {"parallel": parallel, "batch": batch})
     return [problem for objective in stage.objectives for problem in objective.problems(changed)]
 
 
 def _accumulations(planned: Planned, data: int) -> list[int]:
-    """Those that leave every micro-batch at least one sequence of each kind, and that no objective refuses; the
-    recipe's own where none does."""
+    """The accumulations that leave every micro-batch at least one sequence of each kind and that no objective refuses;
+    `data`: ranks that work on different data. The recipe's own where the batch cannot be divided among them."""
     stage = planned.stage
     counts = stage.batch.counts().values()
     if not data or any(count % data for count in counts):
@@ -141,7 +144,8 @@ def _accumulations(planned: Planned, data: int) -> list[int]:
 
 
 def report(plan: Plan, top: int, lengths: Lengths = FULL) -> dict[str, Any]:
-    """The plan as plain JSON values; memory in GiB, seconds, bytes that one GPU sends in a step."""
+    """The plan as plain JSON values, with its `top` fastest layouts: memory in GiB, times in seconds, and the bytes
+    that one GPU sends in a step."""
     return {
         "what": "counted memory and modelled time; nothing here was measured",
         "parameters": sum(p.real for p in plan.planned.parameters),
@@ -155,13 +159,15 @@ def report(plan: Plan, top: int, lengths: Lengths = FULL) -> dict[str, Any]:
 
 
 def _rows(plan: Plan, lengths: Lengths) -> dict[str, float]:
-    """Of one step over all GPUs: what the padded batch holds, what goes through the blocks, and the share between."""
+    """Rows of one step over all GPUs: how many the padded batch has, how many go through the blocks, and the share, 0
+    to 1, that does not."""
     layout = micro_batch_layout(plan.planned, 1)
     exist, computed = layout.rows, round(lengths.real(layout).rows)
     return {"exist": exist, "computed": computed, "padding": round(1 - computed / exist, 4)}
 
 
 def _row(plan: Plan, row: Row) -> dict[str, Any]:
+    """A layout as plain JSON values."""
     cell, time = row.cell, row.time
     memory = row.memory._asdict() | {"total": row.memory.total}
     values: dict[str, Any] = {
@@ -201,7 +207,7 @@ def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
     gpu = GPUS[args.gpu]
     if args.network is not None:
         gpu = gpu._replace(network_rate=args.network * 1e9)
-    # Dropping a layout's own sizes: the plan tries them all.
+    # The stage's own sizes are dropped, since the plan tries all of them.
     stage = replace(stage, parallel=Parallel(), activation_checkpointing=0)
     paths = [Path(p) for p in args.ds] or sorted(CONFIGS.glob("*.json"))
     lengths = _lengths(args, micro_batch_layout(known := planned(recipe, stage), 1))

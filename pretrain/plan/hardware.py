@@ -27,7 +27,7 @@ class Gpu(NamedTuple):
     fp32: float  # FLOP/s of fp32 without TF32
 
 
-# peak: pretrain.metrics.PEAKS (NVIDIA's data sheets). memory: "total capacity" in torch's out-of-memory messages
+# peak: pretrain.flops.PEAKS (NVIDIA's data sheets). memory: "total capacity" in torch's out-of-memory messages
 # (39.5 and 79.1 GiB; H100 as A100-80G; H200 139.8). memory_rate, node_rate (NVLink 3: 600 GB/s, NVLink 4: 900 GB/s,
 # both directions together), host_rate (PCIe 4 and 5, 16 lanes): the same data sheets. network_rate: one adapter per
 # GPU, 200 Gb/s HDR in a DGX A100 and 400 Gb/s NDR in a DGX H100 (NVIDIA's user guides).
@@ -47,21 +47,21 @@ GPUS = {
 TF32_SHARE = 0.5  # of the bf16 peak (data sheets: 156 of 312, 495 of 989, 1100 of 2250)
 # A product whose narrowest side is w reaches matmul * w / (w + HALF_WIDTH): assumption; tiles and waves are not full.
 HALF_WIDTH = 96
-HALF_ROWS = 256  # and the same for the rows of a micro-batch: assumption
+HALF_ROWS = 256  # the same for the rows of a micro-batch: assumption
 MEMORY_SHARE = 0.80  # of memory_rate, by elementwise kernels: assumption
 LINK_SHARE = 0.75  # of node_rate and network_rate, by large collectives: assumption (nccl-tests report 70 to 90 %)
 HOST_SHARE = 0.75  # of host_rate, from pinned memory: assumption
 HOST_ADAM_RATE = 150 * GB  # bytes/s of a host's memory that all ranks of a node share in DeepSpeedCPUAdam: assumption
-# DeepSpeed's step of ZeRO-1 makes so many launches for each parameter that a rank has, with two micro-steps: counted
-# (benchmarks/results/step_calls.json, 2736 of 295 parameters).
+# Kernel launches of DeepSpeed's step of ZeRO-1 for each parameter that a rank has, with two micro-steps: counted
+# (benchmarks/results/step_calls.json, 2736 for 295 parameters).
 STEP_LAUNCHES = 9.3
 ZERO3_HOST = 2.0  # how much longer the host needs for a block that ZeRO-3 fetches: assumption
 # Pictures a second that one core reads, decodes and crops, of 256 pixels: this project's loader on a CPU of 2026
 # (benchmarks.loader); and how fast a rank writes its part of a checkpoint, in bytes/s: assumption.
 CORE_PICTURES, WRITE_RATE = 700.0, 1 * GB
-KERNEL_S = 5e-6  # the host needs so long to launch a kernel: assumption
+KERNEL_S = 5e-6  # seconds in which the host launches a kernel: assumption
 BLOCK_KERNELS = 130  # launches of a block, forward and backward, counted by hand for shared attention, two experts
-LATENCY_S = 20e-6  # of one collective: assumption
+LATENCY_S = 20e-6  # seconds before one collective sends anything: assumption
 
 # Which share of the computation can hide communication: assumption. ZeRO-1 and 2 reduce behind the backward pass with
 # our JSONs (no overlap_comm); ZeRO-3 fetches and reduces beside it. Tensor, sequence and pipe collectives wait.
@@ -74,7 +74,7 @@ ADAM_BYTES = 32
 FP32 = 4
 # Outside torch's allocator: CUDA context, NCCL's buffers, cuBLAS workspaces. Assumption.
 OUTSIDE = 2.0 * GIB
-# Of the rest the allocator loses so much to fragments: assumption; expandable segments keep it small.
+# The share of the rest that the allocator loses to fragments: assumption; expandable segments keep it small.
 FRAGMENTS = 0.05
 # DeepSpeed's defaults for keys that a JSON leaves out (deepspeed 0.19.8, runtime/zero/config.py).
 BUCKET, PREFETCH, PERSISTENCE = 500_000_000, 50_000_000, 100_000

@@ -1,7 +1,8 @@
 """Bytes on one GPU by part, at the two moments of a step that need most: the backward pass and the optimizer's step.
 
-Parameters, gradients and optimizer state are what deepspeed 0.19.8 holds (runtime/zero/stage_1_and_2.py, stage3.py);
-activations what autograd saves of pretrain/models/multiway/encoder.py. tests/plan/test_memory.py counts the real bytes.
+Parameters, gradients and optimizer state are counted as deepspeed 0.19.8 holds them (runtime/zero/stage_1_and_2.py,
+stage3.py), activations as autograd saves them in pretrain/models/multiway/encoder.py. tests/plan/test_memory.py
+compares the sums with the bytes of a real run.
 """
 
 from __future__ import annotations
@@ -66,9 +67,9 @@ class Memory(NamedTuple):
     gradients: float
     optimizer: float
     activations: float  # saved for the backward pass
-    buffers: float  # buckets, and what ZeRO-3 has gathered
-    working: float = 0.0  # of the operation at work
-    host: float = 0.0  # on the machine's memory, not the GPU's
+    buffers: float  # communication buckets, and the parameters that ZeRO-3 has gathered
+    working: float = 0.0  # temporary tensors of one operation
+    host: float = 0.0  # in the host's memory, not the GPU's
     moment: str = "backward"
 
     @property
@@ -77,13 +78,13 @@ class Memory(NamedTuple):
 
 
 def peak_memory(planned: Planned, cell: Cell) -> Memory:
-    """Of the rank that needs most, at its worst moment."""
+    """The memory of the rank that needs most, at its worst moment."""
     each = [memory for stage in range(cell.parallel.pipe) for memory in moments(planned, cell, stage)]
     return max(each, key=lambda memory: memory.total)
 
 
 def moments(planned: Planned, cell: Cell, stage: int = 0) -> tuple[Memory, Memory]:
-    """(in the backward pass, in the optimizer's step) of a rank of this pipeline stage."""
+    """The memory of a rank of this pipeline stage: (in the backward pass, in the optimizer's step)."""
     pipe = cell.parallel.pipe
     parts = stage_runs(planned, cell.layout, pipe)[stage]
     backward, step = _states(parameters_of(planned, parts), cell)
@@ -94,9 +95,10 @@ def moments(planned: Planned, cell: Cell, stage: int = 0) -> tuple[Memory, Memor
         saved += activations(planned, replace(cell, layout=each.layout), parts) * under_way if each.backward else 0
     boundary = 0.0
     if pipe > 1:
-        # What each micro-batch under way sends on, and the gradient that comes back (PipelineEngine's buffers).
+        # The rows that each micro-batch under way sends on, and the gradient that comes back (PipelineEngine's
+        # buffers).
         boundary = (under_way + 1) * cell.layout.rows * planned.model.dim * cell.width
-    if planned.stage.ema is not None:  # one number more beside two moments and, under ZeRO, the master
+    if planned.stage.ema is not None:  # an average beside two moments and, under ZeRO, the master
         more = 1 + 1 / (2 if cell.stage == 0 else 3)
         backward, step = (m._replace(optimizer=m.optimizer * more) for m in (backward, step))
     if cell.targets and stage == pipe - 1:
@@ -111,7 +113,7 @@ def moments(planned: Planned, cell: Cell, stage: int = 0) -> tuple[Memory, Memor
 
 
 def _states(own: Sequence[Parameter], cell: Cell) -> tuple[Memory, Memory]:
-    """All but activations."""
+    """(in the backward pass, in the optimizer's step), all but activations, of a rank with the parameters `own`."""
     if cell.stage == 3:
         return _partitioned(own, cell)
     tensor, width = cell.parallel.tensor, cell.width
@@ -145,13 +147,13 @@ def _states(own: Sequence[Parameter], cell: Cell) -> tuple[Memory, Memory]:
         return backward, Memory(weights, 0, 0, 0, copy, host=host, moment="step")
     return (
         Memory(weights, gradients * width, state, 0, bucket),
-        # The partition in its own dtype, and the group at work in fp32.
+        # The rank's gradients in their own dtype, and those of one parameter group in fp32.
         Memory(weights, own_part * width + part_fp32, state, 0, 0, moment="step"),
     )
 
 
 def _partitioned(own: Sequence[Parameter], cell: Cell) -> tuple[Memory, Memory]:
-    """ZeRO-3: each parameter is cut into equal parts, small ones stay whole beside theirs."""
+    """`_states` under ZeRO-3: each parameter is cut into equal parts, and small ones are kept whole too."""
     tensor, width, shards = cell.parallel.tensor, cell.width, cell.shards
     sizes = [(p.elements(tensor), p) for p in own]
     parts = sum(-(-numel // shards) for numel, _ in sizes)
@@ -180,12 +182,13 @@ def _partitioned(own: Sequence[Parameter], cell: Cell) -> tuple[Memory, Memory]:
 
 
 def gathered_elements(own: Sequence[Parameter], cell: Cell) -> float:
-    """Parameters that are whole at the worst moment under ZeRO-3, beside the small ones that always are.
+    """Elements of the parameters that are whole at the worst moment under ZeRO-3, beside the small ones that always
+    are.
 
-    What was used stays until its next use is further away than stage3_max_reuse_distance, and between forward and
-    backward that way is twice the weights behind it. Each module that runs fetches up to a prefetch bucket more, so the
-    prefetch soon runs ahead until stage3_max_live_parameters are there, however small its bucket
-    (partitioned_param_coordinator.py, fetch_sub_module and __params_to_release).
+    A parameter that was used stays until its next use is further away than stage3_max_reuse_distance. Between the
+    forward and the backward pass that distance is twice the weights behind it. Each module that runs fetches up to a
+    prefetch bucket more, so the prefetch soon runs ahead until stage3_max_live_parameters are there, however small its
+    bucket (partitioned_param_coordinator.py, fetch_sub_module and __params_to_release).
     """
     threshold = cell.zero.get("stage3_param_persistence_threshold", PERSISTENCE)
     sizes = [numel for p in own if (numel := p.elements(cell.parallel.tensor)) > threshold]
@@ -196,7 +199,7 @@ def gathered_elements(own: Sequence[Parameter], cell: Cell) -> float:
     live = cell.zero.get("stage3_max_reuse_distance", REUSE) / 2
     if cell.zero.get("stage3_prefetch_bucket_size", PREFETCH):
         live = max(live, cell.zero.get("stage3_max_live_parameters", LIVE))
-    # The most stands there between forward and backward: the last weights, until that many are together.
+    # The worst moment is between the passes: the last weights are whole, up to `live` elements.
     whole = 0
     for size in reversed(sizes):
         if whole >= live:
@@ -206,7 +209,8 @@ def gathered_elements(own: Sequence[Parameter], cell: Cell) -> float:
 
 
 def _group_sizes(own: Sequence[Parameter], tensor: int, align: int, shards: int = 1) -> list[int]:
-    """Elements of each of the optimizer's groups, padded to a multiple of `align` (of `shards` equal parts: one)."""
+    """Elements of each of the optimizer's groups, or of one of its `shards` equal parts, padded to a multiple of
+    `align`."""
     sizes: dict[int, int] = {}
     for p in own:
         if p.group is not None:
@@ -215,7 +219,7 @@ def _group_sizes(own: Sequence[Parameter], tensor: int, align: int, shards: int 
 
 
 def activations(planned: Planned, cell: Cell, parts: range) -> float:
-    """What autograd keeps of one micro-batch for the backward pass, in bytes."""
+    """Bytes that autograd keeps of one micro-batch for the backward pass, on a rank with these parts of the model."""
     depth = planned.model.depth
     blocks = [part for part in parts if 1 <= part <= depth]
     total = _embedding(planned, cell) if 0 in parts else 0.0
@@ -233,7 +237,7 @@ def activations(planned: Planned, cell: Cell, parts: range) -> float:
 
 
 def block_bytes(planned: Planned, cell: Cell, block: int) -> float:
-    """Saved tensors of one block, input to output; see MultiwayBlock.forward from top to bottom."""
+    """Bytes of the tensors that one block saves, in the order of MultiwayBlock.forward."""
     m, width = planned.model, cell.width
     split, sequence = cell.parallel.tensor * cell.parallel.sequence, cell.parallel.sequence
     rows, d, f, a = cell.layout.rows, m.dim, m.ffn_dim, m.attention_dim
@@ -242,10 +246,10 @@ def block_bytes(planned: Planned, cell: Cell, block: int) -> float:
     whole: float = rows * (2 * d * width + stats)  # the block's input, its norm
     whole += after * (2 * d * width + stats)  # the sum after attention, its norm
     kinds = _kinds(cell.layout)
-    inner: float = (4 * rows + 3 * _copied(cell)) * a * width  # q, k, v, the outcome; copies of joined kinds
+    inner: float = (4 * rows + 3 * _copied(cell)) * a * width  # q, k, v, the result; copies of joined kinds
     if kinds > 1 or block == m.depth:
         inner += after * a * width  # joined, or the rows that heads read
-    inner += 2 * after * f * width  # what gelu reads and what it gives
+    inner += 2 * after * f * width  # gelu's input and its output
     inner += rows * m.heads * FP32  # the softmax's normaliser
     if m.sub_norm:
         inner += after * ((a + f) * width + 2 * stats)
@@ -259,13 +263,13 @@ def block_bytes(planned: Planned, cell: Cell, block: int) -> float:
 
 
 def _kinds(layout: Layout) -> int:
-    """How many pieces attention's outcome is joined of."""
+    """How many pieces attention's result is joined from."""
     return bool(layout.images) + 2 * bool(layout.pairs) + bool(layout.texts)
 
 
 def _copied(cell: Cell) -> int:
-    """Rows of q, k and v that attention copies to join or pack sequences; without image-only or text-only rows beside
-    them the original is not kept."""
+    """Rows of q, k and v that attention copies to join or pack sequences. 0 where it would copy all rows, since the
+    original is then not kept."""
     layout = cell.layout
     pairs = layout.pair_image_rows + layout.pair_text_rows
     copied = pairs + layout.text_rows if cell.packed and layout.language_rows else pairs
@@ -273,8 +277,8 @@ def _copied(cell: Cell) -> int:
 
 
 def _biased_scores(planned: Planned, cell: Cell) -> float:
-    """A bias that is learned leaves the flash kernels: scores after the softmax are kept. The bias is one for all
-    sequences of a length."""
+    """Bytes of the scores after the softmax, which are kept where a learned bias rules out the flash kernels. The bias
+    itself, one for all sequences of a length, is not counted."""
     layout, heads = cell.layout, planned.model.heads
     lengths = (
         (layout.images, layout.image_len),
@@ -285,11 +289,12 @@ def _biased_scores(planned: Planned, cell: Cell) -> float:
 
 
 def _embedding(planned: Planned, cell: Cell) -> float:
+    """Bytes that the embeddings save."""
     layout, m = cell.layout, planned.model
     pictures = layout.images + layout.pairs
     patches = pictures * layout.patches
     texts = layout.language_rows
-    total = patches * (3 * m.patch_size**2 * cell.width + 1)  # what the projection reads; where a mask token stands
+    total = patches * (3 * m.patch_size**2 * cell.width + 1)  # the projection's input; where mask tokens stand
     total += texts * (8 + 1)  # ids, padding
     if m.text_norm:
         total += texts * (m.dim * cell.width + 2 * FP32)
@@ -297,8 +302,8 @@ def _embedding(planned: Planned, cell: Cell) -> float:
 
 
 def _heads(planned: Planned, cell: Cell) -> float:
-    """The final norm, and for each head the gradients that its forward pass makes: of its rows, its matrix and its
-    bias; see pretrain/cross_entropy.py."""
+    """Bytes that the final norm saves, and for each head the gradients that its forward pass makes: of its rows, its
+    matrix and its bias; see pretrain/cross_entropy.py."""
     m, products = planned.model, planned.products(cell.layout)
     read = min(read_rows(planned, cell.layout), cell.layout.rows)
     total: float = read * (m.dim * cell.width + 2 * FP32 + 8)
@@ -311,8 +316,9 @@ def _heads(planned: Planned, cell: Cell) -> float:
 
 
 def working_bytes(planned: Planned, cell: Cell, parts: range) -> float:
-    """The most that one operation holds beside what is saved: gradients of a block's inner rows; or a chunk of logits
-    in their own dtype, in fp32, and their gradient, and what it adds to the matrix's gradient, in fp32 and not."""
+    """The most bytes that one operation holds beside the saved tensors: the gradients of a block's inner rows; or a
+    chunk of logits in their own dtype and in fp32 with their gradient, and what the chunk adds to the matrix's
+    gradient, in its own dtype and in fp32."""
     m, split = planned.model, cell.parallel.tensor * cell.parallel.sequence
     block = cell.layout.rows * (2 * m.ffn_dim + 2 * m.dim) * cell.width / split
     products = planned.products(cell.layout) if m.depth + 1 in parts else []

@@ -35,10 +35,12 @@ SPLIT = re.compile(
 
 
 class Parameter(NamedTuple):
+    """One parameter of a stage's task."""
+
     name: str
-    numel: int  # in memory, with a vocabulary's padding
-    split: bool  # over the tensor ranks
-    group: int | None  # of the optimizer; None: frozen
+    numel: int  # elements in memory, with a vocabulary's padding
+    split: bool  # whether the tensor ranks share it out
+    group: int | None  # number of its parameter group in the optimizer; None: frozen
     part: int  # 0 the embeddings, 1 .. depth the blocks, depth + 1 the final norm and the heads
     real: int  # elements without the padding
 
@@ -48,7 +50,7 @@ class Parameter(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A stage as the plan sees it."""
+    """A stage and the parameters of its task."""
 
     recipe: Recipe
     stage: Stage
@@ -57,7 +59,7 @@ class Planned(NamedTuple):
 
     @property
     def sizes(self) -> ModelSizes:
-        """What `legal.problems` asks for."""
+        """The sizes that parallel.legal.problems checks."""
         return self.model.splits(self.stage.experts)
 
     def products(self, layout: Layout) -> list[Product]:
@@ -112,7 +114,7 @@ def micro_batch_layout(planned: Planned, parts: int) -> Layout:
 
 
 def read_rows(planned: Planned, layout: Layout) -> int:
-    """Rows that heads read, about."""
+    """About how many rows the heads read: a row that two heads read counts twice."""
     return sum(product.rows for product in planned.products(layout))
 
 
@@ -131,7 +133,7 @@ def _bounds(model: MultiwayConfig, objectives: tuple[Any, ...], layout: Layout, 
 
 
 def parameters_of(planned: Planned, parts: range) -> list[Parameter]:
-    """The parameters of a rank that holds these parts: what several stages share is on each of them."""
+    """The parameters of a rank that holds these parts. A parameter that several pipeline stages share is on each."""
     tied = any(getattr(objective, "tied_text_head", False) for objective in planned.stage.objectives)
     last = planned.model.depth + 1
 
@@ -155,7 +157,8 @@ def target_elements(planned: Planned) -> int:
 
 
 def target_flops(planned: Planned, layout: Layout) -> float:
-    """FLOPs of its encoder's forward pass for a micro-batch. Pictures that are never hidden are not shown to it."""
+    """FLOPs of the visual tokenizer's encoder for a micro-batch, forward only. It does not see pictures of a kind that
+    is never masked."""
     size, masking = _tokenizer(planned), planned.stage.masking
     if size is None or masking is None:
         return 0.0
@@ -165,6 +168,7 @@ def target_flops(planned: Planned, layout: Layout) -> float:
 
 
 def _tokenizer(planned: Planned) -> VQKDConfig | None:
+    """The visual tokenizer whose codes the stage predicts; None where it predicts none."""
     stage, recipe, masking = planned.stage, planned.recipe, planned.stage.masking
     if masking is None or "vision" not in stage.experts or not (masking.image_ratio or masking.pair_image_ratio):
         return None

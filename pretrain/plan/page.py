@@ -11,12 +11,12 @@ PARTS = ("parameters", "gradients", "optimizer", "activations", "working", "buff
 
 
 def page(facts: dict[str, Any], args: argparse.Namespace) -> str:
-    """`facts` is plan.report's."""
+    """`facts`: what plan.__main__.report returned; `args`: the arguments of the command."""
     head = f"{args.recipe} {args.stage}: {facts['parameters'] / 1e6:,.0f} M parameters on {args.gpus} x {args.gpu}"
     lines = [head, "memory is counted, time is a model (pretrain/plan/hardware.py); nothing here was measured", ""]
     rows, step = facts["layouts"], facts["rows"]
-    said = f"{step['padding']:.1%} are padding" if step["padding"] else "texts are full (--pair-ids, --text-ids)"
-    lines[-1:] = [f"a step has {step['exist']:,} rows, of which {step['computed']:,} are computed: {said}", ""]
+    padding = f"{step['padding']:.1%} are padding" if step["padding"] else "texts are full (--pair-ids, --text-ids)"
+    lines[-1:] = [f"a step has {step['exist']:,} rows, of which {step['computed']:,} are computed: {padding}", ""]
     if rows:
         lines += [*_table(rows), "", *_detail(rows[0], args)]
     else:
@@ -63,6 +63,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _detail(row: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """Lines about the fastest layout, with the command that trains with it."""
     sent = ", ".join(f"{kind} {size / 1e9:.2f} GB" for kind, size in row["sent_bytes"].items()) or "nothing"
     parts = ", ".join(f"{name} {seconds:.3f}" for name, seconds in row["seconds"].items())
     settings = [f"--set {setting}" for setting in args.set]
@@ -89,5 +90,6 @@ def _detail(row: dict[str, Any], args: argparse.Namespace) -> list[str]:
 
 
 def _name(row: dict[str, Any]) -> str:
+    """A layout in one line: its DeepSpeed JSON and its sizes."""
     sizes = " ".join(f"{name}={row[name]}" for name in ("tensor", "pipe", "sequence", "accumulation", "checkpointing"))
     return f"{row['ds']} {sizes}"

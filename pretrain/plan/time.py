@@ -41,11 +41,12 @@ KINDS = ("data all-reduce", "all-gather", "reduce-scatter", "tensor all-reduce",
 class Cluster(NamedTuple):
     gpu: Gpu
     gpus: int
-    node: int  # GPUs of a node
+    node: int  # GPUs of one node
 
 
 class Lengths(NamedTuple):
-    """The mean ids of a pair's text and of a text alone, BOS and EOS included; None: all are full, without padding."""
+    """The mean number of ids in a pair's text and in a text seen alone, BOS and EOS included; None: all texts are full,
+    without padding."""
 
     pair: float | None = None
     text: float | None = None
@@ -64,13 +65,13 @@ class Time(NamedTuple):
     """Seconds of one optimizer step on paper, and what one GPU sends for it."""
 
     compute: float
-    communication: float  # that nothing hides
-    bubble: float
+    communication: float  # as far as computation does not hide it
+    bubble: float  # in which a pipeline stage waits for others
     optimizer: float
     sent: dict[str, float]  # bytes by kind
-    flops: float  # of the whole step over all GPUs, as MFU counts them: padding too
+    flops: float  # model FLOPs of the step over all GPUs, padding included, as MFU counts them
     real: float  # the same without padding
-    executed: float  # of these, what is computed
+    executed: float  # those of the real ones that are computed
 
     @property
     def step(self) -> float:
@@ -91,7 +92,8 @@ class Time(NamedTuple):
 
 
 def step_time(planned: Planned, cell: Cell, cluster: Cluster, lengths: Lengths = FULL) -> Time:
-    """Of the slowest pipeline stage: each waits for it. Padding, which `lengths` tells, goes through no block."""
+    """The time of a step, by the slowest pipeline stage, for which the others wait. Padding goes through no block;
+    `lengths` says how much of the texts it is."""
     counted = micro_flops(planned, cell) * cell.accumulation * cell.data
     cell = replace(cell, layout=lengths.real(cell.layout))
     micro = max(_micro_step(planned, cell, cluster, parts) for parts in stage_runs(planned, cell.layout, _pipe(cell)))
@@ -105,19 +107,19 @@ def step_time(planned: Planned, cell: Cell, cluster: Cluster, lengths: Lengths =
     return Time(compute, shown, bubble, _adam(planned, cell, cluster), sent, counted, real, executed)
 
 
-class Whole(NamedTuple):
-    """What the stage needs, all its steps and saves."""
+class Totals(NamedTuple):
+    """What the whole stage needs, with all its steps and saves."""
 
     hours: float
     gpu_hours: float
-    saving: float  # the share of the time in which checkpoints are written
+    saving: float  # the share of the time, 0 to 1, in which checkpoints are written
     checkpoint: float  # bytes: weights, fp32 masters and Adam's two moments
-    pictures: float  # to be read each second by a node
-    cores: float  # for that, of each node
+    pictures: float  # that a node has to read each second
+    cores: float  # that each node needs to read them
 
 
-def whole_stage(planned: Planned, cell: Cell, cluster: Cluster, step: float) -> Whole:
-    """`step`: seconds of one."""
+def whole_stage(planned: Planned, cell: Cell, cluster: Cluster, step: float) -> Totals:
+    """`step`: the seconds of one step."""
     recipe, stage = planned.recipe, planned.stage
     trained = sum(p.real for p in planned.parameters if p.group is not None)
     checkpoint = trained * 3 * FP32 + sum(p.real for p in planned.parameters) * FP32
@@ -127,7 +129,7 @@ def whole_stage(planned: Planned, cell: Cell, cluster: Cluster, step: float) -> 
     pictures = (stage.batch.total - stage.batch.texts) / step / max(cluster.gpus / cluster.node, 1)
     hours = seconds / 3600
     share = (seconds - stage.steps * step) / seconds
-    return Whole(hours, hours * cluster.gpus, share, checkpoint, pictures, pictures / CORE_PICTURES)
+    return Totals(hours, hours * cluster.gpus, share, checkpoint, pictures, pictures / CORE_PICTURES)
 
 
 def micro_flops(planned: Planned, cell: Cell) -> float:
@@ -136,7 +138,7 @@ def micro_flops(planned: Planned, cell: Cell) -> float:
 
 
 def executed_micro_flops(planned: Planned, cell: Cell) -> float:
-    """Of these, the products that are computed."""
+    """The part of `micro_flops` that is computed: without gradients of frozen weights and without unread rows."""
     trained = frozenset(p.name for p in planned.parameters if p.group is not None)
     return planned.stage.task.executed_flops(planned.model, planned.stage, cell.layout, trained)
 
@@ -170,6 +172,7 @@ def _matmul_rate(planned: Planned, cell: Cell, cluster: Cluster) -> float:
 
 
 def _peak(planned: Planned, cell: Cell, gpu: Gpu) -> float:
+    """FLOP/s of the GPU's data sheet in the precision of the cell."""
     return gpu.peak if cell.width == 2 else gpu.peak * TF32_SHARE if planned.recipe.tf32 else gpu.fp32
 
 
@@ -195,7 +198,7 @@ def _pass(planned: Planned, cell: Cell, cluster: Cluster, parts: range) -> float
 
 
 def _filled(size: float, half: float) -> float:
-    """The share of its best rate that a product of this size reaches; a half of it at `half`."""
+    """The share of its best rate, 0 to 1, that a product of this size reaches; it is 1/2 at `half`."""
     return size / (size + half)
 
 
@@ -227,7 +230,7 @@ def _inside(planned: Planned, cell: Cell, cluster: Cluster):
         rate = _rate(cluster, span=sizes.tensor)
         yield "tensor all-reduce", count * size, count * (size / rate + LATENCY_S)
     if sizes.sequence > 1:
-        # Queries, keys, values and the outcome change hands in each pass (Ulysses, arXiv 2309.14509).
+        # An all-to-all each of queries, keys, values and the result in each pass (Ulysses, arXiv 2309.14509).
         count = 4 * passes * blocks * cell.accumulation
         size = (sizes.sequence - 1) / sizes.sequence * rows * m.attention_dim / m.dim / sizes.tensor
         rate = _rate(cluster, span=sizes.tensor * sizes.sequence)
@@ -276,8 +279,8 @@ def _over_data(planned: Planned, cell: Cell, cluster: Cluster):
 
 
 def _rate(cluster: Cluster, *, span: int, ranks: int | None = None) -> float:
-    """Bytes/s of each GPU in a ring: by the links of the node, or by the network where neighbours `span` over more. A
-    ring over whole nodes uses the adapters of all their GPUs; `ranks` of it at most."""
+    """Bytes/s of each GPU in a ring of `ranks` whose members lie within `span` neighbouring GPUs: over the links of a
+    node, or over the network where they lie in several. A ring over whole nodes uses the adapters of all their GPUs."""
     if span <= cluster.node:
         return cluster.gpu.node_rate * LINK_SHARE
     # Rings of other tensor ranks share the node's adapters: each GPU has its own.
