@@ -44,7 +44,9 @@ class GlobalBatchNorm(nn.BatchNorm2d):
         momentum = 0.1 if self.momentum is None else self.momentum
         for kept, new in ((self.running_mean, mean), (self.running_var, variance * count / max(count - 1, 1))):
             assert kept is not None
-            kept.lerp_(new.to(kept.dtype), momentum)
+            # What is not finite, of a step that is skipped, is left out: it would stay, and no later start take it.
+            moved = torch.lerp(kept, new.to(kept.dtype), momentum)
+            kept.copy_(torch.where(moved.isfinite(), moved, kept))
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
 

@@ -112,6 +112,19 @@ def test_batch_norm_over_ranks_is_torchs_over_the_whole_batch():
         torch.testing.assert_close(own[2:], [plain.running_mean, plain.running_var])
 
 
+def test_batch_norm_remembers_nothing_of_a_step_that_is_not_finite():
+    """Such a step is skipped; in the running statistics it would stay, and a checkpoint with them could not be read."""
+    from pretrain.models.towers.batch_norm import GlobalBatchNorm
+
+    norm, x = GlobalBatchNorm(torch.nn.BatchNorm2d(3), PLAIN.gather), torch.randn(8, 3, 4, 4)
+    norm(x)
+    before = norm.running_mean.clone(), norm.running_var.clone()
+    x[0, 1] = torch.inf
+    norm(x)
+    for now, then in zip((norm.running_mean, norm.running_var), before, strict=True):
+        assert now.isfinite().all() and now[1] == then[1] and now[0] != then[0]
+
+
 def test_positions_fit_another_picture_and_a_shorter_text():
     task = PretrainTask(CLIP, (), (Contrastive(embed_dim=12),))
     larger = replace(CLIP, image_size=64, max_text_len=LENGTH - 2)
