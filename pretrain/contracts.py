@@ -150,10 +150,12 @@ class Head(Protocol):
 
 class Objective(Protocol):
     """One loss of a stage. `name` is its head's name in checkpoints and metrics. `first_pass` False: its head reads
-    nothing of the pass over the batch itself, which is skipped if no objective reads it."""
+    nothing of the pass over the batch itself, which is skipped if no objective reads it. `renewed`: tensors of its head
+    that begin anew where those of another stage's weights have other sizes."""
 
     name: ClassVar[str]
     first_pass: ClassVar[bool] = True
+    renewed: ClassVar[tuple[str, ...]] = ()
 
     @property
     def masking(self) -> Masking | None:

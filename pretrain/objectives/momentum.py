@@ -35,6 +35,7 @@ class MomentumContrast(Objective):
     ramp_steps: int = 0
     projection_bias: bool = False  # as Contrastive's
     name = "contrastive"
+    renewed = ("queue.images", "queue.texts")
 
     def __post_init__(self) -> None:
         for name in ("momentum", "alpha"):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from pretrain.checkpoint.save import Checkpoint
 from pretrain.checkpoint.weights import load_handover, weights_header
 from pretrain.config import Recipe, Stage
+from pretrain.contracts import State
 from pretrain.parallel.mesh import Mesh
 from pretrain.parallel.state import dense_shape, fill, named_state
 from pretrain.run.stored_weights import classes_of, model_in, weights_path
@@ -28,15 +30,15 @@ def load_start(
     if path is None:
         log.info("weights: from scratch")
         return None
-    handover = load_handover(
-        named_state(task),
-        path,
-        shape_of=partial(dense_shape, mesh=mesh),
-        fill=partial(fill, mesh=mesh),
-        adapt=lambda state, config, wanted: recipe.model_of(stage).adapt(
-            state, model_in(config, path, classes_of(recipe)), wanted
-        ),
-    )
+    own = named_state(task)
+    renewed = [f"objectives.{each.name}.{name}" for each in stage.objectives for name in getattr(each, "renewed", ())]
+
+    def adapt(state: State, config: dict[str, Any], wanted: dict[str, tuple[int, ...]]) -> State:
+        adapted = recipe.model_of(stage).adapt(state, model_in(config, path, classes_of(recipe)), wanted)
+        return adapted | {name: own[name].clone() for name in renewed if name in wanted}
+
+    shape_of, fill_part = partial(dense_shape, mesh=mesh), partial(fill, mesh=mesh)
+    handover = load_handover(own, path, shape_of=shape_of, fill=fill_part, adapt=adapt)
     if not handover.loaded:
         _refuse_another_kind(recipe, stage, path)
     log.info("weights: %d tensors from %s", len(handover.loaded), path)

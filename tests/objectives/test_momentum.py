@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from pretrain.batch import Layout
-from pretrain.config import BatchSize, Stage
+from pretrain.checkpoint.weights import write_weights
+from pretrain.config import BatchSize, Recipe, Stage, to_json
 from pretrain.data.sources import PairShards
 from pretrain.distributed import world_size
 from pretrain.layers import PLAIN, Layers
@@ -17,7 +19,9 @@ from pretrain.models.lora import Lora
 from pretrain.objectives.matching import Matching
 from pretrain.objectives.momentum import MomentumContrast, Queue
 from pretrain.optim import Optim, build_optimizer, schedule
+from pretrain.parallel.mesh import create_mesh
 from pretrain.parallel.sizes import Parallel
+from pretrain.run.start_weights import load_start
 from pretrain.tasks.pretrain import PretrainTask
 from tests.distributed import run_ranks
 from tests.step_batches import CONFIGS, DUAL, MODELS, Trained, dual_batch, mean_reports, train_alone, train_on_ranks
@@ -103,6 +107,18 @@ def test_a_stage_that_goes_on_from_another_ones_weights_counts_its_own_steps():
     assert int(head.queue.steps) == 5
     task.before_training([])
     assert int(head.queue.steps) == 0 and head.queue.images.equal(before.objectives["contrastive"].queue.images)
+
+
+def test_a_stage_may_have_a_longer_queue_than_the_one_before(tmp_path):
+    before, task = build(), build(contrast=replace(CONTRAST, queue=5 * DUAL))
+    weights = tmp_path / "weights.safetensors"
+    write_weights(before.state_dict(), weights, {"model": to_json(MODEL)})
+    stage = Stage(mix={"dual": PairShards("x", text_len=8)}, batch=BatchSize(dual=DUAL), optim=OPTIM, steps=1,
+                  objectives=(replace(CONTRAST, queue=5 * DUAL), Matching()), init_from=str(weights))  # fmt: skip
+    fresh = task.objectives["contrastive"].queue.images.clone()
+    load_start(task, Recipe("x", MODEL, {"x": stage}), stage, tmp_path, None, create_mesh(Parallel()))
+    head = task.objectives["contrastive"]
+    assert head.queue.images.equal(fresh) and head.vision.weight.equal(before.objectives["contrastive"].vision.weight)
 
 
 def test_the_queue_forgets_the_oldest_and_takes_no_nan():
