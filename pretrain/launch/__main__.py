@@ -96,6 +96,13 @@ def _run(args: argparse.Namespace) -> None:
     nodes = check_job(job)
     if (up := sum(node.up and node.has(job) for node in nodes)) < job.nodes:
         print(f"note: {up} of the {len(nodes)} nodes are up, so the job will wait for {job.nodes}", file=sys.stderr)
+    share = max(node.cpus for node in nodes) // job.ranks
+    if job.gpus and job.cpus == 1 and share > 2:
+        print(
+            f"note: --cpus-per-task is 1, so a rank shares one CPU with its only data worker; a node has {share} for "
+            f"each rank: set --cpus-per-task={share} in GPU_JOB of cluster.env",
+            file=sys.stderr,
+        )
     hosts = {node.host for node in nodes}
     if script.name == "stage.sbatch":
         _stages(args, script, words, job, hosts)

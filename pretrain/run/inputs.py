@@ -14,7 +14,7 @@ from pretrain.config import Recipe, Stage
 from pretrain.contracts import Source
 from pretrain.data.loader import Loader
 from pretrain.data.masking import Masking
-from pretrain.data.mixture import Mixture, View
+from pretrain.data.mixture import Mixture, View, cpus_of_rank
 from pretrain.data.text_tokenizer import AnyTokenizer, open_tokenizer
 from pretrain.parallel.mesh import Place
 from pretrain.settings import fill_variables
@@ -32,6 +32,12 @@ def build_loader(recipe: Recipe, stage: Stage, stage_dir: Path | None, place: Pl
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # ranks on this node; the launcher sets it
     if recipe.loading.workers is None:
         log.info("data workers: %d, a CPU each (loading.workers)", recipe.loading.processes)
+        if "SLURM_PROCID" in os.environ and cpus_of_rank() == 1 and (os.cpu_count() or 1) > 2:
+            log.warning(
+                "this rank may use 1 of %d CPUs, which its data worker shares; since SLURM 22.05 srun must be told "
+                "again how many: srun --cpus-per-task=N",
+                os.cpu_count(),
+            )
     check_memory(loader, max(here // (stage.parallel.tensor * stage.parallel.sequence), 1))
     return loader
 

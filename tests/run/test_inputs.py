@@ -87,3 +87,18 @@ def test_a_node_full_of_cpus_is_not_one_of_workers(monkeypatch):
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     assert Loading().processes == MOST_WORKERS
+
+
+@pytest.mark.parametrize(
+    ("launcher", "cpus", "warns"), [("srun", 1, True), ("srun", 12, False), ("torchrun", 1, False)]
+)
+def test_a_task_that_srun_bound_to_one_cpu_says_so(images, monkeypatch, caplog, launcher, cpus, warns):
+    for name in ("SLURM_CPUS_PER_TASK", "SLURM_PROCID", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if launcher == "srun":
+        monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 96)
+    recipe, stage = images
+    build_loader(replace(recipe, loading=replace(recipe.loading, workers=None)), stage, None, ALONE)
+    assert ("1 of 96 CPUs" in caplog.text and "srun --cpus-per-task=N" in caplog.text) == warns
