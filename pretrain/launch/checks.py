@@ -17,6 +17,7 @@ from pretrain.checkpoint.directory import complete
 from pretrain.checkpoint.weights import WEIGHTS
 from pretrain.config import Recipe, Stage
 from pretrain.models.multiway.config import MultiwayConfig
+from pretrain.models.visual_tokenizer.teachers import check_clip
 from pretrain.parallel.mesh import place_of
 from pretrain.plan.hardware import FRAGMENTS, GIB, GPUS, OUTSIDE
 from pretrain.plan.memory import Cell, peak_memory
@@ -140,7 +141,10 @@ def _check_inputs(line: Line, recipe: Recipe, stage: Stage, ahead: Collection[st
         path = Path(fill_variables(value, knob)).expanduser()
         if path.resolve() in {(line.run_dir / each).resolve() for each in ahead}:
             continue
-        if knob in ("init_from", "visual_tokenizer") or not path.is_dir():  # a teacher may be another program's
+        foreign = path.is_dir() or ("$" in value and not path.exists())
+        if knob == "teacher" and foreign and not (path / WEIGHTS).is_file():
+            check_clip(path)  # the visual tokenizer's may be another program's
+        else:
             weights_path(value, line.run_dir, knob)
 
 

@@ -35,6 +35,11 @@ def weights_path(name: str, run_dir: Path, knob: str) -> Path:
         plain = plain / WEIGHTS
     if plain.is_file():
         return plain
+    if set(name) & {"/", "$"}:  # no stage's name
+        raise ValueError(
+            f"{knob}={name}: {plain} does not exist; give the path of a weights.safetensors, or of a directory that "
+            "holds one"
+        )
     raise ValueError(
         f"{knob}={name}: neither {path} nor {plain} exists; "
         f"run the stage {name!r} to its end first, or give the path of a weights.safetensors"

@@ -12,6 +12,7 @@ import pytest
 
 from pretrain import encode_images
 from pretrain.launch.__main__ import main
+from pretrain.launch.checks import Line, Ranks, check_stages
 from tests.small_run import ROOT
 
 HERE = socket.gethostname()
@@ -176,6 +177,15 @@ def test_logs_get_a_directory_in_the_run(launch, tmp_path):
     assert code == 2 and "there is no directory /nowhere" in error and len(calls) == 1
 
 
+def test_ranks_with_one_cpu_of_many_are_noted(launch, tmp_path):
+    sinfo = tmp_path / "bin" / "sinfo"
+    sinfo.write_text(sinfo.read_text().replace("$HOST|4|", "$HOST|96|"))
+    quiet = ("--dry-run", "--gpu", "h100")
+    code, _, said, _ = launch("--stage", "vision", options=quiet)
+    assert code == 0 and "note: --cpus-per-task is 1" in said and "--cpus-per-task=48 in GPU_JOB" in said
+    assert launch("--stage", "vision", options=(*quiet, "--option=--cpus-per-task=12"))[2] == ""
+
+
 def test_a_job_that_waits_for_broken_nodes_says_so(launch, tmp_path):
     quiet = ("--dry-run", "--gpu", "h100")
     code, out, error, _ = launch("--stage", "vision", options=quiet)
@@ -287,3 +297,22 @@ def test_a_stage_that_has_begun_without_codes_goes_on_without(launch, tmp_path):
     (tmp_path / "run" / "vision" / "recipe.json").write_text(json.dumps(noted))
     code, _, error, _ = chain(launch, "codes vision", options=("--dry-run",))
     assert code == 2 and "no stage behind it hides pictures and has yet to begin" in error
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (None, "clip holds no config.json; download a CLIP there first: hf download openai/clip-vit-base-patch16"),
+        ((), "clip holds no config.json"),
+        (("config.json", "pytorch_model.bin"), "clip holds no .*safetensors, and pickled weights are not read"),
+    ],
+)
+def test_a_tokenizers_teacher_that_is_no_clip_is_not_for_the_nodes_to_see(tmp_path, monkeypatch, files, says):
+    monkeypatch.setenv("CLIP", str(tmp_path / "clip"))
+    if files is not None:
+        (tmp_path / "clip").mkdir()
+        for name in files:
+            (tmp_path / "clip" / name).touch()
+    line = Line("beit3_base", str(ROOT / "ds_configs" / "zero1.json"), tmp_path / "run", [])
+    with pytest.raises(ValueError, match=says):
+        check_stages(line, ["tokenizer"], Ranks(1, 1, None))

@@ -61,7 +61,10 @@ def test_other_weights_under_the_same_name_are_another_input(tmp_path, stage, kn
         path = str(tmp_path / name)
         change = {"task": TrainTokenizer(Encoder(path))} if knob == "teacher" else {knob: path}
         stage = replace(stage, **change)
-    with pytest.raises(ValueError, match=f"{knob}=.*run the stage .* to its end first"):
+    way_out = (
+        "does not exist; give the path of a weights.safetensors" if by_path else "run the stage .* to its end first"
+    )
+    with pytest.raises(ValueError, match=f"{knob}=.*{way_out}"):
         digest(stage, tmp_path / "run" if by_path else tmp_path)
     digests = []
     for value in (1.0, 1.0, 2.0):

@@ -190,7 +190,8 @@ def onto_grid(rows: Tensor, grid: int) -> Tensor:
     return placed.flatten(2).transpose(1, 2)
 
 
-def _load_clip(directory: Path) -> Any:
+def check_clip(directory: Path) -> None:
+    """Raises ValueError where `directory` cannot hold a Hugging Face CLIP; reads no weights."""
     if not (directory / "config.json").is_file():
         raise ValueError(
             f"teacher={directory} holds no config.json; download a CLIP there first: "
@@ -198,9 +199,13 @@ def _load_clip(directory: Path) -> Any:
         )
     if not any(directory.glob("*.safetensors")):
         raise ValueError(
-            f"teacher={directory} holds no *.safetensors (pickled weights are not read); "
-            f"take a revision that has them, or convert the weights"
+            f"teacher={directory} holds no *.safetensors, and pickled weights are not read; convert them once: "
+            f"CLIPModel.from_pretrained('{directory}').save_pretrained('{directory}') of transformers does it"
         )
+
+
+def _load_clip(directory: Path) -> Any:
+    check_clip(directory)
     from transformers import AutoConfig, CLIPVisionModelWithProjection
     from transformers.utils import logging
 
