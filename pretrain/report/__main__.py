@@ -2,7 +2,7 @@
 
     python -m pretrain.report --run-dir runs/quickstart        writes runs/quickstart/report.html
 
-Works on runs that are going on, and on runs that have only some stages; what is missing is left out and named.
+Works on runs that are going on, and on runs that have only some of their stages; the page names what is missing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pretrain.visible import visible
 
 
 def format_table(run_dir: Path | str) -> str:
-    """The evaluation of every stage of a run for the terminal. Raises ValueError if there is no stage."""
+    """The evaluations of all stages of a run as lines for the terminal. Raises ValueError if there is no stage."""
     stages = load_run(Path(run_dir))
     lines: list[str] = []
     if rows := retrieval_rows(stages):
@@ -72,11 +72,13 @@ def format_table(run_dir: Path | str) -> str:
 
 
 def _cell(value: float | None, width: int) -> str:
+    """A percentage, right-aligned; "-" for None."""
     return f"{'-' if value is None else f'{value:.1f}':>{width}}"
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write RUN_DIR/report.html; the old page stays until the new one is whole."""
+    """Writes RUN_DIR/report.html -> its path. The old page stays until the new one is whole. ValueError if there is no
+    stage, OSError if the page cannot be written."""
     stages = load_run(run_dir)
     path = run_dir / "report.html"
     html = page(run_dir, stages)

@@ -1,5 +1,6 @@
-"""The charts of all pages, measured for the SVG of templates/parts.html: curves and histograms. Bars and lines stretch
-with the page, labels keep their size; hence two units: thousandths for paths, and percents for all else."""
+"""Lays out the charts of all pages, curves and histograms, for the SVG of templates/parts.html. Bars and lines stretch
+with the page while labels keep their size, so there are two units: paths are in thousandths of the chart, and all else
+in percent of it."""
 
 from __future__ import annotations
 
@@ -10,16 +11,16 @@ from dataclasses import dataclass
 
 from pretrain.visible import visible
 
-POINTS_AT_MOST = 400
+POINTS_AT_MOST = 400  # of a curve that is drawn
 SMOOTH_FROM = 40  # curves with fewer points are shown as they are
 
-Point = tuple[float, float | None]
+Point = tuple[float, float | None]  # (step, value); None is a gap
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart; None is a gap. `colour` is 0 to 5, so that a name can keep its colour from chart to chart;
-    `noise`: the values behind the running mean are shown too."""
+    """One line of a chart. `colour` is 0 to 5, so that a name can keep its colour from chart to chart; `noise`: where a
+    running mean is drawn, the values behind it are shown too."""
 
     name: str
     points: list[Point]
@@ -29,8 +30,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """`unit` follows the numbers; `from_zero` starts the axis at zero; `smooth` draws a running mean over the noise;
-    the legend gives each curve's last value, or with `peak` its highest."""
+    """Curves over the steps. `unit` follows the numbers; `from_zero` starts the axis of values at zero; `smooth` draws
+    a running mean; the legend gives each curve's last value, or with `peak` its highest."""
 
     title: str
     curves: list[Curve]
@@ -42,7 +43,8 @@ class Chart:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A chart as it is drawn. `data` is what its script reads; `legend`: (colour, name, value)."""
+    """A chart as it is drawn. `summary` is for screen readers, `data` the JSON that the page's script reads; labels are
+    (place, text), and `legend` is (colour, name, value)."""
 
     title: str
     summary: str
@@ -55,7 +57,8 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Bars:
-    """A histogram as it is drawn; `bars`: (left edge, width, height, what it counts)."""
+    """A histogram as it is drawn, in percent of its width and height. `bars`: (left edge, width, height, description);
+    `labels`: (place, text)."""
 
     title: str
     bars: list[tuple[float, float, float, str]]
@@ -63,8 +66,8 @@ class Bars:
 
 
 def smoothed(points: list[Point]) -> list[Point]:
-    """The mean over a window of about a thirtieth of the curve around each point, so that the line does not lag behind.
-    It narrows at the start, where curves are steep, and is cut off at the end."""
+    """The mean over a window around each point, about a thirtieth of the curve wide, so that the line does not lag
+    behind. The window narrows at the start, where curves are steep, and is cut off at the end."""
     sums, counts = [0.0], [0]
     for _, value in points:
         sums.append(sums[-1] + (value or 0.0))
@@ -122,6 +125,7 @@ def number(value: float) -> str:
 
 
 def percent(part: float, whole: float) -> str:
+    """The part's share of the whole: "12.3 %"; "< 0.1 %" for a share that would look like none."""
     share = 100 * part / whole if whole else 0.0
     if 0 < share < 0.1:
         return "< 0.1 %"
@@ -129,14 +133,15 @@ def percent(part: float, whole: float) -> str:
 
 
 def edge(value: float) -> str:
+    """The label of a bar's edge."""
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def histogram(
     title: str, edges: Sequence[float], counts: Sequence[int], labels: Collection[float], unit: str = ""
 ) -> Bars | None:
-    """Bars of equal width from the first to the last that is filled; `labels` are the edges that are named. None
-    without values."""
+    """Bars of equal width, from one before the first that is filled to one after the last. `counts[i]` values lie
+    between `edges[i]` and `edges[i + 1]`; `labels`: the edges that get a label. None where nothing is counted."""
     filled = [i for i, count in enumerate(counts) if count]
     if not filled:
         return None
@@ -153,7 +158,7 @@ def histogram(
 
 
 def drawing(chart: Chart) -> Drawing | None:
-    """None if it has no numbers."""
+    """The chart laid out; None if it has no numbers."""
     curves = [curve for curve in chart.curves if any(value is not None for _, value in curve.points)]
     if not curves:
         return None
@@ -189,7 +194,7 @@ def drawing(chart: Chart) -> Drawing | None:
 
 @dataclass(frozen=True)
 class _Frame:
-    """From data to the 1000 x 1000 units of the drawing."""
+    """Converts steps and values to the 1000 x 1000 units of the drawing, whose y grows downwards."""
 
     x_low: float
     x_high: float
@@ -216,7 +221,7 @@ class _Frame:
 
 
 def _lines(curve: Curve, smooth: bool) -> tuple[list[Point], list[Point]]:
-    """(the noisy line behind or nothing, the line in front), both thinned out."""
+    """(the noisy line behind, [] where there is none; the line in front), both thinned out."""
     if not smooth or len(curve.points) < SMOOTH_FROM:
         return [], downsampled(curve.points)
     return (downsampled(curve.points) if curve.noise else []), downsampled(smoothed(curve.points))
@@ -238,11 +243,12 @@ def _legend_value(points: list[Point], chart: Chart) -> float:
 
 
 def _short(points: list[Point]) -> list[list[float | None]]:
+    """The points with values of five digits, which keep the page small."""
     return [[step, None if value is None else float(f"{value:.5g}")] for step, value in points]
 
 
 def _summary(chart: Chart, drawn: list) -> str:
-    """What a screen reader says of the chart."""
+    """The sentence that a screen reader reads for the chart."""
     parts = []
     for curve, _, mean in drawn:
         first = next(value for _, value in mean if value is not None)

@@ -1,4 +1,4 @@
-"""The checkpoints that a stage has, and why each stays."""
+"""The checkpoints that a stage has, and why each of them is kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pretrain.report.rows import StageRun, dig, finite
 
 
 class Entry(NamedTuple):
-    """A complete checkpoint. `reason` why it stays: "best R@1 (53.2)", "for good", or "" for one of the newest."""
+    """A complete checkpoint. `reason` says why it is kept: "best R@1 (53.2)", "for good", or "" for one of the
+    newest."""
 
     step: int
     reason: str
@@ -19,7 +20,7 @@ class Entry(NamedTuple):
 
 
 def checkpoints(stage: StageRun) -> list[Entry]:
-    """Newest first."""
+    """The stage's complete checkpoints, newest first."""
     figure, every = dig(stage.recipe, "stages", stage.name, "best"), dig(stage.recipe, "keep_every")
     figure = figure if isinstance(figure, str) else ""
     history = {line["step"]: line for line in stage.during}

@@ -1,8 +1,7 @@
-"""How every HTML page is made: from Jinja2 templates, as one file that needs no network.
+"""Renders every HTML page from Jinja2 templates, as one file that needs no network.
 
-Text from outside stays text, three times over: the templates escape it, characters that nobody can see become visible,
-and the content security policy names the style sheet and the script of the page by their hashes, so that no other
-would run.
+Three measures keep text from outside mere text: the templates escape it, invisible characters become visible, and the
+content security policy names the page's style sheet and script by their hashes, so that no other script would run.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render(template: Path, *, styles: Iterable[Path] = (), scripts: Iterable[Path] = (), **values: Any) -> str:
-    """The page of a template that extends base.html. What it includes lies beside it or here. `styles` come after the
-    style sheet of all pages."""
+    """The page of a template that extends base.html, with its `values`. The templates that it includes lie beside it or
+    in TEMPLATES. `styles` come after the style sheet of all pages."""
     environment = Environment(
         loader=FileSystemLoader([template.parent, TEMPLATES]),
         autoescape=True,
@@ -46,5 +45,5 @@ def _read(paths: Iterable[Path]) -> str:
 
 
 def _source(text: str) -> str:
-    """As a policy names it."""
+    """The name of a style sheet or a script in a content security policy: its hash."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

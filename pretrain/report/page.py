@@ -82,7 +82,7 @@ def _machine() -> str:
 
 
 def _tiles(stages: list[StageRun]) -> list[tuple[str, str, str, str]]:
-    """The few numbers that matter most: (name, value, unit, what stands below)."""
+    """The few numbers that matter most: (name, value, unit, the line below)."""
     tiles = []
     rows = retrieval_rows(stages)
     trained = [row for row in rows if row.stage != "scratch"]
@@ -106,7 +106,7 @@ def _tiles(stages: list[StageRun]) -> list[tuple[str, str, str, str]]:
 
 
 def _retrieval(stages: list[StageRun]) -> list[tuple[str, str, list[float | None], bool]]:
-    """(name, what stands below it, recalls, whether it is there to compare with) of each row of the table."""
+    """The rows of the table: (name, the line below it, recalls in percent, whether it is only there for comparison)."""
     rows = retrieval_rows(stages)
     cells = [(direction, k) for direction in DIRECTIONS for k in RANKS]
     table = []
@@ -119,6 +119,7 @@ def _retrieval(stages: list[StageRun]) -> list[tuple[str, str, list[float | None
 
 
 def _stage(stage: StageRun) -> dict[str, Any]:
+    """What templates/report.html shows of one stage."""
     settings = stage.recipe.get("stages", {})
     settings = settings.get(stage.name, {}) if isinstance(settings, dict) else {}
     facts = [f"{stage.step:,} steps"] if stage.lines else []
@@ -151,7 +152,8 @@ def _stage(stage: StageRun) -> dict[str, Any]:
 
 
 def _charts(lines: list[dict], during: list[dict]) -> list[tuple[Drawing, str]]:
-    """The charts that have numbers, each with the class of its width. `during`: the lines of evals.jsonl."""
+    """The charts that have numbers, each with the style sheet's class for its width. `lines`: those of metrics.jsonl;
+    `during`: those of evals.jsonl."""
     losses = _curves(lines, "loss/")
     total = [Curve("total", _points(lines, "loss"), 0, noise=True)]
     major = [
@@ -203,7 +205,7 @@ def _held_out(during: list[dict]) -> list[Chart]:
 
 
 def _points(lines: list[dict], key: str, scale: float = 1) -> list[tuple[float, float | None]]:
-    """The points of a key over the lines that have it; null is a gap."""
+    """The points of a key, its values times `scale`, over the lines that have it; null is a gap."""
     points = [(line["step"], finite(line[key])) for line in lines if key in line]
     return [(step, None if value is None else value * scale) for step, value in points]
 

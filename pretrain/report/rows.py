@@ -1,4 +1,4 @@
-"""What a run directory holds, as the report shows it: its stages in order, and the rows of the evaluation tables."""
+"""Reads a run directory for the report: its stages in order, and the rows of the evaluation tables."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pretrain.metrics import EVALS, FILE, read_metrics
 from pretrain.restarts import Restart, read_restarts
 from pretrain.rollbacks import Rollback, passed_batches, read_rollbacks
 
+# The order of stages that no recipe.json names.
 USUAL_ORDER = ("tokenizer", "vision", "language", "fusion", "retrieval", "captions", "scratch")
 PARTS = {
     "image": "image patches",
@@ -25,13 +26,13 @@ PARTS = {
 }
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 RANKS = (1, 5, 10)
-MOST_BYTES = 2**28  # of a stage's JSON; samples.json holds pictures
-SETTINGS, LONGEST = 3, 60  # that differ and are shown; characters of a value
+MOST_BYTES = 2**28  # of one of a stage's JSON files; samples.json is the largest, since it holds pictures
+SETTINGS, LONGEST = 3, 60  # how many different settings are shown; how many characters of a value
 
 
 @dataclass
 class StageRun:
-    """What lies in RUN_DIR/STAGE."""
+    """The content of RUN_DIR/STAGE; whatever cannot be read is empty and has a note."""
 
     name: str
     directory: Path
@@ -48,17 +49,18 @@ class StageRun:
 
     @property
     def steps(self) -> int | None:
-        """Steps that the recipe asks for."""
+        """How many steps the recipe asks for; None where that is not known."""
         steps = dig(self.recipe, "stages", self.name, "steps")
         return steps if isinstance(steps, int) else None
 
     @property
     def step(self) -> int:
+        """The last step in metrics.jsonl; 0 where there is none."""
         return self.lines[-1]["step"] if self.lines else 0
 
     @property
     def went_back(self) -> str:
-        """How often it did, and how many batches it passes over; "" where it never did."""
+        """How often the stage went back to a checkpoint, and how many batches it skipped; "" where it never did."""
         if not self.rollbacks:
             return ""
         batches = sum(last - first + 1 for first, last in passed_batches(self.rollbacks))
@@ -71,7 +73,7 @@ class StageRun:
 
     @property
     def seconds(self) -> float:
-        """Time spent in steps: saving and starting are not in it."""
+        """Seconds spent in steps, without saving and starting."""
         total, seen = 0.0, 0.0
         for line in self.lines:
             now, speed = finite(line.get("samples_seen")), finite(line.get("samples_per_s"))
@@ -126,7 +128,7 @@ def load_run(run_dir: Path) -> list[StageRun]:
         )
     orders = [list(stages) for stage in loaded if isinstance(stages := stage.recipe.get("stages"), dict)]
     order = [*max(orders, key=len, default=[]), *USUAL_ORDER]
-    # The comparison stands behind the rest, wherever the recipe has it.
+    # The stage without pretraining, for comparison, comes last, wherever the recipe has it.
     return sorted(loaded, key=lambda s: (s.name == "scratch", order.index(s.name) if s.name in order else len(order)))
 
 
@@ -186,12 +188,14 @@ def _read_object(path: Path, notes: list[str]) -> dict:
 
 
 def dig(value: Any, *keys: str) -> Any:
+    """value[keys[0]][keys[1]]...; None where a key is missing or what should have it is no dictionary."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
 
 
 def retrieval_rows(stages: list[StageRun]) -> list[RetrievalRow]:
+    """A row for each stage and set of its evaluation, in the order of the stages."""
     rows = []
     for stage in stages:
         sets: dict[str, dict[tuple[str, int], float]] = {}
@@ -203,12 +207,13 @@ def retrieval_rows(stages: list[StageRun]) -> list[RetrievalRow]:
             label = stage.name if name == "retrieval" else f"{stage.name}, {name.removeprefix('retrieval/')}"
             label += ": same budget, no pretraining" if stage.name == "scratch" else ""
             rows.append(RetrievalRow(stage.name, label, recall, int(candidates) if candidates else None))
-    if len({row.candidates for row in rows}) > 1:  # a row says among how many, where they are not the same for all
+    if len({row.candidates for row in rows}) > 1:  # they cannot be compared unless each row says it
         rows = [replace(row, label=f"{row.label} ({row.candidates or 'unknown'} candidates)") for row in rows]
     return rows
 
 
 def masked_rows(stages: list[StageRun]) -> list[MaskedRow]:
+    """A row for each stage and part (see PARTS) of its masked prediction, in the order of the stages."""
     rows = []
     for stage in stages:
         values = numbers(stage.evaluation)
@@ -233,7 +238,7 @@ def other_rows(stages: list[StageRun]) -> list[tuple[str, str, float, float | No
 
 
 def apart_rows(stages: list[StageRun]) -> list[tuple[str, str, str, str, float]]:
-    """(stage, name, what differs from the stage's own evaluation, key, value) of each number of another one."""
+    """(stage, name, what differs from the stage's own evaluation, key, value) of each number in its eval-NAME.json."""
     return [
         (stage.name, name, _differs(values), key, value)
         for stage in stages
@@ -244,6 +249,7 @@ def apart_rows(stages: list[StageRun]) -> list[tuple[str, str, str, str, float]]
 
 
 def _differs(values: dict[str, Any]) -> str:
+    """The first settings that differ from the stage's own evaluation, with the values they have here."""
     differs = values.get("differs")
     if not isinstance(differs, dict):
         return "weights"

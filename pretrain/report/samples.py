@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 EMBED_AS_IT_IS = 48_000  # bytes; larger pictures are made smaller, so that the page stays light
-SIDE_AT_MOST = 224
-FILE_AT_MOST = 50_000_000
+SIDE_AT_MOST = 224  # pixels of a picture that was made smaller
+FILE_AT_MOST = 50_000_000  # bytes; larger files are not read
 
-Picture = Callable[[dict, str], str | None]  # of an entry and its key: a data URI
+# (an entry of samples.json, the key of a picture in it) -> a data URI; None where there is no such picture.
+Picture = Callable[[dict, str], str | None]
 
 
 def folds(directory: Path, samples: dict[str, list]) -> tuple[list[tuple[str, str, list]], list[str]]:
-    """-> (title, "shows" or "queries", entries) of each group, and one line for each thing that had to be left out."""
+    """-> ([(title, "shows" or "queries", entries) of each group], [a line for each picture that had to be left
+    out])."""
     problems: dict[str, None] = {}
 
     def picture(entry: dict, key: str) -> str | None:
@@ -48,13 +50,13 @@ def folds(directory: Path, samples: dict[str, list]) -> tuple[list[tuple[str, st
 
 
 def _masked(entry: dict, picture: Picture) -> dict[str, list]:
-    """`texts`: what each is, and its pieces."""
+    """`pictures`: (data URI, label) of each; `texts`: (label, [(piece, style sheet's class)]) of each."""
     labels = {"input": "picture", "masked": "hidden", "predicted": "predicted"}
     pictures = [(data, label) for key, label in labels.items() if (data := picture(entry, key))]
     caption, hidden, guess = (_text(entry, key) for key in ("caption", "masked_caption", "predicted_caption"))
     texts = []
     if caption:
-        # Every second piece stood in brackets.
+        # re.split puts the words that stood in brackets into every second piece.
         pieces = re.split(r"\[([^\[\]]*)\]", hidden) if hidden else [caption]
         marked = [(piece, "hidden" if i % 2 else "") for i, piece in enumerate(pieces)]
         texts.append(("text, hidden words marked", marked))
@@ -64,6 +66,7 @@ def _masked(entry: dict, picture: Picture) -> dict[str, list]:
 
 
 def _written(entry: dict, picture: Picture) -> dict[str, list]:
+    """A caption that the model wrote beside those by people, in the form of `_masked`."""
     data = picture(entry, "input")
     texts = {"written here": _text(entry, "written"), "written by people": _text(entry, "references")}
     return {
@@ -73,7 +76,7 @@ def _written(entry: dict, picture: Picture) -> dict[str, list]:
 
 
 def _compare(right: str, guess: str) -> list[tuple[str, str]]:
-    """The guess in pieces, those that differ from the right words as "wrong"."""
+    """The guess in pieces, each with "wrong" where it differs from the right words, else with ""."""
     a, b = right.split(), guess.split()
     pieces: list[tuple[str, str]] = []
     for tag, _, _, start, stop in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
@@ -84,6 +87,7 @@ def _compare(right: str, guess: str) -> list[tuple[str, str]]:
 
 
 def _query(entry: dict, picture: Picture) -> dict[str, Any]:
+    """A retrieval query and its results, best first."""
     results = [result for result in entry.get("results") or [] if isinstance(result, dict)]
     rank = entry.get("rank")
     return {
@@ -117,6 +121,7 @@ def _embed(directory: Path, name: str) -> str | None:
 
 
 def _kind(data: bytes) -> str | None:
+    """The format by the file's first bytes: png, jpeg, webp, or None."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     if data.startswith(b"\xff\xd8\xff"):
