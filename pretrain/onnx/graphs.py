@@ -1,8 +1,9 @@
-"""A trained task as graphs of one route each, for other runtimes: pictures, texts, or both fused.
+"""A trained task as modules that can be exported, one for each route through it: pictures, texts, or both fused.
 
-They compute what the packed pass computes, of the same modules, with every sequence padded and nothing gathered by its
-place, so that each size may be another one at every call. Shapes: N sequences, S pixels a side, I rows of a picture
-(its class row and its patches), L ids of a text, D width, E width of the dual encoder's vectors.
+They use the modules of the task and compute what its packed pass computes, but with every sequence padded and without
+gathering rows by their place, so that every size may differ from call to call. Shapes: N sequences, S pixels a side, I
+rows of a picture (its class row and its patches), L ids of a text, D width, H heads, E width of the dual encoder's
+vectors.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pretrain.models.multiway.resize import resize_patch_positions, resize_relat
 
 
 class Part(NamedTuple):
-    """The rows [N, length, D] of one modality of some sequences, and which expert has them."""
+    """The rows [N, length, D] of one modality in N sequences; `modality` is also the name of its expert."""
 
     modality: str
     rows: Tensor
@@ -76,7 +77,7 @@ class TextRoute(Route):
 
     def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
         seen = ids != PAD
-        # A text that is all padding sees itself: the softmax of nothing would be NaN.
+        # A text that is all padding sees itself, since a softmax over nothing would be NaN.
         seen = seen | ~seen.any(-1, keepdim=True)
         (rows,) = encode(self.task.encoder, [Part("language", text_rows(self.task.encoder, ids))], seen)
         head = self._head("contrastive")
@@ -143,13 +144,14 @@ def routes_of(task: Any) -> dict[str, Route]:
 
 
 def _kinds(**rows: Tensor) -> Kinds:
+    """Kinds with these rows, and with no sequences of the other kinds."""
     none = next(iter(rows.values()))[:0]
     return Kinds(*(rows.get(name, none) for name in Kinds._fields))
 
 
 def picture_rows(encoder: Any, pixels: Tensor, grid: int) -> Tensor:
-    """uint8 [N, 3, S, S] -> [N, I, D], as VisionEmbedding; positions of another grid are interpolated as
-    MultiwayConfig.adapt does."""
+    """uint8 [N, 3, S, S] -> [N, I, D], as VisionEmbedding; `grid`: patches a side. Where the model has another grid,
+    its positions are interpolated as by MultiwayConfig.adapt."""
     embed, n, p = encoder.vision_embed, pixels.shape[0], encoder.cfg.patch_size
     patches = pixels.reshape(n, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5).reshape(n, grid * grid, 3 * p * p)
     x = embed.proj(patches.float() / 127.5 - 1)
@@ -163,8 +165,9 @@ def text_rows(encoder: Any, ids: Tensor) -> Tensor:
 
 
 def encode(encoder: Any, parts: Sequence[Part], seen: Tensor | None, grid: int = 0) -> list[Tensor]:
-    """The rows behind all blocks and the final norm. `parts`: all rows of the same sequences, a picture's before a
-    text's; `seen`: bool [N, L], the words that may be seen, None without words; `grid`: patches a side of a picture."""
+    """The rows of each part after all blocks and the final norm. `parts`: the rows of the same sequences, a picture's
+    before a text's; `seen`: bool [N, L], the words that attention may see, None where there are no texts; `grid`:
+    patches a side of a picture."""
     biases = _biases(encoder, parts, grid)
     if seen is not None and len(parts) == 2:
         seen = F.pad(seen, (parts[0].rows.shape[1], 0), value=True)
@@ -194,8 +197,8 @@ def _through(block: Any, parts: Sequence[Part], mask: Tensor | None) -> list[Par
 
 
 def _each(modules: Any, names: Sequence[str], rows: Sequence[Tensor]) -> list[Tensor]:
-    """Each part's rows through the module of a block.Multiway that has its name; what has one module goes through it
-    together, so that its weights are read once, and stand in the file once as int8 too."""
+    """Each part's rows through the module of a block.Multiway that has the part's name. Parts that share a module go
+    through it together, so that its weights are read once, and are in the file only once as int8 too."""
     chosen = ["shared"] * len(rows) if "shared" in modules else names
     if len(rows) == 2 and chosen[0] == chosen[1]:
         return list(modules[chosen[0]](torch.cat(list(rows), 1)).split([part.shape[1] for part in rows], 1))
@@ -203,12 +206,13 @@ def _each(modules: Any, names: Sequence[str], rows: Sequence[Tensor]) -> list[Te
 
 
 def _added(rows: Sequence[Tensor], branches: Sequence[Tensor], scale: Tensor | None) -> list[Tensor]:
-    """The residual, with LayerScale's factor where there is one."""
+    """The residual sums, with LayerScale's factor `scale` where there is one."""
     return [x + (y if scale is None else y * scale) for x, y in zip(rows, branches, strict=True)]
 
 
 def _mask(bias: Tensor | None, seen: Tensor | None) -> Tensor | None:
-    """What attention adds to its scores or hides of them, [N or 1, H or 1, rows or 1, rows]."""
+    """The mask of attention, [N or 1, H or 1, rows or 1, rows]: added to its scores if it is float, or, if it is bool,
+    True where they count; None for no mask. `bias`: [H, rows, rows]; `seen`: bool [N, rows]."""
     if seen is not None:
         seen = seen[:, None, None, :]
     if bias is None:
@@ -217,7 +221,7 @@ def _mask(bias: Tensor | None, seen: Tensor | None) -> Tensor | None:
 
 
 def _biases(encoder: Any, parts: Sequence[Part], grid: int) -> Sequence[Tensor] | None:
-    """RelativePosition's [H, rows, rows] of each block, for any grid."""
+    """RelativePosition's bias [H, rows, rows] of each block, for any grid; None where the encoder has none."""
     relative = encoder.relative_position
     if relative is None:
         return None

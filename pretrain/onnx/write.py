@@ -1,4 +1,4 @@
-"""A trained stage as ONNX files, by torch's exporter, checked with onnxruntime before they are there."""
+"""Writes a trained stage as ONNX files by torch's exporter, and checks them with onnxruntime."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 
 ABOUT = "model.json"
 OPSET = 18  # the exporter's own; onnxruntime knows it since 1.14
-WORST = 1e-4  # a larger difference from our model is no rounding
-LARGEST_GRID = 128  # patches a side; 128 of 16 pixels are 2048 pixels
+WORST = 1e-4  # a difference from our model that is larger than this is not rounding
+LARGEST_GRID = 128  # patches a side: 2048 pixels with patches of 16
 
 
 def write_directory(source: Path, out: Path, *, text_tokenizer: Path | None = None, int8: bool = False) -> None:
-    """What pretrain.load or a dual tower's stage reads -> OUT/{vision,text,fusion}.onnx, those that it has parts for,
-    their model.json and the tokenizer; with `int8` OUT/NAME.int8.onnx too. ValueError for what cannot be written, and
-    where onnxruntime computes something else."""
+    """Writes OUT/vision.onnx, text.onnx and fusion.onnx, as far as the weights have their parts, model.json and the
+    tokenizer; with `int8` OUT/NAME.int8.onnx too. `source`: weights of a Multiway encoder or of dual towers. ValueError
+    for a model that cannot be written, and where onnxruntime computes something else; nothing is left then."""
     _check_installed()
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; give a new directory")
@@ -45,7 +45,7 @@ def write_directory(source: Path, out: Path, *, text_tokenizer: Path | None = No
     out.mkdir(parents=True, exist_ok=True)
     try:
         graphs = {name: _write(route, model, name, out, int8) for name, route in routes_of(task).items()}
-        text = text if "text" in graphs else None  # a stage of pictures alone reads none
+        text = text if "text" in graphs else None  # a stage of pictures alone reads no texts
         if text is not None:
             shutil.copyfile(text, out / BESIDE_WEIGHTS[text.suffix == ".json"])
         write_json(out / ABOUT, _about(model, config, graphs, text))
@@ -64,12 +64,12 @@ def _check_installed() -> None:
 
 
 def _write(route: Route, model: Any, name: str, out: Path, int8: bool) -> dict[str, Any]:
-    """One file -> what model.json says of it."""
+    """Writes and checks one file -> what model.json says of it. ValueError where either fails."""
     path = out / f"{name}.onnx"
     try:
         export(route, model, path)
         apart = max(difference(path, route, sizes) for sizes in _tried(model))
-    except Exception as error:  # torch's exporter and onnxruntime have many, for models of transformers above all
+    except Exception as error:  # torch's exporter and onnxruntime raise many kinds
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"the {name} route of this model cannot be written as ONNX ({reason})") from error
     if not apart <= WORST:
@@ -85,14 +85,15 @@ def _write(route: Route, model: Any, name: str, out: Path, int8: bool) -> dict[s
 
 
 def export(route: Route, model: Any, path: Path) -> None:
-    """The graph into one file (and, above 2 GB, one of its weights), its batch, text length and grid free."""
+    """Writes the graph into one file (and, above 2 GB, its weights into another). Its batch and text length stay free,
+    and a Multiway encoder's grid too."""
     free = isinstance(model, MultiwayConfig)
     batch, length = torch.export.Dim("batch", max=65536), torch.export.Dim("length", min=3, max=_longest(model))
     dynamic: dict[str, Any] = {"pixels": {0: batch}, "ids": {0: batch, 1: length}}
     if free:
         side = model.patch_size * torch.export.Dim("grid", max=LARGEST_GRID)
         dynamic["pixels"] |= {2: side, 3: side}
-    # No size is 1 or the model's own: the exporter takes what it sees twice as one number.
+    # No size is 1 or the model's own, since the exporter would take two equal sizes for one.
     grid = model.image_size // model.patch_size + 1 if free else None
     inputs = example(route, model, count=2, length=min(5, _longest(model)), grid=grid)
     with _quiet(), torch.no_grad():
@@ -111,7 +112,8 @@ def export(route: Route, model: Any, path: Path) -> None:
 
 
 def example(route: Route, model: Any, *, count: int, length: int, grid: int | None = None) -> dict[str, Tensor]:
-    """Inputs of some size: pictures of grid * grid patches (None: the model's), texts with padding."""
+    """Inputs of a route: `count` pictures of grid * grid patches (None: the model's own), and texts of `length` ids,
+    some of them padding."""
     drawn = torch.Generator().manual_seed(count)
     side = model.image_size if grid is None else grid * model.patch_size
     pixels = torch.randint(0, 256, (count, 3, side, side), generator=drawn, dtype=torch.uint8)
@@ -124,7 +126,7 @@ def example(route: Route, model: Any, *, count: int, length: int, grid: int | No
 
 
 def _tried(model: Any) -> Iterator[dict[str, Any]]:
-    """Sizes with which a file is checked: the model's own, others, and the smallest."""
+    """Arguments of `example` with which a file is checked: the model's own sizes, others, and the smallest."""
     grid = model.image_size // model.patch_size
     longest = _longest(model)
     grids = (grid, grid + 2, max(grid // 2, 1)) if isinstance(model, MultiwayConfig) else (None, None, None)
@@ -133,7 +135,8 @@ def _tried(model: Any) -> Iterator[dict[str, Any]]:
 
 
 def difference(path: Path, route: Route, sizes: Mapping[str, Any]) -> float:
-    """The largest one between onnxruntime's outputs and torch's; rows of padding, which nobody reads, are left out."""
+    """The largest absolute difference between onnxruntime's outputs and torch's, except in rows of padding, which
+    nobody reads."""
     inputs = example(route, **sizes)
     with torch.no_grad():
         wanted = route(*inputs.values())
@@ -147,7 +150,7 @@ def difference(path: Path, route: Route, sizes: Mapping[str, Any]) -> float:
 
 
 def run(path: Path, inputs: Mapping[str, Tensor]) -> list[np.ndarray]:
-    """The outputs of a file on the CPU."""
+    """The outputs of a file, computed on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -155,8 +158,8 @@ def run(path: Path, inputs: Mapping[str, Tensor]) -> list[np.ndarray]:
 
 
 def quantize(path: Path, out: Path) -> None:
-    """The matrices of products as int8, one scale for each output; what they are multiplied with is quantised as it
-    comes (onnxruntime's dynamic quantisation)."""
+    """Writes `path` with int8 matrices, one scale for each output; the other factor of a product is quantised when the
+    graph runs (onnxruntime's dynamic quantisation)."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet():
@@ -207,13 +210,13 @@ def _longest(model: Any) -> int:
 
 
 def _mebibytes(path: Path) -> float:
-    """With the file of its weights, if they lie apart."""
+    """The size of a file in MiB, with its weights if they are in a file of their own."""
     return sum(each.stat().st_size for each in path.parent.glob(f"{path.name}*")) / 2**20
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's notes to its own authors."""
+    """Silences the exporter's log lines and warnings, which are notes to its own authors."""
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The paths of the server, what their bodies hold, and the errors as sentences."""
+"""The paths of the server, the bodies that they take, and the sentences with which errors are answered."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ Texts = Annotated[list[str], Field(fail_fast=True, description="texts; each is c
 
 
 class Answer(JSONResponse):
-    """In ASCII: names and fields come back to clients, and half a surrogate pair, which JSON can say, has no UTF-8."""
+    """JSON in ASCII: answers repeat clients' names and fields, and JSON can hold half a surrogate pair, which UTF-8
+    cannot."""
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
@@ -62,7 +63,7 @@ def make_app(service: Service) -> Gate:
         yield
         service.close()
 
-    # No pages of documentation: they would load scripts from elsewhere. /openapi.json says it all.
+    # No pages of documentation, since they would load scripts from elsewhere; /openapi.json has all of it.
     app = FastAPI(title="Imglish", docs_url=None, redoc_url=None, lifespan=life)
     gate = Gate(app, service.limits, service.counts, (*PATHS, "/health", "/metrics", "/openapi.json"))
     _add_answers(app, service)

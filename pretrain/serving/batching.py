@@ -1,6 +1,6 @@
-"""Requests that wait for the model at the same time go through it in one pass.
+"""Puts requests that wait for the model at the same time through it in one pass.
 
-One thread owns the model. Whenever it is free it takes the oldest job and all others of its kind that fit: nothing
+One thread owns the model. Whenever it is free, it takes the oldest job and all others of the same kind that fit. No job
 waits for a timer, so a lone request is as fast as without batches, and batches grow with the load.
 """
 
@@ -20,6 +20,8 @@ Pass = Callable[[list], Sequence]  # items -> as many results, in their order
 
 
 class Job(NamedTuple):
+    """Items of one request that wait for a pass; `kind` is the name of the pass."""
+
     kind: str
     items: list
     deadline: Deadline
@@ -27,8 +29,8 @@ class Job(NamedTuple):
 
 
 class Batcher:
-    """`passes`: what the model does, by name. `most`: items that go through it together; a larger job goes alone.
-    `seen(kind, items)` is called for each pass."""
+    """`passes`: the functions that use the model, by name. `most`: how many items go through one together; a larger job
+    goes alone. `seen(kind, number of items)` is called after each pass."""
 
     def __init__(self, passes: Mapping[str, Pass], most: int, seen: Callable[[str, int], None] = lambda *_: None):
         self.passes, self.most, self.seen = passes, most, seen
@@ -40,8 +42,8 @@ class Batcher:
         self._thread.start()
 
     async def __call__(self, kind: str, items: list, deadline: Deadline) -> list[Any]:
-        """The results of the items, in their order. Refused, where the deadline passes before their turn; what the
-        pass raises."""
+        """The results of the items, in their order. Raises Refused where the deadline passes before their turn or the
+        batcher is closed, and whatever the pass raises."""
         if not items:
             return []
         job = Job(kind, items, deadline, Future())
@@ -53,7 +55,7 @@ class Batcher:
         return await asyncio.wrap_future(job.future)
 
     def close(self) -> None:
-        """What waits is done first."""
+        """Does the jobs that wait, then ends the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -70,7 +72,8 @@ class Batcher:
             self.busy_since = None
 
     def _next(self) -> list[Job]:
-        """Those that go together, the oldest first; none: it is closed."""
+        """The jobs of the next pass, the oldest first; [] once the batcher is closed and no job waits. Refuses those
+        whose deadline has passed."""
         with self._changed:
             while True:
                 together, others, count = list[Job](), deque[Job](), 0
@@ -88,6 +91,7 @@ class Batcher:
                 self._changed.wait()
 
     def _do(self, jobs: list[Job]) -> None:
+        """One pass over the items of all jobs; if it fails, one pass for each job."""
         items = [item for job in jobs for item in job.items]
         try:
             results = list(self.passes[jobs[0].kind](items))

@@ -1,5 +1,5 @@
-"""How connections are taken (uvicorn): so many at a time, none without a request's head for long, and at SIGTERM those
-that are at work end first."""
+"""Takes connections by uvicorn: a bounded number at a time, and none for long without a request's head. After SIGTERM
+it takes no more, and answers the requests that it has."""
 
 from __future__ import annotations
 
@@ -16,34 +16,35 @@ from pretrain.serving.gate import Gate, refusal_messages
 from pretrain.serving.limits import HEAD_SECONDS, RETRY_AFTER, Limits, Refused
 
 BACKLOG = 2048  # connections that the kernel holds until they are taken
-KEEP_ALIVE_SECONDS = 20  # that a connection may rest between requests
+KEEP_ALIVE_SECONDS = 20  # a connection may rest so long between requests
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that does not listen yet: a client is refused until the model is there. ValueError where it cannot be
-    had."""
-    if not 0 <= port < 2**16:  # getaddrinfo would take another
+    """A socket that does not listen yet, so that clients are refused until the model is loaded. ValueError where the
+    address cannot be used."""
+    if not 0 <= port < 2**16:  # getaddrinfo would silently use another port
         raise ValueError(f"--port {port} is no port; use {2**10} to {2**16 - 1}, or 0 for a free one")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind, protocol)
+        listener = socket.socket(family, kind, protocol)
         try:
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            made.bind(address)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
         except OSError:
-            made.close()
+            listener.close()
             raise
     except OSError as error:
         raise ValueError(f"--host {host} --port {port} cannot be used ({error.strerror}); take another") from None
-    return made
+    return listener
 
 
-def serve(app: Gate, made: socket.socket, limits: Limits, *, started: Callable[[], None] = lambda: None) -> None:
-    """Until SIGTERM or Ctrl-C. Then no connection is taken any more, and requests that are at work are answered."""
+def serve(app: Gate, listener: socket.socket, limits: Limits, *, started: Callable[[], None] = lambda: None) -> None:
+    """Answers requests until SIGTERM or Ctrl-C. Then it takes no more connections, answers the requests that it has,
+    and returns. `started` is called when it listens."""
     server = Server(make_config(app, limits), started)
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all is done
     try:
-        server.run([made])
+        server.run([listener])
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -58,7 +59,7 @@ def make_config(app: Gate, limits: Limits) -> uvicorn.Config:
         ws="none",
         loop="asyncio",
         log_config=None,
-        access_log=False,  # /metrics counts
+        access_log=False,  # /metrics counts requests
         server_header=False,
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
@@ -67,6 +68,8 @@ def make_config(app: Gate, limits: Limits) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
+    """uvicorn's, which also calls `say_started` when it listens."""
+
     def __init__(self, config: uvicorn.Config, say_started: Callable[[], None]):
         super().__init__(config)
         self._say_started = say_started
@@ -78,7 +81,8 @@ class Server(uvicorn.Server):
 
 
 class Connection(H11Protocol):
-    """uvicorn waits for a request's head for ever, and tells nobody when to come again."""
+    """uvicorn's, with what it lacks: it closes a connection without a request's head in time, and answers one above
+    `most` with Retry-After."""
 
     most = Limits.connections
 
@@ -117,6 +121,7 @@ class Connection(H11Protocol):
 
 
 def _busy() -> bytes:
+    """The whole answer to a connection above the limit."""
     refusal = Refused(503, f"all connections are taken; come again in {RETRY_AFTER} s")
     start, body = refusal_messages(refusal, hang_up=True)
     head = b"".join(name + b": " + value + b"\r\n" for name, value in start["headers"])

@@ -1,5 +1,5 @@
-"""What stands before the application (ASGI): bodies are bounded before anything is made of them, every request has a
-deadline, and every answer is counted."""
+"""Stands before the ASGI application: it bounds bodies before anything is made of them, gives every request a deadline,
+and counts every answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-OTHER = "other"  # the path of what no route has
+OTHER = "other"  # the path under which requests for unknown paths are counted
 
 
 class Gone(Exception):
@@ -25,7 +25,7 @@ class Gone(Exception):
 
 
 class Answer:
-    """The way back to one client: the first answer counts, and what comes after it is dropped."""
+    """The answer to one client. Once it is closed, whatever is still sent is dropped."""
 
     def __init__(self, send: Send):
         self._send, self.status, self.closed = send, 0, False
@@ -38,7 +38,8 @@ class Answer:
         await self._send(message)
 
     async def refuse(self, refusal: Refused, *, hang_up: bool = False) -> None:
-        """`hang_up`: a part of the body was not read, so nothing can follow on this connection."""
+        """Sends the refusal, unless an answer has begun. `hang_up`: the connection is closed after it, since part of
+        the body was not read and no other request can follow."""
         if self.status or self.closed:
             return
         start, body = refusal_messages(refusal, hang_up=hang_up)
@@ -47,12 +48,13 @@ class Answer:
 
 
 class Gate:
-    """`app` finds the body read, and its Deadline as `request.state.deadline`. `paths`: those of its routes."""
+    """An ASGI application around `app`, which gets the body in one piece and the Deadline as `request.state.deadline`.
+    `paths`: those of the routes of `app`."""
 
     def __init__(self, app: App, limits: Limits, counts: Counts, paths: Collection[str]):
         self.app, self.limits, self.counts, self.paths = app, limits, counts, paths
-        self.held = 0  # bytes of bodies
-        self._running: set[asyncio.Task] = set()  # also those whose client has his answer already
+        self.held = 0  # bytes of all bodies that are held
+        self._running: set[asyncio.Task] = set()  # also those whose client was refused meanwhile or went away
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -75,7 +77,8 @@ class Gate:
             self.counts.answered(path, answer.status or 499, time.monotonic() - deadline.begin)
 
     async def _read(self, scope: Message, receive: Receive) -> bytes:
-        """The body; its bytes are counted as held until `_run` ends. Refused; Gone."""
+        """The body, whose bytes count as held until `_run` ends. Raises Refused for a body over a limit, of another
+        type or not there in time, and Gone."""
         headers = dict(scope["headers"])
         if scope["method"] == "POST" and not headers.get(b"content-type", b"").startswith(b"application/json"):
             raise Refused(415, "the body must be JSON; send Content-Type: application/json")
@@ -115,6 +118,7 @@ class Gate:
         )
 
     async def _run(self, scope: Message, body: bytes, deadline: Deadline, answer: Answer) -> None:
+        """The application's work on one request."""
         parts = [body]
 
         async def replay() -> Message:
@@ -129,8 +133,8 @@ class Gate:
             self.held -= len(body)
 
     async def _wait(self, task: asyncio.Task, receive: Receive, deadline: Deadline, answer: Answer) -> None:
-        """Until the answer, the deadline, or the end of the connection. The task is never cancelled: what it has begun
-        in a thread goes on anyway, and counts as work until then."""
+        """Waits until the task is done, the deadline passes or the client goes away, and closes the answer in the last
+        two cases. The task is never cancelled: its threads would go on anyway, and count as work until they end."""
         gone = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait({task, gone}, timeout=deadline.left(), return_when=asyncio.FIRST_COMPLETED)
@@ -152,7 +156,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 def refusal_messages(refusal: Refused, *, hang_up: bool = False) -> tuple[Message, Message]:
-    """An answer as ASGI has it."""
+    """The refusal as the two ASGI messages of an answer: its start and its body."""
     data = json.dumps({"error": str(refusal)}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(data)).encode())]
     if refusal.status == 503:

@@ -1,4 +1,4 @@
-"""What one server takes from its clients at most, and how it says no."""
+"""The limits of what one server takes from its clients, and how it refuses what is over them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, fields
 
 RETRY_AFTER = 1  # seconds after which a client may come again
 
-# Of a body: commas, colons and opened brackets, which bound how many values it holds, and so what its objects take.
+# Commas, colons and opening brackets of a body: they bound how many values it holds, and so the memory of its objects.
 MAX_MARKS = 20_000
-HEAD_SECONDS = 10  # a request's head must be here; the same for a connection without one
+HEAD_SECONDS = 10  # in which a connection must have sent the head of its request
 
 
 class Refused(Exception):
-    """What a client gets instead of an answer: an HTTP status and one sentence."""
+    """Raised where a client gets an HTTP status and one sentence instead of a result."""
 
     def __init__(self, status: int, sentence: str):
         super().__init__(sentence)
@@ -22,6 +22,9 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Limits:
+    """The options of pretrain.serve in the group limits. ValueError for one that is not above 0, and for a queue that
+    is shorter than one request may be."""
+
     body: int = 8 * 2**20  # bytes of a request's body
     bodies: int = 256 * 2**20  # of all bodies that are held at a time
     pixels: int = 16 * 2**20  # of a picture
@@ -46,19 +49,21 @@ class Limits:
 
 
 class Deadline:
-    """When an answer is of no use any more. `now` moves it here: the client went away."""
+    """The moment from which an answer is of no use any more, `seconds` from now."""
 
     def __init__(self, seconds: float):
         self.begin = time.monotonic()
         self._end = self.begin + seconds
 
     def now(self) -> None:
+        """Lets it pass at once: the client went away, or was refused."""
         self._end = self.begin
 
     def left(self) -> float:
+        """Seconds until then; negative afterwards."""
         return self._end - time.monotonic()
 
     def check(self) -> None:
-        """Refused (504) where it has passed."""
+        """Raises Refused (504) where it has passed."""
         if self.left() <= 0:
             raise Refused(504, "the answer was not ready in time; send less at once, or later")

@@ -1,4 +1,4 @@
-"""What a server answers: the model behind its limits, its queue and its batches."""
+"""Answers requests by the model, within the limits, the queue and the batches of the server."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from pretrain.serving.batching import Batcher
 from pretrain.serving.counts import Counts
 from pretrain.serving.limits import Deadline, Limits, Refused
 
-STUCK = 10  # a pass of so many times a request's seconds will not end
+STUCK = 10  # a pass that takes longer than this many times Limits.seconds will not end
 
 
 class Service:
-    """`labels`: names of the classes by number. `batch`: pictures or texts of one pass; `workers`: threads that decode
+    """The model and what belongs to it. `labels`: the classes' names by number; `templates`: the texts around a name;
+    `writing`: how captions are written; `batch`: pictures or texts of one pass; `workers`: threads that decode
     pictures. ValueError for labels that do not fit, and for weights that can answer nothing."""
 
     def __init__(
@@ -45,7 +46,7 @@ class Service:
         workers: int = 1,
     ):
         self.model, self.limits, self.counts, self.templates = model, limits, counts, templates
-        self.working = 0  # pictures and texts of all requests
+        self.working = 0  # pictures and texts of all requests that are being worked on
         self.classes = self._class_names(labels)
         self.lacks = {path: lack for path, lack in self._lacks().items() if lack}
         if len(self.lacks) == len(PATHS):
@@ -69,7 +70,7 @@ class Service:
     # -- what the weights can do
 
     def _lacks(self) -> dict[str, str | None]:
-        """For each path why the weights cannot answer it; None: they can."""
+        """For each path the reason why the weights cannot answer it, or None where they can."""
         head, text = _problem(lambda: self.model.head), _problem(self.model.tokenizer)
         writes = text or _problem(lambda: self.model.next_word_head(self.model.tokenizer()))
         classes = None if self.fine_tuned else head or text
@@ -80,7 +81,8 @@ class Service:
         return "classification" in self.model.task.objectives
 
     def _class_names(self, labels: Sequence[str] | None) -> list[str]:
-        """Of the classes of a fine-tuned stage."""
+        """The names of a fine-tuned stage's classes, which are numbers without `labels`; [] for other weights.
+        ValueError where there are not as many labels as classes."""
         if not self.fine_tuned:
             return []
         count = self.model.task.objectives["classification"].classes.out_features
@@ -89,7 +91,8 @@ class Service:
         return list(labels) if labels is not None else [str(number) for number in range(count)]
 
     def _vectors_of_classes(self, labels: Sequence[str] | None) -> tuple[list[str], Tensor] | None:
-        """Of names that were given at the start, for weights without classes of their own."""
+        """(the labels, their vectors [classes, E]) for weights without classes of their own; None without labels.
+        ValueError where the weights can make no such vectors."""
         if labels is None or self.fine_tuned:
             return None
         if "/predict" in self.lacks:
@@ -97,7 +100,8 @@ class Service:
         return list(labels), class_vectors(self.model.embed_texts, labels, self.templates)
 
     def _warm_up(self, passes: dict[str, Callable[[list], Sequence]]) -> None:
-        """Each pass once, so that weights which cannot do it stop the start, and no client waits for first calls."""
+        """Runs each pass once, so that the server does not start with weights that fail in one, and no client waits for
+        a first call."""
         black = torch.zeros(3, self.model.model.image_size, self.model.model.image_size, dtype=torch.uint8)
         if "/embed" not in self.lacks:
             passes["pictures"]([black])
@@ -116,16 +120,16 @@ class Service:
         if texts and (lack := self.lacks.get("/similarity")):
             raise Refused(501, lack)
         with self._admitted(pictures, texts):
-            made = await _all(self._pictures("pictures", pictures, deadline), self._texts(texts, deadline))
-        return {"pictures": _lists(made[0]), "texts": _lists(made[1])}
+            seen, read = await _all(self._pictures("pictures", pictures, deadline), self._texts(texts, deadline))
+        return {"pictures": _lists(seen), "texts": _lists(read)}
 
     async def similarity(self, pictures: list[str], texts: list[str], deadline: Deadline) -> dict[str, Any]:
         """-> cosines of every picture with every text."""
         self._able("/similarity")
         _some(pictures=pictures, texts=texts)
         with self._admitted(pictures, texts):
-            made = await _all(self._pictures("pictures", pictures, deadline), self._texts(texts, deadline))
-        return {"similarity": (torch.stack(made[0]) @ torch.stack(made[1]).T).tolist()}
+            seen, read = await _all(self._pictures("pictures", pictures, deadline), self._texts(texts, deadline))
+        return {"similarity": (torch.stack(seen) @ torch.stack(read).T).tolist()}
 
     async def caption(self, pictures: list[str], deadline: Deadline) -> dict[str, Any]:
         """-> a text for each picture."""
@@ -136,8 +140,8 @@ class Service:
     async def predict(
         self, pictures: list[str], names: list[str] | None, best: int, deadline: Deadline
     ) -> dict[str, Any]:
-        """-> for each picture the `best` classes, the most likely first: with its probability, of a fine-tuned stage;
-        with its cosine, of classes that only their names describe."""
+        """-> for each picture the `best` classes, the most likely first, with probabilities by a fine-tuned stage, or
+        with cosines for classes that only their names describe."""
         self._able("/predict")
         if names is not None and self.fine_tuned:
             raise Refused(400, "names: these weights have classes of their own; leave the names out")
@@ -150,18 +154,19 @@ class Service:
         texts = class_texts(names, self.templates) if names is not None else []
         with self._admitted(pictures, texts):
             kind = "classes" if self.fine_tuned else "pictures"
-            made = await _all(self._pictures(kind, pictures, deadline), self._texts(texts, deadline))
+            seen, read = await _all(self._pictures(kind, pictures, deadline), self._texts(texts, deadline))
         if self.fine_tuned:
-            return {"scores": "probability", "classes": _best(made[0], self.classes, best)}
+            return {"scores": "probability", "classes": _best(seen, self.classes, best)}
         if names is not None:
-            known, vectors = names, mean_of_templates(torch.stack(made[1]), len(names))
+            known, vectors = names, mean_of_templates(torch.stack(read), len(names))
         else:
             assert self.known is not None
             known, vectors = self.known
-        return {"scores": "cosine", "classes": _best([look @ vectors.T for look in made[0]], known, best)}
+        return {"scores": "cosine", "classes": _best([vector @ vectors.T for vector in seen], known, best)}
 
     def health(self) -> dict[str, Any]:
-        """What the server is. Refused (503) where the model's thread is dead or hangs."""
+        """What the server can answer, and its limits. Raises Refused (503) where the model's thread is dead or
+        hangs."""
         since = self.batcher.busy_since
         if not self.batcher.alive:
             raise Refused(503, "the model's thread has ended")
@@ -171,20 +176,23 @@ class Service:
         return {"status": "ok", "answers": answers, "limits": asdict(self.limits)}
 
     def metrics(self, held: int) -> str:
+        """The counts in Prometheus' format; `held`: bytes of bodies that the server holds."""
         return self.counts.text({
             "imglish_working_items": ("Pictures and texts of all requests that are being worked on.", self.working),
             "imglish_held_bytes": ("Bytes of bodies that are held.", held),
         })  # fmt: skip
 
-    # -- how
+    # -- how they are answered
 
     def _able(self, path: str) -> None:
+        """Raises Refused (501) where the weights cannot answer the path."""
         if lack := self.lacks.get(path):
             raise Refused(501, lack)
 
     @contextmanager
     def _admitted(self, pictures: list[str], texts: list[str]) -> Iterator[None]:
-        """Counts them as work. Refused, where a request has too many, or all requests together."""
+        """Counts the pictures and texts as work while the context lasts. Raises Refused where they are too many for a
+        request, a text is too long, or all requests together have too many."""
         limits, items = self.limits, len(pictures) + len(texts)
         for name, count, most in (("pictures", len(pictures), limits.pictures), ("texts", len(texts), limits.texts)):
             if count > most:
@@ -201,12 +209,13 @@ class Service:
             self.working -= items
 
     async def _pictures(self, kind: str, pictures: list[str], deadline: Deadline) -> list[Any]:
-        """The results of a pass over pictures in base64."""
+        """The results of the pass `kind` over pictures in base64."""
         look, loop = self._look, asyncio.get_running_loop()
         looks = [loop.run_in_executor(self.threads, look, n, text, deadline) for n, text in enumerate(pictures)]
         return await self.batcher(kind, await _all(*looks), deadline)
 
     async def _texts(self, texts: list[str], deadline: Deadline) -> list[Tensor]:
+        """The unit vectors [E] of the texts."""
         if not texts:
             return []
         longest, encode = self.model.model.max_text_len, self.model.tokenizer().encode
@@ -215,13 +224,15 @@ class Service:
         return await self.batcher("texts", ids, deadline)
 
     def _look(self, number: int, text: str, deadline: Deadline) -> Tensor:
+        """Picture `number` of a request, in base64 -> what Pretrained.look makes of it. Raises Refused where it cannot
+        be decoded."""
         deadline.check()
         try:
             data = base64.b64decode(text, validate=True)
             judge_pixels(read_header(data), self.limits.pixels)
             return self.model.look(data)
         except (binascii.Error, UnicodeError, ValueError) as error:
-            # a ValueError that is no BadSample is b64decode's, of a text beyond ASCII
+            # b64decode raises a plain ValueError for a text beyond ASCII
             reason = str(error) if isinstance(error, BadSample) else "it is no base64"
             raise Refused(400, f"picture {number}: {reason}") from None
 
@@ -230,15 +241,16 @@ PATHS = ("/embed", "/similarity", "/caption", "/predict")
 
 
 async def _all(*parts: Any) -> list[Any]:
-    """The results of all. The first error is raised when all have ended: until then they are work."""
-    made = await asyncio.gather(*parts, return_exceptions=True)
-    for each in made:
+    """The results of all parts. An error is raised only when all have ended, since they count as work until then."""
+    results = await asyncio.gather(*parts, return_exceptions=True)
+    for each in results:
         if isinstance(each, BaseException):
             raise each
-    return made
+    return results
 
 
 def _problem(check: Callable[[], Any]) -> str | None:
+    """The message of the ValueError that `check` raises; None where it raises none."""
     try:
         check()
     except ValueError as error:
@@ -247,6 +259,7 @@ def _problem(check: Callable[[], Any]) -> str | None:
 
 
 def _some(**lists: list[str]) -> None:
+    """Raises Refused (400) for a list that is empty."""
     for name, each in lists.items():
         if not each:
             raise Refused(400, f"{name}: there are none; give one or more")
@@ -257,6 +270,7 @@ def _lists(vectors: list[Tensor]) -> list[list[float]]:
 
 
 def _best(scores: Sequence[Tensor], names: Sequence[str], best: int) -> list[list[dict[str, Any]]]:
+    """For each picture's scores [classes] the `best` names with their scores, the highest first."""
     answers = []
     for row in scores:
         values = row.numpy()
