@@ -1,11 +1,11 @@
-"""sbatch, with checks before it: a mistake that the nodes would meet in hours is one sentence now.
+"""Calls sbatch after checks: a mistake that the nodes would meet in hours is one sentence now.
 
     python -m pretrain.launch --dry-run --option=--nodes=2 launch/stage.sbatch --recipe beit3_base --stage vision ...
 
-launch/submit.sh and launch/chain.sh call it with the options of launch/cluster.env. Checked are SLURM's partition,
-nodes, GPUs, CPUs, memory and time limit, then everything that pretrain.train would refuse: recipe, stages, settings of
-a run that began before, DeepSpeed JSON, layout, weights and data that it reads, memory of a GPU, run directory. Stages
-that are finished or in the queue are not submitted again.
+launch/submit.sh and launch/chain.sh call it with the options of launch/cluster.env. It checks SLURM's partition, nodes,
+GPUs, CPUs, memory and time limit, then everything that pretrain.train would refuse: recipe, stages, settings of a run
+that began before, DeepSpeed JSON, layout, weights and data that it reads, memory of a GPU, run directory. It does not
+submit stages again that are finished or in the queue.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from pretrain.lock import Lock
 from pretrain.plan.hardware import GPUS
 from pretrain.recipes import find_recipe, load_recipe
 
-LOGS = "logs"  # in the run directory; of other jobs in the checkout
+LOGS = "logs"  # in the run directory; for jobs other than stages, in the checkout
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -112,13 +112,14 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _check_here(args: argparse.Namespace) -> None:
+    """--local: checks a stage for this machine."""
     line, stages = _train_arguments(args.words)
     ready = check_stages(line, stages, Ranks(1, args.local, args.gpu))
     print(f"{stages[0]}: ready" if ready else f"{stages[0]}: finished before; nothing to do")
 
 
 def _stages(args: argparse.Namespace, script: Path, words: list[str], job: Job, hosts: set[str]) -> None:
-    """Submits one stage, or a chain of them."""
+    """Checks and submits one stage, or a chain of them."""
     chain = args.chain.split() if args.chain is not None else None
     line, stages = _train_arguments(words, chain)
     if job.name is not None:
@@ -127,7 +128,9 @@ def _stages(args: argparse.Namespace, script: Path, words: list[str], job: Job, 
     line, stages, storing = _with_codes(line, stages)
     names = [name for name in stages if name != WORD or storing is None]
     ready = check_stages(line, names, Ranks(job.nodes, job.ranks, args.gpu), stored=storing is None)
-    if storing is not None and not set(ready).isdisjoint(line.of_stage):  # else all that would read them is finished
+    if storing is not None and not set(ready).isdisjoint(
+        line.of_stage
+    ):  # else the stages that would read the codes are finished
         ready = [name for name in stages if name in ready or name == WORD]
     if chain:
         _say_online(line, ready)
@@ -139,7 +142,7 @@ def _stages(args: argparse.Namespace, script: Path, words: list[str], job: Job, 
         print("note: GPU is not set in cluster.env, so the memory of a GPU was not checked", file=sys.stderr)
     if not args.dry_run:
         logs.mkdir(parents=True, exist_ok=True)
-    with nullcontext() if args.dry_run else Lock(logs):  # two calls at one moment would both submit
+    with nullcontext() if args.dry_run else Lock(logs):  # else two calls at the same time would both submit
         queue, before = waiting_jobs(), ""
         _check_order({name: queue.get(job_name(line.run_dir, name)) for name in ready})
         for name in stages:
@@ -151,7 +154,7 @@ def _stages(args: argparse.Namespace, script: Path, words: list[str], job: Job, 
                 before = queue[own]
                 print(f"{name}: in the queue already, job {before}")
                 continue
-            # --kill-on-invalid-dep: if a stage fails, remove the later ones, which would otherwise wait forever.
+            # --kill-on-invalid-dep: if a stage fails, the later ones are removed; they would wait for ever.
             after = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"] if before else []
             whole = [*options, f"--job-name={own}", *after]
             more = [word for setting in line.of_stage.get(name, ()) for word in ("--set", setting)]
@@ -167,8 +170,9 @@ def _stages(args: argparse.Namespace, script: Path, words: list[str], job: Job, 
 
 
 def _with_codes(line: Line, stages: list[str]) -> tuple[Line, list[str], Storing | None]:
-    """What `codes` in a chain means: the settings of the stages behind it, the chain with that plain word for it, and
-    the job that stores them; None where they are stored, or nobody asks for them."""
+    """-> (`line` with the settings that `codes` in the chain means for the stages behind it, the stages with the plain
+    word for it, the job that stores the codes). Without the word and the job where they are stored already, and
+    unchanged where the chain does not name them."""
     places = [place for place, word in enumerate(stages) if crops_of(word)]
     if not places or WORD in find_recipe(line.recipe).stages:
         return line, stages, None
@@ -184,7 +188,7 @@ def _with_codes(line: Line, stages: list[str]) -> tuple[Line, list[str], Storing
 
 
 def _say_online(line: Line, ready: list[str]) -> None:
-    """One sentence about the stages of a chain that run the visual tokenizer in each step."""
+    """Names on stderr the stages of a chain that will run the visual tokenizer in each step."""
     names = [name for name in ready if name != WORD]
     names = [name for name in names if online(load_recipe(line.recipe, name, _settings(line, name))[1])]
     if names:
@@ -196,12 +200,13 @@ def _say_online(line: Line, ready: list[str]) -> None:
 
 
 def _settings(line: Line, name: str) -> list[str]:
+    """The settings of one stage."""
     return [*line.settings, *line.of_stage.get(name, ())]
 
 
 def _check_order(jobs: dict[str, str | None]) -> None:
-    """`jobs`: of the stages that are not finished, in their order. Raises ValueError where one is in the queue and one
-    before it is not: it would not wait for the job that is submitted now."""
+    """`jobs`: for each stage that is not finished, in their order, its job in the queue or None. Raises ValueError
+    where a stage is in the queue and one before it is not: it would not wait for the job that is submitted now."""
     missing = ""
     for name, job in jobs.items():
         if job is None:
@@ -214,7 +219,8 @@ def _check_order(jobs: dict[str, str | None]) -> None:
 
 
 def _train_arguments(words: Sequence[str], chain: list[str] | None = None) -> tuple[Line, list[str]]:
-    """pretrain.train's arguments and the stages that they, or `chain`, name. Raises ValueError."""
+    """(pretrain.train's arguments, the stages that they name, or those of `chain`). Raises ValueError for arguments
+    that it would not take."""
     parser = WordParser(prog="arguments of pretrain.train", add_help=False)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--stage", required=chain is None)
@@ -232,6 +238,7 @@ def _train_arguments(words: Sequence[str], chain: list[str] | None = None) -> tu
 
 
 def _check_other(script: Path, words: list[str], job: Job, ranks: Ranks, options: list[str]) -> None:
+    """Raises ValueError for what is wrong with the arguments of prepare.sbatch, bench.sbatch or another script."""
     parser = WordParser(prog=f"arguments of {script}", add_help=False)
     for name, default in (("--recipe", "beit3_base"), ("--stage", "pretrain"), ("--ds", "ds_configs/zero3_bf16.json")):
         parser.add_argument(name, default=default)

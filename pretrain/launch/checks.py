@@ -1,4 +1,4 @@
-"""What pretrain.train would refuse on the nodes, said before anything waits for them."""
+"""Finds what pretrain.train would refuse on the nodes before a job waits for them."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ from pretrain.run.stored_weights import weights_path
 from pretrain.run.whole_recipe import check_other_stages
 from pretrain.settings import fill_variables
 
-# File systems of one machine, by the names of `stat --file-system`.
+# File systems that only one machine sees, by the names that `stat --file-system` has for them.
 LOCAL = {"tmpfs", "ramfs", "overlayfs", "ext2/ext3", "xfs", "btrfs", "zfs", "f2fs"}
-SHARED = "IMGLISH_SHARED"
+SHARED = "IMGLISH_SHARED"  # "1": the nodes see the run directory all the same
 CHECKOUT = Path(__file__).parents[2]
-# What prepare.sbatch runs: without a tool's name the first; the others divide their shards among an array's tasks.
+# The tools that prepare.sbatch runs: DOWNLOAD where none is named; those of DIVIDED divide their shards among the tasks
+# of an array.
 TOOL, DOWNLOAD = re.compile(r"(data_tools|pretrain)\.[a-z_]+"), "data_tools.download"
 DIVIDED = ("data_tools.capfilt", "pretrain.embed", "pretrain.caption")
 
@@ -53,9 +54,11 @@ class Line(NamedTuple):
 
 
 class Ranks(NamedTuple):
+    """The ranks of a job."""
+
     nodes: int
-    each: int  # on a node
-    gpu: str | None  # a kind of pretrain.plan; None: memory is not checked
+    each: int  # ranks of one node
+    gpu: str | None  # their kind, a key of plan.hardware.GPUS; None: memory is not checked
 
     @property
     def world(self) -> int:
@@ -92,7 +95,7 @@ def check_stage(line: Line, recipe: Recipe, name: str, ranks: Ranks, ahead: Coll
     """Raises ValueError for what is wrong with one stage; `ahead` are the stages that run before it."""
     check_writable(line.run_dir / name)
     if recipe.copy_every:
-        local_root()  # whether the nodes can use it they see for themselves
+        local_root()  # ValueError where none is set; the nodes find out themselves whether they can use it
     stage = recipe.stages[name]
     stage = as_begun(stage, run_identity(line.run_dir / name, recipe, stage))
     _check_layout(line, recipe, name, stage, ranks)
@@ -101,7 +104,7 @@ def check_stage(line: Line, recipe: Recipe, name: str, ranks: Ranks, ahead: Coll
 
 
 def check_layout(line: Line, name: str, ranks: Ranks) -> None:
-    """The same as far as no data and no run directory are asked for."""
+    """`check_stage` without the checks of data and run directory."""
     recipe, stage = load_recipe(line.recipe, name, line.settings)
     _check_layout(line, recipe, name, stage, ranks)
 
@@ -115,6 +118,7 @@ def _check_layout(line: Line, recipe: Recipe, name: str, stage: Stage, ranks: Ra
 
 
 def _finished(line: Line, recipe: Recipe, name: str, stage: Stage) -> bool:
+    """Whether the stage is finished. Raises ValueError where its directory is another recipe's."""
     directory = line.run_dir / name
     identity = run_identity(directory, recipe, stage)
     _, manifest = next(complete(directory / "checkpoints"), ("", {}))
@@ -126,7 +130,7 @@ def _finished(line: Line, recipe: Recipe, name: str, stage: Stage) -> bool:
 
 
 def _check_inputs(line: Line, recipe: Recipe, stage: Stage, ahead: Collection[str]) -> None:
-    """The weights that a stage reads: those of a stage, or files."""
+    """Raises ValueError where weights that the stage reads, another stage's or a file's, will not be there."""
     named = {"init_from": stage.init_from, **stage.reads}
     if predicts_codes(stage):
         named["visual_tokenizer"] = stage.visual_tokenizer
@@ -149,7 +153,7 @@ def _check_inputs(line: Line, recipe: Recipe, stage: Stage, ahead: Collection[st
 
 
 def _check_memory(line: Line, recipe: Recipe, name: str, stage: Stage, config: dict, ranks: Ranks) -> None:
-    """Of models that pretrain.plan can count. Raises ValueError where a GPU's memory is too small."""
+    """Raises ValueError where a GPU's memory is too small, for models that pretrain.plan can count."""
     if not isinstance(recipe.model_of(stage), MultiwayConfig):
         return
     assert ranks.gpu is not None
@@ -167,7 +171,7 @@ def _check_memory(line: Line, recipe: Recipe, name: str, stage: Stage, config: d
 
 
 def check_writable(directory: Path) -> None:
-    """Raises ValueError where `directory` cannot be made or written to. Leaves nothing."""
+    """Raises ValueError where `directory` cannot be made or written to. Leaves nothing behind."""
     place = next(path for path in (directory.absolute(), *directory.absolute().parents) if os.path.lexists(path))
     try:
         if not place.is_dir():
@@ -181,7 +185,7 @@ def check_writable(directory: Path) -> None:
 
 
 def check_shared(directory: Path, hosts: Collection[str]) -> None:
-    """Raises ValueError where `directory` is on a disk of this machine and the job's nodes are others."""
+    """Raises ValueError where `directory` is on a disk of this machine and `hosts`, the job's nodes, are others."""
     here = socket.gethostname().partition(".")[0]
     if os.environ.get(SHARED) == "1" or {host.partition(".")[0] for host in hosts} == {here}:
         return
@@ -196,14 +200,15 @@ def check_shared(directory: Path, hosts: Collection[str]) -> None:
 
 
 def job_name(run_dir: Path, stage: str) -> str:
-    """What tells a stage's job from all others of its user: one word that a person can read too."""
+    """The name by which a stage's job is found among all others of its user: one word that a person can read too."""
     readable = re.sub(r"[^\w.-]", "_", run_dir.absolute().name)
     return f"imglish-{readable}-{stage}-{hash_of({'run_dir': str(run_dir.resolve())})[:6]}"
 
 
 def check_tool(words: Sequence[str], *, array: bool) -> None:
-    """The arguments of prepare.sbatch, as an array of tasks or not: a tool's name and its own, or those of the
-    download. ValueError for a tool that is none, or whose work cannot be divided so."""
+    """Checks the arguments of prepare.sbatch: a tool's name and its arguments, or those of the download; `array`:
+    whether the job is an array of tasks. ValueError for an unknown tool, and for one whose work cannot be divided
+    so."""
     named = bool(words) and TOOL.fullmatch(words[0]) is not None
     tool = words[0] if named else DOWNLOAD
     if not (CHECKOUT / f"{tool.replace('.', '/')}.py").is_file():

@@ -1,8 +1,8 @@
-"""`codes` in a chain of stages: a job of pretrain.encode_images, which stores the visual tokenizer's codes beside the
-shards, before the stages behind it, which then read them instead of running the tokenizer in each step.
+"""The word `codes` in a chain of stages: a job of pretrain.encode_images, which stores the visual tokenizer's codes
+beside the shards. The stages behind it then read them instead of running the tokenizer in each step.
 
-It is no stage: those behind it get the settings `mix.KIND.crops=N` and `mix.KIND.codes=codes` for each kind whose
-pictures they hide. A stage that has begun goes on as it began.
+The word is no stage. The stages behind it get the settings `mix.KIND.crops=N` and `mix.KIND.codes=codes` for each kind
+whose pictures they mask. A stage that has begun goes on as it began.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from pretrain.recipes import load_recipe
 from pretrain.run.directory import noted_identity
 from pretrain.settings import fill_variables
 
-WORD, CROPS = "codes", 4
+WORD, CROPS = "codes", 4  # the word in a chain, and how many looks at each picture it means without a number
 SCRIPT = "codes.sbatch"
 
 
 class Storing(NamedTuple):
-    """The job: whose pictures, and what pretrain.encode_images is called with."""
+    """The job that stores codes: the directories of shards whose pictures it encodes, the tokenizer's weights, and the
+    arguments of pretrain.encode_images."""
 
     directories: tuple[str, ...]
     tokenizer: str
@@ -34,14 +35,15 @@ class Storing(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What `codes` means for a chain. `settings`: of each stage behind it, in words for --set."""
+    """What `codes` means for a chain. `settings`: for each stage behind it the values of --set."""
 
     settings: dict[str, list[str]]
     storing: Storing
 
 
 def crops_of(word: str) -> int:
-    """Looks at each picture that a chain's word asks for: `codes` or `codes:N`; 0 for a stage's name. ValueError"""
+    """How many looks at each picture a word of a chain asks for, `codes` or `codes:N`; 0 for a stage's name. ValueError
+    for a number that is none."""
     if word != WORD and not word.startswith(f"{WORD}:"):
         return 0
     number = word.partition(":")[2] or str(CROPS)
@@ -51,7 +53,8 @@ def crops_of(word: str) -> int:
 
 
 def plan_codes(recipe: str, given: Sequence[str], run_dir: Path, behind: Sequence[str], crops: int) -> Plan:
-    """For the stages `behind` the word. Raises ValueError where they hide no pictures, or cannot share their codes."""
+    """The plan for the stages `behind` the word, with the settings `given` by the user. Raises ValueError where none of
+    them masks pictures, and where they cannot share their codes."""
     settings: dict[str, list[str]] = {}
     directories: dict[Path, str] = {}  # one that has two names, such as images -> pairs, once
     shared: tuple[Recipe, str, Stage] | None = None
@@ -80,7 +83,7 @@ def plan_codes(recipe: str, given: Sequence[str], run_dir: Path, behind: Sequenc
 
 
 def is_stored(storing: Storing, crops: int) -> bool:
-    """Whether every directory has its codes of this tokenizer, with so many looks."""
+    """Whether every directory has codes of this tokenizer, with `crops` looks at each picture."""
     weights = Path(storing.tokenizer)
     weights = weights / WEIGHTS if weights.is_dir() else weights
     if not weights.is_file():
@@ -93,7 +96,8 @@ def is_stored(storing: Storing, crops: int) -> bool:
 
 
 def online(stage: Stage) -> list[str]:
-    """The kinds of its mix whose pictures are hidden, and whose source can have stored codes but says nothing of it."""
+    """The kinds of the stage's mix whose pictures are masked, and whose source could read stored codes but sets none:
+    for them the visual tokenizer runs in each step."""
     masking = stage.masking
     if masking is None or "vision" not in stage.experts:
         return []
@@ -102,11 +106,13 @@ def online(stage: Stage) -> list[str]:
 
 
 def _as_begun(directory: Path, kinds: list[str]) -> list[str]:
+    """The kinds, or, for a stage that has begun, those with which it began to read stored codes."""
     noted = noted_identity(directory)
     return kinds if noted is None else [kind for kind in kinds if noted.get("mix", {}).get(kind, {}).get("codes")]
 
 
 def _directories(kind: str, stage: Stage) -> list[str]:
+    """The directories of a kind's shards. ValueError for one beside which codes cannot be stored."""
     shards = getattr(stage.mix[kind], "shards", ())
     places = [fill_variables(place, f"mix.{kind}") for place in ([shards] if isinstance(shards, str) else shards)]
     for place in places:
@@ -119,6 +125,7 @@ def _directories(kind: str, stage: Stage) -> list[str]:
 
 
 def _check_same(first: tuple[Recipe, str, Stage] | None, name: str, stage: Stage) -> None:
+    """Raises ValueError where the stage cannot read the codes that are stored for the first one."""
     if first is None:
         return
     _, other, before = first

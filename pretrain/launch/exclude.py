@@ -1,4 +1,4 @@
-"""Which nodes a job is to avoid from its next start on."""
+"""Names the nodes that a job must avoid from its next start on."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from pretrain.launch.slurm import AWAY, answer
 
 
 def to_avoid(node: str, job: str) -> str:
-    """What ExcNodeList of `job` is to be with `node` in it. SLURM changes it only when the job is on its way back into
-    the queue. Raises ValueError where too few nodes would be left: the job would wait for ever."""
+    """The value of the job's ExcNodeList with `node` added. SLURM lets it be changed only while the job is on its way
+    back into the queue. Raises ValueError for a node of another partition, and where too few nodes would be left: the
+    job would wait for ever."""
     facts = dict(word.split("=", 1) for word in answer("scontrol", "-o", "show", "job", job).split() if "=" in word)
     partition, needed = facts.get("Partition", ""), int(facts.get("NumNodes", "1").partition("-")[0])
     listed = facts.get("ExcNodeList", "(null)")

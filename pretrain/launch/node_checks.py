@@ -1,4 +1,4 @@
-"""What can be wrong with one node, seen from the node itself, before anything is trained on it."""
+"""Finds what is wrong with a node, from the node itself, before anything is trained on it."""
 
 from __future__ import annotations
 
@@ -17,46 +17,49 @@ from torch import Tensor
 from pretrain.parallel.board import node_name
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "triton")
-SHM_FREE = (
-    64 * 2**20
-)  # of each rank: semaphores and queues of its data workers (what its batches need is checked later)
+# Bytes of /dev/shm for each rank: semaphores and queues of its data workers. What its batches need is checked later.
+SHM_FREE = 64 * 2**20
 FILES = 1024  # open files of a rank: shards, sockets, workers' pipes
-PRODUCT, COPY_BYTES, TIMES = {"cuda": 8192, "cpu": 768}, {"cuda": 2**30, "cpu": 2**26}, 3
+PRODUCT = {"cuda": 8192, "cpu": 768}  # rows and columns of the matrices that are multiplied
+COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
+TIMES = 3  # each product and copy is timed so often
 
 
 def report() -> dict[str, Any]:
-    """All that is compared between nodes, and `problems` that this one has by itself. JSON."""
+    """The facts that are compared between nodes, and the `problems` that this node has by itself, as plain JSON
+    values."""
     facts: dict[str, Any] = {"node": node_name(), "problems": problems()}
     facts["versions"] = {name: _version(name) for name in PACKAGES} | {"checkout": checkout_digest()}
     try:
         facts |= speeds()
-    except RuntimeError as error:  # of CUDA: a GPU that fell off the bus, or whose memory is broken
+    except RuntimeError as error:  # CUDA's: a GPU fell off the bus, or its memory is broken
         facts["problems"].append(f"a device does not compute: {str(error).splitlines()[0]}")
     return facts
 
 
 def problems() -> list[str]:
-    found = []
+    """A sentence for each thing that is wrong with this node."""
+    sentences = []
     asked, seen = os.environ.get("SLURM_GPUS_ON_NODE", ""), torch.cuda.device_count()
     if torch.version.cuda and asked.isdigit() and int(asked) != seen:
-        found.append(
+        sentences.append(
             f"torch sees {seen} GPUs, and SLURM gave {asked}; see nvidia-smi there, and the driver against torch"
         )
     ranks = int(os.environ.get("IMGLISH_RANKS_OF_NODE", "1"))
     free = shutil.disk_usage("/dev/shm").free
     if free < SHM_FREE * ranks:
-        found.append(
+        sentences.append(
             f"/dev/shm has {free / 2**20:.0f} MiB free, and its {ranks} ranks need {SHM_FREE * ranks / 2**20:.0f}"
         )
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files != resource.RLIM_INFINITY and files < FILES:
-        found.append(f"a process may open {files} files (ulimit -n), and a rank needs {FILES}")
-    return found
+        sentences.append(f"a process may open {files} files (ulimit -n), and a rank needs {FILES}")
+    return sentences
 
 
 def speeds() -> dict[str, list[float]]:
-    """Of each device, best of TIMES: `product` in FLOP/s of a square matrix product, `copy` in bytes/s in its memory.
-    Every product must be right."""
+    """The best of TIMES for each device: `product` in FLOP/s of a square matrix product, `copy` in bytes/s read and
+    written in its memory. Raises RuntimeError for a wrong product, and where a device does not compute."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     devices = (
         [torch.device("cuda", n) for n in range(torch.cuda.device_count())] if kind == "cuda" else [torch.device("cpu")]
@@ -77,6 +80,7 @@ def speeds() -> dict[str, list[float]]:
 
 
 def _best(action: Any, device: torch.device) -> tuple[float, Tensor]:
+    """(the fewest seconds that the action took, its result), after one call that is not timed."""
     result, best = action(), float("inf")
     for _ in range(TIMES):
         _settle(device)
@@ -93,7 +97,7 @@ def _settle(device: torch.device) -> None:
 
 
 def checkout_digest() -> str:
-    """Of the code that the ranks import."""
+    """A hash of the code that the ranks import."""
     place = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for file in sorted(place.rglob("*.py")):

@@ -1,11 +1,12 @@
-"""What a job does after its ranks have failed: start them again in place, put itself back into the queue, or end.
+"""Decides what a job does after its ranks have failed: start them again in place, put itself back into the queue, or
+end.
 
     python -m pretrain.launch.outcome --logs runs/base/logs/JOB --code 69 --stage vision --run-dir runs/base
 
-launch/stage.sbatch calls it; without --code it only names the error that came first. It prints what to do, and why on
-stderr. A run is started again while it advances: at most MOST times in a row without a step that no life before had
-reached, and not at all after a mistake of the user's. Each decision is a line of restarts.jsonl in the stage's
-directory. A node that a check names, or that two failures in a row name, is left out, if the partition has others.
+launch/stage.sbatch calls it; without --code it only names the error that came first. It prints the decision, and the
+reason on stderr. A run is started again while it advances: at most MOST times in a row without reaching a new step, and
+not at all after a mistake of the user's. Each decision is a line of restarts.jsonl in the stage's directory. A node
+that a check names, or that two failures in a row name, is left out, if the partition has others.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from pretrain.launch.exclude import to_avoid
 from pretrain.restarts import RESTARTS, Restart, read_restarts
 
 METRICS = "metrics.jsonl"
-MOST = 3  # starts without progress
-PAUSES_S = (0, 15, 60)  # before each of them; what broke may need its time
-DISK_PAUSES_S = (20, 60, 300)
-# A disk that is full, gone or broken: somebody mends it. (Errors of saving have the words, and no number.)
+MOST = 3  # starts in a row without progress
+PAUSES_S = (0, 15, 60)  # before each of them, since what broke may need time
+DISK_PAUSES_S = (20, 60, 300)  # the same after an error of a disk
+# Errors of a disk that is full, gone or broken, which somebody will mend. Errors of saving have only their words.
 BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV, errno.ENOTCONN)
 DISK = re.compile(rf"error(?: on rank \d+)?: .*(?:{'|'.join(map(os.strerror, BROKEN))})")
-# A process group that did not form is said as an error too, but it is no mistake of the user's.
+# An error that is a mistake of the user's. A process group that did not form is logged as an error too, but is none.
 MISTAKE = re.compile(r":(?:\d\d:){2}\d\d error(?: on rank \d+)?: (?!rank \d+ of \d+: the process group)")
 NODE = re.compile(
     r"rank \d+ on (\S+) (?:gives no|does not|hangs in|is still in|was killed)|^srun: error: ([\w.-]+): tasks? "
@@ -49,33 +50,33 @@ BAD_NODE = re.compile(r"^(?:\d\d:){2}\d\d bad node (\S+): ")
 
 
 class Failure(NamedTuple):
-    """The error that came first: its line with its file's name, and the node that it names; "" where there is none."""
+    """The error that came first. `first`: its log line, behind the name of its file; `node`: the node that it names; ""
+    where there is none."""
 
     first: str
     node: str
 
     @property
     def final(self) -> bool:
-        """A user's mistake, which the next start would meet again."""
-        mistake = re.search(
-            r":(?:\d\d:){2}\d\d error(?: on rank \d+)?: (?!rank \d+ of \d+: the process group)", self.first
-        )
-        return mistake is not None and not self.disk
+        """Whether it is a mistake of the user's, which the next start would meet again."""
+        return MISTAKE.search(self.first) is not None and not self.disk
 
     @property
     def disk(self) -> bool:
+        """Whether it is an error of a disk."""
         return DISK.search(self.first) is not None
 
 
 def first_failure(logs: Path) -> Failure:
-    """Of the ranks whose logs lie in `logs`: the first line in which one names a reason of its own, and not another
-    rank's end; else what srun says of a task; else the last that a rank said."""
-    bad = [found for line in _lines(logs / PREFLIGHT) if (found := BAD_NODE.match(line))]
+    """The failure in the logs of the ranks: a bad node that the preflight names; else the first line in which a rank
+    names a reason of its own, and not another rank's end; else what srun says of a task; else the last line of a
+    rank."""
+    bad = [match for line in _lines(logs / PREFLIGHT) if (match := BAD_NODE.match(line))]
     if bad:
         return Failure(f"{PREFLIGHT}:{bad[0].string}", bad[0][1])
     files = [*sorted(logs.glob("rank*.log")), *sorted(logs.glob("preflight*.log"))]
-    told = [(path, _lines(path)) for path in files]
-    reasons = [(line[:8], path, line) for path, lines in told for line in lines if REASON.match(line)]
+    contents = [(path, _lines(path)) for path in files]
+    reasons = [(line[:8], path, line) for path, lines in contents for line in lines if REASON.match(line)]
     own = sorted((each for each in reasons if "another rank d" not in each[2]), key=lambda each: each[0])
     if own:
         _, path, line = own[0]
@@ -84,17 +85,18 @@ def first_failure(logs: Path) -> Failure:
         return _failure(f"{path.name}:{line}")
     if (failure := _srun_says(_lines(logs / "srun.log"))) is not None:
         return failure
-    last = [f"{path.name}:{lines[-1]}" for path, lines in told if lines and path.name.startswith("rank")]
+    last = [f"{path.name}:{lines[-1]}" for path, lines in contents if lines and path.name.startswith("rank")]
     return _failure(last[-1] if last else "")
 
 
 def _srun_says(lines: list[str]) -> Failure | None:
-    """Of a lost node, which srun numbers in the job, then of a task. What it kills itself comes after that."""
+    """What srun says of a lost node, which it may call by its number in the job, or else of a task; None where it says
+    neither. It names the tasks that it killed itself later."""
     names = os.environ.get("IMGLISH_NODES", "").split()
     for line in lines:
-        if (found := LOST_NODE.match(line)) is not None:
-            number = int(found[2] or 0)
-            return Failure(line, found[1] or (names[number] if number < len(names) else ""))
+        if (match := LOST_NODE.match(line)) is not None:
+            number = int(match[2] or 0)
+            return Failure(line, match[1] or (names[number] if number < len(names) else ""))
     for line in lines:  # ranks that end with 69 say themselves that another one was lost
         if NODE.match(line) and "exit code 69" not in line:
             return _failure(line)
@@ -102,12 +104,13 @@ def _srun_says(lines: list[str]) -> Failure | None:
 
 
 def _failure(line: str) -> Failure:
-    found = NODE.search(line)
-    return Failure(line, (found[1] or found[2]) if found else "")
+    match = NODE.search(line)
+    return Failure(line, (match[1] or match[2]) if match else "")
 
 
 def reached_step(stage: Path) -> int:
-    """As metrics.last_step has it, but without torch, which takes longer to import than all else here."""
+    """The last step in the stage's metrics, as metrics.last_step finds it, but without torch, which takes longer to
+    import than all else here."""
     for raw in reversed(_lines(stage / METRICS)):
         try:
             return typed(parse_json(raw), "step", int)
@@ -117,8 +120,8 @@ def reached_step(stage: Path) -> int:
 
 
 def without_progress(before: Sequence[Restart], reached: int) -> int:
-    """How many starts in a row, up to the one that failed now, reached no new step. One after which the job ended was
-    somebody's decision, and what he started later counts anew."""
+    """How many starts in a row before the one that failed now reached no new step. Counting begins anew after a job
+    that ended, since somebody decided to start the next one."""
     count = 0
     for restart in reversed(before):
         if restart.action == "end" or restart.reached < reached:
@@ -128,7 +131,8 @@ def without_progress(before: Sequence[Restart], reached: int) -> int:
 
 
 def decide(failure: Failure, before: Sequence[Restart], reached: int) -> tuple[str, str, float]:
-    """-> again, requeue or end; why; and how many seconds to wait before."""
+    """-> ("again", "requeue" or "end"; why; how many seconds to wait before). `reached`: the last step that any life
+    reached."""
     if failure.final:
         return "end", "the next start would meet this again", 0.0
     stuck = without_progress(before, reached)
@@ -161,14 +165,16 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def decide_and_note(failure: Failure, code: int, stage: Path, life: int, only: str = "") -> str:
-    """What `decide` says, for a script: "again SECONDS", "requeue NODES" to avoid, or "end"; with a line of
-    restarts.jsonl, and why on stderr. What is not the action `only`, if that is given, is left to somebody else to
-    decide: nothing is noted, and "" returned."""
+    """The decision for a script: "again SECONDS", "requeue NODES" with the nodes to avoid, or "end". Writes it into
+    restarts.jsonl, and its reason on stderr. Where `only` is given and the action is another, the caller leaves it to
+    somebody else: nothing is written, and "" is returned."""
     before = read_restarts(stage)
     reached = max([reached_step(stage), *(restart.reached for restart in before)])
     action, why, pause = decide(failure, before, reached)
     job, nodes = os.environ.get("SLURM_JOB_ID", ""), ""
-    if action == "requeue" and not (only and shutil.which("scontrol") is None):  # a rank may be in a container
+    if action == "requeue" and not (
+        only and shutil.which("scontrol") is None
+    ):  # in a rank's container scontrol may be missing
         try:
             nodes = to_avoid(failure.node, job)
         except ValueError as error:
@@ -177,13 +183,13 @@ def decide_and_note(failure: Failure, code: int, stage: Path, life: int, only: s
         return ""
     note = Restart(time.time(), job, code, reached, action, failure.node, failure.first[:500])
     if (problem := _note(stage, note)) and life >= MOST:
-        action, why = "end", problem  # who does not know how often it was tried would try for ever
+        action, why = "end", problem  # without notes nobody would know how often it was tried
     print(f"first error: {failure.first or NONE}\n{action}: {why}", file=sys.stderr, flush=True)
     return {"again": f"again {pause:g}", "requeue": f"requeue {nodes}"}.get(action, action)
 
 
 def _note(stage: Path, restart: Restart) -> str:
-    """Why it could not be noted; "" where it is."""
+    """Appends the decision to restarts.jsonl -> why that failed; "" where it did not."""
     try:
         stage.mkdir(parents=True, exist_ok=True)
         file = Lines(stage / RESTARTS)
@@ -197,7 +203,7 @@ def _note(stage: Path, restart: Restart) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    """Those that are not empty; [] where there is no such file."""
+    """The lines of a file that are not empty; [] where it cannot be read."""
     try:
         text = read_bytes(path).decode(errors="replace")
     except (OSError, ValueError):

@@ -1,12 +1,14 @@
-"""Are the nodes of a job fit to train? One process on each of them says it in seconds, and names the one that is not.
+"""Finds out in seconds, by one process on each of a job's nodes, whether they are fit to train, and names those that
+are not.
 
     srun --ntasks-per-node=1 python -m pretrain.launch.preflight --run-dir runs/base
 
-launch/stage.sbatch calls it before each start of the ranks (IMGLISH_PREFLIGHT=no: it does not). Checked are matrix
-products and copies on each device (right, and their speed against the median), the GPUs that torch sees against those
-that SLURM gave, free /dev/shm, open files, packages and code against the other nodes', clocks, the run directory (each
-node must see what the others write), and an all-reduce with two other nodes. It ends with 69 where a node is bad. A
-slow one is bad on GPUs; on CPUs, which others may use, it is a note. Alone it checks this machine.
+launch/stage.sbatch calls it before each start of the ranks, unless IMGLISH_PREFLIGHT=no. It checks matrix products and
+copies on each device (their results, and their speed against the median), the GPUs that torch sees against those that
+SLURM gave, free /dev/shm, open files, packages and code against the other nodes', clocks, the run directory (each node
+must see what the others write), and an all-reduce with two other nodes. It ends with exit code 69 where a node is bad.
+A slow node is bad on GPUs; on CPUs, which others may be using, it is only a note. Without SLURM or torchrun it checks
+this machine.
 """
 
 from __future__ import annotations
@@ -36,12 +38,14 @@ from pretrain.visible import start_logging
 
 log = logging.getLogger("pretrain.launch")
 
-BAD = 69
-HERE_S, PHASE_S, PAIR_S = 60.0, 15.0, 15.0  # in which all nodes come; end a phase; a pair's all-reduce
-SKEW_S = 5.0  # of clocks: file times of locks and logs are compared across nodes
-SLOW = 0.7  # of the median
-PAIR_BYTES, PAIR_TIMES, ROUNDS = 2**22, 3, 2
-SEEN_S = 10.0  # an NFS client may not know a new name for so long
+BAD = 69  # exit code
+HERE_S = 60.0  # in which all nodes must have come
+PHASE_S = 15.0  # in which they must have ended a phase
+PAIR_S = 15.0  # in which a pair's all-reduce must be done
+SKEW_S = 5.0  # by which clocks may differ: file times of locks and logs are compared across nodes
+SLOW = 0.7  # the share of the median speed below which a device is slow
+PAIR_BYTES, PAIR_TIMES, ROUNDS = 2**22, 3, 2  # size of an all-reduce, how often it is timed, with how many other nodes
+SEEN_S = 10.0  # so long an NFS client may not see a new file
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,21 +55,21 @@ def main(arguments: list[str] | None = None) -> int:
     start_logging()
     log.setLevel(logging.INFO)
 
-    def tell() -> int:
+    def check() -> int:
         try:
             return _run(args)
         except ValueError as error:
-            log.error("error: %s", error)  # with the time, by which a job finds the error that came first
+            log.error("error: %s", error)  # the log's time tells a job which error came first
             return 2
 
-    return run(tell, state="nothing was started")
+    return run(check, state="nothing was started")
 
 
 def _run(args: argparse.Namespace) -> int:
     own, nodes = place()
     facts = report()
     if nodes == 1:
-        return _tell(judge([facts]), [facts])
+        return _log_verdict(judge([facts]), [facts])
     with _store(own, nodes) as store:
         if not _all_here(store, own, nodes):
             return BAD
@@ -74,20 +78,21 @@ def _run(args: argparse.Namespace) -> int:
         if own:
             return 0
         reports = [json.loads(store.get(f"report/{number}")) for number in range(nodes)]
-    return _tell(judge(reports), reports)
+    return _log_verdict(judge(reports), reports)
 
 
 def place() -> tuple[int, int]:
-    """This process's number, and how many there are: by SLURM, else by torchrun, else alone."""
-    for own, all_of_them in (("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("RANK", "WORLD_SIZE")):
-        if own in os.environ and all_of_them in os.environ:
-            return int(os.environ[own]), int(os.environ[all_of_them])
+    """(this process's number, how many there are), from SLURM or torchrun; (0, 1) without either."""
+    for number, count in (("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"), ("RANK", "WORLD_SIZE")):
+        if number in os.environ and count in os.environ:
+            return int(os.environ[number]), int(os.environ[count])
     return 0, 1
 
 
 @contextmanager
 def _store(own: int, nodes: int) -> Iterator[dist.TCPStore]:
-    """The first process's store ends last."""
+    """A store that all processes share. The first process holds it, and ends last. ValueError where it cannot be
+    reached."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         store = dist.TCPStore(address, port, nodes, own == 0, timedelta(seconds=HERE_S), wait_for_workers=False)
@@ -101,7 +106,7 @@ def _store(own: int, nodes: int) -> Iterator[dist.TCPStore]:
 
 
 def _all_here(store: dist.TCPStore, own: int, nodes: int) -> bool:
-    """The first process names the nodes that do not come."""
+    """Whether all nodes came within HERE_S; the first process logs those that did not."""
     store.set(f"here/{own}", node_name())
     keys = [f"here/{number}" for number in range(nodes)]
     with suppress(dist.DistError):
@@ -117,7 +122,7 @@ def _all_here(store: dist.TCPStore, own: int, nodes: int) -> bool:
 
 
 def _together(store: dist.TCPStore, own: int, nodes: int, run_dir: Path | None) -> dict[str, Any]:
-    """What a node sees of the others. Problems are values: each phase goes on without those who have some."""
+    """What this node sees of the others. Problems are returned, not raised, so that the others' phases go on."""
     facts: dict[str, Any] = {}
     _meet(store, "clock", own, nodes)
     facts["clock"] = time.time()
@@ -128,13 +133,14 @@ def _together(store: dist.TCPStore, own: int, nodes: int, run_dir: Path | None) 
 
 
 def _meet(store: dist.TCPStore, phase: str, own: int, nodes: int) -> None:
+    """Waits until all nodes have come to this phase, but no longer than PHASE_S."""
     store.set(f"{phase}/{own}", "")
     with suppress(dist.DistError):
         store.wait([f"{phase}/{number}" for number in range(nodes)], timedelta(seconds=PHASE_S))
 
 
 def _shared(store: dist.TCPStore, own: int, nodes: int, run_dir: Path) -> str:
-    """What is wrong with the run directory for this node; ""."""
+    """What is wrong with the run directory as this node sees it; "" where nothing is."""
     if own == 0:
         store.set("token", secrets.token_hex(4))
     folder = run_dir / f".preflight_{store.get('token').decode()}"
@@ -155,32 +161,33 @@ def _shared(store: dist.TCPStore, own: int, nodes: int, run_dir: Path) -> str:
 
 
 def _pairs(store: dist.TCPStore, own: int, nodes: int) -> list[dict[str, Any]]:
-    """An all-reduce with one other node in each of ROUNDS rounds: {with, seconds} or {with, problem}."""
-    told: list[dict[str, Any]] = []
+    """An all-reduce with one other node in each of ROUNDS rounds -> for each of them {with, seconds} or {with,
+    problem}."""
+    pairs: list[dict[str, Any]] = []
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     for number in range(min(ROUNDS, nodes - 1)):
         other = partner(own, nodes, number)
         if other is None:
             continue
         first = min(own, other)
-        told.append({"with": other})
+        pairs.append({"with": other})
         try:
             pair = dist.PrefixStore(f"pair/{number}/{first}", store)
             dist.init_process_group(
                 "nccl" if kind == "cuda" else "gloo", store=pair, rank=int(own != first), world_size=2,
                 timeout=timedelta(seconds=PAIR_S),
             )  # fmt: skip
-            told[-1]["seconds"] = _all_reduce(kind)
+            pairs[-1]["seconds"] = _all_reduce(kind)
         except (dist.DistError, RuntimeError, ValueError) as error:
-            told[-1]["problem"] = str(error).splitlines()[0][:200]
+            pairs[-1]["problem"] = str(error).splitlines()[0][:200]
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-    return told
+    return pairs
 
 
 def _all_reduce(kind: str) -> float:
-    """The best of PAIR_TIMES, in seconds. RuntimeError where the sum is wrong."""
+    """The fewest seconds of PAIR_TIMES all-reduces with the other node. RuntimeError where a sum is wrong."""
     best = float("inf")
     for _ in range(PAIR_TIMES):
         values = torch.ones(PAIR_BYTES // 4, device=kind)
@@ -194,8 +201,8 @@ def _all_reduce(kind: str) -> float:
 
 
 def partner(own: int, nodes: int, number: int) -> int | None:
-    """With whom in round `number`: each node meets every other one once in nodes - 1 rounds (the circle method); None:
-    with an odd number of nodes one rests."""
+    """The node that node `own` meets in round `number`: each meets every other one once in nodes - 1 rounds (the circle
+    method). None where it rests, as one does in each round of an odd number of nodes."""
     seats = nodes + nodes % 2
     if own == seats - 1:
         other = number * (seats // 2) % (seats - 1)
@@ -207,7 +214,7 @@ def partner(own: int, nodes: int, number: int) -> int | None:
 
 
 def judge(reports: list[dict[str, Any]]) -> tuple[dict[str, list[str]], list[str]]:
-    """{bad node: what is wrong}, and notes, from the reports of all nodes."""
+    """({bad node: what is wrong with it}, notes) from the reports of all nodes."""
     bad: dict[str, list[str]] = {each["node"]: list(each["problems"]) for each in reports}
     notes: list[str] = []
     gpus = torch.cuda.is_available()
@@ -229,29 +236,31 @@ def judge(reports: list[dict[str, Any]]) -> tuple[dict[str, list[str]], list[str
         for each in reports:
             for number, rate in enumerate(each.get(what, [])):
                 if rate < SLOW * usual_rate:
-                    says = f"{what} on device {number} has {rate / usual_rate:.0%} of the median speed"
-                    bad[each["node"]].append(says) if gpus else notes.append(f"{each['node']}: {says}")
-    for node, says in _bad_links(reports).items():
-        bad[node].append(says)
-    return {node: what for node, what in bad.items() if what}, notes
+                    slow = f"{what} on device {number} has {rate / usual_rate:.0%} of the median speed"
+                    bad[each["node"]].append(slow) if gpus else notes.append(f"{each['node']}: {slow}")
+    for node, problem in _bad_links(reports).items():
+        bad[node].append(problem)
+    return {node: sentences for node, sentences in bad.items() if sentences}, notes
 
 
 def _bad_links(reports: list[dict[str, Any]]) -> dict[str, str]:
-    """Nodes of which every pair failed. Where two nodes failed only with each other, both are named."""
+    """{node: what is wrong} for the nodes whose every all-reduce failed. Where two nodes failed only with each other,
+    both are named."""
     failed = {
         number: [pair["with"] for pair in each.get("pairs", []) if "problem" in pair]
         for number, each in enumerate(reports)
         if each.get("pairs")
     }
     whole = [n for n, others in failed.items() if others and len(others) == len(reports[n]["pairs"])]
-    # A node whose partners fail with nobody else is the one; its partner is then free of blame.
+    # The node with the most failures is to blame; a partner that failed with it alone is not.
     worst = [n for n in whole if len(failed[n]) == max(len(failed[m]) for m in whole)]
     problem = {n: next(pair["problem"] for pair in reports[n]["pairs"] if "problem" in pair) for n in worst}
     return {reports[n]["node"]: f"an all-reduce with another node failed: {problem[n]}" for n in worst}
 
 
-def _tell(found: tuple[dict[str, list[str]], list[str]], reports: list[dict[str, Any]]) -> int:
-    bad, notes = found
+def _log_verdict(verdict: tuple[dict[str, list[str]], list[str]], reports: list[dict[str, Any]]) -> int:
+    """Logs what `judge` returned -> the exit code. ValueError where all of several nodes have a problem."""
+    bad, notes = verdict
     for note in notes:
         log.info("note: %s", note)
     if bad and len(bad) == len(reports) > 1:

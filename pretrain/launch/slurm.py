@@ -1,6 +1,6 @@
-"""What SLURM offers and what a job asks of it: why the job could never start there, its twins in the queue, and sbatch.
+"""Compares what a job asks of SLURM with what SLURM offers, lists the user's jobs in the queue, and calls sbatch.
 
-SLURM refuses some mistakes itself, in words that name no way out, and others wait in its queue for ever.
+SLURM refuses some mistakes itself, without naming a way out; jobs with others wait in its queue for ever.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import NamedTuple, NoReturn
 
 from pretrain.settings import nearest
 
-ANSWER_S = 60.0  # so long SLURM's commands may take
-AWAY = ("down", "drain", "drng", "fail", "maint", "unk")  # states that sinfo begins so
-CLEARS_S = 30.0  # so long a job may be COMPLETING before it is known whether it comes back
-# Options that these variables say too; sbatch prefers an option, and would not tell.
+ANSWER_S = 60.0  # in which SLURM's commands must have answered
+AWAY = ("down", "drain", "drng", "fail", "maint", "unk")  # how sinfo's states of nodes that take no jobs begin
+CLEARS_S = 30.0  # so long a job may be COMPLETING before it is known whether it comes back into the queue
+# sbatch's variables that set an option too. Where both are set, sbatch silently prefers the variable over the #SBATCH
+# lines, and an option over the variable.
 VARIABLES = {
     "SBATCH_PARTITION": "partition",
     "SBATCH_GPUS_PER_NODE": "gpus_per_node",
@@ -48,11 +49,13 @@ class Job(NamedTuple):
 
     @property
     def ranks(self) -> int:
-        """On each node."""
+        """Ranks on each node."""
         return self.tasks or 1
 
 
 class Node(NamedTuple):
+    """A node of a partition, as sinfo describes it."""
+
     name: str
     host: str  # the machine's own name
     cpus: int
@@ -66,19 +69,21 @@ class Node(NamedTuple):
         return not self.state.startswith(AWAY)
 
     def has(self, job: Job) -> bool:
+        """Whether it has the GPUs that the job asks for."""
         return job.gpus <= (self.gpus.get(job.gpu_type, 0) if job.gpu_type else sum(self.gpus.values()))
 
 
 class WordParser(argparse.ArgumentParser):
-    """Reads the words of another command (`prog` says whose); ValueError where it cannot."""
+    """Reads the arguments of another command, which `prog` names. ValueError where it cannot."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{self.prog}: {message}; see its --help")
 
 
 def read_job(options: Sequence[str], script: Path, environment: Mapping[str, str]) -> Job:
-    """What sbatch's `options` ask for, and the #SBATCH lines of `script` where they are silent. Raises ValueError for
-    a value that sbatch would not read either, and for a variable of sbatch's that says what an option says."""
+    """The job that sbatch's `options` ask for, or where they do not say, the #SBATCH lines of `script` and sbatch's
+    variables in `environment`. Raises ValueError for a value that sbatch would not read either, and for a variable that
+    contradicts an option."""
     parser = WordParser(prog="options of sbatch", add_help=False)
     add = parser.add_argument
     add("-p", "--partition")
@@ -96,10 +101,10 @@ def read_job(options: Sequence[str], script: Path, environment: Mapping[str, str
     for variable, name in VARIABLES.items():
         if (value := environment.get(variable)) is None:
             continue
-        if (said := getattr(given, name)) and said != value:
+        if (option := getattr(given, name)) and option != value:
             raise ValueError(
-                f"{variable}={value} and --{name.replace('_', '-')}={said} (cluster.env, or the command line) say two "
-                f"things; unset {variable}"
+                f"{variable}={value} and --{name.replace('_', '-')}={option} (cluster.env, or the command line) say "
+                f"two things; unset {variable}"
             )
         setattr(given, name, value)
     nodes = _whole("--nodes", given.nodes)
@@ -167,30 +172,32 @@ def check_job(job: Job) -> list[Node]:
 
 
 def check_with_sbatch(options: Sequence[str], script: Path, arguments: Sequence[str]) -> None:
-    """Account, QOS, constraints and all that SLURM itself refuses at submission. Raises ValueError with its words."""
+    """Lets SLURM check the job, with account, QOS and constraints. Raises ValueError with its words where it would
+    refuse the job."""
     done = ask("sbatch", "--test-only", *options, str(script), *arguments)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason was given"]
-        said = re.sub(r"^(sbatch: |error: |allocation failure: )+", "", lines[-1])
+        reason = re.sub(r"^(sbatch: |error: |allocation failure: )+", "", lines[-1])
         raise ValueError(
-            f"sbatch would refuse this job: {said}; see the options in cluster.env and on the command line"
+            f"sbatch would refuse this job: {reason}; see the options in cluster.env and on the command line"
         )
 
 
 def waiting_jobs() -> dict[str, str]:
-    """{name: id} of this user's jobs that wait or run."""
+    """{name: id} of this user's jobs that wait or run. May take CLEARS_S while a job ends."""
     end = time.monotonic() + CLEARS_S
     while True:
         lines = [line.split() for line in answer("squeue", "-h", "--me", "-o", "%i %T %j").splitlines()]
         jobs = [line for line in lines if len(line) == 3]
-        # One that ends may be requeued: by then it waits again.
+        # A job that is COMPLETING may be requeued, and waits again after that.
         if time.monotonic() > end or not any(state == "COMPLETING" for _, state, _ in jobs):
             return {name: number for number, state, name in jobs if state != "COMPLETING"}
         time.sleep(0.5)
 
 
 def submit(options: Sequence[str], script: Path, arguments: Sequence[str], **variables: str) -> str:
-    """The job's id; `variables` are added to its environment. Raises ValueError where sbatch refuses."""
+    """Submits the job -> its id. `variables` are added to its environment. Raises ValueError where sbatch refuses
+    it."""
     done = ask("sbatch", "--parsable", *options, str(script), *arguments, environment=os.environ | variables)
     if done.returncode:
         raise ValueError(f"sbatch: {done.stderr.strip() or 'failed without a reason'}")
@@ -202,6 +209,8 @@ def command_line(options: Sequence[str], script: Path, arguments: Sequence[str])
 
 
 def _nodes_of(partition: str | None) -> list[Node]:
+    """The nodes of one partition or several, separated by commas; None: of the default one. Raises ValueError for one
+    that the cluster does not have."""
     known = [line.split("|") for line in answer("sinfo", "-h", "-o", "%R|%P").splitlines()]
     names = [name for name, _ in known]
     default = [name for name, marked in known if marked.endswith("*")]
@@ -215,29 +224,30 @@ def _nodes_of(partition: str | None) -> list[Node]:
     nodes = {}
     for row in rows:
         name, host, cpus, memory, state, limit, gres = row.split("|", 6)
-        # "+": at least so much.
+        # sinfo writes "64+" for at least 64.
         numbers = int(cpus.rstrip("+")), int(memory.rstrip("+"))
         nodes[name] = Node(name, host, *numbers, _gpus_of(gres), state, _minutes("sinfo's limit", limit))
     return list(nodes.values())
 
 
 def _lines_of(script: Path) -> list[str]:
+    """The options in the #SBATCH lines of a script."""
     lines = script.read_text(encoding="utf-8").splitlines()
     return [word for line in lines if line.startswith("#SBATCH ") for word in shlex.split(line)[1:]]
 
 
 def _gpus(per_node: str | None, gres: str) -> tuple[str, int]:
-    """(type, count on a node)."""
+    """(type, "" for any; count on a node) of the GPUs that --gpus-per-node or else --gres ask for."""
     text = per_node or ",".join(part for part in gres.split(",") if part.removeprefix("gres/").startswith("gpu"))
     if not text:
         return "", 0
     kind, _, count = text.removeprefix("gres/").removeprefix("gpu").removeprefix(":").rpartition(":")
-    # "gpu" alone is one.
+    # "gpu" alone means one GPU.
     return kind, _whole("--gpus-per-node" if per_node else "--gres", count or "1", least=0)
 
 
 def _gpus_of(gres: str) -> dict[str, int]:
-    """sinfo's column: "gpu:a100:8(S:0-1),gpu:h100:2,shard:4" or "(null)"."""
+    """{type: count} from a column of sinfo's, such as "gpu:a100:8(S:0-1),gpu:h100:2,shard:4" or "(null)"."""
     gpus: dict[str, int] = {}
     for part in re.sub(r"\([^)]*\)", "", gres).split(","):
         name, _, rest = part.partition(":")
@@ -248,20 +258,22 @@ def _gpus_of(gres: str) -> dict[str, int]:
 
 
 def _whole(name: str, text: str, least: int = 1) -> int:
+    """The whole number in `text`. ValueError where there is none, or one below `least`."""
     if not (text.isascii() and text.isdigit() and int(text) >= least):
         raise ValueError(f"{name}={text} is wrong; use one whole number from {least} on")
     return int(text)
 
 
 def _megabytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+)([KMGT]?)B?", text, re.IGNORECASE)
-    if found is None:
+    """A size of --mem, such as 32G, in MiB."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)B?", text, re.IGNORECASE)
+    if match is None:
         raise ValueError(f"--mem={text} is wrong; use a size such as 32G, or 0 for all that a node has")
-    return int(int(found[1]) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[found[2].upper()])
+    return int(int(match[1]) * {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024**2}[match[2].upper()])
 
 
 def _minutes(name: str, text: str) -> float:
-    """SLURM's times: M, M:S, H:M:S, D-H, D-H:M and D-H:M:S."""
+    """A time in one of SLURM's forms (M, M:S, H:M:S, D-H, D-H:M, D-H:M:S) in minutes."""
     if text.lower() in ("infinite", "unlimited"):
         return float("inf")
     days, dash, clock = text.rpartition("-")
@@ -277,6 +289,7 @@ def _minutes(name: str, text: str) -> float:
 
 
 def answer(*line: str) -> str:
+    """The output of one of SLURM's commands. ValueError where it fails."""
     done = ask(*line)
     if done.returncode:
         raise ValueError(f"{line[0]} failed: {(done.stderr.strip() or 'no reason was given').splitlines()[-1]}")
@@ -284,6 +297,7 @@ def answer(*line: str) -> str:
 
 
 def ask(*line: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs one of SLURM's commands. ValueError where there is no such command, or no answer within ANSWER_S."""
     try:
         return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=ANSWER_S)
     except FileNotFoundError:

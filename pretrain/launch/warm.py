@@ -3,10 +3,11 @@
     srun python -m pretrain.launch.warm --logs runs/base/logs/JOB pretrain.train --recipe beit3_base --stage vision ...
 
 launch/stage.sbatch calls it. When a rank is lost, the processes of all ranks agree in a store of their own to fork
-again: no imports, no step of SLURM, and each life has its port and its logs. What is to be done is decided as in
-outcome.py; all but a start in place is left to the batch script, and so is everything when one of these processes, and
-with it perhaps a node, does not answer. A fork must not follow CUDA's start: a first child tries that, and where it
-cannot use the GPU the rank is no fork, and not started again here.
+again, without imports and without a new step of SLURM; each life has its own port and logs. outcome.py decides what is
+done. Everything but a start in place is left to the batch script, and so is the decision when one of these processes,
+and with it perhaps a node, does not answer. A process that has started CUDA must not fork. A first child therefore
+tries whether a forked process can use the GPU; where it cannot, this process becomes the rank itself, which is then not
+started again here.
 """
 
 from __future__ import annotations
@@ -34,15 +35,16 @@ from pretrain.launch.preflight import main as preflight
 from pretrain.parallel.board import node_name
 from pretrain.parallel.engine import preload
 
-# So long after the first rank has ended those that have not are killed: where ranks are lost, and where they were asked
-# to save (what one of them still writes is worth more).
+# Seconds after the first rank has ended until those that have not are killed: where a rank was lost, and where they
+# were asked to save, since one of them may still be writing.
 HANG_S, SAVE_S = 10.0, 600.0
-START_S, AGREE_S = 600.0, 90.0  # in which all ranks' processes have imported everything; end a phase together
-LOOK_S, CHECK_S = 0.02, 0.5
-SIGNALLED = (75, 138)  # see launch/stage.sbatch: the job requeues itself
-LOST = 69
+START_S = 600.0  # in which all ranks' processes must have imported everything
+AGREE_S = 90.0  # in which they must all have ended a phase
+LOOK_S, CHECK_S = 0.02, 0.5  # between two looks at the child, and at the store
+SIGNALLED = (75, 138)  # exit codes after a signal, on which the job requeues itself: see launch/stage.sbatch
+LOST = 69  # exit code where a rank or a node was lost
 PREFLIGHT = "pretrain.launch.preflight"
-STOP = "stop"
+STOP = "stop"  # the answer in the store where no life follows
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # Whether there is a GPU is asked without starting CUDA, which no fork survives.
+    # Lets torch find out whether there is a GPU without starting CUDA, after which no fork would work.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     preload()
     module = importlib.import_module(args.module)
@@ -82,15 +84,15 @@ def _stage_parser() -> argparse.ArgumentParser:
 
 
 class Rank:
-    """One rank's lives. The store is held by the first rank's process; `life` counts those of the job."""
+    """The lives of one rank. The first rank's process holds the store; `life` counts the lives of the job's ranks."""
 
     def __init__(self, logs: Path, life: int, stage: Path):
         self.number, self.world = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
         self.first_of_node = os.environ["SLURM_LOCALID"] == "0"
         self.base, self.life, self.stage = logs, life, stage
-        self.first_life = life  # whose logs srun writes
+        self.first_life = life  # srun writes its logs
         self.port = int(os.environ["MASTER_PORT"])
-        self.child, self.asked = 0, 0
+        self.child, self.asked = 0, 0  # the rank's process id, the signal that asked it to save; 0: none
         self.store = dist.TCPStore(
             os.environ["MASTER_ADDR"], self.port + 2, self.world, self.number == 0, timedelta(seconds=START_S),
             wait_for_workers=False,
@@ -101,10 +103,11 @@ class Rank:
 
     @property
     def logs(self) -> Path:
+        """The directory of this life's logs."""
         return self.base.with_name(f"{self.base.name}-again{self.life}") if self.life else self.base
 
     def live(self, main: Callable[[], int]) -> int:
-        """-> the exit code of the last life."""
+        """Runs one life after another -> the exit code of the last one, or LOST where the nodes were not fit for it."""
         code, fit = LOST, self.nodes_are_fit(preflight)
         while fit:
             code = self._live(main)
@@ -115,14 +118,15 @@ class Rank:
         return code if fit else LOST
 
     def _part(self) -> None:
-        """The store ends with the first rank's process, which waits for the others."""
+        """Lets the first rank's process, with which the store ends, wait for the others."""
         with suppress(dist.DistError):
             self.store.set(f"over/{self.number}", "")
             if self.number == 0:
                 self.store.wait([f"over/{number}" for number in range(self.world)], timedelta(seconds=HANG_S))
 
     def _live(self, main: Callable[[], int]) -> int:
-        """One life of this rank: its exit code, 128 + the signal that killed it, and on all ranks' word."""
+        """One life of this rank -> its exit code, or 128 + the signal that killed it, which the other ranks then know
+        too. Kills the rank where it goes on too long after another has ended."""
         os.environ["MASTER_PORT"] = str(self.port + 3 + self.life)
         log = self.logs / f"rank{self.number:05d}.log" if self.life > self.first_life else None
         self.child = _fork(main, log)
@@ -156,14 +160,14 @@ class Rank:
             if max(codes) == 0 or any(each in SIGNALLED for each in codes):
                 return STOP
             if self.number == 0:
-                said = STOP if self.asked else self._decide(max(codes))
-                self.store.set(f"do/{self.life}", said)
-            said = self.store.get(f"do/{self.life}").decode()
-        except dist.DistError:  # a node is lost, or the first rank's process: SLURM will say
+                decision = STOP if self.asked else self._decide(max(codes))
+                self.store.set(f"do/{self.life}", decision)
+            decision = self.store.get(f"do/{self.life}").decode()
+        except dist.DistError:  # a node is lost, or the first rank's process: SLURM will find out
             return STOP
-        if said == STOP:
+        if decision == STOP:
             return STOP
-        end = time.monotonic() + float(said)
+        end = time.monotonic() + float(decision)
         while time.monotonic() < end and not self.asked:
             time.sleep(LOOK_S)
         self.life += 1
@@ -171,13 +175,14 @@ class Rank:
         return "again"
 
     def _codes(self, code: int) -> list[int]:
-        """Of all ranks. One that has finished waits as long as the others work; DistError where one does not answer."""
+        """The exit codes of all ranks; `code` is this rank's. One that has finished waits as long as the others work.
+        DistError where one does not answer."""
         names = [f"code/{self.life}/{number}" for number in range(self.world)]
         while code == 0 and not self._says(f"ended/{self.life}") and not self.store.check(names):
             time.sleep(CHECK_S)
         patience = SAVE_S if self._says(f"saved/{self.life}", gone=False) else HANG_S
         self.store.wait(names, timedelta(seconds=patience + AGREE_S))
-        return [int(said) for said in self.store.multi_get(names)]
+        return [int(value) for value in self.store.multi_get(names)]
 
     def _decide(self, code: int) -> str:
         """The seconds to wait before the next life, or STOP."""
@@ -188,7 +193,8 @@ class Rank:
         return action.removeprefix("again ") or STOP
 
     def nodes_are_fit(self, check: Callable[[list[str]], int]) -> bool:
-        """`check`, which is preflight.py's main, by the first rank of each node, in a process of its own."""
+        """Whether all nodes pass `check`, preflight.py's main, which the first rank of each node runs in a process of
+        its own."""
         if os.environ.get("IMGLISH_PREFLIGHT") == "no":
             return True
         node, nodes = os.environ["SLURM_NODEID"], int(os.environ["SLURM_JOB_NUM_NODES"])
@@ -201,17 +207,19 @@ class Rank:
                 self.store.set(f"fit/{self.life}/{node}", str(code))
             names = [f"fit/{self.life}/{number}" for number in range(nodes)]
             self.store.wait(names, timedelta(seconds=START_S if self.life == self.first_life else 2 * AGREE_S))
-            return all(said == b"0" for said in self.store.multi_get(names))
+            return all(value == b"0" for value in self.store.multi_get(names))
         except dist.DistError:
             return False
 
     def _says(self, name: str, gone: bool = True) -> bool:
-        """Whether somebody set it; `gone`: the answer where the store, and perhaps the first rank's node, is gone."""
+        """Whether a rank has set `name` in the store; `gone`: the answer where the store, and perhaps the first rank's
+        node, is gone."""
         with suppress(dist.DistError):
             return self.store.check([name])
         return gone
 
     def _pass_on(self, number: int, frame: object) -> None:
+        """Handles a signal: sends it on to the rank."""
         self.asked = number
         if self.child:
             with suppress(ProcessLookupError):
@@ -219,14 +227,15 @@ class Rank:
 
 
 def job_log() -> TextIO:
-    """Where a job says what its ranks do; stderr's place where that is not known or cannot be written."""
+    """The job's log, opened to append; a copy of stderr where it is not known or cannot be written."""
     with suppress(OSError, KeyError):
         return open(os.environ["IMGLISH_JOB_LOG"], "a")
     return os.fdopen(os.dup(2), "w")
 
 
 def _fork(action: Callable[[], int], log: Path | None, place: dict[str, str] | None = None) -> int:
-    """A child that does `action` and ends with its exit code; it dies with its parent. Its output goes to `log`."""
+    """Forks a child that runs `action` and ends with its exit code -> the child's process id. The child dies with its
+    parent, writes its output to `log` if one is given, and has the variables `place` instead of SLURM_PROCID."""
     sys.stdout.flush()
     sys.stderr.flush()
     waiting = {signal.SIGTERM, signal.SIGUSR1}
@@ -267,18 +276,20 @@ def _be_child(
 
 
 def _poll(child: int) -> int | None:
-    """Its exit code, or minus the signal that killed it; None while it runs."""
+    """The child's exit code, or minus the signal that killed it; None while it runs."""
     done, status = os.waitpid(child, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if done else None
 
 
 def _wait(child: int) -> int:
+    """Waits for the child's end -> as `_poll`."""
     while True:
         with suppress(InterruptedError):
             return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def _say(text: str, log: Path | None) -> None:
+    """Appends a line with the time to the log; None: to stderr."""
     line = f"{time.strftime('%H:%M:%S')} {text}\n".encode()
     if log is None:
         os.write(2, line)
@@ -288,6 +299,7 @@ def _say(text: str, log: Path | None) -> None:
 
 
 def _use_gpu() -> int:
+    """Fails where this process cannot use the GPU."""
     torch.zeros(1, device="cuda").cpu()
     return 0
 
