@@ -14,7 +14,7 @@ from pathlib import Path
 from pretrain.config import Recipe, Stage
 from pretrain.settings import nearest, set_values
 
-# Fields that had other names, for whoever still writes them.
+# Old names of fields -> where their settings are now, for the messages to whoever still writes them.
 RENAMED = {
     "tokenizer": "model=VQKDConfig(...) with task=TrainTokenizer(...) of the stage",
     "teacher": "task=TrainTokenizer(teacher=...) of the stage, with Pixels(), Clip(DIR) or Encoder(WEIGHTS)",
@@ -41,7 +41,8 @@ def load_recipe(name: str, stage: str, settings: list[str] | None = None) -> tup
 
 
 def _sort_settings(settings: list[str], stage: Stage) -> tuple[dict[str, str], dict[str, str]]:
-    """{key: text} for the stage and for the recipe; of a key that is given twice the last one counts."""
+    """({key: text} for the stage, the same for the recipe); the last one counts where a key is given twice. Raises
+    ValueError for a setting without "=" and for an unknown key."""
     of_stage: dict[str, str] = {}
     of_recipe: dict[str, str] = {}
     for setting in settings:
@@ -63,10 +64,13 @@ def _sort_settings(settings: list[str], stage: Stage) -> tuple[dict[str, str], d
 
 
 def built_in_recipes() -> list[str]:
+    """The names of the recipes here."""
     return [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
 
 
 def find_recipe(name: str) -> Recipe:
+    """The recipe of a module here, or of a .py file, which is executed. Raises ValueError where there is none, and for
+    whatever a file raises."""
     if name.endswith(".py") or "/" in name:
         path = Path(name)
         if not path.is_file() or path.suffix != ".py":
@@ -79,7 +83,7 @@ def find_recipe(name: str) -> Recipe:
             spec.loader.exec_module(module)
         except Exception as error:
             line = error.lineno if isinstance(error, SyntaxError) else _line(error, path)
-            # A config says itself what is wrong with it: a ValueError needs no name.
+            # A ValueError is most often a config's, whose message needs no name of a class.
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
             raise ValueError(f"--recipe {name}, line {line}: {kind}{error}{_renamed(error)}") from error
     else:
@@ -100,7 +104,7 @@ def _line(error: BaseException, path: Path) -> int | None:
 
 
 def _renamed(error: BaseException) -> str:
-    """Where a keyword went that a config does not know any more."""
+    """The end of a message about a keyword that configs had once: where its setting is now; else ""."""
     keyword = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     new = [new for old, new in RENAMED.items() if keyword and old.split(".")[-1] == keyword[1]]
     return f"; that is now {new[0]}" if new else ""

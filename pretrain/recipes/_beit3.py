@@ -3,8 +3,9 @@ microsoft/unilm beit2 (TOKENIZER.md, run_beitv2_pretraining.py); [VLMo] arXiv 21
 
 The paper trained from scratch on all three kinds of data at once (an author, microsoft/unilm issue 1034): the stage
 `pretrain`. Stagewise pretraining is VLMo's: `vision`, `language` and `fusion` do that with BEiT-3's objective, and
-`fusion` has the settings of `pretrain` but for where it starts. Either way `retrieval` follows. `codes` behind
-`tokenizer` in launch/chain.sh stores its codes of fixed crops; without it they are made in each step, of new crops.
+`fusion` has the settings of `pretrain` except for its start. Either way `retrieval` follows. The word `codes` behind
+`tokenizer` in launch/chain.sh stores the tokenizer's codes for fixed crops; without it, each step computes those of new
+crops.
 
 Data, under $DATA as `data_tools` leaves it: images (ImageNet-21k, 14M [B3 table 1]), pairs (CC12M, CC3M, SBU, COCO, VG:
 21M pairs of 15M images), texts (160 GB: Wikipedia, BookCorpus, OpenWebText, CC-News, Stories), text.model (a
@@ -68,7 +69,7 @@ TOKENIZER_STEPS, TOKENIZER_WARMUP = 100 * 1_281_167 // 512, 10 * 1_281_167 // 51
 
 
 def recipe(name: str, model: MultiwayConfig) -> Recipe:
-    """All stages for one size."""
+    """The recipe with all stages, for a model of one size."""
     pretrain = Stage(
         mix={"images": IMAGES, "pairs": PAIRS, "texts": TEXTS},
         batch=BATCH,
@@ -150,7 +151,7 @@ def _vision(pretrain: Stage) -> Stage:
 
 def _language(pretrain: Stage) -> Stage:
     """Masked texts with attention and the vision expert frozen, as VLMo's second stage: batch 1024, 200k steps, peak
-    2e-4, weight decay 0.01 [VLMo config.py, task_textmlm_base]. What is open is what vlmo/run.py opens."""
+    2e-4, weight decay 0.01 [VLMo config.py, task_textmlm_base]. It trains the parameters that vlmo/run.py trains."""
     return replace(
         pretrain,
         mix={"texts": TEXTS},
@@ -167,7 +168,7 @@ def _language(pretrain: Stage) -> Stage:
 
 
 # vlmo/run.py: text_embeddings, mlp_text, norm2_text, mlm_score, transformer.norm (our experts own their norm).
-# With attention per modality the language rows have projections of their own, which nobody has trained yet: open too.
+# With attention per modality, texts have projections of their own, which no stage has trained before: trained too.
 LANGUAGE_TRAINS = (
     "encoder.text_embed.*",
     "encoder.blocks.*.experts.language.*",

@@ -106,7 +106,7 @@ LARGE = {
 
 def recipe(name: str, model: MultiwayConfig, settings: dict[str, Settings]) -> Recipe:
     """A stage for each task, all from pretrained weights."""
-    bare = replace(model, final_norm=False)  # as unilm's classifier and answerer
+    bare = replace(model, final_norm=False)  # as unilm's models for classes and answers
     questions = QuestionShards("$DATA/vqa/train", text_len=LENGTH, vocabulary="$DATA/vqa/answers.json")
     hypotheses = LabelledPairShards("$DATA/snli_ve/train", text_len=LENGTH)
     sentences = TwoPictureShards("$DATA/nlvr2/train", text_len=LENGTH)

@@ -19,12 +19,12 @@ from pretrain.models.towers.tower import Tower
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.optim import Optim
 
-# [CLIP 2.4] "a random square crop from resized images is the only data augmentation". How small is not published; the
-# crop's smallest share is open_clip's default. [SigLIP] names no augmentation: as CLIP's, a choice.
+# [CLIP 2.4] "a random square crop from resized images is the only data augmentation". How small the crop may be is not
+# published: its smallest share is open_clip's default. [SigLIP] names no augmentation: CLIP's is a choice.
 LOOK = ImageTransform(size=224, scale=(0.9, 1.0), flip=False, jitter=0.0)
 
 # [CLIP table 20, ViT-B/16]: 12 layers of 768 with 12 heads; text 12 layers of 512 with 8; embedding 512; 77 ids. With
-# CLIP's own 49,408 ids come PAD, UNK and the mask, which its tokenizer has not.
+# CLIP's own 49,408 ids come PAD, UNK and the mask, which its tokenizer does not have.
 CLIP_B16 = DualTowers(
     Tower("clip_vision_model", {"num_hidden_layers": 12}, **CLIP_LOOK),
     Tower("clip_text_model", {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}, "eos"),

@@ -1,15 +1,15 @@
 """VLMo's sizes (arXiv 2111.02358; microsoft/unilm vlmo) with masked data modeling. VLMo's own third stage contrasts,
 matches and fills in words at once, in four fusion and two unimodal passes: the cost that BEiT-3's single objective set
 out to remove. Here its architecture, data sizes and optimizer are VLMo's; the stage `fusion` has masked data modeling
-in their place, and `published` the three losses, but for what tiny_vlmo.py says that it leaves out. Its word pieces
-(BERT uncased, 30522 ids) are replaced by a SentencePiece model of that size; text_tokenizer=tokenizer.json takes them.
+in their place, and `published` the three losses, without what tiny_vlmo.py leaves out. A SentencePiece model of the
+same size stands in for its word pieces (BERT uncased, 30522 ids); text_tokenizer=tokenizer.json takes the word pieces.
 
-What its code does beside the paper (tests/models/multiway/test_reference_vlmo.py runs both: the losses and gradients of
-a step are equal but for this). Matching reads [CLS], through a tanh layer; here the picture's class row, as BEiT-3's
-fusion does. Texts have a dropout of 0.1, and the mean of masked words is over words and not over pairs. And its
-contrast is taken over all ranks' rows, of which only a rank's own have a gradient; the mean over ranks is then the
-gradient divided by their number (measured on two), so that on its 64 GPUs contrast counts a 64th beside matching and
-words. Here it counts what it says: weights={"contrastive": 1 / 64} is theirs.
+Its code differs from ours in these points beside the paper (tests/models/multiway/test_reference_vlmo.py runs both: the
+losses and gradients of a step are otherwise equal). Matching reads [CLS], through a tanh layer; here the picture's
+class row, as BEiT-3's fusion does. Texts have a dropout of 0.1, and the mean of masked words is over words and not over
+pairs. And its contrast is taken over all ranks' rows, of which only a rank's own have a gradient; the mean over ranks
+is then the gradient divided by their number (measured on two), so that on its 64 GPUs contrast counts a 64th beside
+matching and words. Here contrast counts fully; weights={"contrastive": 1 / 64} gives theirs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def recipe(name: str, model: MultiwayConfig, *, lr: float) -> Recipe:
         steps=200_000,
         evals=(MaskedAccuracy({"pairs": heldout}, samples=5000),),
     )
-    # Stage 2 opens the relative position tables too [vlmo/run.py].
+    # Stage 2 trains the relative position tables too [vlmo/run.py].
     language = beit3.stages["language"]
     language = replace(
         language,

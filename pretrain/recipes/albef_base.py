@@ -1,6 +1,6 @@
 """ALBEF (arXiv 2107.07651): contrast with a momentum teacher's soft targets and a queue, matching with hard partners,
-masked words, over a vision encoder, a text encoder, and words that ask the picture. $BERT: a Hugging Face directory of
-bert-base-uncased, for its tokenizer.json; data as for _beit3.py.
+masked words, over a vision encoder, a text encoder, and layers in which words attend to the picture. $BERT: a Hugging
+Face directory of bert-base-uncased, for its tokenizer.json; data as for _beit3.py.
 
 Published, and here [salesforce/ALBEF configs/Pretrain.yaml, Pretrain.py, models/model_pretrain.py]: ViT-B/16 at 256
 pixels, 6 + 6 layers of BERT, vectors of 256 by projections with a bias, BERT's word head over the table of words,
@@ -11,13 +11,13 @@ pairs at once, negatives of the rank's own batch, 15 % of the words, 25 ids, Ada
 Other than published: it starts from scratch (there from DeiT and BERT); masked words have no soft targets; they are
 those of pairs of their own, in the same batch; no RandAugment; the temperature's scale ends at 100 and not at 1000.
 
-What the code does beside the paper (tests/models/fusion/test_reference_albef.py runs both: the losses and gradients of
-a step are equal but for this). Partners are drawn by the trained vectors against the teacher's; here both are the
-trained ones, so that drawing waits for no teacher. Each rank contrasts with its own rows and the queue; here with all
-ranks' rows besides, so that their number changes no loss. The mean of masked words is over words; here each pair counts
-the same. BERT's dropout of 0.1 is left out, [SEP] is hidden like a word there, and the temperature itself is learned,
-here the logarithm of its inverse. Pretrain.py warms up for 2000 steps (20 times
-100), the paper says 1000, which is taken here.
+ALBEF's code differs from ours in these points beside the paper (tests/models/fusion/test_reference_albef.py runs both:
+the losses and gradients of a step are otherwise equal). Partners are drawn by the trained vectors against the
+teacher's; here both are the trained ones, so that drawing waits for no teacher. Each rank contrasts with its own rows
+and the queue; here with all ranks' rows besides, so that their number changes no loss. The mean of masked words is over
+words; here each pair counts the same. BERT's dropout of 0.1 is left out, [SEP] is hidden like a word there, and the
+temperature itself is learned, here the logarithm of its inverse. Pretrain.py warms up for 2000 steps (20 times 100),
+the paper says 1000, which is taken here.
 """
 
 from __future__ import annotations

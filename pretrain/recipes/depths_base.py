@@ -1,14 +1,15 @@
-"""Words that ask pictures at several depths: BridgeTower's scales (arXiv 2206.08657) under ALBEF's fusion. $BERT: a
-Hugging Face directory of bert-base-uncased, for its tokenizer.json; data as for _beit3.py.
+"""Words that attend to pictures at several depths: BridgeTower's scales (arXiv 2206.08657) under ALBEF's fusion. $BERT:
+a Hugging Face directory of bert-base-uncased, for its tokenizer.json; data as for _beit3.py.
 
-No paper has this very model. Of BridgeTower it has [paper, 3.3; microsoft/BridgeTower src/config.py,
+No paper has this very model. From BridgeTower it takes [paper, 3.3; microsoft/BridgeTower src/config.py,
 task_mlm_itm_clip_bert]: six layers above that see a ViT-B/16 behind its blocks 7 to 12, masked words and matching
 against random partners, 15 % of the words hidden, 50 ids, batch 4096, 100k steps, AdamW with weight decay 0.01, a peak
 of 1e-5 and five times as much for the layers above, warmup in a tenth of the steps, linear decay.
 
-Other than there: what it sees of a depth is a norm's, and no sum with the layer's own rows; the text encoder has six
-blocks, of which the last is seen (there a RoBERTa's 7 to 12); pictures have no layers of their own above; 224 pixels
-(there 288); it starts from scratch (there from CLIP and RoBERTa). Betas and eps are AdamW's defaults; nothing clips.
+Other than there: the layers above see a norm of a depth's rows, and no sum of them with their own; the text encoder has
+six blocks, of which they see the last (there a RoBERTa's 7 to 12); pictures have no layers of their own above; 224
+pixels (there 288); it starts from scratch (there from CLIP and RoBERTa). Betas and eps are AdamW's defaults; nothing
+clips.
 """
 
 from __future__ import annotations

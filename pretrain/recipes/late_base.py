@@ -1,12 +1,12 @@
-"""Late fusion: CLIP's two towers, whose rows a product makes one above them. Contrast compares them, and matching asks
-the fused row about the partners that the contrast finds the most alike. $CLIP: a Hugging Face directory of CLIP
-ViT-B/16, for its tokenizer.json.
+"""Late fusion: CLIP's two towers, and above them a product that fuses their two rows into one. Contrast compares the
+towers' rows, and matching reads the fused row, for the partners that the contrast finds the most alike. $CLIP: a
+Hugging Face directory of CLIP ViT-B/16, for its tokenizer.json.
 
 Nobody published a recipe that pretrains it so: towers and contrast are clip_base's (see _towers.py), the fusion is
 arXiv 1610.04325's low-rank product (see PooledFusion), and batch, steps and rate are choices, ALBEF's but for its
 momentum (albef_base.py).
 
-    python -m pretrain.export from-hf clip-vit-base-patch16 runs/start      # towers that were trained: init_from
+    python -m pretrain.export from-hf clip-vit-base-patch16 runs/start      # trained towers, for init_from
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ from pretrain.objectives.contrastive import Contrastive
 from pretrain.optim import Optim
 from pretrain.recipes._towers import SIGLIP_B16, recipe
 
-# [SigLIP 4]: batch 32k, Adam with the second beta at 0.95, peak 1e-3, weight decay 1e-4, scale 10 and bias -10. How
-# long the released weights were trained and with what warmup stands nowhere in the paper: 40 billion pairs and 20k
-# steps are what is told of SigLIP 2. eps and clipping are not published: torch's default, and big_vision's 1.0.
+# [SigLIP 4]: batch 32k, Adam with the second beta at 0.95, peak 1e-3, weight decay 1e-4, scale 10 and bias -10. The
+# paper does not say how long the released weights were trained, nor with what warmup: 40 billion pairs and 20k steps
+# are SigLIP 2's. eps and clipping are not published: torch's default, and big_vision's 1.0.
 OPTIM = Optim(lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=1e-4, warmup_steps=20_000, clip=1.0)
 RECIPE = recipe(
     "siglip_base",

@@ -97,7 +97,7 @@ LANGUAGE = Stage(
     batch=BatchSize(texts=64),
     experts=("language",),
     init_from="vision",
-    # VLMo's stage 2: attention, its norm and the vision expert stay as vision left them.
+    # VLMo's stage 2: attention, its norm and the vision expert stay as the stage vision left them.
     trainable=("encoder.text_embed.*", "encoder.blocks.*.experts.language.*", "encoder.norm.*", "objectives.*"),
     objectives=(MaskedData(text_ratio=0.15, image_codes=512),),
     optim=OPTIM,
@@ -130,7 +130,7 @@ RETRIEVAL = Stage(
     evals=(Retrieval(HELD_PAIRS, samples=256),),
 )
 
-# Every word may come next, so all of a caption is learned from its picture and the words before.
+# Any word may be the next one, so each word of a caption is learned from its picture and the words before it.
 CAPTIONS = Stage(
     mix={"pairs": PAIRS},
     batch=BatchSize(pairs=64),
@@ -153,7 +153,7 @@ RECIPE = Recipe(
         "fusion": FUSION,
         "retrieval": RETRIEVAL,
         "captions": CAPTIONS,
-        # At the better rate for it: with 6e-4 it reached 45.7 and 51.2 % R@1 instead of 55.1 and 52.0.
+        # The better of two rates: with 6e-4 it reached 45.7 and 51.2 % R@1 instead of 55.1 and 52.0.
         "scratch": replace(RETRIEVAL, init_from=None, optim=OPTIM),
     },
     loading=Loading(workers=1, streams=8, block_shards=4),

@@ -1,6 +1,6 @@
-"""Words that ask pictures at several depths, on the quickstart's corpus (see depths_base.py): matching against random
-partners, masked words; from scratch, in as many steps of as many pairs as tiny_vlmo's third stage. Sizes are
-tiny_albef's, whose words ask the last depth alone; rates are tiny's.
+"""Words that attend to pictures at several depths, on the quickstart's corpus (see depths_base.py): matching against
+random partners, masked words; from scratch, in as many steps of as many pairs as tiny_vlmo's third stage. Sizes are
+tiny_albef's, whose words attend to the last depth alone; rates are tiny's.
 """
 
 from __future__ import annotations

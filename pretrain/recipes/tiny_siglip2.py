@@ -21,7 +21,7 @@ CONTRAST = Contrastive(loss="sigmoid", bias=-4.0)
 STAGE = replace(tiny.RECIPE.stages["scratch"], objectives=(CONTRAST,), steps=480)
 DISTILLED = SelfDistillation(
     views=2, area=(0.2, 0.6), momentum=0.98, prototypes=256, hidden_dim=256, bottleneck_dim=64
-)  # a smaller part of a drawn scene holds nothing
+)  # a smaller part of a drawn scene would be empty
 
 RECIPE = replace(
     tiny.RECIPE,
@@ -32,7 +32,7 @@ RECIPE = replace(
             STAGE,
             init_from="contrast",
             objectives=(CONTRAST, DISTILLED),
-            optim=replace(STAGE.optim, lr=3e-4),  # where the first stage's cosine is not yet down
+            optim=replace(STAGE.optim, lr=3e-4),  # which the first stage's cosine passes before its end
             steps=120,
         ),
     },

@@ -1,6 +1,7 @@
 """A student of the quickstart's `retrieval`, whose blocks have less than a third of the weights: it learns by contrast
-and from what the teacher says of each batch. Call it with the quickstart's --run-dir. `student_alone` is the same
-without a teacher: what the teacher is worth. Width and steps were chosen for that corpus; they come from no paper.
+and from the teacher's vectors and their similarities in each batch. Call it with the quickstart's --run-dir.
+`student_alone` is the same without a teacher, to show what the teacher is worth. Width and steps were chosen for that
+corpus; they come from no paper.
 """
 
 from __future__ import annotations

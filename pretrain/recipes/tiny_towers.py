@@ -1,6 +1,6 @@
 """Dual towers on the quickstart's corpus, a stage each: CLIP, SigLIP, a ResNet beside a BERT, ALIGN, BriVL. They are
-what clip_base, siglip_base, resnet50_bert, align_base and brivl_base are, in small; sizes, rates and steps were chosen
-by trying, on the budget of tiny's `scratch`. Its text tokenizer is tiny's.
+small versions of clip_base, siglip_base, resnet50_bert, align_base and brivl_base; sizes, rates and steps were chosen
+by trying, on the budget of tiny's `scratch`. The text tokenizer is tiny's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RECIPE = replace(
     model=CLIP,
     stages={
         "clip": replace(STAGE, objectives=(Contrastive(embed_dim=128),)),
-        # -log of the batch of 64 is -4.2.
+        # -log(64) = -4.2, for batches of 64.
         "siglip": replace(STAGE, model=SIGLIP, objectives=(Contrastive(loss="sigmoid", project=False, bias=-4.0),)),
         "resnet_bert": replace(
             STAGE, model=DualTowers(RESNET, BERT, **COMMON), objectives=(Contrastive(embed_dim=128),)

@@ -1,6 +1,6 @@
-"""ViLBERT on the quickstart's corpus (see vilbert_base.py): two streams that ask each other, matching against random
-partners, masked words; from scratch, in as many steps of as many pairs as tiny_vlmo's third stage. Sizes and rates are
-tiny's; the pictures' stream is wider than the words', as the published one.
+"""ViLBERT on the quickstart's corpus (see vilbert_base.py): two streams that attend to each other, matching against
+random partners, masked words; from scratch, in as many steps of as many pairs as tiny_vlmo's third stage. Sizes and
+rates are tiny's; the pictures' stream is wider than the words', as the published one.
 """
 
 from __future__ import annotations

@@ -9,14 +9,15 @@ LayerScale's start. Its 0.1 was made for 200,000 steps: the class rows of 32 hel
 of 0.85 (0.14 from 1), and from scratch on 6,400 pairs (benchmarks.zoo) it stays at chance, R@1 0.8 and 0.0 %, R@10 7.8
 and 10.2; from 1, all else equal, R@1 is 3.5 and 4.3 and R@10 36.3 and 39.5.
 
-Its tables of relative positions begin at 0 and are all that says where a word or a patch stands; Adam moves a number
-by about its rate in a step, so that at 1e-3 none of them gets anywhere in 300. They learn 100 times as fast here: of
-words hidden in pairs, nothing else trained, from scratch, 150 steps of 64 pairs, 24.2 % of the held-out ones were right
-at the plain rate, 28.5 % at 30 times that and 40.1 % at 100 times (18.6 % are the most frequent word; one seed each).
+Its tables of relative positions begin at 0, and nothing else tells where a word or a patch stands. Adam moves a number
+by about its rate in a step, so at 1e-3 they hardly change in 300 steps. They learn 100 times as fast here. Measured on
+masked words of pairs, with no other objective, from scratch, in 150 steps of 64 pairs: 24.2 % of the held-out words
+were right at the plain rate, 28.5 % at 30 times that and 40.1 % at 100 times (18.6 % are the most frequent word; one
+seed each).
 
 Left out: a second contrast on rows that passed the fusion experts, and whole-word masking. Words are filled in for
-pairs of their own, in the same batch, where VLMo takes the pairs that it contrasts. Its 0.25 for masked words is not
-there: the three losses count the same.
+pairs of their own, in the same batch, where VLMo takes the pairs that it contrasts. Its weight of 0.25 for masked words
+is left out too: the three losses count the same.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ WORDS = MaskedData(
     image_ratio=0.0, pair_image_ratio=0.0, text_ratio=0.0, pair_text_ratio=0.15, dual=False, image_codes=512
 )
 
-# Also of others' stages (tiny_albef and so on), whose models have no such tables.
+# Stages of other recipes (tiny_albef and so on) use it too; their models have no such tables.
 FUSION = Stage(
     mix={"pairs": tiny.PAIRS, "dual": tiny.PAIRS},
     batch=BatchSize(pairs=64, dual=64),
@@ -57,12 +58,12 @@ FUSION = Stage(
     ),
 )
 
-# See above; as microsoft/unilm's vlmo/run.py, stage 2 opens the tables too: those of words are new there.
+# See above. As in microsoft/unilm's vlmo/run.py, stage 2 trains the tables too: those of words are new there.
 TABLES = "encoder.relative_position.*"
 
 
 def moving(stage: Stage) -> Stage:
-    """The stage whose tables of relative positions move, and so far that they say something."""
+    """The stage with tables of relative positions that are trained, at a rate at which they learn something."""
     trainable = stage.trainable if "*" in stage.trainable else (*stage.trainable, TABLES)
     return replace(stage, trainable=trainable, optim=replace(stage.optim, factors={TABLES: 100.0}))
 

@@ -1,4 +1,4 @@
-"""ViLBERT (arXiv 1908.02265): a stream of pictures and one of words that ask each other. $BERT: a Hugging Face
+"""ViLBERT (arXiv 1908.02265): a stream of pictures and one of words that attend to each other. $BERT: a Hugging Face
 directory of bert-base-uncased, for its tokenizer.json; data as for _beit3.py.
 
 Published, and here [3.1, 3.2]: 12 blocks of BERT base for words; for pictures 6 blocks of 1024 with 8 heads; batch 512,
