@@ -42,6 +42,7 @@ def make_parser(name: str, description: str | None, example: str) -> argparse.Ar
 
 
 def add_directories(parser: argparse.ArgumentParser) -> None:
+    """Adds the positional argument `directories`, one or more directories of shards."""
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="contains 00000.tar, 00001.tar, ...")
 
 

@@ -15,14 +15,18 @@ T = TypeVar("T")
 
 
 def rank() -> int:
+    """This process's number among all of the job: torch's, or before it is set up RANK's, which is 0 without a
+    launcher."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
+    """How many processes the job has; 1 without a launcher."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
+    """This process's number among those of its node; 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -35,6 +39,7 @@ def device() -> torch.device:
 
 
 def barrier() -> None:
+    """Waits for all ranks. Does nothing in a process alone."""
     if dist.is_initialized():
         dist.barrier()
 

@@ -63,6 +63,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON by `write_file`."""
     write_file(path, (json.dumps(value, indent=1) + "\n").encode())
 
 

@@ -37,6 +37,7 @@ def try_lock(handle: int, path: Path, lock: Callable[[int, int], object] | None 
 
 
 def this_process() -> str:
+    """The sentence by which a lock's file names its holder."""
     since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     return f"process {os.getpid()} on {socket.gethostname()} since {since}"
 

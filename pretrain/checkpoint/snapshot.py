@@ -102,6 +102,7 @@ def _write_hashed(path: Path, write: Callable[[HashedFile], None]) -> dict[str, 
 
 
 def precision_of(engine) -> str:
+    """The precision that a checkpoint notes: bf16 or fp32."""
     return "bf16" if engine.bfloat16_enabled() else "fp32"
 
 
@@ -121,6 +122,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
+    """Sets this rank's generators to a state that `random_state` returned."""
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]

@@ -21,10 +21,12 @@ SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13  # Pillow'
 
 
 def autocontrast(pixels: np.ndarray) -> np.ndarray:
+    """Stretches each channel to 0 to 255, as Pillow's ImageOps.autocontrast."""
     return cv2.merge([cv2.LUT(plane, _stretched(plane)) for plane in cv2.split(pixels)])
 
 
 def _stretched(plane: np.ndarray) -> np.ndarray:
+    """The lookup table of 256 values that stretches a channel."""
     low, high = int(plane.min()), int(plane.max())
     if high <= low:
         return np.arange(256, dtype=np.uint8)
@@ -33,10 +35,12 @@ def _stretched(plane: np.ndarray) -> np.ndarray:
 
 
 def equalize(pixels: np.ndarray) -> np.ndarray:
+    """Levels the histogram of each channel, as Pillow's ImageOps.equalize."""
     return cv2.merge([cv2.LUT(plane, _levelled(plane)) for plane in cv2.split(pixels)])
 
 
 def _levelled(plane: np.ndarray) -> np.ndarray:
+    """The lookup table of 256 values that levels a channel's histogram."""
     counts = np.bincount(plane.reshape(-1), minlength=256)
     step = (counts.sum() - counts[np.flatnonzero(counts)[-1]]) // 255
     if step == 0:
@@ -46,6 +50,7 @@ def _levelled(plane: np.ndarray) -> np.ndarray:
 
 
 def brightness(pixels: np.ndarray, factor: float) -> np.ndarray:
+    """Multiplies all values by `factor`; 1 changes nothing."""
     return cv2.LUT(pixels, (np.arange(256, dtype=np.float32) * factor).clip(0, 255).astype(np.uint8))
 
 
@@ -64,6 +69,7 @@ def rotate(pixels: np.ndarray, degrees: float) -> np.ndarray:
 
 
 def shear(pixels: np.ndarray, x: float = 0.0, y: float = 0.0) -> np.ndarray:
+    """Moves row number n to the right by `x` * n pixels, and column number n down by `y` * n pixels."""
     return _moved(pixels, np.array([[1, x, 0], [y, 1, 0]], np.float32))
 
 
@@ -73,6 +79,7 @@ def translate(pixels: np.ndarray, x: float = 0.0, y: float = 0.0) -> np.ndarray:
 
 
 def _moved(pixels: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """The pixels under an affine map [2, 3] from the source to the result; grey comes in at the edges."""
     size = pixels.shape[1], pixels.shape[0]
     return cv2.warpAffine(pixels, matrix, size, flags=cv2.INTER_LINEAR, borderValue=GREY)
 

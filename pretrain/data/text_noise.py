@@ -71,10 +71,12 @@ def _own(rng: Generator) -> Generator:
 
 
 def noisy(text: str, noise: TextNoise | None, rng: Generator) -> str:
+    """The text under the noise; None changes nothing."""
     return text if noise is None else noise(text, rng)
 
 
 def files_of(noise: TextNoise | None) -> tuple[str, ...]:
+    """The files that the noise reads; None reads none."""
     return () if noise is None else noise.files
 
 

@@ -87,6 +87,7 @@ def mean_of_templates(vectors: Tensor, names: int) -> Tensor:
 
 
 def check_templates(templates: Sequence[str]) -> None:
+    """Raises ValueError for templates that are no list of texts with a place for the name."""
     if isinstance(templates, str) or not templates or not all("{}" in template for template in templates):
         raise ValueError(f"templates={templates!r} must be texts with {{}} for the name, such as 'a photo of a {{}}.'")
 

@@ -64,6 +64,7 @@ class LoraLinear(nn.Linear):
 
 
 def is_adapter(name: str) -> bool:
+    """Whether a tensor of this name is one of an adapter's two matrices."""
     return name.endswith((f".{DOWN}", f".{UP}"))
 
 

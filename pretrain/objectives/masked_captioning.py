@@ -60,6 +60,7 @@ class MaskedCaptioning(Objective):
 
 
 def causal_layout(layout: Layout) -> Layout:
+    """The layout of the pass over the pairs alone, with causal texts."""
     return Layout(pairs=layout.pairs, patches=layout.patches, pair_len=layout.pair_len, causal=True)
 
 

@@ -134,6 +134,7 @@ def _bf16(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def zero_stage(config: dict[str, Any]) -> int:
+    """The ZeRO stage, 0 to 3, that a DeepSpeed JSON asks for."""
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 

@@ -212,6 +212,7 @@ def _likely_cause(how: str) -> str:
 
 
 def place() -> str:
+    """How messages name this rank."""
     return f"rank {rank()} of {world_size()}"
 
 

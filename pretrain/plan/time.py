@@ -39,6 +39,8 @@ KINDS = ("data all-reduce", "all-gather", "reduce-scatter", "tensor all-reduce",
 
 
 class Cluster(NamedTuple):
+    """The GPUs that a stage is planned for: their kind and how many there are."""
+
     gpu: Gpu
     gpus: int
     node: int  # GPUs of one node

@@ -34,6 +34,7 @@ def identity_of(recipe: Recipe, stage: Stage) -> dict[str, Any]:
 
 
 def hash_of(identity: dict[str, Any]) -> str:
+    """16 hex digits that are equal for equal identities."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 

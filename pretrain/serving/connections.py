@@ -50,6 +50,8 @@ def serve(app: Gate, listener: socket.socket, limits: Limits, *, started: Callab
 
 
 def make_config(app: Gate, limits: Limits) -> uvicorn.Config:
+    """uvicorn's settings for the server."""
+
     class Bounded(Connection):
         most = limits.connections
 

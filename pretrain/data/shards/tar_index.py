@@ -35,6 +35,8 @@ _SUMS = b"crc32 "
 
 
 class Member(NamedTuple):
+    """A member of a sample in a shard."""
+
     extension: str  # lower case, one of EXTENSIONS
     offset: int  # of the content, in bytes from the start of the tar
     size: int

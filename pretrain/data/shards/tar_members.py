@@ -40,6 +40,8 @@ _COMPRESSED = {
 
 
 class TarMember(NamedTuple):
+    """A member of a tar, as its header describes it."""
+
     name: str  # untrusted; bytes that are not UTF-8 are surrogates
     kind: str  # FILE, FOLDER, LINK, SPARSE, SPECIAL or BEHIND
     offset: int  # of the content, in bytes from the start of the tar
