@@ -189,6 +189,11 @@ class Objective(Protocol):
         """As Task.reads."""
         return {}
 
+    def lessons(self, layout: Layout) -> dict[str, Layout]:
+        """{knob of `reads`: what the model behind it encodes of a micro-batch of this layout, without gradient}, for
+        the plan. Every rank holds such a model whole, in fp32."""
+        return {}
+
     def prepare(self, head: Any, stage: Any, tokenizer: Any) -> None:
         """Called before a run's engine is built: gives its head what training needs from the stage's sources, or from
         the text tokenizer, which `tokenizer()` opens. ValueError for what cannot be read or does not fit."""
@@ -210,6 +215,11 @@ class Objective(Protocol):
     def products(self, layout: Layout, model: Any) -> list[Product]:
         """The matrix products of its head; for FLOPs and the plan."""
         return []
+
+    def saves(self, layout: Layout, model: Any, width: int) -> float:
+        """Bytes that its head keeps for the backward pass beside the inputs of its products, where they are many: for
+        the plan. `width`: bytes of a number of the model."""
+        return 0.0
 
     def splits(self, experts: Sequence[str]) -> dict[str, int]:
         """The sizes that tensor ranks divide, by the names of the fields that set them."""

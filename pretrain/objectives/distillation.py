@@ -25,7 +25,7 @@ class Distillation(Objective):
     or weights, with a contrastive head, for pictures of the same size and the same tokenizer. The loss is `relations`
     times the mean KL divergence of the student's similarities from the teacher's, both at the teacher's temperature,
     plus `features` times the squared distance of their vectors, which must then be of one width. The step's FLOPs do
-    not count the teacher's pass."""
+    not count the teacher's pass; `pretrain.plan` counts its time."""
 
     teacher: str = "retrieval"
     relations: float = 1.0
@@ -52,6 +52,9 @@ class Distillation(Objective):
     def reads(self) -> dict[str, str]:
         return {"distillation.teacher": self.teacher}
 
+    def lessons(self, layout: Layout) -> dict[str, Layout]:
+        return {"distillation.teacher": _paired(layout)}
+
     def problems(self, stage: Any) -> list[str]:
         problems = []
         if not any(objective.name == Contrastive.name for objective in stage.objectives):
@@ -62,6 +65,12 @@ class Distillation(Objective):
                 "parallel.tensor, parallel.sequence and parallel.pipe to 1"
             )
         return problems
+
+
+def _paired(layout: Layout) -> Layout:
+    """The dual pairs alone, nothing of them hidden."""
+    count = layout.dual
+    return Layout(images=count, texts=count, patches=layout.patches, text_len=layout.text_len, dual=count)
 
 
 def _teacher(cfg: Distillation, state: Mapping[str, Tensor], model: Any, head: DistillationHead) -> nn.Module:
@@ -139,8 +148,7 @@ class DistillationHead(nn.Module):
     def _teach(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The teacher's unit vectors of the dual pairs, with no patch or word hidden: fp32 [N, E] each."""
         teacher: Any = self.teacher[0].to(batch.images.device)
-        layout, count = batch.layout, batch.layout.dual
-        paired = Layout(images=count, texts=count, patches=layout.patches, text_len=layout.text_len, dual=count)
+        layout, count, paired = batch.layout, batch.layout.dual, _paired(batch.layout)
         images = batch.images[layout.images - count : layout.images]
         dual = make_batch(paired, images=images, text_tokens=batch.text_tokens[:count])
         low = self.student[0].logit_scale.dtype == torch.bfloat16

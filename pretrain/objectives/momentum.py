@@ -84,6 +84,11 @@ class MomentumContrast(Objective):
     def products(self, layout: Layout, model: Any) -> list[Product]:
         return self._plain.products(layout, model)
 
+    def saves(self, layout: Layout, model: Any, width: int) -> float:
+        """In fp32 and both ways: the vectors of batch and queue, each row's logits twice and the teacher's shares."""
+        known = layout.dual + self.queue
+        return 2 * 4.0 * known * ((self.embed_dim or model.width("images")) + 3 * layout.dual)
+
 
 def _paired(layout: Layout) -> Layout:
     count = layout.dual

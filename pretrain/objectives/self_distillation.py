@@ -119,6 +119,14 @@ class SelfDistillation(Objective):
         sizes = (model.width("images"), self.hidden_dim, self.hidden_dim, self.bottleneck_dim, self.prototypes)
         return [Product(rows, *pair) for pair in pairwise(sizes)]
 
+    def saves(self, layout: Layout, model: Any, width: int) -> float:
+        """The student's log-probabilities and the teacher's targets in fp32, the prototypes at length 1, and what the
+        two GELU and the last layer's norm read."""
+        hidden = self.hidden(layout.patches)
+        said, targets = layout.images * (self.views + hidden), layout.images * (1 + hidden)
+        inner = said * (2 * self.hidden_dim + self.bottleneck_dim) + self.prototypes * self.bottleneck_dim
+        return 4.0 * (said + targets) * self.prototypes + inner * width
+
 
 def _whole(layout: Layout) -> Layout:
     return Layout(images=layout.images, patches=layout.patches)

@@ -29,6 +29,10 @@ class Parallel:
                 f"parallel.pipe={self.pipe} and parallel.sequence={self.sequence} do not go together; set one to 1"
             )
 
+    def __str__(self) -> str:
+        """The sizes that are not 1, as a user writes them."""
+        return " and ".join(f"parallel.{name}={size}" for name, size in vars(self).items() if size > 1) or "one rank"
+
     @property
     def model(self) -> int:
         """How many ranks work together on one micro-batch."""

@@ -31,7 +31,7 @@ from pretrain.parallel.legal import problems
 from pretrain.parallel.sizes import Parallel
 from pretrain.plan.hardware import FRAGMENTS, GIB, GPUS, OUTSIDE
 from pretrain.plan.memory import Cell, Memory, peak_memory
-from pretrain.plan.model import Planned, micro_batch_layout, planned
+from pretrain.plan.model import Planned, micro_batch_layout, planned, teachers
 from pretrain.plan.page import page
 from pretrain.plan.time import FULL, Cluster, Lengths, Time, step_time, whole_stage
 from pretrain.recipes import load_recipe
@@ -151,11 +151,21 @@ def report(plan: Plan, top: int, lengths: Lengths = FULL) -> dict[str, Any]:
         "parameters": sum(p.real for p in plan.planned.parameters),
         "gpus": plan.cluster.gpus,
         "rows": _rows(plan, lengths),
+        "not_counted": _not_counted(plan.planned),
         "layouts": [_row(plan, row) for row in plan.fits[:top]],
         "too_large": len(plan.too_large),
         "nearest_too_large": [_row(plan, row) for row in plan.too_large[:1]],
         "illegal": [{"layouts": count, "example": sentence} for count, sentence in plan.illegal.values()],
     }
+
+
+def _not_counted(planned: Planned) -> list[str]:
+    return [
+        f"{knob}={planned.stage.reads[knob]} is no stage of this recipe: each GPU also holds that model in fp32, 4 "
+        "bytes a parameter, and runs its forward pass"
+        for knob, model in teachers(planned).items()
+        if model is None
+    ]
 
 
 def _rows(plan: Plan, lengths: Lengths) -> dict[str, float]:

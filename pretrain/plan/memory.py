@@ -16,7 +16,15 @@ from pretrain.cross_entropy import CHUNK
 from pretrain.parallel.ds_config import offloads, precision, zero_stage
 from pretrain.parallel.sizes import Parallel
 from pretrain.plan.hardware import BUCKET, FP32, LIVE, PERSISTENCE, PREFETCH, REUSE, SUB_GROUP
-from pretrain.plan.model import Parameter, Planned, parameters_of, read_rows, stage_runs, target_elements
+from pretrain.plan.model import (
+    Parameter,
+    Planned,
+    parameters_of,
+    read_rows,
+    stage_runs,
+    target_elements,
+    teacher_elements,
+)
 from pretrain.tasks.pretrain import all_passes
 
 
@@ -93,6 +101,7 @@ def moments(planned: Planned, cell: Cell, stage: int = 0) -> tuple[Memory, Memor
     saved = 0.0
     for each in all_passes(planned.stage.objectives, cell.layout):  # one under a pipeline
         saved += activations(planned, replace(cell, layout=each.layout), parts) * under_way if each.backward else 0
+    saved += sum(each.saves(cell.layout, planned.model, cell.width) for each in planned.stage.objectives)
     boundary = 0.0
     if pipe > 1:
         # The rows that each micro-batch under way sends on, and the gradient that comes back (PipelineEngine's
@@ -101,9 +110,10 @@ def moments(planned: Planned, cell: Cell, stage: int = 0) -> tuple[Memory, Memor
     if planned.stage.ema is not None:  # an average beside two moments and, under ZeRO, the master
         more = 1 + 1 / (2 if cell.stage == 0 else 3)
         backward, step = (m._replace(optimizer=m.optimizer * more) for m in (backward, step))
+    frozen = planned.kept + teacher_elements(planned) * FP32
     if cell.targets and stage == pipe - 1:
-        frozen = target_elements(planned) * FP32
-        backward, step = (m._replace(parameters=m.parameters + frozen) for m in (backward, step))
+        frozen += target_elements(planned) * FP32
+    backward, step = (m._replace(parameters=m.parameters + frozen) for m in (backward, step))
     return (
         backward._replace(
             activations=saved, working=working_bytes(planned, cell, parts), buffers=backward.buffers + boundary

@@ -56,6 +56,7 @@ class Planned(NamedTuple):
     stage: Stage
     model: MultiwayConfig
     parameters: tuple[Parameter, ...]
+    kept: int = 0  # bytes that every rank holds whole beside its parameters: a momentum teacher, its queue
 
     @property
     def sizes(self) -> ModelSizes:
@@ -103,6 +104,7 @@ def planned(recipe: Recipe, stage: Stage) -> Planned:
             )
             for name, value in task.named_parameters()
         ),
+        sum(value.numel() * value.element_size() for value in task.buffers()),
     )
 
 
@@ -165,6 +167,34 @@ def target_flops(planned: Planned, layout: Layout) -> float:
     alone = layout.images if masking.dual else layout.images - layout.dual
     seen = alone * bool(masking.image_ratio) + layout.pairs * bool(masking.pair_image_ratio)
     return size.encoder_flops(seen) / 3
+
+
+def teachers(planned: Planned) -> dict[str, Any]:
+    """{knob: the frozen model that the stage learns from}, whole on every rank; None for one that is no stage of this
+    recipe, whose size the recipe does not say."""
+    recipe, stage = planned.recipe, planned.stage
+    knobs = {knob for objective in stage.objectives for knob in objective.lessons(Layout())}
+    own = {knob: recipe.stages.get(name) for knob, name in stage.reads.items() if knob in knobs}
+    return {knob: teacher and recipe.model_of(teacher) for knob, teacher in own.items()}
+
+
+def teacher_elements(planned: Planned) -> int:
+    """Parameters of the teachers that are known."""
+    with torch.device("meta"):
+        return sum(_encoder_count(model) for model in teachers(planned).values() if model is not None)
+
+
+def teacher_flops(planned: Planned, layout: Layout) -> float:
+    """FLOPs of their forward passes for a micro-batch."""
+    known = teachers(planned)
+    lessons = [lesson for objective in planned.stage.objectives for lesson in objective.lessons(layout).items()]
+    return sum(known[knob].flops(seen) / 3 for knob, seen in lessons if known.get(knob) is not None)
+
+
+@cache
+def _encoder_count(model: Any) -> int:
+    # As Distillation builds it.
+    return sum(value.numel() for value in model.build(("vision", "language")).parameters())
 
 
 def _tokenizer(planned: Planned) -> VQKDConfig | None:

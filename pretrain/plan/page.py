@@ -17,6 +17,8 @@ def page(facts: dict[str, Any], args: argparse.Namespace) -> str:
     rows, step = facts["layouts"], facts["rows"]
     padding = f"{step['padding']:.1%} are padding" if step["padding"] else "texts are full (--pair-ids, --text-ids)"
     lines[-1:] = [f"a step has {step['exist']:,} rows, of which {step['computed']:,} are computed: {padding}", ""]
+    for sentence in facts["not_counted"]:
+        lines[-1:] = [*textwrap.wrap(f"not counted: {sentence}", WIDTH), ""]
     if rows:
         lines += [*_table(rows), "", *_detail(rows[0], args)]
     else:

@@ -32,7 +32,7 @@ from pretrain.plan.hardware import (
     Gpu,
 )
 from pretrain.plan.memory import Cell
-from pretrain.plan.model import Planned, parameters_of, stage_runs, target_flops
+from pretrain.plan.model import Planned, parameters_of, stage_runs, target_flops, teacher_flops
 from pretrain.tasks.pretrain import all_passes
 
 KINDS = ("data all-reduce", "all-gather", "reduce-scatter", "tensor all-reduce", "pipeline send", "all-to-all")
@@ -99,7 +99,8 @@ def step_time(planned: Planned, cell: Cell, cluster: Cluster, lengths: Lengths =
     counted = micro_flops(planned, cell) * cell.accumulation * cell.data
     cell = replace(cell, layout=lengths.real(cell.layout))
     micro = max(_micro_step(planned, cell, cluster, parts) for parts in stage_runs(planned, cell.layout, _pipe(cell)))
-    micro += target_flops(planned, cell.layout) / (cluster.gpu.peak * cluster.gpu.matmul) if cell.targets else 0.0
+    frozen = teacher_flops(planned, cell.layout) + (target_flops(planned, cell.layout) if cell.targets else 0.0)
+    micro += frozen / (cluster.gpu.peak * cluster.gpu.matmul)
     compute = micro * cell.accumulation
     bubble = micro * (_pipe(cell) - 1)
     sent, waits, hidden = _communication(planned, cell, cluster)

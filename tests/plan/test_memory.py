@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pretrain.batch import DROP_PATH, Batch, Layout, make_batch
 from pretrain.config import Recipe, Stage
+from pretrain.objectives.momentum import MomentumContrast
 from pretrain.parallel.sizes import Parallel
 from pretrain.plan.memory import Cell, activations, block_bytes, moments
 from pretrain.plan.model import planned
@@ -294,6 +295,7 @@ def saved_bytes(recipe: Recipe, stage: Stage, batch: Batch, dtype: torch.dtype, 
     options = {"drop_path": stage.drop_path, "checkpointing": every}
     task = PretrainTask(recipe.model, stage.experts, stage.objectives, **options).to(dtype)
     own = {address(tensor) for _, tensor in batch.tensors()} | {address(value) for value in task.parameters()}
+    own |= {address(value) for value in task.buffers()}
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -317,6 +319,29 @@ def test_saved_activations(model, kinds):
         cell = Cell(ds_json(1, dtype == torch.bfloat16), Parallel(), 1, layout, packed=False, targets=False)
         want = activations(planned(recipe, stage), cell, range(recipe.model.depth + 2))
         assert saved_bytes(recipe, stage, batch, dtype, every=0) == pytest.approx(want, rel=CLOSE), dtype
+
+
+@pytest.mark.parametrize(("name", "size"), [("prototypes", 256), ("prototypes", 8192), ("queue", 64), ("queue", 8192)])
+def test_what_heads_with_a_teacher_save(name, size):
+    """Logits are the most of it at published sizes. The plan may count a little more: rows that no head reads."""
+    recipe, stage = load_recipe("tiny_siglip2", "dense")
+    contrast, distilled = stage.objectives
+    teaching = (MomentumContrast(64, queue=size),)
+    if name == "prototypes":
+        teaching = (contrast, replace(distilled, prototypes=size))
+    stage = replace(stage, objectives=teaching)
+    layout = Layout(images=8, texts=8, patches=recipe.model.patches, text_len=24, dual=8)
+    draws = {DROP_PATH: recipe.model.draws} | stage.draws
+    batch = make_batch(
+        layout,
+        images=torch.randint(0, 255, (8, 3, 64, 64), dtype=torch.uint8),
+        text_tokens=torch.randint(4, 200, (8, 24)),
+        draws={name: torch.rand(layout.sequences, count) for name, count in draws.items()},
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        cell = Cell(ds_json(1, dtype == torch.bfloat16), Parallel(), 1, layout, packed=False, targets=False)
+        real, plan = saved_bytes(recipe, stage, batch, dtype, every=0), moments(planned(recipe, stage), cell)[0]
+        assert 0.95 * real <= plan.activations <= 1.25 * real, dtype
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.layers import PLAIN
 from pretrain.objectives.masked import MaskedData
+from pretrain.objectives.momentum import MomentumContrast
 from pretrain.parallel.ds_config import load_ds_config
 from pretrain.parallel.sizes import Parallel
 from pretrain.plan import __main__ as plan_module
@@ -81,6 +83,45 @@ def test_the_frozen_tokenizer_is_counted():
     real = sum(value.numel() for value in recipe.stages["tokenizer"].model.build().state_dict().values())
     assert target_elements(planned(recipe, stage)) == real
     assert target_elements(a_plan("tiny", "language")) == 0
+
+
+MOMENTUM = MomentumContrast(embed_dim=64, queue=256)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "stage", "objective"), [("tiny", "scratch", MOMENTUM), ("tiny_siglip2", "dense", None)]
+)
+def test_a_momentum_teacher_and_its_queue_are_whole_on_every_gpu(recipe, stage, objective):
+    whole, own = load_recipe(recipe, stage)
+    own = replace(own, objectives=(objective,)) if objective else own
+    plan = planned(whole, own)
+    task = own.task.build(whole.model, own, PLAIN, None).to(torch.bfloat16)
+    assert plan.kept == sum(value.nbytes for value in task.buffers()), "the teacher stays in fp32"
+    assert plan.kept > 4 * sum(p.numel for p in plan.parameters if p.name.startswith("encoder.blocks."))
+    for ds in ("zero1_bf16", "zero3_bf16"):
+        with_it, without = (peak_memory(each, cell(plan, ds, accumulation=1)) for each in (plan, plan._replace(kept=0)))
+        assert with_it.parameters == without.parameters + plan.kept
+
+
+def test_a_frozen_teacher_costs_memory_and_time():
+    tiny, (student, stage) = load_recipe("tiny", "retrieval")[0], load_recipe("tiny_student", "student")
+    both = replace(student, stages=student.stages | {"retrieval": replace(tiny.stages["retrieval"], model=tiny.model)})
+    plan, alone = planned(both, stage), planned(both, both.stages["student_alone"])
+    teacher = sum(value.numel() for value in tiny.model.build(("vision", "language")).parameters())
+    memory, without = (peak_memory(each, cell(each, accumulation=1)) for each in (plan, alone))
+    assert memory.parameters == without.parameters + 4 * teacher
+    seconds, faster = (step_time(each, cell(each, accumulation=1), NODE).compute for each in (plan, alone))
+    layout = cell(plan, accumulation=1).layout
+    taught = replace(layout, images=layout.dual, texts=layout.dual)
+    assert seconds - faster == pytest.approx(tiny.model.flops(taught) / 3 / (NODE.gpu.peak * NODE.gpu.matmul))
+
+
+def test_a_teacher_whose_size_is_not_known_is_named(capsys):
+    line = ["--recipe", "tiny_student", "--stage", "student", "--gpus", "2", "--ds", str(CONFIGS / "zero1_bf16.json")]
+    assert main([*line, "--top", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "not counted: distillation.teacher=retrieval is no stage of this recipe" in said
+    assert "parallel.sequence=2 does not go with distillation" in said
 
 
 def test_memory_goes_where_it_should():
