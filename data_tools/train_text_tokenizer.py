@@ -22,6 +22,7 @@ from pathlib import Path
 
 from data_tools.text.documents import Input, find_inputs, kind_of, read_blocks, text_of_document
 from pretrain.command import make_parser, run
+from pretrain.data.shards.manifest import MANIFEST
 from pretrain.data.shards.reader import BadSample, Manifest, ShardReader, load_manifest
 from pretrain.data.sources import TEXT, text_of
 from pretrain.data.text_tokenizer import OFFSET
@@ -63,8 +64,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="indexed shards (directories, or patterns such as 'cc12m/{00000..00009}.tar') and files of documents as "
-        "pack_text reads them: .txt, .jsonl (also compressed), .parquet",
+        help="indexed shards (directories, or patterns such as 'cc12m/{00000..00009}.tar') and documents as pack_text "
+        "reads them: .txt, .jsonl (also compressed), .parquet, or directories of them",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="the model to write, such as data/text.model"
@@ -109,8 +110,8 @@ def train(
     if max_texts is not None and max_texts < 1:
         raise ValueError(f"--max-texts={max_texts} is below 1; use 10000000, or omit it")
     _check_out(out)
-    documents = find_inputs([Path(name) for name in inputs if kind_of(Path(name))], column)
-    shards = tuple(name for name in inputs if not kind_of(Path(name)))
+    documents = find_inputs([Path(name) for name in inputs if _holds_documents(Path(name))], column)
+    shards = tuple(name for name in inputs if not _holds_documents(Path(name)))
     texts = [sentences(load_manifest(shards), max_texts)] if shards else []
     texts += [document_sentences(documents, max_texts)] if documents else []
     model = io.BytesIO()
@@ -129,6 +130,11 @@ def train(
     except RuntimeError as error:
         raise _explain(error, vocab_size, inputs) from None
     write_file(out, model.getvalue())
+
+
+def _holds_documents(path: Path) -> bool:
+    """A file of documents, or a directory that holds no shards (theirs has tables beside them, which are none)."""
+    return bool(kind_of(path)) or (path.is_dir() and not (path / MANIFEST).exists() and not any(path.glob("*.tar")))
 
 
 def _check_out(out: Path) -> None:

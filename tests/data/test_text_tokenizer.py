@@ -137,12 +137,14 @@ def test_fewer_texts_are_spread_over_the_shards(shards: Path) -> None:
 def test_documents_train_it_as_shards_do(shards: Path, tmp_path: Path) -> None:
     manifest = train_text_tokenizer.load_manifest((str(shards),))
     texts = list(train_text_tokenizer.sentences(manifest, None))
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts) + "no json\n")
+    (tmp_path / "docs" / "more").mkdir(parents=True)
+    document = tmp_path / "docs" / "more" / "d.jsonl"
+    document.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts) + "no json\n")
     train_text_tokenizer.train([str(shards)], tmp_path / "a.model", 50)
-    train_text_tokenizer.train([str(tmp_path / "d.jsonl")], tmp_path / "b.model", 50, column="body")
+    train_text_tokenizer.train([str(tmp_path / "docs")], tmp_path / "b.model", 50, column="body")
     pieces = [sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / f"{name}.model")) for name in "ab"]
     assert [pieces[0].id_to_piece(i) for i in range(50)] == [pieces[1].id_to_piece(i) for i in range(50)]
-    assert train_text_tokenizer.main([str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "c.model")]) == 2
+    assert train_text_tokenizer.main([str(document), "--out", str(tmp_path / "c.model")]) == 2, "no column text"
 
 
 @pytest.mark.parametrize(
