@@ -99,8 +99,8 @@ def take_over_rollbacks(identity: dict[str, Any], directory: Path) -> None:
 
 
 def take_over(identity: dict[str, Any], directory: Path) -> None:
-    """Copies the parent's metrics.jsonl and evals.jsonl into the directory of a run that begins; MetricsLog and Progress
-    drop the lines behind its start. Called on one rank."""
+    """Copies the parent's metrics.jsonl and evals.jsonl into the directory of a run that begins; MetricsLog and
+    Progress drop the lines behind its start. Called on one rank."""
     parent = Path(_continues(identity)["from"])
     with suppress(FileNotFoundError):  # not every run evaluates itself
         write_file(directory / EVALS, (parent / EVALS).read_bytes())
