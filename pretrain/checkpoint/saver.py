@@ -174,6 +174,9 @@ class Saver:
         assert self.copies is not None
         copies, about = self.copies, self._about
         if highest == FAILED:
+            # The threads of two copies must never meet: their messages to the neighbours would be mixed up.
+            if BUSY in gather_objects(self.state):
+                return
             problems = gather_objects("" if self._job is None or self._job.error is None else str(self._job.error))
             number, problem = next((number, text) for number, text in enumerate(problems) if text)
             log.warning("no copy of step %d on the nodes: rank %d: %s", self.step, number, problem)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
+import threading
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +17,7 @@ from pretrain.checkpoint import neighbours
 from pretrain.checkpoint.copies import LOCAL, Copies, open_copies
 from pretrain.checkpoint.directory import Retention
 from pretrain.checkpoint.neighbours import Nodes
-from pretrain.checkpoint.saver import Saver
+from pretrain.checkpoint.saver import FAILED, Saver
 from pretrain.parallel.faults import Watch
 from pretrain.run.resuming import find_start
 from tests.checkpoint.stand_in import StandIn, install, restored_value
@@ -220,3 +223,33 @@ def test_a_run_without_copies_asks_for_no_place(tmp_path, monkeypatch, stand_ins
     monkeypatch.delenv(LOCAL, raising=False)
     start = find_start(tmp_path, {}, "fp32", copied=False, names_digest="", **DIGESTS)
     assert start.copies is None and start.checkpoint is None
+
+
+def test_no_copy_begins_while_a_thread_of_one_that_failed_elsewhere_still_sends(tmp_path, stand_ins):
+    """The neighbour would take the messages of one for those of the other."""
+    begun, go_on, dropped = list[int](), threading.Event(), list[int]()
+
+    class Slow:
+        first = True
+
+        def write(self, snapshot: Any, before: Any) -> dict:
+            begun.append(snapshot.about["step"])
+            assert go_on.wait(30)
+            raise OSError(errno.EIO, "the connection to a neighbour was lost")
+
+        def drop(self, step: int) -> None:
+            dropped.append(step)
+
+    copies: Any = Slow()
+    saver = new_saver(copies, tmp_path)
+    saver.copy(1, {})
+    wait_for(lambda: begun)
+    saver.advance(FAILED)  # on another rank
+    saver.copy(2, {})
+    assert begun == [1] and dropped == []
+    go_on.set()
+    wait_for(lambda: saver.state == FAILED, 30)
+    saver.advance(FAILED)
+    assert dropped == [1]
+    saver.copy(3, {})
+    wait_for(lambda: begun == [1, 3], 30)
