@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from benchmarks.record import machine
 from pretrain.batch import Batch, Layout, make_batch
-from pretrain.command import about, run, write
+from pretrain.command import about, make_parser, run, write
 from pretrain.models.multiway import sizes
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.models.multiway.encoder import MultiwayEncoder
@@ -46,6 +46,7 @@ SIZES = {
     "vlmo_base": sizes.VLMO_BASE,
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KINDS = ("images", "pairs", "texts")
 
 
 def random_batch(cfg: MultiwayConfig, layout: Layout, device: str, *, padded: bool) -> Batch:
@@ -123,10 +124,9 @@ def seconds(run: Callable[[], None], repeats: int, device: str) -> float:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m benchmarks.attention", description=__doc__, formatter_class=formatter)
+    parser = make_parser("benchmarks.attention", __doc__, "--images 8 --pairs 8 --texts 8 --repeats 1")
     parser.add_argument("--size", choices=SIZES, default="quickstart")
-    for kind in ("images", "pairs", "texts"):
+    for kind in KINDS:
         parser.add_argument(f"--{kind}", type=int, default=32, help="sequences of this kind (default: 32)")
     parser.add_argument("--pair-len", type=int, default=32)
     parser.add_argument("--text-len", type=int, default=64)
@@ -166,9 +166,6 @@ def measure(args: argparse.Namespace) -> dict:
         "projections_share": round(bare / packed, 3),
         "tflops": round(flops(cfg, whole) / packed / 1e12, 3),
     }
-
-
-KINDS = ("images", "pairs", "texts")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,7 +24,7 @@ def _never(rows: Any) -> bool:
     return False
 
 
-# Gain -> what is put in place of what.
+# Gain -> (module, name, value that undoes it), for each of its parts.
 GAINS: dict[str, list[tuple[Any, str, Any]]] = {
     "vocabulary": [(layers, "MULTIPLE", 1)],  # no rows that fill it up
     # DeepSpeed looks at every gradient on the host, and its timer waits for the device.
@@ -35,7 +35,7 @@ GAINS: dict[str, list[tuple[Any, str, Any]]] = {
 
 @contextmanager
 def without(gains: Sequence[str]) -> Iterator[None]:
-    """`gains`: names of GAINS. For what is built and run inside."""
+    """Undoes `gains`, names of GAINS, for what is built and run inside."""
     with ExitStack() as stack:
         for gain in gains:
             for place, name, value in GAINS[gain]:

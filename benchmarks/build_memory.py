@@ -112,11 +112,7 @@ def _rank(number: int, place: Path, recipe_name: str, stage_name: str, settings:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser(
-        "benchmarks.build_memory",
-        "Peak memory of each rank while a recipe's task is built under ZeRO-3, against the whole model's.",
-        "--recipe beit3_base --ranks 2",
-    )
+    parser = make_parser("benchmarks.build_memory", __doc__, "--recipe beit3_base --ranks 2")
     parser.add_argument("--recipe", default="beit3_giant", help="(%(default)s)")
     parser.add_argument("--stage", default="pretrain", help="(%(default)s)")
     parser.add_argument("--ranks", type=int, default=4, help="CPU processes (%(default)s)")

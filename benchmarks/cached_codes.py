@@ -57,9 +57,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cached_codes", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command.make_parser("benchmarks.cached_codes", __doc__, "--recipe tiny --stage fusion --rounds 1")
     parser.add_argument("--recipe", default="tiny")
     parser.add_argument("--stage", default="fusion")
     parser.add_argument("--ds", default="ds_configs/zero0.json")

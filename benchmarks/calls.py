@@ -6,7 +6,7 @@ product for queries, keys and values would be.
 
 One forward and backward pass of masked data modeling, without the optimizer. A wait is an answer that comes from a
 weight or from the batch on its device: a number (`item`, `tolist`), or a shape that depends on values (`nonzero`, an
-index of booleans). What is asked of the batch's copy on the host is none. Times are CPU seconds of steps in
+index of booleans). What is asked of the batch's copy on the host is not a wait. Times are CPU seconds of steps in
 turns, on one thread; a ratio is the median over the rounds.
 """
 
@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.attention import SIZES, random_batch
 from benchmarks.record import machine
 from pretrain.batch import PAD, Batch, Layout
-from pretrain.command import about, run, write
+from pretrain.command import about, make_parser, run, write
 from pretrain.models.multiway import block
 from pretrain.objectives.masked import MaskedData
 from pretrain.tasks.pretrain import PretrainTask
@@ -40,15 +40,15 @@ METHODS = ("tolist", "cpu", "numpy")  # these need no kernel on a CPU
 
 
 class Calls(TorchDispatchMode):
-    """Counts while it is entered: `names` of all kernels, `waits` of those that would wait. What is on the device are
-    `there` and everything that is computed from it."""
+    """Counts while it is entered: `names` of all kernels, `waits` of those that would wait. On the device are the
+    tensors `given` and everything that is computed from them."""
 
-    def __init__(self, there: Iterable[Tensor]):
+    def __init__(self, given: Iterable[Tensor]):
         super().__init__()
         self.names: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
-        # Held, so that no address comes twice.
-        self._there = {_address(value): value.untyped_storage() for value in there}
+        # Storages are held, so that no address is used twice.
+        self._on_device = {_address(value): value.untyped_storage() for value in given}
         self._plain = {name: getattr(Tensor, name) for name in METHODS}
 
     def __enter__(self) -> Calls:
@@ -65,8 +65,8 @@ class Calls(TorchDispatchMode):
         name = func.overloadpacket.__name__
         out = func(*args, **(kwargs or {}))
         self.names[name] += 1
-        if any(self._is_there(value) for value in _tensors((args, kwargs or {}))):
-            self._there |= {_address(value): value.untyped_storage() for value in _tensors(out)}
+        if any(self._is_on_device(value) for value in _tensors((args, kwargs or {}))):
+            self._on_device |= {_address(value): value.untyped_storage() for value in _tensors(out)}
             indexes = _tensors(args[1]) if name.startswith(("index", "_index_put", "_unsafe_index")) else ()
             if name in WAITING or any(index.dtype == torch.bool for index in indexes):
                 self.waits[name] += 1
@@ -74,13 +74,13 @@ class Calls(TorchDispatchMode):
 
     def _watched(self, name: str, plain: Any) -> Any:
         def method(value: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.waits[name] += self._is_there(value)
+            self.waits[name] += self._is_on_device(value)
             return plain(value, *args, **kwargs)
 
         return method
 
-    def _is_there(self, value: Tensor) -> bool:
-        return _address(value) in self._there
+    def _is_on_device(self, value: Tensor) -> bool:
+        return _address(value) in self._on_device
 
 
 def _address(value: Tensor) -> int:
@@ -99,12 +99,11 @@ def on_device(batch: Batch) -> Batch:
     """The batch as it would be on a GPU, beside its copy on the host."""
     host = batch.indexed()
     assert host.index is not None
-    there = host.map(Tensor.clone)
-    return there.with_index(host.index.map(Tensor.clone), host)
+    return host.map(Tensor.clone).with_index(host.index.map(Tensor.clone), host)
 
 
 def masked_batch(batch: Batch, mask_id: int) -> Batch:
-    """With 15 % of the words hidden, and made-up codes of the pictures."""
+    """The batch with 15 % of its words hidden, and random codes of its pictures."""
     pairs, texts = ((torch.rand(ids.shape) < 0.15) & (ids != PAD) for ids in (batch.pair_tokens, batch.text_tokens))
     inputs = [batch.pair_tokens.masked_fill(pairs, mask_id), batch.text_tokens.masked_fill(texts, mask_id)]
     codes = torch.randint(0, 16, batch.image_masks.shape)
@@ -113,8 +112,7 @@ def masked_batch(batch: Batch, mask_id: int) -> Batch:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m benchmarks.calls", description=__doc__, formatter_class=formatter)
+    parser = make_parser("benchmarks.calls", __doc__, "--images 2 --pairs 2 --texts 2 --rounds 1")
     parser.add_argument("--size", choices=SIZES, default="quickstart")
     for kind in ("images", "pairs", "texts"):
         parser.add_argument(f"--{kind}", type=int, default=8, help="sequences of this kind (default: 8)")

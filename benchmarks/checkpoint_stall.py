@@ -28,7 +28,7 @@ from benchmarks.record import machine
 from benchmarks.throughput import parameters, write_shards, write_visual_tokenizer
 from pretrain.checkpoint.directory import Retention
 from pretrain.checkpoint.saver import BUSY, Saver
-from pretrain.command import about, run, write
+from pretrain.command import about, make_parser, run, write
 from pretrain.parallel.faults import Watch
 from pretrain.recipes import load_recipe
 from pretrain.run.build import Run, build_run
@@ -65,8 +65,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def take_turns(run: Run, watch: Watch, place: Path, rounds: int, steps: int) -> Iterator[dict[str, Any]]:
-    """`steps` quiet steps before each save."""
-    take = _stepper(run, run.loader.batches(0, MOST_STEPS))
+    """Saves in both ways by turns, each after `steps` quiet steps -> the figures so far, after each round."""
+    take = stepper(run, run.loader.batches(0, MOST_STEPS))
     take()  # makes AdamW's moments
     savers = {
         way: Saver(run.engine, place / way, watch, mesh=run.mesh, background=background)
@@ -92,7 +92,7 @@ def take_turns(run: Run, watch: Watch, place: Path, rounds: int, steps: int) -> 
             }
 
 
-def _stepper(run: Run, batches: Iterator[Any]) -> Callable[[], float]:
+def stepper(run: Run, batches: Iterator[Any]) -> Callable[[], float]:
     """A function that takes a step of the run and gives its seconds."""
     first = True
 
@@ -107,6 +107,7 @@ def _stepper(run: Run, batches: Iterator[Any]) -> Callable[[], float]:
 
 
 def _save(saver: Saver, step: int, take: Callable[[], float]) -> Save:
+    """Saves, and takes steps while the checkpoint is being written."""
     start = time.perf_counter()
     saver.save(step, {}, Retention(1))
     stall, during = time.perf_counter() - start, []
@@ -132,10 +133,8 @@ def _figures(saves: list[Save], step: float) -> dict[str, Any]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.checkpoint_stall", description=__doc__, formatter_class=formatter
-    )
+    example = "--recipe tiny --stage vision --ds ds_configs/zero1.json --rounds 1"
+    parser = make_parser("benchmarks.checkpoint_stall", __doc__, example)
     parser.add_argument("--recipe", default="beit3_base", help="(%(default)s)")
     parser.add_argument("--stage", default="pretrain", help="(%(default)s)")
     parser.add_argument("--ds", default="ds_configs/zero1.json", help="(%(default)s)")

@@ -1,4 +1,4 @@
-"""What smaller forms of the quickstart's `retrieval` cost: size, time of a picture, and recall, each beside the whole.
+"""What smaller forms of the quickstart's `retrieval` cost: size, time of a picture and recall, beside the whole model.
 
     python -m benchmarks.compress --quickstart runs/quickstart --work runs/compress \\
         --out benchmarks/results/compress.json
@@ -40,7 +40,7 @@ from pretrain.run.trained import trained_stage
 
 ROOT = Path(__file__).parents[1]
 ZEROS, HEADS = (0.3, 0.5, 0.7), (3, 2, 1)
-TRAINED, AFTER = 2, 200  # the cut behind which there are so many steps of training
+TUNED_HEADS, TUNED_STEPS = 2, 200  # the pruned model that is also trained further, and for how many steps
 ROUNDS, TIMED = 15, 64  # pictures of a timed batch
 Embed = Callable[[Tensor], Tensor]
 
@@ -58,6 +58,7 @@ class Form:
 
 
 def forms(quickstart: Path, work: Path) -> list[Form]:
+    """All rows of the table, the whole model first. What has to be trained or exported is made where it is missing."""
     whole = quickstart / "retrieval"
     made = [_ours("fp32", whole)]
     graphs = export_once(whole, work / "onnx")
@@ -67,11 +68,11 @@ def forms(quickstart: Path, work: Path) -> list[Form]:
     for heads in HEADS:
         cut = _pruned(whole, work, "heads", heads)
         made.append(_ours(f"{heads} of 4 heads", cut))
-        if heads != TRAINED:
+        if heads != TUNED_HEADS:
             continue
-        settings = [f"init_from={cut}", f"model.heads={heads}", "model.head_dim=32", f"steps={AFTER}"]
-        trained = train(quickstart, work / f"heads{heads}", "tiny", "retrieval", *settings)
-        made.append(_ours(f"{heads} of 4 heads, {AFTER} steps later", trained))
+        settings = [f"init_from={cut}", f"model.heads={heads}", "model.head_dim=32", f"steps={TUNED_STEPS}"]
+        tuned = train(quickstart, work / f"heads{heads}", "tiny", "retrieval", *settings)
+        made.append(_ours(f"{heads} of 4 heads, {TUNED_STEPS} steps later", tuned))
     teacher = f"objectives.1.teacher={whole.resolve()}"
     made.append(_ours("student", train(quickstart, work / "students", "tiny_student", "student", teacher)))
     made.append(
@@ -81,7 +82,7 @@ def forms(quickstart: Path, work: Path) -> list[Form]:
 
 
 def export_once(whole: Path, graphs: Path) -> Path:
-    """The ONNX graphs of a stage, in fp32 and int8, made where they are not."""
+    """The ONNX graphs of a stage, in fp32 and int8, made where they are missing."""
     if not (graphs / "model.json").exists():
         _export("to-onnx", whole, graphs, "--int8")
     return graphs
@@ -100,7 +101,7 @@ def _pruned(whole: Path, work: Path, how: str, number: float) -> Path:
 
 
 def train(quickstart: Path, place: Path, recipe: str, stage: str, *settings: str) -> Path:
-    """The directory of the stage, trained where that is not done."""
+    """Trains the stage, unless it is finished -> its directory."""
     env = os.environ | {"DATA": str((quickstart / "corpus").resolve()), "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "pretrain.train", "--recipe", recipe, "--stage", stage, "--run-dir", str(place)]
     line += ["--ds", str(ROOT / "ds_configs/zero0.json"), *(word for each in settings for word in ("--set", each))]
@@ -118,7 +119,7 @@ def _ours(name: str, directory: Path) -> Form:
 
 
 def _used(key: str) -> bool:
-    """Whether pictures or texts by themselves pass through it: not what other stages left in the file."""
+    """Whether a picture or a text by itself passes through this weight; the file also has what other stages trained."""
     return key.startswith(("encoder.", "objectives.contrastive.")) and "fusion" not in key and "mask_token" not in key
 
 
@@ -141,7 +142,7 @@ def _onnx(name: str, directory: Path, end: str, weights: int) -> Form:
 
 
 def recalls(form: Form, batches: list[Batch], samples: int) -> dict[str, float]:
-    """As evals/retrieval.py: R@1 both ways, in percent."""
+    """R@1 both ways, in percent, counted as evals/retrieval.py does."""
     images = torch.cat([form.images(batch.images) for batch in batches])[:samples]
     texts = torch.cat([form.texts(batch.text_tokens) for batch in batches])[:samples]
     tokens = torch.cat([batch.text_tokens for batch in batches])[:samples]
@@ -196,13 +197,18 @@ def _mebibytes(count: int) -> float:
     return round(count / 2**20, 2)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser("benchmarks.compress", __doc__, "--quickstart runs/quickstart --work runs/compress")
+def parser_of(name: str, description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """The arguments of a benchmark that makes forms of the quickstart's models and times them in `rounds` turns."""
+    parser = make_parser(name, description, "--quickstart runs/quickstart --work runs/compress")
     parser.add_argument("--quickstart", required=True, type=Path, help="where launch/quickstart.sh wrote its stages")
     parser.add_argument("--work", required=True, type=Path, help="a directory for what is made here")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the times (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=rounds, help="how often each form is timed (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON, too")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser_of("benchmarks.compress", __doc__, ROUNDS).parse_args(arguments)
     return run(lambda: _run(args, arguments), state="finished forms stay; run the same command to continue")
 
 

@@ -5,8 +5,8 @@ stands beside its picture, with rows of fusion.onnx and of fusion.int8.onnx in t
         --out benchmarks/results/compress_fusion.json
 
 Pictures, captions and hidden words are those of the stage's own evaluation; the head that names words is the stage's,
-in fp32. `rows_off`: the mean distance of a row from the stage's own, as a share of that one's length. The baseline is
-one answer for all. Times as in benchmarks.compress.
+in fp32. `rows_off`: the mean distance of a row from the stage's own, as a share of that one's length. The baseline
+answers with the most frequent word every time. Times are measured as in benchmarks.compress.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.compress import export_once
+from benchmarks.compress import export_once, parser_of
 from benchmarks.record import machine
 from pretrain.batch import PAD, Batch, Kinds
 from pretrain.checkpoint.weights import WEIGHTS
-from pretrain.command import about, make_parser, run, write
+from pretrain.command import about, run, write
 from pretrain.evals.masked import MaskedAccuracy
 from pretrain.pretrained import load
 from pretrain.recipes import load_recipe
@@ -92,7 +92,7 @@ def _percent(right: Tensor) -> float:
 
 
 def _off(fused: list[Kinds], own: list[Kinds], batches: list[Batch]) -> float:
-    """Of the words' rows, without padding."""
+    """The mean relative distance of the words' rows from the stage's own, without padding."""
     seen = torch.cat([(batch.pair_tokens != PAD).flatten() for batch in batches])
     one, other = (torch.cat([each.pair_texts.flatten(0, 1) for each in some])[seen] for some in (fused, own))
     return ((one - other).norm(dim=-1) / other.norm(dim=-1)).mean().item()
@@ -117,12 +117,7 @@ def _run(args: argparse.Namespace, arguments: list[str] | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser("benchmarks.compress_fusion", __doc__, "--quickstart runs/quickstart --work runs/compress")
-    parser.add_argument("--quickstart", required=True, type=Path, help="where launch/quickstart.sh wrote its stages")
-    parser.add_argument("--work", required=True, type=Path, help="a directory for what is made here")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of the times (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON, too")
-    args = parser.parse_args(arguments)
+    args = parser_of("benchmarks.compress_fusion", __doc__, ROUNDS).parse_args(arguments)
     return run(lambda: _run(args, arguments), state="what was exported stays; run the same command again")
 
 

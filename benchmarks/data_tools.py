@@ -80,11 +80,7 @@ def _exponent(small: dict[str, float], large: dict[str, float]) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser(
-        "benchmarks.data_tools",
-        "Times the tools that prepare data, part by part, into one table and one JSON.",
-        "--out benchmarks/results/data_tools.json",
-    )
+    parser = make_parser("benchmarks.data_tools", __doc__, "--quick")
     parser.add_argument("--quick", action="store_true", help="try every part on little data; the figures mean nothing")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args(arguments)

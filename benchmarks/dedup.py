@@ -1,6 +1,6 @@
 """The cost of finding near duplicates: time, memory and recall for N hashes, and pictures hashed per second.
 
-python -m benchmarks.dedup --hashes 1e4 1e5 1e6 --out benchmarks/results/dedup.json
+    python -m benchmarks.dedup --hashes 1e4 1e5 1e6 --out benchmarks/results/dedup.json
 
 Half of the hashes are random, like those of photos; a fifth are clustered around a few centres, within a few bits, like
 logos and blank pages; a tenth share 40 bits; the rest are planted copies of others, up to --distance bits away. All are
@@ -96,11 +96,7 @@ def hashing(pictures: int, sizes: tuple[int, ...] = (256, 512)) -> dict[str, flo
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser(
-        "benchmarks.dedup",
-        "Times the search for near duplicates among N hashes, and the hashing of pictures.",
-        "--hashes 1e4 1e5 1e6 --distance 4",
-    )
+    parser = make_parser("benchmarks.dedup", __doc__, "--hashes 1e4 1e5 --distance 4")
     parser.add_argument("--hashes", type=float, nargs="+", default=[1e4, 1e5, 1e6], help="how many hashes")
     parser.add_argument("--distance", type=int, default=4, help="bits that may differ (%(default)s)")
     parser.add_argument("--pictures", type=int, default=100, help="pictures to hash, of each size (%(default)s)")

@@ -146,11 +146,7 @@ def _cpu_seconds() -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser(
-        "benchmarks.download_guard",
-        "Times img2dataset alone and guarded by data_tools.download, side by side on a local server.",
-        "--pictures 4000 --repeats 5",
-    )
+    parser = make_parser("benchmarks.download_guard", __doc__, "--pictures 4000 --repeats 5")
     parser.add_argument("--pictures", type=int, default=4000, help="per measurement (%(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="of each, alternating (%(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="of img2dataset (%(default)s)")

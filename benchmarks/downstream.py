@@ -6,10 +6,10 @@
 Draws scenes for each task and writes them as the public sets are laid out (a folder for each class, VQAv2's questions,
 NLVR2's sentences, SNLI-VE's hypotheses), makes shards of them by data_tools.from_table, and trains and evaluates each
 stage of benchmarks/downstream_recipe.py. Colour and shape of a picture's only thing (40 classes, 10 pictures each to
-learn from) are also asked of frozen vectors (k-NN, linear, attentive) and by their names alone. Test scenes of all
-other tasks have a combination of colour and shape that no training scene has. NLVR2 has several sentences for two
-pictures, and here there are two: an easy one (sentences) and a hard one (shapes). `cider` goes on from the quickstart's
-captions: before and after. The same line goes on where it was stopped.
+learn from) are also read from frozen vectors (k-NN, linear, attentive), and by their names alone. Test scenes of all
+other tasks have a combination of colour and shape that no training scene has. As NLVR2 has several sentences about two
+pictures, there are two here: an easy one (sentences) and a hard one (shapes). `cider` goes on from the quickstart's
+captions: before and after. Run the same line again to go on where it stopped.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ METRICS = {
     "captions": ("captions/CIDEr", "captions, CIDEr"),
     "cider": ("captions/CIDEr", "captions optimised for CIDEr"),
 }
-GOES_ON = {"cider": "captions"}  # from this stage of the quickstart, and not from scratch
+GOES_ON = {"cider": "captions"}  # stage: the quickstart's stage from which it goes on, never from scratch
 
 
 def write_tasks(work: Path) -> None:
@@ -67,21 +67,22 @@ def write_tasks(work: Path) -> None:
             _write_classes(raw / "classes" / split, split)
             _write_scenes(raw, split)
         (raw / "done").touch()
-    shards(raw / "classes", "--label-folders", "--out", tasks / "classes")
+    make_shards(raw / "classes", "--label-folders", "--out", tasks / "classes")
     for split in SCENES:
         pictures = ["--pictures", raw / f"pictures-{split}"]
         answers = ["--answers", raw / f"annotations-{split}.json", "--out", tasks / "questions" / split]
-        shards(raw / f"questions-{split}.json", *pictures, *answers)
+        make_shards(raw / f"questions-{split}.json", *pictures, *answers)
         for task in ("sentences", "shapes"):
             pairs = ["--pictures", raw / f"pairs-{split}", "--out", tasks / task / split]
-            shards(raw / f"{task}-{split}.json", *pairs)
-        shards(raw / f"snli_ve_{split}.jsonl", *pictures, "--out", tasks / "hypotheses" / split)
+            make_shards(raw / f"{task}-{split}.json", *pairs)
+        make_shards(raw / f"snli_ve_{split}.jsonl", *pictures, "--out", tasks / "hypotheses" / split)
     notes = json.loads((raw / "annotations-train.json").read_text())["annotations"]
-    often = Counter(note["multiple_choice_answer"] for note in notes)
-    (tasks / "questions" / "answers.json").write_text(json.dumps(sorted(often, key=lambda a: (-often[a], a))))
+    counts = Counter(note["multiple_choice_answer"] for note in notes)
+    (tasks / "questions" / "answers.json").write_text(json.dumps(sorted(counts, key=lambda a: (-counts[a], a))))
 
 
-def shards(*line: object) -> None:
+def make_shards(*line: object) -> None:
+    """Runs data_tools.from_table. ValueError where it fails; it has said why."""
     if code := from_table.main([*map(str, line), "--workers", "1"]):
         raise ValueError(f"data_tools.from_table {' '.join(map(str, line))} ended with {code}; see above")
 
@@ -131,7 +132,7 @@ def _draw(scene: Scene, rng: random.Random, path: Path) -> None:
 
 
 def train(quickstart: Path, work: Path, stage: str) -> float:
-    """The stage's metric, trained and evaluated where that is not done."""
+    """Trains and evaluates the stage, unless that is done -> its metric."""
     place = work / "run"
     env = os.environ | {"QUICKSTART": str(quickstart.resolve()), "TASKS": str((work / "tasks").resolve())}
     common = ["--recipe", str(RECIPE), "--stage", stage, "--run-dir", str(place)]
@@ -143,8 +144,8 @@ def train(quickstart: Path, work: Path, stage: str) -> float:
 
 
 def frozen(quickstart: Path, work: Path) -> Iterator[dict[str, Any]]:
-    """Rows of what vectors say that nobody fine-tuned for it. Of patches: the quickstart's `fusion` beside fresh
-    weights; of the dual encoder: its `retrieval` beside `scratch`, which saw the same captions and no stage before."""
+    """The rows for vectors that were not fine-tuned. Of patches: the quickstart's `fusion` beside fresh weights; of the
+    dual encoder: its `retrieval` beside `scratch`, which saw the same captions and had no stage before."""
     samples = {split: _labelled(work / "tasks/classes" / split) for split in PER_CLASS}
     fresh = _fresh(quickstart / "fusion", work / "fresh")
     sources = {
@@ -158,14 +159,14 @@ def frozen(quickstart: Path, work: Path) -> Iterator[dict[str, Any]]:
     for source, (embed, models) in sources.items():
         scores: dict[str, dict[str, float]] = {}
         for name, weights in models.items():
-            model, said = load(weights, device="cpu"), dict[str, torch.Tensor]()
+            model, classes = load(weights, device="cpu"), dict[str, torch.Tensor]()
             train, test = embed(model, samples["train"][0]), embed(model, data)
             if train.ndim == 3:
-                said["attentive"] = attentive_answers(Rows(train, label), test, len(TRAINING), EPOCHS)
+                classes["attentive"] = attentive_answers(Rows(train, label), test, len(TRAINING), EPOCHS)
                 train, test = train.mean(1), test.mean(1)  # of the patches
-            said["k-NN"] = nearest_vote(train, label, test, 20, len(TRAINING))
-            said["linear"] = linear_answers(train, label, test, len(TRAINING), (1e-4, 1e-3, 1e-2, 1e-1))
-            for probe, answers in said.items():
+            classes["k-NN"] = nearest_vote(train, label, test, 20, len(TRAINING))
+            classes["linear"] = linear_answers(train, label, test, len(TRAINING), (1e-4, 1e-3, 1e-2, 1e-1))
+            for probe, answers in classes.items():
                 scores.setdefault(probe, {})[name] = _percent(answers == right)
         for probe, own in scores.items():
             yield {"task": f"colour and shape, {source}, {probe}, top-1 %", "chance": 100 / len(TRAINING), **own}
@@ -196,7 +197,7 @@ def _labelled(shards: Path) -> tuple[list[bytes], torch.Tensor, list[str]]:
 
 
 def _fresh(weights: Path, place: Path) -> Path:
-    """The same model as it begins."""
+    """The same model with fresh weights."""
     state, model, _ = read_stored(weights)
     torch.manual_seed(0)
     task = PretrainTask(model, experts_in(state), objectives_in(state, model))
@@ -207,8 +208,8 @@ def _fresh(weights: Path, place: Path) -> Path:
 def chances(quickstart: Path, work: Path) -> dict[str, float]:
     """Of a guess: a class, the most frequent answer, a coin, another picture's caption."""
     notes = [json.loads((work / f"raw/annotations-{split}.json").read_text())["annotations"] for split in SCENES]
-    often = Counter(note["multiple_choice_answer"] for note in notes[0]).most_common(1)[0][0]
-    answered = sum(note["multiple_choice_answer"] == often for note in notes[1]) / len(notes[1])
+    guess = Counter(note["multiple_choice_answer"] for note in notes[0]).most_common(1)[0][0]
+    answered = sum(note["multiple_choice_answer"] == guess for note in notes[1]) / len(notes[1])
     reader = ShardReader(load_manifest(str(quickstart / "corpus/pairs/heldout")))
     texts = [reader.read(0, number, ("txt",))["txt"].decode() for number in range(min(256, reader.manifest.counts[0]))]
     others = other_captions([[text] for text in texts])

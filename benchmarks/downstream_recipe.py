@@ -1,10 +1,11 @@
 """Fine-tuning on tasks of the drawn world, from the quickstart's weights and from scratch: for benchmarks.downstream,
-which writes $TASKS. $QUICKSTART is the quickstart's run directory. Numbers were chosen once and not tuned; scratch has
-the rate that the quickstart's own has.
+which writes $TASKS. $QUICKSTART is the quickstart's run directory. Numbers were chosen once and not tuned; stages from
+scratch have the learning rate of the quickstart's own.
 
-`sentences` begins with a head as large as any other: unilm's start, a thousandth of that, stays where a coin is for
-hundreds of steps (in a trial 51.6 % of them after 250, and 59.4 % from the larger one). `shapes` has unilm's; nothing
-that was tried learns it, as this model hardly sees shapes yet. `cider` goes on from the quickstart's captions.
+The head of `sentences` begins as large as any other: with unilm's start, a thousandth of that, it is no better than a
+coin for hundreds of steps (in a trial 51.6 % after 250 of them, against 59.4 % with the larger one). `shapes` has
+unilm's; nothing that was tried learns it, as this model hardly sees shapes yet. `cider` goes on from the quickstart's
+captions.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ STAGES = {
     ),
 }
 
-# VinVL's rate is a tenth of that of its captions without it (microsoft/Oscar, VinVL_MODEL_ZOO.md), and so here.
+# A lower rate than for captions: VinVL's is a tenth of that without CIDEr (microsoft/Oscar, VinVL_MODEL_ZOO.md).
 CIDER = replace(
     STAGES["captions"],
     mix={"pairs": RewardShards(CAPTIONS.shards, text_len=24, frequencies="$TASKS/frequencies.json")},

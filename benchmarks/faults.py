@@ -16,8 +16,8 @@ where the layout changed on the way, the samples of each step, and losses and we
 
 The calls that open, write, sync, rename, remove, make or cut files and directories are struck, in the C library, below
 Python and Rust; calls that read or list are not. A killed process leaves what it wrote to the system: what a loss of
-power takes is not tried here. From the repository's root, on Linux, with a C++ compiler. Finished runs
-stand in WORK/finished.jsonl, and the same command goes on behind them.
+power takes is not tried here. From the repository's root, on Linux, with a C++ compiler. Finished runs stand in
+WORK/finished.jsonl, and the same command goes on after them.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/faults"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args(arguments)
-    state = f"finished runs are kept in {args.work}; the same command goes on behind them"
+    state = f"finished runs are kept in {args.work}; run the same command to continue"
     return run(lambda: _run(args, arguments), state=state)
 
 
 @contextmanager
 def _errors_only() -> Iterator[None]:
-    """Checkpoints are damaged here, and warnings of that say nothing."""
+    """Without pretrain's warnings: checkpoints are damaged here on purpose."""
     log = logging.getLogger("pretrain")
     before = log.level
     log.setLevel(logging.ERROR)
@@ -74,7 +74,7 @@ def _errors_only() -> Iterator[None]:
 def _run(args: argparse.Namespace, arguments: list[str] | None) -> int:
     if args.faults < 1:
         raise ValueError(f"--faults={args.faults} is below 1; use 1 or more")
-    work = args.work.resolve()  # a run's paths are told by where they begin
+    work = args.work.resolve()  # strike.cpp knows a run's paths by their beginning
     with _errors_only(), Lock(work):
         runs = read_finished(work / FINISHED, args.seed)
         runs = _go_on(work, runs, args.faults, args.seed)
@@ -169,7 +169,7 @@ def _sum_of_layout(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _by(fault: dict[str, Any]) -> str:
-    """A fault's kind and what it did, without its place."""
+    """A fault's kind and what it did, without where it struck."""
     if fault["kind"] == "layout":
         return f"layout: {fault['what']}"
     words = fault["what"].split()

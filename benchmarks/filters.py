@@ -1,7 +1,7 @@
 """The cost of the filters: rows/s and peak memory of filter_list on a generated LAION-like parquet, the time of each
 filter, and pictures/s of filter_shards on drawn pictures.
 
-python -m benchmarks.filters --rows 1e7 --pictures 5000 --out benchmarks/results/filters.json
+    python -m benchmarks.filters --rows 1e7 --pictures 5000 --out benchmarks/results/filters.json
 """
 
 from __future__ import annotations
@@ -153,11 +153,7 @@ def pictures(directory: Path, number: int, size: int, workers: int) -> dict[str,
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser(
-        "benchmarks.filters",
-        "Times the filters on lists (rows/s, peak memory) and on shards (pictures/s).",
-        "--rows 1e7 --pictures 5000",
-    )
+    parser = make_parser("benchmarks.filters", __doc__, "--rows 1e7 --pictures 5000")
     parser.add_argument("--rows", type=float, default=1e7, help="of the list (%(default)g)")
     parser.add_argument("--pictures", type=int, default=2000, help="of the shards (%(default)s)")
     parser.add_argument("--side", type=int, default=256, help="pixels of a picture's side (%(default)s)")

@@ -5,8 +5,8 @@
 Each cell changes one thing of BEiT-3 base (224 pixels, 64010 words, the paper's experts) at a smaller depth: forward
 and backward of masked data modeling on one image, one pair and one text of full length. `counted` is the FLOPs that
 such a step computes, heads included, by pretrain.flops; `seconds` the median of CPU seconds on one thread, in turns
-with the first cell; both also as times the first cell's. Parameters are of the whole depth. For shards and start-up see
-benchmarks.order.
+with the first cell; both also as multiples of the first cell's. Parameters are of the whole depth. For shards and
+start-up see benchmarks.order.
 """
 
 from __future__ import annotations

@@ -30,17 +30,17 @@ WAYS = ("whole", "chunks")
 
 
 def inputs(args: argparse.Namespace) -> tuple[Tensor, ...]:
-    made = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     where, dtype = args.device, DTYPES[args.dtype]
-    rows = torch.randn(args.rows, args.dim, generator=made).to(where, dtype).requires_grad_()
-    weight = torch.randn(args.classes, args.dim, generator=made).mul_(0.02).to(where, dtype).requires_grad_()
+    rows = torch.randn(args.rows, args.dim, generator=generator).to(where, dtype).requires_grad_()
+    weight = torch.randn(args.classes, args.dim, generator=generator).mul_(0.02).to(where, dtype).requires_grad_()
     bias = torch.zeros(args.classes, dtype=dtype, device=where, requires_grad=True)
-    targets = torch.randint(args.classes, (args.rows,), generator=made).to(where)
+    targets = torch.randint(args.classes, (args.rows,), generator=generator).to(where)
     return rows, weight, bias, targets, torch.full((args.rows,), 1 / args.rows, device=where)
 
 
 def passes(way: str, rows: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Forward and backward; the total."""
+    """Forward and backward -> the total loss."""
     if way == "chunks":
         total = cross_entropy.linear_cross_entropy(rows, weight, bias, targets, weights, classes=len(weight)).total
     else:

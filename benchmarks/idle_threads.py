@@ -31,7 +31,7 @@ OURS = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 @contextmanager
 def busy_process() -> Iterator[None]:
-    """One that takes all it can get of one core."""
+    """A process that takes all it can get of one core."""
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
         try:
             yield
@@ -40,7 +40,7 @@ def busy_process() -> Iterator[None]:
 
 
 def samples_per_s(way: str, args: argparse.Namespace) -> float:
-    """Of one process. ValueError where it fails."""
+    """The speed of the stage in a process of its own. ValueError where it fails."""
     env = {name: value for name, value in os.environ.items() if name not in OURS} | WAYS[way]
     with tempfile.TemporaryDirectory() as place:
         line = ["-m", "benchmarks.throughput", "--recipe", args.recipe, "--stage", args.stage, "--ds", args.ds]

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pretrain.command import about, run, write
+from pretrain.command import about, make_parser, run, write
 from pretrain.data.decoding import decode_image
 from pretrain.data.loader import Loader
 from pretrain.data.masking import Masking, mask_image
@@ -139,9 +139,7 @@ def measure(args: argparse.Namespace, shards: str) -> dict:
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("benchmarks.loader", __doc__, "--workers 0 1 --samples 64 --seconds 1")
     parser.add_argument("--shards", help="an indexed directory or pattern (default: synthetic JPEGs)")
     parser.add_argument("--kind", choices=("images", "pairs"), default="images", help="pairs need --tokenizer")
     parser.add_argument("--tokenizer", help="a SentencePiece file")

@@ -1,14 +1,14 @@
 """This loader against the usual one, webdataset and Pillow with the same augmentations: same shards, same process, in
 turns, on one core; medians of the rounds, and the least.
 
-What is counted are CPU seconds, because other work on a shared machine takes wall time from whoever it meets. It takes
-from the caches too, and from a core that two processors share; the least of many short rounds is nearest to a machine
-that does nothing else. Both give batches of uint8 pictures [N, 3, size, size]; ours masks them too. Once ours
-also leaves flip and jitter to the device (loading.jitter_on_device), whose time is not in its figure, and once it
-decodes at half size what leaves three quarters of a crop's pixels besides (transform.cover). `imagenet` are JPEGs of
-500 x 375 pixels and about 100 kB, as ImageNet's are on average.
+CPU seconds are counted, because other work on a shared machine takes wall time from whoever runs beside it. It also
+takes cache, and its part of a core that two hardware threads share; so the least of many short rounds is nearest to an
+idle machine. Both give batches of uint8 pictures [N, 3, size, size]; ours masks them too. Ours runs twice more: once it
+leaves flip and jitter to the device (loading.jitter_on_device), whose time is not in its figure, and once it also
+decodes at half size where that leaves three quarters of a crop's side (transform.cover). `imagenet` are JPEGs of 500 x
+375 pixels and about 100 kB, as ImageNet's are on average.
 
-python -m benchmarks.loader_against --out benchmarks/results/loader_against.json
+    python -m benchmarks.loader_against --out benchmarks/results/loader_against.json
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def ours(
 
 
 def decoding(directory: Path, batch: int, decode: Callable[[bytes], object]) -> Iterator[Any]:
-    """Only that, of `batch` pictures at a time."""
+    """Decodes `batch` pictures at a time, and does nothing else."""
     manifest = load_manifest(str(directory))
     reader = ShardReader(manifest)
     data = [picture(reader.read(0, number)) for number in range(manifest.shards[0].samples)]

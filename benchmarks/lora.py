@@ -1,5 +1,5 @@
-"""Adapters on a frozen encoder beside full fine-tuning, on the quickstart's retrieval: what is trained, the memory of
-it, and what comes of it.
+"""Adapters on a frozen encoder beside full fine-tuning, on the quickstart's retrieval: how much is trained, the memory
+that this takes, and the recall that it reaches.
 
     python -m benchmarks.lora --quickstart runs/quickstart --work runs/lora --out benchmarks/results/lora.json
 
@@ -34,7 +34,8 @@ METRICS = ("retrieval/image_to_text/R@1", "retrieval/text_to_image/R@1")
 
 
 def sizes(stage_name: str) -> dict[str, Any]:
-    """Numbers of the stage's model, those that are trained, and MiB of both on one rank."""
+    """How many parameters the stage's model has and how many of them are trained; MiB of the weights, gradients and
+    moments on one rank."""
     recipe = find_recipe(str(RECIPE))
     stage = recipe.stages[stage_name]
     with torch.device("meta"):
@@ -57,7 +58,7 @@ def is_retrieval(finished: Path, name: str) -> bool:
 
 
 def train(quickstart: Path, work: Path, stage: str, steps: int | None) -> dict[str, Any]:
-    """Trained and evaluated where that is not done."""
+    """Trains and evaluates the stage, unless that is done -> its METRICS."""
     env = os.environ | {"QUICKSTART": str(quickstart.resolve()), "DATA": str((quickstart / "corpus").resolve())}
     common = ["--recipe", str(RECIPE), "--stage", stage, "--run-dir", str(work)]
     common += ["--set", f"steps={steps}"] if steps else []

@@ -1,6 +1,6 @@
 """The quickstart's retrieval, trained whole and in part, from the weights of its fusion stage: for benchmarks.lora.
-$QUICKSTART is the quickstart's run directory. `full` is the quickstart's own stage, and `locked_image` has its rate;
-adapters, and heads alone, ten times of it, as is usual for them, chosen once and not tuned."""
+$QUICKSTART is the quickstart's run directory. `full` is the quickstart's own stage, and `locked_image` has its learning
+rate; adapters, and heads alone, have ten times as much, which is usual for them, was chosen once and was not tuned."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.checkpoint_stall import MOST_STEPS, _stepper
+from benchmarks.checkpoint_stall import MOST_STEPS, stepper
 from benchmarks.record import machine
 from benchmarks.throughput import parameters, write_shards, write_visual_tokenizer
 from pretrain.checkpoint.copies import LOCAL, open_copies
@@ -45,18 +45,19 @@ WAYS, STAGE = ("without", "with"), "fusion"
 
 
 def be_node(place: Path, number: int) -> None:
+    """Makes this process one of node `number`, whose copies lie below `place`."""
     os.environ.update({LOCAL: str(place / f"node{number}"), "SLURMD_NODENAME": f"node{number}"})
 
 
 def rank_cost(args: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """On one of two ranks."""
+    """The figures of `cost`, on each of two ranks."""
     recipe, stage = load_recipe(args.recipe, args.stage, args.set)
     os.environ["DATA"] = str(place)
     be_node(place, rank())
     (place / "stage").mkdir(exist_ok=True)
     watch = Watch()
     built = build_run(recipe, replace(stage, init_from=None), args.ds, place, watch)
-    take = _stepper(built, built.loader.batches(0, MOST_STEPS))
+    take = stepper(built, built.loader.batches(0, MOST_STEPS))
     saver = Saver(built.engine, place / "stage", watch, mesh=built.mesh, copies=open_copies(place / "stage", 0))
     rounds: list[dict[str, Spent]] = []
     step = 0
@@ -87,7 +88,7 @@ def rank_cost(args: argparse.Namespace, place: Path) -> dict[str, Any]:
 
 
 class Spent(NamedTuple):
-    """By the steps of one round and way, in the mean of the ranks. CPU seconds are of all these steps."""
+    """What the steps of one round and way took, in the mean of the ranks. CPU seconds are of all these steps."""
 
     own_s: float  # of the thread that trains
     whole_s: float  # of all threads
@@ -116,12 +117,12 @@ def summary(rounds: Sequence[Mapping[str, Spent]], steps: int, gib: float) -> di
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    told = {"median": statistics.median(values), "least": min(values), "most": max(values)}
-    return {name: round(value, 4) for name, value in told.items()}
+    spread = {"median": statistics.median(values), "least": min(values), "most": max(values)}
+    return {name: round(value, 4) for name, value in spread.items()}
 
 
 def loss(args: argparse.Namespace, data: Path, place: Path, way: str) -> dict[str, float]:
-    """One run with one lost node."""
+    """One run that loses a node: the seconds until it is further than before, and the steps that it takes again."""
     steps, struck_at = 2 * args.save_every, 3 * args.save_every // 4
     line = command(data, place / "run", STAGE, tokenizer_of(data), f"steps={steps}", ds="zero1.json")
     for setting in (f"save_every={args.save_every}", f"copy_every={int(way == 'with')}", "trace_samples=false"):
@@ -152,18 +153,18 @@ def losses(args: argparse.Namespace, place: Path) -> dict[str, Any]:
     data = write_data(place / "data")
     if (done := train_stage(data, data / "start", "tokenizer", CUDA_VISIBLE_DEVICES="")).returncode:
         raise ValueError(f"the tokenizer of the runs could not be trained: {done.stderr[-500:]}")
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    outcomes: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for number in range(args.rounds):
         for way in sorted(WAYS, reverse=bool(number % 2)):
             own = place / f"{way}{number}"
             own.mkdir()
-            found[way].append(loss(args, data, own, way))
+            outcomes[way].append(loss(args, data, own, way))
     return {
         f"{way} copies": {
             "seconds": round(statistics.median(each["seconds"] for each in of_way), 2),
             "steps_done_again": statistics.median(each["steps"] for each in of_way),
         }
-        for way, of_way in found.items()
+        for way, of_way in outcomes.items()
     }
 
 

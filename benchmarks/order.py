@@ -2,8 +2,8 @@
 
 Seconds are CPU time, which other work on the machine hardly changes.
 
-python -m benchmarks.order --samples 5e9 --shards 50000
-python -m benchmarks.order --grow --out benchmarks/results/order.json    # 1e6 samples in 100 shards to 5e9 in 1e5
+    python -m benchmarks.order --samples 5e9 --shards 50000
+    python -m benchmarks.order --grow --out benchmarks/results/order.json    # 1e6 samples in 100 shards to 5e9 in 1e5
 """
 
 from __future__ import annotations
@@ -95,11 +95,7 @@ def _seek(order: Order, step: int, batch: int) -> float:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser(
-        "benchmarks.order",
-        "Times the start of a source of a given size: its manifest and the plan of its order.",
-        "--samples 5e9 --shards 50000 --streams 4096",
-    )
+    parser = make_parser("benchmarks.order", __doc__, "--samples 5e9 --shards 50000 --streams 4096")
     parser.add_argument("--samples", type=float, default=5e9, help="of the source (%(default)g)")
     parser.add_argument("--shards", type=int, default=50_000, help="of the source (%(default)s)")
     parser.add_argument("--streams", type=int, default=64, help="loading.streams (%(default)s)")

@@ -179,11 +179,7 @@ def measure(megabytes: float, workers: int, repeats: int, seed: int) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser(
-        "benchmarks.pack_text",
-        "Times data_tools.pack_text on a corpus of invented prose with planted duplicates. Medians.",
-        "--megabytes 200 --workers 2 --repeats 5",
-    )
+    parser = make_parser("benchmarks.pack_text", __doc__, "--megabytes 200 --workers 2 --repeats 5")
     parser.add_argument("--megabytes", type=float, default=100, help="of the corpus (%(default)g)")
     parser.add_argument("--workers", type=int, default=1, help="of pack_text (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="of each measurement (%(default)s)")

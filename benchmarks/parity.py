@@ -1,6 +1,9 @@
 """The parity matrix of tests/parity as a table: how far every legal layout of ranks is from one dense process.
 
-python -m benchmarks.parity --out benchmarks/results/parity.json --readme ds_configs/README.md
+    python -m benchmarks.parity --out benchmarks/results/parity.json --readme ds_configs/README.md
+
+Trains on every legal layout of 1 to 8 gloo ranks and in one dense process, in some minutes, from the repository's root.
+Ends with 1 if a cell is beyond the tolerance.
 """
 
 from __future__ import annotations
@@ -25,12 +28,7 @@ BEGIN, END = "<!-- made by benchmarks/parity.py: begin -->", "<!-- made by bench
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = make_parser(
-        "benchmarks.parity",
-        "Trains on every legal layout of 1 to 8 gloo ranks and in one dense process, and prints how far\n"
-        "apart they are. From the repository's root; some minutes. Ends with 1 if a cell is beyond the tolerance.",
-        '--only "ZeRO-1 x TP2"',
-    )
+    parser = make_parser("benchmarks.parity", __doc__, '--only "ZeRO-1 x TP2"')
     parser.add_argument("--only", default="", metavar="TEXT", help="only layouts whose name holds this")
     parser.add_argument("--out", type=Path, help="also write a JSON with every cell here")
     parser.add_argument("--readme", type=Path, help="put the table between the marks in this file")
@@ -67,9 +65,10 @@ def _run(args: argparse.Namespace, arguments: list[str] | None) -> int:
     write(results, args.out, show=False)
     if args.readme:
         _put(args.readme, rows, facts)
-    for line in (said := failures(distances)):
+    beyond = failures(distances)
+    for line in beyond:
         print(f"beyond the tolerance: {line}", file=sys.stderr)
-    return 1 if said else 0
+    return 1 if beyond else 0
 
 
 def _worst(some: Sequence[Apart]) -> dict[str, float]:
@@ -77,7 +76,7 @@ def _worst(some: Sequence[Apart]) -> dict[str, float]:
 
 
 def _by_passes(alone: dict[AnyCell, Apart]) -> dict[str, list[Apart]]:
-    """Of dense processes, by the name of their row."""
+    """The distances of dense processes, by the name of their row."""
     rows: dict[str, list[Apart]] = {}
     for cell, each in alone.items():
         passes = f", {cell.passes} passes" if cell.passes > 1 else ""

@@ -56,7 +56,7 @@ class Server(NamedTuple):
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
     def cpu_seconds(self) -> float:
-        """That it has used (Linux)."""
+        """CPU time that it has used so far (Linux)."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -87,7 +87,7 @@ def server(weights: Path, batch: int) -> Iterator[Server]:
 
 
 class Tally:
-    """What came of the requests."""
+    """What came of the requests; all clients write to it."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -110,7 +110,7 @@ class Tally:
 
 
 def mixed_load(port: int, known: Known, requests: int, hostile: float, clients: int) -> dict[str, Any]:
-    """`requests` of `clients` at once, a share of them hostile (each kind at least once), in an order of a seed."""
+    """Sends `requests` by `clients` threads, a share of them hostile (each kind at least once), in a seeded order."""
     rng, tally = random.Random(0), Tally()
     kinds = hostile_requests(LIMITS)
     count = max(round(requests * hostile), len(kinds)) if hostile else 0
@@ -154,7 +154,7 @@ def _good(port: int, known: Known, number: int, tally: Tally) -> Callable[[], No
 
 
 def speed(port: int, known: Known, clients: int, seconds: float) -> tuple[float, list[float]]:
-    """(pictures a second, the seconds of each request) of so many clients, each with one picture after the other."""
+    """(pictures a second, the seconds of each request) of `clients` at once, each sending a picture after the other."""
     end, latencies = time.monotonic() + seconds, list[float]()
     begin = time.monotonic()
 
@@ -170,8 +170,8 @@ def speed(port: int, known: Known, clients: int, seconds: float) -> tuple[float,
 
 
 def speeds(alone: Server, batched: Server, known: Known, args: argparse.Namespace) -> dict[str, Any]:
-    """Of two servers, one without batches. CPU time of the server says more than pictures a second where other work
-    keeps the machine busy."""
+    """Compares two servers, one of them without batches. Where other work keeps the machine busy, the server's CPU time
+    says more than pictures a second."""
     ways = {"one client": (alone, 1), "no batches": (alone, args.clients), "batches": (batched, args.clients)}
     rates: dict[str, list[float]] = {way: [] for way in ways}
     latencies: dict[str, list[float]] = {way: [] for way in ways}
@@ -205,7 +205,7 @@ def speeds(alone: Server, batched: Server, known: Known, args: argparse.Namespac
 
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser("benchmarks.serve", __doc__, "--out benchmarks/results/serve.json")
-    parser.add_argument("--weights", type=Path, help="those of a stage that embeds and writes (random ones)")
+    parser.add_argument("--weights", type=Path, help="of a stage that embeds and captions (random ones)")
     parser.add_argument("--requests", type=int, default=1000, help="of the mixed load (%(default)s)")
     parser.add_argument("--hostile", type=float, default=0.05, metavar="SHARE", help="of them (%(default)s)")
     parser.add_argument("--clients", type=int, default=32, help="(%(default)s)")

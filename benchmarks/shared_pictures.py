@@ -1,4 +1,4 @@
-"""A step of BLIP and ALBEF whose passes share what the encoder made of a picture, beside one that encodes it each time.
+"""A step of BLIP and ALBEF whose passes share a picture's rows, beside one that encodes the picture for each pass.
 
     python -m benchmarks.shared_pictures --rounds 20 --out benchmarks/results/shared_pictures.json
 
@@ -32,27 +32,27 @@ RECIPES = ("tiny_blip", "tiny_albef")
 
 
 def random_batch(recipe: Recipe, stage: Stage, patches: int) -> Batch:
-    """Of the stage's layout, whose texts are as long as they may be."""
+    """A batch of the stage's layout, with every text at its full length."""
     layout = micro_layout(stage.mix, stage.batch.counts(), patches, 1)
-    made, size = torch.Generator().manual_seed(0), recipe.model_of(stage).image_size
+    generator, size = torch.Generator().manual_seed(0), recipe.model_of(stage).image_size
 
     def words(count: int, length: int) -> torch.Tensor:
-        ids = torch.randint(10, 300, (count, length), generator=made)
+        ids = torch.randint(10, 300, (count, length), generator=generator)
         ids[:, :1], ids[:, -1:] = BOS, EOS
         return ids
 
     count = layout.images + layout.pairs
     return make_batch(
         layout,
-        images=torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=made),
+        images=torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator),
         pair_tokens=words(layout.pairs, layout.pair_len),
         text_tokens=words(layout.texts, layout.text_len),
-        draws={"matching": torch.rand(layout.sequences, 1, generator=made)},
+        draws={"matching": torch.rand(layout.sequences, 1, generator=generator)},
     ).indexed()
 
 
 def step_of(recipe: Recipe, stage: Stage, *, shared: bool) -> Callable[[Batch], float]:
-    """-> what takes a step, and returns its loss."""
+    """A function that takes a step, forward and backward, and returns its loss."""
     model = recipe.model_of(stage)
     torch.manual_seed(0)
     with patch.object(type(model), "shares_pictures", shared):

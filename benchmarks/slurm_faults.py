@@ -67,7 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _end(number: int, frame: object) -> None:
-    """SLURM's daemons and the file systems go on the way out, and no second signal interrupts that."""
+    """Ends by an exception, on whose way out the daemons are stopped and the file systems unmounted. No second signal
+    interrupts that."""
     signal.signal(number, signal.SIG_IGN)
     raise SystemExit(128 + number)
 
@@ -82,18 +83,21 @@ def _run(args: argparse.Namespace, arguments: list[str] | None) -> int:
     done = train_stage(data, data / "start", "tokenizer", CUDA_VISIBLE_DEVICES="")
     if done.returncode:
         raise ValueError(f"the tokenizer of the runs could not be trained: {done.stderr[-500:]}")
-    results = about("benchmarks.slurm_faults", arguments) | machine("torch", "deepspeed")
-    if args.what == "scenarios":
-        args.told = about("benchmarks.slurm_faults", arguments)
+    command = about("benchmarks.slurm_faults", arguments)
+    results = command | machine("torch", "deepspeed")
     with slurm(work / "slurm", nodes=3, gpus=2 * RANKS, lost_s=10, more=MORE) as more:
-        measure = scenarios if args.what == "scenarios" else soak
-        results |= measure(args, data, work, more)
+        if args.what == "scenarios":
+            results |= scenarios(args, data, work, more, command)
+        else:
+            results |= soak(args, data, work, more)
     write(results, args.out)
     return 0 if results["good"] else 1
 
 
-def scenarios(args: argparse.Namespace, data: Path, work: Path, more: Mapping[str, str]) -> dict[str, Any]:
-    """Runs that are in `args.out` already, of other kinds or under other JSONs, stay there; each has its command."""
+def scenarios(
+    args: argparse.Namespace, data: Path, work: Path, more: Mapping[str, str], command: dict[str, str]
+) -> dict[str, Any]:
+    """Runs of other kinds or under other JSONs that are in `args.out` already stay there; each notes its `command`."""
     runs = kept_runs(args.out, {(ds, kind) for ds in args.ds for kind in args.kinds})
     alone = cache(partial(left_alone, data, work, more))
     for ds in args.ds:
@@ -104,7 +108,7 @@ def scenarios(args: argparse.Namespace, data: Path, work: Path, more: Mapping[st
                 # Any number of workers gives the same bits, and only data that workers read can stall.
                 own = [*settings, f"loading.workers={int(kind == 'store stalled')}"]
                 job = Job(data, place, work / "slurm", more, 2, RANKS, ds, *own)
-                runs.append({"ds": ds, **_scenario(kind, job, whole), **args.told})
+                runs.append({"ds": ds, **_scenario(kind, job, whole), **command})
                 print(runs[-1], file=sys.stderr, flush=True)
             if args.out is not None:
                 write(sum_up(runs), args.out, show=False)
@@ -117,16 +121,17 @@ def sum_up(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def costs(faults: list[tuple[str, float]]) -> dict[str, Any]:
-    """Of (by what, seconds): how many faults, their mean, and what that makes of a larger run."""
+    """From each fault's (mended by what, seconds): their number, mean, and what that predicts of a larger run."""
     by = {name: [seconds for how, seconds in faults if how == name] for name in ("in place", "requeue", "neither")}
     means = {name: round(statistics.fmean(own), 1) for name, own in by.items() if own}
-    told: dict[str, Any] = {"by": {name: {"faults": len(by[name]), "mean_s": mean} for name, mean in means.items()}}
+    result: dict[str, Any] = {"by": {name: {"faults": len(by[name]), "mean_s": mean} for name, mean in means.items()}}
     if {"in place", "requeue"} <= means.keys():
-        told["predicted_effective_training_time"] = predict(means["in place"], means["requeue"])
-    return told
+        result["predicted_effective_training_time"] = predict(means["in place"], means["requeue"])
+    return result
 
 
 def kept_runs(out: Path | None, measured_now: set[tuple[str, str]]) -> list[dict[str, Any]]:
+    """The runs in the JSON `out`, without those that are measured again now."""
     if out is None or not out.exists():
         return []
     return [each for each in read_object(out)["runs"] if (each["ds"], each["kind"]) not in measured_now]
@@ -180,19 +185,19 @@ def ending(job: Job, alone: Path) -> dict[str, Any]:
     """How the run ended, against the one that was left alone."""
     state = job.finish()
     lives = read_lives(job.stage)
-    told: dict[str, Any] = {"state": state, "lives": len(lives)}
+    result: dict[str, Any] = {"state": state, "lives": len(lives)}
     if state == "COMPLETED":
-        told |= compare(job.stage, alone)._asdict()
+        result |= compare(job.stage, alone)._asdict()
         (stage,) = [each for each in load_run(job.stage.parent) if each.name == STAGE]
-        told["effective_training_time"] = stage.effective()
+        result["effective_training_time"] = stage.effective()
     else:
-        told["said"] = job.said()[-2000:]
-    return told | {"good": state == "COMPLETED" and not told["unequal"]}
+        result["said"] = job.said()[-2000:]
+    return result | {"good": state == "COMPLETED" and not result["unequal"]}
 
 
 @contextmanager
 def file_system(place: Path) -> Iterator[Path]:
-    """A directory of its own of DISK_MIB, in memory."""
+    """A file system of DISK_MIB, in memory, mounted at `place`."""
     place.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", str(place)], check=True)
     try:

@@ -48,7 +48,7 @@ class Calls(TorchDispatchMode):
 
 
 def count(ds: str, by_default: bool) -> dict[str, int]:
-    """Of a whole step of two micro-steps: after the first two, which set up state."""
+    """The counts of one step of two micro-steps, the last of four: the first ones set up state."""
     config = load_ds_config(ds, micro=6, accumulation=MICRO_STEPS, world=1, clip=OPTIM.clip)
     adapt = door.skip_on_device
     if by_default:
@@ -79,18 +79,18 @@ def count(ds: str, by_default: bool) -> dict[str, int]:
 
 
 def _batch() -> Any:
-    made, layout = torch.Generator().manual_seed(0), Layout(2, 2, 2, MODEL.patches, pair_len=8, text_len=10)
-    masks = torch.rand(4, MODEL.patches, generator=made) < 0.4
-    pairs, texts = (torch.randint(4, 128, (2, length), generator=made) for length in (8, 10))
+    generator, layout = torch.Generator().manual_seed(0), Layout(2, 2, 2, MODEL.patches, pair_len=8, text_len=10)
+    masks = torch.rand(4, MODEL.patches, generator=generator) < 0.4
+    pairs, texts = (torch.randint(4, 128, (2, length), generator=generator) for length in (8, 10))
     return make_batch(
         layout,
-        images=torch.randint(256, (4, 3, 32, 32), generator=made, dtype=torch.uint8),
+        images=torch.randint(256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8),
         image_masks=masks,
-        image_codes=torch.randint(64, masks.shape, generator=made),
+        image_codes=torch.randint(64, masks.shape, generator=generator),
         pair_tokens=pairs,
-        pair_masked=torch.rand(pairs.shape, generator=made) < 0.5,
+        pair_masked=torch.rand(pairs.shape, generator=generator) < 0.5,
         text_tokens=texts,
-        text_masked=torch.rand(texts.shape, generator=made) < 0.5,
+        text_masked=torch.rand(texts.shape, generator=generator) < 0.5,
     )
 
 

@@ -8,7 +8,7 @@ Each cell is a run of benchmarks.throughput (what follows `--` goes to each) in 
 of these settings changes what a run is: the batch stays the same, batch.accumulation says in how many micro-batches.
 Every --ds, --checkpointing and --compile is tried with the micro-batches from small to large, until one fills the
 memory: larger ones are left out then. At the end the fastest is tried with every number of --workers. OUT/sweep.json
-is written after each cell and OUT/sweep.svg at the end; the same line again goes on where it stopped.
+is written after each cell and OUT/sweep.svg at the end; run the same line again to go on where it stopped.
 """
 
 from __future__ import annotations
@@ -100,11 +100,11 @@ class Sweep:
         return self.results.of(cell, cell.words(False)) or {}
 
     def try_one(self, choice: Choice) -> bool:
-        """False where the time is over."""
+        """Runs the cell of a choice, unless it is done. False where the time is over."""
         cell = choice.cell(self.args)
         self.tried.append(choice)
-        found = self.value(choice)
-        if found.get("ended") == 0 or does_not_fit(found):
+        known = self.value(choice)
+        if known.get("ended") == 0 or does_not_fit(known):
             return True
         left = self.end - time.monotonic()
         if left < LEAST_S:
@@ -132,7 +132,7 @@ class Sweep:
 
 
 def groups(args: argparse.Namespace) -> Iterator[list[Choice]]:
-    """What is the same but for the micro-batch, small ones first."""
+    """Choices that differ only in their micro-batch, the smallest first."""
     for ds, checkpointing, compiled in itertools.product(args.ds, args.checkpointing, args.compile):
         sizes = sorted(set(args.accumulation), reverse=True)
         yield [Choice(ds, checkpointing, compiled == "true", size) for size in sizes]
@@ -176,7 +176,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"--seconds={args.seconds:g} is no time; use more than 0, such as 3600")
     with Lock(args.out):
         sweep = Sweep(args, Results(args.out / "sweep.json", "sweep", False))
-        through = sweep.run()
+        finished = sweep.run()
     speeds = sweep.speeds()
     bars = {choice.name: speed for choice, speed in speeds.items()}
     write_bars(args.out / "sweep.svg", "Samples a second", bars, mark=None, note=args.line)
@@ -185,8 +185,8 @@ def _run(args: argparse.Namespace) -> int:
         tell(f"{known[choice]:10.2f} samples/s  {shlex.join(choice.words)}")
     if not known:
         tell(f"no cell gave a figure; {args.out / 'logs'} has what they said")
-    if not through:
-        tell("the time was over before every cell was tried; the same line again goes on")
+    if not finished:
+        tell("the time was over before every cell was tried; run the same line again to go on")
     return int(not known)
 
 

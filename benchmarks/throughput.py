@@ -76,9 +76,8 @@ def _run(args: argparse.Namespace, argv: list[str] | None) -> None:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.throughput", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    example = "--recipe tiny --stage fusion --ds ds_configs/zero0.json --steps 5"
+    parser = command.make_parser("benchmarks.throughput", __doc__, example)
     parser.add_argument("--recipe", default="beit3_base")
     parser.add_argument("--stage", default="pretrain")
     parser.add_argument("--ds", default="ds_configs/zero3_bf16.json")
@@ -201,7 +200,7 @@ def store_codes(recipe: Recipe, stage: Stage, place: Path, crops: int) -> tuple[
 
 
 def with_looks(stage: Stage, crops: int, codes: str | None) -> Stage:
-    """The stage with so many fixed crops of each picture, and the codes of that name, if any."""
+    """The stage with `crops` fixed crops of each picture, and the stored codes of this name, if any."""
     mix = {
         kind: source if isinstance(source, TextShards) else replace(cast(Any, source), crops=crops, codes=codes)
         for kind, source in stage.mix.items()

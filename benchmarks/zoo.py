@@ -1,12 +1,12 @@
-"""The neighbours side by side: each architecture and objective on the same corpus, from scratch, for as many samples.
+"""The neighbours side by side: each architecture and objective on one corpus, from scratch, for the same samples.
 
     python -m benchmarks.zoo --samples 19200 --run-dir runs/zoo --out benchmarks/results/zoo.json
 
 Each member is a stage of a tiny recipe at its own rates, trained by pretrain.train and evaluated by pretrain.evaluate
-on the quickstart's corpus. Each objective sees 64 pairs a step, as all of the published ones see the whole batch: 64
-dual pairs, and for masked words, which contrast and matching must not lack, 64 others. What is there is not trained
-again: the same line goes on after a kill. Beside the JSON lies a picture, quality over compute. Speeds are of whatever
-else the machine did; quality and FLOPs are not.
+on the quickstart's corpus. Each objective sees 64 pairs a step, as the published ones all see the whole batch: contrast
+and matching 64 dual pairs, and masked words 64 others, so that neither takes pairs from the other. A stage that is
+finished is not trained again: after a kill the same line goes on. Beside the JSON lies a picture, quality over compute.
+Speeds depend on what else the machine did; quality and FLOPs do not.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Member:
 
 
 ALONE, BOTH = (f"batch.dual={STEP}",), (f"batch.dual={STEP}", f"batch.pairs={STEP}", "init_from=None")
-# Matching hardly begins with hard partners and fresh weights (benchmarks.claims); as published, it need not.
+# From fresh weights matching hardly begins to learn with hard negatives (benchmarks.claims). The published models that
+# use them from the first step do not start from fresh weights.
 EASY = ("objectives.1.random_steps=100",)
 MEMBERS = {
     "CLIP": Member("tiny_towers", "clip", ALONE),
@@ -87,7 +88,7 @@ MEMBERS = {
 
 
 def make_corpus(corpus: Path) -> None:
-    """That of launch/quickstart.sh."""
+    """The corpus of launch/quickstart.sh."""
     if draw_corpus(["--out", str(corpus)]):
         raise ValueError(f"{corpus} could not be drawn; see above")
     if not (corpus / "text.model").is_file():
@@ -96,7 +97,7 @@ def make_corpus(corpus: Path) -> None:
 
 
 def train(member: Member, samples: int, run_dir: Path, corpus: Path) -> Path:
-    """Trains and evaluates, or finds that done -> the stage's directory. ValueError where one of the two fails."""
+    """Trains and evaluates, unless that is done -> the stage's directory. ValueError where one of the two fails."""
     place = run_dir / member.recipe
     environment = os.environ | {"DATA": str(corpus), "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
     settings = [word for setting in member.all_settings(samples) for word in ("--set", setting)]
@@ -128,14 +129,14 @@ def row(name: str, member: Member, samples: int, directory: Path) -> dict[str, A
 
 
 def parameters(recipe: Recipe, stage: Stage) -> int:
-    """Of encoder and heads that are trained; a momentum teacher has as many again."""
+    """How many the encoder and the heads have; a momentum teacher, with as many again, does not count."""
     with torch.device("meta"):
         task = stage.task.build(recipe.model_of(stage), stage, PLAIN, None)
     return sum(value.numel() for value in task.parameters())
 
 
 def flops(recipe: Recipe, stage: Stage) -> float:
-    """Of all steps, forward and backward, padding too."""
+    """FLOPs of all steps of the stage, forward and backward, padding included."""
     model = recipe.model_of(stage)
     patches = (model.image_size // model.patch_size) ** 2
     layout = micro_layout(stage.mix, stage.batch.counts(), patches, 1)
@@ -143,7 +144,7 @@ def flops(recipe: Recipe, stage: Stage) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """The rows in Markdown."""
     head = ("", "parameters", "samples/s", "GiB", "TFLOP", "R@1 i→t / t→i", "matching (of 50)", "choice (of 50)",
             "masked words (of {})", "CIDEr")  # fmt: skip
     baseline = next((each["masked_words_baseline"] for each in rows if each["masked_words_baseline"]), None)

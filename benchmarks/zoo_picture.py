@@ -54,7 +54,7 @@ def picture(marks: list[Mark]) -> str:
 
 
 def _apart(texts: list[str], points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Where each text stands: right of its point, or as far below as no text above is in its way."""
+    """Where each text stands: right of its point, or so far below that it is clear of the texts above it."""
     places: dict[int, tuple[float, float]] = {}
     for number in sorted(range(len(texts)), key=lambda number: points[number][1]):
         left, top = points[number][0] + 9, points[number][1] + 4

@@ -65,7 +65,7 @@ def measure(args: argparse.Namespace, arguments: list[str] | None) -> None:
         raise ValueError(f"--scale {args.scale} is no share of the steps; use a number above 0, such as 0.1 or 2")
     runs, seeds = Runs(args.run_dir.absolute(), args.scale), range(args.seeds)
     make_corpus(runs.corpus, Sizes())
-    os.environ |= runs.variables(0)  # of the recipe as it is read here
+    os.environ |= runs.variables(0)  # for the recipe that this process reads; any seed's paths will do
     arms: dict[str, list[str]] = {claim: [] for claim in args.claims}
     for comparison in COMPARISONS:
         if comparison.claim in arms:
@@ -74,8 +74,8 @@ def measure(args: argparse.Namespace, arguments: list[str] | None) -> None:
     wanted = order(runs, arms, seeds)
 
     def tell(seed: int, stage: str) -> None:
-        done = record(runs, seeds, args.claims, facts, args.out)
-        trained = sum(second is not None for each in done["stages"].values() for second in each["cpu_s"])
+        stages = record(runs, seeds, args.claims, facts, args.out)["stages"]
+        trained = sum(seconds is not None for each in stages.values() for seconds in each["cpu_s"])
         say(f"seed {seed}, {stage}: done, {trained} of {len(wanted)} runs")
 
     run_all(runs, wanted, args.jobs, tell)

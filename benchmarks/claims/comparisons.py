@@ -119,7 +119,7 @@ def verdict(differences: list[float]) -> str:
 
 
 def row(comparison: Comparison, evaluated: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """What is known of it, from {seed: {stage: eval.json}}: seeds with all of its arms count."""
+    """What is known of a comparison, from {seed: {stage: eval.json}}. Only seeds that have all of its arms count."""
     scores = {
         seed: {arm: score(comparison.score, stages[arm]) for arm in comparison.terms}
         for seed, stages in evaluated.items()
@@ -144,7 +144,7 @@ def row(comparison: Comparison, evaluated: Mapping[int, Mapping[str, Mapping[str
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line for each comparison that has a seed."""
+    """A Markdown table: a line for each comparison of which at least one seed is done."""
     lines = [("", "claim", "score", "arms: each seed, mean ± spread", "difference: each seed, mean", "verdict"),
              ("---",) * 6]  # fmt: skip
     for each in rows:
@@ -157,7 +157,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _seeds(values: Any, sign: str = "") -> str:
-    """Each, their mean, and their standard deviation where there are several."""
+    """Each seed's value and, where there are several, their mean and standard deviation."""
     numbers = list(values)
     each = " ".join(f"{value:{sign}.1f}" for value in numbers)
     if len(numbers) < 2:

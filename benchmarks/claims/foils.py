@@ -34,8 +34,9 @@ class FoilShards(PairShards):
 
 @dataclass(frozen=True)
 class FoilChoice(Evaluation):
-    """Percent of the pictures of which the head of matching prefers the own caption to the wrong one, and percent right
-    where it is asked of each caption alone whether it fits. Chance is 50 for both."""
+    """How well the head of matching tells a picture's own caption from the wrong one, in percent. `choice`: of how many
+    pictures it prefers the own caption; `accuracy`: of how many captions, each seen alone, it rightly says whether they
+    fit. Chance is 50 for both."""
 
     pairs: FoilShards
     samples: int = 480

@@ -13,10 +13,11 @@ OTHERWISE = "#8a8a8a"
 
 
 def picture(rows: list[dict[str, Any]]) -> str:
-    """A line for each comparison that has a seed; right of the middle the claim holds. Points of all share a scale."""
-    told = [each for each in rows if each["differences"]]
-    widest = max((abs(value) for each in told for value in each["differences"].values()), default=1.0) or 1.0
-    height = TOP + ROW * len(told) + 20
+    """A line for each comparison of which at least one seed is done; right of the middle the claim holds. All lines
+    share one scale of points."""
+    lines = [each for each in rows if each["differences"]]
+    widest = max((abs(value) for each in lines for value in each["differences"].values()), default=1.0) or 1.0
+    height = TOP + ROW * len(lines) + 20
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}"',
         ' font-family="sans-serif" font-size="12">',
@@ -26,7 +27,7 @@ def picture(rows: list[dict[str, Any]]) -> str:
         f'<text x="{MIDDLE + HALF}" y="38" text-anchor="middle" fill="#555555">{widest:.0f}</text>',
         f'<line x1="{MIDDLE}" x2="{MIDDLE}" y1="{TOP - 10}" y2="{height - 10}" stroke="#444444"/>',
     ]
-    for place, each in enumerate(told):
+    for place, each in enumerate(lines):
         y = TOP + ROW * place + ROW / 2
         words = f"{each['claim']}: {each['says']} ({SHORT[each['score']]})"
         colour = COLOURS.get(each["verdict"], OTHERWISE)

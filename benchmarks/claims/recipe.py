@@ -34,13 +34,13 @@ from pretrain.optim import Optim
 from pretrain.recipes import blip_base
 from pretrain.tasks.tokenizer import TrainTokenizer
 
-ALL = HELD_OUT * LOOKS
-CORPUS, CODES, CAPTION = "$CLAIMS_CORPUS", 256, 16
+HELD_OUT_SAMPLES = HELD_OUT * LOOKS
+CORPUS, CODES, CAPTION_LEN = "$CLAIMS_CORPUS", 256, 16
 IMAGES, HELD_IMAGES = ImageShards(f"{CORPUS}/images/train"), ImageShards(f"{CORPUS}/images/heldout")
 TEXTS, HELD_TEXTS = (TextShards(f"{CORPUS}/texts/{split}", text_len=36) for split in ("train", "heldout"))
-PAIRS, HELD_PAIRS = (PairShards(f"{CORPUS}/pairs/{split}", text_len=CAPTION) for split in ("train", "heldout"))
+PAIRS, HELD_PAIRS = (PairShards(f"{CORPUS}/pairs/{split}", text_len=CAPTION_LEN) for split in ("train", "heldout"))
 QUESTIONS, HELD_QUESTIONS = (
-    QuestionShards(f"{CORPUS}/questions/{split}", text_len=CAPTION, vocabulary=f"{CORPUS}/answers.json")
+    QuestionShards(f"{CORPUS}/questions/{split}", text_len=CAPTION_LEN, vocabulary=f"{CORPUS}/answers.json")
     for split in ("train", "heldout")
 )
 
@@ -74,8 +74,8 @@ TOKENIZER = Stage(
 )  # fmt: skip
 
 
-def masked(steps: int, **counts: int) -> Stage:
-    """Masked data modeling on so many images, pairs and texts a step. A pair's picture stays whole."""
+def masked_stage(steps: int, **counts: int) -> Stage:
+    """Masked data modeling with these counts of images, pairs and texts a step. No patch of a pair is masked."""
     sources: dict[str, Any] = {"images": IMAGES, "pairs": PAIRS, "texts": TEXTS}
     held: dict[str, Any] = {"images": HELD_IMAGES, "pairs": HELD_PAIRS, "texts": HELD_TEXTS}
     kinds = set(counts)
@@ -95,24 +95,27 @@ def masked(steps: int, **counts: int) -> Stage:
         objectives=(hidden,),
         visual_tokenizer="tokenizer" if "images" in kinds else None,
         steps=steps,
-        evals=(MaskedAccuracy({kind: held[kind] for kind in counts}, samples=ALL),),
+        evals=(MaskedAccuracy({kind: held[kind] for kind in counts}, samples=HELD_OUT_SAMPLES),),
         **COMMON,
     )
 
 
-def matched(negatives: str, steps: int, init: str | None) -> Stage:
+def matching_stage(negatives: str, steps: int, init: str | None) -> Stage:
     return Stage(
         mix={"dual": PAIRS},
         batch=BatchSize(dual=32),
         objectives=(Contrastive(), Matching(negatives)),
         init_from=init,
         steps=steps,
-        evals=(MatchingAccuracy(HELD_PAIRS, ALL, HELD_OUT), FoilChoice(FoilShards(HELD_PAIRS.shards, CAPTION), ALL)),
+        evals=(
+            MatchingAccuracy(HELD_PAIRS, HELD_OUT_SAMPLES, HELD_OUT),
+            FoilChoice(FoilShards(HELD_PAIRS.shards, CAPTION_LEN), HELD_OUT_SAMPLES),
+        ),
         **COMMON,
     )
 
 
-def asked(init: str | None, **more: Any) -> Stage:
+def question_stage(init: str | None, **more: Any) -> Stage:
     """Fine-tuning on questions."""
     return Stage(
         mix={"pairs": QUESTIONS},
@@ -126,7 +129,7 @@ def asked(init: str | None, **more: Any) -> Stage:
     )
 
 
-def retrieving(init: str | None) -> Stage:
+def retrieval_stage(init: str | None) -> Stage:
     """Fine-tuning on retrieval, by contrast alone."""
     return Stage(
         mix={"dual": PAIRS},
@@ -140,18 +143,24 @@ def retrieving(init: str | None) -> Stage:
     )
 
 
-def frozen(stage: Stage, expert: str, init: str | None) -> Stage:
-    """VLMo's stage 2: all but attention and its norm is trained (vlmo/run.py), of the expert of this kind."""
+def frozen_attention(stage: Stage, expert: str, init: str | None) -> Stage:
+    """With attention frozen, as in VLMo's stage 2 (vlmo/run.py): only this expert, its embedding, the last norm and the
+    heads are trained."""
     embed = {"vision": "vision_embed", "language": "text_embed"}[expert]
     trainable = (f"encoder.{embed}.*", f"encoder.blocks.*.experts.{expert}.*", "encoder.norm.*", "objectives.*")
     return replace(stage, init_from=init, trainable=trainable)
 
 
-IMAGES_ALONE, TEXTS_ALONE, PAIRS_ALONE = (masked(300, images=64), masked(300, texts=32), masked(300, pairs=32))
-TOGETHER = masked(300, images=64, pairs=32, texts=32)
-# As many FLOPs as TOGETHER, which a test counts. Random negatives: with hard ones matching would not begin so soon.
+IMAGES_ALONE, TEXTS_ALONE, PAIRS_ALONE = (
+    masked_stage(300, images=64),
+    masked_stage(300, texts=32),
+    masked_stage(300, pairs=32),
+)
+TOGETHER = masked_stage(300, images=64, pairs=32, texts=32)
+# As many FLOPs as TOGETHER (a test counts them). Negatives are random, because with hard ones matching takes longer to
+# learn anything.
 THREE = replace(
-    matched("random", 188, None),
+    matching_stage("random", 188, None),
     mix={"dual": PAIRS, "pairs": PAIRS},
     batch=BatchSize(dual=32, pairs=32),
     objectives=(Contrastive(), Matching("random"), *PAIRS_ALONE.objectives),
@@ -160,12 +169,12 @@ THREE = replace(
 
 BLIP = EncoderDecoder(
     dim=96, heads=4, ffn_dim=384, image_depth=3, text_depth=3, image_size=48, patch_size=12, vocab_size=136 + 2,
-    max_text_len=CAPTION, init_std=0.08,
+    max_text_len=CAPTION_LEN, init_std=0.08,
 )  # fmt: skip
 
 
 def blip(pairs: PairShards, steps: int, init: str | None = None) -> Stage:
-    """BLIP's three losses; with random negatives, see README."""
+    """BLIP's three losses, with random negatives (benchmarks/README.md says why)."""
     held = HELD_PAIRS.shards
     contrast = MomentumContrast(embed_dim=96, momentum=0.98, queue=256, ramp_steps=150, projection_bias=True)
     return Stage(
@@ -177,16 +186,16 @@ def blip(pairs: PairShards, steps: int, init: str | None = None) -> Stage:
         steps=steps,
         evals=(
             Retrieval(HELD_PAIRS, samples=HELD_OUT),
-            MatchingAccuracy(HELD_PAIRS, ALL, HELD_OUT),
-            FoilChoice(FoilShards(held, CAPTION), ALL),
-            CaptionScore(ReferenceShards(held, CAPTION), samples=HELD_OUT, writing=Writing(1, 1.0, max_words=15)),
+            MatchingAccuracy(HELD_PAIRS, HELD_OUT_SAMPLES, HELD_OUT),
+            FoilChoice(FoilShards(held, CAPTION_LEN), HELD_OUT_SAMPLES),
+            CaptionScore(ReferenceShards(held, CAPTION_LEN), samples=HELD_OUT, writing=Writing(1, 1.0, max_words=15)),
         ),
         **COMMON,
     )
 
 
 NOISY = replace(PAIRS, shards=f"{CORPUS}/pairs/noisy")
-FILTERED = CaptionShards("$CLAIMS_RUN/capfilt", CAPTION, draw=True)
+FILTERED = CaptionShards("$CLAIMS_RUN/capfilt", CAPTION_LEN, draw=True)
 CLEAN = replace(PAIRS, shards=f"{CORPUS}/pairs/clean")
 
 PRETRAINED = ("pairs", "stagewise", "joint", "joint_small_steps", "three")
@@ -196,36 +205,36 @@ STAGES = {
     "vision": IMAGES_ALONE,
     "language": TEXTS_ALONE,
     # attention from the other modality
-    "language_on_vision": frozen(TEXTS_ALONE, "language", "vision"),
-    "language_on_random": frozen(TEXTS_ALONE, "language", None),
+    "language_on_vision": frozen_attention(TEXTS_ALONE, "language", "vision"),
+    "language_on_random": frozen_attention(TEXTS_ALONE, "language", None),
     "language_from_vision": replace(TEXTS_ALONE, init_from="vision"),
-    "vision_on_language": frozen(IMAGES_ALONE, "vision", "language"),
-    "vision_on_random": frozen(IMAGES_ALONE, "vision", None),
-    "both": masked(300, images=64, texts=32),
+    "vision_on_language": frozen_attention(IMAGES_ALONE, "vision", "language"),
+    "vision_on_random": frozen_attention(IMAGES_ALONE, "vision", None),
+    "both": masked_stage(300, images=64, texts=32),
     # what comes before fusion
     "pairs": PAIRS_ALONE,
     "stagewise": replace(PAIRS_ALONE, init_from="language_on_vision"),
     "joint": TOGETHER,
     # The same samples in more steps: the stages have 900 in all.
-    "joint_small_steps": masked(960, images=20, pairs=10, texts=10),
+    "joint_small_steps": masked_stage(960, images=20, pairs=10, texts=10),
     "three": THREE,
     "no_fusion_expert": replace(PAIRS_ALONE, model=replace(MODEL, fusion_layers=0)),
     # negatives
-    "random_first": matched("random", 200, "pairs"),
-    "random": matched("random", 200, "random_first"),
-    "hard": matched("global", 200, "random_first"),
-    "hard_from_the_start": matched("global", 400, "pairs"),
+    "random_first": matching_stage("random", 200, "pairs"),
+    "random": matching_stage("random", 200, "random_first"),
+    "hard": matching_stage("global", 200, "random_first"),
+    "hard_from_the_start": matching_stage("global", 400, "pairs"),
     # captions
     "clean": blip(PAIRS, 300),
     "noisy": blip(NOISY, 300),
     "filtered": blip(FILTERED, 300),
     **{f"{name}_tuned": blip(CLEAN, 60, name) for name in ("clean", "noisy", "filtered")},
     # what the others are judged by
-    "questions_scratch": asked(None),
-    "retrieval_scratch": retrieving(None),
-    **{f"questions_{name}": asked(name) for name in PRETRAINED},
-    **{f"retrieval_{name}": retrieving(name) for name in PRETRAINED},
-    "questions_no_fusion_expert": asked("no_fusion_expert", model=replace(MODEL, fusion_layers=0)),
+    "questions_scratch": question_stage(None),
+    "retrieval_scratch": retrieval_stage(None),
+    **{f"questions_{name}": question_stage(name) for name in PRETRAINED},
+    **{f"retrieval_{name}": retrieval_stage(name) for name in PRETRAINED},
+    "questions_no_fusion_expert": question_stage("no_fusion_expert", model=replace(MODEL, fusion_layers=0)),
 }
 
 RECIPE = Recipe(

@@ -21,13 +21,14 @@ from pretrain.recipes import find_recipe
 
 ROOT, RECIPE = Path(__file__).parents[2], Path(__file__).with_name("recipe.py")
 DONE = "claims.json"  # in a stage's directory, written last
-CAPFILT, CAPTIONER, CAPFILTERED = "capfilt", "noisy_tuned", "filtered"  # what makes the pairs of the third
+CAPFILT, CAPTIONER = "capfilt", "noisy_tuned"  # directory of the pairs that this stage has captioned and filtered
+CAPFILTERED = "filtered"  # the stage that is trained on them
 FEWEST = 4  # steps, however small the scale
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Those of one run directory. `scale` is the share of the recipe's steps that they take."""
+    """The runs of one run directory. `scale` is the share of the recipe's steps that they take."""
 
     directory: Path
     scale: float = 1.0
@@ -51,26 +52,26 @@ class Runs:
 
     def chain(self, stages: Iterable[str]) -> list[str]:
         """These stages and all that they need, each after what it needs."""
-        found: list[str] = []
+        chain: list[str] = []
         for stage in stages:
-            found += [name for name in [*self.chain(sorted(self.needs(stage))), stage] if name not in found]
-        return found
+            chain += [name for name in [*self.chain(sorted(self.needs(stage))), stage] if name not in chain]
+        return chain
 
     def steps(self, stage: str) -> int:
         return max(round(self.recipe.stages[stage].steps * self.scale), FEWEST)
 
-    def wanted(self, stage: str) -> str:
-        """The hash of what decides a stage's scores, but for its seed and what it begins with."""
+    def settings_hash(self, stage: str) -> str:
+        """The hash of what decides a stage's scores, except its seed and the weights that it begins with."""
         said = json.dumps([to_json(self.recipe.stages[stage]), self.steps(stage)], sort_keys=True)
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     def done(self, seed: int, stage: str) -> dict[str, Any] | None:
-        """What was noted of a finished run. ValueError where it was one of other settings."""
+        """What a finished run noted; None where it is not finished. ValueError if it had other settings."""
         path = self.place(seed) / stage / DONE
         if not path.is_file():
             return None
         noted = read_object(path)
-        if noted.get("settings") != self.wanted(stage):
+        if noted.get("settings") != self.settings_hash(stage):
             raise ValueError(f"{path.parent} was trained with other settings or another --scale; use a new --run-dir")
         return noted
 
@@ -86,7 +87,7 @@ class Runs:
         }
 
     def run(self, seed: int, stage: str) -> None:
-        """Trains and evaluates a stage whose needs are there. ValueError where a part of that fails."""
+        """Trains and evaluates a stage whose needs are finished. ValueError where a part of that fails."""
         place = self.place(seed)
         common = ["--recipe", str(RECIPE), "--stage", stage, "--run-dir", str(place)]
         settings = [word for each in (f"steps={self.steps(stage)}", f"seed={seed}") for word in ("--set", each)]
@@ -98,7 +99,7 @@ class Runs:
         ds = str(ROOT / "ds_configs/zero0.json")
         seconds = self._start(seed, stage, "pretrain.train", *common, "--ds", ds, *settings)
         self._start(seed, stage, "pretrain.evaluate", *common)
-        noted = {"settings": self.wanted(stage), "steps": self.steps(stage), "cpu_s": round(seconds, 1)}
+        noted = {"settings": self.settings_hash(stage), "steps": self.steps(stage), "cpu_s": round(seconds, 1)}
         write_json(place / stage / DONE, noted)
 
     def _start(self, seed: int, name: str, module: str, *words: str) -> float:
@@ -122,20 +123,21 @@ class Runs:
         return usage.ru_utime + usage.ru_stime
 
     def variables(self, seed: int) -> dict[str, str]:
-        """What the recipe's paths are made of."""
+        """The environment variables in the recipe's paths."""
         return {"CLAIMS_CORPUS": str(self.corpus), "CLAIMS_RUN": str(self.place(seed))}
 
 
 def run_all(runs: Runs, wanted: list[tuple[int, str]], jobs: int, tell: Callable[[int, str], None]) -> None:
-    """Runs what is not there, `jobs` at a time, in the order of `wanted` as far as needs allow; `tell` is called in
-    this thread after each. After a failure what runs goes on to its end, and the first error is raised."""
-    there = {run for run in wanted if runs.done(*run) is not None}
-    todo = [run for run in wanted if run not in there]
+    """Runs what is not finished, `jobs` at a time, in the order of `wanted` as far as needs allow; `tell` is called in
+    this thread after each. After a failure nothing new begins: what is under way comes to its end, and then the first
+    error is raised."""
+    finished = {run for run in wanted if runs.done(*run) is not None}
+    todo = [run for run in wanted if run not in finished]
     going: dict[Future[None], tuple[int, str]] = {}
     failed: Exception | None = None
     with ThreadPoolExecutor(jobs) as pool:
         while todo or going:
-            ready = [(seed, stage) for seed, stage in todo if {(seed, need) for need in runs.needs(stage)} <= there]
+            ready = [(seed, stage) for seed, stage in todo if {(seed, need) for need in runs.needs(stage)} <= finished]
             for run in ready[: jobs - len(going)]:
                 todo.remove(run)
                 going[pool.submit(runs.run, *run)] = run
@@ -144,13 +146,13 @@ def run_all(runs: Runs, wanted: list[tuple[int, str]], jobs: int, tell: Callable
                 if isinstance(error := future.exception(), Exception):
                     failed, todo = failed or error, []
                     continue
-                there.add(run)
+                finished.add(run)
                 tell(*run)
     if failed is not None:
         raise failed
 
 
 def order(runs: Runs, arms: Mapping[str, list[str]], seeds: Iterable[int]) -> list[tuple[int, str]]:
-    """(seed, stage) of all that the claims need, one claim after the other, so that each that is done is a result."""
+    """Every (seed, stage) that the claims need, claim by claim, so that the first claims have their results early."""
     every = [(seed, stage) for stages in arms.values() for seed in seeds for stage in runs.chain(stages)]
     return list(dict.fromkeys(every))

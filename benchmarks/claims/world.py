@@ -1,12 +1,14 @@
-"""The world of benchmarks.claims: boards of 4 x 4 cells, half of which hold things of one kind, half of another.
+"""The world of benchmarks.claims: boards of 4 x 4 cells. One half of a board holds things of one kind, the other half
+those of another.
 
-What a board shows is told by words that it shares with other boards: "many red circles are left of few blue squares"
-is wrong of a picture with few red circles, with blue circles and red squares, or with the circles on the right, though
-every word fits. So words must be bound to places, and a bag of words is at chance. The same holds inside a modality: a
-hidden cell is told by the cells of its own half, a hidden word of a document by another sentence about the same thing.
+The words that describe a board describe other boards too: "many red circles are left of few blue squares" is wrong of a
+picture with few red circles, with blue circles and red squares, or with the circles on the right, though every word
+fits. So words must be bound to places, and a bag of words is at chance. The same holds inside a modality: what a hidden
+cell holds follows from the cells of its own half, a hidden word of a document from another sentence about the same
+thing.
 
-Of all boards HELD_OUT are in no training picture, pair or text. A wrong caption of the corpus with noise is another
-pair's.
+HELD_OUT of the boards are in no training picture, pair or text. The wrong captions of pairs/noisy are those of other
+pairs.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ RELATIONS = {
 }
 ANSWERS = (*COLOURS, *SHAPES, "yes", "no")
 COUNTS = {True: ("many", "lots of"), False: ("few", "some")}
-CELLS = {True: (6, 8), False: (2, 3)}  # of the eight of a half
+CELLS = {True: (6, 8), False: (2, 3)}  # fewest and most of a half's eight cells that hold a thing
 CAPTIONS = ("{a} {rel} {b}", "{a} are {rel} {b}", "there are {a} {rel} {b}")
 SIDE, SIZE = 4, 48  # cells and pixels along a board's side
 HELD_OUT, LOOKS = 192, 4  # boards, and pictures of each
@@ -67,7 +69,7 @@ class Board:
     second: Group
 
 
-class Claim(NamedTuple):
+class Statement(NamedTuple):
     """What a caption says: `a` stands in this relation to `b`."""
 
     a: Group
@@ -82,7 +84,7 @@ class Claim(NamedTuple):
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many samples of each kind; `clean` are pairs that were looked at by hand, as it were."""
+    """How many samples of each kind. `clean`: pairs that stand for those which somebody has checked by hand."""
 
     pairs: int = 4000
     questions: int = 4000
@@ -102,21 +104,21 @@ def boards() -> tuple[list[Board], list[Board]]:
     return every[HELD_OUT:], every[:HELD_OUT]
 
 
-def claim(board: Board, rng: random.Random) -> Claim:
-    """The board told from one of its halves."""
+def describe(board: Board, rng: random.Random) -> Statement:
+    """The board, seen from one of its halves."""
     low, high = AXES[board.axis]
-    return rng.choice((Claim(board.first, low, board.second), Claim(board.second, high, board.first)))
+    return rng.choice((Statement(board.first, low, board.second), Statement(board.second, high, board.first)))
 
 
-def tell(said: Claim, rng: random.Random) -> str:
-    """At most 14 words."""
+def caption(said: Statement, rng: random.Random) -> str:
+    """The statement in at most 14 words."""
     names = {letter: f"{rng.choice(COUNTS[each.many])} {each.name}" for letter, each in (("a", said.a), ("b", said.b))}
     return rng.choice(CAPTIONS).format(**names, rel=rng.choice(RELATIONS[said.relation]))
 
 
-def foil(said: Claim, rng: random.Random) -> Claim:
-    """The claim with one of its facts changed, so that it is not true of its board: the relation, or what is said of
-    one of the halves."""
+def foil(said: Statement, rng: random.Random) -> Statement:
+    """The statement with one of its facts changed, so that it is not true of its board: the relation, or what is said
+    of one of the halves."""
     wrong = [said._replace(relation=CONVERSE[said.relation])]
     wrong += [said._replace(a=other) for other in _others(said.a, rng)]
     wrong += [said._replace(b=other) for other in _others(said.b, rng)]
@@ -132,8 +134,8 @@ def _others(group: Group, rng: random.Random) -> list[Group]:
 
 def document(board: Board, rng: random.Random) -> str:
     """Three sentences that repeat the board's facts in other words."""
-    said = claim(board, rng)
-    back = Claim(said.b, CONVERSE[said.relation], said.a)
+    said = describe(board, rng)
+    back = Statement(said.b, CONVERSE[said.relation], said.a)
     relation = rng.choice(RELATIONS[back.relation])
     sentences = [f"the {back.a.name} are {relation} the {back.b.name}"]
     for each in (board.first, board.second):
@@ -141,14 +143,14 @@ def document(board: Board, rng: random.Random) -> str:
     if board.first.shape != board.second.shape:
         each = rng.choice((board.first, board.second))
         sentences.append(f"the {each.shape}s are {each.colour}")
-    told = [tell(said, rng), *rng.sample(sentences, 2)]
-    rng.shuffle(told)
-    return " . ".join(told) + " ."
+    chosen = [caption(said, rng), *rng.sample(sentences, 2)]
+    rng.shuffle(chosen)
+    return " . ".join(chosen) + " ."
 
 
 def question(board: Board, rng: random.Random) -> tuple[str, str]:
-    """About one half of the board, which is named by the other, and its answer: one of ANSWERS."""
-    asked, relation, other = claim(board, rng)
+    """A question about one half of the board, and its answer, one of ANSWERS."""
+    asked, relation, other = describe(board, rng)
     word = rng.choice(RELATIONS[relation])
     if rng.random() < 1 / 3:
         return f"are there many {asked.name}", "yes" if asked.many else "no"
@@ -157,7 +159,7 @@ def question(board: Board, rng: random.Random) -> tuple[str, str]:
 
 
 def draw(board: Board, rng: random.Random) -> bytes:
-    """The board as a JPEG. Backgrounds and places within the halves are random, and captions don't tell them."""
+    """The board as a JPEG. Backgrounds and places within the halves are random, and captions don't mention them."""
     things = []
     for number, group in enumerate((board.first, board.second)):
         half = list(product(range(SIDE // 2), range(SIDE)))
@@ -208,20 +210,20 @@ def _sample(kind: str, split: str, some: list[Board], number: int) -> Sample:
     if kind == "questions":
         asked, answer = question(board, rng)
         return Sample(draw(board, rng), asked, {"answers": [answer] * 10})
-    said = claim(board, rng)
-    text, other = tell(said, rng), tell(foil(said, rng), rng)
+    said = describe(board, rng)
+    text, other = caption(said, rng), caption(foil(said, rng), rng)
     picture = draw(board, rng)
     return Sample(picture, text, {"captions": [text], "foil": other}) if kind == "pairs" else Sample(picture, None)
 
 
 def _with_noise(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """NOISE of them have each other's captions, round about."""
-    rng, right = random.Random(f"{SEED}/noise"), list(samples)
-    places = rng.sample(range(len(right)), round(NOISE * len(right)))
+    """A share NOISE of them get each other's captions, passed on in a circle."""
+    rng, clean = random.Random(f"{SEED}/noise"), list(samples)
+    places = rng.sample(range(len(clean)), round(NOISE * len(clean)))
     other = dict(zip(places, places[1:] + places[:1], strict=True))
-    for place, sample in enumerate(right):
+    for place, sample in enumerate(clean):
         if place in other:
-            text = right[other[place]].text
+            text = clean[other[place]].text
             sample = Sample(sample.picture, text, {"captions": [text], "wrong": True})
         yield sample
 

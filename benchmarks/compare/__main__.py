@@ -54,27 +54,31 @@ HEADS = {False: "masked", True: "full"}
 
 def make_one(cfg: MultiwayConfig, layout: Layout, *, full_length: bool) -> Batch:
     """A batch with hidden patches and words in the recipe's shares."""
-    made = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     pictures = layout.images + layout.pairs
 
     def ids(count: int, length: int, *, short: bool) -> torch.Tensor:
-        tokens = torch.randint(4, cfg.vocab_size, (count, length), generator=made)
+        tokens = torch.randint(4, cfg.vocab_size, (count, length), generator=generator)
         low, high = (min(bound, length) for bound in WORDS)
-        ends = torch.randint(low, high + 1, (count, 1), generator=made) if short else torch.full((count, 1), length)
+        ends = (
+            torch.randint(low, high + 1, (count, 1), generator=generator) if short else torch.full((count, 1), length)
+        )
         return tokens.masked_fill(torch.arange(length) >= ends, PAD)
 
     batch = make_batch(
         layout,
-        images=torch.randint(0, 256, (pictures, 3, cfg.image_size, cfg.image_size), generator=made, dtype=torch.uint8),
-        image_masks=torch.rand(pictures, layout.patches, generator=made) < OBJECTIVE.image_ratio,
+        images=torch.randint(
+            0, 256, (pictures, 3, cfg.image_size, cfg.image_size), generator=generator, dtype=torch.uint8
+        ),
+        image_masks=torch.rand(pictures, layout.patches, generator=generator) < OBJECTIVE.image_ratio,
         pair_tokens=ids(layout.pairs, layout.pair_len, short=not full_length),
         text_tokens=ids(layout.texts, layout.text_len, short=False),
     )
     shares = {"pair": OBJECTIVE.pair_text_ratio, "text": OBJECTIVE.text_ratio}
-    hidden: dict[str, Any] = {"image_codes": torch.randint(CODES, batch.image_masks.shape, generator=made)}
+    hidden: dict[str, Any] = {"image_codes": torch.randint(CODES, batch.image_masks.shape, generator=generator)}
     for kind, share in shares.items():
         tokens = getattr(batch, f"{kind}_tokens")
-        masked = (torch.rand(tokens.shape, generator=made) < share) & (tokens != PAD)
+        masked = (torch.rand(tokens.shape, generator=generator) < share) & (tokens != PAD)
         masked[:, 0] = True  # each text has a target
         hidden |= {f"{kind}_masked": masked, f"{kind}_inputs": tokens.masked_fill(masked, cfg.vocab_size - 1)}
     return replace(batch, **hidden).indexed()
@@ -144,9 +148,8 @@ def shape_of(args: argparse.Namespace) -> tuple[MultiwayConfig, Layout]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    example = "--depth 1 --images 1 --pairs 1 --texts 1 --rounds 1"
+    parser = command.make_parser("benchmarks.compare", __doc__, example)
     parser.add_argument("--size", choices=[name for name in SIZES if name != "vlmo_base"], default="base")
     parser.add_argument("--depth", type=int, help="blocks (default: the size's)")
     for kind in ("images", "pairs", "texts"):

@@ -1,4 +1,4 @@
-"""What a run of many lives ended with, against a run that was left alone."""
+"""Compares what a run of many lives ended with to what a run that was left alone did."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def count_samples(got: dict[int, Counter[str]], want: dict[int, Counter[str]]) -
 
 
 def check_epochs(alone: Path) -> None:
-    """The run that was left alone took every sample equally often, to one epoch: what the others are compared with is
-    right itself. Raises ValueError where it is not."""
+    """Checks the run that the others are compared with: it must have taken every sample equally often, give or take one
+    epoch. Raises ValueError where it has not."""
     keys = sum(_by_step(alone).values(), Counter())
     for kind in {key[0] for key in keys}:
         times = {count for key, count in keys.items() if key[0] == kind}
@@ -89,7 +89,7 @@ def _traces(stage: Path) -> dict[str, list[str]]:
 
 
 def _by_step(stage: Path) -> dict[int, Counter[str]]:
-    """Of all ranks."""
+    """{step: how often each key came}, over all ranks."""
     steps: dict[int, Counter[str]] = {}
     for lines in _traces(stage).values():
         for line in map(json.loads, lines):
@@ -98,7 +98,7 @@ def _by_step(stage: Path) -> dict[int, Counter[str]]:
 
 
 def _losses_apart(got: list[dict[str, Any]], want: list[dict[str, Any]]) -> float:
-    """inf where the lines are not of the same steps."""
+    """The largest difference of a loss; inf where the lines are not of the same steps."""
     if [line["step"] for line in got] != [line["step"] for line in want]:
         return float("inf")
     names = [name for name in want[0] if name == "loss" or name.startswith("loss/")]

@@ -16,15 +16,15 @@ from benchmarks.fault_runs.strike import Strike, arm, read_events
 from pretrain.checkpoint.weights import WEIGHTS
 from pretrain.parallel import faults as watching
 from pretrain.parallel.faults import LOST, STOPPED
-from tests.distributed import CONTEXT, PRELOAD
+from tests.distributed import CONTEXT, PRELOAD, sweep_shared_memory
 from tests.small_run import Ranks, command, tokenizer_of, train_stage, write_data
 
 STAGE = "fusion"
 SETTINGS = ["steps=40", "save_every=2", "drop_path=0.1", "timeout_s=20"]
 MOST_LIVES = 60
 LIFE_S = 180.0  # a life that is not over then hangs
-PATIENCE_S = 45.0  # instead of 10 minutes: so long a rank waits for one that was killed before they met
-# With which codes the ranks of a life may end, by the kind of its strike; "": nothing struck.
+PATIENCE_S = 45.0  # how long a rank waits for one that was killed before they met: 10 minutes would be too long here
+# The exit codes with which the ranks of a life may end, by the kind of its strike; "": nothing struck.
 CODES = {
     "": {0},
     "kill": {-signal.SIGKILL, LOST, 0},
@@ -34,7 +34,8 @@ CODES = {
 
 
 class Ended(NamedTuple):
-    """A life: the ranks' codes (None: it hung), what they said, and the call that was struck."""
+    """A life: the exit code of each rank (None: it hung), what the ranks said, how many events each had, and the call
+    that was struck."""
 
     codes: list[int | None]
     said: str
@@ -43,7 +44,7 @@ class Ended(NamedTuple):
 
 
 def prepare(place: Path) -> Path:
-    """Data, its tokenizer, and the server from which ranks are forked; the data's directory."""
+    """The directory of the data, which has a trained tokenizer. It is made where it is missing."""
     data = place / "data"
     if not (data / "start" / "tokenizer" / WEIGHTS).exists():
         shutil.rmtree(data, ignore_errors=True)
@@ -54,6 +55,7 @@ def prepare(place: Path) -> Path:
 
 
 def start_server() -> None:
+    """Ranks are forked from a server that has imported everything, so that a life begins at once."""
     CONTEXT.set_forkserver_preload([*PRELOAD, "tests.small_run", "benchmarks.fault_runs.run"])
 
 
@@ -67,7 +69,7 @@ def live(data: Path, run: Path, life: Life) -> Ended:
     ranks = Ranks(line, data, life.layout.ranks, log, partial(_armed, run, notes, life.strike, life.rank))
     codes = ranks.wait(LIFE_S)
     ranks.kill()
-    _sweep([process.pid for process in ranks.processes])
+    sweep_shared_memory([process.pid for process in ranks.processes])
     events = [read_events(Path(f"{notes}.{rank}")) for rank in range(life.layout.ranks)]
     return Ended(codes, log.read_text(errors="replace"), [n for n, _ in events], "".join(where for _, where in events))
 
@@ -77,27 +79,20 @@ def _armed(run: Path, notes: Path, strike: Strike | None, victim: int, rank: int
     arm(run, Path(f"{notes}.{rank}"), strike if rank == victim else None)
 
 
-def _sweep(pids: list[int | None]) -> None:
-    """What killed DeepSpeed ranks leave in shared memory (69 MB each)."""
-    for leftover in Path("/dev/shm").glob("deepspeed_*"):
-        if any(str(pid) in leftover.name for pid in pids):
-            leftover.unlink(missing_ok=True)
-
-
 def left_alone(data: Path, place: Path, layout: Layout) -> Alone:
-    """The run of a layout that nothing struck. It is made where it is not there yet."""
+    """The run of a layout that nothing struck. It is made where it is missing."""
     run = place / "alone" / f"{layout.ranks}_{layout.ds.removesuffix('.json')}"
-    kept = [Path(f"{run}.kept.{rank}") for rank in range(layout.ranks)]
-    if not all(path.exists() for path in kept):
+    events = [Path(f"{run}.kept.{rank}") for rank in range(layout.ranks)]
+    if not all(path.exists() for path in events):
         shutil.rmtree(run, ignore_errors=True)
         run.parent.mkdir(parents=True, exist_ok=True)
         ended = live(data, run, Life(layout, "", None, 0))
         if any(ended.codes):
             raise ValueError(f"a run that was left alone ended with {ended.codes}: {ended.said[-500:]}")
-        for rank, path in enumerate(kept):
+        for rank, path in enumerate(events):
             os.replace(f"{run.with_suffix('.events')}.{rank}", path)
     check_epochs(run / STAGE)
-    return Alone(run / STAGE, [path.read_text().splitlines() for path in kept])
+    return Alone(run / STAGE, [path.read_text().splitlines() for path in events])
 
 
 class FaultyRun:
@@ -108,13 +103,13 @@ class FaultyRun:
         self.faults: list[dict[str, Any]] = []
         self.wrong: list[str] = []
         self.tracebacks = self.lives = self.events = 0
-        # Of the next life that resumes, or does not: a damaged checkpoint, and a change of layout.
+        # What the next life may meet: a damaged checkpoint and its fault, and the fault that a change of layout is.
         self._damaged: tuple[Path, dict[str, Any]] | None = None
         self._changed: dict[str, Any] | None = None
         self._layout = ""
 
     def finish(self, alone: Path) -> dict[str, Any]:
-        """Lives it to its end and compares it; what the journal says of it."""
+        """Runs life after life to the end and compares it with the run `alone` -> its line in finished.jsonl."""
         start = time.monotonic()
         shutil.rmtree(self.run, ignore_errors=True)
         finished = False

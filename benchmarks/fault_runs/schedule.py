@@ -23,10 +23,11 @@ class Layout(NamedTuple):
 
 LAYOUTS = [Layout(1, "zero1.json"), Layout(2, "zero1.json"), Layout(2, "zero3.json"), Layout(1, "zero3.json")]
 CHANGING = "changing layouts"
-# Which layout a run has: most have one rank, for what they cost.
+# How often a run has which layout: most have one rank, because such runs cost less.
 KINDS_OF_RUN = {LAYOUTS[0].name: 20, LAYOUTS[1].name: 1, LAYOUTS[2].name: 1, CHANGING: 2}
 
-# Events are chosen by where they are: of all events most are writes of moments and of TensorBoard's file.
+# An event is chosen from those that have one of these words in their line. Chosen from all events alike, most would be
+# writes of moments and of TensorBoard's file.
 NEEDLES = (
     *("", "fsync ", "rename ", "mkdir ", "unlink", "rmdir ", "open ", "write ", "chmod ", "truncate "),
     *("/lock", "/.start_", "/.recipe.json", "/metrics.jsonl", "/samples.rank", "/tensorboard", "/moments_rank"),
@@ -34,15 +35,15 @@ NEEDLES = (
     *("rename /fusion/checkpoints/.step", "/fusion/.weights.safetensors", "/fusion/.config.json"),
 )
 OF_OTHER_RANKS = ("", "open ", "write ", "fsync ", "/samples.rank", "/moments_rank", "/random_rank", "/.start_")
-# What no call fails with: a full disk does not stop removing, a read-only one is synced.
+# Calls that never fail with an error: files can be removed from a full disk, and a read-only one can be synced.
 CANNOT_MEET = {"ENOSPC": ("unlink", "rmdir ", "chmod ", "truncate "), "EROFS": ("fsync ",)}
-WINDOW = 0.2  # of the run's events: so far a life comes at the most, if its fault strikes
+WINDOW = 0.2  # the share of a whole run's events within which a fault strikes, so that a run has many lives
 ERRORS = ("ENOSPC", "EIO", "EROFS", "ESTALE")
 DAMAGES = ("flip", "cut", "zero", "delete", "extra")
 
 
 class Life(NamedTuple):
-    """A start of the run, until what strikes it ends it, or to its end."""
+    """One start of the run: until a strike ends it, or the run is finished."""
 
     layout: Layout
     kind: str  # of the strike; "" where nothing is to strike
@@ -74,7 +75,7 @@ class Schedule:
         return Life(layout._replace(workers=int(self.dice.random() < 0.15)), kind, strike, rank)
 
     def damage(self, checkpoints: Path) -> tuple[Path, str] | None:
-        """Damages the newest checkpoint now and then, if it is a good one; its path, and what was done."""
+        """Damages the newest checkpoint now and then, if it is a good one -> its path, and what was done to it."""
         if self.dice.random() > 0.3:
             return None
         newest = next(complete(checkpoints), None)
@@ -108,7 +109,7 @@ class Schedule:
 
 
 def hurt(file: Path, how: str, dice: random.Random) -> str:
-    """Damages a file of a checkpoint; what was done."""
+    """Damages a file of a checkpoint -> what was done to it."""
     content = bytearray(file.read_bytes())
     if how == "extra":
         copy = file.with_name(f"{file.stem}.copy{file.suffix}")

@@ -56,7 +56,7 @@ def preload(library: Path) -> None:
 
 
 def arm(run: Path, log: Path, strike: Strike | None) -> None:
-    """In the process that is to be struck: calls on `run` and what lies in it are events, noted in `log`."""
+    """Called in the process that is to be struck. Calls on `run` and on what lies in it are events, noted in `log`."""
     strike = strike or Strike(0)
     number = int(getattr(signal, strike.signal)) if strike.signal else 0
     error = int(getattr(errno, strike.error)) if strike.error else 0

@@ -4,8 +4,8 @@ without a network.
     python -m benchmarks.gpu_hour throughput --seconds 540 --out results
 
 A part is a list of cells (benchmarks/gpu_hour/cells.py), the most telling first. Each runs in a process of its own with
-a limit, and OUT/PART.json is written after each. The same line again goes on: a cell that is done is not run again, one
-that failed is tried again behind those that were not. Exit code 1: a cell failed.
+a limit, and OUT/PART.json is written after each. Run the same line again to go on: cells that are done are not run
+again, and those that failed are tried after those that were not tried yet. Exit code 1: a cell failed.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ def _run(args: argparse.Namespace) -> int:
     if args.list:
         print(as_json(chosen, args.toy))
         return 0
-    signal.signal(signal.SIGTERM, _stop)  # whoever limits this process: a cell ends with it
+    signal.signal(signal.SIGTERM, _stop)  # so that the cell that runs ends with this process
     path = args.out / f"{args.part}.json"
     with Lock(args.out):
         results = Results(path, args.part, args.toy)
         left = run_cells(chosen, results, args.out / "logs" / args.part, args.seconds, args.toy, _tell)
     _tell(f"{len(chosen) - len(left)} of {len(chosen)} cells are done: {path}")
     if left:
-        told = [f"{name} (failed)" if failed else name for name, failed in left.items()]
-        _tell(f"not done: {'; '.join(told)}. The same line again goes on")
+        names = [f"{name} (failed)" if failed else name for name, failed in left.items()]
+        _tell(f"not done: {'; '.join(names)}; run the same line again to go on")
     return int(any(left.values()))
 
 

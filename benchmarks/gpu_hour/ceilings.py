@@ -49,7 +49,7 @@ def products(size: int, device: str) -> dict[str, Any]:
 
 
 def copies(size: int, device: str) -> dict[str, Any]:
-    """Of `size` squared numbers of 4 bytes."""
+    """Copies of size x size numbers of 4 bytes: on the device, and from pinned memory of the host."""
     a, b = (torch.ones(size, size, device=device) for _ in range(2))
     host = torch.ones(size, size, pin_memory=device == "cuda")
     return {
@@ -77,7 +77,7 @@ def vocabulary(size: int, device: str) -> dict[str, Any]:
 
 
 def indexes(size: int, device: str) -> dict[str, Any]:
-    """`size` rows of 768 in bf16."""
+    """`size` rows of WIDTH in bf16, added and copied to places in another order."""
     places = torch.randperm(size, device=device)
     rows, out = (torch.zeros(size, WIDTH, device=device, dtype=torch.bfloat16) for _ in range(2))
     add = _fastest(lambda: out.index_add_(0, places, rows), device)
@@ -86,7 +86,7 @@ def indexes(size: int, device: str) -> dict[str, Any]:
 
 
 def launches(size: int, device: str) -> dict[str, Any]:
-    """Of LAUNCHES kernels on `size` numbers, one after another."""
+    """How many kernels on `size` numbers start in a second, one after another."""
     value = torch.zeros(size, device=device)
 
     def many() -> None:
@@ -96,7 +96,7 @@ def launches(size: int, device: str) -> dict[str, Any]:
     return {"numbers": size, "launches_per_s": LAUNCHES / _fastest(many, device)}
 
 
-# Measure -> how large it is by default.
+# Name -> what measures it, and its size by default.
 MEASURES: dict[str, tuple[Callable[[int, str], dict[str, Any]], int]] = {
     "products": (products, 8192),
     "copies": (copies, 16384),

@@ -33,7 +33,7 @@ TOY_STEPS = (
 
 
 def batch(each: int, accumulation: int = 1) -> str:
-    """So many of each kind in a micro-batch."""
+    """Settings for `each` sequences of every kind in a micro-batch, `accumulation` micro-batches a step."""
     kinds = " ".join(f"--set batch.{kind}={each * accumulation}" for kind in ("images", "pairs", "texts"))
     return f"{kinds} --set batch.accumulation={accumulation}"
 
@@ -74,7 +74,7 @@ def head(classes: int) -> Cell:
 
 
 def tests(name: str, where: str) -> Cell:
-    """A process for each, since an error of CUDA spoils all that follows it."""
+    """Tests in a process of their own, since an error of CUDA spoils all that follows it."""
     toy = "-m 'not cuda' tests/test_conftest.py -k only_the_tests_of_a_gpu"  # -k drops all others
     return Cell(name, f"benchmarks.gpu_hour.suite -m cuda {where}", toy, limit_s=240)
 
@@ -89,12 +89,12 @@ def large(name: str, more: str = "", *, ds: str = "zero1_bf16", each: int = 32) 
 
 
 def giant(name: str, ds: str) -> Cell:
-    """A few short steps, of 96 sequences."""
+    """A few steps, of 96 sequences each."""
     few = "--stored-codes --steps 5 --warmup 2"
     return steps(name, few, recipe="beit3_giant", ds=ds, each=8, micro_steps=4, limit_s=280)
 
 
-# Its stage for all kinds reads pairs alone.
+# VLMo's stage of masked data, `fusion`, reads pairs only.
 VLMO = Cell(
     "VLMo",
     "benchmarks.throughput --recipe vlmo_base --stage fusion --ds ds_configs/zero1_bf16.json "
@@ -109,7 +109,7 @@ DEEPCOMPILE = steps(
     toy=f"{TOY_STEPS} --ds ds_configs/zero1_bf16.json",
     limit_s=300,
 )
-# A step as it was before its gains; each cell of one change names the others.
+# Switches off all that made a step faster; the cell of one gain switches off the others.
 BEFORE = "--without vocabulary overflow fusing --set compile=false"
 PARTS: dict[str, tuple[Cell, ...]] = {
     "ceilings": (

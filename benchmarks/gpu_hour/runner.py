@@ -22,12 +22,12 @@ from pretrain.json_files import read_json
 ROOT = Path(__file__).parents[2]
 LEAST_S = 20  # a cell is not begun with less time: it would end before its first figure
 GRACE_S = 10  # from SIGTERM to SIGKILL
-SAID = 3000  # characters of a cell's last words that are kept
+LAST_WORDS = 3000  # characters that are kept of what a failed cell said last
 CUT = "cut off: the part's time was over"
 
 
 def here(toy: bool) -> dict[str, Any]:
-    """What figures of one file have in common. Without torch, which would take memory of the GPU."""
+    """What the figures of one file have in common. nvidia-smi is asked, because torch would take memory of the GPU."""
     ask = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     gpus = []
     with suppress(OSError, subprocess.TimeoutExpired):
@@ -41,7 +41,7 @@ class Results:
     `ended` is the exit code, or why there is none."""
 
     def __init__(self, path: Path, part: str, toy: bool):
-        """Raises ValueError for a file that is no such one, or that holds figures of another machine."""
+        """Raises ValueError for a file that is not one of this part, or that holds figures of another machine."""
         self.path, facts = path, here(toy)
         self._value: dict[str, Any] = {"part": part, "machine": facts, "cells": {}}
         if path.exists():
@@ -54,9 +54,9 @@ class Results:
                 )
 
     def of(self, cell: Cell, words: list[str]) -> dict[str, Any] | None:
-        """What came of the cell; None where nothing did, or where its line was another one then."""
-        found = self._value["cells"].get(cell.name)
-        return found if found and found.get("command") == words else None
+        """The result of the cell; None where it has none, or where its line was another one then."""
+        result = self._value["cells"].get(cell.name)
+        return result if result and result.get("command") == words else None
 
     def put(self, cell: Cell, value: dict[str, Any]) -> None:
         self._value["cells"][cell.name] = value
@@ -105,7 +105,7 @@ def _failed(value: dict[str, Any] | None) -> bool:
 
 
 def run_cell(cell: Cell, words: list[str], logs: Path, left_s: float) -> dict[str, Any]:
-    """What came of it. Its output goes to a file in `logs`."""
+    """Runs a cell for at most `left_s` seconds -> its entry of `Results`. Its output goes to a file in `logs`."""
     logs.mkdir(parents=True, exist_ok=True)
     name = cell.name.replace(" ", "_").replace(",", "")
     log, out = logs / f"{name}.log", logs / f"{name}.json"
@@ -148,7 +148,7 @@ def end_group(process: subprocess.Popen) -> None:
 
 def last_words(log: Path) -> str:
     with log.open("rb") as file:
-        file.seek(max(log.stat().st_size - SAID, 0))
+        file.seek(max(log.stat().st_size - LAST_WORDS, 0))
         return file.read().decode(errors="replace")
 
 

@@ -69,7 +69,7 @@ class Known:
         self.scores = torch.cat([model.classify([each], NAMES, batch=1) for each in pictures])
 
     def request(self, number: int) -> Request:
-        """Number n of a fixed sequence: path, body, and how an answer compares."""
+        """The request of this number in a fixed sequence: path, body, and what compares an answer."""
         rng = random.Random(number)
         some, others = (rng.sample(range(POOL), rng.randint(1, 4)) for _ in range(2))
         pictures, texts = [self.sent[n] for n in some], [self.texts[n] for n in others]

@@ -1,4 +1,4 @@
-"""A run on the SLURM of this machine, through launch/submit.sh: what strikes it, and how long that costs."""
+"""A run on the SLURM of this machine, through launch/submit.sh: what strikes it, and how much time that costs."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Job:
         return False
 
     def strike(self, kind: str, victim: int) -> Measured:
-        """Raises ValueError where no step follows."""
+        """Strikes the run and waits for its next step. Raises ValueError where none follows."""
         lives, step = len(read_lives(self.stage)), reached_step(self.stage)
         restarts, again = self.target.fact("Restarts"), len(read_restarts(self.stage))
         began = time.monotonic()
@@ -111,7 +111,7 @@ class Job:
 
 
 def sum_by_kind(faults: list[Measured]) -> dict[str, Any]:
-    """Median and longest seconds of each kind, and by what its runs went on."""
+    """For each kind of fault: how many, their median and longest seconds, and how many were mended in which way."""
     kinds: dict[str, Any] = {}
     for kind in dict.fromkeys(fault.kind for fault in faults):
         own = sorted(fault.seconds for fault in faults if fault.kind == kind)

@@ -55,7 +55,7 @@ def best_interval(rate_per_s: float, stall_s: float) -> float:
 
 
 def simulate(rate_per_s: float, cost_s: float, interval_s: float, stall_s: float, useful_s: float, seed: int) -> float:
-    """The same by playing it out: faults at random moments of steps and saves, until `useful_s` are saved."""
+    """What `effective` approximates, by simulation: faults at random moments, until `useful_s` of steps are saved."""
     dice, now, saved = random.Random(seed), 0.0, 0.0
     fault = dice.expovariate(rate_per_s)
     while saved < useful_s:
@@ -68,8 +68,8 @@ def simulate(rate_per_s: float, cost_s: float, interval_s: float, stall_s: float
 
 
 def predict(in_place_s: float, requeue_s: float, gpus: int = GPUS) -> dict[str, Any]:
-    """For each published rate, each of STALLS_S and each of MORE_S, when all faults are mended in place, and when all
-    need the queue; a save is made as often as is best."""
+    """`effective` for each published rate, each of STALLS_S and each of MORE_S, when all faults are mended in place and
+    when all need the queue. Saves are made at the best interval."""
     table: dict[str, Any] = {"gpus": gpus}
     for name, rate in RATES.items():
         per_s = rate.per_gpu_s * gpus

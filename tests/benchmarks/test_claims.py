@@ -53,7 +53,7 @@ EVALS = {
         ([], OPEN),
     ],
 )
-def test_the_rule(differences, said):
+def test_a_claim_is_shown_where_every_seed_agrees_and_the_mean_exceeds_twice_its_error(differences, said):
     assert verdict(differences) == said
 
 
@@ -140,7 +140,7 @@ class Noted(Runs):
             f"retrieval/{way}/R@5": 50.0 for way in ("image_to_text", "text_to_image")
         }
         (place / "eval.json").write_text(json.dumps(scores))
-        (place / DONE).write_text(json.dumps({"settings": self.wanted(stage), "cpu_s": 1.0, "steps": 4}))
+        (place / DONE).write_text(json.dumps({"settings": self.settings_hash(stage), "cpu_s": 1.0, "steps": 4}))
 
 
 def test_it_goes_on_where_it_broke(tmp_path, monkeypatch, capsys):
@@ -166,9 +166,9 @@ def test_several_jobs_never_begin_before_what_they_need(somewhere):
     noted = Noted(somewhere.directory)
     (somewhere.directory / "mended").touch()
     wanted = order(noted, {"e": ["filtered_tuned"], "a": ["hard", "random"]}, range(2))
-    told: list[tuple[int, str]] = []
-    run_all(noted, wanted, 4, lambda *run: told.append(run))
-    assert sorted(told) == sorted(wanted) and len(set(wanted)) == len(wanted)
+    finished: list[tuple[int, str]] = []
+    run_all(noted, wanted, 4, lambda *run: finished.append(run))
+    assert sorted(finished) == sorted(wanted) and len(set(wanted)) == len(wanted)
     assert {stage for _, stage in wanted} >= {"filtered", "noisy_tuned", "noisy", "random_first", "pairs"}
 
 
@@ -184,7 +184,7 @@ def test_a_command_that_fails_is_told_by_its_last_line(somewhere):
     ("words", "said"),
     [(("--seeds", "0"), "must be 1 or more"), (("--scale", "0"), "--scale 0.0 is no share of the steps")],
 )
-def test_what_it_refuses(words, said, tmp_path, capsys):
+def test_what_makes_no_run_is_refused_before_anything_is_written(words, said, tmp_path, capsys):
     assert said in refused(capsys, command.main, "--run-dir", tmp_path / "runs", *words)
     assert not (tmp_path / "runs").exists()
 
@@ -194,9 +194,9 @@ def test_a_wrong_caption_is_false_of_its_board_and_held_out_boards_are_not_train
     assert len(held) == world.HELD_OUT and not set(train) & set(held)
     rng = random.Random(0)
     for board in train[:300]:
-        said = world.claim(board, rng)
+        said = world.describe(board, rng)
         assert said.board == board and world.foil(said, rng).board != board
-        assert len(world.tell(said, rng).split()) <= 14
+        assert len(world.caption(said, rng).split()) <= 14
         assert world.question(board, rng)[1] in world.ANSWERS
 
 
@@ -216,7 +216,7 @@ def test_the_corpus_is_written_once_and_has_its_noise(tmp_path, monkeypatch):
     world.make_corpus(tmp_path, sizes)
 
 
-def test_a_perfect_judge_chooses_the_caption_and_one_that_does_not_look_has_half(monkeypatch):
+def test_a_perfect_judge_chooses_the_caption_and_one_that_does_not_look_has_half():
     pictures = torch.tensor([5, 6, 7, 8], dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
 
     def ids(words: list[int]) -> torch.Tensor:

@@ -38,13 +38,13 @@ def test_forms_take_turns():
     assert seen == list("ababab") and len(took) == 2 and min(took) >= 0
 
 
-def test_what_a_form_weighs():
+def test_a_form_weighs_what_pictures_and_texts_pass_through():
     names = ("encoder.blocks.0.experts.vision.up.weight", "objectives.contrastive.vision.weight")
     others = ("encoder.blocks.3.experts.fusion.up.weight", "objectives.masked.text.weight")
     assert all(map(_used, names)) and not any(map(_used, others))
 
 
-def test_without_a_quickstart(tmp_path, capsys):
+def test_a_missing_quickstart_is_named(tmp_path, capsys):
     from benchmarks.compress import main
 
     said = refused(capsys, main, "--quickstart", tmp_path, "--work", tmp_path / "work")

@@ -21,7 +21,7 @@ def test_both_loaders_give_pictures_of_one_shape(tmp_path):
     assert abs(usual.float().mean() - ours.images.float().mean()) < 40  # of 255: the same pictures, other crops
 
 
-def test_it_writes_its_figures(tmp_path, monkeypatch, capsys):
+def test_every_figure_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(loader_against, "BATCHES", 1)
     monkeypatch.setattr(loader_against, "SIZES", (16, 32))
     out = tmp_path / "figures.json"

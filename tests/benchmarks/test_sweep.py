@@ -78,7 +78,7 @@ def test_a_cell_that_failed_for_another_reason_comes_again(place):
 def test_when_the_time_is_over_the_sweep_says_so(place, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "LEAST_S", 10**6)
     assert sweep.main([*LINE, "--out", str(place / "out")]) == 1
-    assert "the same line again goes on" in capsys.readouterr().out and not (place / "runs").read_text()
+    assert "run the same line again to go on" in capsys.readouterr().out and not (place / "runs").read_text()
 
 
 @pytest.mark.parametrize(

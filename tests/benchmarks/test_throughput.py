@@ -51,7 +51,7 @@ def recipe(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("settings", [["compile=true"], ["optim.layer_decay=0.5"]], ids=str)
-def test_one_process(recipe, settings):
+def test_one_process_counts_every_token_once(recipe, settings):
     ((result, compiled),) = run_ranks(measure, 1, recipe, "zero1.json", settings)
     check(result, recipe, ranks=1, data_ranks=1)
     assert compiled == ("compile=true" in settings)
