@@ -2,11 +2,11 @@
 
     python -m data_tools.answers data/vqa/train data/vqa/val --least 9 --out data/vqa/answers.json
 
-Counts in shards of questions (data_tools.from_table makes them of VQAv2's files) for how many each answer is the one
-that its annotation calls the answer, or else the most frequent of its ten, after VQA's official normalisation. Over
-VQAv2's training and validation questions, those with at least 9 are the choice of unilm's beit3/datasets.py, which has
-3129. QuestionShards(vocabulary=...) reads the list; for released weights give it unilm's answer2label.txt, whose
-numbers they were trained with.
+Counts, in shards of questions (data_tools.from_table makes them of VQAv2's files), how many questions each answer
+belongs to, after VQA's official normalisation. A question's answer is the one that its annotation names, or else the
+most frequent of its ten. Over VQAv2's training and validation questions, the answers with at least 9 are the choice of
+unilm's beit3/datasets.py, which has 3129. QuestionShards(vocabulary=...) reads the list; for released weights give it
+unilm's answer2label.txt, whose numbers they were trained with.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pretrain.files import write_json
 
 
 def count(directories: list[Path]) -> tuple[Counter[str], int]:
-    """-> for how many questions each answer is the one, and how many there are."""
+    """-> how many questions each answer belongs to, and how many questions there are."""
     counts, questions = Counter[str](), 0
     for directory in directories:
         reader = ShardReader(load_manifest(str(directory)))
@@ -49,7 +49,7 @@ def count(directories: list[Path]) -> tuple[Counter[str], int]:
 def main(arguments: list[str] | None = None) -> int:
     parser = make_parser("data_tools.answers", __doc__, "data/vqa/train data/vqa/val --out data/vqa/answers.json")
     add_directories(parser)
-    parser.add_argument("--least", type=int, default=9, metavar="N", help="questions that an answer has (%(default)s)")
+    parser.add_argument("--least", type=int, default=9, metavar="N", help="questions with that answer (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the list, as JSON")
     args = parser.parse_args(arguments)
     return run(lambda: _run(args), state="nothing was written")
@@ -59,11 +59,13 @@ def _run(args: argparse.Namespace) -> None:
     if args.least < 1:
         raise ValueError(f"--least {args.least} is below 1; use 9")
     counts, questions = count(args.directories)
-    # The most frequent first, and of equals by the alphabet.
+    # The most frequent first; equally frequent ones in the order of the alphabet.
     kept = sorted((answer for answer, n in counts.items() if n >= args.least and answer), key=lambda a: (-counts[a], a))
     if not kept:
         places = ", ".join(map(str, args.directories))
-        raise ValueError(f"no answer of the {questions} questions in {places} has {args.least}; lower --least")
+        raise ValueError(
+            f"no answer of the {questions} questions in {places} belongs to --least={args.least} of them; lower it"
+        )
     write_json(args.out, kept)
     covered = sum(counts[answer] for answer in kept)
     print(f"{args.out}: {len(kept)} answers, which {100 * covered / questions:.1f} % of {questions:,} questions have")

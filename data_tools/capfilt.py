@@ -41,14 +41,14 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     example = "data/cc12m --captioner runs/captioner --filter runs/blip/fusion --out data/cc12m-cf"
     parser = make_parser("data_tools.capfilt", __doc__, example)
     parser.add_argument("input", type=Path, help="a directory of indexed shards")
-    parser.add_argument("--captioner", type=Path, required=True, help="whatever pretrain.load reads, with words")
-    parser.add_argument("--filter", type=Path, required=True, help="the same, with the head of matching")
+    parser.add_argument("--captioner", type=Path, required=True, help="weights for pretrain.load, with a head of words")
+    parser.add_argument("--filter", type=Path, required=True, help="weights for pretrain.load, with Matching()'s head")
     parser.add_argument("--out", type=Path, required=True, help="a new directory of shards")
     parser.add_argument("--min-web", type=float, default=0.5, metavar="P", help="of the web's texts (%(default)s)")
     parser.add_argument("--min-written", type=float, default=0.5, metavar="P", help="of written texts (%(default)s)")
     parser.add_argument("--top-p", type=float, default=0.9, metavar="P", help="0: the most likely words (%(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="of what is drawn (%(default)s)")
-    parser.add_argument("--max-words", type=int, default=20, metavar="N", help="ids of a written text (%(default)s)")
+    parser.add_argument("--max-words", type=int, default=20, metavar="N", help="ids of a text, at most (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="pictures in one pass (%(default)s)")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
@@ -74,28 +74,28 @@ def capfilt(args: argparse.Namespace) -> None:
     if args.out.resolve() == args.input.resolve():
         raise ValueError(f"--out {args.out} is the input; choose a new directory")
     source = Shards(args.input)
-    of = _of(args, settings, source)
-    new, there = not (args.out / STAMP).is_file(), args.out.iterdir() if args.out.is_dir() else ()
-    if new and any(not path.name.endswith(WRITING) for path in there):
+    request = _request(args, settings, source)
+    new, existing = not (args.out / STAMP).is_file(), args.out.iterdir() if args.out.is_dir() else ()
+    if new and any(not path.name.endswith(WRITING) for path in existing):
         raise ValueError(f"{args.out} contains other files; choose an empty directory for --out")
     if not new:
-        agree(args.out, STAMP, of)
+        agree(args.out, STAMP, request)
     numbers = range(len(source.portions))
     todo = [number for number in numbers[part::parts] if not counts_path(args.out, number).is_file()]
     models = _models(args) if todo else None
     if new:  # after the weights were read: wrong ones leave nothing behind
-        agree(args.out, STAMP, of)
+        agree(args.out, STAMP, request)
     for number in todo:
         assert models is not None
         caption_shard(*models, source.reader, number, args.out, settings, args.workers)
     done = sum(counts_path(args.out, number).is_file() for number in numbers)
     if done < len(numbers):
-        say(f"{args.out}: {done} of {len(numbers)} shards are there; the others are those of other --part")
+        say(f"{args.out}: {done} of {len(numbers)} shards are finished; the others belong to other --part")
         return
     try:
         lock = Lock(args.out / ".capfilt")
     except ValueError:  # another part came last too, and has all that it needs
-        say(f"{args.out}: all {done} shards are there; another process writes the index")
+        say(f"{args.out}: all {done} shards are finished; another process writes the index")
         return
     with lock:
         _finish(args, settings, source)
@@ -114,17 +114,15 @@ def _settings(args: argparse.Namespace) -> Settings:
     return Settings(writing, args.min_web, args.min_written, args.seed, args.batch)
 
 
-def _of(args: argparse.Namespace, settings: Settings, source: Shards) -> dict[str, Any]:
-    """What the results are of."""
-    weights = {name: weights_name(getattr(args, name)) for name in ("captioner", "filter") if _there(args, name)}
+def _request(args: argparse.Namespace, settings: Settings, source: Shards) -> dict[str, Any]:
+    """What decides the results: all processes that write to --out must agree on it."""
+    weights = {}
+    for name in ("captioner", "filter"):
+        path = getattr(args, name)
+        if not path.exists():
+            raise ValueError(f"--{name} {path} does not exist; give a stage's directory or a weights.safetensors")
+        weights[name] = weights_name(path)
     return {"input": str(args.input.resolve()), "digest": source.digest, "bf16": args.bf16} | asdict(settings) | weights
-
-
-def _there(args: argparse.Namespace, name: str) -> bool:
-    path = getattr(args, name)
-    if not path.exists():
-        raise ValueError(f"--{name} {path} does not exist; give a stage's directory or a weights.safetensors")
-    return True
 
 
 def _models(args: argparse.Namespace) -> tuple[Pretrained, Pretrained]:

@@ -1,10 +1,10 @@
-"""How rare one to four words are together in captions: the weights of CIDEr's words when captions are rewarded by it.
+"""How rare each run of one to four words is in captions: CIDEr's weights, for training that rewards captions by CIDEr.
 
     python -m data_tools.caption_frequencies data/coco/train --out data/coco/frequencies.json
 
-Counts in shards of pictures with captions (all `captions` of a sample's JSON, else its txt) with how many pictures each
-stands. The source RewardShards(frequencies=...) reads the file, for the objective SelfCritical. Words that stand
-together with a single picture are left out: they count as those that stand with none.
+Counts, in shards of pictures with captions (all `captions` of a sample's JSON, else its txt), how many pictures have
+the run in a caption. The source RewardShards(frequencies=...) reads the file, for the objective SelfCritical. Runs that
+only one picture has are left out: they count like those that none has.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pretrain.data.shards.reader import BadSample, ShardReader
 
 
 def references(directories: list[Path]) -> Iterator[tuple[str, ...]]:
-    """Of each picture that has any."""
+    """The captions of each picture that has any."""
     for directory in directories:
         reader = ShardReader(load_manifest(str(directory)))
         places = [(shard, n) for shard, samples in enumerate(reader.manifest.counts) for n in range(samples)]
@@ -44,12 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    counted = Frequencies.of(references(args.directories))
-    if counted.pictures < 2:
+    frequencies = Frequencies.of(references(args.directories))
+    if frequencies.pictures < 2:
         places = ", ".join(map(str, args.directories))
-        raise ValueError(f"{places}: {counted.pictures} pictures have captions; two are the least, so give more")
-    counted.write(args.out)
-    print(f"{args.out}: {len(counted.grams):,} grams of the captions of {counted.pictures:,} pictures")
+        raise ValueError(f"{places}: {frequencies.pictures} pictures have captions; two are the least, so give more")
+    frequencies.write(args.out)
+    print(f"{args.out}: {len(frequencies.grams):,} runs of words in the captions of {frequencies.pictures:,} pictures")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ labels' names.
     OUT/train/00000.tar ...   KEY.jpg, KEY.txt (the first caption), KEY.json; indexed. Without splits OUT/00000.tar ...
     OUT/steps/                from_table.json: kept + dropped by reason = records; from_table.parquet: what was dropped
 
-Every picture is decoded once; what is broken, missing or no text is left out, counted and named. Finished shards stay:
-after a kill, run the same command to continue. The shards are the same for any number of --workers. All records but
-their pictures are in memory, about 1 GB a million.
+Every picture is decoded once; what is broken or missing, or is not text, is left out, counted and named. Finished
+shards stay: after a kill, run the same command to continue. The shards are the same for any number of --workers. All
+records but their pictures are in memory, about 1 GB a million.
 """
 
 from __future__ import annotations

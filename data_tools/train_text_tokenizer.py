@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train_apart(args: argparse.Namespace) -> None:
-    """In a process of its own, which can be killed: signals wait until SentencePiece's C++ is done."""
+    """Trains in a process of its own, which can be killed: signals wait until SentencePiece's C++ is done."""
     options = {"column": args.text_col, "model_type": args.model_type, "verbose": args.verbose}
     with worker_pool(1, get_context("spawn")) as pool:
         try:

@@ -19,8 +19,8 @@ UNSEEN = ("it is cold outside", "a bird sings", "somebody likes it")
 
 
 def question(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A question that the scene answers: a colour, a number from 1 to 3, or yes or no, these two as often as each
-    other."""
+    """A question that the scene answers, and the answer: a colour, a number from 1 to 3, or yes or no, these two
+    equally often."""
     kinds = ["colour", "number"] + (["place"] if len(scene.things) > 1 else [])
     kind = rng.choice(kinds)
     if kind == "number":
@@ -40,7 +40,7 @@ def question(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 
 def sentence(scenes: tuple[Scene, Scene], rng: random.Random) -> tuple[str, bool]:
-    """A sentence about a left and a right picture and whether it is true, which is so for about half of them."""
+    """A sentence about a left and a right picture, and whether it is true, as about half of them are."""
     shapes = [{thing.shape for thing in scene.things} for scene in scenes]
     both, one = shapes[0] & shapes[1], shapes[0] ^ shapes[1]
     neither = set(SHAPES) - shapes[0] - shapes[1]
@@ -70,8 +70,8 @@ def _fact(scene: Scene, rng: random.Random, *, right: bool) -> str:
 
 
 def side_sentence(scenes: tuple[Scene, Scene], rng: random.Random) -> tuple[str, bool]:
-    """A sentence about what one of two pictures shows, and whether it is true, which is so for about half of them: a
-    number, a colour, a background or a shape, easier than `sentence`, which needs shapes alone."""
+    """A sentence about what one of two pictures shows, a number, a colour, a background or a shape, and whether it is
+    true, as about half of them are. Easier than `sentence`, which is about shapes alone."""
     side, right = rng.randrange(2), rng.random() < 0.5
     return f"the {('left', 'right')[side]} picture has {_fact(scenes[side], rng, right=right)}", right
 
@@ -79,7 +79,7 @@ def side_sentence(scenes: tuple[Scene, Scene], rng: random.Random) -> tuple[str,
 def hypothesis(scene: Scene, rng: random.Random) -> tuple[str, str]:
     """A sentence and SNLI-VE's word for it, each as often as the others: `entailment` for what the picture shows,
     `neutral` for that and something which no picture shows, `contradiction` for what it does not show, half of the
-    times with such an addition. Without the picture two thirds can be guessed."""
+    time with such an addition. Two thirds can be guessed without the picture."""
     label = rng.choice(("entailment", "neutral", "contradiction"))
     fact = _fact(scene, rng, right=label != "contradiction")
     more = label == "neutral" or (label == "contradiction" and rng.random() < 0.5)

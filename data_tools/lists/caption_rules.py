@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data_tools.lists.columns import as_bools
+
 FEWEST_LETTERS = 0.4  # share of the non-blank characters
 REPEATS_FROM = 6  # words; in shorter captions a repetition may be a name
 MOST_WORDS_PER_KIND = 3  # ordinary text uses each word less often on average
@@ -101,7 +103,7 @@ def repeats_words(captions: pa.Array) -> np.ndarray:
     """At least REPEATS_FROM words, each at least MOST_WORDS_PER_KIND times on average: buy now buy now ..."""
     junk = np.zeros(len(captions), bool)
     blanks = pc.count_substring(captions, " ")
-    candidates = np.flatnonzero(_true(pc.greater_equal(blanks, REPEATS_FROM - 1)))
+    candidates = np.flatnonzero(as_bools(pc.greater_equal(blanks, REPEATS_FROM - 1)))
     for row, text in zip(candidates.tolist(), captions.take(pa.array(candidates)).to_pylist(), strict=True):
         words = text.lower().split()
         junk[row] = len(words) >= REPEATS_FROM and MOST_WORDS_PER_KIND * len(set(words)) <= len(words)
@@ -128,8 +130,4 @@ JUNK: dict[str, Callable[[pa.Array], np.ndarray]] = {
 
 
 def _matches(captions: pa.Array, pattern: str) -> np.ndarray:
-    return _true(pc.match_substring_regex(captions, pattern))
-
-
-def _true(mask: pa.Array) -> np.ndarray:
-    return pc.fill_null(mask, False).to_numpy(zero_copy_only=False)
+    return as_bools(pc.match_substring_regex(captions, pattern))

@@ -70,7 +70,7 @@ def check(raw: pa.RecordBatch, names: Mapping[str, str], *, all_captions: bool =
         caption, captions = _captions(raw.column(names["caption"]), all_captions)
     else:
         caption = _Texts(pa.array([""] * raw.num_rows, pa.string()), none, none, none, none)
-    bad = _true(raw.column(PROBLEM).is_valid()) if PROBLEM in raw.schema.names else none
+    bad = as_bools(raw.column(PROBLEM).is_valid()) if PROBLEM in raw.schema.names else none
     broken, nul = url.not_utf8 | caption.not_utf8, url.nul | caption.nul
     masks = (bad, url.empty, url.long, caption.long, broken, nul, caption.empty)
     return Checked(np.select(masks, range(len(REASONS)), -1), url.text, caption.text, captions)
@@ -119,9 +119,9 @@ def _elements(column: pa.Array) -> tuple[pa.Array, np.ndarray | None]:
 def _written_lists(column: pa.Array) -> dict[int, list[bytes]]:
     """row -> the texts of its cell, where that is a list of texts in JSON or Python."""
     column = _as_bytes(column)
-    like_one = _true(pc.and_(pc.starts_with(column, b"["), pc.ends_with(column, b"]")))
+    like_one = as_bools(pc.and_(pc.starts_with(column, b"["), pc.ends_with(column, b"]")))
     lists = {}
-    for row in np.flatnonzero(like_one & ~_true(pc.greater(pc.binary_length(column), MAX_CAPTION_BYTES))).tolist():
+    for row in np.flatnonzero(like_one & ~as_bools(pc.greater(pc.binary_length(column), MAX_CAPTION_BYTES))).tolist():
         if (text := _utf8(column[row].as_py())) is not None and (texts := texts_in(text)) is not None:
             lists[row] = [each.encode("utf-8", "surrogatepass") for each in texts]
     return lists
@@ -129,13 +129,13 @@ def _written_lists(column: pa.Array) -> dict[int, list[bytes]]:
 
 def _texts(column: pa.Array, limit: int) -> _Texts:
     column = _as_bytes(_plain(column))
-    long = _true(pc.greater(pc.binary_length(column), limit))
-    empty = _true(column.is_null())
+    long = as_bools(pc.greater(pc.binary_length(column), limit))
+    empty = as_bools(column.is_null())
     if long.any():  # drop 10 MB captions before they slow down the rest
         column = pc.if_else(pa.array(long), pa.scalar(b"", column.type), column)
     text, not_utf8, nul = _decode(column)
     text = pc.utf8_trim_whitespace(text)
-    return _Texts(text, empty | (_true(pc.equal(text, "")) & ~(not_utf8 | nul | long)), long, not_utf8, nul)
+    return _Texts(text, empty | (as_bools(pc.equal(text, "")) & ~(not_utf8 | nul | long)), long, not_utf8, nul)
 
 
 def _as_bytes(column: pa.Array) -> pa.Array:
@@ -151,9 +151,9 @@ def _decode(column: pa.Array) -> tuple[pa.Array, np.ndarray, np.ndarray]:
         column = column.cast(pa.string())
     except pa.ArrowInvalid:
         values = [_utf8(value) for value in column.to_pylist()]
-        broken = np.array([value is None for value in values], bool) & _true(column.is_valid())
+        broken = np.array([value is None for value in values], bool) & as_bools(column.is_valid())
         column = pa.array(values, pa.string())
-    return column.fill_null(""), broken, _true(pc.match_substring(column, "\0"))
+    return column.fill_null(""), broken, as_bools(pc.match_substring(column, "\0"))
 
 
 def _utf8(value: bytes | None) -> str | None:
@@ -212,5 +212,6 @@ def _number(value: object) -> float | None:
         return None
 
 
-def _true(mask: pa.Array) -> np.ndarray:
+def as_bools(mask: pa.Array) -> np.ndarray:
+    """bool [rows]; null counts as False."""
     return pc.fill_null(mask, False).to_numpy(zero_copy_only=False)

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from data_tools.fetch.urls import ascii_host
 from data_tools.lists.caption_rules import JUNK
+from data_tools.lists.columns import as_bools
 from data_tools.lists.languages import UNKNOWN, detector, language_code
 
 _MOST_WORDS = 500  # RE2, the engine below, allows up to 1000 repetitions
@@ -76,7 +77,7 @@ def make_filters(settings: ListSettings, columns: Sequence[str]) -> list[Filter]
     def needs(option: str, *names: str) -> None:
         if missing := [name for name in names if name not in columns]:
             raise ValueError(
-                f"--{option} needs the column {' and '.join(missing)}, but the list has {', '.join(columns)}; omit "
+                f"--{option} needs the column {' and '.join(missing)}, but the list has {', '.join(columns)}; leave "
                 "the option out, or choose the --preset that fits the list"
             )
 
@@ -138,23 +139,23 @@ def _caption_filters(s: ListSettings, columns: Sequence[str]) -> list[Filter]:
 def bad_url(batch: pa.RecordBatch) -> np.ndarray:
     """URLs that are not http(s)://SERVER..., or have white space in the server's name. Blanks after it are common, and
     the download encodes them as browsers do; no URL has a line break or a tab."""
-    return ~_true(pc.match_substring_regex(batch["url"], _HOST + r"(?:[/?#\\:][\S ]*)?$"))
+    return ~as_bools(pc.match_substring_regex(batch["url"], _HOST + r"(?:[/?#\\:][\S ]*)?$"))
 
 
 def caption_too_long(batch: pa.RecordBatch, most: int) -> np.ndarray:
-    return _true(pc.greater(pc.utf8_length(batch["caption"]), most))
+    return as_bools(pc.greater(pc.utf8_length(batch["caption"]), most))
 
 
 def caption_too_short(batch: pa.RecordBatch, words: int, chars: int) -> np.ndarray:
     """Fewer words than `words` (a Chinese or Thai character is a word) or fewer characters than `chars`."""
     captions = batch["caption"]
-    short = _true(pc.less(pc.utf8_length(captions), chars))
+    short = as_bools(pc.less(pc.utf8_length(captions), chars))
     if words > 1:
         # Most captions have enough words separated by blanks, and counting is ten times slower than matching.
         enough = pc.match_substring_regex(captions, rf"\S(?:\S*\s+\S){{{words - 1}}}")
-        few = np.flatnonzero(~_true(enough))
+        few = np.flatnonzero(~as_bools(enough))
         counts = pc.count_substring_regex(captions.take(pa.array(few)), _WORD)
-        short[few] |= _true(pc.less(counts, words))
+        short[few] |= as_bools(pc.less(counts, words))
     return short
 
 
@@ -248,7 +249,3 @@ def _texts(batch: pa.RecordBatch, name: str) -> list[str]:
 def _numbers(batch: pa.RecordBatch, name: str) -> np.ndarray:
     """float64 [rows], NaN for null."""
     return pc.fill_null(batch[name].cast(pa.float64(), safe=False), float("nan")).to_numpy(zero_copy_only=False)
-
-
-def _true(mask: pa.Array) -> np.ndarray:
-    return pc.fill_null(mask, False).to_numpy(zero_copy_only=False)

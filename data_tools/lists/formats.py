@@ -132,7 +132,7 @@ def _column(cells: list[Any]) -> pa.Array:
 
 
 def _up_to(rows: Iterator[Row], most: int) -> Iterator[Row]:
-    """At most so many of the next rows, and fewer where they are large."""
+    """At most `most` of the next rows, fewer where they are large."""
     size = 0
     for row in islice(rows, most):
         yield row

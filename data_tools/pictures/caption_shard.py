@@ -1,4 +1,4 @@
-"""One shard of data_tools.capfilt: the texts of its samples, written, judged, and those that stay."""
+"""Makes one shard of data_tools.capfilt: writes a text for each picture, judges all texts, and keeps those that fit."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Sample(NamedTuple):
     looks: tuple[Tensor, ...] = ()  # for the captioner, for the filter
 
 
-class Judged(NamedTuple):
+class Verdict(NamedTuple):
     origin: str
     text: str
     match: float  # the probability that it belongs to the picture
@@ -56,7 +56,7 @@ class Judged(NamedTuple):
 
 
 def counts_path(out: Path, number: int) -> Path:
-    """What came of input shard `number`; written last, so that one that has it is finished."""
+    """The outcome of input shard `number`; written last, so that a shard that has it is finished."""
     return out / ".capfilt" / f"{number:05d}.json"
 
 
@@ -83,13 +83,13 @@ def caption_shard(
             drops += [
                 (name, key, "undecodable", str(error)) for key, error in (e for e in some if not isinstance(e, Sample))
             ]
-            for sample, judged in zip(good, _judge(captioner, judge, good, number, settings), strict=True):
-                for each in judged:
+            for sample, verdicts in zip(good, _judge(captioner, judge, good, number, settings), strict=True):
+                for each in verdicts:
                     texts[each.origin][each.reason] += 1
-                if kept := [each.text for each in judged if each.reason == KEPT]:
-                    writer.write(sample.key, _members(sample, kept, judged))
+                if kept := [each.text for each in verdicts if each.reason == KEPT]:
+                    writer.write(sample.key, _members(sample, kept, verdicts))
                 else:
-                    best = max((each.match for each in judged), default=0.0)
+                    best = max((each.match for each in verdicts), default=0.0)
                     drops.append((name, sample.key, "no_text_stayed", f"{best:.3f}"))
     counts = {"samples": shard.samples, "kept": shard.samples - len(drops)}
     path = counts_path(out, number)
@@ -100,21 +100,21 @@ def caption_shard(
 def _samples(
     captioner: Pretrained, judge: Pretrained, reader: ShardReader, number: int, batch: int, threads: ThreadPoolExecutor
 ) -> Iterator[list[Any]]:
-    """Up to `batch` samples at a time; in the place of one that cannot be used (its key, why)."""
+    """Up to `batch` samples at a time; (key, error) stands in the place of one that cannot be used."""
 
-    def seen(read: Any) -> Any:
-        if not isinstance(read, Sample):
-            return read
+    def with_looks(sample: Any) -> Any:
+        if not isinstance(sample, Sample):
+            return sample
         try:
-            encoded = picture(read.members)
+            encoded = picture(sample.members)
             look = captioner.look(encoded)
-            return read._replace(looks=(look, look if judge is captioner else judge.look(encoded)))
+            return sample._replace(looks=(look, look if judge is captioner else judge.look(encoded)))
         except BadSample as error:
-            return read.key, error
+            return sample.key, error
 
     places = iter(range(reader.manifest.shards[number].samples))
     while some := list(islice(places, batch)):
-        yield list(threads.map(seen, [_read(reader, number, place) for place in some]))
+        yield list(threads.map(with_looks, [_read(reader, number, place) for place in some]))
 
 
 def _read(reader: ShardReader, number: int, place: int) -> Any:
@@ -142,11 +142,11 @@ def web_texts(members: dict[str, bytes]) -> list[str]:
 
 def _judge(
     captioner: Pretrained, judge: Pretrained, samples: list[Sample], shard: int, settings: Settings
-) -> Iterator[list[Judged]]:
-    """Of each sample its web's texts and what the captioner writes, judged."""
+) -> Iterator[list[Verdict]]:
+    """For each sample the verdicts on its texts from the web, and on the one that the captioner writes."""
     if not samples:
         return
-    # Of each sample its own numbers, so that neither batches nor --part change what is drawn.
+    # Each sample has its own random numbers, so that neither batches nor --part change what is drawn.
     rngs = [sample_rng(settings.seed, shard, sample.number) for sample in samples]
     draws = torch.from_numpy(np.stack([rng.random(settings.writing.max_words) for rng in rngs]))
     written = captioner.caption_looks(torch.stack([sample.looks[0] for sample in samples]), settings.writing, draws)
@@ -157,40 +157,41 @@ def _judge(
     ]
     matches = iter(_matches(judge, samples, asked, settings.batch))
     for sample, own in zip(samples, (text.strip() for text in written), strict=True):
-        judged = [_judged(WEB, text, next(matches), settings.min_web) for text in sample.web]
+        verdicts = [_verdict(WEB, text, next(matches), settings.min_web) for text in sample.web]
         if not sample.web:
-            judged.append(Judged(WEB, "", 0.0, "missing"))
+            verdicts.append(Verdict(WEB, "", 0.0, "missing"))
         if not own:
-            judged.append(Judged(WRITTEN, "", 0.0, "empty"))
+            verdicts.append(Verdict(WRITTEN, "", 0.0, "empty"))
         else:
-            one = _judged(WRITTEN, own, next(matches), settings.min_written)
+            one = _verdict(WRITTEN, own, next(matches), settings.min_written)
             same = own.casefold() in (text.casefold() for text in sample.web)
-            judged.append(one._replace(reason="same_as_web") if same else one)
-        yield judged
+            verdicts.append(one._replace(reason="same_as_web") if same else one)
+        yield verdicts
 
 
 def _matches(judge: Pretrained, samples: list[Sample], asked: list[tuple[int, str]], batch: int) -> list[float]:
-    found: list[float] = []
+    """The probability of each (place in `samples`, text) that the text belongs to the picture."""
+    matches: list[float] = []
     for start in range(0, len(asked), batch):
         some = asked[start : start + batch]
         pixels = torch.stack([samples[place].looks[1] for place, _ in some])
-        found += judge.score_looks(pixels, [text for _, text in some]).tolist()
-    return found
+        matches += judge.score_looks(pixels, [text for _, text in some]).tolist()
+    return matches
 
 
-def _judged(origin: str, text: str, match: float, least: float) -> Judged:
-    return Judged(origin, text, match, KEPT if match >= least else "unmatched")
+def _verdict(origin: str, text: str, match: float, least: float) -> Verdict:
+    return Verdict(origin, text, match, KEPT if match >= least else "unmatched")
 
 
-def _members(sample: Sample, kept: list[str], judged: list[Judged]) -> dict[str, bytes]:
-    """Those of the new sample, in the same order for all."""
+def _members(sample: Sample, kept: list[str], verdicts: list[Verdict]) -> dict[str, bytes]:
+    """The members of the new sample, in the same order for every sample."""
     try:
         facts = metadata(sample.members)
     except BadSample:
         facts = {}
-    said = [
-        {"origin": j.origin, "text": j.text, "match": round(j.match, 6), "reason": j.reason} for j in judged if j.text
+    noted = [
+        {"origin": j.origin, "text": j.text, "match": round(j.match, 6), "reason": j.reason} for j in verdicts if j.text
     ]
-    content = json.dumps(facts | {CAPTIONS: kept, "capfilt": said}, ensure_ascii=False)
+    content = json.dumps(facts | {CAPTIONS: kept, "capfilt": noted}, ensure_ascii=False)
     pictures = {name: value for name, value in sample.members.items() if name in IMAGE_EXTENSIONS}
     return {**pictures, TEXT: kept[0].encode("utf-8", "replace"), METADATA: content.encode("utf-8", "replace")}

@@ -19,7 +19,7 @@ import numpy as np
 Accept = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 _BATCH = 2**20  # pairs compared at a time: 60 MB
-_FEW = 2**16  # so few pairs are compared directly
+_FEW = 2**16  # pairs; as many or fewer are compared directly
 _HEAVY = 2**19  # if more pairs share a value of a table, they are split again
 _SORTING = 16  # cost of a hash in one table, in comparisons of a pair
 _MOST_BLOCKS = 3

@@ -39,7 +39,7 @@ class Groups:
             return self._parquet.read_row_group(group, columns=list(columns))  # type: ignore[union-attr]
 
     def picture_paths(self, group: int, column: str) -> list[str | None]:
-        """Of each row the path of its picture, None where the cell has the bytes."""
+        """The path of each row's picture; None where the cell holds its bytes."""
         kind = self.schema.field(column).type
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             return [value or "" for value in self.read(group, [column])[column].to_pylist()]

@@ -18,7 +18,7 @@ from data_tools.records.record import Pictures, Record, Unusable, joined
 from data_tools.records.rows import (
     COMPRESSED,
     TABLES,
-    Chosen,
+    ColumnOptions,
     Reading,
     dataset_files,
     json_kind,
@@ -27,12 +27,12 @@ from data_tools.records.rows import (
 )
 from pretrain.json_files import read_json
 
-NAME = 64  # characters of a split
+NAME = 64  # characters of a split's name, at most
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of from_table. Paths that are part of what was made are compared when it goes on."""
+    """The options of from_table that decide what it writes: a run goes on only with the same ones."""
 
     input: Path
     pictures: Path | None = None
@@ -67,8 +67,8 @@ class Settings:
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
     @property
-    def chosen(self) -> Chosen:
-        return Chosen(self.picture_col, self.caption_col, self.label_col, self.split_col)
+    def columns(self) -> ColumnOptions:
+        return ColumnOptions(self.picture_col, self.caption_col, self.label_col, self.split_col)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Names the records, so that a run goes on only with the same ones."""
+        """A hash of the records, so that a run goes on only with the same ones."""
         digest = hashlib.sha256(repr(self.names).encode("utf-8", "replace"))
         for split, records in self.splits.items():
             digest.update(repr((split, records)).encode("utf-8", "replace"))
@@ -105,8 +105,9 @@ def make_plan(settings: Settings) -> Plan:
         if problem:
             unusable.append(Unusable(record.name, "bad_label", problem))
             continue
-        split = record.split or ("" if not settings.held_out else _drawn(record.name, settings))
-        if split and not (split.replace("_", "").replace("-", "").isalnum() and split.isascii() and len(split) <= NAME):
+        split = record.split or ("" if not settings.held_out else _draw_split(record.name, settings))
+        is_name = split.replace("_", "").replace("-", "").isalnum() and split.isascii() and len(split) <= NAME
+        if split and not is_name:
             raise ValueError(f"{record.name}: {split[:NAME]!r} is no name of a split; use letters, digits, _ and -")
         splits.setdefault(split, []).append(record)
     if "" in splits and len(splits) > 1:
@@ -126,7 +127,7 @@ def _read(settings: Settings) -> Reading:
         raise ValueError(f"--answers belongs to VQAv2's file of questions, which {path} is not; leave it out")
     if path.is_dir():
         if dataset_files(path):
-            return read_datasets(path, pictures, settings.chosen)
+            return read_datasets(path, pictures, settings.columns)
         return read_folder(path, label_folders=settings.label_folders), None
     check_regular(path, str(path))
     if settings.label_folders:
@@ -138,11 +139,12 @@ def _read(settings: Settings) -> Reading:
         return read_annotations(path, pictures, settings.answers), None
     if not name.endswith((*TABLES, ".json")):
         raise ValueError(f"{path} is neither a folder nor one of {', '.join((*TABLES, '.json'))}; give one of these")
-    return read_table(path, pictures, settings.chosen)
+    return read_table(path, pictures, settings.columns)
 
 
 def _label_names(records: list[Record], known: Sequence[str] | None, settings: Settings) -> tuple[str, ...]:
-    """By number: those of --labels, those that the set knows, the names in their order, or the numbers as they are."""
+    """The labels' names by number: those of --labels, else those that the files know (`known`), else the names of the
+    records in the order of the alphabet, or their numbers as they are."""
     if settings.labels is not None:
         names = read_json(settings.labels)
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
@@ -164,13 +166,13 @@ def _label_problem(record: Record, names: tuple[str, ...]) -> str:
     return f"its label {str(label)[:60]!r} is not among the {len(names)}, such as {names[0]!r}"
 
 
-def _drawn(name: str, settings: Settings) -> str:
-    """By the record's own name, so that more records change no other's."""
-    drawn = hashlib.sha256(f"{settings.seed}/{name}".encode("utf-8", "replace")).digest()
-    return "heldout" if int.from_bytes(drawn[:6], "big") / 2**48 < settings.held_out else "train"
+def _draw_split(name: str, settings: Settings) -> str:
+    """The split of a record, by its own name, so that further records don't change it."""
+    digest = hashlib.sha256(f"{settings.seed}/{name}".encode("utf-8", "replace")).digest()
+    return "heldout" if int.from_bytes(digest[:6], "big") / 2**48 < settings.held_out else "train"
 
 
 def _shuffled(records: list[Record], seed: int) -> list[Record]:
-    """In an order that depends on nothing but the records: classes that follow each other make bad batches."""
+    """In an order that depends only on their number and the seed: classes one after the other make bad batches."""
     order = np.random.default_rng(seed).permutation(len(records))
     return [records[place] for place in order]

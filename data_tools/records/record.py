@@ -41,7 +41,7 @@ class Record:
 
 
 class Unusable(NamedTuple):
-    """What became no record: where it stands, a short reason, and the details."""
+    """What could not become a record: where it stands, a short reason, and the details."""
 
     name: str
     reason: str
@@ -56,33 +56,33 @@ class Pictures:
 
     @cached_property
     def _by_name(self) -> dict[str, Path | None]:
-        """Of each file's name the file, None where several have it; and so for the number at a name's end."""
-        found: dict[str, Path | None] = {}
+        """{a file's name, or "#" and the number at its end: the file}; None where several files have it."""
+        files: dict[str, Path | None] = {}
         for path in picture_files(self.root):
             number = path.stem[len(path.stem.rstrip("0123456789")) :].lstrip("0") or "0"
             for key in (path.name, f"#{number}"):
-                found[key] = None if key in found else path
-        return found
+                files[key] = None if key in files else path
+        return files
 
     def find(self, name: str) -> Path:
         """A path below the folder, or the name of one file in it. Raises ValueError."""
         path = (self.root / name).resolve()
         if path.is_relative_to(self.root) and path.is_file():
             return path
-        if "\0" not in name and (there := self._by_name.get(Path(name).name)) is not None:
-            return there
+        if "\0" not in name and (file := self._by_name.get(Path(name).name)) is not None:
+            return file
         outside = "" if path.is_relative_to(self.root) else ", where it must lie"
         raise ValueError(f"{name[:200]!r} is no file below {self.root}{outside}")
 
     def numbered(self, number: int) -> Path:
         """The file whose name ends with this number, as COCO's do. Raises ValueError."""
-        if (there := self._by_name.get(f"#{number}")) is None:
+        if (file := self._by_name.get(f"#{number}")) is None:
             raise ValueError(f"picture {number}: no file below {self.root}, or more than one, ends with this number")
-        return there
+        return file
 
 
 def picture_files(root: Path) -> Iterator[Path]:
-    """In the order of their names; hidden files and folders are left out."""
+    """The picture files below `root`, in the order of their names, without hidden files and folders."""
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):

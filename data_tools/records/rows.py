@@ -41,8 +41,8 @@ Reading = tuple[Iterator[Record | Unusable], tuple[str, ...] | None]
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The user's names of columns; empty: those that are usual."""
+class ColumnOptions:
+    """The names of columns that the user gave; empty: the usual ones."""
 
     picture: str = ""
     captions: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ class Columns:
     split: str | None
 
     @classmethod
-    def of(cls, names: Sequence[str], chosen: Chosen, where: Path) -> Columns:
+    def of(cls, names: Sequence[str], options: ColumnOptions, where: Path) -> Columns:
         """ValueError for a table without pictures, or without a column that was asked for."""
         lower = {name.lower(): name for name in reversed(names)}
 
@@ -70,23 +70,23 @@ class Columns:
                 raise ValueError(f"{option} {asked}: {where} has no such column; it has {shown}")
             return lower[asked.lower()] if asked else next((lower[name] for name in usual if name in lower), None)
 
-        picture = one(chosen.picture, PICTURE, "--picture-col")
+        picture = one(options.picture, PICTURE, "--picture-col")
         if picture is None:
             raise ValueError(
                 f"{where} has no column of pictures that is called {', '.join(PICTURE[:6])} or the like, but "
                 f"{', '.join(names)[:300]}; name one with --picture-col"
             )
-        asked = [one(name, (), "--caption-col") for name in chosen.captions]
+        asked = [one(name, (), "--caption-col") for name in options.captions]
         captions = [name for name in (asked or [one("", CAPTION, "")]) if name is not None]
-        label, split = one(chosen.label, LABEL, "--label-col"), one(chosen.split, SPLIT, "--split-col")
+        label, split = one(options.label, LABEL, "--label-col"), one(options.split, SPLIT, "--split-col")
         return cls(picture, tuple(captions), label, split)
 
 
-def read_table(path: Path, pictures: Pictures, chosen: Chosen) -> Reading:
+def read_table(path: Path, pictures: Pictures, options: ColumnOptions) -> Reading:
     """A file of rows."""
     stem = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
     if stem.suffix.lower() in (".parquet", *ARROW):
-        return _from_cells([(path, "")], path.parent, pictures, chosen)
+        return _from_cells([(path, "")], path.parent, pictures, options)
     if stem.suffix.lower() in (".jsonl", ".ndjson", ".json"):
         rows = list(_objects(path))
         good = [row for _, row in rows if isinstance(row, dict)]
@@ -97,15 +97,15 @@ def read_table(path: Path, pictures: Pictures, chosen: Chosen) -> Reading:
             if good and all(is_such(row) for row in good):
                 return (r if isinstance(r, Unusable) else record_of(r, pictures) for _, r in rows), labels
         names = list(dict.fromkeys(name for row in good for name in row))
-        return _records(rows, Columns.of(names, chosen, path), pictures), None
+        return _records(rows, Columns.of(names, options, path), pictures), None
     table = Table(path, b"\t" if stem.suffix.lower() == ".tsv" else b",")
-    return _records(_delimited(table), Columns.of(table.columns, chosen, path), pictures), None
+    return _records(_delimited(table), Columns.of(table.columns, options, path), pictures), None
 
 
-def read_datasets(root: Path, pictures: Pictures, chosen: Chosen) -> Reading:
+def read_datasets(root: Path, pictures: Pictures, options: ColumnOptions) -> Reading:
     """A directory that `datasets` wrote (save_to_disk), or of a data set's parquet files."""
     files = [(path, _split_of(path, root)) for path in dataset_files(root)]
-    return _from_cells(files, root, pictures, chosen)
+    return _from_cells(files, root, pictures, options)
 
 
 def dataset_files(root: Path) -> list[Path]:
@@ -193,9 +193,9 @@ def _record(name: str, picture: Path | Cell, row: Mapping[str, Any], columns: Co
     return Record(name, (picture,), captions, label, named or split)
 
 
-def _from_cells(files: list[tuple[Path, str]], root: Path, pictures: Pictures, chosen: Chosen) -> Reading:
+def _from_cells(files: list[tuple[Path, str]], root: Path, pictures: Pictures, options: ColumnOptions) -> Reading:
     schema = open_groups(files[0][0]).schema
-    columns = Columns.of(schema.names, chosen, files[0][0])
+    columns = Columns.of(schema.names, options, files[0][0])
     names = class_names(schema, columns.label, root)
     return (record for path, split in files for record in _of_file(path, split, columns, pictures)), names
 
@@ -217,14 +217,15 @@ def _of_file(path: Path, split: str, columns: Columns, pictures: Pictures) -> It
 
 
 def class_names(schema: pa.Schema, column: str | None, root: Path) -> tuple[str, ...] | None:
-    """Of a ClassLabel column, as `datasets` notes it in the schema or in dataset_info.json."""
-    noted: list[Any] = []
+    """The names of the classes of a ClassLabel column, which `datasets` notes in the schema or in dataset_info.json;
+    None where it notes none."""
+    notes: list[Any] = []
     if data := (schema.metadata or {}).get(b"huggingface"):
-        noted.append(parse_json(data))
+        notes.append(parse_json(data))
     for path in (root / "dataset_info.json", *sorted(root.glob("*/dataset_info.json"))):
         if path.is_file():
-            noted.append(read_object(path))
-    for content in noted:
+            notes.append(read_object(path))
+    for content in notes:
         for key in ("info", "features", column, "names"):
             if key == "info" and isinstance(content, dict) and "info" not in content:
                 continue

@@ -40,7 +40,7 @@ class NewShard:
 
 
 def write_shard(job: NewShard) -> int:
-    """-> the records that it holds."""
+    """Writes the shard -> how many records it holds."""
     drops: list[Drop] = []
     with ShardWriter(job.out, samples_per_shard=len(job.records), first=job.number) as writer:
         for number, record in enumerate(job.records, job.first):

@@ -72,7 +72,7 @@ def _step(content: Any) -> Step:
     whole_numbers(content.get("dropped", {}))
     step = Step(**content)
     if not 0 <= step.time < _LAST_TIME or not all(isinstance(name, str) for name in step.inputs):
-        raise ValueError("its time or its inputs cannot be")
+        raise ValueError("its time is not a time, or one of its inputs is not a text")
     return step
 
 

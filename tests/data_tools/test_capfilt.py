@@ -131,7 +131,7 @@ def _by_shard(world: World) -> list[list[dict[str, bytes]]]:
 def test_parts_give_the_same_bytes_and_a_second_call_ends_at_once(world, tmp_path, capsys):
     assert main(line(world, tmp_path / "whole")) == 0
     assert main(line(world, tmp_path / "parts", "--part", "1/2")) == 0
-    assert "1 of 3 shards are there" in capsys.readouterr().out
+    assert "1 of 3 shards are finished" in capsys.readouterr().out
     assert not (tmp_path / "parts/manifest.json").exists()
     assert main(line(world, tmp_path / "parts", "--part", "0/2", "--workers", "2")) == 0
     assert tars(tmp_path / "parts") == tars(tmp_path / "whole") != {}
@@ -174,7 +174,7 @@ def test_what_it_refuses(change, said, world, tmp_path, capsys):
     assert said in refused(capsys, main, *line(world, tmp_path / "out"), *change)
 
 
-def test_weights_without_a_head_and_places_that_are_taken(world, tmp_path, capsys):
+def test_weights_without_a_head_and_places_that_are_taken_are_refused(world, tmp_path, capsys):
     task = PretrainTask(MODEL, (), (Contrastive(8),))
     write_weights(task.state_dict(), tmp_path / "plain" / WEIGHTS, {"model": to_json(MODEL)})
     (tmp_path / "plain/text.model").write_bytes((world.weights / "text.model").read_bytes())

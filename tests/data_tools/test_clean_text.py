@@ -62,9 +62,9 @@ def test_no_visible_character_is_lost(text):
 
 
 def test_a_megabyte_of_combining_marks_is_fast():
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(normalise("a" + "\u0315\u0300" * 250_000 + "\U0001d165" * 100_000)) <= 31
-    assert time.perf_counter() - start < 5  # sorting all of them would take an hour
+    assert time.process_time() - start < 5  # sorting all of them would take an hour
 
 
 def test_good_prose_passes():
@@ -110,7 +110,7 @@ def test_stop_words_are_required_only_in_english():
     assert why_dropped(BAD["stop_words"], replace(TextRules(), max_repeated_runs=None), english=False) is None
 
 
-def test_the_detail_says_what_was_measure_shard_and_allowed():
+def test_the_detail_says_what_was_measured_and_allowed():
     assert why_dropped("five words are too few", TextRules(), english=True) == ("too_short", "5, the minimum is 50")
 
 

@@ -34,7 +34,7 @@ STEP = '{"tool": "x", "rows": 1, "kept": 1, %s}'
         ("coco", '{"images": 5, "annotations": 6}'),
     ],
 )
-def test_a_list_of_damaged_json(tmp_path, capsys, preset, content):
+def test_a_list_of_damaged_json_is_refused_by_name(tmp_path, capsys, preset, content):
     (tmp_path / "l.json").write_text(content)
     line = ["--list", tmp_path / "l.json", "--preset", preset, "--out", tmp_path / "o" / "kept.parquet"]
     more = ["--url-col", "url", "--caption-col", "caption"] if preset == "generic" else []
@@ -61,7 +61,7 @@ def test_numbers_that_no_float_holds_are_missing(tmp_path):
         '{"tool": "x", "rows": "1", "kept": 1}',
     ],
 )
-def test_a_damaged_step_record(tmp_path, content):
+def test_a_damaged_step_record_is_refused_by_name(tmp_path, content):
     (tmp_path / "steps").mkdir()
     (tmp_path / "steps" / "a.json").write_text(json.dumps({"tool": "y", "rows": 2, "kept": 2}))
     (tmp_path / "steps" / "b.json").write_text(content)
@@ -74,7 +74,7 @@ PLAN = {"list": ["l"], "fingerprint": "f", "preset": "canonical", "slices": 1, "
 
 
 @pytest.mark.parametrize("content", [DEEP, "5", '{"rows": "x"}', '{"rows": 1, "kept": 1, "first": 0, "digits": 5}'])
-def test_damaged_records_of_unfinished_work(tmp_path, content, monkeypatch, capsys):
+def test_damaged_records_of_unfinished_work_are_refused_by_name(tmp_path, content, capsys):
     pq.write_table(pa.table({"url": ["http://a/1"], "caption": ["c"]}), tmp_path / "l.parquet")
     out = tmp_path / "kept.parquet"
     work_path(out).mkdir()
@@ -125,7 +125,7 @@ def test_a_pipe_given_as_a_file_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("column", [pa.array([[1]]), pa.array([{"a": 1}])], ids=["list", "struct"])
-def test_a_parquet_with_columns_of_other_types(tmp_path, capsys, column):
+def test_a_parquet_with_columns_of_other_types_is_refused_by_name(tmp_path, capsys, column):
     texts = {name: ["a"] for name in ("shard", "key", "reason", "detail")}
     pq.write_table(pa.table(texts | {"reason": column}), tmp_path / "d.parquet")
     with pytest.raises(ValueError, match=r"d\.parquet is not a drops file"):

@@ -161,7 +161,7 @@ def python(monkeypatch):
         (("--max-aspect-ratio", "nan"), "--max-aspect-ratio=nan"),
     ],
 )
-def test_wrong_options(tmp_path, capsys, python, more, words):
+def test_wrong_options_are_refused_before_anything_is_written(tmp_path, capsys, python, more, words):
     rows = a_list(tmp_path / "l.parquet", 3)
     out = tmp_path / "out"
     assert words in refusal(capsys, rows, out, *more)
@@ -169,13 +169,13 @@ def test_wrong_options(tmp_path, capsys, python, more, words):
 
 
 @pytest.mark.parametrize("wrong", ["3/3", "1", "a/b", "-1/2", "0/0"])
-def test_wrong_slices(tmp_path, capsys, wrong):
+def test_what_is_no_slice_is_refused(tmp_path, capsys, wrong):
     with pytest.raises(SystemExit) as ended:
         download.main(["--list", "l", "--preset", "laion", "--out", str(tmp_path), f"--slice={wrong}"])
     assert ended.value.code == 2 and "--slice" in capsys.readouterr().err
 
 
-def test_nothing_to_do(tmp_path, capsys, python):
+def test_a_call_that_has_nothing_to_do_is_refused(tmp_path, capsys, python):
     assert "--list or --preset is missing" in refused(capsys, download.main, "--out", tmp_path)
     assert "has no download" in refused(capsys, download.main, "--merge", "--out", tmp_path)
     rows = a_list(tmp_path / "l.parquet", 0)

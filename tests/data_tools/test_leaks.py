@@ -90,7 +90,7 @@ def annotations(tmp_path, kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["coco.json", "karpathy.json", "results.csv", "table.csv", "results.token"])
-def test_files_of_captions(folder, tmp_path, kind, capsys):
+def test_every_format_of_captions_is_read(folder, tmp_path, kind, capsys):
     (folder / "a" / "pic01.txt").unlink()
     third = (folder / "a" / "pic03.jpg").read_bytes()
     write_shard(tmp_path / "train", 0, [("a", None, LONG), ("b", third, "b c d e f g h")])

@@ -48,13 +48,13 @@ def lists_as(kind: str) -> pa.Array:
 
 
 @pytest.mark.parametrize("kind", ["plain", "large", "of dictionary", "slice"])
-def test_lists_of_captions_in_parquet(tmp_path, kind):
+def test_lists_of_captions_in_parquet_give_their_first_usable_one_or_all(tmp_path, kind):
     path = save(tmp_path / "l.parquet", lists_as(kind))
     assert read(path) == (FIRST, DROPPED) and read(path, "all") == (ALL, DROPPED)
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json", "csv", "python.csv", "parquet"])
-def test_lists_of_captions_as_text(tmp_path, form):
+def test_lists_of_captions_as_text_are_read_as_lists(tmp_path, form):
     """Of JSON, and of JSON and Python as programs write lists into tables."""
     lists, path = [['a "red" bus, it\'s', "a bus"], ["[two]"], []], tmp_path / f"l.{form}"
     rows = [{"url": url, "caption": texts} for url, texts in zip(urls(3), lists, strict=True)]

@@ -239,7 +239,7 @@ def test_wrong_lists_are_explained(tmp_path, name, content, preset, words):
     assert "\n" not in str(raised.value)
 
 
-def test_a_missing_list(tmp_path):
+def test_a_missing_list_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         open_list([tmp_path / "nix.parquet"], "laion")
     with pytest.raises(ValueError, match="contains no file of"):

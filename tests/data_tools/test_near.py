@@ -107,7 +107,7 @@ def test_too_many_pairs_are_an_error():
 
 
 @pytest.mark.parametrize("n", [0, 1])
-def test_nothing_to_compare(n):
+def test_of_nothing_no_pair_is_found(n):
     hashes = np.zeros(n, np.uint64)
     assert len(near_pairs(hashes, 3).first) == 0
     assert keep_first(hashes, 3).item.tolist() == [-1] * n

@@ -163,7 +163,7 @@ def test_a_seed_takes_the_files_in_another_order(corpus, tokenizer, tmp_path):
     assert first == {"a.jsonl", "b.parquet"}
 
 
-def test_language_drops_the_others(corpus, tokenizer, tmp_path):
+def test_language_drops_the_others(tokenizer, tmp_path):
     needs("py3langid")
     german = "Der alte Mann geht am Morgen zum Fluss und sieht die Kinder, die mit dem Hund spielen und lachen. " * 3
     english = (
@@ -294,7 +294,7 @@ def test_an_out_of_other_settings_is_not_touched(corpus, tokenizer, packed, caps
     assert content(packed) == before
 
 
-def test_a_file_of_many_documents_gets_a_hint(tokenizer, corpus, tmp_path, capsys):
+def test_a_file_of_many_documents_gets_a_hint(tokenizer, tmp_path, capsys):
     texts = tmp_path / "texts"
     texts.mkdir()
     (texts / "all.txt").write_text("\n\n".join([document(n) for n in range(10)] * 1300))

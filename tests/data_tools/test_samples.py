@@ -25,7 +25,7 @@ def shard(tmp_path):
     return write_tar(tmp_path / "00000.tar", members, format=tarfile.GNU_FORMAT)
 
 
-def test_samples_by_key(shard):
+def test_samples_come_in_the_order_of_their_keys(shard):
     samples = list(samples_of(shard))
     assert [(sample.key, sorted(sample.members)) for sample in samples] == [
         ("\\xff", ["txt"]),

@@ -101,7 +101,7 @@ def test_every_format_in_every_encoding(tmp_path, form, encoding):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_every_line_end(tmp_path, end):
+def test_rows_end_at_every_kind_of_line_end(tmp_path, end):
     assert read(tmp_path / "l.csv", table(",", ["one", '"two, three"'], end=end)) == (["one", "two, three"], {}, 2)
 
 
@@ -173,6 +173,6 @@ def test_documents_in_utf_16_are_documents(tmp_path):
     assert [text_of_document(raw, inputs) for raw in documents] == [("caf\u00e9", ""), ("two", "")]
 
 
-def test_a_file_of_domains_with_a_mark(tmp_path):
+def test_a_file_of_domains_may_begin_with_a_byte_order_mark(tmp_path):
     (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbfa.example\r\nb.example\r\n")
     assert read_domains(tmp_path / "d.txt") == ("a.example", "b.example")

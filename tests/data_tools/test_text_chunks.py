@@ -71,7 +71,7 @@ PARTS = st.one_of(st.sampled_from(ODD), st.text(max_size=20))
 
 @settings(max_examples=150)
 @given(parts=st.lists(PARTS, max_size=80), chunk_tokens=st.sampled_from([24, 32, 60]))
-def test_any_text_survives(tokenizer, parts, chunk_tokens):
+def test_any_text_is_cut_without_loss(tokenizer, parts, chunk_tokens):
     text = " ".join(parts).encode("utf-8", "replace").decode()
     check(text, tokenizer, chunk_tokens)
 
@@ -85,7 +85,7 @@ def test_words_longer_than_a_chunk_are_split(tokenizer, text):
     check(text, tokenizer, 64)
 
 
-def test_a_short_last_chunk_is_merged_or_balanced(tokenizer):
+def test_a_short_last_chunk_is_merged_or_balanced():
     count, limits = (lambda part: len(part.split())), Limits(tokens=10, characters=1000, least=3)
     text = "One two three four five. Six seven eight nine ten. Eleven."
     assert [chunk.tokens for chunk in cut(text, count, limits)] == [5, 6]

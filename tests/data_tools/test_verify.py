@@ -96,7 +96,7 @@ def test_every_bad_sample_is_named(source, capsys):
     assert f"{source}/00001.tar\tlatin\t.txt is not UTF-8 (byte 3 of 4)\n" in capsys.readouterr().out
 
 
-def test_every_bad_shard_is_named(source, capsys, tmp_path):
+def test_every_bad_shard_is_named(source, tmp_path):
     write_shard(source, 2, [pair("2a")])
     write_shard(source, 3, [pair("3a")])
     index_directory(source)

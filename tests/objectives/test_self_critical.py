@@ -150,7 +150,7 @@ def test_frequencies_are_those_of_the_training_captions(tmp_path, capsys):
     ]
     out = tmp_path / "frequencies.json"
     assert main([str(write_source(tmp_path / "shards", [samples])), "--out", str(out)]) == 0
-    assert "4 grams of the captions of 4 pictures" in capsys.readouterr().out
+    assert "4 runs of words in the captions of 4 pictures" in capsys.readouterr().out
     assert json.loads(out.read_text()) == {"pictures": 4, "grams": {"</s>": 4, "a": 3, "a red": 2, "red": 2}}
     given = [["a red bus", "a red bus"], ["A red dog."], ["a cat"], ["x"]]
     texts = ["a red cat", "red dog", "a cat", "x"]
