@@ -8,7 +8,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def run_ranks(fn: Callable[..., Any], n: int, *args: Any, timeout: float = 120.0
                 if process.is_alive():
                     process.kill()
                 process.join()
-            _sweep({process.pid for process in ranks})
+            sweep_shared_memory([process.pid for process in ranks])
         return [pickle.loads((place / f"{r}.result").read_bytes()) for r in range(n)]
 
 
@@ -93,8 +93,8 @@ def _rank(fn: Callable, rank: int, world: int, args: tuple, place: Path) -> None
     os._exit(0)
 
 
-def _sweep(pids: set) -> None:
-    """What killed DeepSpeed ranks leave in shared memory (69 MB each)."""
+def sweep_shared_memory(pids: Iterable[int | None]) -> None:
+    """Removes what DeepSpeed's ranks leave in shared memory when they are killed (69 MB each)."""
     shared = Path("/dev/shm")
     if shared.is_dir():
         for leftover in shared.glob("deepspeed_*"):

@@ -1,5 +1,5 @@
-"""What tests of parallel training share: a toy model, made-up global batches for it in as many equal parts as one
-likes, and some steps of training, in one plain process or on ranks."""
+"""What tests of parallel training share: a toy model, random global batches for it, cut into any number of equal parts,
+and some steps of training, in one plain process or on ranks."""
 
 from __future__ import annotations
 
@@ -55,29 +55,29 @@ def step_batch(
 ) -> Batch:
     """Part `part` of `parts` equal ones of the step's global batch, with random numbers for drop path in `depth` blocks
     and `draws` of each sequence for objectives. In place of a hidden word stands the last id or another word."""
-    made = torch.Generator().manual_seed(step)
+    generator = torch.Generator().manual_seed(step)
     (images, pairs, texts), vocab = mix, PAPER.vocab_size
 
     def text(count: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        ids = torch.randint(FIRST_WORD, vocab, (count, length), generator=made)
-        masked = torch.rand(count, length, generator=made) < 0.4
+        ids = torch.randint(FIRST_WORD, vocab, (count, length), generator=generator)
+        masked = torch.rand(count, length, generator=generator) < 0.4
         for row in range(count):  # padding of different lengths
             ids[row, length - row % 3 :] = PAD
             masked[row, length - row % 3 :] = False
-        others = torch.randint(FIRST_WORD, vocab, (count, length), generator=made)
-        others[torch.rand(count, length, generator=made) < 0.5] = vocab - 1
+        others = torch.randint(FIRST_WORD, vocab, (count, length), generator=generator)
+        others[torch.rand(count, length, generator=generator) < 0.5] = vocab - 1
         return ids, torch.where(masked, others, ids), masked
 
     def share(whole: Tensor, *counts: int) -> Tensor:
         return torch.cat([kind.chunk(parts)[part] if len(kind) else kind for kind in whole.split(list(counts))])
 
     count = images + pairs
-    pixels = torch.randint(256, (count, 3, 16, 16), generator=made, dtype=torch.uint8)
-    image_masks = torch.rand(count, 16, generator=made) < 0.4
-    codes = torch.randint(CODES, (count, 16), generator=made)
+    pixels = torch.randint(256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    image_masks = torch.rand(count, 16, generator=generator) < 0.4
+    codes = torch.randint(CODES, (count, 16), generator=generator)
     (pair_ids, pair_inputs, pair_masked), (text_ids, text_inputs, text_masked) = text(pairs, 8), text(texts, 10)
     wanted = {DROP_PATH: 2 * depth, **draws}
-    drawn = {name: torch.rand(sum(mix), each, generator=made) for name, each in wanted.items()}
+    drawn = {name: torch.rand(sum(mix), each, generator=generator) for name, each in wanted.items()}
     return make_batch(
         step_layout(mix, parts),
         images=share(pixels, images, pairs),
@@ -131,9 +131,9 @@ def train_alone(
     of: int | None = None,
     first_steps: Mapping[str, int] = NONE,
 ) -> Trained:
-    """A step for each batch in one process without DeepSpeed; `of` so many, if not of as many as there are batches. In
-    bf16 weights and activations are, and AdamW has fp32 masters. `first_steps`: the step in which AdamW meets a
-    parameter, by its name, where that is not the first one."""
+    """A step for each batch in one process without DeepSpeed. `of`: the steps of the learning rate's schedule, as many
+    as there are batches by default. With `precision` bf16 weights and activations are in bf16, and AdamW has fp32
+    masters. `first_steps`: {parameter: the step in which AdamW meets it}, where that is not the first one."""
     rounded: Any = task if precision == "fp32" else copy.deepcopy(task).bfloat16()
     optimizer, batches = build_optimizer(task, optim), list(batches)
     reports, norms = [], []
@@ -157,8 +157,8 @@ def train_alone(
 
 
 def train_on_ranks(engine: Any, mesh: Any, micro_batches: Callable[[int, int, int], Batch], steps: int) -> Trained:
-    """`micro_batches(step, part, parts)` of the steps 1 .. `steps` through the calls of pretrain/run: this rank's own
-    reports and norms, and on rank 0 the whole weights."""
+    """Trains on `micro_batches(step, part, parts)` of the steps 1 .. `steps`, by the calls of pretrain/run -> this
+    rank's own reports and norms, and on rank 0 the whole weights."""
     from pretrain.parallel.pipeline import pipeline_step
     from pretrain.parallel.skipping import gradient_norm
     from pretrain.parallel.state import full_state

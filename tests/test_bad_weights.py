@@ -60,7 +60,7 @@ WRONG = ("no", "empty", "words.pth", "nothing.safetensors", "code.pth", "code2.p
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("wrong", WRONG)
-def test_it_is_one_sentence(place, capsys, command, wrong):
+def test_files_that_are_no_weights_are_refused_in_one_sentence(place, capsys, command, wrong):
     module, line = COMMANDS[command]
     said = refused(capsys, module.main, *line.format(place / wrong, d=place).split())
     assert str(place / wrong) in said and ";" in said, said

@@ -74,7 +74,7 @@ def test_a_folder_is_embedded_and_searched(stage, folder, tmp_path, capsys, monk
     assert page.count("data:image/jpeg;base64,") == 4 and "a red &lt;b&gt;bus" in page and "<b>bus" not in page
 
 
-def test_shards_are_searched_and_lost_pictures_are_named_so(stage, shards, tmp_path, capsys):  # noqa: F811
+def test_shards_are_searched_and_lost_pictures_are_named_so(stage, shards, tmp_path):  # noqa: F811
     assert main([str(stage), str(shards), "--out", str(tmp_path / "v")]) == 0
     (shards / "00001.tar").unlink()
     line = [str(tmp_path / "v"), "--weights", str(stage), "a", "-k", "99", "--html", str(tmp_path / "hits.html")]

@@ -39,7 +39,7 @@ def press_ctrl_c(process: subprocess.Popen) -> tuple[int, str]:
 @pytest.mark.parametrize(
     "name", ["data_tools.train_text_tokenizer", "data_tools.index", "pretrain.evaluate", "pretrain.train"]
 )
-def test_while_modules_are_imported(tmp_path, name):
+def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path, name):
     (tmp_path / "numpy.py").write_text(
         "import sys, time\nprint('importing', file=sys.stderr, flush=True)\ntime.sleep(60)\n"
     )
@@ -48,7 +48,7 @@ def test_while_modules_are_imported(tmp_path, name):
     assert press_ctrl_c(process) == (130, "stopped before the start\n")
 
 
-def test_while_sentencepiece_trains(tmp_path):
+def test_ctrl_c_while_sentencepiece_trains_leaves_no_file(tmp_path):
     words = (f"{n * 7919 % 99991:x}{n:x} {n * 31 % 997:x}" for n in range(200_000))
     (tmp_path / "texts.txt").write_text("\n\n".join(words))
     line = [sys.executable, "-m", "data_tools.train_text_tokenizer", "texts.txt"]
@@ -72,7 +72,7 @@ def work() -> int:
         return len([*pool.map(grow, [Path("out", str(number)) for number in range(9)])])
 
 
-def test_while_workers_write(tmp_path):
+def test_ctrl_c_while_workers_write_leaves_no_file(tmp_path):
     (tmp_path / "out").mkdir()
     code = "import sys; from tests.test_interrupt import run, work; sys.exit(run(work, state='x'))"
     process = start([sys.executable, "-c", code], tmp_path)

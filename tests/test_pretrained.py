@@ -248,7 +248,7 @@ def test_what_cannot_be_used_is_one_sentence(stage, tmp_path):
         pretrain.load(stage, dtype=torch.float16)
 
 
-def test_weights_of_another_kind_are_one_sentence(stage, task, tmp_path):
+def test_weights_of_another_kind_are_one_sentence(task, tmp_path):
     state = dict(task.state_dict())
     write_weights({}, tmp_path / "vq" / "weights.safetensors", {"tokenizer": to_json(VQ)})
     with pytest.raises(ValueError, match="has a VQKDConfig, not an encoder"):

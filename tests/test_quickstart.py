@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,18 +23,14 @@ def quickstart(run: Path) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_quickstart_runs_to_its_table_and_a_second_call_ends_at_once(tmp_path):
-    begin = time.monotonic()
+def test_the_quickstart_runs_to_its_table_and_a_second_call_has_nothing_to_do(tmp_path):
     first = quickstart(tmp_path)
-    took = time.monotonic() - begin
     assert first.returncode == 0, first.stderr[-3000:]
     for row in ("retrieval ", "scratch: same budget, no pretraining", "fusion: words in pairs", "chance of 256"):
         assert row in first.stdout, row
     page = (tmp_path / "report.html").read_text()
     assert "data:image/png" in page and "scratch" in page
     assert all(reached(tmp_path)[stage]["step"] == 2 for stage in tiny.RECIPE.stages), "as benchmarks.gpu_hour reads it"
-    begin = time.monotonic()
     again = quickstart(tmp_path)
     assert again.returncode == 0
     assert again.stderr.count("nothing to do") == 14, "seven stages trained before and evaluated before"
-    assert time.monotonic() - begin < took

@@ -35,7 +35,7 @@ def changed(state: dict, name: str, how: str) -> dict:
 
 
 @pytest.mark.parametrize(("how", "says"), CHANGES.items())
-def test_a_teacher(how, says):
+def test_a_teacher_that_is_not_whole_is_refused_by_name(how, says):
     state = {f"encoder.{key}": value for key, value in encoder(PAPER, ("vision",)).state_dict().items()}
     state = changed(state, "encoder.vision_embed.cls_token", how)
     with pytest.raises(ValueError, match=f"weights=it.*{says.replace('NAME', 'vision_embed.cls_token')}"):
@@ -43,7 +43,7 @@ def test_a_teacher(how, says):
 
 
 @pytest.mark.parametrize(("how", "says"), CHANGES.items())
-def test_a_visual_tokenizer(tmp_path, how, says):
+def test_a_visual_tokenizer_that_is_not_whole_is_refused_by_name(tmp_path, how, says):
     state = {f"tokenizer.{key}": value for key, value in VQ.build().state_dict().items()}
     state = changed(state, "tokenizer.encoder.positions", how)
     write_weights(state, tmp_path / "tokenizer" / "weights.safetensors", {"model": to_json(VQ)})

@@ -26,7 +26,7 @@ def root():
     logger.setLevel(level)
 
 
-def test_a_log_and_the_traceback_in_it(capsys, root):
+def test_a_log_and_the_traceback_in_it_steer_nothing(capsys, root):
     start_logging()
     root.warning("sample 3 of %s replaced: %s", "x.tar", EVIL)
     assert capsys.readouterr().err.endswith(f"sample 3 of x.tar replaced: {SHOWN}\n")
@@ -38,7 +38,7 @@ def test_a_log_and_the_traceback_in_it(capsys, root):
     assert lines[0].endswith(" bug") and lines[1].startswith("Traceback") and all(map(str.isprintable, lines))
 
 
-def test_errors_of_commands_and_their_warnings(capsys, root):
+def test_errors_of_commands_and_their_warnings_steer_nothing(capsys, root):
     root.handlers[:] = []
 
     def action() -> None:
@@ -51,7 +51,7 @@ def test_errors_of_commands_and_their_warnings(capsys, root):
     assert capsys.readouterr().out == f"{SHOWN}\n"
 
 
-def test_what_verify_says_of_a_place(tmp_path, capsys):
+def test_what_verify_says_of_a_place_steers_nothing(tmp_path, capsys):
     write_source(tmp_path / "d\x1b[31m", [[image_sample("ok"), {"key": "k\x1b", "jpg": b"no picture"}]])
     assert verify.main([str(tmp_path / "d\x1b[31m"), "--workers", "1"]) in (1, 2)
     said = capsys.readouterr()
@@ -59,5 +59,5 @@ def test_what_verify_says_of_a_place(tmp_path, capsys):
     assert all(line.replace("\t", "").isprintable() for line in (said.out + said.err).splitlines())
 
 
-def test_a_table_of_reasons():
+def test_a_table_of_reasons_steers_nothing():
     assert SHOWN in step_table(Step("drop", 3, 2, {EVIL: 1}, {}, []))

@@ -37,33 +37,33 @@ ROUTES = {
 
 
 def pictures(count: int, size: int = 32, seed: int = 0) -> Tensor:
-    made = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, size, size), generator=made, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
 
 
 def random_batch(
     layout: Layout, seed: int = 0, *, cfg: MultiwayConfig = PAPER, padded: bool = True, drop_path: bool = False
 ) -> Batch:
     """With hidden patches and words and their targets; `padded`: texts of many lengths; `drop_path`: with its draws."""
-    made = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     count = layout.images + layout.pairs
 
     def text(kind: str, count: int, length: int) -> dict[str, Tensor]:
-        ids = torch.randint(4, cfg.vocab_size - 1, (count, length), generator=made)
+        ids = torch.randint(4, cfg.vocab_size - 1, (count, length), generator=generator)
         ids[:, :1], ids[:, length - 1 :] = BOS, EOS
         for row in range(count if padded else 0):
             end = 2 + row % (length - 2)
             ids[row, end], ids[row, end + 1 :] = EOS, PAD
-        masked = (torch.rand(ids.shape, generator=made) < 0.4) & (ids > EOS)
+        masked = (torch.rand(ids.shape, generator=generator) < 0.4) & (ids > EOS)
         inputs = ids.masked_fill(masked, cfg.vocab_size - 1)
         return {f"{kind}_tokens": ids, f"{kind}_inputs": inputs, f"{kind}_masked": masked}
 
-    draws = torch.rand(layout.sequences, 2 * cfg.depth, generator=made)
+    draws = torch.rand(layout.sequences, 2 * cfg.depth, generator=generator)
     return make_batch(
         layout,
         images=pictures(count, cfg.image_size, seed),
-        image_masks=torch.rand(count, layout.patches, generator=made) < 0.4,
-        image_codes=torch.randint(CODES, (count, layout.patches), generator=made),
+        image_masks=torch.rand(count, layout.patches, generator=generator) < 0.4,
+        image_codes=torch.randint(CODES, (count, layout.patches), generator=generator),
         **text("pair", layout.pairs, layout.pair_len),
         **text("text", layout.texts, layout.text_len),
         draws={DROP_PATH: draws} if drop_path else {},

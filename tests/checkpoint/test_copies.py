@@ -135,7 +135,7 @@ def two_nodes(root: str) -> list[object]:
     return said
 
 
-def test_a_lost_node_takes_nothing_away(tmp_path, capfd):
+def test_a_lost_node_takes_nothing_away(tmp_path):
     for first, second, value in run_ranks(two_nodes, 4, str(tmp_path)):
         everyone = ["00000", "00001", "00002", "00003"]
         assert first == {f"node{n}/step_{step:08d}": everyone for n in (0, 1) for step in (4, 5)}

@@ -142,7 +142,7 @@ def test_killed_at_any_moment_of_a_save(tmp_path, monkeypatch, call):
     assert ended and moments > 0
 
 
-def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_one(tmp_path):
     save(StandIn(1), tmp_path, 1)
     with full_beyond(2000), pytest.raises(SaveError, match=r"step 2 .*moments_rank00000.*intact") as error:
         save(StandIn(2), tmp_path, 2, retention=Retention(1))

@@ -62,7 +62,7 @@ def test_pixels_are_the_same_to_the_bit(monkeypatch, options: dict, min_side: in
         assert by_both(monkeypatch, encoded(grainy(height, width), **options), min_side)
 
 
-def test_so_are_those_of_grey_and_turned_pictures_and_of_the_smallest(monkeypatch) -> None:
+def test_pixels_of_grey_turned_and_tiny_pictures_are_the_same_to_the_bit(monkeypatch) -> None:
     grey = encoded(Image.fromarray(grainy(101, 67)).convert("L"))
     assert by_both(monkeypatch, grey) and by_both(monkeypatch, grey, 30)
     assert by_both(monkeypatch, rotated(grainy(80, 101))) and by_both(monkeypatch, rotated(grainy(80, 101)), 20)

@@ -58,7 +58,7 @@ def test_pictures_equal_those_of_the_workers_to_one_level(device: str, change: d
     assert (pixels != whole).any() == bool(transform.jitter or transform.flip)
 
 
-def test_nothing_but_the_pictures_knows_where_they_were_jittered(build, mix: dict) -> None:
+def test_nothing_but_the_pictures_knows_where_they_were_jittered(build) -> None:
     for plain, later in both(build, transform=ImageTransform(size=SIZE, jitter=0.9)):
         assert plain.looks is None and later.looks is not None and (plain.images != later.images).any()
         made = finished(later)
@@ -96,14 +96,14 @@ class Negative(ImageShards):
 
 
 @pytest.mark.parametrize("crops", [0, 2])
-def test_so_does_one_that_looks_once(build, mix, crops: int) -> None:
+def test_a_source_that_changes_a_picture_gets_finished_ones_too(build, mix, crops: int) -> None:
     source = Negative(mix["images"].shards, crops=crops)
     for plain, later in both(build, mix={"images": source}, counts={"images": 4}):
         assert torch.equal(finished(later).images, plain.images)
         assert torch.equal(later.image_masks, plain.image_masks)
 
 
-def test_evaluation_leaves_nothing_to_the_device(build, mix: dict) -> None:
+def test_evaluation_leaves_nothing_to_the_device(build) -> None:
     loading = {"jitter_on_device": True}
     loader = build(transform=ImageTransform(size=SIZE, train=False), loading=loading)
     assert next(loader.batches(0, 1))[0].looks is None

@@ -211,20 +211,20 @@ def test_bad_arguments_are_named(arguments, words):
 def test_a_plan_for_five_billion_samples_is_small_and_a_seek_fast():
     tracemalloc.start()
     try:
-        start = time.perf_counter()
+        start = time.process_time()  # whatever else the machine does
         order = Order(np.full(50_000, 100_000), seed=0, streams=4096, block_shards=8)
         order.batch(1, 6144)
         order.batch(2_000_000, 6144)  # a second plan: epoch 2
-        built = time.perf_counter() - start
+        built = time.process_time() - start
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert built < 10 and peak < 2**30
     seeks = []
     for step in (3, 500_000, 700_000, 800_000, 800_001):
-        start = time.perf_counter()
+        start = time.process_time()
         order.batch(step, 6144)
-        seeks.append(time.perf_counter() - start)
+        seeks.append(time.process_time() - start)
     assert sorted(seeks)[len(seeks) // 2] < 0.1
     for step in range(1, 10_000_000, 1_000_000):
         order.batch(step, 1024)

@@ -75,7 +75,7 @@ def test_decoding_gives_the_text_back(tokenizer: TextTokenizer) -> None:
 
 
 def test_hostile_text_costs_little_and_raises_nothing(tokenizer: TextTokenizer) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for text in [
         "\x00" * 10,
         "x\ud800y",
@@ -87,7 +87,7 @@ def test_hostile_text_costs_little_and_raises_nothing(tokenizer: TextTokenizer) 
     ]:
         ids = tokenizer.encode(text, max_len=64)
         assert ids[0] == BOS and ids[-1] == EOS and len(ids) <= 64
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert tokenizer.encode("red " * 1000, max_len=64) == tokenizer.encode("red " * 1_000_000, max_len=64)
 
 

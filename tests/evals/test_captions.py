@@ -136,6 +136,6 @@ def test_a_picture_under_two_keys_with_two_captions_is_refused(tokenizer, tmp_pa
         (b"[" * 100_000, "cannot be read"),
     ],
 )
-def test_what_is_no_list_of_captions_is_a_bad_sample(tokenizer, content, says):
+def test_what_is_no_list_of_captions_is_a_bad_sample(content, says):
     with pytest.raises(BadSample, match=says):
         captions_of({"json": content})

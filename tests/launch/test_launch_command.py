@@ -288,6 +288,15 @@ def test_codes_that_cannot_be_stored_are_one_sentence(launch, stages, words, say
     assert code == 2 and not calls and says in error and error.count("\n") == 1
 
 
+def test_codes_are_planned_before_their_tokenizer_exists(launch, tmp_path):
+    shutil.rmtree(tmp_path / "run" / "tokenizer")
+    code, out, error, calls = chain(launch, "tokenizer codes:2 vision")
+    assert code == 0 and out[1] == "codes: job 102", error
+    _, codes, vision = calls
+    assert "codes.sbatch" in codes and "afterok:101" in codes
+    assert "afterok:102" in vision and "--set mix.images.codes=codes" in vision
+
+
 def test_a_stage_that_has_begun_without_codes_goes_on_without(launch, tmp_path):
     code, _, error, _ = chain(launch, "codes vision", options=("--dry-run",))
     assert code == 0, error

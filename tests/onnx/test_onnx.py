@@ -103,7 +103,7 @@ def test_onnxruntime_computes_the_route(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path, capsys):
+def test_the_command_writes_graphs_that_say_what_they_compute(tmp_path, capsys):
     needs("onnxruntime")
     cfg, task = toy("released", ("vision", "language"))
     write_weights(dict(named_state(task)), tmp_path / "ours" / "weights.safetensors", {"model": to_json(cfg)})
@@ -141,7 +141,7 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), [("clip", "text"), ("siglip", "vision")])
-def test_dual_towers(tmp_path, kind, name):
+def test_onnxruntime_computes_dual_towers(tmp_path, kind, name):
     needs("transformers")
     needs("onnxruntime")
     from tests.models.towers.others import whole_model, write_directory

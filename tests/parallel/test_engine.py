@@ -146,7 +146,7 @@ def one_step_without_clip() -> tuple[float, float]:
     return before, float(gradient_norm(engine))
 
 
-def test_the_norm_is_measure_shard_without_clipping_too():
+def test_the_norm_is_measured_without_clipping_too():
     ((before, after),) = run_ranks(one_step_without_clip, 1)
     assert math.isnan(before)
     assert after > 0

@@ -48,9 +48,11 @@ def test_memory_that_is_too_small_is_named_with_the_numbers(images, monkeypatch,
         build_loader(*images, None, ALONE)
 
 
-def test_no_worker_needs_none(images, monkeypatch):
+def test_without_workers_no_memory_is_needed(images, monkeypatch):
     monkeypatch.setattr(inputs, "free_memory", lambda: 0)
     recipe, stage = images
+    with pytest.raises(ValueError, match="has 0 MiB of free memory"):
+        build_loader(recipe, stage, None, ALONE)
     build_loader(replace(recipe, loading=replace(recipe.loading, workers=0)), stage, None, ALONE)
 
 

@@ -90,5 +90,6 @@ def test_where_ranks_exchange_weights_in_the_encoder_a_slow_chip_is_named(tmp_pa
     assert [line["pass_spread"] for line in first] == [2.0, 2.0, 0.0]
 
 
-def test_a_full_disk_does_not_end_a_run_for_a_note(tmp_path):
+def test_a_note_that_cannot_be_written_does_not_end_a_run(tmp_path):
     note_slow(tmp_path / "nowhere", "step 1: rank 0")
+    assert read_lives(tmp_path / "nowhere") == []

@@ -33,7 +33,7 @@ RECIPE = replace(RECIPE, stages={{"language": STAGE}}, save_every=2, keep=9)
 """
 
 
-def test_the_stage_is_finished(cluster, data, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_with_nan_goes_back_past_the_bad_batch_and_finishes(cluster, data, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("DATA", str(data))
     (bad,) = keys_of(data, [BAD])
     recipe = tmp_path / "recipe.py"

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from pretrain.batch import PAD, Layout, make_batch
+from pretrain.batch import Layout, make_batch
 from pretrain.config import BatchSize, Recipe, Stage
 from pretrain.data.sources import PairShards
 from pretrain.layers import PLAIN, Layers
@@ -21,6 +21,7 @@ from pretrain.objectives.masked import MaskedData
 from pretrain.objectives.matching import Matching
 from pretrain.optim import Optim
 from pretrain.tasks.pretrain import PretrainTask
+from tests.models.fusion.kinds import check_alone
 from tests.models.fusion.two_ranks import check_equal
 from tests.models.towers.others import LENGTH, moved
 from tests.toy_models import random_batch
@@ -125,20 +126,9 @@ def test_both_streams_equal_the_reference_and_their_gradients_too():
 
 
 def test_each_kind_comes_out_as_it_does_alone():
-    batch, encoder = batch_of(), MODEL.build(()).eval()
-    rows = encoder(batch)
+    encoder = MODEL.build(()).eval()
+    rows, pairs = check_alone(encoder, batch_of())
     assert [tuple(kind.shape) for kind in rows] == [(2, 17, 24), (3, 17, 24), (3, 7, 16), (2, 10, 16)]
-    pairs = make_batch(
-        Layout(pairs=3, patches=16, pair_len=7), images=batch.images[2:], image_masks=batch.image_masks[2:],
-        pair_tokens=batch.pair_tokens, pair_inputs=batch.pair_inputs,
-    )  # fmt: skip
-    images = make_batch(Layout(images=2, patches=16), images=batch.images[:2], image_masks=batch.image_masks[:2])
-    texts = make_batch(Layout(texts=2, text_len=10), text_tokens=batch.text_tokens, text_inputs=batch.text_inputs)
-    real = batch.pair_inputs != PAD
-    torch.testing.assert_close(encoder(pairs).pair_texts[real], rows.pair_texts[real])
-    torch.testing.assert_close(encoder(pairs).pair_images, rows.pair_images)
-    torch.testing.assert_close(encoder(images).images, rows.images)
-    torch.testing.assert_close(encoder(texts).texts[:, 0], rows.texts[:, 0])
     other = encoder(make_batch(pairs.layout, images=255 - pairs.images, pair_tokens=pairs.pair_tokens))
     assert not torch.allclose(other.pair_texts[:, 1], rows.pair_texts[:, 1], atol=1e-4), "words see no picture"
     said = encoder(make_batch(pairs.layout, images=pairs.images, pair_tokens=pairs.pair_tokens.roll(1, 0)))

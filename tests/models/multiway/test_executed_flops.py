@@ -37,7 +37,7 @@ def attention_flops(cfg: MultiwayConfig, layout: Layout) -> float:
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("route", ["masked data", "language", "dual"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_they_are_those_of_torchs_counter(name, route, trained):
+def test_executed_flops_are_those_of_torchs_counter(name, route, trained):
     cfg, batch = CONFIGS[name], random_batch(ROUTES[route], padded=False)
     model, layout = encoder(cfg), batch.layout
     for key, parameter in model.named_parameters():

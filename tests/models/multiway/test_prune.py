@@ -83,7 +83,7 @@ def test_the_smallest_become_zero():
         assert state[name].abs()[gone].max() < state[name].abs()[~gone].min() and value[~gone].equal(state[name][~gone])
 
 
-def test_the_command(tmp_path, capsys):
+def test_the_command_writes_a_model_that_loads(tmp_path, capsys):
     cfg = replace(CONFIGS["paper"], vocab_size=60)
     task = PretrainTask(cfg, EXPERTS, (Contrastive(5),))
     write_weights(task.state_dict(), tmp_path / "a" / "weights.safetensors", {"model": to_json(cfg)})
