@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 
-from benchmarks.loader import write_synthetic
 from benchmarks.record import machine
+from benchmarks.synthetic import PICTURES, write_synthetic
 from pretrain.command import about, make_parser, run, write
 from pretrain.data.decoding import decode_image
 from pretrain.data.loader import Loader
@@ -42,8 +42,6 @@ from pretrain.data.shards.reader import ShardReader, load_manifest
 from pretrain.data.sources import ImageShards, picture
 from pretrain.data.transforms import ImageTransform
 
-# Name -> (width, height, quality, deviation of the grain in levels).
-PICTURES = {"256": (256, 256, 90, 0.0), "512": (512, 512, 90, 0.0), "imagenet": (500, 375, 93, 9.0)}
 PREFETCH = 2
 BATCHES = 8  # by each worker
 SIZES = (224, 384, 768)  # of the crop

@@ -109,10 +109,15 @@ class ImageTransform:
     def _crop_of(self, data: bytes, rng: Generator | None) -> np.ndarray:
         header = judged_header(data)
         box = self.crop(header.height, header.width, rng)
-        # The crop's shorter side must have at least `size` pixels, so that decoding at a reduced size loses no detail.
+        return cut(decode(data, header, self.min_side(box, header)), box, header)
+
+    def min_side(self, box: Box, header: Header | OrdinaryJpeg) -> int | None:
+        """The pixels that the picture's shorter side must have when it is decoded, None: all. The crop's has at least
+        `size` then, so that decoding at a reduced size loses no detail, or `cover` times as many."""
+        if self.squashes:
+            return None
         side, least = min(header.height, header.width), self.size * (self.cover if self.train else 1.0)
-        min_side = None if self.squashes else math.ceil(least * side / min(box.height, box.width))
-        return _cut(decode(data, header, min_side), box, header)
+        return math.ceil(least * side / min(box.height, box.width))
 
     def crop(self, height: int, width: int, rng: Generator | None) -> Box:
         """A random crop of a picture of this size, by `scale` and `ratio`; in evaluation its central square, or all of
@@ -168,7 +173,7 @@ class ImageTransform:
         return [flip, *factors, *rng.permutation(3).tolist()]
 
 
-def _cut(pixels: np.ndarray, box: Box, header: Header | OrdinaryJpeg) -> np.ndarray:
+def cut(pixels: np.ndarray, box: Box, header: Header | OrdinaryJpeg) -> np.ndarray:
     """The box's pixels, where `pixels` may be a reduced copy of the picture."""
     y, x = pixels.shape[0] / header.height, pixels.shape[1] / header.width
     top, left = round(box.top * y), round(box.left * x)

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from benchmarks import loader_against
-from benchmarks.loader import write_synthetic
+from benchmarks.synthetic import write_synthetic
 from pretrain.data.transforms import ImageTransform
 
 
