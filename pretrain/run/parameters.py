@@ -11,6 +11,8 @@ from pretrain.config import Recipe, Stage
 from pretrain.layers import PLAIN
 from pretrain.models.lora import is_adapter
 
+LEARNED = "loss_weights."  # the parameters of `task.learned`
+
 
 def parameter_names(recipe: Recipe, stage: Stage) -> list[str]:
     """The parameters of the whole task, whatever part of it this rank holds; nothing is allocated."""
@@ -38,8 +40,8 @@ def freeze(task: nn.Module, stage: Stage) -> nn.Module:
 
 
 def check_patterns(recipe: Recipe, stage: Stage) -> None:
-    """Raises ValueError for a pattern that matches no parameter, for adapters none of which is trained, and for an
-    `unfreeze` that leaves nothing to train in the first step."""
+    """Raises ValueError for a pattern that matches no parameter, for adapters none of which is trained, for learned
+    weights of losses that are not trained, and for an `unfreeze` that leaves nothing to train in the first step."""
     names = parameter_names(recipe, stage)
     trained = [name for name in names if stage.trains(name)]
     asked = {"trainable": (stage.trainable, names), "unfreeze": (stage.unfreeze, trained)}
@@ -53,5 +55,8 @@ def check_patterns(recipe: Recipe, stage: Stage) -> None:
                 )
     if stage.lora is not None and not any(is_adapter(name) for name in trained):
         raise ValueError(f"trainable={stage.trainable} leaves no adapter of lora to train; add '*.lora_*'")
+    learned = [name for name in names if name.startswith(LEARNED)]
+    if not set(learned) <= set(trained):
+        raise ValueError(f"trainable={stage.trainable} keeps task.learned from learning; add '{LEARNED}*'")
     if stage.unfreeze and not any(stage.first_step(name) == 1 for name in trained):
         raise ValueError(f"unfreeze={stage.unfreeze} leaves nothing to train in step 1; let a part begin there")

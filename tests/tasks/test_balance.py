@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.matching import Matching
 from pretrain.optim import Optim
 from pretrain.run.identity import differences, identity_of, stage_hash
+from pretrain.run.parameters import check_patterns
 from pretrain.tasks.balance import PATIENCE, LossWeights, Ramp, Starvation, with_shares
 from pretrain.tasks.pretrain import Pretrain, PretrainTask
 from tests.step_batches import MODELS, dual_batch
@@ -158,6 +160,14 @@ def test_weights_that_are_refused(weights, said):
         Recipe(name="x", model=MODEL, stages={"x": stage(weights=weights)})
     with pytest.raises(ValueError, match=r"is no ramp; use start 0 or more"):
         Ramp(-1.0, 1.0, 3)
+
+
+def test_learned_weights_are_trained_or_refused():
+    frozen = replace(stage(learned=True), trainable=("objectives.*",))
+    recipe = Recipe(name="x", model=MODEL, stages={"x": frozen})
+    with pytest.raises(ValueError, match=r"keeps task\.learned from learning; add 'loss_weights\.\*'"):
+        check_patterns(recipe, frozen)
+    check_patterns(recipe, replace(frozen, trainable=("objectives.*", "loss_weights.*")))
 
 
 def test_runs_that_began_before_there_were_weights_go_on():
