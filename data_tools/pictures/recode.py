@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from pretrain.data.decoding import decode_image, read_header
-from pretrain.data.shards.reader import IMAGE_EXTENSIONS
+from pretrain.data.shards.tar_index import IMAGE_EXTENSIONS, SECOND_PICTURE
 from pretrain.json_files import parse_json
 
 ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -48,8 +48,9 @@ class Recode:
                 continue
             data, ending, width, height = new
             ending = extension if (extension, ending) == ("jpeg", "jpg") else ending
-            if ending != extension and ending in members:  # a second picture; readers take the first
-                continue
+            # A second picture keeps its ending, whatever its format: readers take the first by it, and NLVR2's second.
+            if ending in out or (extension == SECOND_PICTURE and len(out.keys() & set(IMAGE_EXTENSIONS)) > 1):
+                ending = extension
             out = {
                 (ending if name == extension else name): (data if name == extension else part)
                 for name, part in out.items()

@@ -16,10 +16,10 @@ from data_tools.shards.steps import Drop, write_drops
 from data_tools.shards.writer import ShardWriter
 from pretrain.data.decoding import decode, read_header
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, BadSample
+from pretrain.data.shards.tar_index import SECOND_PICTURE
 from pretrain.files import open_regular
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")  # what is read; the last three are written anew
-SECOND = "jpe"  # the member of a text's second picture; the first is jpg, png or webp, which readers take first
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _members(record: Record, job: NewShard) -> tuple[dict[str, bytes], dict[str,
     data, ending, width, height = pictures[0]
     members = {ending: data}
     if len(pictures) > 1:
-        members[SECOND] = pictures[1][0]
+        members[SECOND_PICTURE] = pictures[1][0]
     if record.captions:
         members["txt"] = record.captions[0].encode()
     facts: dict[str, Any] = {"name": record.name, "captions": list(record.captions)}

@@ -15,12 +15,12 @@ from numpy.random import Generator
 from pretrain.data.answers import scores
 from pretrain.data.mixing import LABEL, Mixing
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample
+from pretrain.data.shards.tar_index import SECOND_PICTURE
 from pretrain.data.sources import CAPTIONS, METADATA, ImageShards, PairShards, Raw, text_of
 from pretrain.json_files import parse_json, read_bytes
 from pretrain.settings import fill_variables
 
 SECOND, SCORES, ANSWERS, LABEL_NAME, REFERENCES = "second", "scores", "answers", "label_name", "references"
-SECOND_PICTURE = "jpe"  # the member of a sample's second picture
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from data_tools.pictures.recode import Recode
 from data_tools.rewrite import Settings, main, rewrite
 from data_tools.shards.steps import Drop, Step, read_drops, read_steps, write_drops, write_step
 from pretrain.data.shards.reader import IMAGE_EXTENSIONS, load_manifest
@@ -164,6 +165,22 @@ def test_pictures_are_shrunk_and_re_encoded(tmp_path):
     rewrite([old], tmp_path / "webp", Settings(format="webp", quality=80), [])
     kinds = {Image.open(io.BytesIO(sample["webp"])).format for sample in contents(tmp_path / "webp").values()}
     assert kinds == {"WEBP"}
+
+
+@pytest.mark.parametrize(("first", "second"), [("png", "PNG"), ("png", "JPEG"), ("jpg", "JPEG")])
+@pytest.mark.parametrize("format", ["keep", "jpg", "webp"])
+def test_the_second_picture_of_a_sample_is_shrunk_and_stays_the_second(first, second, format):
+    """As NLVR2's: its ending, jpe, says which it is and not its format."""
+    red, blue = Image.new("RGB", (60, 90), "red"), Image.new("RGB", (90, 60), "blue")
+    kinds = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+    members = {first: encoded(red, kinds[first]), "jpe": encoded(blue, second), "txt": b"x"}
+    new, facts = Recode(max_side=45, format=format).members(members)
+    expected = first if format == "keep" else format
+    assert list(new) == [expected, "jpe", "txt"] and facts == {"width": 30, "height": 45}
+    pictures = [Image.open(io.BytesIO(new[name])) for name in (expected, "jpe")]
+    assert [each.size for each in pictures] == [(30, 45), (45, 30)]
+    assert [each.format for each in pictures] == ([kinds[first], second] if format == "keep" else [kinds[format]] * 2)
+    assert pictures[1].convert("RGB").getpixel((5, 5))[2] > 200
 
 
 @pytest.mark.slow

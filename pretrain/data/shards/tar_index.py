@@ -26,12 +26,14 @@ from pretrain.data.shards.left_out import REPLACED, count, why_left_out
 from pretrain.data.shards.tar_members import FOLDER, TarMember, tar_members
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "jfif", "jpe")  # the last two: JPEGs by older names
+SECOND_PICTURE = "jpe"  # the member of a sample's second picture, as of NLVR2; readers of one take the first
 EXTENSIONS = (*IMAGE_EXTENSIONS, "txt", "json")
 VERSION = b"v1.2"
 MAX_INDEX_BYTES = 2**32  # that are read: 40 million samples
 _PLAIN = "".join(sorted(set(string.punctuation) - {"%"}))
 _NEWLINE, _BLANK = ord("\n"), ord(" ")
 _SUMS = b"crc32 "
+_DIGITS = 18  # of an offset or a size: below 2**63, the largest that the system takes
 
 
 class Member(NamedTuple):
@@ -93,8 +95,8 @@ class ShardIndex:
         members = []
         for place, start in enumerate(range(0, len(fields), 4)):
             extension, offset, size, name = fields[start : start + 4]
-            if not (offset.isdecimal() and size.isdecimal()):
-                self._damaged(f"an offset or a size of sample {sample} is not a number")
+            if not (offset.isdecimal() and size.isdecimal() and max(len(offset), len(size)) <= _DIGITS):
+                self._damaged(f"an offset or a size of sample {sample} is not a number of bytes")
             if extension.lower() in EXTENSIONS:
                 crc32 = None if self._sums is None else self._sum(int(self._before[sample]) + place)
                 members.append(Member(extension.lower(), int(offset), int(size), name, crc32))

@@ -211,7 +211,9 @@ def test_a_damaged_index_is_refused(data):
         ShardIndex(data, "WHERE.idx")
 
 
-@pytest.mark.parametrize("line", [b"jpg 0 a.jpg", b"jpg -1 5 a.jpg", b"jpg x 5 a.jpg", b" "])
+@pytest.mark.parametrize(
+    "line", [b"jpg 0 a.jpg", b"jpg -1 5 a.jpg", b"jpg x 5 a.jpg", b" ", b"jpg 9223372036854775808 5 a.jpg"]
+)
 def test_a_damaged_line_is_refused(line):
     with pytest.raises(ShardError, match="damaged"):
         ShardIndex(b"v1.2 1\n" + line + b"\n", "a.idx").members(0)
