@@ -165,8 +165,9 @@ def _paragraphs(file: IO[bytes]) -> Iterator[tuple[bytes, str]]:
             lines, size = [], 0
             continue
         size += len(line)
-        # Of a paragraph that is too long only the last part is stored, to know where its line ends.
-        lines = [*lines, line] if size <= MAX_BYTES else [line]
+        if size > MAX_BYTES:  # it is too long: only the last part is stored, to know where its line ends
+            lines.clear()
+        lines.append(line)
     if lines:
         yield _join(lines, size)
 

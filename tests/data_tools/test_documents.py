@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -207,3 +208,11 @@ def test_a_file_given_twice_is_refused(tmp_path):
     path = write(tmp_path / "a.txt", b"text")
     with pytest.raises(ValueError, match="given twice"):
         find_inputs([path, tmp_path])
+
+
+def test_a_long_paragraph_of_short_lines_takes_no_longer_than_other_text(tmp_path):
+    """As a list of words has. Its lines were copied at each further one: hours for a few megabytes."""
+    words = b"".join(b"%d\n" % number for number in range(100_000))
+    start = time.process_time()
+    assert read(write(tmp_path / "words.txt", words + b"\nlast"), split="blank") == good([words.decode(), "last"])
+    assert time.process_time() - start < 5
