@@ -28,6 +28,7 @@ from data_tools.records.rows import (
 from pretrain.json_files import read_json
 
 NAME = 64  # characters of a split's name, at most
+MOST_LABELS = 1_000_000  # by number; a column of ids would claim billions
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def make_plan(settings: Settings) -> Plan:
         if problem:
             unusable.append(Unusable(record.name, "bad_label", problem))
             continue
-        split = record.split or ("" if not settings.held_out else _draw_split(record.name, settings))
+        split = record.split or ("" if not settings.held_out else _draw_split(record, settings))
         is_name = split.replace("_", "").replace("-", "").isalnum() and split.isascii() and len(split) <= NAME
         if split and not is_name:
             raise ValueError(f"{record.name}: {split[:NAME]!r} is no name of a split; use letters, digits, _ and -")
@@ -155,6 +156,11 @@ def _label_names(records: list[Record], known: Sequence[str] | None, settings: S
     labels = {record.label for record in records if record.label is not None}
     numbers = [label for label in labels if isinstance(label, int)]
     if len(numbers) == len(labels):
+        if max(numbers, default=0) >= MOST_LABELS:
+            raise ValueError(
+                f"the labels are numbers up to {max(numbers)}, and at most {MOST_LABELS:,} classes are made of "
+                "numbers; choose another --label-col, or give their names with --labels"
+            )
         return tuple(str(number) for number in range(max(numbers, default=-1) + 1))
     return tuple(sorted(map(str, labels)))
 
@@ -166,8 +172,11 @@ def _label_problem(record: Record, names: tuple[str, ...]) -> str:
     return f"its label {str(label)[:60]!r} is not among the {len(names)}, such as {names[0]!r}"
 
 
-def _draw_split(name: str, settings: Settings) -> str:
-    """The split of a record, by its own name, so that further records don't change it."""
+def _draw_split(record: Record, settings: Settings) -> str:
+    """The split of a record, by its own name, so that further records don't change it. Where several records share a
+    picture, as questions do, by the picture's name, so that no picture is on both sides."""
+    picture = record.pictures[0]
+    name = picture.name if record.facts and isinstance(picture, Path) else record.name
     digest = hashlib.sha256(f"{settings.seed}/{name}".encode("utf-8", "replace")).digest()
     return "heldout" if int.from_bytes(digest[:6], "big") / 2**48 < settings.held_out else "train"
 

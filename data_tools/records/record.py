@@ -59,16 +59,19 @@ class Pictures:
         """{a file's name, or "#" and the number at its end: the file}; None where several files have it."""
         files: dict[str, Path | None] = {}
         for path in picture_files(self.root):
-            number = path.stem[len(path.stem.rstrip("0123456789")) :].lstrip("0") or "0"
-            for key in (path.name, f"#{number}"):
+            number = path.stem[len(path.stem.rstrip("0123456789")) :]
+            for key in (path.name, f"#{number.lstrip('0') or '0'}") if number else (path.name,):
                 files[key] = None if key in files else path
         return files
 
     def find(self, name: str) -> Path:
         """A path below the folder, or the name of one file in it. Raises ValueError."""
-        path = (self.root / name).resolve()
-        if path.is_relative_to(self.root) and path.is_file():
-            return path
+        path = Path(os.path.realpath(self.root / name))  # Path.resolve raises RuntimeError for links in a circle
+        try:
+            if path.is_relative_to(self.root) and path.is_file():
+                return path
+        except OSError:  # too long a name for any file, as where a caption stands in the picture's column
+            pass
         if "\0" not in name and (file := self._by_name.get(Path(name).name)) is not None:
             return file
         outside = "" if path.is_relative_to(self.root) else ", where it must lie"

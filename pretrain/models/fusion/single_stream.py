@@ -117,7 +117,8 @@ class SingleStreamEncoder(nn.Module):
         paired_words, texts = words.split([layout.pairs, layout.texts])
         pairs = torch.cat([paired, paired_words], 1)
         seen_pairs, seen_texts = seen.split([layout.pairs, layout.texts])
-        seen_pairs = F.pad(seen_pairs, (layout.image_len, 0), value=True)
+        # layout.image_len is 0 without pictures, and torch before 2.13 compares the sizes of empty tensors too.
+        seen_pairs = F.pad(seen_pairs, (paired.shape[1], 0), value=True)
         for block in self.stream:  # also where a kind has no rows: every rank must call the same modules
             alone, pairs, texts = run(block, alone, None), run(block, pairs, seen_pairs), run(block, texts, seen_texts)
         image, text = pairs.split([layout.image_len, pairs.shape[1] - layout.image_len], 1)
