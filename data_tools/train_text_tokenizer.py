@@ -193,7 +193,8 @@ def document_sentences(inputs: list[Input], max_texts: int | None) -> Iterator[s
 
 
 def split_text(text: str) -> Iterator[str]:
-    """The lines of a text; long lines are split."""
+    """The lines of a text; long lines are split. Lone surrogates, which have no UTF-8, become question marks."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
     for line in text.splitlines():
         while len(line) > MAX_CHARACTERS:
             space = line.rfind(" ", MAX_CHARACTERS // 2, MAX_CHARACTERS)

@@ -147,6 +147,14 @@ def test_documents_train_it_as_shards_do(shards: Path, tmp_path: Path) -> None:
     assert train_text_tokenizer.main([str(document), "--out", str(tmp_path / "c.model")]) == 2, "no column text"
 
 
+def test_a_document_with_half_a_character_does_not_end_the_training(tmp_path: Path) -> None:
+    rows = [{"text": f"the quick brown fox number {n} jumps over a lazy dog"} for n in range(99)]
+    rows.append({"text": "half an emoji \ud83d at the end of a cut text"})
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_text_tokenizer.train([str(tmp_path / "d.jsonl")], tmp_path / "a.model", 50)
+    assert TextTokenizer(tmp_path / "a.model").vocab_size == 50 + 2
+
+
 @pytest.mark.parametrize(
     ("size", "message"), [("5000", "can give; use"), ("12", "characters need; use"), ("2", "no room")]
 )
