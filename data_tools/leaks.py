@@ -5,10 +5,11 @@
 Changes nothing: DIR/drops/leaks.parquet names the samples to drop, and `data_tools.rewrite` drops them.
 
 A picture has leaked if its bytes equal those of an evaluation picture, or if at most --distance of the 64 bits of their
-perceptual hashes differ (pictures/hashes.py) and their thumbnails agree; mirror images count too. The distance is wider
-than dedup's, because a missed leak costs more than a lost sample. A caption has leaked if it equals an evaluation
-caption, ignoring case, punctuation and blanks, and has at least --caption-words words: shorter ones are equal by
-chance. Undetected: greyscale copies of coloured pictures, and crops of more than about 2 %.
+perceptual hashes differ (pictures/hashes.py) and their thumbnails agree; mirror images count too. The distance is
+wider than dedup's, because a missed leak costs more than a lost sample. A caption (a sample's txt, or one of the
+`captions` of its JSON) has leaked if it equals an evaluation caption, ignoring case, punctuation and blanks, and has at
+least --caption-words words: shorter ones are equal by chance. Undetected: greyscale copies of coloured pictures, and
+crops of more than about 2 %.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def find_leaks(hashes: Hashes, evaluation: EvaluationSet, distance: int, least_w
     candidates = np.flatnonzero(hashes.pictures & np.isin(hashes.sha256[:, 0], evaluation.sha256[:, 0]))
     equal = np.zeros(len(hashes), bool)
     equal[candidates] = [bytes(row) in digests for row in hashes.sha256[candidates]]
-    caption = np.isin(hashes.caption, evaluation.captions) & (hashes.words >= max(least_words, 1))
+    caption = np.zeros(len(hashes), bool)
+    caption[hashes.sample[np.isin(hashes.captions, evaluation.captions) & (hashes.words >= max(least_words, 1))]] = True
     matched_pictures = set((match[match >= 0] % max(len(evaluation.names), 1)).tolist())
     return Leaks(evaluation, match, bits, equal, caption & bool(least_words), matched_pictures)
 

@@ -69,7 +69,7 @@ def read_evaluation_set(
 
 def _from_shards(name: str, path: Path, least_words: int, workers: int, folder: Path) -> EvaluationSet:
     hashes = hash_shards(path, workers, folder)
-    if not (hashes.pictures.any() or hashes.words.any()):
+    if not (hashes.pictures.any() or len(hashes.words)):
         raise ValueError(f"--against {name}={path}: the shards contain neither pictures nor captions; give others")
     usable = np.flatnonzero(hashes.usable)
     bad = np.flatnonzero(hashes.pictures & (hashes.pixels == 0))
@@ -85,8 +85,8 @@ def _from_shards(name: str, path: Path, least_words: int, workers: int, folder: 
         np.concatenate([hashes.phash[usable], hashes.mirrored[usable]]),
         np.concatenate([thumbnails, mirrored_thumbnails(thumbnails)]),
         hashes.sha256[hashes.pictures],
-        np.unique(hashes.caption[long_enough]),
-        int((hashes.words > 0).sum() - long_enough.sum()),
+        np.unique(hashes.captions[long_enough]),
+        int((~long_enough).sum()),
     )
 
 

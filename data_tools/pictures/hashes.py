@@ -35,7 +35,7 @@ from pretrain.data.shards.reader import MAX_IMAGE_BYTES, BadSample
 from pretrain.data.shards.tar_index import Member
 from pretrain.visible import visible
 
-FOLDER, VERSION = "hashes", 1
+FOLDER, VERSION = "hashes", 2
 SIDE, BITS, THUMB = 32, 64, 8
 # Coefficient of an orthonormal 32 x 32 DCT: a wave of a quarter of a grey level. Recoding changes waves by less.
 CLEAR = 4.0
@@ -66,8 +66,8 @@ _SCHEMA = pa.schema(
         ("mirrored", pa.uint64()),  # the hash of the mirror image
         ("clear", pa.uint8()),
         ("thumbnail", pa.binary(3 * THUMB**2)),
-        ("caption", pa.uint64()),
-        ("words", pa.int32()),
+        ("captions", pa.list_(pa.uint64())),  # of each of its texts that has words
+        ("words", pa.list_(pa.int32())),
         ("problem", pa.string()),  # why the picture cannot be decoded
     ]
 )
@@ -145,8 +145,8 @@ def _bits(waves: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Hashes:
-    """The hashes of one directory's N samples in the order of (shard, key), whatever their order in the tars. 250 bytes
-    of memory each; the keys stay on disk."""
+    """The hashes of one directory's N samples, with C texts, in the order of (shard, key), whatever their order in the
+    tars. 230 bytes of memory for a sample and 20 for a text; the keys stay on disk."""
 
     directory: Path
     files: tuple[Path, ...]  # the file of hashes of each shard, sorted by name
@@ -158,8 +158,9 @@ class Hashes:
     phash: np.ndarray  # uint64 [N]
     mirrored: np.ndarray  # uint64 [N]
     thumbnails: np.ndarray  # uint8 [N, 192]
-    caption: np.ndarray  # uint64 [N]
-    words: np.ndarray  # int32 [N], 0 without caption
+    captions: np.ndarray  # uint64 [C]
+    words: np.ndarray  # int32 [C], above 0
+    sample: np.ndarray  # int64 [C], the sample of each text
 
     def __len__(self) -> int:
         return len(self.phash)
@@ -193,6 +194,8 @@ def hash_shards(directory: Path, workers: int = 1, folder: Path | None = None) -
         files = tuple(bar)
     parts: list[dict[str, np.ndarray]] = [_columns(pq.read_table(file)) for file in files]
     starts = np.cumsum([0, *(len(part["phash"]) for part in parts)])
+    for part, start in zip(parts, starts, strict=False):
+        part["sample"] += start
     return Hashes(directory, files, starts, **{name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
 
 
@@ -213,7 +216,9 @@ def _columns(table: pa.Table) -> dict[str, np.ndarray]:
         "pixels": numbers("width").astype(np.int64) * numbers("height"),
         "sha256": np.ascontiguousarray(fixed("sha256")[:, :16]).view(np.uint64),
         "thumbnails": fixed("thumbnail"),
-        **{name: numbers(name) for name in ("phash", "mirrored", "caption", "words")},
+        **{name: numbers(name) for name in ("phash", "mirrored")},
+        **{name: pc.list_flatten(table[name]).to_numpy() for name in ("captions", "words")},
+        "sample": np.repeat(np.arange(len(table)), pc.fill_null(pc.list_value_length(table["words"]), 0).to_numpy()),
     }
 
 
@@ -228,9 +233,8 @@ def _hash_shard(tar: Path) -> Iterator[dict]:
             row: dict = {"key": sample.key}
             if sample.picture is not None:
                 row |= _hash_picture(file, sample.picture)
-            if (text := sample.text(file)) is not None:
-                row["caption"], row["words"] = caption_hash(text)
-            yield row
+            texts = [each for each in map(caption_hash, sample.texts(file)) if each[1]]
+            yield row | {"captions": [digest for digest, _ in texts], "words": [words for _, words in texts]}
 
 
 def _hash_picture(file: BinaryIO, picture: Member) -> dict:

@@ -98,7 +98,7 @@ def test_a_shard_is_hashed_once_and_again_when_it_changes(tmp_path):
         *(("00001", key) for key in "de"),
     ]
     assert hashes.pictures.tolist() == [True, True, False, True, True] and hashes.damaged == 1
-    assert hashes.words.tolist() == [0, 2, 2, 0, 1]
+    assert hashes.words.tolist() == [2, 2, 1] and hashes.sample.tolist() == [1, 2, 4]
     assert hashes.phash[1] == look_at(one).phash and hashes.pixels.tolist() == [4096, 4096, 0, 4096, 0]
     assert not hashes.sha256[2].any() and hashes.sha256[4].any() and not hashes.thumbnails[[2, 4]].any()
     _, _, offset, size = hashes.locate(np.array([1]))[0]

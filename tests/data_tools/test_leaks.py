@@ -9,6 +9,7 @@ import pytest
 
 from data_tools.leaks import main
 from data_tools.shards.steps import Drop, read_drops, read_steps
+from tests import toys
 from tests.data_tools.pictures import COPIES, mirrored, scenes, write_shard
 from tests.toys import encoded, refused
 
@@ -67,6 +68,25 @@ def test_captions_are_found_if_they_are_long_enough(folder, tmp_path):
     assert set(drops(tmp_path / "train")) == {"a", "b"}
     assert main([*arguments, "--caption-words", "0"]) == 0
     assert not drops(tmp_path / "train")
+
+
+def test_every_caption_of_a_sample_is_compared_in_training_and_in_evaluation_shards(tmp_path):
+    """Not only the txt, which is the first of them: CaptionShards reads all."""
+    texts = [f"the {number} of five sentences about a sleeping dog" for number in ("first", "second", "third", "last")]
+    told = [{"key": "e", "txt": texts[0], "json": json.dumps({"captions": texts[:3]}).encode()}]
+    toys.write_shard(tmp_path / "eval", 0, told)
+    samples = [
+        {"key": "a", "txt": "my own", "json": json.dumps({"captions": ["my own", texts[0]]}).encode()},
+        {"key": "b", "txt": texts[2], "json": b"no json"},
+        {"key": "c", "json": json.dumps({"captions": [None, texts[1].upper(), 7]}).encode()},
+        {"key": "d", "txt": texts[3], "json": json.dumps({"captions": texts[3]}).encode()},
+        {"key": "e", "txt": "short", "json": json.dumps([texts[0]]).encode()},
+    ]
+    toys.write_shard(tmp_path / "train", 0, samples)
+    assert main([str(tmp_path / "train"), "--against", f"coco={tmp_path / 'eval'}", "--workers", "1"]) == 0
+    assert {key: drop.reason for key, drop in drops(tmp_path / "train").items()} == dict.fromkeys(
+        "abc", "leak:coco:caption"
+    )
 
 
 def annotations(tmp_path, kind: str) -> str:
