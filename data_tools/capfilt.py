@@ -10,7 +10,8 @@ is the first of them, and `capfilt` has each text with its probability; a sample
 
 Finished shards stay: after a kill, run the same command to continue, and the bytes are those of a run without one.
 Several processes, on GPUs of their own, share the shards with --part 0/8, 1/8, ... Whichever comes last writes the
-index, steps/capfilt.json, and report.json: how many texts of each origin stayed, and why the others did not.
+index, steps/capfilt.json beside the input's records, and report.json: how many texts of each origin stayed, and why
+the others did not.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.pictures.caption_shard import Settings, caption_shard, counts_path
-from data_tools.shards.steps import Drop, Step, write_drops, write_step
+from data_tools.shards.steps import Drop, Step, carry_steps, free_name, write_drops, write_step
 from pretrain.command import add_workers, make_parser, part_of, run
 from pretrain.data.shards.indexing import index_directory
 from pretrain.data.shards.manifest import MANIFEST
@@ -164,7 +165,8 @@ def _finish(args: argparse.Namespace, settings: Settings, source: Shards) -> Non
     sweep(args.out)
     index_directory(args.out)
     noted = asdict(settings) | {"captioner": str(args.captioner), "filter": str(args.filter), "texts": texts}
-    write_step(args.out, STEP, Step("capfilt", rows, kept, dict(dropped), noted, [str(args.input)]))
+    name = free_name(carry_steps([args.input], args.out), STEP)
+    write_step(args.out, name, Step("capfilt", rows, kept, dict(dropped), noted, [str(args.input)]))
     write_json(args.out / REPORT, {"samples": rows, "kept": kept, "dropped": dict(dropped), "texts": texts})
     words = "; ".join(f"{origin}: {', '.join(f'{count} {reason}' for reason, count in sorted(counts.items()))}"
                       for origin, counts in sorted(texts.items()))  # fmt: skip

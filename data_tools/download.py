@@ -34,7 +34,7 @@ from data_tools.fetch.slices import WORK, Slice, SliceShards, owned_slice, write
 from data_tools.lists.columns import EXTRA
 from data_tools.lists.reading import CAPTIONS, PRESETS, fingerprint, open_list
 from data_tools.shards.step_table import describe_drops
-from data_tools.shards.steps import STEPS, Step, write_step
+from data_tools.shards.steps import STEPS, Step, free_name, write_step
 from pretrain.command import add_workers, make_parser, run
 from pretrain.data.decoding import MAX_PIXELS
 from pretrain.data.shards.indexing import index_directory
@@ -43,6 +43,7 @@ from pretrain.json_files import fields, read_fields, whole_numbers
 
 # img2dataset writes its own width and height.
 _OF_LIST = ("list", "fingerprint", "preset", "url_col", "caption_col", "captions")
+OWN_STEPS = ("list", "download")  # the records that `merge` writes
 MOST_SLICES = 100_000  # that a plan may claim
 _PLAN = {"list": list, "fingerprint": str, "preset": str, "slices": int, "samples_per_shard": int}
 _PASSED_ON = ("row", CAPTIONS, *(name for name in EXTRA if name not in ("width", "height")))
@@ -180,11 +181,14 @@ def _describe_drops(dropped: dict[str, int]) -> str:
 
 
 def carry_steps(lists: list[Path], out: Path) -> None:
-    """Copies the step records of the list, such as filter_list's, to `out`."""
+    """Copies the step records of the lists, such as filter_list's, to `out`. Those of one name, of lists in several
+    directories, get numbers, the same in every slice."""
+    names = list(OWN_STEPS)
     for home in dict.fromkeys(path if path.is_dir() else path.parent for path in lists):
         for path in sorted((home / STEPS).glob("*.json")):
             (out / STEPS).mkdir(parents=True, exist_ok=True)
-            write_file(out / STEPS / path.name, path.read_bytes())
+            names.append(free_name(names, path.stem))
+            write_file(out / STEPS / f"{names[-1]}.json", path.read_bytes())
 
 
 def _plan(args: argparse.Namespace, part: Slice) -> dict[str, Any]:

@@ -28,7 +28,16 @@ from data_tools.ownership import DONE, owned
 from data_tools.pictures.recode import FORMATS, Recode
 from data_tools.shards.rewrite_plan import Plan, make_plan
 from data_tools.shards.rewrite_shard import NewShard, write_shard
-from data_tools.shards.steps import STEPS, Step, read_drops, read_steps, write_drops, write_step
+from data_tools.shards.steps import (
+    STEPS,
+    Step,
+    carry_steps,
+    free_name,
+    read_drops,
+    read_steps,
+    write_drops,
+    write_step,
+)
 from pretrain.command import add_directories, add_workers, make_parser, run
 from pretrain.data.shards.indexing import complete_shards, index_directory
 from pretrain.data.shards.left_out import in_words
@@ -183,10 +192,7 @@ def _finish(inputs: list[Path], drops: list[Path], out: Path, settings: Settings
     index_directory(out)
     for path in (out / STEPS).glob("*.json"):  # of a run that was killed here
         path.unlink()
-    for directory in inputs:
-        for name, step in read_steps(directory).items():
-            write_step(out, _free_name(out, name), step)
-    name = _free_name(out, "rewrite")
+    name = free_name(carry_steps(inputs, out), "rewrite")
     facts = {"drops": [str(path) for path in drops], "renamed": plan.renamed, "unused_drops": plan.unused}
     step = Step(
         "rewrite",
@@ -198,11 +204,6 @@ def _finish(inputs: list[Path], drops: list[Path], out: Path, settings: Settings
     )
     write_step(out, name, step)
     return {"step": name, "notes": _notes(plan)}
-
-
-def _free_name(out: Path, name: str) -> str:
-    names = [name, *(f"{name}-{number}" for number in range(2, 10_000))]
-    return next(free for free in names if not (out / STEPS / f"{free}.json").exists())
 
 
 def _notes(plan: Plan) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,6 +74,23 @@ def _step(content: Any) -> Step:
     if not 0 <= step.time < _LAST_TIME or not all(isinstance(name, str) for name in step.inputs):
         raise ValueError("its time is not a time, or one of its inputs is not a text")
     return step
+
+
+def free_name(taken: Collection[str], name: str) -> str:
+    """`name`, or NAME-2, NAME-3, ... if records carried from elsewhere have taken it."""
+    names = (name, *(f"{name}-{number}" for number in range(2, len(taken) + 2)))
+    return next(free for free in names if free not in taken)
+
+
+def carry_steps(inputs: Iterable[Path], out: Path) -> list[str]:
+    """Copies the records of the input directories to `out`, so that its audit shows the complete history. -> their
+    names there."""
+    names: list[str] = []
+    for directory in inputs:
+        for name, step in read_steps(directory).items():
+            names.append(free_name(names, name))
+            write_step(out, names[-1], step)
+    return names
 
 
 class Drop(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 import pretrain
 from data_tools.capfilt import main
 from data_tools.pictures.caption_shard import MAX_WEB, counts_path, web_texts
-from data_tools.shards.steps import read_drops, read_steps
+from data_tools.shards.steps import Step, read_drops, read_steps, write_step
 from pretrain.checkpoint.weights import WEIGHTS, write_weights
 from pretrain.config import to_json
 from pretrain.data.sources import CaptionShards
@@ -64,6 +64,7 @@ def world(tmp_path_factory) -> World:
     shards[2][0]["json"] = json.dumps({"captions": [LINES[0], LINES[1], " "], "url": "x"}).encode()
     write_source(place / "shards", shards)
     index_source(place / "shards")
+    write_step(place / "shards", "download", Step("data_tools.download", 20, 12, {"dns": 8}, unit="rows"))
     model = pretrain.load(place / "weights")
     looks = [sample["jpg"] for shard in shards for sample in shard if sample["jpg"] != b"no picture"]
     matches = model.score_pairs(looks, [LINES[n] for n in range(len(looks))])
@@ -116,7 +117,9 @@ def test_each_text_is_judged_and_accounted_for(world, tmp_path, capsys):
                 )
     assert not stayed
     assert report["texts"] == counts and counts["web"]["kept"] and counts["written"]["kept"]
-    step = read_steps(tmp_path / "out")["capfilt"]
+    steps = read_steps(tmp_path / "out")
+    assert list(steps) == ["download", "capfilt"]  # the audit shows how the input came about
+    step = steps["capfilt"]
     assert step.rows == 12 and step.kept == report["kept"] and step.dropped["undecodable"] == 1
     drops = list(read_drops([tmp_path / "out/steps/capfilt.parquet"]))
     assert len(drops) == 12 - step.kept and {drop.reason for drop in drops} == set(step.dropped)
