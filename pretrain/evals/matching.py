@@ -45,8 +45,9 @@ class MatchingAccuracy(Evaluation):
             own_margins.append(margin(trained, batch).cpu())
             changed = replace(batch, pair_tokens=tokens, pair_inputs=tokens).indexed()
             other_margins.append(margin(trained, changed).cpu())
-        own, there = torch.cat(own_margins), torch.cat(different)
-        others = torch.cat(other_margins)[there]
+        # Without the pairs that fill up the last batch.
+        own, there, others = (torch.cat(each)[:samples] for each in (own_margins, different, other_margins))
+        others = others[there]
         total = len(own) + len(others)
         return {
             "matching/accuracy": 100 * ((own > 0).sum() + (others <= 0).sum()).item() / total,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pretrain.batch import Layout, make_batch
 from pretrain.contracts import Evaluation
 from pretrain.data.sources import ImageShards
 from pretrain.evals.trained import Trained, check_counts, uint8_pictures
@@ -36,15 +37,19 @@ class Reconstruction(Evaluation):
         """-> numbers for eval.json, and samples for the report."""
         tokenizer = trained.task.tokenizer
         counts = torch.zeros(tokenizer.cfg.codes, dtype=torch.double)
-        losses: list[float] = []
+        total = 0.0
         shown: list[dict] = []
-        samples = min(self.samples, trained.samples_of(self.images))
+        left = samples = min(self.samples, trained.samples_of(self.images))
         for batch in trained.batches({"images": self.images}, min(self.batch, samples), samples):
-            losses.append(trained.task(batch)["loss/distill"].item())
-            codes = tokenizer.encode(batch.images)
+            # Without the pictures that fill up the last batch.
+            images = batch.images[:left]
+            left -= len(images)
+            own = make_batch(Layout(images=len(images), patches=batch.layout.patches), images=images)
+            total += len(images) * trained.task(own)["loss/distill"].item()
+            codes = tokenizer.encode(images)
             counts += codes.cpu().flatten().bincount(minlength=len(counts))
             if not shown and trained.draw_codes is not None:
-                pictures, drawn = uint8_pictures(batch.images), trained.draw_codes(codes)
+                pictures, drawn = uint8_pictures(images), trained.draw_codes(codes)
                 shown = [
                     {
                         "input": trained.save_picture(pictures[i], f"input{i}"),
@@ -55,7 +60,7 @@ class Reconstruction(Evaluation):
         share = counts / counts.sum()
         entropy = -(share * share.clamp(min=1e-12).log()).sum()
         metrics = {
-            "tokenizer/distill_loss": sum(losses) / len(losses),
+            "tokenizer/distill_loss": total / samples,
             "tokenizer/codes_used": 100 * (counts > 0).double().mean().item(),
             "tokenizer/perplexity": entropy.exp().item(),
         }
