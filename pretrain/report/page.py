@@ -85,14 +85,16 @@ def _tiles(stages: list[StageRun]) -> list[tuple[str, str, str, str]]:
     """The few numbers that matter most: (name, value, unit, the line below)."""
     tiles = []
     rows = retrieval_rows(stages)
-    trained = [row for row in rows if row.stage != "scratch"]
+    others = [row for row in rows if row.stage != "scratch"]
+    # Of the last stage its first set: behind that stand its folds, in which a query has fewer candidates.
+    trained = next((row for row in others if row.stage == others[-1].stage), None)
     scratch = next((row for row in rows if row.stage == "scratch"), None)
-    for direction, name in DIRECTIONS.items() if trained else ():
-        best = trained[-1].recall.get((direction, 1))
-        if best is None:
+    for direction, name in DIRECTIONS.items():
+        best = trained.recall.get((direction, 1)) if trained else None
+        if trained is None or best is None:
             continue
         below = [f"from scratch {s:.1f} %"] if scratch and (s := scratch.recall.get((direction, 1))) is not None else []
-        below += [f"chance {chance(n, 1):.1f} %"] if (n := trained[-1].candidates) else []
+        below += [f"chance {chance(n, 1):.1f} %"] if (n := trained.candidates) else []
         tiles.append((f"R@1, {name}", f"{best:.1f}", "%", " · ".join(below)))
     masked = masked_rows(stages)
     for row in [row for row in masked if row.stage == masked[-1].stage][-2:]:

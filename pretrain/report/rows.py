@@ -227,12 +227,15 @@ def masked_rows(stages: list[StageRun]) -> list[MaskedRow]:
 
 def other_rows(stages: list[StageRun]) -> list[tuple[str, str, float, float | None]]:
     """(stage, key, value, baseline if there is one) of every evaluation number that no other table shows."""
+    # Beside the figure that a baseline is of (CIDEr, accuracy) stand others that it says nothing of.
+    without = re.compile(r"BLEU-\d|ROUGE-L|METEOR|SPICE|choice")
     known = re.compile(r"step|.*/(accuracy|baseline)|.*/(image_to_text|text_to_image)/R@\d+|.*/candidates")
     return [
-        (stage.name, key, value, values.get(f"{key.rpartition('/')[0]}/baseline"))
+        (stage.name, key, value, None if without.fullmatch(last) else values.get(f"{before}/baseline"))
         for stage in stages
         for values in (numbers(stage.evaluation),)
         for key, value in values.items()
+        for before, _, last in (key.rpartition("/"),)
         if not known.fullmatch(key) or (key.endswith("/accuracy") and not key.startswith("masked/"))
     ]
 

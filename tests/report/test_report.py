@@ -12,6 +12,7 @@ from PIL import Image
 
 from pretrain.report.__main__ import format_table, main, write_report
 from pretrain.report.charts import Chart, Curve, downsampled, drawing, histogram, nice_ticks, number, smoothed
+from pretrain.report.page import _tiles
 from pretrain.report.rows import load_run, masked_rows, retrieval_rows
 from pretrain.visible import visible
 from tests.report.reader import EVIL, SHOWN, Reader, check_inert
@@ -156,6 +157,29 @@ def test_a_number_of_no_other_table_stands_beside_its_baseline(tmp_path):
     assert re.search(r"^captions: captions/CIDEr +61\.25 +12\.5$", table, re.M)
     assert re.search(r"^captions: seconds +3$", table, re.M)
     assert re.search(r"captions/CIDEr\s*61\.25\s*12\.5", read(tmp_path).text)
+
+
+def test_a_baseline_stands_beside_no_other_figure(tmp_path):
+    """That of CIDEr is no BLEU, and that of matching's accuracy is not chance of its choice."""
+    captions = {"captions/CIDEr": 61.25, "captions/baseline": 12.5, "captions/BLEU-4": 30.5, "captions/ROUGE-L": 50.5}
+    write_stage(tmp_path, "captions", eval=captions)
+    matching = {"matching/accuracy": 80.5, "matching/baseline": 60.25, "matching/choice": 90.5}
+    write_stage(tmp_path, "fusion", eval=matching)
+    table = format_table(tmp_path)
+    for row in ("captions/BLEU-4 +30.5", "captions/ROUGE-L +50.5", "matching/choice +90.5"):
+        assert re.search(rf": {row}$", table, re.M), table
+    assert re.search(r"matching/accuracy +80.5 +60.25$", table, re.M)
+
+
+def test_the_first_numbers_are_those_of_all_candidates_and_not_of_folds(tmp_path):
+    """In COCO's 1K protocol a query has a fifth of the candidates, and scratch's tile was of all of them."""
+    folds = {key.replace("retrieval/", "retrieval/folds/"): 91.5 for key in recalls(0) if "R@" in key}
+    folds["retrieval/folds/candidates"] = 64.0
+    write_stage(tmp_path, "retrieval", eval=recalls(71.25) | folds)
+    write_stage(tmp_path, "scratch", eval=recalls(20.5) | folds)
+    tiles = _tiles(load_run(tmp_path))
+    assert [value for name, value, *_ in tiles if name.startswith("R@1")] == ["71.2", "71.2"]
+    assert all("from scratch 20.5 %" in below and "chance 0.4 %" in below for *_, below in tiles[:2])
 
 
 def test_a_run_that_is_going_on_works(tmp_path):
