@@ -18,7 +18,7 @@ from pretrain.config import Recipe, Stage
 from pretrain.contracts import ModelSizes
 from pretrain.data.mixture import micro_layout
 from pretrain.flops import Product
-from pretrain.layers import PLAIN
+from pretrain.layers import PLAIN, Classifier
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
 from pretrain.optim import parameter_groups
@@ -27,10 +27,10 @@ from pretrain.parallel.state import dense_shape
 from pretrain.tasks.pipeline import block_flops
 from pretrain.tasks.pretrain import head_products, layer_of
 
-# What parallel/tensor.py divides over the tensor ranks; all else is whole on each of them.
+# What parallel/tensor.py divides over the tensor ranks, besides every Classifier; all else is whole on each of them.
 SPLIT = re.compile(
     r"\.attention\.(q|k|v)\.|\.up\.|\.inner_norm\.|\.attention\.out\..*weight$|\.down\.weight$"
-    r"|\.text_embed\.tokens\.|^objectives\.masked\.(image|text)\."
+    r"|\.text_embed\.tokens\."
 )
 
 
@@ -87,6 +87,7 @@ def planned(recipe: Recipe, stage: Stage) -> Planned:
     for name, value in task.named_parameters():
         value.requires_grad_(stage.trains(name))
     layers = layer_of(model)
+    classifiers = tuple(f"{name}." for name, module in task.named_modules() if isinstance(module, Classifier))
     groups = parameter_groups(task, stage.optim, layer_of=layers)
     group_of = {id(value): number for number, group in enumerate(groups) for value in group["params"]}
     return Planned(
@@ -97,7 +98,7 @@ def planned(recipe: Recipe, stage: Stage) -> Planned:
             Parameter(
                 name,
                 value.numel(),
-                SPLIT.search(name) is not None,
+                SPLIT.search(name) is not None or name.startswith(classifiers),
                 group_of.get(id(value)),
                 layers(name),
                 math.prod(dense_shape(value)),

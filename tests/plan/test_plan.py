@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.layers import PLAIN
+from pretrain.layers import PLAIN, Classifier
+from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.masked import MaskedData
+from pretrain.objectives.masked_captioning import MaskedCaptioning
 from pretrain.objectives.momentum import MomentumContrast
 from pretrain.parallel.ds_config import load_ds_config
 from pretrain.parallel.sizes import Parallel
@@ -61,6 +63,17 @@ def test_frozen_parameters_are_in_no_group():
     assert not any(name.startswith("objectives.") for name in frozen)
     optimizer = peak_memory(plan, cell(plan, "zero0", gpus=1, accumulation=1)).optimizer
     assert optimizer == 8 * sum(p.numel for p in plan.parameters if p.group is not None)
+
+
+@pytest.mark.parametrize("objective", [MaskedData(), Captioning(), MaskedCaptioning()])
+def test_every_head_over_a_vocabulary_is_split_over_tensor_ranks(objective):
+    recipe, stage = load_recipe("tiny", "captions")
+    stage = replace(stage, objectives=(objective,))
+    heads = {p.name for p in planned(recipe, stage).parameters if p.split and p.name.startswith("objectives.")}
+    with torch.device("meta"):
+        task = stage.task.build(recipe.model_of(stage), stage, PLAIN, None)
+    of_classifiers = [list(module.parameters()) for module in task.modules() if isinstance(module, Classifier)]
+    assert len(heads) == sum(map(len, of_classifiers)) > 0
 
 
 def test_each_stage_of_a_pipeline_has_its_own_parts():
