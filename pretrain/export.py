@@ -45,6 +45,7 @@ from pretrain.released_weights import (
     read_tensors,
     resize_positions,
     to_released,
+    with_projections,
     write_tensors,
 )
 from pretrain.run.huggingface import from_huggingface
@@ -118,6 +119,7 @@ def run(args: argparse.Namespace) -> None:
             TextTokenizer(beside)  # ValueError for what is none
             stored_tokenizer(args.directory, beside)  # ValueError for another than the weights came with
         text = beside if beside.is_file() else None
+        state = with_projections(state, cfg.dim)
         write_directory(state, cfg, args.out, source=args.directory, config=config, text=text)
     elif args.command == "to-open-clip":
         _to_open_clip(args.weights, args.out, args.text_tokenizer)

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pretrain.checkpoint.weights import read_weights
+from pretrain.checkpoint.save import read_trained
 from pretrain.files import written_in_one_step
 from pretrain.json_files import read_object
 from pretrain.models.multiway.config import MultiwayConfig
@@ -48,7 +48,7 @@ def to_released(state: State, cfg: MultiwayConfig) -> State:
     """Our tensors (names of `PretrainTask`) under the released names. Shared attention is written once per modality,
     which computes the same. Raises ValueError for a model that the released architecture cannot express."""
     _check_expressible(state, cfg)
-    released = {}
+    state, released = with_projections(state, cfg.dim), {}
     for ours, theirs in names(cfg.depth, final_norm=cfg.final_norm).items():
         shared = re.sub(r"\.(norm|q|k|v|inner_norm|out)\.(vision|language)\.", r".\1.shared.", ours)
         source = ours if ours in state else shared
@@ -109,6 +109,15 @@ def resize_positions(state: State, cfg: MultiwayConfig, image_size: int) -> tupl
     return state | (new.adapt(positions, cfg, {}) if new.grid != cfg.grid else {}), new
 
 
+def with_projections(state: State, dim: int) -> State:
+    """Our tensors, and for a dual encoder whose contrast compares rows as they are (contrastive.project=False) the
+    projections that change nothing, for a format that has some."""
+    names = [f"objectives.contrastive.{name}.weight" for name in ("vision", "language")]
+    if "objectives.contrastive.logit_scale" not in state or names[0] in state:
+        return state
+    return state | {name: torch.eye(dim) for name in names}
+
+
 def _check_expressible(state: State, cfg: MultiwayConfig) -> None:
     """ValueError for a model that the released architecture has no layers for."""
     if any(".experts.fusion." in key for key in state):
@@ -117,6 +126,11 @@ def _check_expressible(state: State, cfg: MultiwayConfig) -> None:
         )
     if "objectives.masked.transform.0.weight" in state:
         raise ValueError("the released word head has no transform before it, so these weights cannot be converted")
+    if "objectives.contrastive.vision.bias" in state:
+        raise ValueError(
+            "the released projections of the contrast have no bias (contrastive.projection_bias), so these weights "
+            "cannot be converted; to-hf and to-onnx can"
+        )
     required: dict[str, Any] = {
         "ffn": "per_modality",
         "sub_norm": True,
@@ -207,7 +221,7 @@ def _checked(state: State, path: Path) -> State:
 def read_model(directory: Path) -> tuple[State, MultiwayConfig, dict]:
     """(a stage's weights, its model's configuration, the whole config stored with the weights). ValueError for a
     directory without them, and for the weights of another model than a Multiway encoder."""
-    state, config = read_weights(directory)
+    state, config = read_trained(directory)
     if not config:  # weights of other origin: their config.json lies beside them
         if not (directory / CONFIG).is_file():
             raise ValueError(f"{directory} has no {CONFIG}; give the directory of a finished stage")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.weights import WEIGHTS, read_weights
+from pretrain.checkpoint.save import read_trained
+from pretrain.checkpoint.weights import WEIGHTS
 from pretrain.contracts import Objective, State
 from pretrain.data.text_tokenizer import BESIDE_WEIGHTS
 from pretrain.hub.read import is_directory, read_directory
@@ -42,7 +43,7 @@ def read_stored(path: Path, further: tuple[type, ...] = ()) -> tuple[State, Any,
     if path.is_dir() or path.suffix == ".safetensors":
         if path.is_dir() and not (path / WEIGHTS).is_file():
             raise ValueError(f"{path} has no {WEIGHTS}; give the directory of a finished stage")
-        state, config = read_weights(path)
+        state, config = read_trained(path)
         if config:
             model = model_in(config, path, FURTHER)
             if not model.encodes or (type(model) in FURTHER and type(model) not in further):

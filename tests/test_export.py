@@ -105,6 +105,18 @@ def test_what_the_release_cannot_express_is_refused(change, says):
         to_released(weights(cfg, ("vision", "language", "fusion")), cfg)
 
 
+def test_rows_that_are_compared_as_they_are_get_projections_that_change_nothing():
+    state = {name: value for name, value in weights().items() if ".contrastive." not in name or "scale" in name}
+    released = to_released(state, CONFIG)
+    assert released["vision_head.weight"].equal(torch.eye(CONFIG.dim)) and "language_head.weight" in released
+
+
+def test_projections_with_a_bias_are_refused():
+    bias = {f"objectives.contrastive.{name}.bias": torch.ones(CONFIG.dim) for name in ("vision", "language")}
+    with pytest.raises(ValueError, match=r"have no bias \(contrastive.projection_bias\).*to-hf and to-onnx can"):
+        to_released(weights() | bias, CONFIG)
+
+
 def test_a_stage_without_language_is_refused():
     with pytest.raises(ValueError, match="needs a model with vision and language"):
         to_released(weights(experts=("vision",)), CONFIG)

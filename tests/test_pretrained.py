@@ -13,7 +13,8 @@ from PIL import Image
 
 import pretrain
 from pretrain.batch import Layout, make_batch
-from pretrain.checkpoint.weights import write_weights
+from pretrain.checkpoint.save import average_in
+from pretrain.checkpoint.weights import carry_over, write_weights
 from pretrain.config import to_json
 from pretrain.data.shards.reader import BadSample
 from pretrain.data.transforms import ImageTransform
@@ -75,6 +76,43 @@ def test_its_vectors_are_those_of_the_model_whatever_the_batches(stage, task):
     torch.testing.assert_close(model.embed_texts(TEXTS[1:2]), texts[1:2], rtol=0, atol=1e-6)  # padding changes nothing
     torch.testing.assert_close(images.norm(dim=-1), torch.ones(5))
     torch.testing.assert_close(model.similarity(pictures(), TEXTS), images @ texts.T, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_head_is_the_one_that_the_last_stage_trained(tmp_path, task):
+    """The stage before had projections with a bias and a word head with a transform, and this one has neither."""
+    torch.manual_seed(5)
+    contrast, words = Contrastive(projection_bias=True), MaskedData(image_codes=7, transform=True)
+    before = PretrainTask(RELEASED, ("vision", "language"), [contrast, words])
+    state = {name: torch.randn_like(value) for name, value in before.state_dict().items()}
+    write_weights(state, tmp_path / "before" / "weights.safetensors", {"model": to_json(RELEASED)})
+    after = PretrainTask(
+        RELEASED, ("vision", "language"), [Contrastive(), MaskedData(image_ratio=0, pair_image_ratio=0)]
+    )
+    whole = carry_over(after.state_dict(), tmp_path / "before")
+    write_weights(whole, tmp_path / "after" / "weights.safetensors", {"model": to_json(RELEASED)})
+    assert whole["objectives.masked.image.weight"].equal(state["objectives.masked.image.weight"])  # it is not built
+    loaded = pretrain.load(tmp_path / "after", device="cpu").task
+    assert {n: v for n, v in loaded.state_dict().items() if "objectives" in n}.keys() == {
+        name for name in after.state_dict() if "objectives" in name
+    }
+
+
+def test_of_a_checkpoint_with_an_average_that_is_loaded(tmp_path, task, monkeypatch):
+    """As pretrain.evaluate does; a tied head's average is that of the table, under whose name alone it is saved."""
+    table, head = "encoder.text_embed.tokens.weight", "objectives.masked.text.weight"
+    tied = PretrainTask(RELEASED, ("vision", "language"), [MaskedData(image_codes=7, tied_text_head=True)])
+    raw = {name: value.clone() for name, value in tied.state_dict().items()}
+    assert raw[head].equal(raw[table])
+    average = {table: raw[table] + 1, "encoder.vision_embed.cls_token": raw["encoder.vision_embed.cls_token"] + 1}
+    monkeypatch.setattr("pretrain.checkpoint.save.read_average", lambda files, shapes: dict(average) if files else {})
+    write_weights(raw, tmp_path / "weights.safetensors", {"model": to_json(RELEASED)})
+    (tmp_path / "moments_rank00000.safetensors").touch()
+    assert average_in(tmp_path).keys() == {*average, head} and average_in(tmp_path)[head].equal(raw[table] + 1)
+    for place in (tmp_path, tmp_path / "weights.safetensors"):
+        state = pretrain.load(place, device="cpu").task.state_dict()
+        assert all(state[name].equal(value) for name, value in average.items())
+        assert state[head].equal(average[table])
 
 
 def test_patches_are_the_rows_behind_the_class_row(stage, task):

@@ -27,7 +27,7 @@ from torch import Tensor
 from pretrain import files
 from pretrain.checkpoint.directory import Retention, complete, damage, place_of, prepare, prune, publish, sweep
 from pretrain.checkpoint.snapshot import VERSION, layout_of, set_random_state, take_snapshot, write_snapshot
-from pretrain.checkpoint.weights import WEIGHTS, SaveError
+from pretrain.checkpoint.weights import WEIGHTS, SaveError, read_weights
 from pretrain.distributed import fail_together, gather_objects, rank, world_size
 from pretrain.files import open_safetensors
 from pretrain.parallel.engine import set_progress
@@ -173,10 +173,24 @@ def newest_weights(directory: Path) -> tuple[int, Path] | None:
 
 
 def average_in(path: Path) -> dict[str, Tensor]:
-    """The running average in a complete checkpoint, whole, by name; {} if its stage keeps none."""
+    """The running average in a complete checkpoint, whole, by name; {} if its stage keeps none. A tied head has one too,
+    though the moments hold it under the table's name alone."""
     with open_safetensors(path / WEIGHTS) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return read_average(sorted(path.glob("moments_rank*.safetensors")), shapes)
+        average = read_average(sorted(path.glob("moments_rank*.safetensors")), shapes)
+        for table in [name for name in average if name.endswith(".tokens.weight")]:
+            for head in (name for name in shapes if name not in average and shapes[name] == shapes[table]):
+                if file.get_tensor(head).equal(file.get_tensor(table)):
+                    average[head] = average[table]
+    return average
+
+
+def read_trained(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As weights.read_weights, of what a stage has trained: of a checkpoint of a stage with ema the average, which is
+    what the stage would hand over."""
+    place = path if path.is_dir() else path.parent
+    saved = (path.is_dir() or path.name == WEIGHTS) and any(place.glob("moments_rank*.safetensors"))
+    return read_weights(path, average_in(place) if saved else None)
 
 
 def _check_shared(beside: Path) -> None:
