@@ -250,9 +250,9 @@ def load_handover(
 
 def carry_over(state: dict[str, Tensor], path: Path | None, frozen: Collection[str] = ()) -> dict[str, Tensor]:
     """`state` plus the other tensors of `path`, the file with which the stage began, so that experts and heads that
-    this stage did not build reach the next one unchanged. Of a head that it built nothing else of the file stays: a bias
-    that this head does without would be taken for its own. Of `frozen` tensors the file's are taken, since in bf16 those
-    in memory are rounded."""
+    this stage did not build reach the next one unchanged. Of a head that it built nothing else of the file stays: a
+    bias that this head does without would be taken for its own. Of `frozen` tensors the file's are taken, since in bf16
+    those in memory are rounded."""
     if path is None:
         return state
     initial = read_weights(path)[0]

@@ -95,7 +95,7 @@ def moments(planned: Planned, cell: Cell, stage: int = 0) -> tuple[Memory, Memor
     """The memory of a rank of this pipeline stage: (in the backward pass, in the optimizer's step)."""
     pipe = cell.parallel.pipe
     parts = stage_runs(planned, cell.layout, pipe)[stage]
-    backward, step = _states(parameters_of(planned, parts), cell)
+    backward, step = _states(parameters_of(planned, parts), cell, averages=int(planned.stage.ema is not None))
     # 1F1B: a stage has as many micro-batches under way as there are stages from it on.
     under_way = min(cell.accumulation, pipe - stage) if pipe > 1 else 1
     saved = 0.0
@@ -107,9 +107,6 @@ def moments(planned: Planned, cell: Cell, stage: int = 0) -> tuple[Memory, Memor
         # The rows that each micro-batch under way sends on, and the gradient that comes back (PipelineEngine's
         # buffers).
         boundary = (under_way + 1) * cell.layout.rows * planned.model.dim * cell.width
-    if planned.stage.ema is not None:  # an average beside two moments and, under ZeRO, the master
-        more = 1 + 1 / (2 if cell.stage == 0 else 3)
-        backward, step = (m._replace(optimizer=m.optimizer * more) for m in (backward, step))
     frozen = planned.kept + teacher_elements(planned) * FP32
     if cell.targets and stage == pipe - 1:
         frozen += target_elements(planned) * FP32
@@ -122,17 +119,19 @@ def moments(planned: Planned, cell: Cell, stage: int = 0) -> tuple[Memory, Memor
     )
 
 
-def _states(own: Sequence[Parameter], cell: Cell) -> tuple[Memory, Memory]:
-    """(in the backward pass, in the optimizer's step), all but activations, of a rank with the parameters `own`."""
+def _states(own: Sequence[Parameter], cell: Cell, averages: int) -> tuple[Memory, Memory]:
+    """(in the backward pass, in the optimizer's step), all but activations, of a rank with the parameters `own`.
+    `averages`: how many numbers a running average holds for each weight, beside two moments and, under ZeRO, the
+    master."""
     if cell.stage == 3:
-        return _partitioned(own, cell)
+        return _partitioned(own, cell, averages)
     tensor, width = cell.parallel.tensor, cell.width
     frozen = sum(p.elements(tensor) for p in own if p.group is None)
     groups = _group_sizes(own, tensor, 1 if cell.stage == 0 else 2 * cell.shards)
     trained, largest = sum(groups), max(groups, default=0)
     weights = float((frozen + trained) * width)
     if cell.stage == 0:
-        grads, moments_ = float(trained * width), 2.0 * FP32 * trained
+        grads, moments_ = float(trained * width), (2.0 + averages) * FP32 * trained
         # Each all-reduce works on a flat copy of up to DeepSpeed's default bucket.
         flat = min(trained, BUCKET) * width if cell.shards > 1 else 0
         return (
@@ -147,7 +146,7 @@ def _states(own: Sequence[Parameter], cell: Cell) -> tuple[Memory, Memory]:
     gradients = own_part * min(cell.accumulation, 2)
     if cell.stage == 1:
         gradients = trained if not overlap or cell.accumulation > 1 else own_part
-    state, part_fp32 = 3 * FP32 * own_part, FP32 * largest / cell.shards
+    state, part_fp32 = (3 + averages) * FP32 * own_part, FP32 * largest / cell.shards
     if cell.offload:
         # The largest parameter's gradient on its way to the host (temp_grad_buffer_for_gpu_offload).
         copy = max((p.elements(tensor) for p in own), default=0) * width
@@ -162,7 +161,7 @@ def _states(own: Sequence[Parameter], cell: Cell) -> tuple[Memory, Memory]:
     )
 
 
-def _partitioned(own: Sequence[Parameter], cell: Cell) -> tuple[Memory, Memory]:
+def _partitioned(own: Sequence[Parameter], cell: Cell, averages: int) -> tuple[Memory, Memory]:
     """`_states` under ZeRO-3: each parameter is cut into equal parts, and small ones are kept whole too."""
     tensor, width, shards = cell.parallel.tensor, cell.width, cell.shards
     sizes = [(p.elements(tensor), p) for p in own]
@@ -175,7 +174,7 @@ def _partitioned(own: Sequence[Parameter], cell: Cell) -> tuple[Memory, Memory]:
     bucket: float = cell.zero.get("reduce_bucket_size", BUCKET) * width
     gathered = gathered_elements(own, cell) * width
     weights = parts * width + persistent * width + second
-    state = 3.0 * FP32 * trained
+    state = (3.0 + averages) * FP32 * trained
     at_work = FP32 * min(
         max(_group_sizes(own, tensor, 1, shards), default=0), cell.zero.get("sub_group_size", SUB_GROUP)
     )

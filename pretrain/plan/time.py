@@ -116,7 +116,7 @@ class Totals(NamedTuple):
     hours: float
     gpu_hours: float
     saving: float  # the share of the time, 0 to 1, in which checkpoints are written
-    checkpoint: float  # bytes: weights, fp32 masters and Adam's two moments
+    checkpoint: float  # bytes: the weights in fp32, Adam's two moments, and the running average if there is one
     pictures: float  # that a node has to read each second
     cores: float  # that each node needs to read them
 
@@ -125,7 +125,8 @@ def whole_stage(planned: Planned, cell: Cell, cluster: Cluster, step: float) -> 
     """`step`: the seconds of one step."""
     recipe, stage = planned.recipe, planned.stage
     trained = sum(p.real for p in planned.parameters if p.group is not None)
-    checkpoint = trained * 3 * FP32 + sum(p.real for p in planned.parameters) * FP32
+    moments = 2 + (stage.ema is not None)
+    checkpoint = trained * moments * FP32 + sum(p.real for p in planned.parameters) * FP32
     writers = cell.shards if cell.stage else 1
     save = checkpoint / writers / WRITE_RATE
     seconds = stage.steps * step + stage.steps // recipe.save_every * save

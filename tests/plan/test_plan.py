@@ -15,7 +15,9 @@ from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.masked import MaskedData
 from pretrain.objectives.masked_captioning import MaskedCaptioning
 from pretrain.objectives.momentum import MomentumContrast
+from pretrain.parallel.average import Ema
 from pretrain.parallel.ds_config import load_ds_config
+from pretrain.parallel.moments import MOMENTS
 from pretrain.parallel.sizes import Parallel
 from pretrain.plan import __main__ as plan_module
 from pretrain.plan.__main__ import CONFIGS, main, make_plan
@@ -155,6 +157,15 @@ def test_memory_goes_where_it_should():
     assert host.optimizer == 0 and host.host > 12 * total / 8
 
 
+@pytest.mark.parametrize("ds", ["zero0", "zero1", "zero2_offload", "zero3", "zero3_offload"])
+def test_a_running_average_is_one_number_more_where_the_moments_are(ds):
+    plan = a_plan("tiny", "fusion")
+    place = cell(plan, ds, gpus=1, accumulation=1)
+    before, after = (peak_memory(each, place) for each in (plan, plan._replace(stage=replace(plan.stage, ema=Ema()))))
+    more = after.optimizer + after.host - before.optimizer - before.host
+    assert more == pytest.approx(4 * sum(p.numel for p in plan.parameters if p.group is not None), rel=1e-3)
+
+
 def test_a_linear_layer_that_keeps_its_gathered_weights_undoes_zero3():
     plan = a_plan()
     one = cell(plan, "zero3_bf16")
@@ -233,7 +244,10 @@ def test_the_whole_stage_is_its_steps_and_saves():
     steps = 1_000_000 * 2.0 / 3600
     assert whole.gpu_hours == pytest.approx(8 * whole.hours) and whole.hours > steps
     assert whole.hours * (1 - whole.saving) == pytest.approx(steps) and whole.saving < 0.01
-    assert whole.checkpoint == pytest.approx(261.5e6 * 16, rel=0.01)
+    # As saved: fp32 weights, and what parallel/moments.py writes.
+    assert whole.checkpoint == pytest.approx(261.5e6 * 4 * (1 + len(MOMENTS)), rel=0.01)
+    averaged = whole_stage(plan._replace(stage=replace(plan.stage, ema=Ema())), one, NODE, step=2.0)
+    assert averaged.checkpoint == pytest.approx(whole.checkpoint * 4 / 3)
     assert whole.pictures == 2 * 2048 / 2.0  # images and pairs have one each
     assert whole_stage(plan, one, NODE._replace(gpus=16), step=2.0).pictures == whole.pictures / 2
 
