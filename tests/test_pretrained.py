@@ -14,7 +14,7 @@ from PIL import Image
 import pretrain
 from pretrain.batch import Layout, make_batch
 from pretrain.checkpoint.save import average_in
-from pretrain.checkpoint.weights import carry_over, write_weights
+from pretrain.checkpoint.weights import write_weights
 from pretrain.config import to_json
 from pretrain.data.shards.reader import BadSample
 from pretrain.data.transforms import ImageTransform
@@ -28,6 +28,7 @@ from pretrain.objectives.matching import Matching
 from pretrain.parallel.state import named_state
 from pretrain.pretrained import Pretrained
 from pretrain.released_weights import to_released, write_tensors
+from pretrain.run.hand_over import carry_over
 from pretrain.tasks.pretrain import PretrainTask
 from tests.toy_models import RELEASED, VQ
 from tests.toys import encoded, picture, write_text_model

@@ -173,8 +173,8 @@ def newest_weights(directory: Path) -> tuple[int, Path] | None:
 
 
 def average_in(path: Path) -> dict[str, Tensor]:
-    """The running average in a complete checkpoint, whole, by name; {} if its stage keeps none. A tied head has one too,
-    though the moments hold it under the table's name alone."""
+    """The running average in a complete checkpoint, whole, by name; {} if its stage keeps none. A tied head has one
+    too, though the moments hold it under the table's name alone."""
     with open_safetensors(path / WEIGHTS) as file:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         average = read_average(sorted(path.glob("moments_rank*.safetensors")), shapes)

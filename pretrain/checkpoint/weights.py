@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -246,28 +246,6 @@ def load_handover(
     missing = [name for name in wanted if name not in set(names)]
     unexpected = [name for name in names if name not in wanted]
     return Handover(loaded, missing, unexpected, digest.hexdigest(), sorted(misfits))
-
-
-def carry_over(state: dict[str, Tensor], path: Path | None, frozen: Collection[str] = ()) -> dict[str, Tensor]:
-    """`state` plus the other tensors of `path`, the file with which the stage began, so that experts and heads that
-    this stage did not build reach the next one unchanged. Of a head that it built nothing else of the file stays: a
-    bias that this head does without would be taken for its own. Of `frozen` tensors the file's are taken, since in bf16
-    those in memory are rounded."""
-    if path is None:
-        return state
-    initial = read_weights(path)[0]
-    both = {name for name in frozen if name in initial and name in state}
-    unchanged = {name for name in both if initial[name].shape == state[name].shape}
-    built = {_head_of(name) for name in state}
-    others = {name: value for name, value in initial.items() if name in unchanged or _head_of(name) not in built}
-    return others | {name: value for name, value in state.items() if name not in unchanged}
-
-
-def _head_of(name: str) -> tuple[str, ...]:
-    """What a tensor is a part of: its head, or, outside of heads, itself. The objective masked has two heads, of which
-    a stage may build one: that of codes, and that of words with its transform."""
-    parts = name.split(".")
-    return (*parts[:2], *(part for part in parts[2:3] if part == "image")) if parts[0] == "objectives" else (name,)
 
 
 class HashedFile:

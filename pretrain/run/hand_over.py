@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
+
+from torch import Tensor
 
 from pretrain.checkpoint.save import average_in
 from pretrain.checkpoint.weights import (
     ADAPTERS,
     LAST,
     LORA,
-    carry_over,
     read_apart,
+    read_weights,
     weights_digest,
     write_tensors,
     write_weights,
@@ -51,3 +54,25 @@ def hand_over(run: Run, path: Path, progress: Progress) -> None:
         write_weights(whole, path, plain)
 
     fail_together(lambda: write() if rank() == 0 else None)
+
+
+def carry_over(state: dict[str, Tensor], path: Path | None, frozen: Collection[str] = ()) -> dict[str, Tensor]:
+    """`state` plus the other tensors of `path`, the file with which the stage began, so that experts and heads that
+    this stage did not build reach the next one unchanged. Of a head that it built nothing else of the file stays: a
+    bias that this head does without would be taken for its own. Of `frozen` tensors the file's are taken, since in bf16
+    those in memory are rounded."""
+    if path is None:
+        return state
+    initial = read_weights(path)[0]
+    both = {name for name in frozen if name in initial and name in state}
+    unchanged = {name for name in both if initial[name].shape == state[name].shape}
+    built = {_head_of(name) for name in state}
+    others = {name: value for name, value in initial.items() if name in unchanged or _head_of(name) not in built}
+    return others | {name: value for name, value in state.items() if name not in unchanged}
+
+
+def _head_of(name: str) -> tuple[str, ...]:
+    """What a tensor is a part of: its head, or, outside of heads, itself. The objective masked has two heads, of which
+    a stage may build one: that of codes, and that of words with its transform."""
+    parts = name.split(".")
+    return (*parts[:2], *(part for part in parts[2:3] if part == "image")) if parts[0] == "objectives" else (name,)

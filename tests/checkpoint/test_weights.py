@@ -13,7 +13,6 @@ from torch import nn
 
 from pretrain.checkpoint.weights import (
     SaveError,
-    carry_over,
     load_handover,
     mend_config,
     read_weights,
@@ -21,6 +20,7 @@ from pretrain.checkpoint.weights import (
     write_weights,
 )
 from pretrain.parallel import moments
+from pretrain.run.hand_over import carry_over
 
 
 @pytest.fixture
