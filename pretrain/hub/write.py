@@ -24,7 +24,10 @@ WEIGHTS, TEXT_MODEL, MODEL_TYPE = "model.safetensors", "text.model", "imglish_mu
 HEADS = {
     "objectives.contrastive.vision.weight": "vision_head.weight",
     "objectives.contrastive.language.weight": "language_head.weight",
+    "objectives.contrastive.vision.bias": "vision_head.bias",
+    "objectives.contrastive.language.bias": "language_head.bias",
     "objectives.contrastive.logit_scale": "logit_scale",
+    "objectives.contrastive.logit_bias": "logit_bias",
     "objectives.masked.text.weight": "word_head.weight",
     "objectives.masked.text.bias": "word_head.bias",
 }
@@ -70,6 +73,8 @@ def write_directory(
         "experts": [name for name, part in experts.items() if any(part in key for key in tensors)],
         "embed_dim": None if head is None else len(head),
         "words": words,
+        "head_bias": "vision_head.bias" in tensors,
+        "sigmoid": "logit_bias" in tensors,
         "evaluation": evaluation,
     }
     model_map = {"AutoConfig": f"{MODULES[0]}.MultiwayConfig", "AutoModel": f"{MODULES[1]}.MultiwayModel"}

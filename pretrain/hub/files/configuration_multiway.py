@@ -6,7 +6,8 @@ from transformers import PretrainedConfig
 class MultiwayConfig(PretrainedConfig):
     """The fields have the names and meanings that they have in Imglish, which wrote this directory. `experts`: what the
     weights have parts for; `embed_dim`: width of the dual encoder's vectors, None without; `words`: whether there is a
-    head of masked words; `evaluation`: how a picture becomes a square, squash or crop."""
+    head of masked words; `head_bias`, `sigmoid`: whether the dual encoder's projections have a bias, and its logits;
+    `evaluation`: how a picture becomes a square, squash or crop."""
 
     model_type = "imglish_multiway"
 
@@ -30,9 +31,12 @@ class MultiwayConfig(PretrainedConfig):
         norm_eps=1e-5,
         final_norm=True,
         head_dim=None,
+        ffn="per_modality",
         experts=("vision", "language"),
         embed_dim=None,
         words=False,
+        head_bias=False,
+        sigmoid=False,
         evaluation="squash",
         **kwargs,
     ):
@@ -43,5 +47,6 @@ class MultiwayConfig(PretrainedConfig):
         self.layer_scale, self.relative_position, self.text_norm = layer_scale, relative_position, text_norm
         self.key_bias, self.norm_eps, self.final_norm = key_bias, norm_eps, final_norm
         self.head_dim = head_dim  # None: the heads fill dim
+        self.ffn, self.head_bias, self.sigmoid = ffn, head_bias, sigmoid
         self.experts, self.embed_dim, self.words, self.evaluation = list(experts), embed_dim, words, evaluation
         super().__init__(**kwargs)

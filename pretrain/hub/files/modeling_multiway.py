@@ -140,7 +140,7 @@ class Block(nn.Module):
         self.norm = each(names, lambda: nn.LayerNorm(cfg.dim, eps=cfg.norm_eps))
         self.attention = Attention(cfg, names)
         order = ["vision", "fusion", "language"] if fusion else ["vision", "language"]
-        order = [name for name in order if name in cfg.experts]
+        order = ["shared"] if cfg.ffn == "shared" else [name for name in order if name in cfg.experts]
         self.experts = each(order, lambda: Expert(cfg))
         scaled = cfg.layer_scale is not None
         self.attention_scale = nn.Parameter(torch.ones(cfg.dim)) if scaled else None
@@ -153,7 +153,7 @@ class Block(nn.Module):
         for kind, x in parts.items():
             branch = attended[kind]
             x = x + (branch if self.attention_scale is None else branch * self.attention_scale)
-            branch = self.experts["fusion" if fused else kind](x)
+            branch = of(self.experts, "fusion" if fused else kind)(x)
             out[kind] = x + (branch if self.expert_scale is None else branch * self.expert_scale)
         return out
 
@@ -199,9 +199,10 @@ class MultiwayModel(PreTrainedModel):
         super().__init__(config)
         self.encoder = Encoder(config)
         width = config.embed_dim
-        self.vision_head = None if width is None else nn.Linear(config.dim, width, bias=False)
-        self.language_head = None if width is None else nn.Linear(config.dim, width, bias=False)
+        self.vision_head = None if width is None else nn.Linear(config.dim, width, bias=config.head_bias)
+        self.language_head = None if width is None else nn.Linear(config.dim, width, bias=config.head_bias)
         self.logit_scale = None if width is None else nn.Parameter(torch.zeros(1))
+        self.logit_bias = nn.Parameter(torch.zeros(1)) if config.sigmoid else None
         self.word_head = nn.Linear(config.dim, config.vocab_size) if config.words else None
         self.post_init()
 
