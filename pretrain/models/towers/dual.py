@@ -87,7 +87,7 @@ class DualTowers(Model):
         images = layout.images * (_picture_flops(_Key(self)) if layout.images else 0)
         config = settings_of(self.text)
         sizes = {"dim": config.hidden_size, "depth": config.num_hidden_layers, "ffn_dim": config.intermediate_size}
-        length = layout.text_len - (not self.text.bos)
+        length = (self.max_text_len if self.text.pooling == "last" else layout.text_len) - (not self.text.bos)
         return int(images + layout.texts * (flops_per_sequence(length, **sizes) if layout.texts else 0))
 
     def sizes_of(self, name: str) -> dict[str, Any]:

@@ -57,8 +57,8 @@ class Tower:
     defaults. Dropout is off: its random numbers would not come from the samples' own generators.
 
     `pooling`: class, the first row; mean, of the patches, or of all words but padding; eos, the row of EOS (CLIP);
-    last, the last row, of a tower that reads padding like words (SigLIP); attention, by one learned query (SigLIP's
-    head).
+    last, the last row of a text that is padded to the model's max_text_len, of a tower that reads padding like words
+    (SigLIP); attention, by one learned query (SigLIP's head).
     """
 
     kind: str
@@ -111,6 +111,8 @@ class TowerModule(nn.Module):
     def __init__(self, tower: Tower, own: dict[str, Any], layers: Layers = PLAIN, *, checkpointing: bool = False):
         super().__init__()
         self.tower = tower
+        if tower.kind in TEXT:
+            self.longest = int(own["max_position_embeddings"]) - POSITIONS_BEFORE.get(tower.kind, 0)
         with layers.whole():
             self.model = build_model(tower, own)
             over_all_ranks(self.model, layers.gather)
@@ -137,6 +139,10 @@ class TowerModule(nn.Module):
     def texts(self, ids: Tensor) -> Tensor:
         """int64 [N, L] with our ids -> [N, width]."""
         ids = ids if self.tower.bos else ids[:, 1:]
+        if self.tower.pooling == "last":
+            # As SigLIP's processor: every text is as long as the model reads. Else a text's vector would depend on the
+            # lengths of the others in its batch.
+            ids = F.pad(ids, (0, max(self.longest - ids.shape[1], 0)), value=PAD)
         real = torch.ones_like(ids) if self.tower.pooling == "last" else (ids != PAD).long()
         rows = self.model(input_ids=ids, attention_mask=real).last_hidden_state
         if self.tower.pooling == "last":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import pretrain
 from pretrain.batch import PAD
 from pretrain.checkpoint.weights import read_weights
 from pretrain.data.json_tokenizer import JsonTokenizer
@@ -60,6 +61,19 @@ def test_a_whole_model_equals_its_reference(kind, tmp_path):
     grads = {name: value.grad for name, value in task.named_parameters()}
     assert all(value is not None and value.any() for value in grads.values()), "a tensor takes no part"
     _check_grads(grads, wanted_grads, kind, order)
+
+
+@torch.no_grad()
+def test_a_text_has_the_vector_of_its_reference_whatever_the_others_in_its_batch(tmp_path):
+    """SigLIP's text tower reads padding, so that its processor pads every text to the model's length."""
+    theirs = whole_model("siglip")
+    from_huggingface(write_directory(tmp_path / "theirs", theirs, "siglip"), None, tmp_path / "ours")
+    ours = pretrain.load(tmp_path / "ours", device="cpu")
+    rows = theirs.text_model(input_ids=torch.tensor([[4, 8, 1, 1, 1, 1, 1], [5, 6, 7, 8, 1, 1, 1]])).pooler_output
+    wanted = torch.nn.functional.normalize(rows, dim=-1)
+    texts = ["word1 word5", "word2 word3 word4 word5"]
+    torch.testing.assert_close(ours.embed_texts(texts), wanted, **NEAR)
+    torch.testing.assert_close(ours.embed_texts(texts, batch=1), wanted, **NEAR)
 
 
 def _check_grads(grads, wanted, kind, order):
