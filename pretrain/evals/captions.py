@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from pretrain.contracts import Evaluation
 from pretrain.data.cider import cider
 from pretrain.data.labelled import REFERENCES, ReferenceShards
+from pretrain.data.transforms import sample_rng
 from pretrain.evals.coco_metrics import METRICS, coco_metrics
 from pretrain.evals.trained import Trained, check_counts, uint8_pictures
 from pretrain.models.generation import NextWord, Writing, next_word_head, text_reader, write
@@ -51,7 +53,7 @@ class CaptionScore(Evaluation):
         captions, references, shown = list[str](), list[tuple[str, ...]](), list[dict]()
         samples = min(self.samples, trained.samples_of(self.pairs))
         for batch in trained.batches({"pairs": self.pairs}, min(self.batch, samples), samples):
-            texts = self._write(trained, batch, *found)
+            texts = self._write(trained, batch, len(captions), *found)
             for number, text in enumerate(texts[: max(SHOWN - len(shown), 0)]):
                 picture = trained.save_picture(uint8_pictures(batch.images)[number], f"caption{self.name}{len(shown)}")
                 given = " / ".join(batch.extra[REFERENCES][number][:2])
@@ -66,13 +68,15 @@ class CaptionScore(Evaluation):
         values = {key.replace("captions/", own, 1): value for key, value in values.items()}
         return values, {own.removesuffix("/"): shown}
 
-    def _write(self, trained: Trained, batch: Any, logits: Any, mask_id: int | None) -> list[str]:
+    def _write(self, trained: Trained, batch: Any, first: int, logits: Any, mask_id: int | None) -> list[str]:
+        """The texts of a batch, whose pictures have the numbers from `first` on; each draws its words by its own."""
         task: Any = trained.task
         longest = min(self.writing.max_words, batch.layout.pair_len - 1)
-        how = Writing(self.writing.beams, self.writing.length_penalty, max_words=longest)
+        how = replace(self.writing, max_words=longest)
+        drawn = [sample_rng(0, 0, first + number).random(longest) for number in range(len(batch.images))]
         reader = text_reader(task.encoder, batch.images, batch.layout.patches, longest + 1)
         next_word = NextWord(reader, logits, trained.text.mask_id, mask_id)
-        ids = write(next_word, len(batch.images), how, None, trained.device)
+        ids = write(next_word, len(batch.images), how, torch.from_numpy(np.stack(drawn)), trained.device)
         return [trained.text.decode(row) for row in ids.tolist()]
 
 

@@ -21,9 +21,9 @@ CHUNK = 1024  # pictures whose neighbours are searched at once
 @dataclass(frozen=True)
 class Probe(Evaluation):
     """Percent of `test`'s pictures that each method classifies right after learning from `train`. `rows`: a picture's
-    vector is the "mean" of its patches or its "first" row, the class row. The linear classifier's penalty is the best
-    of `penalties` on every fifth picture of train. `attentive`: epochs of a probe that attends to all of a picture's
-    rows (evals/attentive.py); 0: none."""
+    vector is the "mean" of its patches or its "first" row, the class row; a model that gives one row for each picture
+    (DualTowers) has no other. The linear classifier's penalty is the best of `penalties` on every fifth picture of
+    train. `attentive`: epochs of a probe that attends to all of a picture's rows (evals/attentive.py); 0: none."""
 
     train: LabelledShards
     test: LabelledShards
@@ -70,7 +70,8 @@ class Probe(Evaluation):
         task: Any = trained.task
         for batch in trained.batches({"images": source}, min(self.batch, samples), samples):
             images = task.encoder(batch).images
-            vectors.append((images[:, 1:].mean(1) if self.rows == "mean" else images[:, 0]).float().cpu())
+            patches = self.rows == "mean" and images.shape[1] > 1
+            vectors.append((images[:, 1:].mean(1) if patches else images[:, 0]).float().cpu())
             labels.append(batch.extra[LABEL].cpu())
             if self.attentive:
                 check_size(samples, *images.shape[1:])

@@ -1,8 +1,10 @@
-"""Each sample counts once, also where it comes again to fill up the last batch."""
+"""Each sample counts once, also where it comes again to fill up the last batch; and settings that an evaluation has
+must reach its model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +13,16 @@ import torch
 from torch import nn
 
 from pretrain.batch import BOS, EOS, Batch, Kinds, Layout, make_batch
+from pretrain.data.labelled import LABEL, REFERENCES, LabelledShards, ReferenceShards
+from pretrain.data.transforms import sample_rng
+from pretrain.evals import captions
+from pretrain.evals.captions import CaptionScore
 from pretrain.evals.masked import MaskedAccuracy
 from pretrain.evals.matching import MatchingAccuracy
+from pretrain.evals.probe import Probe
 from pretrain.evals.reconstruction import Reconstruction
 from pretrain.evals.trained import Trained
+from pretrain.models.generation import Writing
 
 COUNT, SIZE = 5, 3
 WORD = 4  # of the sample 0; those of the others follow
@@ -110,3 +118,47 @@ def test_reconstruction(tmp_path):
     numbers, _ = Reconstruction(None, batch=SIZE).run(trained(tmp_path, Task(), make))
     wanted = {"tokenizer/distill_loss": 2.0, "tokenizer/codes_used": 50.0, "tokenizer/perplexity": 5.0}
     assert numbers == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("rows", ["mean", "first"])
+def test_a_probe_of_a_model_with_one_row_for_each_picture(tmp_path, rows):
+    """As DualTowers, which had no patches whose mean could be taken: all vectors were NaN."""
+
+    def make(numbers):
+        extra = {LABEL: numbers % 2}
+        return make_batch(Layout(images=SIZE, patches=1), images=grey(numbers), extra=extra)
+
+    def encode(batch):
+        number = batch.images[:, 0, 0, 0].float()
+        rows = torch.stack([number % 2, 1 - number % 2], -1).unsqueeze(1)
+        return Kinds(rows, rows[:0], rows[:0], rows[:0])
+
+    source, task = LabelledShards("x", classes=2), SimpleNamespace(encoder=encode)
+    probe = Probe(source, source, rows=rows, neighbours=1, penalties=(1e-3,), batch=SIZE)
+    assert probe.run(trained(tmp_path, task, make))[0] == {"probe/k-NN": 100, "probe/linear": 100}
+
+
+def test_captions_are_written_as_the_evaluation_says(tmp_path, monkeypatch):
+    """With top_p each picture draws its words, by its own number, as pretrain.load's caption does."""
+    asked: list[tuple[Writing, torch.Tensor]] = []
+
+    def write(next_word, count, how, draws, device):
+        asked.append((how, draws))
+        return torch.tensor([[BOS, 5, EOS]]).expand(count, -1)
+
+    monkeypatch.setattr(captions, "write", write)
+    monkeypatch.setattr(captions, "text_reader", lambda *_: None)
+
+    def make(numbers):
+        extra = {REFERENCES: tuple([f"number {n}"] for n in numbers.tolist())}
+        return make_batch(Layout(pairs=SIZE, patches=1, pair_len=9), images=grey(numbers),
+                          pair_tokens=torch.full((SIZE, 9), EOS), extra=extra)  # fmt: skip
+
+    task = SimpleNamespace(encoder=None, objectives={"captioning": SimpleNamespace(logits=None)})
+    text = SimpleNamespace(mask_id=9, decode=lambda row: "number")
+    writing = Writing(beams=1, top_p=0.9, temperature=0.5)
+    evaluation = CaptionScore(ReferenceShards("x"), batch=SIZE, writing=writing)
+    evaluation.run(replace(trained(tmp_path, task, make), text=text))
+    assert [how for how, _ in asked] == [replace(writing, max_words=8)] * 2
+    drawn = torch.cat([draws for _, draws in asked])
+    assert [row.tolist() for row in drawn] == [sample_rng(0, 0, n).random(8).tolist() for n in range(2 * SIZE)]
