@@ -179,11 +179,11 @@ class Batch:
 
     def indexed(self) -> Batch:
         """The batch with its index. A batch from the loader has one already; to make one for a batch on a GPU waits for
-        the device."""
+        the device, once."""
         if self.index is not None:
             return self
         device = self.images.device
-        host = self if device.type == "cpu" else self._without_pictures().map(Tensor.cpu)
+        host = self if device.type == "cpu" else _fetched(self._without_pictures())
         index = make_index(self.layout.shapes, *host.keys_seen, host.hidden, self.layout.dual)
         if host is self:
             return self.with_index(index, None)
@@ -297,6 +297,15 @@ def derived(batch: Batch, make: Callable[[Batch], Batch]) -> Batch:
         return host
     assert host.index is not None
     return make(batch).with_index(host.index.map(partial(sent, device=batch.images.device)), host)
+
+
+def _fetched(batch: Batch) -> Batch:
+    """The batch on the host, in one copy: one of each tensor would be a wait for the device each."""
+    named = dict(batch.tensors())
+    parts = [value.flatten().view(torch.uint8) for value in named.values()]
+    came = zip(named.items(), torch.cat(parts).cpu().split([len(part) for part in parts]), strict=True)
+    # A copy begins where its type may.
+    return batch.with_tensors({name: part.clone().view(like.dtype).view(like.shape) for (name, like), part in came})
 
 
 def make_batch(

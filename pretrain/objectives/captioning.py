@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.batch import DROP_PATH, PAD, Batch, Kinds, Layout, make_batch
+from pretrain.batch import DROP_PATH, PAD, Batch, Kinds, Layout, derived, make_batch
 from pretrain.contracts import Encoder, Objective, Pass
 from pretrain.flops import Product
 from pretrain.layers import HEAD_STD, PLAIN, Layers
@@ -146,14 +145,8 @@ def has_next(tokens: Tensor) -> Tensor:
 
 
 def caption_batch(batch: Batch) -> Batch:
-    """The batch of `caption_layout`: whole pictures and clean words, with an index that is made without waiting for a
-    device."""
-    host = _captions(batch.on_host).indexed()
-    if batch.on_host is batch:
-        return host
-    assert host.index is not None
-    index = host.index.map(partial(sent, device=batch.images.device))
-    return _captions(batch).with_index(index, host)
+    """The pass of `caption_layout`: whole pictures and clean words, with an index that waits for no device."""
+    return derived(batch, _captions)
 
 
 def _captions(batch: Batch) -> Batch:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.batch import Batch, Kinds, Layout
+from pretrain.batch import Batch, Kinds, Layout, make_batch
 from pretrain.contracts import Encoder, Objective
 from pretrain.flops import Product
 from pretrain.layers import PLAIN, Head, Layers
@@ -196,3 +196,16 @@ class ContrastiveHead(nn.Module):
 
     def after_step(self) -> None:
         """Nothing moves between steps."""
+
+
+def paired(layout: Layout) -> Layout:
+    """The layout of its dual pairs alone."""
+    count = layout.dual
+    return Layout(images=count, texts=count, patches=layout.patches, text_len=layout.text_len, dual=count)
+
+
+def dual_pairs(batch: Batch) -> Batch:
+    """Its dual pairs alone, with no patch or word hidden: what a teacher reads, by way of batch.derived."""
+    layout = batch.layout
+    images = batch.images[layout.images - layout.dual : layout.images]
+    return make_batch(paired(layout), images=images, text_tokens=batch.text_tokens[: layout.dual])

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.batch import Batch, Kinds, Layout, make_batch
+from pretrain.batch import Batch, Kinds, Layout, derived
 from pretrain.contracts import Encoder, Objective
 from pretrain.layers import PLAIN, Layers
-from pretrain.objectives.contrastive import Contrastive, ContrastiveHead
+from pretrain.objectives.contrastive import Contrastive, ContrastiveHead, dual_pairs, paired
 
 HEAD = "objectives.contrastive."  # the names of a teacher's head of contrast begin so
 
@@ -53,7 +53,7 @@ class Distillation(Objective):
         return {"distillation.teacher": self.teacher}
 
     def lessons(self, layout: Layout) -> dict[str, Layout]:
-        return {"distillation.teacher": _paired(layout)}
+        return {"distillation.teacher": paired(layout)}
 
     def problems(self, stage: Any) -> list[str]:
         problems = []
@@ -65,12 +65,6 @@ class Distillation(Objective):
                 "parallel.tensor, parallel.sequence and parallel.pipe to 1"
             )
         return problems
-
-
-def _paired(layout: Layout) -> Layout:
-    """The dual pairs alone, nothing of them hidden."""
-    count = layout.dual
-    return Layout(images=count, texts=count, patches=layout.patches, text_len=layout.text_len, dual=count)
 
 
 def _teacher(cfg: Distillation, state: Mapping[str, Tensor], model: Any, head: DistillationHead) -> nn.Module:
@@ -148,13 +142,11 @@ class DistillationHead(nn.Module):
     def _teach(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The teacher's unit vectors of the dual pairs, with no patch or word hidden: fp32 [N, E] each."""
         teacher: Any = self.teacher[0].to(batch.images.device)
-        layout, count, paired = batch.layout, batch.layout.dual, _paired(batch.layout)
-        images = batch.images[layout.images - count : layout.images]
-        dual = make_batch(paired, images=images, text_tokens=batch.text_tokens[:count])
+        dual = derived(batch, dual_pairs)
         low = self.student[0].logit_scale.dtype == torch.bfloat16
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
-            needed = teacher.head.needed_rows(dual.indexed().on_host)
-            return teacher.head.embed(teacher.encoder(dual, needed=needed), paired)
+        with torch.autocast(dual.images.device.type, torch.bfloat16, enabled=low):
+            needed = teacher.head.needed_rows(dual.on_host)
+            return teacher.head.embed(teacher.encoder(dual, needed=needed), dual.layout)
 
     def after_step(self) -> None:
         """Nothing moves between steps."""

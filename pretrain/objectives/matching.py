@@ -143,7 +143,7 @@ class MatchingHead(nn.Module):
             pair_tokens=torch.cat([tokens, self._fetch(tokens, wrong_text), tokens]),
             again=self._again(batch, wrong_image),
             draws={DROP_PATH: torch.cat(_own(batch, DROP_PATH, (0, 0, 1)))} if DROP_PATH in batch.draws else {},
-        )
+        ).indexed()
         first = Kinds.rows_of(pairs.layout, images.device, first=True)
         needed = first._replace(pair_texts=torch.zeros_like(first.pair_texts))
         if self.alignment:

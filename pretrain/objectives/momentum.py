@@ -5,17 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.batch import Batch, Kinds, Layout, make_batch
+from pretrain.batch import Batch, Kinds, Layout, derived
 from pretrain.contracts import Encoder, Objective, Pass
 from pretrain.flops import Product
 from pretrain.layers import PLAIN, Layers
-from pretrain.objectives.contrastive import Contrastive, ContrastiveHead
+from pretrain.objectives.contrastive import Contrastive, ContrastiveHead, dual_pairs, paired
 from pretrain.objectives.teacher import NO_ADAPTERS, KeepsTypes, Teacher
 from pretrain.settings import near
 
@@ -79,7 +79,7 @@ class MomentumContrast(Objective):
         return problems
 
     def passes(self, layout: Layout) -> list[Pass]:
-        return [Pass(_paired(layout), backward=False)]
+        return [Pass(paired(layout), backward=False)]
 
     def products(self, layout: Layout, model: Any) -> list[Product]:
         return self._plain.products(layout, model)
@@ -88,11 +88,6 @@ class MomentumContrast(Objective):
         """In fp32 and both ways: the vectors of batch and queue, each row's logits twice and the teacher's shares."""
         known = layout.dual + self.queue
         return 2 * 4.0 * known * ((self.embed_dim or model.width("images")) + 3 * layout.dual)
-
-
-def _paired(layout: Layout) -> Layout:
-    count = layout.dual
-    return Layout(images=count, texts=count, patches=layout.patches, text_len=layout.text_len, dual=count)
 
 
 class MomentumHead(ContrastiveHead):
@@ -141,13 +136,10 @@ class MomentumHead(ContrastiveHead):
     @torch.no_grad()
     def _teach(self, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The teacher's unit vectors of the dual pairs, with no patch or word hidden: fp32 [N, E] each."""
-        layout, count = batch.layout, batch.layout.dual
-        images, texts = batch.images[layout.images - count : layout.images], batch.text_tokens[:count]
-        parts: Any = self.teacher.parts
-        dual = make_batch(_paired(layout), images=images, text_tokens=texts)
+        dual, parts = derived(batch, dual_pairs), cast(Any, self.teacher.parts)
         low = self.vision.weight.dtype == torch.bfloat16
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=low):
-            first = parts.encoder(dual, needed=super().needed_rows(dual.indexed().on_host)).first
+        with torch.autocast(dual.images.device.type, torch.bfloat16, enabled=low):
+            first = parts.encoder(dual, needed=super().needed_rows(dual.on_host)).first
             rows = parts.vision(first.images), parts.language(first.texts)
         taught_images, taught_texts = (F.normalize(each.float(), dim=-1) for each in rows)
         return taught_images, taught_texts

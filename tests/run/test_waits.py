@@ -12,6 +12,7 @@ from pretrain.batch import Layout
 from pretrain.objectives.captioning import Captioning
 from pretrain.objectives.contrastive import Contrastive
 from pretrain.objectives.masked import MaskedData
+from pretrain.objectives.momentum import MomentumContrast
 from pretrain.run.step import train_step
 from pretrain.tasks.pretrain import PretrainTask
 from tests.toy_models import CODES, CONFIGS, EXPERTS, PATCHES, random_batch
@@ -23,6 +24,7 @@ OBJECTIVES = {
     "masked by targets": (MaskedData(image_codes=CODES, mean_over="targets", tied_text_head=True),),
     "with contrast": (MaskedData(image_codes=CODES, dual=False), Contrastive()),
     "with captions": (MASKED, Captioning(smoothing=0.1)),
+    "with a teacher": (MomentumContrast(embed_dim=8, queue=4),),
 }
 
 
@@ -55,7 +57,7 @@ def step(name: str, objectives: str, device: str = "cpu") -> tuple[PretrainTask,
 def test_a_step_waits_for_nothing(name, objectives):
     task, batches = step(name, objectives)
     there = [value for batch in batches for value in batch.every_tensor()]
-    with Calls([*task.parameters(), *there]) as calls:
+    with Calls([*task.parameters(), *task.buffers(), *there]) as calls:
         report = train_step(Plain(task), batches, lambda batch: batch)
     assert calls.waits.total() == 0, calls.waits
     assert report["loss"].isfinite()
