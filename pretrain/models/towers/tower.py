@@ -144,7 +144,7 @@ class TowerModule(nn.Module):
             # lengths of the others in its batch.
             ids = F.pad(ids, (0, max(self.longest - ids.shape[1], 0)), value=PAD)
         real = torch.ones_like(ids) if self.tower.pooling == "last" else (ids != PAD).long()
-        rows = self.model(input_ids=ids, attention_mask=real).last_hidden_state
+        rows = self.model(input_ids=ids, attention_mask=self._seen(real)).last_hidden_state
         if self.tower.pooling == "last":
             return self._finish(rows[:, -1])
         if self.tower.pooling == "eos":
@@ -152,6 +152,20 @@ class TowerModule(nn.Module):
             places = (ids == EOS).int().argmax(-1)
             return self._finish(rows[torch.arange(ids.shape[0], device=ids.device), places])
         return self._finish(self._pool(rows, real))
+
+    def _seen(self, real: Tensor) -> Tensor | None:
+        """int64 [N, L] with 0 at padding -> the mask that transformers' layers take, [N, 1, 1, L], or None where every
+        row may see all rows, or all before it. A mask of two dimensions transformers would complete, for which it asks
+        whether there is any padding, and waits for the device; so it does for ALIGN without a mask."""
+        # In CLIP no word sees what stands behind it, and so no padding.
+        kind = self.tower.kind
+        if kind == "clip_text_model" or (kind == "siglip_text_model" and self.tower.pooling == "last"):
+            return None
+        seen = (real != 0)[:, None, None]
+        if self.model.config._attn_implementation == "sdpa":
+            return seen
+        # The plain attention adds the mask to the scores.
+        return torch.where(seen, 0.0, torch.finfo(self._dtype).min).to(self._dtype)
 
     def _pool(self, rows: Tensor, real: Tensor | None = None) -> Tensor:
         """rows [N, L, width], real int64 [N, L] (0 at padding) -> [N, width]."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.calls import Calls, on_device
 from pretrain.batch import Batch, Layout
 from pretrain.config import BatchSize, Recipe, Stage
 from pretrain.data.sources import PairShards
@@ -206,3 +207,14 @@ def test_unlike_widths_need_a_projection():
 def test_towers_that_are_refused(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+@pytest.mark.parametrize("kind", ["clip_text_model", "siglip_text_model", "bert", "roberta", "align_text_model"])
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_a_step_of_towers_waits_for_nothing(kind, pooling):
+    """transformers looks whether there is any padding if it gets no mask, or one that it must complete."""
+    task = PretrainTask(replace(MODEL, text=Tower(kind, SIZES, pooling)), (), (Contrastive(embed_dim=12),))
+    batch = on_device(micro_batch(1))
+    with Calls([*task.parameters(), *task.buffers(), *batch.every_tensor()]) as calls:
+        task(batch)["loss"].backward()
+    assert calls.waits.total() == 0, calls.waits
