@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.batch import Layout, make_batch
+from pretrain.batch import Batch, Layout, make_batch
 from pretrain.json_files import read_object, typed
 from pretrain.models.visual_tokenizer.vqkd import VQKDConfig, centred, to_patches
+from pretrain.rows import sent
 from pretrain.settings import fill_variables
 from pretrain.tensors import check_finite, load_tensors
 
@@ -140,7 +142,7 @@ class ClipTeacher:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         model = self._model.to(images.device)
-        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (self._mean, self._std))
+        mean, std = (sent(torch.tensor(v).view(3, 1, 1), images.device) for v in (self._mean, self._std))
         pixels = (resize(centred(images).float(), self._size) / 2 + 0.5).clamp(0, 1)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
             rows = model.vision_model(pixel_values=(pixels - mean) / std).last_hidden_state[:, 1:]
@@ -165,8 +167,15 @@ class EncoderTeacher:
             images = resize(centred(images).float(), size).clamp(-1, 1)
         layout = Layout(images=len(images), patches=(size // self._model.patch_size) ** 2)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-            rows = encoder(make_batch(layout, images=images)).images
+            rows = encoder(_alone(images, layout)).images
         return onto_grid(rows.float()[:, 1:], self.grid)
+
+
+def _alone(images: Tensor, layout: Layout) -> Batch:
+    """A batch of pictures, with an index that asks the device for nothing."""
+    host = make_batch(layout).indexed()
+    assert host.index is not None
+    return make_batch(layout, images=images).with_index(host.index.map(partial(sent, device=images.device)), host)
 
 
 def resize(images: Tensor, size: int) -> Tensor:
