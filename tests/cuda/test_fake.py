@@ -30,8 +30,12 @@ from pretrain.run.step import Judge, train_step
 from tests.cuda.fake import fake_gpu
 from tests.cuda.toy_stages import toy, visual_tokenizer, write_toys
 
-# With the tokenizer's restarts, with a CLIP teacher, of words alone, and of all kinds with the tokenizer's codes.
-STAGES = ("tiny-tokenizer", "beit3_base-tokenizer", "tiny-language", "tiny-fusion")
+# With the tokenizer's restarts, with a CLIP teacher, of words alone, of all kinds with the tokenizer's codes, of
+# towers, and with matching.
+STAGES = (
+    "tiny-tokenizer", "beit3_base-tokenizer", "tiny-language", "tiny-fusion", "tiny_towers-resnet_bert",
+    "tiny_uniter-fusion",
+)  # fmt: skip
 SMALL = 256  # a model of this width is built with its weights; a wider one by shapes alone
 
 
