@@ -99,7 +99,7 @@ def test_a_chosen_name(run, tmp_path):
     with pytest.raises(ValueError, match="is another evaluation; choose another name"):
         run(name="coco-5k", samples=9)
     for wrong in ("../eval", "a/b", ".x", "a b", "x" * 65, "\x1b"):
-        with pytest.raises(ValueError, match=r"--name=.*is no name"):
+        with pytest.raises(ValueError, match=r"--name=.* is not usable"):
             run(name=wrong)
 
 
