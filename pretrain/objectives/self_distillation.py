@@ -23,6 +23,7 @@ from pretrain.contracts import Encoder, Objective, Pass
 from pretrain.flops import Product
 from pretrain.layers import PLAIN, Head, Layers
 from pretrain.objectives.teacher import NO_ADAPTERS, KeepsTypes, Teacher
+from pretrain.rows import sent
 
 ASPECT = (3 / 4, 4 / 3)  # of a local view, as RandomResizedCrop's
 DRAWS_PER_VIEW = 4  # for its area, its aspect ratio, and its place in both directions
@@ -163,9 +164,8 @@ class Centers(KeepsTypes):
     @torch.no_grad()
     def follow(self, means: Tensor, share: float) -> None:
         """Moves by `share` of the way to a step's `means`. Means that are not finite, from a step that will be skipped,
-        are left out."""
-        if means.isfinite().all():
-            self.mean.lerp_(means, share)
+        are left out, and judged on the device: the step does not wait for them."""
+        self.mean.copy_(torch.where(means.isfinite().all(), self.mean.lerp(means, share), self.mean))
 
 
 class Views(NamedTuple):
@@ -202,7 +202,7 @@ class SelfDistillationHead(nn.Module):
         views = draw_views(cfg, batch.on_host.draws[cfg.name][:count], batch.layout.patches)
         pictures = batch.images[:count]
         pictures = pictures.float().div(127.5).sub(1) if pictures.dtype == torch.uint8 else pictures
-        hidden = views.hidden.to(device)
+        hidden = sent(views.hidden, device)
         said = self._student(batch, pictures, views, hidden, encode)
         targets, entropy = self._targets(batch, pictures, hidden)
         local, masked = said.split([cfg.views * count, hidden.numel()])
@@ -219,7 +219,7 @@ class SelfDistillationHead(nn.Module):
         """-> log-probabilities fp32 [V * N + N * m, K], of local views and of hidden patches."""
         cfg, count, seen = self.cfg, len(pictures), self.cfg.seen(batch.layout)
         local = cfg.views * count
-        shown = torch.cat([crop(pictures.repeat(cfg.views, 1, 1, 1), views.boxes.to(pictures.device)), pictures])
+        shown = torch.cat([crop(pictures.repeat(cfg.views, 1, 1, 1), sent(views.boxes, pictures.device)), pictures])
         masks = torch.zeros(seen.images, seen.patches, dtype=torch.bool)
         if cfg.masked_weight:
             masks[local:].scatter_(1, views.hidden, True)
@@ -230,7 +230,7 @@ class SelfDistillationHead(nn.Module):
             return make_batch(
                 seen,
                 images=shown[: seen.images] if of is batch else None,
-                image_masks=masks.to(place),
+                image_masks=sent(masks, place),
                 draws={name: own.repeat(seen.images // max(count, 1), 1) for name, own in dropped.items()},
             )
 

@@ -31,10 +31,14 @@ from tests.cuda.fake import fake_gpu
 from tests.cuda.toy_stages import toy, visual_tokenizer, write_toys
 
 # With the tokenizer's restarts, with a CLIP teacher, of words alone, of all kinds with the tokenizer's codes, of
-# towers, and with matching.
+# towers, with matching, of dual pairs, with captions, and with a teacher that follows; the others take longest.
 STAGES = (
     "tiny-tokenizer", "beit3_base-tokenizer", "tiny-language", "tiny-fusion", "tiny_towers-resnet_bert",
-    "tiny_uniter-fusion",
+    "tiny_uniter-fusion", "tiny-retrieval", "tiny-captions",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in (
+        "tiny_towers-clip", "tiny_towers-brivl", "tiny_blip-fusion", "tiny_albef-fusion", "tiny_vilbert-fusion",
+        "tiny_vilt-fusion", "tiny_siglip2-dense",
+    )),
 )  # fmt: skip
 SMALL = 256  # a model of this width is built with its weights; a wider one by shapes alone
 
