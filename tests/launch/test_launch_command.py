@@ -71,7 +71,7 @@ def chain(launch, stages: str, *words: str, **more):
         ("vision language", ["--set", "optim.lrr=1"], "--set optim.lrr"),
         ("tokenizer", ["--set", "optim.lr=2"], "stage tokenizer: .* other settings: optim.lr=0.001 .now 2.0."),
         ("language", [], "stage language: init_from=vision is a stage that is neither finished in .* nor one of those"),
-        ("vision", ["--set", "visual_tokenizer=/no/weights"], "visual_tokenizer=/no/weights: neither .* exists"),
+        ("vision", ["--set", "visual_tokenizer=/no/weights"], "visual_tokenizer=/no/weights: .* does not exist"),
         ("vision", ["--set", "mix.images.shards=/nowhere"], "stage vision: .*/nowhere"),
         ("vision", ["--set", "text_tokenizer=/none.model"], "stage language, which comes later: text_tokenizer=/none"),
     ],
