@@ -26,7 +26,7 @@ def test_pixels_that_take_more_memory_have_a_lower_limit() -> None:
     deep = black_png(8000, 8000, rows=0)
     assert read_header(deep).memory == 12 * 64_000_000
     data = encoded(Image.new("RGBA", (8000, 8000)), "PNG", compress_level=1)
-    with pytest.raises(BadSample, match=r"8000 x 8000 pixels of a PNG of mode RGBA .* 1220 MiB .* the limit is 768 MiB"):
+    with pytest.raises(BadSample, match=r"8000 x 8000 pixels of a PNG of mode RGBA take 1220 MiB .* limit is 768 MiB"):
         decode_image(data)
 
 
