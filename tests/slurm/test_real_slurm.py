@@ -199,7 +199,8 @@ def test_what_slurm_would_refuse_or_never_start_is_refused_before(cluster, data,
 
     monkeypatch.setenv("SLURM_CONF", cluster["SLURM_CONF"])
     monkeypatch.setenv("DATA", str(data))
-    job = ["--partition=main", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", *options]
+    job = ["--partition=main", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1"]
+    job += ["--cpus-per-task=2", *options]  # without, a note stands before the refusal
     line = ["--recipe", str(data / "recipe.py"), "--ds", str(ROOT / "ds_configs" / "zero1.json")]
     line += ["--run-dir", str(data / "none"), "--stage", "tokenizer"]
     assert main([*(f"--option={word}" for word in job), str(ROOT / "launch" / "stage.sbatch"), *line]) == 2
