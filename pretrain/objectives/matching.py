@@ -144,10 +144,11 @@ class MatchingHead(nn.Module):
             again=self._again(batch, wrong_image),
             draws={DROP_PATH: torch.cat(_own(batch, DROP_PATH, (0, 0, 1)))} if DROP_PATH in batch.draws else {},
         ).indexed()
-        first = Kinds.rows_of(pairs.layout, images.device, first=True)
+        host = pairs.on_host  # where the encoder asks which rows are needed
+        first = Kinds.rows_of(pairs.layout, host.images.device, first=True)
         needed = first._replace(pair_texts=torch.zeros_like(first.pair_texts))
         if self.alignment:
-            needed = needed._replace(pair_images=torch.ones_like(first.pair_images), pair_texts=words(pairs))
+            needed = needed._replace(pair_images=torch.ones_like(first.pair_images), pair_texts=words(host))
         fused_rows = encode(pairs, needed=needed)
         logits = self.match(fused_rows.first.pair_images).float()
         label = (torch.arange(3 * count, device=images.device) < count).long()

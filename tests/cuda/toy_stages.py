@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import BatchSize, Recipe, Stage
-from pretrain.data.cider import Frequencies
-from pretrain.files import write_json
 from pretrain.models.visual_tokenizer.vqkd import VQKDConfig
 from tests.toys import encoded, picture, write_source, write_text_model
 
 SEQUENCES, DEPTH = 4, 2  # of each kind in a batch; blocks of each stack
-ANSWERS = ["yes", "no", "two"]
 CAPTIONS = [f"a {size} {colour} {shape} left of the tree" for size in ("big", "small") for colour in ("red", "blue")
             for shape in ("dog", "cat")]  # fmt: skip
 
@@ -25,14 +22,12 @@ def write_toys(place: Path) -> Path:
     shards = [[_sample(4 * shard + number) for number in range(4)] for shard in range(2)]
     write_source(place / "shards", shards)
     write_text_model(place / "text.model", CAPTIONS, 60)
-    write_json(place / "answers.json", ANSWERS)
-    Frequencies.of([[text] for text in CAPTIONS]).write(place / "frequencies.json")
     return place
 
 
 def _sample(number: int) -> dict[str, Any]:
     text, look = CAPTIONS[number], encoded(picture(number))
-    said = {"label": number % 2, "label_name": "", "answers": [ANSWERS[0]] * 10, "captions": [text, text[:20]]}
+    said = {"label": number % 2, "label_name": "", "captions": [text, text[:20]]}
     return {"key": f"{number:04d}", "jpg": look, "jpe": look, "txt": text, "json": json.dumps(said).encode()}
 
 
@@ -61,9 +56,8 @@ def _over(value: Any, data: Path) -> Any:
         return tuple(_over(each, data) for each in value)
     if not is_dataclass(value) or isinstance(value, type):
         return value
-    files = {"shards": "shards", "vocabulary": "answers.json", "frequencies": "frequencies.json"}
     own = {f.name: getattr(value, f.name) for f in fields(value)}
-    changed = {name: str(data / files[name]) if name in files else _over(each, data) for name, each in own.items()}
+    changed = {name: str(data / name) if name == "shards" else _over(each, data) for name, each in own.items()}
     changed |= {name: least for name, least in (("samples", 8), ("batch", SEQUENCES)) if name in own}
     return replace(value, **changed)  # type: ignore[type-var]
 
@@ -78,15 +72,12 @@ def _shallow(model: Any) -> Any:
         depths |= {"depth": DEPTH + 1, "fusion_layers": min(own["fusion_layers"], 1)}
     if "text_at" in own:  # CoAttention
         depths |= {"text_at": (0, 1), "image_at": (0, 1)}
-    elif "image_at" in own:  # SeveralDepths
-        depths |= {"image_at": (1, 2)}
     depths |= {name: _shallow_tower(own[name]) for name in ("vision", "text") if name in own}
     return replace(model, **depths)
 
 
 SHALLOW: dict[str, Callable[[Any], dict[str, Any]]] = {
     "resnet": lambda settings: {"depths": [1] * len(settings.get("hidden_sizes", range(4)))},
-    "align_vision_model": lambda settings: {"depth_coefficient": 0.3},
     "efficientnet": lambda settings: {"depth_coefficient": 0.3},
 }
 
