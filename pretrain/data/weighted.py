@@ -134,7 +134,8 @@ class WeightedOrder(Order):
         self._offset = np.cumsum(classes.sizes) - classes.sizes - self._firsts[classes.shard]
 
     def turn(self, ref: SampleRef) -> int:
-        # Not its number, which rises by `most` in an epoch: a sample with one look would see only every so manieth.
+        # Not the look's number itself, which rises by `most` in an epoch: a sample with one look in each epoch would
+        # see only some of its fixed looks.
         return sum(divmod(ref.epoch, self.most))
 
     def rows(self, step: int, size: int) -> np.ndarray:

@@ -98,16 +98,16 @@ def _alone(batch: Batch) -> int:
 
 def label_problems(stage: Any, kind: str, name: str) -> list[str]:
     """Why an objective called `name`, which reads the labels of a kind, could take those of another one for its own."""
-    gives = [other for other, source in stage.mix.items() if hasattr(source, "classes") or _says_true(source)]
+    gives = [
+        other
+        for other, source in stage.mix.items()
+        if hasattr(source, "classes") or getattr(source, "pictures", 1) == 2
+    ]
     return [
         f"mix.{other} has labels beside mix.{kind}, whose labels {name} reads; give mix.{other} a source without any"
         for other in gives
         if other != kind
     ]
-
-
-def _says_true(source: Any) -> bool:
-    return getattr(source, "pictures", 1) == 2
 
 
 def two_layers(inputs: int, hidden: int, outputs: int, *, scale: float = 1.0) -> nn.Sequential:
