@@ -8,13 +8,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-GRACE_S = 0.5  # the time that workers get to remove their temporary files
+GRACE_S = 2.0  # the time that workers get to remove their temporary files
+_leaving = False  # whether this worker was told to end
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def worker_pool(
     """A pool of processes, each of which calls `start(*arguments)` first. An error inside the block cancels jobs that
     have not begun; Ctrl-C also ends the workers, within about GRACE_S, whatever they are doing."""
     others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(workers, context, _start, (start, arguments)) as pool:
+    with _Pool(workers, context, _start, (start, arguments)) as pool:
         try:
             yield pool
         except BaseException as error:
@@ -59,17 +60,34 @@ def _start(start: Callable[..., object] | None, arguments: tuple[Any, ...]) -> N
 
 
 def _leave(number: int, frame: object) -> None:
-    """Ends a job by an exception, so that it removes what it was writing. The pool's own code catches it and takes the
-    next job, so `_end` sends the signal again until the process is gone."""
-    raise SystemExit(1)
+    """Ends a job by an exception, so that it removes what it was writing. Only once: a second exception would end the
+    removal."""
+    global _leaving
+    if not _leaving:
+        _leaving = True
+        raise SystemExit(1)
+
+
+class _Pool(ProcessPoolExecutor):
+    """Its own code catches the exception of `_leave` and takes the next job; here the worker ends instead."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        return super().submit(_job, function, *arguments, **named)
+
+
+def _job(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    try:
+        return None if _leaving else function(*arguments, **named)
+    finally:
+        if _leaving:
+            os._exit(1)
 
 
 def _end(workers: list[BaseProcess]) -> None:
     end = time.monotonic() + GRACE_S
-    while (alive := [worker for worker in workers if worker.is_alive()]) and time.monotonic() < end:
-        for worker in alive:
-            worker.terminate()
-        alive[0].join(GRACE_S / 10)
     for worker in workers:
+        worker.terminate()
+    for worker in workers:
+        worker.join(max(end - time.monotonic(), 0))
         worker.kill()
         worker.join()

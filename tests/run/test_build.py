@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint.weights import carry_over, read_weights, write_weights
+from pretrain.checkpoint.weights import read_weights, write_weights
 from pretrain.config import Recipe, Stage, to_json
 from pretrain.layers import PLAIN
 from pretrain.models.multiway.resize import resize_relative_positions
@@ -18,6 +18,7 @@ from pretrain.parallel.sizes import Parallel
 from pretrain.recipes import find_recipe
 from pretrain.released_weights import resize_positions
 from pretrain.run.build import build_task, compiles
+from pretrain.run.hand_over import carry_over
 from pretrain.run.start_weights import load_start
 
 SIZE = {"dim": 16, "depth": 4, "heads": 2, "ffn_dim": 32, "patch_size": 16, "vocab_size": 64}
