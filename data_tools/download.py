@@ -44,7 +44,7 @@ from pretrain.json_files import fields, read_fields, whole_numbers
 # img2dataset writes its own width and height.
 _OF_LIST = ("list", "fingerprint", "preset", "url_col", "caption_col", "captions")
 OWN_STEPS = ("list", "download")  # the records that `merge` writes
-MOST_SLICES = 100_000  # that a plan may claim
+MOST_SLICES = 100_000  # of a list
 _PLAN = {"list": list, "fingerprint": str, "preset": str, "slices": int, "samples_per_shard": int}
 _PASSED_ON = ("row", CAPTIONS, *(name for name in EXTRA if name not in ("width", "height")))
 
@@ -246,6 +246,8 @@ def _slice(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} does not have the form I/N, such as 0/16") from None
     if not 0 <= number < slices:
         raise argparse.ArgumentTypeError(f"{text}: I counts from 0 to N-1")
+    if slices > MOST_SLICES:
+        raise argparse.ArgumentTypeError(f"{text}: more than {MOST_SLICES} slices; use less")
     return number, slices
 
 

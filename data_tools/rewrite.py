@@ -11,6 +11,7 @@ audit shows the complete history, and OUT/steps/rewrite.parquet lists the sample
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -253,6 +254,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.bytes_per_shard is not None and not math.isfinite(args.bytes_per_shard):
+        raise ValueError(f"--bytes-per-shard {args.bytes_per_shard} is no size; use 1e9")
     by_bytes = None if args.bytes_per_shard is None else int(args.bytes_per_shard)
     settings = Settings(
         None if by_bytes is not None else args.samples_per_shard,

@@ -149,12 +149,12 @@ def _check_out(out: Path) -> None:
 def sentences(manifest: Manifest, max_texts: int | None) -> Iterator[str]:
     """The shards' texts in pieces of at most MAX_CHARACTERS; bad samples are skipped and counted."""
     reader, bad, texts, last = ShardReader(manifest), 0, 0, time.monotonic()
-    every = max(1, -(-manifest.samples // max_texts)) if max_texts else 1
+    most = min(max_texts or manifest.samples, manifest.samples)
     number = -1
     for shard, entry in enumerate(manifest.shards):
         for sample in range(entry.samples):
             number += 1
-            if number % every:
+            if number * most % manifest.samples >= most:  # `most` of the samples, at even distances
                 continue
             try:
                 members = reader.read(shard, sample, (TEXT,))

@@ -7,6 +7,7 @@
 Each PLACE is a weights.safetensors, or a directory that has one: a stage's, or a checkpoint's. `average` writes a
 directory that pretrain.load and init_from read, with the text tokenizer of the others. `diff` exits with 0 if all
 tensors are the same, and with 1 if not. Files are read tensor by tensor, so that memory holds one tensor of each.
+Of a checkpoint of a stage with ema these are the weights themselves, not their running average.
 """
 
 from __future__ import annotations

@@ -13,12 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from pretrain import command
-from pretrain.checkpoint.save import average_in, newest_weights
+from pretrain.checkpoint.save import average_of, newest_weights
 from pretrain.checkpoint.weights import LORA, WEIGHTS, load_handover, weights_digest, weights_header
 from pretrain.config import Stage
 from pretrain.distributed import device
 from pretrain.files import write_json
-from pretrain.parallel.state import fill, named_state
 from pretrain.recipes import built_in_recipes, load_recipe
 from pretrain.run.build import build_task
 from pretrain.run.continuation import inputs_dir
@@ -80,12 +79,9 @@ def run(args: argparse.Namespace) -> None:
     apart = LORA in weights_header(weights).get("config", {})  # adapters lie apart, as in a checkpoint
     check_labels(stage)
     task = build_task(recipe, stage if apart else replace(stage, lora=None), inputs, trains=False)
-    handover = load_handover(task, weights)
+    handover = load_handover(task, weights, average=average_of(weights))
     if handover.missing:
         raise ValueError(f"{weights} lacks {handover.missing[0]}; it is not this stage's: give the stage that wrote it")
-    state, average = named_state(task), average_in(weights.parent) if weights.name == WEIGHTS else {}
-    for name, value in average.items():  # only a checkpoint has one; a finished stage's weights are the average
-        fill(state[name], value)
     task.to(device()).eval()
     metrics, samples = evaluate(stage, trained_stage(recipe, stage, inputs, asked.pictures, task))
     if not stage.evals:

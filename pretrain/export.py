@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.command == "merge":
         whole, config = with_adapters(args.base, args.adapters)
         write_weights(whole, args.out / WEIGHTS, config)
+        _bring_tokenizer(args.adapters if args.adapters.is_dir() else args.adapters.parent, args.out)
     elif args.command == "to-released":
         state, cfg, _ = read_model(args.directory)
         write_tensors(args.out, to_released(state, cfg))

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import pretrain
-from pretrain.checkpoint.weights import WEIGHTS, read_weights, write_weights
+from pretrain.checkpoint.weights import LORA, WEIGHTS, read_weights, write_weights
 from pretrain.checkpoints import main
 from pretrain.config import to_json
 from pretrain.objectives.contrastive import Contrastive
@@ -86,6 +86,8 @@ def test_what_cannot_be_averaged_is_one_sentence_and_nothing_is_written(three, t
     (three[1] / WEIGHTS).write_bytes(data)
     assert "is damaged" in error(three[0], three[1])
     assert "does not exist" in error(three[0], tmp_path / "nowhere")
+    adapters = other(CONFIG | {LORA: {"rank": 2}})
+    assert "holds adapters, and the mean of two factors is not that of their products" in error(adapters, adapters)
     assert "exists already" in refused(capsys, main, "average", *three[::2], "--out", three[0])
 
 

@@ -12,6 +12,7 @@ import torch
 
 from pretrain import export
 from pretrain.checkpoint.weights import ADAPTERS, LAST, read_apart, read_weights, with_adapters
+from pretrain.data.text_tokenizer import TOKENIZER
 from pretrain.data.transforms import ImageTransform
 from pretrain.models.lora import is_adapter
 from pretrain.optim import Optim
@@ -79,8 +80,11 @@ def test_adapters_are_trained_resumed_merged_and_evaluated(data, start, tmp_path
         about["lora"]["rank"] == 2 and about["base_sha256"] == read_json(start / "vision/config.json")["weights_sha256"]
     )
     assert {name.rpartition(".")[0] + ".weight" for name in alone if is_adapter(name)} == changed
-    assert export.main(["merge", *map(str, (start / "vision", stage / ADAPTERS, tmp_path / "merged"))]) == 0
+    sent = Path(shutil.copytree(stage, tmp_path / "sent", ignore=shutil.ignore_patterns("checkpoints")))
+    (sent / TOKENIZER).write_bytes(b"of a stage that reads texts")
+    assert export.main(["merge", *map(str, (start / "vision", sent / ADAPTERS, tmp_path / "merged"))]) == 0
     check_weights(tmp_path / "merged", stage)
+    assert (tmp_path / "merged" / TOKENIZER).read_bytes() == (sent / TOKENIZER).read_bytes()
     with pytest.raises(ValueError, match="was trained beside other weights than"):
         with_adapters(stage, stage / ADAPTERS)
     with pytest.raises(ValueError, match="holds no adapters; give the"):

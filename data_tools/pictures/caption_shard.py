@@ -127,12 +127,13 @@ def _read(reader: ShardReader, number: int, place: int) -> Any:
 
 
 def web_texts(members: dict[str, bytes]) -> list[str]:
-    """The texts that a sample came with: the `captions` of its JSON, else its txt; none where there is no text."""
+    """The texts that a sample came with: the `captions` of its JSON, else (also if that list is empty) its txt; none
+    where there is no text."""
     try:
         texts = metadata(members).get(CAPTIONS)
     except BadSample:
         texts = None
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+    if not texts or not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         try:
             texts = [text_of(members)]
         except BadSample:

@@ -28,6 +28,7 @@ from pretrain.files import open_regular
 
 # The place of a sample: its tar, its line in the tar's .idx, and how many earlier samples have the same key.
 PLACE = np.dtype([("tar", "<u4"), ("line", "<u8"), ("length", "<u4"), ("copy", "<u4")])
+KEY = "key"  # the column of a shard's parquet
 _DASHES = re.compile(r"(-+)\d+$")
 
 
@@ -210,12 +211,14 @@ def _edges(sizes: np.ndarray, samples_per_shard: int | None, bytes_per_shard: in
 def _schema_of(tar: Path) -> pa.Schema | None:
     try:
         with open_regular(tar.with_suffix(".parquet")) as file:
-            return pq.read_schema(file).remove_metadata()
+            schema = pq.read_schema(file).remove_metadata()
     except FileNotFoundError:
         return None
     except pa.ArrowException as error:
         path = tar.with_suffix(".parquet")
         raise ValueError(f"cannot read {path} ({str(error).splitlines()[0]}); restore it, or remove it") from None
+    at = schema.get_field_index(KEY)  # the new rows are called as their samples are, also where these were numbers
+    return schema if at < 0 else schema.set(at, pa.field(KEY, pa.string()))
 
 
 def _common_schema(schemas: Iterable[pa.Schema | None]) -> pa.Schema | None:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_tools.pictures.recode import Recode, with_facts
+from data_tools.shards.rewrite_plan import KEY
 from data_tools.shards.steps import Drop, write_drops
 from data_tools.shards.writer import ShardWriter
 from pretrain.data.shards.indexing import stats_path
@@ -21,6 +22,8 @@ from pretrain.data.shards.open_files import Descriptor, OpenFiles
 from pretrain.data.shards.reader import MAX_IMAGE_BYTES, MAX_TEXT_BYTES, BadSample, ShardError
 from pretrain.data.shards.tar_index import EXTENSIONS, IMAGE_EXTENSIONS, VERSION, Member, ShardIndex
 from pretrain.files import open_regular
+
+MAX_DIGITS = 18  # of a number of 64 bits
 
 _Files = OpenFiles[str, Descriptor]  # two per shard: its tar and its index
 
@@ -74,7 +77,7 @@ def write_shard(job: NewShard) -> NewShard:
                 continue
             key = f"{sample.key}{job.dashes}{sample.copy}" if sample.copy else sample.key
             if key != sample.key:
-                facts["key"] = key
+                facts[KEY] = key
             if facts and "json" in members:
                 members["json"] = with_facts(members["json"], facts)
             row = rows.get((sample.tar, sample.key))
@@ -131,7 +134,7 @@ def _rows(job: NewShard, samples: list[_Sample]) -> dict[tuple[int, str], dict[s
     for sample in samples:
         wanted.setdefault(sample.tar, []).append(sample.key)
     return {
-        (tar, row["key"]): row
+        (tar, row[KEY]): row
         for tar, keys in wanted.items()
         for row in _rows_of(Path(job.tars[tar]).with_suffix(".parquet"), keys)
     }
@@ -141,14 +144,24 @@ def _rows_of(path: Path, keys: list[str]) -> Iterator[dict[str, Any]]:
     try:
         with open_regular(path) as file:
             table = pq.ParquetFile(file).read()
-        if "key" in table.column_names:
-            table = table.filter(pc.is_in(table["key"].cast(pa.string()), value_set=pa.array(keys)))
+        if KEY not in table.column_names:
+            return
+        column, names = _keys(table[KEY], keys)
+        table = table.set_column(table.column_names.index(KEY), KEY, column)
+        rows = table.filter(pc.is_in(column, value_set=pa.array(list(names), column.type))).to_pylist()
     except FileNotFoundError:
         return
     except (pa.ArrowException, KeyError, OSError) as error:
         raise ValueError(f"cannot read {path} ({str(error).splitlines()[0]}); restore it, or remove it") from None
-    if "key" in table.column_names:
-        yield from table.to_pylist()
+    yield from (row | {KEY: names[row[KEY]]} for row in rows)
+
+
+def _keys(column: pa.ChunkedArray, keys: list[str]) -> tuple[pa.ChunkedArray, dict[Any, str]]:
+    """A key column, and what it calls the samples `keys`. Whoever rewrites a table by pandas makes 12 of 000012."""
+    if pa.types.is_integer(column.type) or pa.types.is_floating(column.type):
+        numbers = {int(key): key for key in keys if key.isascii() and key.isdigit() and len(key) <= MAX_DIGITS}
+        return column.cast(pa.int64()), numbers
+    return column.cast(pa.string()), {key: key for key in keys}
 
 
 def _schema(job: NewShard) -> pa.Schema | None:

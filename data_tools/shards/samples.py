@@ -12,12 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_tools.lists.reading import CAPTIONS
-from pretrain.data.shards.reader import MAX_TEXT_BYTES
+from pretrain.data.shards.reader import MAX_TEXT_BYTES, MOST_CAPTIONS
 from pretrain.data.shards.tar_index import IMAGE_EXTENSIONS, Member, index_shard
 from pretrain.files import write_file
 from pretrain.json_files import parse_json
-
-MOST_TEXTS = 1000  # of a sample; a hostile one may have a million
 
 
 class Sample(NamedTuple):
@@ -37,10 +35,10 @@ class Sample(NamedTuple):
         return file.read(member.size).decode(errors="replace")
 
     def texts(self, file: BinaryIO) -> list[str]:
-        """Each text that a source may read of the sample, once: its .txt, and the `captions` of its .json, at most
-        MOST_TEXTS."""
+        """Each text that a source may read of the sample, once: its .txt, and MOST_CAPTIONS of its .json's
+        `captions`."""
         texts = [self.text(file), *self._captions(file)]
-        return list(dict.fromkeys(text for text in texts if text is not None))[:MOST_TEXTS]
+        return list(dict.fromkeys(text for text in texts if text is not None))
 
     def _captions(self, file: BinaryIO) -> list[str]:
         member = self.members.get("json")
@@ -52,7 +50,9 @@ class Sample(NamedTuple):
         except ValueError:
             return []
         captions = content.get(CAPTIONS) if isinstance(content, dict) else None
-        return [text for text in captions if isinstance(text, str)] if isinstance(captions, list) else []
+        if not isinstance(captions, list):
+            return []
+        return [text for text in captions[:MOST_CAPTIONS] if isinstance(text, str)]
 
 
 def samples_of(tar: Path) -> Iterator[Sample]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from pretrain.checkpoint.weights import (
     CONFIG,
     HEADER,
+    LORA,
     WEIGHTS,
     SaveError,
     check_digest,
@@ -43,6 +44,12 @@ def average(paths: Sequence[Path], out: Path) -> str:
         opened = [stack.enter_context(open_weights(path)) for path in paths]
         files, headers = [file for file, _ in opened], [header for _, header in opened]
         tensors = _agree(paths, files, headers)
+        for path, header in zip(paths, headers, strict=True):
+            if LORA in header.get("config", {}):
+                raise ValueError(
+                    f"{path} holds adapters, and the mean of two factors is not that of their products; give the "
+                    f"{WEIGHTS} that the stage writes at its end"
+                )
         config = headers[0].get("config", {}) | {"average_of": [weights_digest(path) for path in paths]}
         digests, own = [hashlib.sha256() for _ in paths], hashlib.sha256()
         offsets = _offsets(tensors)

@@ -188,9 +188,14 @@ def average_in(path: Path) -> dict[str, Tensor]:
 def read_trained(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """As weights.read_weights, of what a stage has trained: of a checkpoint of a stage with ema the average, which is
     what the stage would hand over."""
+    return read_weights(path, average_of(path))
+
+
+def average_of(path: Path) -> dict[str, Tensor]:
+    """`average_in` the checkpoint that `path` is, or is the weights of; {} for other weights."""
     place = path if path.is_dir() else path.parent
     saved = (path.is_dir() or path.name == WEIGHTS) and any(place.glob("moments_rank*.safetensors"))
-    return read_weights(path, average_in(place) if saved else None)
+    return average_in(place) if saved else {}
 
 
 def _check_shared(beside: Path) -> None:

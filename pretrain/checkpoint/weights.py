@@ -199,12 +199,14 @@ def load_handover(
     shape_of: Callable[[Tensor], tuple[int, ...]] = dense_shape,
     fill: Callable[[Tensor, Tensor], Any] = fill,
     adapt: Adapt | None = None,
+    average: Mapping[str, Tensor] | None = None,
 ) -> Handover:
     """Fills a module's parameters and buffers, or a dictionary of tensors, from a weights.safetensors. If a rank holds
     only parts of tensors, `shape_of(tensor)` is the whole's shape and `fill(tensor, whole)` copies the part. `adapt`
-    may change tensors of a wrong shape (see contracts.Model.adapt). Raises ValueError if the file is damaged, if a
-    number in it is not finite, if a type would lose digits, or if a shape is still wrong (with its name and both
-    shapes)."""
+    may change tensors of a wrong shape (see contracts.Model.adapt). `average`: as of `read_weights`. Raises ValueError
+    if the file is damaged, if a number in it is not finite, if a type would lose digits, or if a shape is still wrong
+    (with its name and both shapes)."""
+    average = average or {}
     wanted = wanted.state_dict(keep_vars=True) if isinstance(wanted, nn.Module) else wanted
     with open_weights(path) as (file, header), torch.no_grad():
         names = sorted(file.keys())
@@ -217,7 +219,7 @@ def load_handover(
         misfits = {name: shape_of(wanted[name]) for name, shape in shapes.items() if shape != shape_of(wanted[name])}
         adapted: dict[str, Tensor] = {}
         if misfits and adapt is not None:
-            state = {name: file.get_tensor(name) for name in misfits}
+            state = {name: average.get(name, file.get_tensor(name)) for name in misfits}
             for name, value in state.items():
                 check_type(path, name, value.dtype, wanted[name].dtype)
             adapted = adapt(state, header.get("config", {}), misfits)
@@ -234,7 +236,7 @@ def load_handover(
             check_finite(path, name, value)
             if name in wanted:
                 check_type(path, name, value.dtype, wanted[name].dtype)
-                fill(wanted[name], adapted.get(name, value))
+                fill(wanted[name], adapted.get(name, average.get(name, value)))
         check_digest(path, header, digest)
     loaded = [name for name in names if name in wanted]
     # With attention per modality, vision and language share no names: such a stage only passes the weights on.

@@ -17,7 +17,7 @@ from numpy.random import Generator
 
 from pretrain.batch import BOS, EOS, PAD
 from pretrain.contracts import Source
-from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample
+from pretrain.data.shards.reader import IMAGE_EXTENSIONS, MOST_CAPTIONS, BadSample
 from pretrain.data.text_noise import TextNoise, files_of, noisy
 from pretrain.data.text_tokenizer import AnyTokenizer
 
@@ -192,6 +192,8 @@ def captions_of(members: Mapping) -> list[str]:
     captions = content.get(CAPTIONS) if isinstance(content, dict) else None
     if not isinstance(captions, list) or not captions:
         raise BadSample(f'its json has no list "{CAPTIONS}"')
+    if len(captions) > MOST_CAPTIONS:
+        raise BadSample(f"it has {len(captions)} captions; at most {MOST_CAPTIONS} are read")
     if not all(isinstance(text, str) and text.strip() for text in captions):
         raise BadSample("one of its captions is empty or no text")
     return captions

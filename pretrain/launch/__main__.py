@@ -27,6 +27,7 @@ from pretrain.launch.checks import (
     check_tool,
     check_writable,
     job_name,
+    unevaluated,
 )
 from pretrain.launch.codes import SCRIPT, WORD, Storing, crops_of, is_stored, online, plan_codes
 from pretrain.launch.slurm import (
@@ -115,6 +116,7 @@ def _check_here(args: argparse.Namespace) -> None:
     """--local: checks a stage for this machine."""
     line, stages = _train_arguments(args.words)
     ready = check_stages(line, stages, Ranks(1, args.local, args.gpu))
+    _say_unevaluated(line, ready)
     print(f"{stages[0]}: ready" if ready else f"{stages[0]}: finished before; nothing to do")
 
 
@@ -134,6 +136,7 @@ def _stages(args: argparse.Namespace, script: Path, words: list[str], job: Job, 
         ready = [name for name in stages if name in ready or name == WORD]
     if chain:
         _say_online(line, ready)
+    _say_unevaluated(line, ready)
     logs = line.run_dir.absolute() / LOGS
     options = [*args.option] if job.output else [*args.option, f"--output={logs}/%x-%j.log"]
     if ready:
@@ -197,6 +200,16 @@ def _say_online(line: Line, ready: list[str]) -> None:
             "in the chain stores what it makes, once",
             file=sys.stderr,
         )
+
+
+def _say_unevaluated(line: Line, ready: list[str]) -> None:
+    """One sentence for each stage whose evaluations lack data, which nobody would see before days of training."""
+    for name in (name for name in ready if name != WORD):
+        if reason := unevaluated(load_recipe(line.recipe, name, _settings(line, name))[1]):
+            print(
+                f"note: stage {name} will train, but its evaluations will not find their data: {reason}",
+                file=sys.stderr,
+            )
 
 
 def _settings(line: Line, name: str) -> list[str]:

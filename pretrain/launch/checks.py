@@ -16,6 +16,7 @@ from pretrain.checkpoint.copies import local_root
 from pretrain.checkpoint.directory import complete
 from pretrain.checkpoint.weights import WEIGHTS
 from pretrain.config import Recipe, Stage
+from pretrain.data.shards.manifest import load_manifest
 from pretrain.models.multiway.config import MultiwayConfig
 from pretrain.models.visual_tokenizer.teachers import check_clip
 from pretrain.parallel.mesh import place_of
@@ -25,6 +26,7 @@ from pretrain.plan.model import micro_batch_layout, planned
 from pretrain.recipes import load_recipe
 from pretrain.run.build import check_model, stage_ds_config
 from pretrain.run.directory import is_finished, run_identity
+from pretrain.run.evaluation import sources
 from pretrain.run.identity import as_begun, hash_of
 from pretrain.run.image_targets import predicts_codes
 from pretrain.run.inputs import open_data
@@ -168,6 +170,16 @@ def _check_memory(line: Line, recipe: Recipe, name: str, stage: Stage, config: d
             f"GiB of a {ranks.gpu} are usable; python -m pretrain.plan --recipe {line.recipe} --stage {name} --gpus "
             f"{ranks.world} --gpu {ranks.gpu} shows the layouts that fit"
         )
+
+
+def unevaluated(stage: Stage) -> str:
+    """Why the stage's evaluations will not find their data; "" where all of it is there. Training does not need it."""
+    for source in sources(stage.evals):
+        try:
+            load_manifest(source.shards)
+        except (ValueError, OSError) as error:
+            return str(error)
+    return ""
 
 
 def check_writable(directory: Path) -> None:

@@ -168,6 +168,9 @@ class Watch:
             host = os.environ["MASTER_ADDR"] if first is None else first.host
             verdict = Verdict(0, host, f"does not answer for {self._unanswered:.0f} s")
         if verdict is not None and not self._over.is_set():
+            if verdict.rank == rank() and self.waits_for_data and self._waited > self._soft / 2:
+                # Another rank's watch was the first to say so; only this one knows for what it waits.
+                self._give_up("its own data did not come", min(self._waited, self._soft))
             self._end_for(verdict, board)
 
     def _end_for(self, verdict: Verdict, board: Board) -> None:

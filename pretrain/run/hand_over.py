@@ -7,13 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pretrain.checkpoint.save import average_in
+from pretrain.checkpoint.save import average_in, read_trained
 from pretrain.checkpoint.weights import (
     ADAPTERS,
     LAST,
     LORA,
     read_apart,
-    read_weights,
     weights_digest,
     write_tensors,
     write_weights,
@@ -63,7 +62,7 @@ def carry_over(state: dict[str, Tensor], path: Path | None, frozen: Collection[s
     those in memory are rounded."""
     if path is None:
         return state
-    initial = read_weights(path)[0]
+    initial = read_trained(path)[0]
     both = {name for name in frozen if name in initial and name in state}
     unchanged = {name for name in both if initial[name].shape == state[name].shape}
     built = {_head_of(name) for name in state}

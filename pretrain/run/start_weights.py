@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from pretrain.checkpoint.save import Checkpoint
+from pretrain.checkpoint.save import Checkpoint, average_of
 from pretrain.checkpoint.weights import load_handover, weights_header
 from pretrain.config import Recipe, Stage
 from pretrain.contracts import State
@@ -38,7 +38,9 @@ def load_start(
         return adapted | {name: own[name].clone() for name in renewed if name in wanted}
 
     shape_of, fill_part = partial(dense_shape, mesh=mesh), partial(fill, mesh=mesh)
-    handover = load_handover(own, path, shape_of=shape_of, fill=fill_part, adapt=adapt)
+    # A checkpoint of this stage goes on with its own weights; from another stage's begins what that hands over.
+    average = average_of(path) if checkpoint is None else None
+    handover = load_handover(own, path, shape_of=shape_of, fill=fill_part, adapt=adapt, average=average)
     if not handover.loaded:
         _refuse_another_kind(recipe, stage, path)
     log.info("weights: %d tensors from %s", len(handover.loaded), path)

@@ -8,7 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.weights import WEIGHTS, read_weights, weights_digest
+from pretrain.checkpoint.save import read_trained
+from pretrain.checkpoint.weights import WEIGHTS, weights_digest
 from pretrain.config import Recipe
 from pretrain.contracts import Model, State
 from pretrain.models.decoder.encoder_decoder import EncoderDecoder
@@ -63,7 +64,7 @@ def read_model(name: str, knob: str, *, run_dir: Path, recipe: Recipe) -> tuple[
     """The tensors of the weights that a knob names, and their model. Raises ValueError as weights_path and model_in
     do."""
     path = weights_path(name, run_dir, knob)
-    state, config = read_weights(path)
+    state, config = read_trained(path)
     return state, model_in(config, path, classes_of(recipe))
 
 

@@ -14,10 +14,11 @@ from pretrain.data.labelled import (
     LabelledPairShards,
     LabelledShards,
     QuestionShards,
+    ReferenceShards,
     TwoPictureShards,
     read_vocabulary,
 )
-from pretrain.data.shards.reader import BadSample
+from pretrain.data.shards.reader import MOST_CAPTIONS, BadSample
 from pretrain.data.sources import CaptionShards
 from pretrain.data.text_tokenizer import TextTokenizer
 from pretrain.data.transforms import ImageTransform, sample_rng
@@ -88,6 +89,15 @@ def test_each_epoch_may_draw_another_caption(tokenizer):
     drawn = [source.decode(sample, LOOK, tokenizer, sample_rng(0, epoch, 5)).ids.tolist() for epoch in range(20)]
     assert len({tuple(ids) for ids in drawn}) == 3
     assert drawn[3] == source.decode(sample, LOOK, tokenizer, sample_rng(0, 3, 5)).ids.tolist()
+
+
+def test_a_hostile_number_of_captions_is_a_bad_sample(tokenizer):
+    """16 MiB of JSON hold four million, whose ids take 2 GB."""
+    most, more = ({"captions": ["a bus"] * number} for number in (MOST_CAPTIONS, MOST_CAPTIONS + 1))
+    assert len(decoded(CaptionShards("x", text_len=4), members(most), tokenizer)["captions"]) == MOST_CAPTIONS
+    for source in (CaptionShards("x", text_len=4), ReferenceShards("x", text_len=4)):
+        with pytest.raises(BadSample, match="it has 1001 captions; at most 1000 are read"):
+            decoded(source, members(more), tokenizer)
 
 
 def test_the_list_of_answers(tmp_path, capsys):

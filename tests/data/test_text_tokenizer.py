@@ -130,6 +130,8 @@ def test_fewer_texts_are_spread_over_the_shards(shards: Path) -> None:
     manifest = train_text_tokenizer.load_manifest((str(shards),))
     some = list(train_text_tokenizer.sentences(manifest, 60))
     assert len(some) <= 60 + 25  # one text is long and is split
+    read = [len(list(train_text_tokenizer.sentences(manifest, most))) for most in (599, 600, 9999)]
+    assert read[0] == read[1] - 1 == read[2] - 1  # nearly all of them, and not every second one
     everything = sentences(600)
     assert any(text in some for text in everything[300:]) and any(text in some for text in everything[:300])
 

@@ -198,3 +198,4 @@ def test_a_hostile_list_of_captions_is_cut():
     assert len(web_texts(members)) == MAX_WEB
     assert web_texts({"json": b'{"captions": [1]}', "txt": b" a dog "}) == ["a dog"]
     assert web_texts({"json": b"[[[", "txt": b"\xff"}) == []
+    assert web_texts({"json": b'{"captions": []}', "txt": b"a dog"}) == ["a dog"]

@@ -168,7 +168,7 @@ def test_wrong_options_are_refused_before_anything_is_written(tmp_path, capsys, 
     assert not out.exists()
 
 
-@pytest.mark.parametrize("wrong", ["3/3", "1", "a/b", "-1/2", "0/0"])
+@pytest.mark.parametrize("wrong", ["3/3", "1", "a/b", "-1/2", "0/0", "0/100001"])
 def test_what_is_no_slice_is_refused(tmp_path, capsys, wrong):
     with pytest.raises(SystemExit) as ended:
         download.main(["--list", "l", "--preset", "laion", "--out", str(tmp_path), f"--slice={wrong}"])

@@ -51,6 +51,18 @@ def digests(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
 
 
+@pytest.mark.parametrize("kind", [pa.int64(), pa.float64(), pa.large_string()])
+def test_rows_of_a_table_whose_keys_another_tool_has_read_as_numbers(tmp_path, kind):
+    old = source(tmp_path / "old", shards=1)
+    table = pq.read_table(old / "00000.parquet").slice(0, 7)
+    keys = [key if kind == pa.large_string() else int(key) for key in table["key"].to_pylist()]
+    pq.write_table(table.set_column(0, "key", pa.array(keys, kind)), old / "00000.parquet")
+    rewrite([old], tmp_path / "new", Settings(), [])
+    rows = pq.read_table(tmp_path / "new" / "00000.parquet").to_pylist()
+    assert [row["key"] for row in rows] == [f"{number:09d}" for number in range(7)]
+    assert all(row["url"] == f"http://x/{row['key']}" for row in rows)
+
+
 def test_all_samples_stand_in_order_of_their_keys_in_even_shards(tmp_path):
     old = source(tmp_path / "old")
     done = rewrite([old], tmp_path / "new", Settings(samples_per_shard=8), [])
@@ -257,6 +269,8 @@ def test_a_second_call_does_nothing(tmp_path, capsys):
         (["--max-side", "0"], "--max-side 0 is below 1"),
         (["--quality", "101"], "--quality 101 lies outside 1 to 100"),
         (["--bytes-per-shard", "1e6", "--max-side", "9"], "use --samples-per-shard"),
+        (["--bytes-per-shard", "inf"], "--bytes-per-shard inf is no size"),
+        (["--bytes-per-shard", "nan"], "--bytes-per-shard nan is no size"),
         (["--out", "{old}"], "is one of the inputs"),
         (["--out", "{old}/drops"], "contains other files"),
         (["--drop", "{old}/00000.tar"], "is not a drops file"),

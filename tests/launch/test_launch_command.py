@@ -12,8 +12,10 @@ import pytest
 
 from pretrain import encode_images
 from pretrain.launch.__main__ import main
-from pretrain.launch.checks import Line, Ranks, check_stages
+from pretrain.launch.checks import Line, Ranks, check_stages, unevaluated
+from pretrain.recipes import load_recipe
 from tests.small_run import ROOT
+from tests.toys import pair_sample, write_source
 
 HERE = socket.gethostname()
 JOB = ["--option=--partition=gpu", "--option=--ntasks-per-node=2", "--option=--gpus-per-node=2", "--option=--nodes=2"]
@@ -325,3 +327,11 @@ def test_a_tokenizers_teacher_that_is_no_clip_is_not_for_the_nodes_to_see(tmp_pa
     line = Line("beit3_base", str(ROOT / "ds_configs" / "zero1.json"), tmp_path / "run", [])
     with pytest.raises(ValueError, match=says):
         check_stages(line, ["tokenizer"], Ranks(1, 1, None))
+
+
+def test_data_of_evaluations_that_is_missing_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA", str(tmp_path))
+    _, stage = load_recipe("tiny", "retrieval")
+    assert "pairs/heldout" in unevaluated(stage)
+    write_source(tmp_path / "pairs/heldout", [[pair_sample("a", 0, "a red circle")]])
+    assert unevaluated(stage) == ""

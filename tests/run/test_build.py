@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.checkpoint.save import Checkpoint
 from pretrain.checkpoint.weights import read_weights, write_weights
 from pretrain.config import Recipe, Stage, to_json
 from pretrain.layers import PLAIN
@@ -47,6 +48,27 @@ def test_each_stage_starts_from_the_one_before(tmp_path, name):
             assert read_weights(before)[0].keys() <= state.keys()
     wanted = {n for n in task.state_dict() if n.startswith("encoder.")}
     assert wanted <= read_weights(tmp_path / "fusion")[0].keys()
+
+
+def test_a_checkpoint_with_an_average_starts_another_stage_by_it(tmp_path, monkeypatch):
+    """As if its stage had ended there; tensors that the new stage does not build are passed on so too."""
+    recipe = small("tiny")
+    vision = start(recipe, recipe.stages["vision"], tmp_path)[0].state_dict()
+    raw = {name: torch.randn_like(value) for name, value in vision.items()}
+    step = tmp_path / "step"
+    write_weights(raw, step / "weights.safetensors", {"model": to_json(recipe.model)})
+    (step / "moments_rank00000.safetensors").touch()
+    average = {name: value + 1 for name, value in raw.items()}
+    monkeypatch.setattr("pretrain.checkpoint.save.read_average", lambda files, shapes: dict(average) if files else {})
+    stage = replace(recipe.stages["language"], init_from=str(step))
+    task, init = start(recipe, stage, tmp_path)
+    both = raw.keys() & task.state_dict().keys()
+    assert both and all(task.state_dict()[name].equal(average[name]) for name in both)
+    whole = carry_over(task.state_dict(), init)
+    assert raw.keys() <= whole.keys() and all(whole[name].equal(average[name]) for name in raw)
+    saved = Checkpoint(9, step, 1, {}, ())
+    load_start(task, recipe, stage, tmp_path, saved, create_mesh(Parallel()))
+    assert all(task.state_dict()[name].equal(raw[name]) for name in both)
 
 
 @pytest.mark.parametrize(

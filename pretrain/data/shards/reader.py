@@ -45,6 +45,7 @@ __all__ = [
 
 # Far above any useful picture or caption; a larger member is a bad sample, so that it cannot exhaust memory.
 MAX_IMAGE_BYTES, MAX_TEXT_BYTES = 256 * 2**20, 16 * 2**20
+MOST_CAPTIONS = 1000  # of a picture: a hostile JSON holds millions, each of which takes a row of ids
 # How much `check_some` reads: well under a second from a local disk.
 CHECKED_SHARDS, CHECKED_SAMPLES = 16, 8
 
