@@ -246,7 +246,8 @@ class _Kernels(TorchDispatchMode):
             if not free and source.numel() > 0:
                 self.gpu.waited(f"{source.device.type} to {to.type}")
         if to.type == "cpu":
-            return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype) if target is None else target
+            here = torch.empty(source.shape, dtype=kwargs.get("dtype") or source.dtype) if target is None else target
+            return here.zero_()
         if source.device.type == "cpu":
             source = self.gpu.put(source if target is None else source.expand_as(target))
             source = source if kwargs.get("dtype") is None else source.to(kwargs["dtype"])
