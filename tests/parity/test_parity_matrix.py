@@ -21,19 +21,39 @@ from tests.parity.cells import (
     why_illegal,
 )
 from tests.parity.passes import pass_cells
-from tests.parity.runs import ROWS, compare, failures
+from tests.parity.runs import ROWS, AnyCell, compare, failures
 from tests.small_run import RECIPE, train_stage
 from tests.step_batches import MODELS
 
+NAMES = ("model", "layout", "frozen", "accumulation", "every", "buckets", "tied")
+
+
+def sample(number: int, cells: list[AnyCell]) -> list[AnyCell]:
+    """What the suite runs of a row: of a long one every second cell, and of one with further passes, whose cells are
+    all alike, every fifth. benchmarks/parity.py runs all, and every step of all."""
+    if cells[0].passes > 1:
+        return cells[::5]
+    return cells[number % 2 :: 2] if len(cells) == 16 else cells
+
+
+SAMPLE = {row: sample(number, cells) for number, (row, cells) in enumerate(ROWS.items())}
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", SAMPLE)
 def test_losses_norms_and_weights_are_those_of_one_dense_process(row, tmp_path):
-    # Of those with further passes a sample, which meets everything in both precisions; benchmarks/parity.py runs all,
-    # and every step of all.
-    cells = ROWS[row][:: 5 if ROWS[row][0].passes > 1 else 1]
+    cells = SAMPLE[row]
     said = failures(compare(cells, tmp_path, sooner=True))
     assert not said, "\n".join([f"{len(said)} of {len(cells)} cells are too far off:", *said])
+
+
+@pytest.mark.parametrize("zero", range(4))
+def test_the_suite_meets_everything_under_each_stage_of_zero(zero):
+    def met(cells):
+        return {(cell.precision, name, getattr(cell, name)) for cell in cells for name in NAMES}
+
+    rows = [str(topology) for topology in LEGAL if topology.zero == zero]
+    assert met(cell for row in rows for cell in SAMPLE[row]) == met(cell for row in rows for cell in ROWS[row])
 
 
 TP_DP = Topology(zero=1, tensor=2, pipe=1, data=2)
