@@ -41,7 +41,8 @@ def problems() -> list[str]:
     """A sentence for each thing that is wrong with this node."""
     sentences = []
     asked, seen = os.environ.get("SLURM_GPUS_ON_NODE", ""), torch.cuda.device_count()
-    if torch.version.cuda and asked.isdigit() and int(asked) != seen:
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu"  # how DeepSpeed is told to leave the GPUs alone
+    if torch.version.cuda and not on_cpu and asked.isdigit() and int(asked) != seen:
         sentences.append(
             f"torch sees {seen} GPUs, and SLURM gave {asked}; see nvidia-smi there, and the driver against torch"
         )

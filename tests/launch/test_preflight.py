@@ -69,6 +69,16 @@ def test_this_machine_is_fit_or_says_why(monkeypatch, capsys):
     assert "a rank needs 1099511627776" in said and f"bad node {node_name()}: a process may open" in said
 
 
+def test_gpus_that_slurm_gave_and_torch_does_not_see_are_a_problem_unless_ranks_stay_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(node_checks.torch.version, "cuda", "13.0")
+    monkeypatch.setattr(node_checks.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    assert any("torch sees 0 GPUs, and SLURM gave 2" in sentence for sentence in node_checks.problems())
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert not any("GPUs" in sentence for sentence in node_checks.problems())
+
+
 def test_a_product_that_is_wrong_is_found(monkeypatch):
     best = node_checks._best
     monkeypatch.setattr(node_checks, "_best", lambda action, device: (best(action, device)[0], action() + 1))
