@@ -114,13 +114,14 @@ def compare(name: str, form: str, args: argparse.Namespace, *, bf16: bool) -> di
         check_equal(mine, other, batch)
     seconds: dict[str, list[float]] = {}
     model: Any = other.model
-    for turn in range(args.rounds + 1):  # the first one warms up
+    for turn in range(args.rounds + 1):
         spent = {"ours": mine.step(batch)}
         for full in (False, True) if name == "torchscale" else (False,):
             model.full = full
             spent[HEADS[full]] = other.step(batch)
-        for who, each in spent.items():
-            seconds.setdefault(who, []).extend([each] if turn else [])
+        if turn:  # the first one warms up
+            for who, each in spent.items():
+                seconds.setdefault(who, []).append(each)
     ours_s = seconds.pop("ours")
     bare = rate(cfg, replace(layout, pair_len=round(batch.real_layout.pair_len)), 5, bf16=bf16)
     figures: dict[str, Any] = {

@@ -14,9 +14,9 @@ from numpy.random import Generator
 
 from pretrain.data.answers import scores
 from pretrain.data.mixing import LABEL, Mixing
-from pretrain.data.shards.reader import IMAGE_EXTENSIONS, MOST_CAPTIONS, BadSample
+from pretrain.data.shards.reader import IMAGE_EXTENSIONS, BadSample
 from pretrain.data.shards.tar_index import SECOND_PICTURE
-from pretrain.data.sources import CAPTIONS, METADATA, ImageShards, PairShards, Raw, text_of
+from pretrain.data.sources import CAPTIONS, METADATA, ImageShards, PairShards, Raw, check_count, text_of
 from pretrain.json_files import parse_json, read_bytes
 from pretrain.settings import fill_variables
 
@@ -154,8 +154,7 @@ def references_of(members: Mapping) -> tuple[str, ...]:
     """A sample's `captions`, else its txt. BadSample if there is neither."""
     texts = metadata(members).get(CAPTIONS) if METADATA in members else None
     if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
-        if len(texts) > MOST_CAPTIONS:
-            raise BadSample(f"it has {len(texts)} captions; at most {MOST_CAPTIONS} are read")
+        check_count(texts)
         return tuple(texts)
     return (text_of(members),)
 

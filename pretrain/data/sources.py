@@ -181,6 +181,12 @@ def text_of(members: Mapping) -> str:
     return text
 
 
+def check_count(captions: list) -> None:
+    """BadSample for more captions of a picture than are read."""
+    if len(captions) > MOST_CAPTIONS:
+        raise BadSample(f"it has {len(captions)} captions; at most {MOST_CAPTIONS} are read")
+
+
 def captions_of(members: Mapping) -> list[str]:
     """The sample's list of captions. BadSample if there is none, or if one of them is no text or blank."""
     if METADATA not in members:
@@ -192,8 +198,7 @@ def captions_of(members: Mapping) -> list[str]:
     captions = content.get(CAPTIONS) if isinstance(content, dict) else None
     if not isinstance(captions, list) or not captions:
         raise BadSample(f'its json has no list "{CAPTIONS}"')
-    if len(captions) > MOST_CAPTIONS:
-        raise BadSample(f"it has {len(captions)} captions; at most {MOST_CAPTIONS} are read")
+    check_count(captions)
     if not all(isinstance(text, str) and text.strip() for text in captions):
         raise BadSample("one of its captions is empty or no text")
     return captions

@@ -204,8 +204,8 @@ def _say_online(line: Line, ready: list[str]) -> None:
 
 def _say_unevaluated(line: Line, ready: list[str]) -> None:
     """One sentence for each stage whose evaluations lack data, which nobody would see before days of training."""
-    for name in (name for name in ready if name != WORD):
-        if reason := unevaluated(load_recipe(line.recipe, name, _settings(line, name))[1]):
+    for name in ready:
+        if name != WORD and (reason := unevaluated(load_recipe(line.recipe, name, _settings(line, name))[1])):
             print(
                 f"note: stage {name} will train, but its evaluations will not find their data: {reason}",
                 file=sys.stderr,

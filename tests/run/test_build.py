@@ -21,6 +21,7 @@ from pretrain.released_weights import resize_positions
 from pretrain.run.build import build_task, compiles
 from pretrain.run.hand_over import carry_over
 from pretrain.run.start_weights import load_start
+from pretrain.run.stored_weights import read_model
 
 SIZE = {"dim": 16, "depth": 4, "heads": 2, "ffn_dim": 32, "patch_size": 16, "vocab_size": 64}
 
@@ -66,6 +67,8 @@ def test_a_checkpoint_with_an_average_starts_another_stage_by_it(tmp_path, monke
     assert both and all(task.state_dict()[name].equal(average[name]) for name in both)
     whole = carry_over(task.state_dict(), init)
     assert raw.keys() <= whole.keys() and all(whole[name].equal(average[name]) for name in raw)
+    teacher, _ = read_model(str(step), "distill.teacher", run_dir=tmp_path, recipe=recipe)
+    assert all(teacher[name].equal(average[name]) for name in raw)
     saved = Checkpoint(9, step, 1, {}, ())
     load_start(task, recipe, stage, tmp_path, saved, create_mesh(Parallel()))
     assert all(task.state_dict()[name].equal(raw[name]) for name in both)
